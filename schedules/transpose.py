@@ -5,6 +5,8 @@ from tvm.s_tir.schedule import SBlockRV
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, IntImm, PrimFunc, Shuffle
 
+from pa_compiler.kernels import script
+
 
 def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str | None = None) -> None:
     """Tensorize an sblock that copies a buffer into one whose last two axes are exchanged, by rows x columns elements.
@@ -39,7 +41,7 @@ def transpose(rows: int, columns: int, dtype: str) -> str:
 def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
     count = rows * columns // 4
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(turned_handle: T.handle, block_handle: T.handle) -> None:
         block_row, turned_row = T.int32(), T.int32()
         block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)
@@ -63,7 +65,7 @@ def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]
         for i, vector in enumerate(vectors):
             T.buffer_store(turned, vector, [4 * i // rows, T.ramp(4 * i % rows, 1, 4)])
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(turned_handle: T.handle, block_handle: T.handle) -> None:
         block_row, turned_row = T.int32(), T.int32()
         block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)

@@ -31,8 +31,7 @@ int __tvm_ffi_softmax_prepare(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_pv_matmul(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_online_update(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_merge_partials(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_append_key(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_append_value(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
+int __tvm_ffi_append_row(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 }
 
 namespace {
@@ -952,11 +951,9 @@ void AppendKV(const Inputs& in) {
   const int64_t heads = few ? kNumKVHeads : 1;  // of one kernel call
   ParallelFor(2 * (kNumKVHeads / heads), few ? 1 : num_threads, [&](int64_t i) {
     const int64_t head_begin = i / 2 * heads;
-    if (i % 2 == 0) {
-      Call(__tvm_ffi_append_key, key, key_cache, args.slot_mapping, head_begin, heads);
-    } else {
-      Call(__tvm_ffi_append_value, value, value_cache, args.slot_mapping, head_begin, heads);
-    }
+    const bool is_key = i % 2 == 0;
+    Call(__tvm_ffi_append_row, is_key ? key : value, is_key ? key_cache : value_cache, args.slot_mapping, head_begin,
+         heads);
   });
 }
 

@@ -13,7 +13,7 @@ target triple = "x86_64-conda-linux-gnu"
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_key(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
+define dllexport noundef i32 @__tvm_ffi_append_row(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %new.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %new.type_index, 70
@@ -40,55 +40,55 @@ entry:
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %14 = load i64, ptr %13, align 8
   %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_key.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_key.new_shape, align 8
+  %append_row.new_shape = load ptr, ptr %15, align 8
+  %num_tokens = load i64, ptr %append_row.new_shape, align 8
   %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_key.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_key.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_key.new_strides, i64 8
+  %append_row.new_strides = load ptr, ptr %16, align 8
+  %17 = icmp eq ptr %append_row.new_strides, null
+  %18 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 16
+  %19 = getelementptr inbounds nuw i8, ptr %append_row.new_strides, i64 8
   %new_head.in = select i1 %17, ptr %18, ptr %19
   %new_head = load i64, ptr %new_head.in, align 8
   br i1 %17, label %if_then10, label %if_else11
 
 if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 8
+  %20 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 8
   %21 = load i64, ptr %20, align 8
   %22 = load i64, ptr %18, align 8
   %23 = mul nsw i64 %22, %21
   br label %if_end12
 
 if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_key.new_strides, align 8
+  %24 = load i64, ptr %append_row.new_strides, align 8
   br label %if_end12
 
 if_end12:                                         ; preds = %if_else11, %if_then10
   %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
   %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_key.cache_shape = load ptr, ptr %25, align 8
+  %append_row.cache_shape = load ptr, ptr %25, align 8
   %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_key.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_key.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 16
+  %append_row.cache_strides = load ptr, ptr %26, align 8
+  %27 = icmp eq ptr %append_row.cache_strides, null
+  %28 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 24
+  %29 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 16
   %cache_2.in = select i1 %27, ptr %28, ptr %29
   %cache_2 = load i64, ptr %cache_2.in, align 8
   br i1 %27, label %if_then19, label %if_else20
 
 if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 16
+  %30 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 16
   %31 = load i64, ptr %30, align 8
   %32 = load i64, ptr %28, align 8
   %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 8
+  %34 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 8
   %35 = load i64, ptr %34, align 8
   %36 = mul nsw i64 %33, %35
   br label %if_end21
 
 if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 8
+  %37 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 8
   %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_key.cache_strides, align 8
+  %39 = load i64, ptr %append_row.cache_strides, align 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_else20, %if_then19
@@ -105,13 +105,13 @@ if_end21:                                         ; preds = %if_else20, %if_then
   call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
   %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_key_compute_.exit, !prof !3
+  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
   %41 = icmp sgt i64 %num_tokens, 0
   %sext = shl i64 %12, 32
   %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_key_compute_.exit, !prof !3
+  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
   %wide.trip.count.i = and i64 %14, 2147483647
@@ -124,81 +124,81 @@ for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.prehead
 
 for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
+  %44 = add nsw i64 %indvars.iv.i, %42
+  %45 = mul nsw i64 %44, %new_head
+  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
+  %46 = mul nsw i64 %44, %cache_2
   br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
 
 for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
+  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
   %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
+  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
+  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
+  %48 = icmp sgt i64 %target.us.i, -1
+  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
 
 if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 15
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 4
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
+  %49 = mul nsw i64 %t1.us.i, %new_token
+  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
+  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
+  %51 = and i64 %target.us.i, 15
+  %52 = mul nsw i64 %51, %cache_125
+  %53 = lshr i64 %target.us.i, 4
+  %54 = mul nsw i64 %53, %cache_0
+  %55 = getelementptr i16, ptr %cache, i64 %54
+  %56 = getelementptr i16, ptr %55, i64 %52
+  %57 = getelementptr i16, ptr %56, i64 %46
+  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
+  %58 = getelementptr i8, ptr %gep.us.i, i64 64
+  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
+  %60 = getelementptr i8, ptr %57, i64 64
+  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
+  %61 = getelementptr i8, ptr %gep.us.i, i64 128
+  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
+  %63 = getelementptr i8, ptr %57, i64 128
+  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
+  %64 = getelementptr i8, ptr %gep.us.i, i64 192
+  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
+  %66 = getelementptr i8, ptr %57, i64 192
+  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
   br label %if_end.us.i
 
 if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
+  %67 = or disjoint i64 %t1.us.i, 1
+  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
+  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
+  %69 = icmp sgt i64 %target.us.i.1, -1
+  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
 
 if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 15
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 4
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
+  %70 = mul nsw i64 %67, %new_token
+  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
+  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
+  %72 = and i64 %target.us.i.1, 15
+  %73 = mul nsw i64 %72, %cache_125
+  %74 = lshr i64 %target.us.i.1, 4
+  %75 = mul nsw i64 %74, %cache_0
+  %76 = getelementptr i16, ptr %cache, i64 %75
+  %77 = getelementptr i16, ptr %76, i64 %73
+  %78 = getelementptr i16, ptr %77, i64 %46
+  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
+  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
+  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
+  %81 = getelementptr i8, ptr %78, i64 64
+  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
+  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
+  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
+  %84 = getelementptr i8, ptr %78, i64 128
+  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
+  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
+  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
+  %87 = getelementptr i8, ptr %78, i64 192
+  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
   br label %if_end.us.i.1
 
 if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
+  %88 = add nuw nsw i64 %t1.us.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !10
@@ -207,289 +207,52 @@ for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
   br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
 
 for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
+  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
+  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
+  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
+  %90 = icmp sgt i64 %target.us.i.epil, -1
+  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
 
 if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 15
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 4
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
+  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
+  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
+  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
+  %93 = and i64 %target.us.i.epil, 15
+  %94 = mul nsw i64 %93, %cache_125
+  %95 = lshr i64 %target.us.i.epil, 4
+  %96 = mul nsw i64 %95, %cache_0
+  %97 = getelementptr i16, ptr %cache, i64 %96
+  %98 = getelementptr i16, ptr %97, i64 %94
+  %99 = getelementptr i16, ptr %98, i64 %46
+  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
+  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
+  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
+  %102 = getelementptr i8, ptr %99, i64 64
+  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
+  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
+  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
+  %105 = getelementptr i8, ptr %99, i64 128
+  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
+  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
+  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
+  %108 = getelementptr i8, ptr %99, i64 192
+  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
   br label %for_begin_t.for_end_t_crit_edge.us.i
 
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
+  br i1 %exitcond5.not.i, label %append_row_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
 
-append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
-  ret i32 0
-}
-
-; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_value(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
-entry:
-  %new.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %new.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %new.handle.idx = select i1 %0, i64 24, i64 0
-  %new.handle = getelementptr inbounds nuw i8, ptr %2, i64 %new.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %cache.handle.idx = select i1 %4, i64 24, i64 0
-  %cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %slot_mapping.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %slot_mapping.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %slot_mapping.handle.idx = select i1 %8, i64 24, i64 0
-  %slot_mapping.handle = getelementptr inbounds nuw i8, ptr %10, i64 %slot_mapping.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %12 = load i64, ptr %11, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %14 = load i64, ptr %13, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_value.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_value.new_shape, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_value.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_value.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_value.new_strides, i64 8
-  %new_head.in = select i1 %17, ptr %18, ptr %19
-  %new_head = load i64, ptr %new_head.in, align 8
-  br i1 %17, label %if_then10, label %if_else11
-
-if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 8
-  %21 = load i64, ptr %20, align 8
-  %22 = load i64, ptr %18, align 8
-  %23 = mul nsw i64 %22, %21
-  br label %if_end12
-
-if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_value.new_strides, align 8
-  br label %if_end12
-
-if_end12:                                         ; preds = %if_else11, %if_then10
-  %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
-  %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_value.cache_shape = load ptr, ptr %25, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_value.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_value.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 16
-  %cache_2.in = select i1 %27, ptr %28, ptr %29
-  %cache_2 = load i64, ptr %cache_2.in, align 8
-  br i1 %27, label %if_then19, label %if_else20
-
-if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 16
-  %31 = load i64, ptr %30, align 8
-  %32 = load i64, ptr %28, align 8
-  %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 8
-  %35 = load i64, ptr %34, align 8
-  %36 = mul nsw i64 %33, %35
-  br label %if_end21
-
-if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 8
-  %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_value.cache_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %cache_125 = phi i64 [ %33, %if_then19 ], [ %38, %if_else20 ]
-  %cache_0 = phi i64 [ %36, %if_then19 ], [ %39, %if_else20 ]
-  %num_heads = trunc i64 %14 to i32
-  %new = load ptr, ptr %new.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  %cache = load ptr, ptr %cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  %slot_mapping = load ptr, ptr %slot_mapping.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
-  %41 = icmp sgt i64 %num_tokens, 0
-  %sext = shl i64 %12, 32
-  %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
-  %wide.trip.count.i = and i64 %14, 2147483647
-  %xtraiter = and i64 %num_tokens, 1
-  %43 = icmp eq i64 %num_tokens, 1
-  %unroll_iter = and i64 %num_tokens, 9223372036854775806
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod27 = icmp ne i64 %xtraiter, 0
-  br label %for_begin_t.preheader.us.i
-
-for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
-  br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
-
-for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
-
-if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 15
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 4
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
-  br label %if_end.us.i
-
-if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
-
-if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 15
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 4
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
-  br label %if_end.us.i.1
-
-if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !14
-
-for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
-  br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
-
-for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
-
-if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 15
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 4
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
-  br label %for_begin_t.for_end_t_crit_edge.us.i
-
-for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_value_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
-
-append_value_compute_.exit:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
+append_row_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %row_sum270.i = alloca [32 x float], align 16
-  %row_max271.i = alloca [32 x float], align 16
+  %row_sum266.i = alloca [32 x float], align 16
+  %row_max267.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -672,8 +435,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum270.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max271.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum266.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max267.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -695,3904 +458,3902 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %85 = fptrunc double %.cast to float
   %86 = sitofp i64 %53 to float
   %scale = select i1 %84, float %85, float %86
-  %range_begin.i = shl nsw i32 %block_begin, 4
-  %sext = shl i64 %42, 32
-  %87 = ashr exact i64 %sext, 32
+  %87 = shl nsw i32 %block_begin, 4
   %88 = shl nsw i32 %block_end, 4
-  %89 = add i32 %range_begin.i, -1
+  %sext = shl i64 %42, 32
+  %89 = ashr exact i64 %sext, 32
   %90 = insertelement <16 x float> poison, float %scale, i64 0
   %91 = shufflevector <16 x float> %90, <16 x float> poison, <16 x i32> zeroinitializer
   %92 = and i64 %50, 2147483648
   %.not = icmp eq i64 %92, 0
-  %cse_v26.i = and i64 %50, 4294967295
-  %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count890.i = and i64 %44, 2147483647
+  %93 = zext i32 %87 to i64
+  %94 = and i64 %50, 4294967295
+  %wide.trip.count832.i = and i64 %44, 2147483647
+  %invariant.op.i = add i32 %87, -1
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end245.i
-  %indvars.iv.next888.i = add nuw nsw i64 %indvars.iv887.i, 1
-  %exitcond891.not.i = icmp eq i64 %indvars.iv.next888.i, %wide.trip.count890.i
-  br i1 %exitcond891.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end238.i
+  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
+  %exitcond833.not.i = icmp eq i64 %indvars.iv.next828.i, %wide.trip.count832.i
+  br i1 %exitcond833.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv887.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next888.i, %for_begin_s.i ]
-  %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %95 = icmp eq ptr %q_tile.i, null
-  br i1 %95, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv827.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next828.i, %for_begin_s.i ]
+  %95 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %95(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %96 = icmp eq ptr %q_tile.i, null
+  br i1 %96, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %96 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %acc.i = tail call ptr %96(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %97 = icmp eq ptr %acc.i, null
-  br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %97 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %97(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %98 = icmp eq ptr %acc.i, null
+  br i1 %98, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v28.i = add nsw i64 %indvars.iv887.i, %87
-  %98 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v28.i
-  %99 = load i32, ptr %98, align 4, !tbaa !5
-  %100 = mul nsw i64 %cse_v28.i, %q_batch
-  %101 = getelementptr i16, ptr %query, i64 %100
+  %99 = add nsw i64 %indvars.iv827.i, %89
+  %100 = getelementptr inbounds i32, ptr %context_lens, i64 %99
+  %101 = load i32, ptr %100, align 4, !tbaa !5
+  %102 = mul nsw i64 %99, %q_batch
+  %103 = getelementptr i16, ptr %query, i64 %102
   br label %for_begin_ax1.preheader.i
 
-for_begin_step.preheader.i:                       ; preds = %for_end_ax1.i
-  %102 = tail call i32 @llvm.smin.i32(i32 %88, i32 %99)
-  %103 = sub nsw i32 %102, %range_begin.i
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %103, i32 0)
-  %104 = add nuw nsw i32 %range_len.i, 127
-  %cse_v29.i = lshr i32 %104, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v29.i, i32 1)
-  %last_token.i = add i32 %89, %range_len.i
-  %cse_v114.i = mul nsw i64 %cse_v28.i, %table_seq
-  %invariant.gep435.i = getelementptr i32, ptr %block_table, i64 %cse_v114.i
-  %105 = zext nneg i32 %cse_v29.i to i64
-  %106 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count839.i = zext nneg i32 %num_steps.i to i64
-  br label %for_begin_step.i
-
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
-  %indvars.iv686.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next687.i, %for_end_ax1.i ]
-  %107 = shl nuw nsw i64 %indvars.iv686.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv686.i, 11
+  %indvars.iv680.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next681.i, %for_end_ax1.i ]
+  %104 = shl nuw nsw i64 %indvars.iv680.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv680.i, 11
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
   br label %for_begin_ax2.preheader.i
 
+for_end_tile.i:                                   ; preds = %for_end_ax1.i
+  %105 = tail call i32 @llvm.smin.i32(i32 %88, i32 %101)
+  %106 = sub nsw i32 %105, %87
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %106, i32 0)
+  %107 = add nuw nsw i32 %range_len.i, 127
+  %108 = lshr i32 %107, 7
+  %109 = tail call i32 @llvm.umax.i32(i32 %108, i32 1)
+  %.reass.i = add i32 %invariant.op.i, %range_len.i
+  %110 = mul nsw i64 %99, %table_seq
+  %invariant.gep432.i = getelementptr i32, ptr %block_table, i64 %110
+  %111 = zext nneg i32 %108 to i64
+  %112 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count790.i = zext nneg i32 %109 to i64
+  br label %for_begin_step.i
+
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax1.preheader.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
-  %108 = add nuw nsw i64 %indvars.iv.i, %107
-  %109 = mul nsw i64 %108, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %101, i64 %109
-  %110 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
-  %111 = zext <32 x i16> %110 to <32 x i32>
-  %112 = shl nuw <32 x i32> %111, splat (i32 16)
-  %113 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %113 = add nuw nsw i64 %indvars.iv.i, %104
+  %114 = mul nsw i64 %113, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %103, i64 %114
+  %115 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %116 = zext <32 x i16> %115 to <32 x i32>
+  %117 = shl nuw <32 x i32> %116, splat (i32 16)
+  %118 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  store <4 x i32> %113, ptr %gep, align 4, !tbaa !5
-  %114 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %115 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <4 x i32> %114, ptr %115, align 4, !tbaa !5
-  %116 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %117 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  store <4 x i32> %116, ptr %117, align 4, !tbaa !5
-  %118 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %119 = getelementptr inbounds nuw i8, ptr %gep, i64 80
-  store <4 x i32> %118, ptr %119, align 4, !tbaa !5
-  %120 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %121 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  store <4 x i32> %120, ptr %121, align 4, !tbaa !5
-  %122 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %123 = getelementptr inbounds nuw i8, ptr %gep, i64 96
-  store <4 x i32> %122, ptr %123, align 4, !tbaa !5
-  %124 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %125 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  store <4 x i32> %124, ptr %125, align 4, !tbaa !5
-  %126 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %127 = getelementptr inbounds nuw i8, ptr %gep, i64 112
-  store <4 x i32> %126, ptr %127, align 4, !tbaa !5
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %128 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
-  %129 = zext <32 x i16> %128 to <32 x i32>
-  %130 = shl nuw <32 x i32> %129, splat (i32 16)
-  %131 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <4 x i32> %118, ptr %gep, align 4, !tbaa !5
+  %119 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %120 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <4 x i32> %119, ptr %120, align 4, !tbaa !5
+  %121 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %122 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  store <4 x i32> %121, ptr %122, align 4, !tbaa !5
+  %123 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %124 = getelementptr inbounds nuw i8, ptr %gep, i64 80
+  store <4 x i32> %123, ptr %124, align 4, !tbaa !5
+  %125 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %126 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  store <4 x i32> %125, ptr %126, align 4, !tbaa !5
+  %127 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %128 = getelementptr inbounds nuw i8, ptr %gep, i64 96
+  store <4 x i32> %127, ptr %128, align 4, !tbaa !5
+  %129 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %130 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  store <4 x i32> %129, ptr %130, align 4, !tbaa !5
+  %131 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 112
   store <4 x i32> %131, ptr %132, align 4, !tbaa !5
-  %133 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %134 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <4 x i32> %133, ptr %134, align 4, !tbaa !5
-  %135 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %136 = getelementptr inbounds nuw i8, ptr %gep, i64 144
-  store <4 x i32> %135, ptr %136, align 4, !tbaa !5
-  %137 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %138 = getelementptr inbounds nuw i8, ptr %gep, i64 208
-  store <4 x i32> %137, ptr %138, align 4, !tbaa !5
-  %139 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %140 = getelementptr inbounds nuw i8, ptr %gep, i64 160
-  store <4 x i32> %139, ptr %140, align 4, !tbaa !5
-  %141 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %142 = getelementptr inbounds nuw i8, ptr %gep, i64 224
-  store <4 x i32> %141, ptr %142, align 4, !tbaa !5
-  %143 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %144 = getelementptr inbounds nuw i8, ptr %gep, i64 176
-  store <4 x i32> %143, ptr %144, align 4, !tbaa !5
-  %145 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %146 = getelementptr inbounds nuw i8, ptr %gep, i64 240
-  store <4 x i32> %145, ptr %146, align 4, !tbaa !5
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %147 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
-  %148 = zext <32 x i16> %147 to <32 x i32>
-  %149 = shl nuw <32 x i32> %148, splat (i32 16)
-  %150 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %133 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %134 = zext <32 x i16> %133 to <32 x i32>
+  %135 = shl nuw <32 x i32> %134, splat (i32 16)
+  %136 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %137 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <4 x i32> %136, ptr %137, align 4, !tbaa !5
+  %138 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %139 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <4 x i32> %138, ptr %139, align 4, !tbaa !5
+  %140 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %141 = getelementptr inbounds nuw i8, ptr %gep, i64 144
+  store <4 x i32> %140, ptr %141, align 4, !tbaa !5
+  %142 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %143 = getelementptr inbounds nuw i8, ptr %gep, i64 208
+  store <4 x i32> %142, ptr %143, align 4, !tbaa !5
+  %144 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %145 = getelementptr inbounds nuw i8, ptr %gep, i64 160
+  store <4 x i32> %144, ptr %145, align 4, !tbaa !5
+  %146 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %147 = getelementptr inbounds nuw i8, ptr %gep, i64 224
+  store <4 x i32> %146, ptr %147, align 4, !tbaa !5
+  %148 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %149 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  store <4 x i32> %148, ptr %149, align 4, !tbaa !5
+  %150 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 240
   store <4 x i32> %150, ptr %151, align 4, !tbaa !5
-  %152 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %153 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <4 x i32> %152, ptr %153, align 4, !tbaa !5
-  %154 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %155 = getelementptr inbounds nuw i8, ptr %gep, i64 272
-  store <4 x i32> %154, ptr %155, align 4, !tbaa !5
-  %156 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %157 = getelementptr inbounds nuw i8, ptr %gep, i64 336
-  store <4 x i32> %156, ptr %157, align 4, !tbaa !5
-  %158 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %159 = getelementptr inbounds nuw i8, ptr %gep, i64 288
-  store <4 x i32> %158, ptr %159, align 4, !tbaa !5
-  %160 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %161 = getelementptr inbounds nuw i8, ptr %gep, i64 352
-  store <4 x i32> %160, ptr %161, align 4, !tbaa !5
-  %162 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %163 = getelementptr inbounds nuw i8, ptr %gep, i64 304
-  store <4 x i32> %162, ptr %163, align 4, !tbaa !5
-  %164 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %165 = getelementptr inbounds nuw i8, ptr %gep, i64 368
-  store <4 x i32> %164, ptr %165, align 4, !tbaa !5
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %166 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
-  %167 = zext <32 x i16> %166 to <32 x i32>
-  %168 = shl nuw <32 x i32> %167, splat (i32 16)
-  %169 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %152 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %153 = zext <32 x i16> %152 to <32 x i32>
+  %154 = shl nuw <32 x i32> %153, splat (i32 16)
+  %155 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %156 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <4 x i32> %155, ptr %156, align 4, !tbaa !5
+  %157 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %158 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <4 x i32> %157, ptr %158, align 4, !tbaa !5
+  %159 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %160 = getelementptr inbounds nuw i8, ptr %gep, i64 272
+  store <4 x i32> %159, ptr %160, align 4, !tbaa !5
+  %161 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 336
+  store <4 x i32> %161, ptr %162, align 4, !tbaa !5
+  %163 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %164 = getelementptr inbounds nuw i8, ptr %gep, i64 288
+  store <4 x i32> %163, ptr %164, align 4, !tbaa !5
+  %165 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %166 = getelementptr inbounds nuw i8, ptr %gep, i64 352
+  store <4 x i32> %165, ptr %166, align 4, !tbaa !5
+  %167 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %168 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  store <4 x i32> %167, ptr %168, align 4, !tbaa !5
+  %169 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 368
   store <4 x i32> %169, ptr %170, align 4, !tbaa !5
-  %171 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %172 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <4 x i32> %171, ptr %172, align 4, !tbaa !5
-  %173 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %174 = getelementptr inbounds nuw i8, ptr %gep, i64 400
-  store <4 x i32> %173, ptr %174, align 4, !tbaa !5
-  %175 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %176 = getelementptr inbounds nuw i8, ptr %gep, i64 464
-  store <4 x i32> %175, ptr %176, align 4, !tbaa !5
-  %177 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %178 = getelementptr inbounds nuw i8, ptr %gep, i64 416
-  store <4 x i32> %177, ptr %178, align 4, !tbaa !5
-  %179 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %180 = getelementptr inbounds nuw i8, ptr %gep, i64 480
-  store <4 x i32> %179, ptr %180, align 4, !tbaa !5
-  %181 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %182 = getelementptr inbounds nuw i8, ptr %gep, i64 432
-  store <4 x i32> %181, ptr %182, align 4, !tbaa !5
-  %183 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %184 = getelementptr inbounds nuw i8, ptr %gep, i64 496
-  store <4 x i32> %183, ptr %184, align 4, !tbaa !5
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %171 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %172 = zext <32 x i16> %171 to <32 x i32>
+  %173 = shl nuw <32 x i32> %172, splat (i32 16)
+  %174 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %175 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <4 x i32> %174, ptr %175, align 4, !tbaa !5
+  %176 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %177 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <4 x i32> %176, ptr %177, align 4, !tbaa !5
+  %178 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 400
+  store <4 x i32> %178, ptr %179, align 4, !tbaa !5
+  %180 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %181 = getelementptr inbounds nuw i8, ptr %gep, i64 464
+  store <4 x i32> %180, ptr %181, align 4, !tbaa !5
+  %182 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %183 = getelementptr inbounds nuw i8, ptr %gep, i64 416
+  store <4 x i32> %182, ptr %183, align 4, !tbaa !5
+  %184 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %185 = getelementptr inbounds nuw i8, ptr %gep, i64 480
+  store <4 x i32> %184, ptr %185, align 4, !tbaa !5
+  %186 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %187 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  store <4 x i32> %186, ptr %187, align 4, !tbaa !5
+  %188 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %189 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  store <4 x i32> %188, ptr %189, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
-  %indvars.iv.next687.i = add nuw nsw i64 %indvars.iv686.i, 1
-  %exitcond689.not.i = icmp eq i64 %indvars.iv.next687.i, 8
-  br i1 %exitcond689.not.i, label %for_begin_step.preheader.i, label %for_begin_ax1.preheader.i, !prof !17
+  %indvars.iv.next681.i = add nuw nsw i64 %indvars.iv680.i, 1
+  %exitcond683.not.i = icmp eq i64 %indvars.iv.next681.i, 8
+  br i1 %exitcond683.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
 
-for_begin_step.i:                                 ; preds = %if_end196.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end196.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv833.i = phi i64 [ %indvars.iv.next834.i, %if_end196.i ], [ 0, %for_begin_step.preheader.i ]
-  %smin276 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %185 = and i32 %smin276, 15
-  %186 = zext nneg i32 %185 to i64
-  %exitcond840.not.i = icmp eq i64 %indvars.iv833.i, %wide.trip.count839.i
-  br i1 %exitcond840.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+for_begin_step.i:                                 ; preds = %if_end196.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end196.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv787.i = phi i64 [ %indvars.iv.next788.i, %if_end196.i ], [ 0, %for_end_tile.i ]
+  %smin277 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %190 = and i32 %smin277, 15
+  %191 = zext nneg i32 %190 to i64
+  %exitcond791.not.i = icmp eq i64 %indvars.iv787.i, %wide.trip.count790.i
+  br i1 %exitcond791.not.i, label %for_begin_tile201.preheader.i, label %for_body_step.i, !prof !17
+
+for_begin_tile201.preheader.i:                    ; preds = %for_begin_step.i
+  %192 = add nuw nsw i64 %indvars.iv827.i, %94
+  %193 = shl nuw nsw i64 %192, 5
+  %.idx.i = shl nuw nsw i64 %192, 14
+  %194 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %195 = mul nsw i64 %99, %out_batch
+  %196 = getelementptr i16, ptr %out, i64 %195
+  %197 = mul nsw i64 %99, %lse_batch
+  %198 = getelementptr float, ptr %lse, i64 %197
+  br i1 %.not, label %for_body_tile202.i, label %for_body_tile202.us.i
+
+for_body_tile202.us.i:                            ; preds = %if_end221.us.3.i, %for_begin_tile201.preheader.i
+  %indvars.iv823.i = phi i64 [ %indvars.iv.next824.i, %if_end221.us.3.i ], [ 0, %for_begin_tile201.preheader.i ]
+  %199 = shl nuw nsw i64 %indvars.iv823.i, 2
+  %200 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %199
+  %total.us.i = load <4 x float>, ptr %200, align 16, !tbaa !18
+  %201 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %202 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %203 = select <4 x i1> %202, <4 x float> zeroinitializer, <4 x float> %201
+  %204 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> zeroinitializer
+  %205 = mul nsw i64 %199, %out_head
+  %invariant.gep623.us.i = getelementptr i16, ptr %196, i64 %205
+  %.idx60 = shl nuw nsw i64 %indvars.iv823.i, 11
+  %206 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %207 = load <32 x float>, ptr %206, align 4, !tbaa !5
+  %208 = fmul <32 x float> %207, %204
+  %209 = bitcast <32 x float> %208 to <32 x i32>
+  %210 = lshr <32 x i32> %209, splat (i32 16)
+  %211 = and <32 x i32> %210, splat (i32 1)
+  %212 = add nuw <32 x i32> %209, splat (i32 32767)
+  %213 = add nuw <32 x i32> %212, %211
+  %214 = lshr <32 x i32> %213, splat (i32 16)
+  %215 = trunc nuw <32 x i32> %214 to <32 x i16>
+  store <32 x i16> %215, ptr %invariant.gep623.us.i, align 2, !tbaa !5
+  %216 = getelementptr inbounds nuw i8, ptr %206, i64 128
+  %217 = load <32 x float>, ptr %216, align 4, !tbaa !5
+  %218 = fmul <32 x float> %217, %204
+  %219 = bitcast <32 x float> %218 to <32 x i32>
+  %220 = lshr <32 x i32> %219, splat (i32 16)
+  %221 = and <32 x i32> %220, splat (i32 1)
+  %222 = add nuw <32 x i32> %219, splat (i32 32767)
+  %223 = add nuw <32 x i32> %222, %221
+  %224 = lshr <32 x i32> %223, splat (i32 16)
+  %225 = trunc nuw <32 x i32> %224 to <32 x i16>
+  %gep624.us.1.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 64
+  store <32 x i16> %225, ptr %gep624.us.1.i, align 2, !tbaa !5
+  %226 = getelementptr inbounds nuw i8, ptr %206, i64 256
+  %227 = load <32 x float>, ptr %226, align 4, !tbaa !5
+  %228 = fmul <32 x float> %204, %227
+  %229 = bitcast <32 x float> %228 to <32 x i32>
+  %230 = lshr <32 x i32> %229, splat (i32 16)
+  %231 = and <32 x i32> %230, splat (i32 1)
+  %232 = add nuw <32 x i32> %229, splat (i32 32767)
+  %233 = add nuw <32 x i32> %232, %231
+  %234 = lshr <32 x i32> %233, splat (i32 16)
+  %235 = trunc nuw <32 x i32> %234 to <32 x i16>
+  %gep624.us.2.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 128
+  store <32 x i16> %235, ptr %gep624.us.2.i, align 2, !tbaa !5
+  %236 = getelementptr inbounds nuw i8, ptr %206, i64 384
+  %237 = load <32 x float>, ptr %236, align 4, !tbaa !5
+  %238 = fmul <32 x float> %204, %237
+  %239 = bitcast <32 x float> %238 to <32 x i32>
+  %240 = lshr <32 x i32> %239, splat (i32 16)
+  %241 = and <32 x i32> %240, splat (i32 1)
+  %242 = add nuw <32 x i32> %239, splat (i32 32767)
+  %243 = add nuw <32 x i32> %242, %241
+  %244 = lshr <32 x i32> %243, splat (i32 16)
+  %245 = trunc nuw <32 x i32> %244 to <32 x i16>
+  %gep624.us.3.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 192
+  store <32 x i16> %245, ptr %gep624.us.3.i, align 2, !tbaa !5
+  %246 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %247 = or disjoint i64 %199, 1
+  %248 = mul nsw i64 %247, %out_head
+  %invariant.gep623.us.1.i = getelementptr i16, ptr %196, i64 %248
+  %249 = getelementptr inbounds nuw i8, ptr %206, i64 512
+  %250 = load <32 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <32 x float> %246, %250
+  %252 = bitcast <32 x float> %251 to <32 x i32>
+  %253 = lshr <32 x i32> %252, splat (i32 16)
+  %254 = and <32 x i32> %253, splat (i32 1)
+  %255 = add nuw <32 x i32> %252, splat (i32 32767)
+  %256 = add nuw <32 x i32> %255, %254
+  %257 = lshr <32 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <32 x i32> %257 to <32 x i16>
+  store <32 x i16> %258, ptr %invariant.gep623.us.1.i, align 2, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %206, i64 640
+  %260 = load <32 x float>, ptr %259, align 4, !tbaa !5
+  %261 = fmul <32 x float> %246, %260
+  %262 = bitcast <32 x float> %261 to <32 x i32>
+  %263 = lshr <32 x i32> %262, splat (i32 16)
+  %264 = and <32 x i32> %263, splat (i32 1)
+  %265 = add nuw <32 x i32> %262, splat (i32 32767)
+  %266 = add nuw <32 x i32> %265, %264
+  %267 = lshr <32 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <32 x i32> %267 to <32 x i16>
+  %gep624.us.1.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 64
+  store <32 x i16> %268, ptr %gep624.us.1.1.i, align 2, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %206, i64 768
+  %270 = load <32 x float>, ptr %269, align 4, !tbaa !5
+  %271 = fmul <32 x float> %246, %270
+  %272 = bitcast <32 x float> %271 to <32 x i32>
+  %273 = lshr <32 x i32> %272, splat (i32 16)
+  %274 = and <32 x i32> %273, splat (i32 1)
+  %275 = add nuw <32 x i32> %272, splat (i32 32767)
+  %276 = add nuw <32 x i32> %275, %274
+  %277 = lshr <32 x i32> %276, splat (i32 16)
+  %278 = trunc nuw <32 x i32> %277 to <32 x i16>
+  %gep624.us.2.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 128
+  store <32 x i16> %278, ptr %gep624.us.2.1.i, align 2, !tbaa !5
+  %279 = getelementptr inbounds nuw i8, ptr %206, i64 896
+  %280 = load <32 x float>, ptr %279, align 4, !tbaa !5
+  %281 = fmul <32 x float> %246, %280
+  %282 = bitcast <32 x float> %281 to <32 x i32>
+  %283 = lshr <32 x i32> %282, splat (i32 16)
+  %284 = and <32 x i32> %283, splat (i32 1)
+  %285 = add nuw <32 x i32> %282, splat (i32 32767)
+  %286 = add nuw <32 x i32> %285, %284
+  %287 = lshr <32 x i32> %286, splat (i32 16)
+  %288 = trunc nuw <32 x i32> %287 to <32 x i16>
+  %gep624.us.3.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 192
+  store <32 x i16> %288, ptr %gep624.us.3.1.i, align 2, !tbaa !5
+  %289 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %290 = or disjoint i64 %199, 2
+  %291 = mul nsw i64 %290, %out_head
+  %invariant.gep623.us.2.i = getelementptr i16, ptr %196, i64 %291
+  %292 = getelementptr inbounds nuw i8, ptr %206, i64 1024
+  %293 = load <32 x float>, ptr %292, align 4, !tbaa !5
+  %294 = fmul <32 x float> %289, %293
+  %295 = bitcast <32 x float> %294 to <32 x i32>
+  %296 = lshr <32 x i32> %295, splat (i32 16)
+  %297 = and <32 x i32> %296, splat (i32 1)
+  %298 = add nuw <32 x i32> %295, splat (i32 32767)
+  %299 = add nuw <32 x i32> %298, %297
+  %300 = lshr <32 x i32> %299, splat (i32 16)
+  %301 = trunc nuw <32 x i32> %300 to <32 x i16>
+  store <32 x i16> %301, ptr %invariant.gep623.us.2.i, align 2, !tbaa !5
+  %302 = getelementptr inbounds nuw i8, ptr %206, i64 1152
+  %303 = load <32 x float>, ptr %302, align 4, !tbaa !5
+  %304 = fmul <32 x float> %289, %303
+  %305 = bitcast <32 x float> %304 to <32 x i32>
+  %306 = lshr <32 x i32> %305, splat (i32 16)
+  %307 = and <32 x i32> %306, splat (i32 1)
+  %308 = add nuw <32 x i32> %305, splat (i32 32767)
+  %309 = add nuw <32 x i32> %308, %307
+  %310 = lshr <32 x i32> %309, splat (i32 16)
+  %311 = trunc nuw <32 x i32> %310 to <32 x i16>
+  %gep624.us.1.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 64
+  store <32 x i16> %311, ptr %gep624.us.1.2.i, align 2, !tbaa !5
+  %312 = getelementptr inbounds nuw i8, ptr %206, i64 1280
+  %313 = load <32 x float>, ptr %312, align 4, !tbaa !5
+  %314 = fmul <32 x float> %289, %313
+  %315 = bitcast <32 x float> %314 to <32 x i32>
+  %316 = lshr <32 x i32> %315, splat (i32 16)
+  %317 = and <32 x i32> %316, splat (i32 1)
+  %318 = add nuw <32 x i32> %315, splat (i32 32767)
+  %319 = add nuw <32 x i32> %318, %317
+  %320 = lshr <32 x i32> %319, splat (i32 16)
+  %321 = trunc nuw <32 x i32> %320 to <32 x i16>
+  %gep624.us.2.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 128
+  store <32 x i16> %321, ptr %gep624.us.2.2.i, align 2, !tbaa !5
+  %322 = getelementptr inbounds nuw i8, ptr %206, i64 1408
+  %323 = load <32 x float>, ptr %322, align 4, !tbaa !5
+  %324 = fmul <32 x float> %289, %323
+  %325 = bitcast <32 x float> %324 to <32 x i32>
+  %326 = lshr <32 x i32> %325, splat (i32 16)
+  %327 = and <32 x i32> %326, splat (i32 1)
+  %328 = add nuw <32 x i32> %325, splat (i32 32767)
+  %329 = add nuw <32 x i32> %328, %327
+  %330 = lshr <32 x i32> %329, splat (i32 16)
+  %331 = trunc nuw <32 x i32> %330 to <32 x i16>
+  %gep624.us.3.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 192
+  store <32 x i16> %331, ptr %gep624.us.3.2.i, align 2, !tbaa !5
+  %332 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %333 = or disjoint i64 %199, 3
+  %334 = mul nsw i64 %333, %out_head
+  %invariant.gep623.us.3.i = getelementptr i16, ptr %196, i64 %334
+  %335 = getelementptr inbounds nuw i8, ptr %206, i64 1536
+  %336 = load <32 x float>, ptr %335, align 4, !tbaa !5
+  %337 = fmul <32 x float> %332, %336
+  %338 = bitcast <32 x float> %337 to <32 x i32>
+  %339 = lshr <32 x i32> %338, splat (i32 16)
+  %340 = and <32 x i32> %339, splat (i32 1)
+  %341 = add nuw <32 x i32> %338, splat (i32 32767)
+  %342 = add nuw <32 x i32> %341, %340
+  %343 = lshr <32 x i32> %342, splat (i32 16)
+  %344 = trunc nuw <32 x i32> %343 to <32 x i16>
+  store <32 x i16> %344, ptr %invariant.gep623.us.3.i, align 2, !tbaa !5
+  %345 = getelementptr inbounds nuw i8, ptr %206, i64 1664
+  %346 = load <32 x float>, ptr %345, align 4, !tbaa !5
+  %347 = fmul <32 x float> %332, %346
+  %348 = bitcast <32 x float> %347 to <32 x i32>
+  %349 = lshr <32 x i32> %348, splat (i32 16)
+  %350 = and <32 x i32> %349, splat (i32 1)
+  %351 = add nuw <32 x i32> %348, splat (i32 32767)
+  %352 = add nuw <32 x i32> %351, %350
+  %353 = lshr <32 x i32> %352, splat (i32 16)
+  %354 = trunc nuw <32 x i32> %353 to <32 x i16>
+  %gep624.us.1.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 64
+  store <32 x i16> %354, ptr %gep624.us.1.3.i, align 2, !tbaa !5
+  %355 = getelementptr inbounds nuw i8, ptr %206, i64 1792
+  %356 = load <32 x float>, ptr %355, align 4, !tbaa !5
+  %357 = fmul <32 x float> %332, %356
+  %358 = bitcast <32 x float> %357 to <32 x i32>
+  %359 = lshr <32 x i32> %358, splat (i32 16)
+  %360 = and <32 x i32> %359, splat (i32 1)
+  %361 = add nuw <32 x i32> %358, splat (i32 32767)
+  %362 = add nuw <32 x i32> %361, %360
+  %363 = lshr <32 x i32> %362, splat (i32 16)
+  %364 = trunc nuw <32 x i32> %363 to <32 x i16>
+  %gep624.us.2.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 128
+  store <32 x i16> %364, ptr %gep624.us.2.3.i, align 2, !tbaa !5
+  %365 = getelementptr inbounds nuw i8, ptr %206, i64 1920
+  %366 = load <32 x float>, ptr %365, align 4, !tbaa !5
+  %367 = fmul <32 x float> %332, %366
+  %368 = bitcast <32 x float> %367 to <32 x i32>
+  %369 = lshr <32 x i32> %368, splat (i32 16)
+  %370 = and <32 x i32> %369, splat (i32 1)
+  %371 = add nuw <32 x i32> %368, splat (i32 32767)
+  %372 = add nuw <32 x i32> %371, %370
+  %373 = lshr <32 x i32> %372, splat (i32 16)
+  %374 = trunc nuw <32 x i32> %373 to <32 x i16>
+  %gep624.us.3.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 192
+  store <32 x i16> %374, ptr %gep624.us.3.3.i, align 2, !tbaa !5
+  %375 = getelementptr float, ptr %198, i64 %199
+  %376 = load float, ptr %200, align 16, !tbaa !18
+  %377 = fcmp oeq float %376, 0.000000e+00
+  br i1 %377, label %if_end221.us.i, label %if_else220.us.i
+
+if_else220.us.i:                                  ; preds = %for_body_tile202.us.i
+  %378 = tail call float @llvm.log.f32(float %376)
+  %379 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %199
+  %380 = load float, ptr %379, align 16, !tbaa !20
+  %381 = fadd float %378, %380
+  br label %if_end221.us.i
+
+if_end221.us.i:                                   ; preds = %if_else220.us.i, %for_body_tile202.us.i
+  %382 = phi float [ %381, %if_else220.us.i ], [ 0xFFF0000000000000, %for_body_tile202.us.i ]
+  store float %382, ptr %375, align 4, !tbaa !5
+  %383 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %247
+  %384 = load float, ptr %383, align 4, !tbaa !18
+  %385 = fcmp oeq float %384, 0.000000e+00
+  br i1 %385, label %if_end221.us.1.i, label %if_else220.us.1.i
+
+if_else220.us.1.i:                                ; preds = %if_end221.us.i
+  %386 = tail call float @llvm.log.f32(float %384)
+  %387 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %247
+  %388 = load float, ptr %387, align 4, !tbaa !20
+  %389 = fadd float %386, %388
+  br label %if_end221.us.1.i
+
+if_end221.us.1.i:                                 ; preds = %if_else220.us.1.i, %if_end221.us.i
+  %390 = phi float [ %389, %if_else220.us.1.i ], [ 0xFFF0000000000000, %if_end221.us.i ]
+  %391 = getelementptr i8, ptr %375, i64 4
+  store float %390, ptr %391, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %290
+  %393 = load float, ptr %392, align 8, !tbaa !18
+  %394 = fcmp oeq float %393, 0.000000e+00
+  br i1 %394, label %if_end221.us.2.i, label %if_else220.us.2.i
+
+if_else220.us.2.i:                                ; preds = %if_end221.us.1.i
+  %395 = tail call float @llvm.log.f32(float %393)
+  %396 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %290
+  %397 = load float, ptr %396, align 8, !tbaa !20
+  %398 = fadd float %395, %397
+  br label %if_end221.us.2.i
+
+if_end221.us.2.i:                                 ; preds = %if_else220.us.2.i, %if_end221.us.1.i
+  %399 = phi float [ %398, %if_else220.us.2.i ], [ 0xFFF0000000000000, %if_end221.us.1.i ]
+  %400 = getelementptr i8, ptr %375, i64 8
+  store float %399, ptr %400, align 4, !tbaa !5
+  %401 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %333
+  %402 = load float, ptr %401, align 4, !tbaa !18
+  %403 = fcmp oeq float %402, 0.000000e+00
+  br i1 %403, label %if_end221.us.3.i, label %if_else220.us.3.i
+
+if_else220.us.3.i:                                ; preds = %if_end221.us.2.i
+  %404 = tail call float @llvm.log.f32(float %402)
+  %405 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %333
+  %406 = load float, ptr %405, align 4, !tbaa !20
+  %407 = fadd float %404, %406
+  br label %if_end221.us.3.i
+
+if_end221.us.3.i:                                 ; preds = %if_else220.us.3.i, %if_end221.us.2.i
+  %408 = phi float [ %407, %if_else220.us.3.i ], [ 0xFFF0000000000000, %if_end221.us.2.i ]
+  %409 = getelementptr i8, ptr %375, i64 12
+  store float %408, ptr %409, align 4, !tbaa !5
+  %indvars.iv.next824.i = add nuw nsw i64 %indvars.iv823.i, 1
+  %exitcond826.not.i = icmp eq i64 %indvars.iv.next824.i, 8
+  br i1 %exitcond826.not.i, label %for_end_tile203.i, label %for_body_tile202.us.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %187 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %187(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %188 = icmp eq ptr %key_offsets.i, null
-  br i1 %188, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
-
-for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile222.preheader.i, label %for_begin_tile204.preheader.i
-
-for_begin_tile222.preheader.i:                    ; preds = %for_end_step.i
-  %189 = add nuw nsw i64 %indvars.iv887.i, %cse_v26.i
-  %190 = shl nuw nsw i64 %189, 5
-  %.idx.i = shl nuw nsw i64 %189, 14
-  %191 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile223.i
-
-for_begin_tile204.preheader.i:                    ; preds = %for_end_step.i
-  %192 = mul nsw i64 %cse_v28.i, %out_batch
-  %193 = getelementptr i16, ptr %out, i64 %192
-  %194 = mul nsw i64 %cse_v28.i, %lse_batch
-  %195 = getelementptr float, ptr %lse, i64 %194
-  br label %for_body_tile205.i
+  %410 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %410(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %411 = icmp eq ptr %key_offsets.i, null
+  br i1 %411, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
 
 if_end15.i:                                       ; preds = %for_body_step.i
-  %196 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %196(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %197 = icmp eq ptr %value_offsets.i, null
-  br i1 %197, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
+  %412 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %412(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %413 = icmp eq ptr %value_offsets.i, null
+  br i1 %413, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
 if_end18.i:                                       ; preds = %if_end15.i
-  %198 = shl nsw i64 %indvars.iv833.i, 7
-  %199 = add nuw nsw i64 %198, %93
-  %200 = sub nsw i64 %106, %198
-  %201 = trunc nsw i64 %200 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %201, i32 128)
-  %202 = add nsw i32 %valid_len.i, 15
-  %num_groups.i = ashr i32 %202, 4
-  %indvars.iv.next834.i = add nuw nsw i64 %indvars.iv833.i, 1
-  %203 = and i32 %202, -16
-  %204 = icmp samesign ult i64 %indvars.iv.next834.i, %105
-  %num_offsets.i = select i1 %204, i32 256, i32 %203
-  %205 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %205, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %414 = shl nsw i64 %indvars.iv787.i, 7
+  %415 = sub nsw i64 %112, %414
+  %416 = trunc nsw i64 %415 to i32
+  %417 = tail call i32 @llvm.smin.i32(i32 %416, i32 128)
+  %418 = add nsw i32 %417, 15
+  %indvars.iv.next788.i = add nuw nsw i64 %indvars.iv787.i, 1
+  %419 = ashr i32 %418, 4
+  %420 = and i32 %418, -16
+  %421 = icmp samesign ult i64 %indvars.iv.next788.i, %111
+  %422 = select i1 %421, i32 256, i32 %420
+  %423 = icmp sgt i32 %422, 0
+  br i1 %423, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.preheader.i:                           ; preds = %if_end18.i
-  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
+for_body_t.lr.ph.i:                               ; preds = %if_end18.i
+  %424 = add nuw nsw i64 %414, %93
+  %wide.trip.count.i = zext nneg i32 %422 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv690.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next691.i.1, %for_body_t.i ]
-  %206 = add nuw nsw i64 %indvars.iv690.i, %199
-  %207 = trunc i64 %206 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %207, i32 %last_token.i)
-  %cse_v134.i = sext i32 %token.i to i64
-  %208 = ashr i64 %cse_v134.i, 4
-  %gep436.i = getelementptr i32, ptr %invariant.gep435.i, i64 %208
-  %209 = load i32, ptr %gep436.i, align 4, !tbaa !5
-  %block.i = sext i32 %209 to i64
-  %210 = and i64 %cse_v134.i, 15
-  %211 = mul nsw i64 %210, %k_row
-  %212 = mul nsw i64 %k_block, %block.i
-  %213 = add nsw i64 %211, %212
-  %214 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv690.i
-  store i64 %213, ptr %214, align 8, !tbaa !5
-  %indvars.iv.next691.i = or disjoint i64 %indvars.iv690.i, 1
-  %215 = add nuw nsw i64 %indvars.iv.next691.i, %199
-  %216 = trunc i64 %215 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %216, i32 %last_token.i)
-  %cse_v134.i.1 = sext i32 %token.i.1 to i64
-  %217 = ashr i64 %cse_v134.i.1, 4
-  %gep436.i.1 = getelementptr i32, ptr %invariant.gep435.i, i64 %217
-  %218 = load i32, ptr %gep436.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %218 to i64
-  %219 = and i64 %cse_v134.i.1, 15
-  %220 = mul nsw i64 %219, %k_row
-  %221 = mul nsw i64 %k_block, %block.i.1
-  %222 = add nsw i64 %220, %221
-  %223 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next691.i
-  store i64 %222, ptr %223, align 8, !tbaa !5
-  %indvars.iv.next691.i.1 = add nuw nsw i64 %indvars.iv690.i, 2
-  %exitcond693.not.i.1 = icmp eq i64 %indvars.iv.next691.i.1, %wide.trip.count.i
-  br i1 %exitcond693.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !19
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
+  %indvars.iv684.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next685.i.1, %for_body_t.i ]
+  %425 = add nuw nsw i64 %indvars.iv684.i, %424
+  %426 = trunc i64 %425 to i32
+  %427 = tail call i32 @llvm.smin.i32(i32 %426, i32 %.reass.i)
+  %428 = sext i32 %427 to i64
+  %429 = ashr i64 %428, 4
+  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %429
+  %430 = load i32, ptr %gep433.i, align 4, !tbaa !5
+  %block.i = sext i32 %430 to i64
+  %431 = and i64 %428, 15
+  %432 = mul nsw i64 %431, %k_row
+  %433 = mul nsw i64 %k_block, %block.i
+  %434 = add nsw i64 %432, %433
+  %435 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv684.i
+  store i64 %434, ptr %435, align 8, !tbaa !5
+  %indvars.iv.next685.i = or disjoint i64 %indvars.iv684.i, 1
+  %436 = add nuw nsw i64 %indvars.iv.next685.i, %424
+  %437 = trunc i64 %436 to i32
+  %438 = tail call i32 @llvm.smin.i32(i32 %437, i32 %.reass.i)
+  %439 = sext i32 %438 to i64
+  %440 = ashr i64 %439, 4
+  %gep433.i.1 = getelementptr i32, ptr %invariant.gep432.i, i64 %440
+  %441 = load i32, ptr %gep433.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %441 to i64
+  %442 = and i64 %439, 15
+  %443 = mul nsw i64 %442, %k_row
+  %444 = mul nsw i64 %k_block, %block.i.1
+  %445 = add nsw i64 %443, %444
+  %446 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next685.i
+  store i64 %445, ptr %446, align 8, !tbaa !5
+  %indvars.iv.next685.i.1 = add nuw nsw i64 %indvars.iv684.i, 2
+  %exitcond687.not.i.1 = icmp eq i64 %indvars.iv.next685.i.1, %wide.trip.count.i
+  br i1 %exitcond687.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
-  %224 = icmp sgt i32 %num_groups.i, 0
-  %225 = icmp sgt i64 %200, 0
-  %226 = icmp eq i64 %indvars.iv833.i, 0
-  %227 = insertelement <4 x i1> poison, i1 %226, i64 0
-  %228 = shufflevector <4 x i1> %227, <4 x i1> poison, <4 x i32> zeroinitializer
-  %num_full.i = ashr i32 %valid_len.i, 4
-  %229 = icmp sgt i32 %num_full.i, 0
-  %230 = and i32 %valid_len.i, 15
-  %.not640.i = icmp eq i32 %230, 0
-  %231 = and i32 %valid_len.i, -16
-  %232 = sext i32 %231 to i64
-  %233 = zext i32 %num_full.i to i64
-  %wide.trip.count720.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count720.i, 3
-  %234 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count720.i, 2147483644
+  %447 = icmp sgt i32 %419, 0
+  %448 = icmp sgt i64 %415, 0
+  %449 = icmp eq i64 %indvars.iv787.i, 0
+  %450 = insertelement <4 x i1> poison, i1 %449, i64 0
+  %451 = shufflevector <4 x i1> %450, <4 x i1> poison, <4 x i32> zeroinitializer
+  %452 = ashr i32 %417, 4
+  %453 = icmp sgt i32 %452, 0
+  %454 = and i32 %417, 15
+  %.not635.i = icmp eq i32 %454, 0
+  %455 = and i32 %417, -16
+  %456 = sext i32 %455 to i64
+  %457 = zext i32 %452 to i64
+  %wide.trip.count709.i = zext i32 %419 to i64
+  %xtraiter = and i64 %wide.trip.count709.i, 3
+  %458 = icmp ult i32 %419, 4
+  %unroll_iter = and i64 %wide.trip.count709.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod201 = icmp ne i64 %xtraiter, 0
-  %xtraiter202 = and i64 %wide.trip.count720.i, 3
-  %235 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter206 = and i64 %wide.trip.count720.i, 2147483644
-  %lcmp.mod204.not = icmp eq i64 %xtraiter202, 0
-  %lcmp.mod205 = icmp ne i64 %xtraiter202, 0
-  %xtraiter208 = and i64 %wide.trip.count720.i, 3
-  %236 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter212 = and i64 %wide.trip.count720.i, 2147483644
-  %lcmp.mod210.not = icmp eq i64 %xtraiter208, 0
-  %lcmp.mod211 = icmp ne i64 %xtraiter208, 0
-  %xtraiter214 = and i64 %wide.trip.count720.i, 3
-  %237 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter218 = and i64 %wide.trip.count720.i, 2147483644
-  %lcmp.mod216.not = icmp eq i64 %xtraiter214, 0
-  %lcmp.mod217 = icmp ne i64 %xtraiter214, 0
-  %xtraiter220 = and i64 %wide.trip.count720.i, 7
-  %238 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter225 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod222.not = icmp eq i64 %xtraiter220, 0
-  %lcmp.mod224 = icmp ne i64 %xtraiter220, 0
-  %xtraiter227 = and i64 %wide.trip.count720.i, 7
-  %239 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter232 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod229.not = icmp eq i64 %xtraiter227, 0
-  %lcmp.mod231 = icmp ne i64 %xtraiter227, 0
-  %xtraiter234 = and i64 %wide.trip.count720.i, 7
-  %240 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter239 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod236.not = icmp eq i64 %xtraiter234, 0
-  %lcmp.mod238 = icmp ne i64 %xtraiter234, 0
-  %xtraiter241 = and i64 %wide.trip.count720.i, 7
-  %241 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter246 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod243.not = icmp eq i64 %xtraiter241, 0
-  %lcmp.mod245 = icmp ne i64 %xtraiter241, 0
-  %xtraiter248 = and i64 %wide.trip.count720.i, 7
-  %242 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter253 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod250.not = icmp eq i64 %xtraiter248, 0
-  %lcmp.mod252 = icmp ne i64 %xtraiter248, 0
-  %xtraiter255 = and i64 %wide.trip.count720.i, 7
-  %243 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter260 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod257.not = icmp eq i64 %xtraiter255, 0
-  %lcmp.mod259 = icmp ne i64 %xtraiter255, 0
-  %xtraiter262 = and i64 %wide.trip.count720.i, 7
-  %244 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter267 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod264.not = icmp eq i64 %xtraiter262, 0
-  %lcmp.mod266 = icmp ne i64 %xtraiter262, 0
-  %xtraiter269 = and i64 %wide.trip.count720.i, 7
-  %245 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter274 = and i64 %wide.trip.count720.i, 2147483640
-  %lcmp.mod271.not = icmp eq i64 %xtraiter269, 0
-  %lcmp.mod273 = icmp ne i64 %xtraiter269, 0
-  %xtraiter277 = and i64 %186, 1
-  %246 = icmp eq i32 %185, 1
-  %unroll_iter303 = and i64 %186, 14
-  %lcmp.mod293.not = icmp eq i64 %xtraiter277, 0
-  %lcmp.mod302 = icmp ne i64 %xtraiter277, 0
+  %lcmp.mod202 = icmp ne i64 %xtraiter, 0
+  %xtraiter203 = and i64 %wide.trip.count709.i, 3
+  %459 = icmp ult i32 %419, 4
+  %unroll_iter207 = and i64 %wide.trip.count709.i, 2147483644
+  %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
+  %lcmp.mod206 = icmp ne i64 %xtraiter203, 0
+  %xtraiter209 = and i64 %wide.trip.count709.i, 3
+  %460 = icmp ult i32 %419, 4
+  %unroll_iter213 = and i64 %wide.trip.count709.i, 2147483644
+  %lcmp.mod211.not = icmp eq i64 %xtraiter209, 0
+  %lcmp.mod212 = icmp ne i64 %xtraiter209, 0
+  %xtraiter215 = and i64 %wide.trip.count709.i, 3
+  %461 = icmp ult i32 %419, 4
+  %unroll_iter219 = and i64 %wide.trip.count709.i, 2147483644
+  %lcmp.mod217.not = icmp eq i64 %xtraiter215, 0
+  %lcmp.mod218 = icmp ne i64 %xtraiter215, 0
+  %xtraiter221 = and i64 %wide.trip.count709.i, 7
+  %462 = icmp ult i32 %419, 8
+  %unroll_iter226 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod223.not = icmp eq i64 %xtraiter221, 0
+  %lcmp.mod225 = icmp ne i64 %xtraiter221, 0
+  %xtraiter228 = and i64 %wide.trip.count709.i, 7
+  %463 = icmp ult i32 %419, 8
+  %unroll_iter233 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod230.not = icmp eq i64 %xtraiter228, 0
+  %lcmp.mod232 = icmp ne i64 %xtraiter228, 0
+  %xtraiter235 = and i64 %wide.trip.count709.i, 7
+  %464 = icmp ult i32 %419, 8
+  %unroll_iter240 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod237.not = icmp eq i64 %xtraiter235, 0
+  %lcmp.mod239 = icmp ne i64 %xtraiter235, 0
+  %xtraiter242 = and i64 %wide.trip.count709.i, 7
+  %465 = icmp ult i32 %419, 8
+  %unroll_iter247 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod244.not = icmp eq i64 %xtraiter242, 0
+  %lcmp.mod246 = icmp ne i64 %xtraiter242, 0
+  %xtraiter249 = and i64 %wide.trip.count709.i, 7
+  %466 = icmp ult i32 %419, 8
+  %unroll_iter254 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod251.not = icmp eq i64 %xtraiter249, 0
+  %lcmp.mod253 = icmp ne i64 %xtraiter249, 0
+  %xtraiter256 = and i64 %wide.trip.count709.i, 7
+  %467 = icmp ult i32 %419, 8
+  %unroll_iter261 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
+  %lcmp.mod260 = icmp ne i64 %xtraiter256, 0
+  %xtraiter263 = and i64 %wide.trip.count709.i, 7
+  %468 = icmp ult i32 %419, 8
+  %unroll_iter268 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod265.not = icmp eq i64 %xtraiter263, 0
+  %lcmp.mod267 = icmp ne i64 %xtraiter263, 0
+  %xtraiter270 = and i64 %wide.trip.count709.i, 7
+  %469 = icmp ult i32 %419, 8
+  %unroll_iter275 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod272.not = icmp eq i64 %xtraiter270, 0
+  %lcmp.mod274 = icmp ne i64 %xtraiter270, 0
+  %xtraiter278 = and i64 %191, 1
+  %470 = icmp eq i32 %190, 1
+  %unroll_iter304 = and i64 %191, 14
+  %lcmp.mod294.not = icmp eq i64 %xtraiter278, 0
+  %lcmp.mod303 = icmp ne i64 %xtraiter278, 0
   br label %for_begin_kv_head.i
 
 for_body_t21.i:                                   ; preds = %for_body_t21.i, %for_body_t.i
-  %indvars.iv694.i = phi i64 [ %indvars.iv.next695.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
-  %247 = add nuw nsw i64 %indvars.iv694.i, %199
-  %248 = trunc i64 %247 to i32
-  %token26.i = tail call i32 @llvm.smin.i32(i32 %248, i32 %last_token.i)
-  %cse_v135.i = sext i32 %token26.i to i64
-  %249 = ashr i64 %cse_v135.i, 4
-  %gep439.i = getelementptr i32, ptr %invariant.gep435.i, i64 %249
-  %250 = load i32, ptr %gep439.i, align 4, !tbaa !5
-  %block28.i = sext i32 %250 to i64
-  %251 = and i64 %cse_v135.i, 15
-  %252 = mul nsw i64 %251, %v_row
-  %253 = mul nsw i64 %v_block, %block28.i
-  %254 = add nsw i64 %252, %253
-  %255 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv694.i
-  store i64 %254, ptr %255, align 8, !tbaa !5
-  %indvars.iv.next695.i = or disjoint i64 %indvars.iv694.i, 1
-  %256 = add nuw nsw i64 %indvars.iv.next695.i, %199
-  %257 = trunc i64 %256 to i32
-  %token26.i.1 = tail call i32 @llvm.smin.i32(i32 %257, i32 %last_token.i)
-  %cse_v135.i.1 = sext i32 %token26.i.1 to i64
-  %258 = ashr i64 %cse_v135.i.1, 4
-  %gep439.i.1 = getelementptr i32, ptr %invariant.gep435.i, i64 %258
-  %259 = load i32, ptr %gep439.i.1, align 4, !tbaa !5
-  %block28.i.1 = sext i32 %259 to i64
-  %260 = and i64 %cse_v135.i.1, 15
-  %261 = mul nsw i64 %260, %v_row
-  %262 = mul nsw i64 %v_block, %block28.i.1
-  %263 = add nsw i64 %261, %262
-  %264 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next695.i
-  store i64 %263, ptr %264, align 8, !tbaa !5
-  %indvars.iv.next695.i.1 = add nuw nsw i64 %indvars.iv694.i, 2
-  %exitcond698.not.i.1 = icmp eq i64 %indvars.iv.next695.i.1, %wide.trip.count.i
-  br i1 %exitcond698.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !21
+  %indvars.iv688.i = phi i64 [ %indvars.iv.next689.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
+  %471 = add nuw nsw i64 %indvars.iv688.i, %424
+  %472 = trunc i64 %471 to i32
+  %473 = tail call i32 @llvm.smin.i32(i32 %472, i32 %.reass.i)
+  %474 = sext i32 %473 to i64
+  %475 = ashr i64 %474, 4
+  %gep436.i = getelementptr i32, ptr %invariant.gep432.i, i64 %475
+  %476 = load i32, ptr %gep436.i, align 4, !tbaa !5
+  %block28.i = sext i32 %476 to i64
+  %477 = and i64 %474, 15
+  %478 = mul nsw i64 %477, %v_row
+  %479 = mul nsw i64 %v_block, %block28.i
+  %480 = add nsw i64 %478, %479
+  %481 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv688.i
+  store i64 %480, ptr %481, align 8, !tbaa !5
+  %indvars.iv.next689.i = or disjoint i64 %indvars.iv688.i, 1
+  %482 = add nuw nsw i64 %indvars.iv.next689.i, %424
+  %483 = trunc i64 %482 to i32
+  %484 = tail call i32 @llvm.smin.i32(i32 %483, i32 %.reass.i)
+  %485 = sext i32 %484 to i64
+  %486 = ashr i64 %485, 4
+  %gep436.i.1 = getelementptr i32, ptr %invariant.gep432.i, i64 %486
+  %487 = load i32, ptr %gep436.i.1, align 4, !tbaa !5
+  %block28.i.1 = sext i32 %487 to i64
+  %488 = and i64 %485, 15
+  %489 = mul nsw i64 %488, %v_row
+  %490 = mul nsw i64 %v_block, %block28.i.1
+  %491 = add nsw i64 %489, %490
+  %492 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next689.i
+  store i64 %491, ptr %492, align 8, !tbaa !5
+  %indvars.iv.next689.i.1 = add nuw nsw i64 %indvars.iv688.i, 2
+  %exitcond692.not.i.1 = icmp eq i64 %indvars.iv.next689.i.1, %wide.trip.count.i
+  br i1 %exitcond692.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
 
 for_begin_kv_head.i:                              ; preds = %if_end190.i, %for_begin_kv_head.preheader.i
-  %indvars.iv827.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next828.i, %if_end190.i ]
-  %exitcond832.not.i = icmp eq i64 %indvars.iv827.i, 8
-  br i1 %exitcond832.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
+  %indvars.iv783.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next784.i, %if_end190.i ]
+  %exitcond786.not.i = icmp eq i64 %indvars.iv783.i, 8
+  br i1 %exitcond786.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %265 = icmp eq i64 %indvars.iv827.i, 7
-  %266 = and i1 %204, %265
-  %ahead_t.i = select i1 %266, i32 128, i32 0
-  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
-  %ahead_head.i = select i1 %265, i64 0, i64 %indvars.iv.next828.i
-  %k_now.i = mul nsw i64 %indvars.iv827.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv827.i, %v_head
-  %267 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.i = tail call ptr %267(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %268 = icmp eq ptr %scores.i, null
-  br i1 %268, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
+  %493 = icmp eq i64 %indvars.iv783.i, 7
+  %494 = and i1 %421, %493
+  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
+  %495 = trunc nuw nsw i64 %indvars.iv.next784.i to i32
+  %496 = select i1 %493, i32 0, i32 %495
+  %497 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %497(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %498 = icmp eq ptr %scores.i, null
+  br i1 %498, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %269 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %270 = tail call i32 %269(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not274.i = icmp eq i32 %270, 0
-  br i1 %.not274.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !18
+  %499 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %500 = tail call i32 %499(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not270.i = icmp eq i32 %500, 0
+  br i1 %.not270.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
-  %271 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %probs.i = tail call ptr %271(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %272 = icmp eq ptr %probs.i, null
-  br i1 %272, label %fused_decode_compute_.exit, label %if_end35.i, !prof !8
+  %501 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %501(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %502 = icmp eq ptr %probs.i, null
+  br i1 %502, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
 
-if_end35.i:                                       ; preds = %if_end32.i
-  %273 = shl nuw nsw i64 %indvars.iv827.i, 9
-  br i1 %224, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+for_begin_to_m.preheader.i:                       ; preds = %if_end32.i
+  br i1 %447, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
-for_body_to_m.lr.ph.i:                            ; preds = %if_end35.i
-  %274 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep455.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %275 = zext nneg i32 %ahead_t.i to i64
-  %276 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %273
-  %277 = getelementptr inbounds nuw i8, ptr %276, i64 512
-  %278 = getelementptr inbounds nuw i8, ptr %276, i64 1024
-  %279 = getelementptr inbounds nuw i8, ptr %276, i64 1536
-  %280 = getelementptr inbounds nuw i8, ptr %276, i64 64
-  %281 = getelementptr inbounds nuw i8, ptr %276, i64 576
-  %282 = getelementptr inbounds nuw i8, ptr %276, i64 1088
-  %283 = getelementptr inbounds nuw i8, ptr %276, i64 1600
-  %284 = getelementptr inbounds nuw i8, ptr %276, i64 128
-  %285 = getelementptr inbounds nuw i8, ptr %276, i64 640
-  %286 = getelementptr inbounds nuw i8, ptr %276, i64 1152
-  %287 = getelementptr inbounds nuw i8, ptr %276, i64 1664
-  %288 = getelementptr inbounds nuw i8, ptr %276, i64 192
-  %289 = getelementptr inbounds nuw i8, ptr %276, i64 704
-  %290 = getelementptr inbounds nuw i8, ptr %276, i64 1216
-  %291 = getelementptr inbounds nuw i8, ptr %276, i64 1728
-  %292 = getelementptr inbounds nuw i8, ptr %276, i64 256
-  %293 = getelementptr inbounds nuw i8, ptr %276, i64 768
-  %294 = getelementptr inbounds nuw i8, ptr %276, i64 1280
-  %295 = getelementptr inbounds nuw i8, ptr %276, i64 1792
-  %296 = getelementptr inbounds nuw i8, ptr %276, i64 320
-  %297 = getelementptr inbounds nuw i8, ptr %276, i64 832
-  %298 = getelementptr inbounds nuw i8, ptr %276, i64 1344
-  %299 = getelementptr inbounds nuw i8, ptr %276, i64 1856
-  %300 = getelementptr inbounds nuw i8, ptr %276, i64 384
-  %301 = getelementptr inbounds nuw i8, ptr %276, i64 896
-  %302 = getelementptr inbounds nuw i8, ptr %276, i64 1408
-  %303 = getelementptr inbounds nuw i8, ptr %276, i64 1920
-  %304 = getelementptr inbounds nuw i8, ptr %276, i64 448
-  %305 = getelementptr inbounds nuw i8, ptr %276, i64 960
-  %306 = getelementptr inbounds nuw i8, ptr %276, i64 1472
-  %307 = getelementptr inbounds nuw i8, ptr %276, i64 1984
-  %invariant.gep88 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %275
+for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
+  %503 = zext nneg i32 %496 to i64
+  %504 = mul nsw i64 %k_head, %503
+  %505 = mul nsw i64 %indvars.iv783.i, %k_head
+  %invariant.gep451.i = getelementptr i32, ptr %key_cache, i64 %505
+  %506 = select i1 %494, i64 128, i64 0
+  %.idx59 = shl nuw nsw i64 %indvars.iv783.i, 11
+  %507 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
+  %508 = getelementptr inbounds nuw i8, ptr %507, i64 512
+  %509 = getelementptr inbounds nuw i8, ptr %507, i64 1024
+  %510 = getelementptr inbounds nuw i8, ptr %507, i64 1536
+  %511 = getelementptr inbounds nuw i8, ptr %507, i64 64
+  %512 = getelementptr inbounds nuw i8, ptr %507, i64 576
+  %513 = getelementptr inbounds nuw i8, ptr %507, i64 1088
+  %514 = getelementptr inbounds nuw i8, ptr %507, i64 1600
+  %515 = getelementptr inbounds nuw i8, ptr %507, i64 128
+  %516 = getelementptr inbounds nuw i8, ptr %507, i64 640
+  %517 = getelementptr inbounds nuw i8, ptr %507, i64 1152
+  %518 = getelementptr inbounds nuw i8, ptr %507, i64 1664
+  %519 = getelementptr inbounds nuw i8, ptr %507, i64 192
+  %520 = getelementptr inbounds nuw i8, ptr %507, i64 704
+  %521 = getelementptr inbounds nuw i8, ptr %507, i64 1216
+  %522 = getelementptr inbounds nuw i8, ptr %507, i64 1728
+  %523 = getelementptr inbounds nuw i8, ptr %507, i64 256
+  %524 = getelementptr inbounds nuw i8, ptr %507, i64 768
+  %525 = getelementptr inbounds nuw i8, ptr %507, i64 1280
+  %526 = getelementptr inbounds nuw i8, ptr %507, i64 1792
+  %527 = getelementptr inbounds nuw i8, ptr %507, i64 320
+  %528 = getelementptr inbounds nuw i8, ptr %507, i64 832
+  %529 = getelementptr inbounds nuw i8, ptr %507, i64 1344
+  %530 = getelementptr inbounds nuw i8, ptr %507, i64 1856
+  %531 = getelementptr inbounds nuw i8, ptr %507, i64 384
+  %532 = getelementptr inbounds nuw i8, ptr %507, i64 896
+  %533 = getelementptr inbounds nuw i8, ptr %507, i64 1408
+  %534 = getelementptr inbounds nuw i8, ptr %507, i64 1920
+  %535 = getelementptr inbounds nuw i8, ptr %507, i64 448
+  %536 = getelementptr inbounds nuw i8, ptr %507, i64 960
+  %537 = getelementptr inbounds nuw i8, ptr %507, i64 1472
+  %538 = getelementptr inbounds nuw i8, ptr %507, i64 1984
+  %invariant.gep146 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %506
   br label %for_body_to_m.i
 
-for_begin_to_m.i:                                 ; preds = %for_body_r.preheader.i
-  %indvars.iv.next717.i = add nuw nsw i64 %indvars.iv716.i, 1
-  %exitcond721.not.i = icmp eq i64 %indvars.iv.next717.i, %wide.trip.count720.i
-  br i1 %exitcond721.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to_m.i:                                 ; preds = %for_begin_r.preheader.i
+  %indvars.iv.next707.i = add nuw nsw i64 %indvars.iv706.i, 1
+  %exitcond710.not.i = icmp eq i64 %indvars.iv.next707.i, %wide.trip.count709.i
+  br i1 %exitcond710.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv716.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next717.i, %for_begin_to_m.i ]
-  %308 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %308(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %309 = icmp eq ptr %scores.rf.i, null
-  br i1 %309, label %fused_decode_compute_.exit, label %if_end38.i, !prof !8
+  %indvars.iv706.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next707.i, %for_begin_to_m.i ]
+  %539 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.rf.i = tail call ptr %539(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %540 = icmp eq ptr %scores.rf.i, null
+  br i1 %540, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
+
+for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
+  %541 = shl nsw i64 %indvars.iv706.i, 4
+  %invariant.gep950.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %541
+  %gep147 = getelementptr inbounds nuw i64, ptr %invariant.gep146, i64 %541
+  br label %for_begin_n_1.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %310 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled.i = tail call ptr %310(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %311 = icmp eq ptr %scaled.i, null
-  br i1 %311, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %542 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %542(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %543 = icmp eq ptr %scaled.i, null
+  br i1 %543, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %234, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
+  br i1 %458, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
 
-for_end_to_m.thread.i:                            ; preds = %if_end35.i
-  %312 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled968.i = tail call ptr %312(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %313 = icmp eq ptr %scaled968.i, null
-  br i1 %313, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
+for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
+  %544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled915.i = tail call ptr %544(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %545 = icmp eq ptr %scaled915.i, null
+  br i1 %545, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv722.i = phi i64 [ %indvars.iv.next723.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv711.i = phi i64 [ %indvars.iv.next712.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %314 = shl nsw i64 %indvars.iv722.i, 4
-  %315 = getelementptr inbounds nuw float, ptr %scores.i, i64 %314
-  %316 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %317 = fmul <16 x float> %91, %316
-  %318 = trunc i64 %314 to i32
-  %319 = sub i32 %valid_len.i, %318
-  %320 = insertelement <16 x i32> poison, i32 %319, i64 0
-  %321 = shufflevector <16 x i32> %320, <16 x i32> poison, <16 x i32> zeroinitializer
-  %322 = icmp sgt <16 x i32> %321, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %323 = select <16 x i1> %322, <16 x float> %317, <16 x float> splat (float 0xFFF0000000000000)
-  %324 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %314
-  store <16 x float> %323, ptr %324, align 4, !tbaa !5
-  %indvars.iv.next723.i = shl i64 %indvars.iv722.i, 4
-  %325 = or disjoint i64 %indvars.iv.next723.i, 16
-  %326 = getelementptr inbounds nuw float, ptr %scores.i, i64 %325
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %328 = fmul <16 x float> %91, %327
-  %329 = trunc i64 %325 to i32
-  %330 = sub i32 %valid_len.i, %329
-  %331 = insertelement <16 x i32> poison, i32 %330, i64 0
-  %332 = shufflevector <16 x i32> %331, <16 x i32> poison, <16 x i32> zeroinitializer
-  %333 = icmp sgt <16 x i32> %332, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %334 = select <16 x i1> %333, <16 x float> %328, <16 x float> splat (float 0xFFF0000000000000)
-  %335 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %325
-  store <16 x float> %334, ptr %335, align 4, !tbaa !5
-  %indvars.iv.next723.i.1 = shl i64 %indvars.iv722.i, 4
-  %336 = or disjoint i64 %indvars.iv.next723.i.1, 32
-  %337 = getelementptr inbounds nuw float, ptr %scores.i, i64 %336
-  %338 = load <16 x float>, ptr %337, align 4, !tbaa !5
-  %339 = fmul <16 x float> %91, %338
-  %340 = trunc i64 %336 to i32
-  %341 = sub i32 %valid_len.i, %340
-  %342 = insertelement <16 x i32> poison, i32 %341, i64 0
-  %343 = shufflevector <16 x i32> %342, <16 x i32> poison, <16 x i32> zeroinitializer
-  %344 = icmp sgt <16 x i32> %343, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %345 = select <16 x i1> %344, <16 x float> %339, <16 x float> splat (float 0xFFF0000000000000)
-  %346 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %336
-  store <16 x float> %345, ptr %346, align 4, !tbaa !5
-  %indvars.iv.next723.i.2 = shl i64 %indvars.iv722.i, 4
-  %347 = or disjoint i64 %indvars.iv.next723.i.2, 48
-  %348 = getelementptr inbounds nuw float, ptr %scores.i, i64 %347
-  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
-  %350 = fmul <16 x float> %91, %349
-  %351 = trunc i64 %347 to i32
-  %352 = sub i32 %valid_len.i, %351
-  %353 = insertelement <16 x i32> poison, i32 %352, i64 0
-  %354 = shufflevector <16 x i32> %353, <16 x i32> poison, <16 x i32> zeroinitializer
-  %355 = icmp sgt <16 x i32> %354, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %356 = select <16 x i1> %355, <16 x float> %350, <16 x float> splat (float 0xFFF0000000000000)
-  %357 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %347
-  store <16 x float> %356, ptr %357, align 4, !tbaa !5
-  %indvars.iv.next723.i.3 = add nuw nsw i64 %indvars.iv722.i, 4
+  %546 = shl nsw i64 %indvars.iv711.i, 4
+  %547 = getelementptr inbounds nuw float, ptr %scores.i, i64 %546
+  %548 = load <16 x float>, ptr %547, align 4, !tbaa !5
+  %549 = fmul <16 x float> %91, %548
+  %550 = trunc i64 %546 to i32
+  %551 = sub i32 %417, %550
+  %552 = insertelement <16 x i32> poison, i32 %551, i64 0
+  %553 = shufflevector <16 x i32> %552, <16 x i32> poison, <16 x i32> zeroinitializer
+  %554 = icmp sgt <16 x i32> %553, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %555 = select <16 x i1> %554, <16 x float> %549, <16 x float> splat (float 0xFFF0000000000000)
+  %556 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %546
+  store <16 x float> %555, ptr %556, align 4, !tbaa !5
+  %indvars.iv.next712.i = shl i64 %indvars.iv711.i, 4
+  %557 = or disjoint i64 %indvars.iv.next712.i, 16
+  %558 = getelementptr inbounds nuw float, ptr %scores.i, i64 %557
+  %559 = load <16 x float>, ptr %558, align 4, !tbaa !5
+  %560 = fmul <16 x float> %91, %559
+  %561 = trunc i64 %557 to i32
+  %562 = sub i32 %417, %561
+  %563 = insertelement <16 x i32> poison, i32 %562, i64 0
+  %564 = shufflevector <16 x i32> %563, <16 x i32> poison, <16 x i32> zeroinitializer
+  %565 = icmp sgt <16 x i32> %564, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %566 = select <16 x i1> %565, <16 x float> %560, <16 x float> splat (float 0xFFF0000000000000)
+  %567 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %557
+  store <16 x float> %566, ptr %567, align 4, !tbaa !5
+  %indvars.iv.next712.i.1 = shl i64 %indvars.iv711.i, 4
+  %568 = or disjoint i64 %indvars.iv.next712.i.1, 32
+  %569 = getelementptr inbounds nuw float, ptr %scores.i, i64 %568
+  %570 = load <16 x float>, ptr %569, align 4, !tbaa !5
+  %571 = fmul <16 x float> %91, %570
+  %572 = trunc i64 %568 to i32
+  %573 = sub i32 %417, %572
+  %574 = insertelement <16 x i32> poison, i32 %573, i64 0
+  %575 = shufflevector <16 x i32> %574, <16 x i32> poison, <16 x i32> zeroinitializer
+  %576 = icmp sgt <16 x i32> %575, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %577 = select <16 x i1> %576, <16 x float> %571, <16 x float> splat (float 0xFFF0000000000000)
+  %578 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %568
+  store <16 x float> %577, ptr %578, align 4, !tbaa !5
+  %indvars.iv.next712.i.2 = shl i64 %indvars.iv711.i, 4
+  %579 = or disjoint i64 %indvars.iv.next712.i.2, 48
+  %580 = getelementptr inbounds nuw float, ptr %scores.i, i64 %579
+  %581 = load <16 x float>, ptr %580, align 4, !tbaa !5
+  %582 = fmul <16 x float> %91, %581
+  %583 = trunc i64 %579 to i32
+  %584 = sub i32 %417, %583
+  %585 = insertelement <16 x i32> poison, i32 %584, i64 0
+  %586 = shufflevector <16 x i32> %585, <16 x i32> poison, <16 x i32> zeroinitializer
+  %587 = icmp sgt <16 x i32> %586, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %588 = select <16 x i1> %587, <16 x float> %582, <16 x float> splat (float 0xFFF0000000000000)
+  %589 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %579
+  store <16 x float> %588, ptr %589, align 4, !tbaa !5
+  %indvars.iv.next712.i.3 = add nuw nsw i64 %indvars.iv711.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !23, !llvm.loop !24
+  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !26, !llvm.loop !27
 
 for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !29
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv722.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next723.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod201)
+  %indvars.iv711.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next712.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod202)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv722.i.epil = phi i64 [ %indvars.iv.next723.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv722.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv711.i.epil = phi i64 [ %indvars.iv.next712.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv711.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %358 = shl nsw i64 %indvars.iv722.i.epil, 4
-  %359 = getelementptr inbounds nuw float, ptr %scores.i, i64 %358
-  %360 = load <16 x float>, ptr %359, align 4, !tbaa !5
-  %361 = fmul <16 x float> %91, %360
-  %362 = trunc i64 %358 to i32
-  %363 = sub i32 %valid_len.i, %362
-  %364 = insertelement <16 x i32> poison, i32 %363, i64 0
-  %365 = shufflevector <16 x i32> %364, <16 x i32> poison, <16 x i32> zeroinitializer
-  %366 = icmp sgt <16 x i32> %365, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %367 = select <16 x i1> %366, <16 x float> %361, <16 x float> splat (float 0xFFF0000000000000)
-  %368 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %358
-  store <16 x float> %367, ptr %368, align 4, !tbaa !5
-  %indvars.iv.next723.i.epil = add nuw nsw i64 %indvars.iv722.i.epil, 1
+  %590 = shl nsw i64 %indvars.iv711.i.epil, 4
+  %591 = getelementptr inbounds nuw float, ptr %scores.i, i64 %590
+  %592 = load <16 x float>, ptr %591, align 4, !tbaa !5
+  %593 = fmul <16 x float> %91, %592
+  %594 = trunc i64 %590 to i32
+  %595 = sub i32 %417, %594
+  %596 = insertelement <16 x i32> poison, i32 %595, i64 0
+  %597 = shufflevector <16 x i32> %596, <16 x i32> poison, <16 x i32> zeroinitializer
+  %598 = icmp sgt <16 x i32> %597, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %599 = select <16 x i1> %598, <16 x float> %593, <16 x float> splat (float 0xFFF0000000000000)
+  %600 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %590
+  store <16 x float> %599, ptr %600, align 4, !tbaa !5
+  %indvars.iv.next712.i.epil = add nuw nsw i64 %indvars.iv711.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !27
+  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !30
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %235, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
+  br i1 %459, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv722.1.i = phi i64 [ %indvars.iv.next723.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter207 = phi i64 [ %niter207.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %369 = shl nsw i64 %indvars.iv722.1.i, 4
-  %370 = add nuw nsw i64 %369, 128
-  %371 = getelementptr inbounds nuw float, ptr %scores.i, i64 %370
-  %372 = load <16 x float>, ptr %371, align 4, !tbaa !5
-  %373 = fmul <16 x float> %91, %372
-  %374 = trunc i64 %369 to i32
-  %375 = sub i32 %valid_len.i, %374
-  %376 = insertelement <16 x i32> poison, i32 %375, i64 0
-  %377 = shufflevector <16 x i32> %376, <16 x i32> poison, <16 x i32> zeroinitializer
-  %378 = icmp sgt <16 x i32> %377, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %379 = select <16 x i1> %378, <16 x float> %373, <16 x float> splat (float 0xFFF0000000000000)
-  %380 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %370
-  store <16 x float> %379, ptr %380, align 4, !tbaa !5
-  %indvars.iv.next723.1.i = shl i64 %indvars.iv722.1.i, 4
-  %381 = add nuw nsw i64 %indvars.iv.next723.1.i, 144
-  %382 = getelementptr inbounds nuw float, ptr %scores.i, i64 %381
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
-  %384 = fmul <16 x float> %91, %383
-  %385 = trunc i64 %indvars.iv.next723.1.i to i32
-  %386 = or disjoint i32 %385, 16
-  %387 = sub i32 %valid_len.i, %386
-  %388 = insertelement <16 x i32> poison, i32 %387, i64 0
-  %389 = shufflevector <16 x i32> %388, <16 x i32> poison, <16 x i32> zeroinitializer
-  %390 = icmp sgt <16 x i32> %389, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %391 = select <16 x i1> %390, <16 x float> %384, <16 x float> splat (float 0xFFF0000000000000)
-  %392 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %381
-  store <16 x float> %391, ptr %392, align 4, !tbaa !5
-  %indvars.iv.next723.1.i.1 = shl i64 %indvars.iv722.1.i, 4
-  %393 = add nuw nsw i64 %indvars.iv.next723.1.i.1, 160
-  %394 = getelementptr inbounds nuw float, ptr %scores.i, i64 %393
-  %395 = load <16 x float>, ptr %394, align 4, !tbaa !5
-  %396 = fmul <16 x float> %91, %395
-  %397 = trunc i64 %indvars.iv.next723.1.i.1 to i32
-  %398 = or disjoint i32 %397, 32
-  %399 = sub i32 %valid_len.i, %398
-  %400 = insertelement <16 x i32> poison, i32 %399, i64 0
-  %401 = shufflevector <16 x i32> %400, <16 x i32> poison, <16 x i32> zeroinitializer
-  %402 = icmp sgt <16 x i32> %401, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %403 = select <16 x i1> %402, <16 x float> %396, <16 x float> splat (float 0xFFF0000000000000)
-  %404 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %393
-  store <16 x float> %403, ptr %404, align 4, !tbaa !5
-  %indvars.iv.next723.1.i.2 = shl i64 %indvars.iv722.1.i, 4
-  %405 = add nuw nsw i64 %indvars.iv.next723.1.i.2, 176
-  %406 = getelementptr inbounds nuw float, ptr %scores.i, i64 %405
-  %407 = load <16 x float>, ptr %406, align 4, !tbaa !5
-  %408 = fmul <16 x float> %91, %407
-  %409 = trunc i64 %indvars.iv.next723.1.i.2 to i32
-  %410 = or disjoint i32 %409, 48
-  %411 = sub i32 %valid_len.i, %410
-  %412 = insertelement <16 x i32> poison, i32 %411, i64 0
-  %413 = shufflevector <16 x i32> %412, <16 x i32> poison, <16 x i32> zeroinitializer
-  %414 = icmp sgt <16 x i32> %413, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %415 = select <16 x i1> %414, <16 x float> %408, <16 x float> splat (float 0xFFF0000000000000)
-  %416 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %405
-  store <16 x float> %415, ptr %416, align 4, !tbaa !5
-  %indvars.iv.next723.1.i.3 = add nuw nsw i64 %indvars.iv722.1.i, 4
-  %niter207.next.3 = add i64 %niter207, 4
-  %niter207.ncmp.3 = icmp eq i64 %niter207.next.3, %unroll_iter206
-  br i1 %niter207.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
+  %indvars.iv711.1.i = phi i64 [ %indvars.iv.next712.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter208 = phi i64 [ %niter208.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %601 = shl nsw i64 %indvars.iv711.1.i, 4
+  %602 = add nuw nsw i64 %601, 128
+  %603 = getelementptr inbounds nuw float, ptr %scores.i, i64 %602
+  %604 = load <16 x float>, ptr %603, align 4, !tbaa !5
+  %605 = fmul <16 x float> %91, %604
+  %606 = trunc i64 %601 to i32
+  %607 = sub i32 %417, %606
+  %608 = insertelement <16 x i32> poison, i32 %607, i64 0
+  %609 = shufflevector <16 x i32> %608, <16 x i32> poison, <16 x i32> zeroinitializer
+  %610 = icmp sgt <16 x i32> %609, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %611 = select <16 x i1> %610, <16 x float> %605, <16 x float> splat (float 0xFFF0000000000000)
+  %612 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %602
+  store <16 x float> %611, ptr %612, align 4, !tbaa !5
+  %indvars.iv.next712.1.i = shl i64 %indvars.iv711.1.i, 4
+  %613 = add nuw nsw i64 %indvars.iv.next712.1.i, 144
+  %614 = getelementptr inbounds nuw float, ptr %scores.i, i64 %613
+  %615 = load <16 x float>, ptr %614, align 4, !tbaa !5
+  %616 = fmul <16 x float> %91, %615
+  %617 = trunc i64 %indvars.iv.next712.1.i to i32
+  %618 = or disjoint i32 %617, 16
+  %619 = sub i32 %417, %618
+  %620 = insertelement <16 x i32> poison, i32 %619, i64 0
+  %621 = shufflevector <16 x i32> %620, <16 x i32> poison, <16 x i32> zeroinitializer
+  %622 = icmp sgt <16 x i32> %621, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %623 = select <16 x i1> %622, <16 x float> %616, <16 x float> splat (float 0xFFF0000000000000)
+  %624 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %613
+  store <16 x float> %623, ptr %624, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.1 = shl i64 %indvars.iv711.1.i, 4
+  %625 = add nuw nsw i64 %indvars.iv.next712.1.i.1, 160
+  %626 = getelementptr inbounds nuw float, ptr %scores.i, i64 %625
+  %627 = load <16 x float>, ptr %626, align 4, !tbaa !5
+  %628 = fmul <16 x float> %91, %627
+  %629 = trunc i64 %indvars.iv.next712.1.i.1 to i32
+  %630 = or disjoint i32 %629, 32
+  %631 = sub i32 %417, %630
+  %632 = insertelement <16 x i32> poison, i32 %631, i64 0
+  %633 = shufflevector <16 x i32> %632, <16 x i32> poison, <16 x i32> zeroinitializer
+  %634 = icmp sgt <16 x i32> %633, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %635 = select <16 x i1> %634, <16 x float> %628, <16 x float> splat (float 0xFFF0000000000000)
+  %636 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %625
+  store <16 x float> %635, ptr %636, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.2 = shl i64 %indvars.iv711.1.i, 4
+  %637 = add nuw nsw i64 %indvars.iv.next712.1.i.2, 176
+  %638 = getelementptr inbounds nuw float, ptr %scores.i, i64 %637
+  %639 = load <16 x float>, ptr %638, align 4, !tbaa !5
+  %640 = fmul <16 x float> %91, %639
+  %641 = trunc i64 %indvars.iv.next712.1.i.2 to i32
+  %642 = or disjoint i32 %641, 48
+  %643 = sub i32 %417, %642
+  %644 = insertelement <16 x i32> poison, i32 %643, i64 0
+  %645 = shufflevector <16 x i32> %644, <16 x i32> poison, <16 x i32> zeroinitializer
+  %646 = icmp sgt <16 x i32> %645, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %647 = select <16 x i1> %646, <16 x float> %640, <16 x float> splat (float 0xFFF0000000000000)
+  %648 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %637
+  store <16 x float> %647, ptr %648, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.3 = add nuw nsw i64 %indvars.iv711.1.i, 4
+  %niter208.next.3 = add i64 %niter208, 4
+  %niter208.ncmp.3 = icmp eq i64 %niter208.next.3, %unroll_iter207
+  br i1 %niter208.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod204.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod205.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv722.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next723.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod205)
+  %indvars.iv711.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next712.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod206)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv722.1.i.epil = phi i64 [ %indvars.iv.next723.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv722.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter203 = phi i64 [ %epil.iter203.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %417 = shl nsw i64 %indvars.iv722.1.i.epil, 4
-  %418 = add nuw nsw i64 %417, 128
-  %419 = getelementptr inbounds nuw float, ptr %scores.i, i64 %418
-  %420 = load <16 x float>, ptr %419, align 4, !tbaa !5
-  %421 = fmul <16 x float> %91, %420
-  %422 = trunc i64 %417 to i32
-  %423 = sub i32 %valid_len.i, %422
-  %424 = insertelement <16 x i32> poison, i32 %423, i64 0
-  %425 = shufflevector <16 x i32> %424, <16 x i32> poison, <16 x i32> zeroinitializer
-  %426 = icmp sgt <16 x i32> %425, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %427 = select <16 x i1> %426, <16 x float> %421, <16 x float> splat (float 0xFFF0000000000000)
-  %428 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %418
-  store <16 x float> %427, ptr %428, align 4, !tbaa !5
-  %indvars.iv.next723.1.i.epil = add nuw nsw i64 %indvars.iv722.1.i.epil, 1
-  %epil.iter203.next = add i64 %epil.iter203, 1
-  %epil.iter203.cmp.not = icmp eq i64 %epil.iter203.next, %xtraiter202
-  br i1 %epil.iter203.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
+  %indvars.iv711.1.i.epil = phi i64 [ %indvars.iv.next712.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv711.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %649 = shl nsw i64 %indvars.iv711.1.i.epil, 4
+  %650 = add nuw nsw i64 %649, 128
+  %651 = getelementptr inbounds nuw float, ptr %scores.i, i64 %650
+  %652 = load <16 x float>, ptr %651, align 4, !tbaa !5
+  %653 = fmul <16 x float> %91, %652
+  %654 = trunc i64 %649 to i32
+  %655 = sub i32 %417, %654
+  %656 = insertelement <16 x i32> poison, i32 %655, i64 0
+  %657 = shufflevector <16 x i32> %656, <16 x i32> poison, <16 x i32> zeroinitializer
+  %658 = icmp sgt <16 x i32> %657, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %659 = select <16 x i1> %658, <16 x float> %653, <16 x float> splat (float 0xFFF0000000000000)
+  %660 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %650
+  store <16 x float> %659, ptr %660, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.epil = add nuw nsw i64 %indvars.iv711.1.i.epil, 1
+  %epil.iter204.next = add i64 %epil.iter204, 1
+  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
+  br i1 %epil.iter204.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %236, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
+  br i1 %460, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv722.2.i = phi i64 [ %indvars.iv.next723.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter213 = phi i64 [ %niter213.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %429 = shl nsw i64 %indvars.iv722.2.i, 4
-  %430 = add nuw nsw i64 %429, 256
-  %431 = getelementptr inbounds nuw float, ptr %scores.i, i64 %430
-  %432 = load <16 x float>, ptr %431, align 4, !tbaa !5
-  %433 = fmul <16 x float> %91, %432
-  %434 = trunc i64 %429 to i32
-  %435 = sub i32 %valid_len.i, %434
-  %436 = insertelement <16 x i32> poison, i32 %435, i64 0
-  %437 = shufflevector <16 x i32> %436, <16 x i32> poison, <16 x i32> zeroinitializer
-  %438 = icmp sgt <16 x i32> %437, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %439 = select <16 x i1> %438, <16 x float> %433, <16 x float> splat (float 0xFFF0000000000000)
-  %440 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %430
-  store <16 x float> %439, ptr %440, align 4, !tbaa !5
-  %indvars.iv.next723.2.i = shl i64 %indvars.iv722.2.i, 4
-  %441 = add nuw nsw i64 %indvars.iv.next723.2.i, 272
-  %442 = getelementptr inbounds nuw float, ptr %scores.i, i64 %441
-  %443 = load <16 x float>, ptr %442, align 4, !tbaa !5
-  %444 = fmul <16 x float> %91, %443
-  %445 = trunc i64 %indvars.iv.next723.2.i to i32
-  %446 = or disjoint i32 %445, 16
-  %447 = sub i32 %valid_len.i, %446
-  %448 = insertelement <16 x i32> poison, i32 %447, i64 0
-  %449 = shufflevector <16 x i32> %448, <16 x i32> poison, <16 x i32> zeroinitializer
-  %450 = icmp sgt <16 x i32> %449, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %451 = select <16 x i1> %450, <16 x float> %444, <16 x float> splat (float 0xFFF0000000000000)
-  %452 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %441
-  store <16 x float> %451, ptr %452, align 4, !tbaa !5
-  %indvars.iv.next723.2.i.1 = shl i64 %indvars.iv722.2.i, 4
-  %453 = add nuw nsw i64 %indvars.iv.next723.2.i.1, 288
-  %454 = getelementptr inbounds nuw float, ptr %scores.i, i64 %453
-  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
-  %456 = fmul <16 x float> %91, %455
-  %457 = trunc i64 %indvars.iv.next723.2.i.1 to i32
-  %458 = or disjoint i32 %457, 32
-  %459 = sub i32 %valid_len.i, %458
-  %460 = insertelement <16 x i32> poison, i32 %459, i64 0
-  %461 = shufflevector <16 x i32> %460, <16 x i32> poison, <16 x i32> zeroinitializer
-  %462 = icmp sgt <16 x i32> %461, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %463 = select <16 x i1> %462, <16 x float> %456, <16 x float> splat (float 0xFFF0000000000000)
-  %464 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %453
-  store <16 x float> %463, ptr %464, align 4, !tbaa !5
-  %indvars.iv.next723.2.i.2 = shl i64 %indvars.iv722.2.i, 4
-  %465 = add nuw nsw i64 %indvars.iv.next723.2.i.2, 304
-  %466 = getelementptr inbounds nuw float, ptr %scores.i, i64 %465
-  %467 = load <16 x float>, ptr %466, align 4, !tbaa !5
-  %468 = fmul <16 x float> %91, %467
-  %469 = trunc i64 %indvars.iv.next723.2.i.2 to i32
-  %470 = or disjoint i32 %469, 48
-  %471 = sub i32 %valid_len.i, %470
-  %472 = insertelement <16 x i32> poison, i32 %471, i64 0
-  %473 = shufflevector <16 x i32> %472, <16 x i32> poison, <16 x i32> zeroinitializer
-  %474 = icmp sgt <16 x i32> %473, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %475 = select <16 x i1> %474, <16 x float> %468, <16 x float> splat (float 0xFFF0000000000000)
-  %476 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %465
-  store <16 x float> %475, ptr %476, align 4, !tbaa !5
-  %indvars.iv.next723.2.i.3 = add nuw nsw i64 %indvars.iv722.2.i, 4
-  %niter213.next.3 = add i64 %niter213, 4
-  %niter213.ncmp.3 = icmp eq i64 %niter213.next.3, %unroll_iter212
-  br i1 %niter213.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
+  %indvars.iv711.2.i = phi i64 [ %indvars.iv.next712.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter214 = phi i64 [ %niter214.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %661 = shl nsw i64 %indvars.iv711.2.i, 4
+  %662 = add nuw nsw i64 %661, 256
+  %663 = getelementptr inbounds nuw float, ptr %scores.i, i64 %662
+  %664 = load <16 x float>, ptr %663, align 4, !tbaa !5
+  %665 = fmul <16 x float> %91, %664
+  %666 = trunc i64 %661 to i32
+  %667 = sub i32 %417, %666
+  %668 = insertelement <16 x i32> poison, i32 %667, i64 0
+  %669 = shufflevector <16 x i32> %668, <16 x i32> poison, <16 x i32> zeroinitializer
+  %670 = icmp sgt <16 x i32> %669, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %671 = select <16 x i1> %670, <16 x float> %665, <16 x float> splat (float 0xFFF0000000000000)
+  %672 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %662
+  store <16 x float> %671, ptr %672, align 4, !tbaa !5
+  %indvars.iv.next712.2.i = shl i64 %indvars.iv711.2.i, 4
+  %673 = add nuw nsw i64 %indvars.iv.next712.2.i, 272
+  %674 = getelementptr inbounds nuw float, ptr %scores.i, i64 %673
+  %675 = load <16 x float>, ptr %674, align 4, !tbaa !5
+  %676 = fmul <16 x float> %91, %675
+  %677 = trunc i64 %indvars.iv.next712.2.i to i32
+  %678 = or disjoint i32 %677, 16
+  %679 = sub i32 %417, %678
+  %680 = insertelement <16 x i32> poison, i32 %679, i64 0
+  %681 = shufflevector <16 x i32> %680, <16 x i32> poison, <16 x i32> zeroinitializer
+  %682 = icmp sgt <16 x i32> %681, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %683 = select <16 x i1> %682, <16 x float> %676, <16 x float> splat (float 0xFFF0000000000000)
+  %684 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %673
+  store <16 x float> %683, ptr %684, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.1 = shl i64 %indvars.iv711.2.i, 4
+  %685 = add nuw nsw i64 %indvars.iv.next712.2.i.1, 288
+  %686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %685
+  %687 = load <16 x float>, ptr %686, align 4, !tbaa !5
+  %688 = fmul <16 x float> %91, %687
+  %689 = trunc i64 %indvars.iv.next712.2.i.1 to i32
+  %690 = or disjoint i32 %689, 32
+  %691 = sub i32 %417, %690
+  %692 = insertelement <16 x i32> poison, i32 %691, i64 0
+  %693 = shufflevector <16 x i32> %692, <16 x i32> poison, <16 x i32> zeroinitializer
+  %694 = icmp sgt <16 x i32> %693, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %695 = select <16 x i1> %694, <16 x float> %688, <16 x float> splat (float 0xFFF0000000000000)
+  %696 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %685
+  store <16 x float> %695, ptr %696, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.2 = shl i64 %indvars.iv711.2.i, 4
+  %697 = add nuw nsw i64 %indvars.iv.next712.2.i.2, 304
+  %698 = getelementptr inbounds nuw float, ptr %scores.i, i64 %697
+  %699 = load <16 x float>, ptr %698, align 4, !tbaa !5
+  %700 = fmul <16 x float> %91, %699
+  %701 = trunc i64 %indvars.iv.next712.2.i.2 to i32
+  %702 = or disjoint i32 %701, 48
+  %703 = sub i32 %417, %702
+  %704 = insertelement <16 x i32> poison, i32 %703, i64 0
+  %705 = shufflevector <16 x i32> %704, <16 x i32> poison, <16 x i32> zeroinitializer
+  %706 = icmp sgt <16 x i32> %705, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %707 = select <16 x i1> %706, <16 x float> %700, <16 x float> splat (float 0xFFF0000000000000)
+  %708 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %697
+  store <16 x float> %707, ptr %708, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.3 = add nuw nsw i64 %indvars.iv711.2.i, 4
+  %niter214.next.3 = add i64 %niter214, 4
+  %niter214.ncmp.3 = icmp eq i64 %niter214.next.3, %unroll_iter213
+  br i1 %niter214.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod210.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod211.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv722.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next723.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod211)
+  %indvars.iv711.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next712.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod212)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv722.2.i.epil = phi i64 [ %indvars.iv.next723.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv722.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter209 = phi i64 [ %epil.iter209.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %477 = shl nsw i64 %indvars.iv722.2.i.epil, 4
-  %478 = add nuw nsw i64 %477, 256
-  %479 = getelementptr inbounds nuw float, ptr %scores.i, i64 %478
-  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
-  %481 = fmul <16 x float> %91, %480
-  %482 = trunc i64 %477 to i32
-  %483 = sub i32 %valid_len.i, %482
-  %484 = insertelement <16 x i32> poison, i32 %483, i64 0
-  %485 = shufflevector <16 x i32> %484, <16 x i32> poison, <16 x i32> zeroinitializer
-  %486 = icmp sgt <16 x i32> %485, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %487 = select <16 x i1> %486, <16 x float> %481, <16 x float> splat (float 0xFFF0000000000000)
-  %488 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %478
-  store <16 x float> %487, ptr %488, align 4, !tbaa !5
-  %indvars.iv.next723.2.i.epil = add nuw nsw i64 %indvars.iv722.2.i.epil, 1
-  %epil.iter209.next = add i64 %epil.iter209, 1
-  %epil.iter209.cmp.not = icmp eq i64 %epil.iter209.next, %xtraiter208
-  br i1 %epil.iter209.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
+  %indvars.iv711.2.i.epil = phi i64 [ %indvars.iv.next712.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv711.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter210 = phi i64 [ %epil.iter210.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %709 = shl nsw i64 %indvars.iv711.2.i.epil, 4
+  %710 = add nuw nsw i64 %709, 256
+  %711 = getelementptr inbounds nuw float, ptr %scores.i, i64 %710
+  %712 = load <16 x float>, ptr %711, align 4, !tbaa !5
+  %713 = fmul <16 x float> %91, %712
+  %714 = trunc i64 %709 to i32
+  %715 = sub i32 %417, %714
+  %716 = insertelement <16 x i32> poison, i32 %715, i64 0
+  %717 = shufflevector <16 x i32> %716, <16 x i32> poison, <16 x i32> zeroinitializer
+  %718 = icmp sgt <16 x i32> %717, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %719 = select <16 x i1> %718, <16 x float> %713, <16 x float> splat (float 0xFFF0000000000000)
+  %720 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %710
+  store <16 x float> %719, ptr %720, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.epil = add nuw nsw i64 %indvars.iv711.2.i.epil, 1
+  %epil.iter210.next = add i64 %epil.iter210, 1
+  %epil.iter210.cmp.not = icmp eq i64 %epil.iter210.next, %xtraiter209
+  br i1 %epil.iter210.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %237, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
+  br i1 %461, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv722.3.i = phi i64 [ %indvars.iv.next723.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter219 = phi i64 [ %niter219.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %489 = shl nsw i64 %indvars.iv722.3.i, 4
-  %490 = add nuw nsw i64 %489, 384
-  %491 = getelementptr inbounds nuw float, ptr %scores.i, i64 %490
-  %492 = load <16 x float>, ptr %491, align 4, !tbaa !5
-  %493 = fmul <16 x float> %91, %492
-  %494 = trunc i64 %489 to i32
-  %495 = sub i32 %valid_len.i, %494
-  %496 = insertelement <16 x i32> poison, i32 %495, i64 0
-  %497 = shufflevector <16 x i32> %496, <16 x i32> poison, <16 x i32> zeroinitializer
-  %498 = icmp sgt <16 x i32> %497, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %499 = select <16 x i1> %498, <16 x float> %493, <16 x float> splat (float 0xFFF0000000000000)
-  %500 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %490
-  store <16 x float> %499, ptr %500, align 4, !tbaa !5
-  %indvars.iv.next723.3.i = shl i64 %indvars.iv722.3.i, 4
-  %501 = add nuw nsw i64 %indvars.iv.next723.3.i, 400
-  %502 = getelementptr inbounds nuw float, ptr %scores.i, i64 %501
-  %503 = load <16 x float>, ptr %502, align 4, !tbaa !5
-  %504 = fmul <16 x float> %91, %503
-  %505 = trunc i64 %indvars.iv.next723.3.i to i32
-  %506 = or disjoint i32 %505, 16
-  %507 = sub i32 %valid_len.i, %506
-  %508 = insertelement <16 x i32> poison, i32 %507, i64 0
-  %509 = shufflevector <16 x i32> %508, <16 x i32> poison, <16 x i32> zeroinitializer
-  %510 = icmp sgt <16 x i32> %509, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %511 = select <16 x i1> %510, <16 x float> %504, <16 x float> splat (float 0xFFF0000000000000)
-  %512 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %501
-  store <16 x float> %511, ptr %512, align 4, !tbaa !5
-  %indvars.iv.next723.3.i.1 = shl i64 %indvars.iv722.3.i, 4
-  %513 = add nuw nsw i64 %indvars.iv.next723.3.i.1, 416
-  %514 = getelementptr inbounds nuw float, ptr %scores.i, i64 %513
-  %515 = load <16 x float>, ptr %514, align 4, !tbaa !5
-  %516 = fmul <16 x float> %91, %515
-  %517 = trunc i64 %indvars.iv.next723.3.i.1 to i32
-  %518 = or disjoint i32 %517, 32
-  %519 = sub i32 %valid_len.i, %518
-  %520 = insertelement <16 x i32> poison, i32 %519, i64 0
-  %521 = shufflevector <16 x i32> %520, <16 x i32> poison, <16 x i32> zeroinitializer
-  %522 = icmp sgt <16 x i32> %521, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %523 = select <16 x i1> %522, <16 x float> %516, <16 x float> splat (float 0xFFF0000000000000)
-  %524 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %513
-  store <16 x float> %523, ptr %524, align 4, !tbaa !5
-  %indvars.iv.next723.3.i.2 = shl i64 %indvars.iv722.3.i, 4
-  %525 = add nuw nsw i64 %indvars.iv.next723.3.i.2, 432
-  %526 = getelementptr inbounds nuw float, ptr %scores.i, i64 %525
-  %527 = load <16 x float>, ptr %526, align 4, !tbaa !5
-  %528 = fmul <16 x float> %91, %527
-  %529 = trunc i64 %indvars.iv.next723.3.i.2 to i32
-  %530 = or disjoint i32 %529, 48
-  %531 = sub i32 %valid_len.i, %530
-  %532 = insertelement <16 x i32> poison, i32 %531, i64 0
-  %533 = shufflevector <16 x i32> %532, <16 x i32> poison, <16 x i32> zeroinitializer
-  %534 = icmp sgt <16 x i32> %533, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %535 = select <16 x i1> %534, <16 x float> %528, <16 x float> splat (float 0xFFF0000000000000)
-  %536 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %525
-  store <16 x float> %535, ptr %536, align 4, !tbaa !5
-  %indvars.iv.next723.3.i.3 = add nuw nsw i64 %indvars.iv722.3.i, 4
-  %niter219.next.3 = add i64 %niter219, 4
-  %niter219.ncmp.3 = icmp eq i64 %niter219.next.3, %unroll_iter218
-  br i1 %niter219.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
+  %indvars.iv711.3.i = phi i64 [ %indvars.iv.next712.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter220 = phi i64 [ %niter220.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %721 = shl nsw i64 %indvars.iv711.3.i, 4
+  %722 = add nuw nsw i64 %721, 384
+  %723 = getelementptr inbounds nuw float, ptr %scores.i, i64 %722
+  %724 = load <16 x float>, ptr %723, align 4, !tbaa !5
+  %725 = fmul <16 x float> %91, %724
+  %726 = trunc i64 %721 to i32
+  %727 = sub i32 %417, %726
+  %728 = insertelement <16 x i32> poison, i32 %727, i64 0
+  %729 = shufflevector <16 x i32> %728, <16 x i32> poison, <16 x i32> zeroinitializer
+  %730 = icmp sgt <16 x i32> %729, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %731 = select <16 x i1> %730, <16 x float> %725, <16 x float> splat (float 0xFFF0000000000000)
+  %732 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %722
+  store <16 x float> %731, ptr %732, align 4, !tbaa !5
+  %indvars.iv.next712.3.i = shl i64 %indvars.iv711.3.i, 4
+  %733 = add nuw nsw i64 %indvars.iv.next712.3.i, 400
+  %734 = getelementptr inbounds nuw float, ptr %scores.i, i64 %733
+  %735 = load <16 x float>, ptr %734, align 4, !tbaa !5
+  %736 = fmul <16 x float> %91, %735
+  %737 = trunc i64 %indvars.iv.next712.3.i to i32
+  %738 = or disjoint i32 %737, 16
+  %739 = sub i32 %417, %738
+  %740 = insertelement <16 x i32> poison, i32 %739, i64 0
+  %741 = shufflevector <16 x i32> %740, <16 x i32> poison, <16 x i32> zeroinitializer
+  %742 = icmp sgt <16 x i32> %741, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %743 = select <16 x i1> %742, <16 x float> %736, <16 x float> splat (float 0xFFF0000000000000)
+  %744 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %733
+  store <16 x float> %743, ptr %744, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.1 = shl i64 %indvars.iv711.3.i, 4
+  %745 = add nuw nsw i64 %indvars.iv.next712.3.i.1, 416
+  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %745
+  %747 = load <16 x float>, ptr %746, align 4, !tbaa !5
+  %748 = fmul <16 x float> %91, %747
+  %749 = trunc i64 %indvars.iv.next712.3.i.1 to i32
+  %750 = or disjoint i32 %749, 32
+  %751 = sub i32 %417, %750
+  %752 = insertelement <16 x i32> poison, i32 %751, i64 0
+  %753 = shufflevector <16 x i32> %752, <16 x i32> poison, <16 x i32> zeroinitializer
+  %754 = icmp sgt <16 x i32> %753, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %755 = select <16 x i1> %754, <16 x float> %748, <16 x float> splat (float 0xFFF0000000000000)
+  %756 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %745
+  store <16 x float> %755, ptr %756, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.2 = shl i64 %indvars.iv711.3.i, 4
+  %757 = add nuw nsw i64 %indvars.iv.next712.3.i.2, 432
+  %758 = getelementptr inbounds nuw float, ptr %scores.i, i64 %757
+  %759 = load <16 x float>, ptr %758, align 4, !tbaa !5
+  %760 = fmul <16 x float> %91, %759
+  %761 = trunc i64 %indvars.iv.next712.3.i.2 to i32
+  %762 = or disjoint i32 %761, 48
+  %763 = sub i32 %417, %762
+  %764 = insertelement <16 x i32> poison, i32 %763, i64 0
+  %765 = shufflevector <16 x i32> %764, <16 x i32> poison, <16 x i32> zeroinitializer
+  %766 = icmp sgt <16 x i32> %765, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %767 = select <16 x i1> %766, <16 x float> %760, <16 x float> splat (float 0xFFF0000000000000)
+  %768 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %757
+  store <16 x float> %767, ptr %768, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.3 = add nuw nsw i64 %indvars.iv711.3.i, 4
+  %niter220.next.3 = add i64 %niter220, 4
+  %niter220.ncmp.3 = icmp eq i64 %niter220.next.3, %unroll_iter219
+  br i1 %niter220.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
 
 for_body_ax157.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod216.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod217.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax157.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv722.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next723.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod217)
+  %indvars.iv711.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next712.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod218)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv722.3.i.epil = phi i64 [ %indvars.iv.next723.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv722.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter215 = phi i64 [ %epil.iter215.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %537 = shl nsw i64 %indvars.iv722.3.i.epil, 4
-  %538 = add nuw nsw i64 %537, 384
-  %539 = getelementptr inbounds nuw float, ptr %scores.i, i64 %538
-  %540 = load <16 x float>, ptr %539, align 4, !tbaa !5
-  %541 = fmul <16 x float> %91, %540
-  %542 = trunc i64 %537 to i32
-  %543 = sub i32 %valid_len.i, %542
-  %544 = insertelement <16 x i32> poison, i32 %543, i64 0
-  %545 = shufflevector <16 x i32> %544, <16 x i32> poison, <16 x i32> zeroinitializer
-  %546 = icmp sgt <16 x i32> %545, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %547 = select <16 x i1> %546, <16 x float> %541, <16 x float> splat (float 0xFFF0000000000000)
-  %548 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %538
-  store <16 x float> %547, ptr %548, align 4, !tbaa !5
-  %indvars.iv.next723.3.i.epil = add nuw nsw i64 %indvars.iv722.3.i.epil, 1
-  %epil.iter215.next = add i64 %epil.iter215, 1
-  %epil.iter215.cmp.not = icmp eq i64 %epil.iter215.next, %xtraiter214
-  br i1 %epil.iter215.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
+  %indvars.iv711.3.i.epil = phi i64 [ %indvars.iv.next712.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv711.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter216 = phi i64 [ %epil.iter216.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %769 = shl nsw i64 %indvars.iv711.3.i.epil, 4
+  %770 = add nuw nsw i64 %769, 384
+  %771 = getelementptr inbounds nuw float, ptr %scores.i, i64 %770
+  %772 = load <16 x float>, ptr %771, align 4, !tbaa !5
+  %773 = fmul <16 x float> %91, %772
+  %774 = trunc i64 %769 to i32
+  %775 = sub i32 %417, %774
+  %776 = insertelement <16 x i32> poison, i32 %775, i64 0
+  %777 = shufflevector <16 x i32> %776, <16 x i32> poison, <16 x i32> zeroinitializer
+  %778 = icmp sgt <16 x i32> %777, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %779 = select <16 x i1> %778, <16 x float> %773, <16 x float> splat (float 0xFFF0000000000000)
+  %780 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %770
+  store <16 x float> %779, ptr %780, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.epil = add nuw nsw i64 %indvars.iv711.3.i.epil, 1
+  %epil.iter216.next = add i64 %epil.iter216, 1
+  %epil.iter216.cmp.not = icmp eq i64 %epil.iter216.next, %xtraiter215
+  br i1 %epil.iter216.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
 
 for_body_ax157.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax157.i.preheader.unr-lcssa
-  br i1 %238, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !36
+  br i1 %462, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !39
 
-if_end38.i:                                       ; preds = %for_body_to_m.i
-  %549 = shl nsw i64 %indvars.iv716.i, 4
-  br label %for_body_n_0_m.i
-
-for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end38.i
-  %indvars.iv705.i = phi i64 [ 0, %if_end38.i ], [ %indvars.iv.next706.i, %for_body_n_0_m.i ]
-  %550 = shl nuw nsw i64 %indvars.iv705.i, 1
-  %551 = add nuw nsw i64 %550, %549
-  %gep89 = getelementptr inbounds nuw i64, ptr %invariant.gep88, i64 %551
-  %552 = load i64, ptr %gep89, align 8, !tbaa !5
-  %553 = getelementptr i32, ptr %key_cache, i64 %552
-  %554 = getelementptr i32, ptr %553, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %554, i32 0, i32 2, i32 1)
-  %555 = getelementptr i8, ptr %553, i64 64
-  %556 = getelementptr i32, ptr %555, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %556, i32 0, i32 2, i32 1)
-  %557 = getelementptr i8, ptr %553, i64 128
-  %558 = getelementptr i32, ptr %557, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %558, i32 0, i32 2, i32 1)
-  %559 = getelementptr i8, ptr %553, i64 192
-  %560 = getelementptr i32, ptr %559, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %560, i32 0, i32 2, i32 1)
-  %561 = getelementptr inbounds nuw i8, ptr %gep89, i64 8
-  %562 = load i64, ptr %561, align 8, !tbaa !5
-  %563 = getelementptr i32, ptr %key_cache, i64 %562
-  %564 = getelementptr i32, ptr %563, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %564, i32 0, i32 2, i32 1)
-  %565 = getelementptr i8, ptr %563, i64 64
-  %566 = getelementptr i32, ptr %565, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %566, i32 0, i32 2, i32 1)
-  %567 = getelementptr i8, ptr %563, i64 128
-  %568 = getelementptr i32, ptr %567, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %568, i32 0, i32 2, i32 1)
-  %569 = getelementptr i8, ptr %563, i64 192
-  %570 = getelementptr i32, ptr %569, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %570, i32 0, i32 2, i32 1)
-  %571 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %551
-  %572 = load i64, ptr %571, align 8, !tbaa !5
-  %gep456.i = getelementptr i32, ptr %invariant.gep455.i, i64 %572
-  %573 = getelementptr inbounds nuw i8, ptr %571, i64 8
-  %574 = load i64, ptr %573, align 8, !tbaa !5
-  %gep458.i = getelementptr i32, ptr %invariant.gep455.i, i64 %574
-  %575 = load <16 x float>, ptr %276, align 4, !tbaa !5
-  %576 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
-  %577 = shl <16 x i32> %576, splat (i32 16)
-  %578 = bitcast <16 x i32> %577 to <16 x float>
-  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %578, <16 x float> zeroinitializer)
-  %580 = load <16 x float>, ptr %277, align 4, !tbaa !5
-  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %578, <16 x float> zeroinitializer)
-  %582 = load <16 x float>, ptr %278, align 4, !tbaa !5
-  %583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %582, <16 x float> %578, <16 x float> zeroinitializer)
-  %584 = load <16 x float>, ptr %279, align 4, !tbaa !5
-  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %578, <16 x float> zeroinitializer)
-  %586 = load <16 x i32>, ptr %gep458.i, align 4, !tbaa !5
-  %587 = shl <16 x i32> %586, splat (i32 16)
-  %588 = bitcast <16 x i32> %587 to <16 x float>
-  %589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %588, <16 x float> zeroinitializer)
-  %590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %588, <16 x float> zeroinitializer)
-  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %582, <16 x float> %588, <16 x float> zeroinitializer)
-  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %588, <16 x float> zeroinitializer)
-  %593 = load <16 x float>, ptr %280, align 4, !tbaa !5
-  %594 = and <16 x i32> %576, splat (i32 -65536)
-  %595 = bitcast <16 x i32> %594 to <16 x float>
-  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %595, <16 x float> %579)
-  %597 = load <16 x float>, ptr %281, align 4, !tbaa !5
-  %598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %595, <16 x float> %581)
-  %599 = load <16 x float>, ptr %282, align 4, !tbaa !5
-  %600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %595, <16 x float> %583)
-  %601 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %595, <16 x float> %585)
-  %603 = and <16 x i32> %586, splat (i32 -65536)
-  %604 = bitcast <16 x i32> %603 to <16 x float>
-  %605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %604, <16 x float> %589)
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %604, <16 x float> %590)
-  %607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %604, <16 x float> %591)
-  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %604, <16 x float> %592)
-  %609 = load <16 x float>, ptr %284, align 4, !tbaa !5
-  %gep443.1.i = getelementptr i8, ptr %gep456.i, i64 64
-  %610 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
-  %611 = shl <16 x i32> %610, splat (i32 16)
-  %612 = bitcast <16 x i32> %611 to <16 x float>
-  %613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %612, <16 x float> %596)
-  %614 = load <16 x float>, ptr %285, align 4, !tbaa !5
-  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %612, <16 x float> %598)
-  %616 = load <16 x float>, ptr %286, align 4, !tbaa !5
-  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %612, <16 x float> %600)
-  %618 = load <16 x float>, ptr %287, align 4, !tbaa !5
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %612, <16 x float> %602)
-  %gep445.1.i = getelementptr i8, ptr %gep458.i, i64 64
-  %620 = load <16 x i32>, ptr %gep445.1.i, align 4, !tbaa !5
-  %621 = shl <16 x i32> %620, splat (i32 16)
-  %622 = bitcast <16 x i32> %621 to <16 x float>
-  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %622, <16 x float> %605)
-  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %622, <16 x float> %606)
-  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %622, <16 x float> %607)
-  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %622, <16 x float> %608)
-  %627 = load <16 x float>, ptr %288, align 4, !tbaa !5
-  %628 = and <16 x i32> %610, splat (i32 -65536)
-  %629 = bitcast <16 x i32> %628 to <16 x float>
-  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %629, <16 x float> %613)
-  %631 = load <16 x float>, ptr %289, align 4, !tbaa !5
-  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %629, <16 x float> %615)
-  %633 = load <16 x float>, ptr %290, align 4, !tbaa !5
-  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %629, <16 x float> %617)
-  %635 = load <16 x float>, ptr %291, align 4, !tbaa !5
-  %636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %629, <16 x float> %619)
-  %637 = and <16 x i32> %620, splat (i32 -65536)
-  %638 = bitcast <16 x i32> %637 to <16 x float>
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %638, <16 x float> %623)
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %638, <16 x float> %624)
-  %641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %638, <16 x float> %625)
-  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %638, <16 x float> %626)
-  %643 = load <16 x float>, ptr %292, align 4, !tbaa !5
-  %gep443.2.i = getelementptr i8, ptr %gep456.i, i64 128
-  %644 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
-  %645 = shl <16 x i32> %644, splat (i32 16)
-  %646 = bitcast <16 x i32> %645 to <16 x float>
-  %647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %646, <16 x float> %630)
-  %648 = load <16 x float>, ptr %293, align 4, !tbaa !5
-  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %646, <16 x float> %632)
-  %650 = load <16 x float>, ptr %294, align 4, !tbaa !5
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %646, <16 x float> %634)
-  %652 = load <16 x float>, ptr %295, align 4, !tbaa !5
-  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %652, <16 x float> %646, <16 x float> %636)
-  %gep445.2.i = getelementptr i8, ptr %gep458.i, i64 128
-  %654 = load <16 x i32>, ptr %gep445.2.i, align 4, !tbaa !5
-  %655 = shl <16 x i32> %654, splat (i32 16)
-  %656 = bitcast <16 x i32> %655 to <16 x float>
-  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %656, <16 x float> %639)
-  %658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %656, <16 x float> %640)
-  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %656, <16 x float> %641)
-  %660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %652, <16 x float> %656, <16 x float> %642)
-  %661 = load <16 x float>, ptr %296, align 4, !tbaa !5
-  %662 = and <16 x i32> %644, splat (i32 -65536)
-  %663 = bitcast <16 x i32> %662 to <16 x float>
-  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %663, <16 x float> %647)
-  %665 = load <16 x float>, ptr %297, align 4, !tbaa !5
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %663, <16 x float> %649)
-  %667 = load <16 x float>, ptr %298, align 4, !tbaa !5
-  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %667, <16 x float> %663, <16 x float> %651)
-  %669 = load <16 x float>, ptr %299, align 4, !tbaa !5
-  %670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %663, <16 x float> %653)
-  %671 = and <16 x i32> %654, splat (i32 -65536)
-  %672 = bitcast <16 x i32> %671 to <16 x float>
-  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %672, <16 x float> %657)
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %672, <16 x float> %658)
-  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %667, <16 x float> %672, <16 x float> %659)
-  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %672, <16 x float> %660)
-  %677 = load <16 x float>, ptr %300, align 4, !tbaa !5
-  %gep443.3.i = getelementptr i8, ptr %gep456.i, i64 192
-  %678 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
-  %679 = shl <16 x i32> %678, splat (i32 16)
-  %680 = bitcast <16 x i32> %679 to <16 x float>
-  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %680, <16 x float> %664)
-  %682 = load <16 x float>, ptr %301, align 4, !tbaa !5
-  %683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %680, <16 x float> %666)
-  %684 = load <16 x float>, ptr %302, align 4, !tbaa !5
-  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %684, <16 x float> %680, <16 x float> %668)
-  %686 = load <16 x float>, ptr %303, align 4, !tbaa !5
-  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %686, <16 x float> %680, <16 x float> %670)
-  %gep445.3.i = getelementptr i8, ptr %gep458.i, i64 192
-  %688 = load <16 x i32>, ptr %gep445.3.i, align 4, !tbaa !5
-  %689 = shl <16 x i32> %688, splat (i32 16)
-  %690 = bitcast <16 x i32> %689 to <16 x float>
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %690, <16 x float> %673)
-  %692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %690, <16 x float> %674)
-  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %684, <16 x float> %690, <16 x float> %675)
-  %694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %686, <16 x float> %690, <16 x float> %676)
-  %695 = load <16 x float>, ptr %304, align 4, !tbaa !5
-  %696 = and <16 x i32> %678, splat (i32 -65536)
-  %697 = bitcast <16 x i32> %696 to <16 x float>
-  %698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %697, <16 x float> %681)
-  %699 = load <16 x float>, ptr %305, align 4, !tbaa !5
-  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %697, <16 x float> %683)
-  %701 = load <16 x float>, ptr %306, align 4, !tbaa !5
-  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %701, <16 x float> %697, <16 x float> %685)
-  %703 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %697, <16 x float> %687)
-  %705 = and <16 x i32> %688, splat (i32 -65536)
-  %706 = bitcast <16 x i32> %705 to <16 x float>
-  %707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %706, <16 x float> %691)
-  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %706, <16 x float> %692)
-  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %701, <16 x float> %706, <16 x float> %693)
-  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %706, <16 x float> %694)
-  %.idx959.i = shl nuw nsw i64 %indvars.iv705.i, 7
-  %711 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx959.i
-  store <16 x float> %698, ptr %711, align 4, !tbaa !5
-  %712 = getelementptr inbounds nuw i8, ptr %711, i64 64
-  store <16 x float> %707, ptr %712, align 4, !tbaa !5
-  %713 = getelementptr inbounds nuw i8, ptr %711, i64 1024
-  store <16 x float> %700, ptr %713, align 4, !tbaa !5
-  %714 = getelementptr inbounds nuw i8, ptr %711, i64 1088
-  store <16 x float> %708, ptr %714, align 4, !tbaa !5
-  %715 = getelementptr inbounds nuw i8, ptr %711, i64 2048
-  store <16 x float> %702, ptr %715, align 4, !tbaa !5
-  %716 = getelementptr inbounds nuw i8, ptr %711, i64 2112
-  store <16 x float> %709, ptr %716, align 4, !tbaa !5
-  %717 = getelementptr inbounds nuw i8, ptr %711, i64 3072
-  store <16 x float> %704, ptr %717, align 4, !tbaa !5
-  %718 = getelementptr inbounds nuw i8, ptr %711, i64 3136
-  store <16 x float> %710, ptr %718, align 4, !tbaa !5
-  %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
-  %exitcond710.not.i = icmp eq i64 %indvars.iv.next706.i, 8
-  br i1 %exitcond710.not.i, label %for_body_r.preheader.i, label %for_body_n_0_m.i, !prof !17
-
-for_body_r.preheader.i:                           ; preds = %for_body_n_0_m.i
-  %719 = getelementptr inbounds nuw float, ptr %scores.i, i64 %549
-  store <16 x float> zeroinitializer, ptr %719, align 4, !tbaa !5
+for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.preheader.i
+  %781 = getelementptr inbounds nuw float, ptr %scores.i, i64 %541
+  store <16 x float> zeroinitializer, ptr %781, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %720 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %720, align 4, !tbaa !5
-  %721 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %721, align 4, !tbaa !5
-  %722 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %722, align 4, !tbaa !5
-  %723 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %723, align 4, !tbaa !5
-  %724 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %724, align 4, !tbaa !5
-  %725 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %725, align 4, !tbaa !5
-  %726 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %726, align 4, !tbaa !5
-  %727 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %727, align 4, !tbaa !5
-  %728 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %728, align 4, !tbaa !5
-  %729 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %729, align 4, !tbaa !5
-  %730 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %730, align 4, !tbaa !5
-  %731 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %731, align 4, !tbaa !5
-  %732 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %732, align 4, !tbaa !5
-  %733 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %733, align 4, !tbaa !5
-  %734 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %734, align 4, !tbaa !5
-  %735 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %736 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %736, %735
-  %737 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %738 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %738, %737
-  %739 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %740 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %740, %739
-  %741 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %742 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %742, %741
-  %743 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %744 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %744, %743
-  %745 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %746 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %746, %745
-  %747 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %748 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %748, %747
-  %749 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %750 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %750, %749
-  %751 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %752 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %752, %751
-  %753 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %754 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %754, %753
-  %755 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %756 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %756, %755
-  %757 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %758 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %758, %757
-  %759 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %760 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %760, %759
-  %761 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %762 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %762, %761
-  %763 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %764 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %765 = fadd <16 x float> %764, %763
-  %766 = fadd <16 x float> %765, zeroinitializer
-  store <16 x float> %766, ptr %719, align 4, !tbaa !5
-  %767 = getelementptr inbounds nuw i8, ptr %719, i64 512
-  store <16 x float> zeroinitializer, ptr %767, align 4, !tbaa !5
-  %768 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %768, align 4, !tbaa !5
-  %769 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %769, align 4, !tbaa !5
-  %770 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %770, align 4, !tbaa !5
-  %771 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %771, align 4, !tbaa !5
-  %772 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %772, align 4, !tbaa !5
-  %773 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %773, align 4, !tbaa !5
-  %774 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %774, align 4, !tbaa !5
-  %775 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %775, align 4, !tbaa !5
-  %776 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %776, align 4, !tbaa !5
-  %777 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %777, align 4, !tbaa !5
-  %778 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %778, align 4, !tbaa !5
-  %779 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %779, align 4, !tbaa !5
-  %780 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %780, align 4, !tbaa !5
-  %781 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %781, align 4, !tbaa !5
-  %782 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %782, align 4, !tbaa !5
-  %783 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %783, align 4, !tbaa !5
-  %784 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %785 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %785, %784
-  %786 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %787 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %787, %786
-  %788 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %789 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %789, %788
-  %790 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %791 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %791, %790
-  %792 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %793 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %793, %792
-  %794 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %795 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %795, %794
-  %796 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %797 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %797, %796
-  %798 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %799 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %799, %798
-  %800 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %801 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %801, %800
-  %802 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %803 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %803, %802
-  %804 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %805 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %805, %804
-  %806 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %807 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %807, %806
-  %808 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %809 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %809, %808
-  %810 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %811 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %811, %810
-  %812 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %813 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %814 = fadd <16 x float> %813, %812
-  %815 = fadd <16 x float> %814, zeroinitializer
-  store <16 x float> %815, ptr %767, align 4, !tbaa !5
-  %816 = getelementptr inbounds nuw i8, ptr %719, i64 1024
-  store <16 x float> zeroinitializer, ptr %816, align 4, !tbaa !5
-  %817 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %817, align 4, !tbaa !5
-  %818 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %818, align 4, !tbaa !5
-  %819 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %819, align 4, !tbaa !5
-  %820 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %820, align 4, !tbaa !5
-  %821 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %821, align 4, !tbaa !5
-  %822 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %822, align 4, !tbaa !5
-  %823 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %823, align 4, !tbaa !5
-  %824 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %824, align 4, !tbaa !5
-  %825 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %825, align 4, !tbaa !5
-  %826 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %826, align 4, !tbaa !5
-  %827 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %827, align 4, !tbaa !5
-  %828 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %828, align 4, !tbaa !5
-  %829 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %829, align 4, !tbaa !5
-  %830 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %830, align 4, !tbaa !5
-  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %831, align 4, !tbaa !5
-  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %832, align 4, !tbaa !5
-  %833 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %834 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %834, %833
-  %835 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %836 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %836, %835
-  %837 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %838 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %838, %837
-  %839 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %840 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %840, %839
-  %841 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %842 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %842, %841
-  %843 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %844 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %844, %843
-  %845 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %846 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %846, %845
-  %847 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %848 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %848, %847
-  %849 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %850 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %850, %849
-  %851 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %852 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %852, %851
-  %853 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %854 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %854, %853
-  %855 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %856 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %856, %855
-  %857 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %858 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %858, %857
-  %859 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %860 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %860, %859
-  %861 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %862 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %863 = fadd <16 x float> %862, %861
-  %864 = fadd <16 x float> %863, zeroinitializer
-  store <16 x float> %864, ptr %816, align 4, !tbaa !5
-  %865 = getelementptr inbounds nuw i8, ptr %719, i64 1536
-  store <16 x float> zeroinitializer, ptr %865, align 4, !tbaa !5
-  %866 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %866, align 4, !tbaa !5
-  %867 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %867, align 4, !tbaa !5
-  %868 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %868, align 4, !tbaa !5
-  %869 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %869, align 4, !tbaa !5
-  %870 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %870, align 4, !tbaa !5
-  %871 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %871, align 4, !tbaa !5
-  %872 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %872, align 4, !tbaa !5
-  %873 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %873, align 4, !tbaa !5
-  %874 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %874, align 4, !tbaa !5
-  %875 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %875, align 4, !tbaa !5
-  %876 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %876, align 4, !tbaa !5
-  %877 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %877, align 4, !tbaa !5
-  %878 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %878, align 4, !tbaa !5
-  %879 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %879, align 4, !tbaa !5
-  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %880, align 4, !tbaa !5
-  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %881, align 4, !tbaa !5
-  %882 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %883 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %883, %882
-  %884 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %885 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %885, %884
-  %886 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %887 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %887, %886
-  %888 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %889 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %889, %888
-  %890 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %891 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %891, %890
-  %892 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %893 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %893, %892
-  %894 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %895 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %895, %894
-  %896 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %897 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %897, %896
-  %898 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %899 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %899, %898
-  %900 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %901 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %901, %900
-  %902 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %903 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %903, %902
-  %904 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %905 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %905, %904
-  %906 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %907 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %907, %906
-  %908 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %909 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %909, %908
-  %910 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %911 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %912 = fadd <16 x float> %911, %910
-  %913 = fadd <16 x float> %912, zeroinitializer
-  store <16 x float> %913, ptr %865, align 4, !tbaa !5
-  %914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %915 = tail call i32 %914(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not279.i = icmp eq i32 %915, 0
-  br i1 %.not279.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
+  %782 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %782, align 4, !tbaa !5
+  %783 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %783, align 4, !tbaa !5
+  %784 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %784, align 4, !tbaa !5
+  %785 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %785, align 4, !tbaa !5
+  %786 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %786, align 4, !tbaa !5
+  %787 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %787, align 4, !tbaa !5
+  %788 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %788, align 4, !tbaa !5
+  %789 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %789, align 4, !tbaa !5
+  %790 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %790, align 4, !tbaa !5
+  %791 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %791, align 4, !tbaa !5
+  %792 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %792, align 4, !tbaa !5
+  %793 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %793, align 4, !tbaa !5
+  %794 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %794, align 4, !tbaa !5
+  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %795, align 4, !tbaa !5
+  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %796, align 4, !tbaa !5
+  %797 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %798 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %798, %797
+  %799 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %800 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %800, %799
+  %801 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %802 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %802, %801
+  %803 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %804 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %804, %803
+  %805 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %806 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %806, %805
+  %807 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %808 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %808, %807
+  %809 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %810 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %810, %809
+  %811 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %812 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %812, %811
+  %813 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %814 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %814, %813
+  %815 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %816 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %816, %815
+  %817 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %818 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %818, %817
+  %819 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %820 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %820, %819
+  %821 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %822 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %822, %821
+  %823 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %824 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %824, %823
+  %825 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %826 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %827 = fadd <16 x float> %826, %825
+  %828 = fadd <16 x float> %827, zeroinitializer
+  store <16 x float> %828, ptr %781, align 4, !tbaa !5
+  %829 = getelementptr inbounds nuw i8, ptr %781, i64 512
+  store <16 x float> zeroinitializer, ptr %829, align 4, !tbaa !5
+  %830 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %830, align 4, !tbaa !5
+  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %831, align 4, !tbaa !5
+  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %832, align 4, !tbaa !5
+  %833 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %833, align 4, !tbaa !5
+  %834 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %834, align 4, !tbaa !5
+  %835 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %835, align 4, !tbaa !5
+  %836 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %836, align 4, !tbaa !5
+  %837 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %837, align 4, !tbaa !5
+  %838 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %838, align 4, !tbaa !5
+  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %839, align 4, !tbaa !5
+  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %840, align 4, !tbaa !5
+  %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %841, align 4, !tbaa !5
+  %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %842, align 4, !tbaa !5
+  %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %843, align 4, !tbaa !5
+  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %844, align 4, !tbaa !5
+  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %845, align 4, !tbaa !5
+  %846 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %847 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %847, %846
+  %848 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %849 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %849, %848
+  %850 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %851 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %851, %850
+  %852 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %853 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %853, %852
+  %854 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %855 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %855, %854
+  %856 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %857 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %857, %856
+  %858 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %859 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %859, %858
+  %860 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %861 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %861, %860
+  %862 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %863 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %863, %862
+  %864 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %865 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %865, %864
+  %866 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %867 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %867, %866
+  %868 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %869 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %869, %868
+  %870 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %871 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %871, %870
+  %872 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %873 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %873, %872
+  %874 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %875 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %876 = fadd <16 x float> %875, %874
+  %877 = fadd <16 x float> %876, zeroinitializer
+  store <16 x float> %877, ptr %829, align 4, !tbaa !5
+  %878 = getelementptr inbounds nuw i8, ptr %781, i64 1024
+  store <16 x float> zeroinitializer, ptr %878, align 4, !tbaa !5
+  %879 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %879, align 4, !tbaa !5
+  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %880, align 4, !tbaa !5
+  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %881, align 4, !tbaa !5
+  %882 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %882, align 4, !tbaa !5
+  %883 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %883, align 4, !tbaa !5
+  %884 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %884, align 4, !tbaa !5
+  %885 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %885, align 4, !tbaa !5
+  %886 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %886, align 4, !tbaa !5
+  %887 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %887, align 4, !tbaa !5
+  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %888, align 4, !tbaa !5
+  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %889, align 4, !tbaa !5
+  %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %890, align 4, !tbaa !5
+  %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %891, align 4, !tbaa !5
+  %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %892, align 4, !tbaa !5
+  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %893, align 4, !tbaa !5
+  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %894, align 4, !tbaa !5
+  %895 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %896 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %896, %895
+  %897 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %898 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %898, %897
+  %899 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %900 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %900, %899
+  %901 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %902 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %902, %901
+  %903 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %904 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %904, %903
+  %905 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %906 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %906, %905
+  %907 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %908 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %908, %907
+  %909 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %910 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %910, %909
+  %911 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %912 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %912, %911
+  %913 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %914 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %914, %913
+  %915 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %916 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %916, %915
+  %917 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %918 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %918, %917
+  %919 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %920 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %920, %919
+  %921 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %922 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %922, %921
+  %923 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %924 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %925 = fadd <16 x float> %924, %923
+  %926 = fadd <16 x float> %925, zeroinitializer
+  store <16 x float> %926, ptr %878, align 4, !tbaa !5
+  %927 = getelementptr inbounds nuw i8, ptr %781, i64 1536
+  store <16 x float> zeroinitializer, ptr %927, align 4, !tbaa !5
+  %928 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %928, align 4, !tbaa !5
+  %929 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %929, align 4, !tbaa !5
+  %930 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %930, align 4, !tbaa !5
+  %931 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %931, align 4, !tbaa !5
+  %932 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %932, align 4, !tbaa !5
+  %933 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %933, align 4, !tbaa !5
+  %934 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %934, align 4, !tbaa !5
+  %935 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %935, align 4, !tbaa !5
+  %936 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %936, align 4, !tbaa !5
+  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %937, align 4, !tbaa !5
+  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %938, align 4, !tbaa !5
+  %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %939, align 4, !tbaa !5
+  %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %940, align 4, !tbaa !5
+  %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %941, align 4, !tbaa !5
+  %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %942, align 4, !tbaa !5
+  %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %943, align 4, !tbaa !5
+  %944 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %945 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %945, %944
+  %946 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %947 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %947, %946
+  %948 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %949 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %949, %948
+  %950 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %951 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %951, %950
+  %952 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %953 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %953, %952
+  %954 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %955 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %955, %954
+  %956 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %957 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %957, %956
+  %958 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %959 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %959, %958
+  %960 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %961 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %961, %960
+  %962 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %963 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %963, %962
+  %964 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %965 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %965, %964
+  %966 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %967 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %967, %966
+  %968 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %969 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %969, %968
+  %970 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %971 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %971, %970
+  %972 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %973 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %974 = fadd <16 x float> %973, %972
+  %975 = fadd <16 x float> %974, zeroinitializer
+  store <16 x float> %975, ptr %927, align 4, !tbaa !5
+  %976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %977 = tail call i32 %976(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not275.i = icmp eq i32 %977, 0
+  br i1 %.not275.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
+
+for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
+  %indvars.iv698.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next699.i, %for_begin_n_1.preheader.i ]
+  %978 = shl nuw nsw i64 %indvars.iv698.i, 1
+  %979 = getelementptr inbounds nuw i64, ptr %gep147, i64 %978
+  %980 = load i64, ptr %979, align 8, !tbaa !5
+  %981 = getelementptr i32, ptr %key_cache, i64 %980
+  %982 = getelementptr i32, ptr %981, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %982, i32 0, i32 2, i32 1)
+  %983 = getelementptr i8, ptr %981, i64 64
+  %984 = getelementptr i32, ptr %983, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %984, i32 0, i32 2, i32 1)
+  %985 = getelementptr i8, ptr %981, i64 128
+  %986 = getelementptr i32, ptr %985, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %986, i32 0, i32 2, i32 1)
+  %987 = getelementptr i8, ptr %981, i64 192
+  %988 = getelementptr i32, ptr %987, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %988, i32 0, i32 2, i32 1)
+  %989 = getelementptr inbounds nuw i8, ptr %979, i64 8
+  %990 = load i64, ptr %989, align 8, !tbaa !5
+  %991 = getelementptr i32, ptr %key_cache, i64 %990
+  %992 = getelementptr i32, ptr %991, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %992, i32 0, i32 2, i32 1)
+  %993 = getelementptr i8, ptr %991, i64 64
+  %994 = getelementptr i32, ptr %993, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %994, i32 0, i32 2, i32 1)
+  %995 = getelementptr i8, ptr %991, i64 128
+  %996 = getelementptr i32, ptr %995, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %996, i32 0, i32 2, i32 1)
+  %997 = getelementptr i8, ptr %991, i64 192
+  %998 = getelementptr i32, ptr %997, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %998, i32 0, i32 2, i32 1)
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep950.i, i64 %978
+  %999 = load i64, ptr %gep.i, align 8, !tbaa !5
+  %gep452.i = getelementptr i32, ptr %invariant.gep451.i, i64 %999
+  %1000 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
+  %1001 = load i64, ptr %1000, align 8, !tbaa !5
+  %gep454.i = getelementptr i32, ptr %invariant.gep451.i, i64 %1001
+  %1002 = load <16 x float>, ptr %507, align 4, !tbaa !5
+  %1003 = load <16 x i32>, ptr %gep452.i, align 4, !tbaa !5
+  %1004 = shl <16 x i32> %1003, splat (i32 16)
+  %1005 = bitcast <16 x i32> %1004 to <16 x float>
+  %1006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1002, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1007 = load <16 x float>, ptr %508, align 4, !tbaa !5
+  %1008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1007, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1009 = load <16 x float>, ptr %509, align 4, !tbaa !5
+  %1010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1009, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1011 = load <16 x float>, ptr %510, align 4, !tbaa !5
+  %1012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1013 = load <16 x i32>, ptr %gep454.i, align 4, !tbaa !5
+  %1014 = shl <16 x i32> %1013, splat (i32 16)
+  %1015 = bitcast <16 x i32> %1014 to <16 x float>
+  %1016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1002, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1007, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1009, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1020 = load <16 x float>, ptr %511, align 4, !tbaa !5
+  %1021 = and <16 x i32> %1003, splat (i32 -65536)
+  %1022 = bitcast <16 x i32> %1021 to <16 x float>
+  %1023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1022, <16 x float> %1006)
+  %1024 = load <16 x float>, ptr %512, align 4, !tbaa !5
+  %1025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1022, <16 x float> %1008)
+  %1026 = load <16 x float>, ptr %513, align 4, !tbaa !5
+  %1027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1022, <16 x float> %1010)
+  %1028 = load <16 x float>, ptr %514, align 4, !tbaa !5
+  %1029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1028, <16 x float> %1022, <16 x float> %1012)
+  %1030 = and <16 x i32> %1013, splat (i32 -65536)
+  %1031 = bitcast <16 x i32> %1030 to <16 x float>
+  %1032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1031, <16 x float> %1016)
+  %1033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1031, <16 x float> %1017)
+  %1034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1031, <16 x float> %1018)
+  %1035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1028, <16 x float> %1031, <16 x float> %1019)
+  %1036 = load <16 x float>, ptr %515, align 4, !tbaa !5
+  %gep439.1.i = getelementptr i8, ptr %gep452.i, i64 64
+  %1037 = load <16 x i32>, ptr %gep439.1.i, align 4, !tbaa !5
+  %1038 = shl <16 x i32> %1037, splat (i32 16)
+  %1039 = bitcast <16 x i32> %1038 to <16 x float>
+  %1040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1039, <16 x float> %1023)
+  %1041 = load <16 x float>, ptr %516, align 4, !tbaa !5
+  %1042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1041, <16 x float> %1039, <16 x float> %1025)
+  %1043 = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %1044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1043, <16 x float> %1039, <16 x float> %1027)
+  %1045 = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %1046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1039, <16 x float> %1029)
+  %gep441.1.i = getelementptr i8, ptr %gep454.i, i64 64
+  %1047 = load <16 x i32>, ptr %gep441.1.i, align 4, !tbaa !5
+  %1048 = shl <16 x i32> %1047, splat (i32 16)
+  %1049 = bitcast <16 x i32> %1048 to <16 x float>
+  %1050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1049, <16 x float> %1032)
+  %1051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1041, <16 x float> %1049, <16 x float> %1033)
+  %1052 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1043, <16 x float> %1049, <16 x float> %1034)
+  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1049, <16 x float> %1035)
+  %1054 = load <16 x float>, ptr %519, align 4, !tbaa !5
+  %1055 = and <16 x i32> %1037, splat (i32 -65536)
+  %1056 = bitcast <16 x i32> %1055 to <16 x float>
+  %1057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1056, <16 x float> %1040)
+  %1058 = load <16 x float>, ptr %520, align 4, !tbaa !5
+  %1059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1056, <16 x float> %1042)
+  %1060 = load <16 x float>, ptr %521, align 4, !tbaa !5
+  %1061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1056, <16 x float> %1044)
+  %1062 = load <16 x float>, ptr %522, align 4, !tbaa !5
+  %1063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1062, <16 x float> %1056, <16 x float> %1046)
+  %1064 = and <16 x i32> %1047, splat (i32 -65536)
+  %1065 = bitcast <16 x i32> %1064 to <16 x float>
+  %1066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1065, <16 x float> %1050)
+  %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1065, <16 x float> %1051)
+  %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1065, <16 x float> %1052)
+  %1069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1062, <16 x float> %1065, <16 x float> %1053)
+  %1070 = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %gep439.2.i = getelementptr i8, ptr %gep452.i, i64 128
+  %1071 = load <16 x i32>, ptr %gep439.2.i, align 4, !tbaa !5
+  %1072 = shl <16 x i32> %1071, splat (i32 16)
+  %1073 = bitcast <16 x i32> %1072 to <16 x float>
+  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1073, <16 x float> %1057)
+  %1075 = load <16 x float>, ptr %524, align 4, !tbaa !5
+  %1076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1073, <16 x float> %1059)
+  %1077 = load <16 x float>, ptr %525, align 4, !tbaa !5
+  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1073, <16 x float> %1061)
+  %1079 = load <16 x float>, ptr %526, align 4, !tbaa !5
+  %1080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1073, <16 x float> %1063)
+  %gep441.2.i = getelementptr i8, ptr %gep454.i, i64 128
+  %1081 = load <16 x i32>, ptr %gep441.2.i, align 4, !tbaa !5
+  %1082 = shl <16 x i32> %1081, splat (i32 16)
+  %1083 = bitcast <16 x i32> %1082 to <16 x float>
+  %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1083, <16 x float> %1066)
+  %1085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1083, <16 x float> %1067)
+  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1083, <16 x float> %1068)
+  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1083, <16 x float> %1069)
+  %1088 = load <16 x float>, ptr %527, align 4, !tbaa !5
+  %1089 = and <16 x i32> %1071, splat (i32 -65536)
+  %1090 = bitcast <16 x i32> %1089 to <16 x float>
+  %1091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1090, <16 x float> %1074)
+  %1092 = load <16 x float>, ptr %528, align 4, !tbaa !5
+  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1090, <16 x float> %1076)
+  %1094 = load <16 x float>, ptr %529, align 4, !tbaa !5
+  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1090, <16 x float> %1078)
+  %1096 = load <16 x float>, ptr %530, align 4, !tbaa !5
+  %1097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1090, <16 x float> %1080)
+  %1098 = and <16 x i32> %1081, splat (i32 -65536)
+  %1099 = bitcast <16 x i32> %1098 to <16 x float>
+  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1099, <16 x float> %1084)
+  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1099, <16 x float> %1085)
+  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1099, <16 x float> %1086)
+  %1103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1099, <16 x float> %1087)
+  %1104 = load <16 x float>, ptr %531, align 4, !tbaa !5
+  %gep439.3.i = getelementptr i8, ptr %gep452.i, i64 192
+  %1105 = load <16 x i32>, ptr %gep439.3.i, align 4, !tbaa !5
+  %1106 = shl <16 x i32> %1105, splat (i32 16)
+  %1107 = bitcast <16 x i32> %1106 to <16 x float>
+  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1107, <16 x float> %1091)
+  %1109 = load <16 x float>, ptr %532, align 4, !tbaa !5
+  %1110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1107, <16 x float> %1093)
+  %1111 = load <16 x float>, ptr %533, align 4, !tbaa !5
+  %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1107, <16 x float> %1095)
+  %1113 = load <16 x float>, ptr %534, align 4, !tbaa !5
+  %1114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1107, <16 x float> %1097)
+  %gep441.3.i = getelementptr i8, ptr %gep454.i, i64 192
+  %1115 = load <16 x i32>, ptr %gep441.3.i, align 4, !tbaa !5
+  %1116 = shl <16 x i32> %1115, splat (i32 16)
+  %1117 = bitcast <16 x i32> %1116 to <16 x float>
+  %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1117, <16 x float> %1100)
+  %1119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1117, <16 x float> %1101)
+  %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1117, <16 x float> %1102)
+  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1117, <16 x float> %1103)
+  %1122 = load <16 x float>, ptr %535, align 4, !tbaa !5
+  %1123 = and <16 x i32> %1105, splat (i32 -65536)
+  %1124 = bitcast <16 x i32> %1123 to <16 x float>
+  %1125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1124, <16 x float> %1108)
+  %1126 = load <16 x float>, ptr %536, align 4, !tbaa !5
+  %1127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1124, <16 x float> %1110)
+  %1128 = load <16 x float>, ptr %537, align 4, !tbaa !5
+  %1129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1124, <16 x float> %1112)
+  %1130 = load <16 x float>, ptr %538, align 4, !tbaa !5
+  %1131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1130, <16 x float> %1124, <16 x float> %1114)
+  %1132 = and <16 x i32> %1115, splat (i32 -65536)
+  %1133 = bitcast <16 x i32> %1132 to <16 x float>
+  %1134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1133, <16 x float> %1118)
+  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1133, <16 x float> %1119)
+  %1136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1133, <16 x float> %1120)
+  %1137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1130, <16 x float> %1133, <16 x float> %1121)
+  %.idx906.i = shl nuw nsw i64 %indvars.iv698.i, 7
+  %1138 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx906.i
+  store <16 x float> %1125, ptr %1138, align 4, !tbaa !5
+  %1139 = getelementptr inbounds nuw i8, ptr %1138, i64 64
+  store <16 x float> %1134, ptr %1139, align 4, !tbaa !5
+  %1140 = getelementptr inbounds nuw i8, ptr %1138, i64 1024
+  store <16 x float> %1127, ptr %1140, align 4, !tbaa !5
+  %1141 = getelementptr inbounds nuw i8, ptr %1138, i64 1088
+  store <16 x float> %1135, ptr %1141, align 4, !tbaa !5
+  %1142 = getelementptr inbounds nuw i8, ptr %1138, i64 2048
+  store <16 x float> %1129, ptr %1142, align 4, !tbaa !5
+  %1143 = getelementptr inbounds nuw i8, ptr %1138, i64 2112
+  store <16 x float> %1136, ptr %1143, align 4, !tbaa !5
+  %1144 = getelementptr inbounds nuw i8, ptr %1138, i64 3072
+  store <16 x float> %1131, ptr %1144, align 4, !tbaa !5
+  %1145 = getelementptr inbounds nuw i8, ptr %1138, i64 3136
+  store <16 x float> %1137, ptr %1145, align 4, !tbaa !5
+  %indvars.iv.next699.i = add nuw nsw i64 %indvars.iv698.i, 1
+  %exitcond701.not.i = icmp eq i64 %indvars.iv.next699.i, 8
+  br i1 %exitcond701.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
 
 for_body_r62.us.preheader.i:                      ; preds = %for_end_ax158.3.i
-  %peak.rf262.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 0
-  %916 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %917 = select i1 %916, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.3.i
-  %peak.rf262.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 1
-  %918 = fcmp ogt float %917, %peak.rf262.sroa.0.4.vec.extract.3.i
-  %919 = select i1 %918, float %917, float %peak.rf262.sroa.0.4.vec.extract.3.i
-  %peak.rf262.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 2
-  %920 = fcmp ogt float %919, %peak.rf262.sroa.0.8.vec.extract.3.i
-  %921 = select i1 %920, float %919, float %peak.rf262.sroa.0.8.vec.extract.3.i
-  %peak.rf262.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 3
-  %922 = fcmp ogt float %921, %peak.rf262.sroa.0.12.vec.extract.3.i
-  %923 = select i1 %922, float %921, float %peak.rf262.sroa.0.12.vec.extract.3.i
-  %peak.rf262.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 4
-  %924 = fcmp ogt float %923, %peak.rf262.sroa.0.16.vec.extract.3.i
-  %925 = select i1 %924, float %923, float %peak.rf262.sroa.0.16.vec.extract.3.i
-  %peak.rf262.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 5
-  %926 = fcmp ogt float %925, %peak.rf262.sroa.0.20.vec.extract.3.i
-  %927 = select i1 %926, float %925, float %peak.rf262.sroa.0.20.vec.extract.3.i
-  %peak.rf262.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 6
-  %928 = fcmp ogt float %927, %peak.rf262.sroa.0.24.vec.extract.3.i
-  %929 = select i1 %928, float %927, float %peak.rf262.sroa.0.24.vec.extract.3.i
-  %peak.rf262.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 7
-  %930 = fcmp ogt float %929, %peak.rf262.sroa.0.28.vec.extract.3.i
-  %931 = select i1 %930, float %929, float %peak.rf262.sroa.0.28.vec.extract.3.i
-  %peak.rf262.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 8
-  %932 = fcmp ogt float %931, %peak.rf262.sroa.0.32.vec.extract.3.i
-  %933 = select i1 %932, float %931, float %peak.rf262.sroa.0.32.vec.extract.3.i
-  %peak.rf262.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 9
-  %934 = fcmp ogt float %933, %peak.rf262.sroa.0.36.vec.extract.3.i
-  %935 = select i1 %934, float %933, float %peak.rf262.sroa.0.36.vec.extract.3.i
-  %peak.rf262.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 10
-  %936 = fcmp ogt float %935, %peak.rf262.sroa.0.40.vec.extract.3.i
-  %937 = select i1 %936, float %935, float %peak.rf262.sroa.0.40.vec.extract.3.i
-  %peak.rf262.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 11
-  %938 = fcmp ogt float %937, %peak.rf262.sroa.0.44.vec.extract.3.i
-  %939 = select i1 %938, float %937, float %peak.rf262.sroa.0.44.vec.extract.3.i
-  %peak.rf262.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 12
-  %940 = fcmp ogt float %939, %peak.rf262.sroa.0.48.vec.extract.3.i
-  %941 = select i1 %940, float %939, float %peak.rf262.sroa.0.48.vec.extract.3.i
-  %peak.rf262.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 13
-  %942 = fcmp ogt float %941, %peak.rf262.sroa.0.52.vec.extract.3.i
-  %943 = select i1 %942, float %941, float %peak.rf262.sroa.0.52.vec.extract.3.i
-  %peak.rf262.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 14
-  %944 = fcmp ogt float %943, %peak.rf262.sroa.0.56.vec.extract.3.i
-  %945 = select i1 %944, float %943, float %peak.rf262.sroa.0.56.vec.extract.3.i
-  %peak.rf262.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 15
-  %946 = fcmp ogt float %945, %peak.rf262.sroa.0.60.vec.extract.3.i
-  %947 = select i1 %946, float %945, float %peak.rf262.sroa.0.60.vec.extract.3.i
-  %peak263.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.8.vec.insert.i, float %947, i64 3
+  %peak.rf258.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 0
+  %1146 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1147 = select i1 %1146, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.3.i
+  %peak.rf258.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 1
+  %1148 = fcmp ogt float %1147, %peak.rf258.sroa.0.4.vec.extract.3.i
+  %1149 = select i1 %1148, float %1147, float %peak.rf258.sroa.0.4.vec.extract.3.i
+  %peak.rf258.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 2
+  %1150 = fcmp ogt float %1149, %peak.rf258.sroa.0.8.vec.extract.3.i
+  %1151 = select i1 %1150, float %1149, float %peak.rf258.sroa.0.8.vec.extract.3.i
+  %peak.rf258.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 3
+  %1152 = fcmp ogt float %1151, %peak.rf258.sroa.0.12.vec.extract.3.i
+  %1153 = select i1 %1152, float %1151, float %peak.rf258.sroa.0.12.vec.extract.3.i
+  %peak.rf258.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 4
+  %1154 = fcmp ogt float %1153, %peak.rf258.sroa.0.16.vec.extract.3.i
+  %1155 = select i1 %1154, float %1153, float %peak.rf258.sroa.0.16.vec.extract.3.i
+  %peak.rf258.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 5
+  %1156 = fcmp ogt float %1155, %peak.rf258.sroa.0.20.vec.extract.3.i
+  %1157 = select i1 %1156, float %1155, float %peak.rf258.sroa.0.20.vec.extract.3.i
+  %peak.rf258.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 6
+  %1158 = fcmp ogt float %1157, %peak.rf258.sroa.0.24.vec.extract.3.i
+  %1159 = select i1 %1158, float %1157, float %peak.rf258.sroa.0.24.vec.extract.3.i
+  %peak.rf258.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 7
+  %1160 = fcmp ogt float %1159, %peak.rf258.sroa.0.28.vec.extract.3.i
+  %1161 = select i1 %1160, float %1159, float %peak.rf258.sroa.0.28.vec.extract.3.i
+  %peak.rf258.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 8
+  %1162 = fcmp ogt float %1161, %peak.rf258.sroa.0.32.vec.extract.3.i
+  %1163 = select i1 %1162, float %1161, float %peak.rf258.sroa.0.32.vec.extract.3.i
+  %peak.rf258.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 9
+  %1164 = fcmp ogt float %1163, %peak.rf258.sroa.0.36.vec.extract.3.i
+  %1165 = select i1 %1164, float %1163, float %peak.rf258.sroa.0.36.vec.extract.3.i
+  %peak.rf258.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 10
+  %1166 = fcmp ogt float %1165, %peak.rf258.sroa.0.40.vec.extract.3.i
+  %1167 = select i1 %1166, float %1165, float %peak.rf258.sroa.0.40.vec.extract.3.i
+  %peak.rf258.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 11
+  %1168 = fcmp ogt float %1167, %peak.rf258.sroa.0.44.vec.extract.3.i
+  %1169 = select i1 %1168, float %1167, float %peak.rf258.sroa.0.44.vec.extract.3.i
+  %peak.rf258.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 12
+  %1170 = fcmp ogt float %1169, %peak.rf258.sroa.0.48.vec.extract.3.i
+  %1171 = select i1 %1170, float %1169, float %peak.rf258.sroa.0.48.vec.extract.3.i
+  %peak.rf258.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 13
+  %1172 = fcmp ogt float %1171, %peak.rf258.sroa.0.52.vec.extract.3.i
+  %1173 = select i1 %1172, float %1171, float %peak.rf258.sroa.0.52.vec.extract.3.i
+  %peak.rf258.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 14
+  %1174 = fcmp ogt float %1173, %peak.rf258.sroa.0.56.vec.extract.3.i
+  %1175 = select i1 %1174, float %1173, float %peak.rf258.sroa.0.56.vec.extract.3.i
+  %peak.rf258.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 15
+  %1176 = fcmp ogt float %1175, %peak.rf258.sroa.0.60.vec.extract.3.i
+  %1177 = select i1 %1176, float %1175, float %peak.rf258.sroa.0.60.vec.extract.3.i
+  %peak259.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.8.vec.insert.i, float %1177, i64 3
   br label %for_begin_r68.preheader.i
 
 for_body_ax157.i:                                 ; preds = %for_body_ax157.i, %for_body_ax157.i.preheader
-  %indvars.iv733.i = phi i64 [ %indvars.iv.next734.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.i = phi <16 x float> [ %986, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
-  %niter226 = phi i64 [ %niter226.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %.idx960.i = shl nsw i64 %indvars.iv733.i, 6
-  %948 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx960.i
-  %949 = load <16 x float>, ptr %948, align 4, !tbaa !5
-  %950 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i, %949
-  %951 = select <16 x i1> %950, <16 x float> %peak.rf_global261.sroa.0.0464.i, <16 x float> %949
-  %indvars.iv.next734.i = shl i64 %indvars.iv733.i, 6
-  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i
-  %953 = getelementptr inbounds nuw i8, ptr %952, i64 64
-  %954 = load <16 x float>, ptr %953, align 4, !tbaa !5
-  %955 = fcmp ogt <16 x float> %951, %954
-  %956 = select <16 x i1> %955, <16 x float> %951, <16 x float> %954
-  %indvars.iv.next734.i.1 = shl i64 %indvars.iv733.i, 6
-  %957 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.1
-  %958 = getelementptr inbounds nuw i8, ptr %957, i64 128
-  %959 = load <16 x float>, ptr %958, align 4, !tbaa !5
-  %960 = fcmp ogt <16 x float> %956, %959
-  %961 = select <16 x i1> %960, <16 x float> %956, <16 x float> %959
-  %indvars.iv.next734.i.2 = shl i64 %indvars.iv733.i, 6
-  %962 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.2
-  %963 = getelementptr inbounds nuw i8, ptr %962, i64 192
-  %964 = load <16 x float>, ptr %963, align 4, !tbaa !5
-  %965 = fcmp ogt <16 x float> %961, %964
-  %966 = select <16 x i1> %965, <16 x float> %961, <16 x float> %964
-  %indvars.iv.next734.i.3 = shl i64 %indvars.iv733.i, 6
-  %967 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.3
-  %968 = getelementptr inbounds nuw i8, ptr %967, i64 256
-  %969 = load <16 x float>, ptr %968, align 4, !tbaa !5
-  %970 = fcmp ogt <16 x float> %966, %969
-  %971 = select <16 x i1> %970, <16 x float> %966, <16 x float> %969
-  %indvars.iv.next734.i.4 = shl i64 %indvars.iv733.i, 6
-  %972 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.4
-  %973 = getelementptr inbounds nuw i8, ptr %972, i64 320
-  %974 = load <16 x float>, ptr %973, align 4, !tbaa !5
-  %975 = fcmp ogt <16 x float> %971, %974
-  %976 = select <16 x i1> %975, <16 x float> %971, <16 x float> %974
-  %indvars.iv.next734.i.5 = shl i64 %indvars.iv733.i, 6
-  %977 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.5
-  %978 = getelementptr inbounds nuw i8, ptr %977, i64 384
-  %979 = load <16 x float>, ptr %978, align 4, !tbaa !5
-  %980 = fcmp ogt <16 x float> %976, %979
-  %981 = select <16 x i1> %980, <16 x float> %976, <16 x float> %979
-  %indvars.iv.next734.i.6 = shl i64 %indvars.iv733.i, 6
-  %982 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.6
-  %983 = getelementptr inbounds nuw i8, ptr %982, i64 448
-  %984 = load <16 x float>, ptr %983, align 4, !tbaa !5
-  %985 = fcmp ogt <16 x float> %981, %984
-  %986 = select <16 x i1> %985, <16 x float> %981, <16 x float> %984
-  %indvars.iv.next734.i.7 = add nuw nsw i64 %indvars.iv733.i, 8
-  %niter226.next.7 = add i64 %niter226, 8
-  %niter226.ncmp.7 = icmp eq i64 %niter226.next.7, %unroll_iter225
-  br i1 %niter226.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !37, !llvm.loop !38
-
-for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
-  br i1 %lcmp.mod222.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !40
-
-for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
-  %indvars.iv733.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next734.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %986, %for_end_ax158.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod224)
-  br label %for_body_ax157.i.epil
-
-for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
-  %indvars.iv733.i.epil = phi i64 [ %indvars.iv.next734.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv733.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.i.epil = phi <16 x float> [ %990, %for_body_ax157.i.epil ], [ %peak.rf_global261.sroa.0.0464.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %epil.iter221 = phi i64 [ %epil.iter221.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
-  %.idx960.i.epil = shl nsw i64 %indvars.iv733.i.epil, 6
-  %987 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx960.i.epil
-  %988 = load <16 x float>, ptr %987, align 4, !tbaa !5
-  %989 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, %988
-  %990 = select <16 x i1> %989, <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, <16 x float> %988
-  %indvars.iv.next734.i.epil = add nuw nsw i64 %indvars.iv733.i.epil, 1
-  %epil.iter221.next = add i64 %epil.iter221, 1
-  %epil.iter221.cmp.not = icmp eq i64 %epil.iter221.next, %xtraiter220
-  br i1 %epil.iter221.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !26, !llvm.loop !41
-
-for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled969971974.i = phi ptr [ %scaled968.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %986, %for_end_ax158.i.loopexit.unr-lcssa ], [ %990, %for_body_ax157.i.epil ]
-  %peak.rf262.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 0
-  %991 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %992 = select i1 %991, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.i
-  %peak.rf262.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 1
-  %993 = fcmp ogt float %992, %peak.rf262.sroa.0.4.vec.extract.i
-  %994 = select i1 %993, float %992, float %peak.rf262.sroa.0.4.vec.extract.i
-  %peak.rf262.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 2
-  %995 = fcmp ogt float %994, %peak.rf262.sroa.0.8.vec.extract.i
-  %996 = select i1 %995, float %994, float %peak.rf262.sroa.0.8.vec.extract.i
-  %peak.rf262.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 3
-  %997 = fcmp ogt float %996, %peak.rf262.sroa.0.12.vec.extract.i
-  %998 = select i1 %997, float %996, float %peak.rf262.sroa.0.12.vec.extract.i
-  %peak.rf262.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 4
-  %999 = fcmp ogt float %998, %peak.rf262.sroa.0.16.vec.extract.i
-  %1000 = select i1 %999, float %998, float %peak.rf262.sroa.0.16.vec.extract.i
-  %peak.rf262.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 5
-  %1001 = fcmp ogt float %1000, %peak.rf262.sroa.0.20.vec.extract.i
-  %1002 = select i1 %1001, float %1000, float %peak.rf262.sroa.0.20.vec.extract.i
-  %peak.rf262.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 6
-  %1003 = fcmp ogt float %1002, %peak.rf262.sroa.0.24.vec.extract.i
-  %1004 = select i1 %1003, float %1002, float %peak.rf262.sroa.0.24.vec.extract.i
-  %peak.rf262.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 7
-  %1005 = fcmp ogt float %1004, %peak.rf262.sroa.0.28.vec.extract.i
-  %1006 = select i1 %1005, float %1004, float %peak.rf262.sroa.0.28.vec.extract.i
-  %peak.rf262.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 8
-  %1007 = fcmp ogt float %1006, %peak.rf262.sroa.0.32.vec.extract.i
-  %1008 = select i1 %1007, float %1006, float %peak.rf262.sroa.0.32.vec.extract.i
-  %peak.rf262.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 9
-  %1009 = fcmp ogt float %1008, %peak.rf262.sroa.0.36.vec.extract.i
-  %1010 = select i1 %1009, float %1008, float %peak.rf262.sroa.0.36.vec.extract.i
-  %peak.rf262.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 10
-  %1011 = fcmp ogt float %1010, %peak.rf262.sroa.0.40.vec.extract.i
-  %1012 = select i1 %1011, float %1010, float %peak.rf262.sroa.0.40.vec.extract.i
-  %peak.rf262.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 11
-  %1013 = fcmp ogt float %1012, %peak.rf262.sroa.0.44.vec.extract.i
-  %1014 = select i1 %1013, float %1012, float %peak.rf262.sroa.0.44.vec.extract.i
-  %peak.rf262.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 12
-  %1015 = fcmp ogt float %1014, %peak.rf262.sroa.0.48.vec.extract.i
-  %1016 = select i1 %1015, float %1014, float %peak.rf262.sroa.0.48.vec.extract.i
-  %peak.rf262.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 13
-  %1017 = fcmp ogt float %1016, %peak.rf262.sroa.0.52.vec.extract.i
-  %1018 = select i1 %1017, float %1016, float %peak.rf262.sroa.0.52.vec.extract.i
-  %peak.rf262.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 14
-  %1019 = fcmp ogt float %1018, %peak.rf262.sroa.0.56.vec.extract.i
-  %1020 = select i1 %1019, float %1018, float %peak.rf262.sroa.0.56.vec.extract.i
-  %peak.rf262.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 15
-  %1021 = fcmp ogt float %1020, %peak.rf262.sroa.0.60.vec.extract.i
-  %1022 = select i1 %1021, float %1020, float %peak.rf262.sroa.0.60.vec.extract.i
-  %peak263.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1022, i64 0
-  br i1 %224, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
-
-for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
-  br i1 %239, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !36
-
-for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
-  %indvars.iv733.1.i = phi i64 [ %indvars.iv.next734.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.1.i = phi <16 x float> [ %1062, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
-  %niter233 = phi i64 [ %niter233.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %.idx961.i = shl nsw i64 %indvars.iv733.1.i, 6
-  %1023 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx961.i
-  %1024 = getelementptr inbounds nuw i8, ptr %1023, i64 512
-  %1025 = load <16 x float>, ptr %1024, align 4, !tbaa !5
-  %1026 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i, %1025
-  %1027 = select <16 x i1> %1026, <16 x float> %peak.rf_global261.sroa.0.0464.1.i, <16 x float> %1025
-  %indvars.iv.next734.1.i = shl i64 %indvars.iv733.1.i, 6
-  %1028 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i
-  %1029 = getelementptr inbounds nuw i8, ptr %1028, i64 576
-  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !5
-  %1031 = fcmp ogt <16 x float> %1027, %1030
-  %1032 = select <16 x i1> %1031, <16 x float> %1027, <16 x float> %1030
-  %indvars.iv.next734.1.i.1 = shl i64 %indvars.iv733.1.i, 6
-  %1033 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.1
-  %1034 = getelementptr inbounds nuw i8, ptr %1033, i64 640
-  %1035 = load <16 x float>, ptr %1034, align 4, !tbaa !5
-  %1036 = fcmp ogt <16 x float> %1032, %1035
-  %1037 = select <16 x i1> %1036, <16 x float> %1032, <16 x float> %1035
-  %indvars.iv.next734.1.i.2 = shl i64 %indvars.iv733.1.i, 6
-  %1038 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.2
-  %1039 = getelementptr inbounds nuw i8, ptr %1038, i64 704
-  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !5
-  %1041 = fcmp ogt <16 x float> %1037, %1040
-  %1042 = select <16 x i1> %1041, <16 x float> %1037, <16 x float> %1040
-  %indvars.iv.next734.1.i.3 = shl i64 %indvars.iv733.1.i, 6
-  %1043 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.3
-  %1044 = getelementptr inbounds nuw i8, ptr %1043, i64 768
-  %1045 = load <16 x float>, ptr %1044, align 4, !tbaa !5
-  %1046 = fcmp ogt <16 x float> %1042, %1045
-  %1047 = select <16 x i1> %1046, <16 x float> %1042, <16 x float> %1045
-  %indvars.iv.next734.1.i.4 = shl i64 %indvars.iv733.1.i, 6
-  %1048 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.4
-  %1049 = getelementptr inbounds nuw i8, ptr %1048, i64 832
-  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !5
-  %1051 = fcmp ogt <16 x float> %1047, %1050
-  %1052 = select <16 x i1> %1051, <16 x float> %1047, <16 x float> %1050
-  %indvars.iv.next734.1.i.5 = shl i64 %indvars.iv733.1.i, 6
-  %1053 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.5
-  %1054 = getelementptr inbounds nuw i8, ptr %1053, i64 896
-  %1055 = load <16 x float>, ptr %1054, align 4, !tbaa !5
-  %1056 = fcmp ogt <16 x float> %1052, %1055
-  %1057 = select <16 x i1> %1056, <16 x float> %1052, <16 x float> %1055
-  %indvars.iv.next734.1.i.6 = shl i64 %indvars.iv733.1.i, 6
-  %1058 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.6
-  %1059 = getelementptr inbounds nuw i8, ptr %1058, i64 960
-  %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !5
-  %1061 = fcmp ogt <16 x float> %1057, %1060
-  %1062 = select <16 x i1> %1061, <16 x float> %1057, <16 x float> %1060
-  %indvars.iv.next734.1.i.7 = add nuw nsw i64 %indvars.iv733.1.i, 8
-  %niter233.next.7 = add i64 %niter233, 8
-  %niter233.ncmp.7 = icmp eq i64 %niter233.next.7, %unroll_iter232
-  br i1 %niter233.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !37, !llvm.loop !42
-
-for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
-  br i1 %lcmp.mod229.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !40
-
-for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
-  %indvars.iv733.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next734.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1062, %for_end_ax158.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod231)
-  br label %for_body_ax157.1.i.epil
-
-for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
-  %indvars.iv733.1.i.epil = phi i64 [ %indvars.iv.next734.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv733.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.1.i.epil = phi <16 x float> [ %1067, %for_body_ax157.1.i.epil ], [ %peak.rf_global261.sroa.0.0464.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %epil.iter228 = phi i64 [ %epil.iter228.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
-  %.idx961.i.epil = shl nsw i64 %indvars.iv733.1.i.epil, 6
-  %1063 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx961.i.epil
-  %1064 = getelementptr inbounds nuw i8, ptr %1063, i64 512
-  %1065 = load <16 x float>, ptr %1064, align 4, !tbaa !5
-  %1066 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, %1065
-  %1067 = select <16 x i1> %1066, <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, <16 x float> %1065
-  %indvars.iv.next734.1.i.epil = add nuw nsw i64 %indvars.iv733.1.i.epil, 1
-  %epil.iter228.next = add i64 %epil.iter228, 1
-  %epil.iter228.cmp.not = icmp eq i64 %epil.iter228.next, %xtraiter227
-  br i1 %epil.iter228.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !26, !llvm.loop !43
-
-for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
-  %peak.rf_global261.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1062, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1067, %for_body_ax157.1.i.epil ]
-  %peak.rf262.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 0
-  %1068 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1069 = select i1 %1068, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.1.i
-  %peak.rf262.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 1
-  %1070 = fcmp ogt float %1069, %peak.rf262.sroa.0.4.vec.extract.1.i
-  %1071 = select i1 %1070, float %1069, float %peak.rf262.sroa.0.4.vec.extract.1.i
-  %peak.rf262.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 2
-  %1072 = fcmp ogt float %1071, %peak.rf262.sroa.0.8.vec.extract.1.i
-  %1073 = select i1 %1072, float %1071, float %peak.rf262.sroa.0.8.vec.extract.1.i
-  %peak.rf262.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 3
-  %1074 = fcmp ogt float %1073, %peak.rf262.sroa.0.12.vec.extract.1.i
-  %1075 = select i1 %1074, float %1073, float %peak.rf262.sroa.0.12.vec.extract.1.i
-  %peak.rf262.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 4
-  %1076 = fcmp ogt float %1075, %peak.rf262.sroa.0.16.vec.extract.1.i
-  %1077 = select i1 %1076, float %1075, float %peak.rf262.sroa.0.16.vec.extract.1.i
-  %peak.rf262.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 5
-  %1078 = fcmp ogt float %1077, %peak.rf262.sroa.0.20.vec.extract.1.i
-  %1079 = select i1 %1078, float %1077, float %peak.rf262.sroa.0.20.vec.extract.1.i
-  %peak.rf262.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 6
-  %1080 = fcmp ogt float %1079, %peak.rf262.sroa.0.24.vec.extract.1.i
-  %1081 = select i1 %1080, float %1079, float %peak.rf262.sroa.0.24.vec.extract.1.i
-  %peak.rf262.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 7
-  %1082 = fcmp ogt float %1081, %peak.rf262.sroa.0.28.vec.extract.1.i
-  %1083 = select i1 %1082, float %1081, float %peak.rf262.sroa.0.28.vec.extract.1.i
-  %peak.rf262.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 8
-  %1084 = fcmp ogt float %1083, %peak.rf262.sroa.0.32.vec.extract.1.i
-  %1085 = select i1 %1084, float %1083, float %peak.rf262.sroa.0.32.vec.extract.1.i
-  %peak.rf262.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 9
-  %1086 = fcmp ogt float %1085, %peak.rf262.sroa.0.36.vec.extract.1.i
-  %1087 = select i1 %1086, float %1085, float %peak.rf262.sroa.0.36.vec.extract.1.i
-  %peak.rf262.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 10
-  %1088 = fcmp ogt float %1087, %peak.rf262.sroa.0.40.vec.extract.1.i
-  %1089 = select i1 %1088, float %1087, float %peak.rf262.sroa.0.40.vec.extract.1.i
-  %peak.rf262.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 11
-  %1090 = fcmp ogt float %1089, %peak.rf262.sroa.0.44.vec.extract.1.i
-  %1091 = select i1 %1090, float %1089, float %peak.rf262.sroa.0.44.vec.extract.1.i
-  %peak.rf262.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 12
-  %1092 = fcmp ogt float %1091, %peak.rf262.sroa.0.48.vec.extract.1.i
-  %1093 = select i1 %1092, float %1091, float %peak.rf262.sroa.0.48.vec.extract.1.i
-  %peak.rf262.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 13
-  %1094 = fcmp ogt float %1093, %peak.rf262.sroa.0.52.vec.extract.1.i
-  %1095 = select i1 %1094, float %1093, float %peak.rf262.sroa.0.52.vec.extract.1.i
-  %peak.rf262.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 14
-  %1096 = fcmp ogt float %1095, %peak.rf262.sroa.0.56.vec.extract.1.i
-  %1097 = select i1 %1096, float %1095, float %peak.rf262.sroa.0.56.vec.extract.1.i
-  %peak.rf262.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 15
-  %1098 = fcmp ogt float %1097, %peak.rf262.sroa.0.60.vec.extract.1.i
-  %1099 = select i1 %1098, float %1097, float %peak.rf262.sroa.0.60.vec.extract.1.i
-  %peak263.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.0.vec.insert.i, float %1099, i64 1
-  br i1 %224, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
-
-for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
-  br i1 %240, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !36
-
-for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
-  %indvars.iv733.2.i = phi i64 [ %indvars.iv.next734.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.2.i = phi <16 x float> [ %1139, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
-  %niter240 = phi i64 [ %niter240.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %.idx962.i = shl nsw i64 %indvars.iv733.2.i, 6
-  %1100 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx962.i
-  %1101 = getelementptr inbounds nuw i8, ptr %1100, i64 1024
-  %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !5
-  %1103 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i, %1102
-  %1104 = select <16 x i1> %1103, <16 x float> %peak.rf_global261.sroa.0.0464.2.i, <16 x float> %1102
-  %indvars.iv.next734.2.i = shl i64 %indvars.iv733.2.i, 6
-  %1105 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i
-  %1106 = getelementptr inbounds nuw i8, ptr %1105, i64 1088
-  %1107 = load <16 x float>, ptr %1106, align 4, !tbaa !5
-  %1108 = fcmp ogt <16 x float> %1104, %1107
-  %1109 = select <16 x i1> %1108, <16 x float> %1104, <16 x float> %1107
-  %indvars.iv.next734.2.i.1 = shl i64 %indvars.iv733.2.i, 6
-  %1110 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.1
-  %1111 = getelementptr inbounds nuw i8, ptr %1110, i64 1152
-  %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !5
-  %1113 = fcmp ogt <16 x float> %1109, %1112
-  %1114 = select <16 x i1> %1113, <16 x float> %1109, <16 x float> %1112
-  %indvars.iv.next734.2.i.2 = shl i64 %indvars.iv733.2.i, 6
-  %1115 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.2
-  %1116 = getelementptr inbounds nuw i8, ptr %1115, i64 1216
-  %1117 = load <16 x float>, ptr %1116, align 4, !tbaa !5
-  %1118 = fcmp ogt <16 x float> %1114, %1117
-  %1119 = select <16 x i1> %1118, <16 x float> %1114, <16 x float> %1117
-  %indvars.iv.next734.2.i.3 = shl i64 %indvars.iv733.2.i, 6
-  %1120 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.3
-  %1121 = getelementptr inbounds nuw i8, ptr %1120, i64 1280
-  %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !5
-  %1123 = fcmp ogt <16 x float> %1119, %1122
-  %1124 = select <16 x i1> %1123, <16 x float> %1119, <16 x float> %1122
-  %indvars.iv.next734.2.i.4 = shl i64 %indvars.iv733.2.i, 6
-  %1125 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.4
-  %1126 = getelementptr inbounds nuw i8, ptr %1125, i64 1344
-  %1127 = load <16 x float>, ptr %1126, align 4, !tbaa !5
-  %1128 = fcmp ogt <16 x float> %1124, %1127
-  %1129 = select <16 x i1> %1128, <16 x float> %1124, <16 x float> %1127
-  %indvars.iv.next734.2.i.5 = shl i64 %indvars.iv733.2.i, 6
-  %1130 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.5
-  %1131 = getelementptr inbounds nuw i8, ptr %1130, i64 1408
-  %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !5
-  %1133 = fcmp ogt <16 x float> %1129, %1132
-  %1134 = select <16 x i1> %1133, <16 x float> %1129, <16 x float> %1132
-  %indvars.iv.next734.2.i.6 = shl i64 %indvars.iv733.2.i, 6
-  %1135 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.6
-  %1136 = getelementptr inbounds nuw i8, ptr %1135, i64 1472
-  %1137 = load <16 x float>, ptr %1136, align 4, !tbaa !5
-  %1138 = fcmp ogt <16 x float> %1134, %1137
-  %1139 = select <16 x i1> %1138, <16 x float> %1134, <16 x float> %1137
-  %indvars.iv.next734.2.i.7 = add nuw nsw i64 %indvars.iv733.2.i, 8
-  %niter240.next.7 = add i64 %niter240, 8
-  %niter240.ncmp.7 = icmp eq i64 %niter240.next.7, %unroll_iter239
-  br i1 %niter240.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !37, !llvm.loop !44
-
-for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
-  br i1 %lcmp.mod236.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !40
-
-for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
-  %indvars.iv733.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next734.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1139, %for_end_ax158.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod238)
-  br label %for_body_ax157.2.i.epil
-
-for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
-  %indvars.iv733.2.i.epil = phi i64 [ %indvars.iv.next734.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv733.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.2.i.epil = phi <16 x float> [ %1144, %for_body_ax157.2.i.epil ], [ %peak.rf_global261.sroa.0.0464.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %epil.iter235 = phi i64 [ %epil.iter235.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
-  %.idx962.i.epil = shl nsw i64 %indvars.iv733.2.i.epil, 6
-  %1140 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx962.i.epil
-  %1141 = getelementptr inbounds nuw i8, ptr %1140, i64 1024
-  %1142 = load <16 x float>, ptr %1141, align 4, !tbaa !5
-  %1143 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, %1142
-  %1144 = select <16 x i1> %1143, <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, <16 x float> %1142
-  %indvars.iv.next734.2.i.epil = add nuw nsw i64 %indvars.iv733.2.i.epil, 1
-  %epil.iter235.next = add i64 %epil.iter235, 1
-  %epil.iter235.cmp.not = icmp eq i64 %epil.iter235.next, %xtraiter234
-  br i1 %epil.iter235.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !26, !llvm.loop !45
-
-for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
-  %peak.rf_global261.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1139, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1144, %for_body_ax157.2.i.epil ]
-  %peak.rf262.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 0
-  %1145 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1146 = select i1 %1145, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.2.i
-  %peak.rf262.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 1
-  %1147 = fcmp ogt float %1146, %peak.rf262.sroa.0.4.vec.extract.2.i
-  %1148 = select i1 %1147, float %1146, float %peak.rf262.sroa.0.4.vec.extract.2.i
-  %peak.rf262.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 2
-  %1149 = fcmp ogt float %1148, %peak.rf262.sroa.0.8.vec.extract.2.i
-  %1150 = select i1 %1149, float %1148, float %peak.rf262.sroa.0.8.vec.extract.2.i
-  %peak.rf262.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 3
-  %1151 = fcmp ogt float %1150, %peak.rf262.sroa.0.12.vec.extract.2.i
-  %1152 = select i1 %1151, float %1150, float %peak.rf262.sroa.0.12.vec.extract.2.i
-  %peak.rf262.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 4
-  %1153 = fcmp ogt float %1152, %peak.rf262.sroa.0.16.vec.extract.2.i
-  %1154 = select i1 %1153, float %1152, float %peak.rf262.sroa.0.16.vec.extract.2.i
-  %peak.rf262.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 5
-  %1155 = fcmp ogt float %1154, %peak.rf262.sroa.0.20.vec.extract.2.i
-  %1156 = select i1 %1155, float %1154, float %peak.rf262.sroa.0.20.vec.extract.2.i
-  %peak.rf262.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 6
-  %1157 = fcmp ogt float %1156, %peak.rf262.sroa.0.24.vec.extract.2.i
-  %1158 = select i1 %1157, float %1156, float %peak.rf262.sroa.0.24.vec.extract.2.i
-  %peak.rf262.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 7
-  %1159 = fcmp ogt float %1158, %peak.rf262.sroa.0.28.vec.extract.2.i
-  %1160 = select i1 %1159, float %1158, float %peak.rf262.sroa.0.28.vec.extract.2.i
-  %peak.rf262.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 8
-  %1161 = fcmp ogt float %1160, %peak.rf262.sroa.0.32.vec.extract.2.i
-  %1162 = select i1 %1161, float %1160, float %peak.rf262.sroa.0.32.vec.extract.2.i
-  %peak.rf262.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 9
-  %1163 = fcmp ogt float %1162, %peak.rf262.sroa.0.36.vec.extract.2.i
-  %1164 = select i1 %1163, float %1162, float %peak.rf262.sroa.0.36.vec.extract.2.i
-  %peak.rf262.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 10
-  %1165 = fcmp ogt float %1164, %peak.rf262.sroa.0.40.vec.extract.2.i
-  %1166 = select i1 %1165, float %1164, float %peak.rf262.sroa.0.40.vec.extract.2.i
-  %peak.rf262.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 11
-  %1167 = fcmp ogt float %1166, %peak.rf262.sroa.0.44.vec.extract.2.i
-  %1168 = select i1 %1167, float %1166, float %peak.rf262.sroa.0.44.vec.extract.2.i
-  %peak.rf262.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 12
-  %1169 = fcmp ogt float %1168, %peak.rf262.sroa.0.48.vec.extract.2.i
-  %1170 = select i1 %1169, float %1168, float %peak.rf262.sroa.0.48.vec.extract.2.i
-  %peak.rf262.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 13
-  %1171 = fcmp ogt float %1170, %peak.rf262.sroa.0.52.vec.extract.2.i
-  %1172 = select i1 %1171, float %1170, float %peak.rf262.sroa.0.52.vec.extract.2.i
-  %peak.rf262.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 14
-  %1173 = fcmp ogt float %1172, %peak.rf262.sroa.0.56.vec.extract.2.i
-  %1174 = select i1 %1173, float %1172, float %peak.rf262.sroa.0.56.vec.extract.2.i
-  %peak.rf262.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 15
-  %1175 = fcmp ogt float %1174, %peak.rf262.sroa.0.60.vec.extract.2.i
-  %1176 = select i1 %1175, float %1174, float %peak.rf262.sroa.0.60.vec.extract.2.i
-  %peak263.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.4.vec.insert.i, float %1176, i64 2
-  br i1 %224, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
-
-for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
-  br i1 %241, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !36
-
-for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
-  %indvars.iv733.3.i = phi i64 [ %indvars.iv.next734.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.3.i = phi <16 x float> [ %1216, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
-  %niter247 = phi i64 [ %niter247.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %.idx963.i = shl nsw i64 %indvars.iv733.3.i, 6
-  %1177 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx963.i
-  %1178 = getelementptr inbounds nuw i8, ptr %1177, i64 1536
+  %indvars.iv720.i = phi i64 [ %indvars.iv.next721.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.i = phi <16 x float> [ %1216, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
+  %niter227 = phi i64 [ %niter227.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %.idx907.i = shl nsw i64 %indvars.iv720.i, 6
+  %1178 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx907.i
   %1179 = load <16 x float>, ptr %1178, align 4, !tbaa !5
-  %1180 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i, %1179
-  %1181 = select <16 x i1> %1180, <16 x float> %peak.rf_global261.sroa.0.0464.3.i, <16 x float> %1179
-  %indvars.iv.next734.3.i = shl i64 %indvars.iv733.3.i, 6
-  %1182 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i
-  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 1600
+  %1180 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.i, %1179
+  %1181 = select <16 x i1> %1180, <16 x float> %peak.rf_global257.sroa.0.0460.i, <16 x float> %1179
+  %indvars.iv.next721.i = shl i64 %indvars.iv720.i, 6
+  %1182 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i
+  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 64
   %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !5
   %1185 = fcmp ogt <16 x float> %1181, %1184
   %1186 = select <16 x i1> %1185, <16 x float> %1181, <16 x float> %1184
-  %indvars.iv.next734.3.i.1 = shl i64 %indvars.iv733.3.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.1
-  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 1664
+  %indvars.iv.next721.i.1 = shl i64 %indvars.iv720.i, 6
+  %1187 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.1
+  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 128
   %1189 = load <16 x float>, ptr %1188, align 4, !tbaa !5
   %1190 = fcmp ogt <16 x float> %1186, %1189
   %1191 = select <16 x i1> %1190, <16 x float> %1186, <16 x float> %1189
-  %indvars.iv.next734.3.i.2 = shl i64 %indvars.iv733.3.i, 6
-  %1192 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.2
-  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 1728
+  %indvars.iv.next721.i.2 = shl i64 %indvars.iv720.i, 6
+  %1192 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.2
+  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 192
   %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
   %1195 = fcmp ogt <16 x float> %1191, %1194
   %1196 = select <16 x i1> %1195, <16 x float> %1191, <16 x float> %1194
-  %indvars.iv.next734.3.i.3 = shl i64 %indvars.iv733.3.i, 6
-  %1197 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.3
-  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 1792
+  %indvars.iv.next721.i.3 = shl i64 %indvars.iv720.i, 6
+  %1197 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.3
+  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 256
   %1199 = load <16 x float>, ptr %1198, align 4, !tbaa !5
   %1200 = fcmp ogt <16 x float> %1196, %1199
   %1201 = select <16 x i1> %1200, <16 x float> %1196, <16 x float> %1199
-  %indvars.iv.next734.3.i.4 = shl i64 %indvars.iv733.3.i, 6
-  %1202 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.4
-  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 1856
+  %indvars.iv.next721.i.4 = shl i64 %indvars.iv720.i, 6
+  %1202 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.4
+  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 320
   %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !5
   %1205 = fcmp ogt <16 x float> %1201, %1204
   %1206 = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %1204
-  %indvars.iv.next734.3.i.5 = shl i64 %indvars.iv733.3.i, 6
-  %1207 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.5
-  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 1920
+  %indvars.iv.next721.i.5 = shl i64 %indvars.iv720.i, 6
+  %1207 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.5
+  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 384
   %1209 = load <16 x float>, ptr %1208, align 4, !tbaa !5
   %1210 = fcmp ogt <16 x float> %1206, %1209
   %1211 = select <16 x i1> %1210, <16 x float> %1206, <16 x float> %1209
-  %indvars.iv.next734.3.i.6 = shl i64 %indvars.iv733.3.i, 6
-  %1212 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.6
-  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 1984
+  %indvars.iv.next721.i.6 = shl i64 %indvars.iv720.i, 6
+  %1212 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.6
+  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 448
   %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !5
   %1215 = fcmp ogt <16 x float> %1211, %1214
   %1216 = select <16 x i1> %1215, <16 x float> %1211, <16 x float> %1214
-  %indvars.iv.next734.3.i.7 = add nuw nsw i64 %indvars.iv733.3.i, 8
-  %niter247.next.7 = add i64 %niter247, 8
-  %niter247.ncmp.7 = icmp eq i64 %niter247.next.7, %unroll_iter246
-  br i1 %niter247.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !37, !llvm.loop !46
+  %indvars.iv.next721.i.7 = add nuw nsw i64 %indvars.iv720.i, 8
+  %niter227.next.7 = add i64 %niter227, 8
+  %niter227.ncmp.7 = icmp eq i64 %niter227.next.7, %unroll_iter226
+  br i1 %niter227.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !40, !llvm.loop !41
+
+for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
+  br i1 %lcmp.mod223.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !43
+
+for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
+  %indvars.iv720.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next721.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1216, %for_end_ax158.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod225)
+  br label %for_body_ax157.i.epil
+
+for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
+  %indvars.iv720.i.epil = phi i64 [ %indvars.iv.next721.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv720.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.i.epil = phi <16 x float> [ %1220, %for_body_ax157.i.epil ], [ %peak.rf_global257.sroa.0.0460.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %epil.iter222 = phi i64 [ %epil.iter222.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
+  %.idx907.i.epil = shl nsw i64 %indvars.iv720.i.epil, 6
+  %1217 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx907.i.epil
+  %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
+  %1219 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.i.epil, %1218
+  %1220 = select <16 x i1> %1219, <16 x float> %peak.rf_global257.sroa.0.0460.i.epil, <16 x float> %1218
+  %indvars.iv.next721.i.epil = add nuw nsw i64 %indvars.iv720.i.epil, 1
+  %epil.iter222.next = add i64 %epil.iter222, 1
+  %epil.iter222.cmp.not = icmp eq i64 %epil.iter222.next, %xtraiter221
+  br i1 %epil.iter222.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !29, !llvm.loop !44
+
+for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
+  %scaled916918921.i = phi ptr [ %scaled915.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1216, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1220, %for_body_ax157.i.epil ]
+  %peak.rf258.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 0
+  %1221 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1222 = select i1 %1221, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.i
+  %peak.rf258.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 1
+  %1223 = fcmp ogt float %1222, %peak.rf258.sroa.0.4.vec.extract.i
+  %1224 = select i1 %1223, float %1222, float %peak.rf258.sroa.0.4.vec.extract.i
+  %peak.rf258.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 2
+  %1225 = fcmp ogt float %1224, %peak.rf258.sroa.0.8.vec.extract.i
+  %1226 = select i1 %1225, float %1224, float %peak.rf258.sroa.0.8.vec.extract.i
+  %peak.rf258.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 3
+  %1227 = fcmp ogt float %1226, %peak.rf258.sroa.0.12.vec.extract.i
+  %1228 = select i1 %1227, float %1226, float %peak.rf258.sroa.0.12.vec.extract.i
+  %peak.rf258.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 4
+  %1229 = fcmp ogt float %1228, %peak.rf258.sroa.0.16.vec.extract.i
+  %1230 = select i1 %1229, float %1228, float %peak.rf258.sroa.0.16.vec.extract.i
+  %peak.rf258.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 5
+  %1231 = fcmp ogt float %1230, %peak.rf258.sroa.0.20.vec.extract.i
+  %1232 = select i1 %1231, float %1230, float %peak.rf258.sroa.0.20.vec.extract.i
+  %peak.rf258.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 6
+  %1233 = fcmp ogt float %1232, %peak.rf258.sroa.0.24.vec.extract.i
+  %1234 = select i1 %1233, float %1232, float %peak.rf258.sroa.0.24.vec.extract.i
+  %peak.rf258.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 7
+  %1235 = fcmp ogt float %1234, %peak.rf258.sroa.0.28.vec.extract.i
+  %1236 = select i1 %1235, float %1234, float %peak.rf258.sroa.0.28.vec.extract.i
+  %peak.rf258.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 8
+  %1237 = fcmp ogt float %1236, %peak.rf258.sroa.0.32.vec.extract.i
+  %1238 = select i1 %1237, float %1236, float %peak.rf258.sroa.0.32.vec.extract.i
+  %peak.rf258.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 9
+  %1239 = fcmp ogt float %1238, %peak.rf258.sroa.0.36.vec.extract.i
+  %1240 = select i1 %1239, float %1238, float %peak.rf258.sroa.0.36.vec.extract.i
+  %peak.rf258.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 10
+  %1241 = fcmp ogt float %1240, %peak.rf258.sroa.0.40.vec.extract.i
+  %1242 = select i1 %1241, float %1240, float %peak.rf258.sroa.0.40.vec.extract.i
+  %peak.rf258.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 11
+  %1243 = fcmp ogt float %1242, %peak.rf258.sroa.0.44.vec.extract.i
+  %1244 = select i1 %1243, float %1242, float %peak.rf258.sroa.0.44.vec.extract.i
+  %peak.rf258.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 12
+  %1245 = fcmp ogt float %1244, %peak.rf258.sroa.0.48.vec.extract.i
+  %1246 = select i1 %1245, float %1244, float %peak.rf258.sroa.0.48.vec.extract.i
+  %peak.rf258.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 13
+  %1247 = fcmp ogt float %1246, %peak.rf258.sroa.0.52.vec.extract.i
+  %1248 = select i1 %1247, float %1246, float %peak.rf258.sroa.0.52.vec.extract.i
+  %peak.rf258.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 14
+  %1249 = fcmp ogt float %1248, %peak.rf258.sroa.0.56.vec.extract.i
+  %1250 = select i1 %1249, float %1248, float %peak.rf258.sroa.0.56.vec.extract.i
+  %peak.rf258.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 15
+  %1251 = fcmp ogt float %1250, %peak.rf258.sroa.0.60.vec.extract.i
+  %1252 = select i1 %1251, float %1250, float %peak.rf258.sroa.0.60.vec.extract.i
+  %peak259.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1252, i64 0
+  br i1 %447, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
+
+for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
+  br i1 %463, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
+
+for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
+  %indvars.iv720.1.i = phi i64 [ %indvars.iv.next721.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.1.i = phi <16 x float> [ %1292, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
+  %niter234 = phi i64 [ %niter234.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %.idx908.i = shl nsw i64 %indvars.iv720.1.i, 6
+  %1253 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx908.i
+  %1254 = getelementptr inbounds nuw i8, ptr %1253, i64 512
+  %1255 = load <16 x float>, ptr %1254, align 4, !tbaa !5
+  %1256 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.1.i, %1255
+  %1257 = select <16 x i1> %1256, <16 x float> %peak.rf_global257.sroa.0.0460.1.i, <16 x float> %1255
+  %indvars.iv.next721.1.i = shl i64 %indvars.iv720.1.i, 6
+  %1258 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i
+  %1259 = getelementptr inbounds nuw i8, ptr %1258, i64 576
+  %1260 = load <16 x float>, ptr %1259, align 4, !tbaa !5
+  %1261 = fcmp ogt <16 x float> %1257, %1260
+  %1262 = select <16 x i1> %1261, <16 x float> %1257, <16 x float> %1260
+  %indvars.iv.next721.1.i.1 = shl i64 %indvars.iv720.1.i, 6
+  %1263 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.1
+  %1264 = getelementptr inbounds nuw i8, ptr %1263, i64 640
+  %1265 = load <16 x float>, ptr %1264, align 4, !tbaa !5
+  %1266 = fcmp ogt <16 x float> %1262, %1265
+  %1267 = select <16 x i1> %1266, <16 x float> %1262, <16 x float> %1265
+  %indvars.iv.next721.1.i.2 = shl i64 %indvars.iv720.1.i, 6
+  %1268 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.2
+  %1269 = getelementptr inbounds nuw i8, ptr %1268, i64 704
+  %1270 = load <16 x float>, ptr %1269, align 4, !tbaa !5
+  %1271 = fcmp ogt <16 x float> %1267, %1270
+  %1272 = select <16 x i1> %1271, <16 x float> %1267, <16 x float> %1270
+  %indvars.iv.next721.1.i.3 = shl i64 %indvars.iv720.1.i, 6
+  %1273 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.3
+  %1274 = getelementptr inbounds nuw i8, ptr %1273, i64 768
+  %1275 = load <16 x float>, ptr %1274, align 4, !tbaa !5
+  %1276 = fcmp ogt <16 x float> %1272, %1275
+  %1277 = select <16 x i1> %1276, <16 x float> %1272, <16 x float> %1275
+  %indvars.iv.next721.1.i.4 = shl i64 %indvars.iv720.1.i, 6
+  %1278 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.4
+  %1279 = getelementptr inbounds nuw i8, ptr %1278, i64 832
+  %1280 = load <16 x float>, ptr %1279, align 4, !tbaa !5
+  %1281 = fcmp ogt <16 x float> %1277, %1280
+  %1282 = select <16 x i1> %1281, <16 x float> %1277, <16 x float> %1280
+  %indvars.iv.next721.1.i.5 = shl i64 %indvars.iv720.1.i, 6
+  %1283 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.5
+  %1284 = getelementptr inbounds nuw i8, ptr %1283, i64 896
+  %1285 = load <16 x float>, ptr %1284, align 4, !tbaa !5
+  %1286 = fcmp ogt <16 x float> %1282, %1285
+  %1287 = select <16 x i1> %1286, <16 x float> %1282, <16 x float> %1285
+  %indvars.iv.next721.1.i.6 = shl i64 %indvars.iv720.1.i, 6
+  %1288 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.6
+  %1289 = getelementptr inbounds nuw i8, ptr %1288, i64 960
+  %1290 = load <16 x float>, ptr %1289, align 4, !tbaa !5
+  %1291 = fcmp ogt <16 x float> %1287, %1290
+  %1292 = select <16 x i1> %1291, <16 x float> %1287, <16 x float> %1290
+  %indvars.iv.next721.1.i.7 = add nuw nsw i64 %indvars.iv720.1.i, 8
+  %niter234.next.7 = add i64 %niter234, 8
+  %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
+  br i1 %niter234.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !40, !llvm.loop !45
+
+for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
+  br i1 %lcmp.mod230.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !43
+
+for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
+  %indvars.iv720.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next721.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1292, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod232)
+  br label %for_body_ax157.1.i.epil
+
+for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
+  %indvars.iv720.1.i.epil = phi i64 [ %indvars.iv.next721.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv720.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.1.i.epil = phi <16 x float> [ %1297, %for_body_ax157.1.i.epil ], [ %peak.rf_global257.sroa.0.0460.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %epil.iter229 = phi i64 [ %epil.iter229.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
+  %.idx908.i.epil = shl nsw i64 %indvars.iv720.1.i.epil, 6
+  %1293 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx908.i.epil
+  %1294 = getelementptr inbounds nuw i8, ptr %1293, i64 512
+  %1295 = load <16 x float>, ptr %1294, align 4, !tbaa !5
+  %1296 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.1.i.epil, %1295
+  %1297 = select <16 x i1> %1296, <16 x float> %peak.rf_global257.sroa.0.0460.1.i.epil, <16 x float> %1295
+  %indvars.iv.next721.1.i.epil = add nuw nsw i64 %indvars.iv720.1.i.epil, 1
+  %epil.iter229.next = add i64 %epil.iter229, 1
+  %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
+  br i1 %epil.iter229.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !29, !llvm.loop !46
+
+for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
+  %peak.rf_global257.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1292, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1297, %for_body_ax157.1.i.epil ]
+  %peak.rf258.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 0
+  %1298 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1299 = select i1 %1298, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.1.i
+  %peak.rf258.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 1
+  %1300 = fcmp ogt float %1299, %peak.rf258.sroa.0.4.vec.extract.1.i
+  %1301 = select i1 %1300, float %1299, float %peak.rf258.sroa.0.4.vec.extract.1.i
+  %peak.rf258.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 2
+  %1302 = fcmp ogt float %1301, %peak.rf258.sroa.0.8.vec.extract.1.i
+  %1303 = select i1 %1302, float %1301, float %peak.rf258.sroa.0.8.vec.extract.1.i
+  %peak.rf258.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 3
+  %1304 = fcmp ogt float %1303, %peak.rf258.sroa.0.12.vec.extract.1.i
+  %1305 = select i1 %1304, float %1303, float %peak.rf258.sroa.0.12.vec.extract.1.i
+  %peak.rf258.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 4
+  %1306 = fcmp ogt float %1305, %peak.rf258.sroa.0.16.vec.extract.1.i
+  %1307 = select i1 %1306, float %1305, float %peak.rf258.sroa.0.16.vec.extract.1.i
+  %peak.rf258.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 5
+  %1308 = fcmp ogt float %1307, %peak.rf258.sroa.0.20.vec.extract.1.i
+  %1309 = select i1 %1308, float %1307, float %peak.rf258.sroa.0.20.vec.extract.1.i
+  %peak.rf258.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 6
+  %1310 = fcmp ogt float %1309, %peak.rf258.sroa.0.24.vec.extract.1.i
+  %1311 = select i1 %1310, float %1309, float %peak.rf258.sroa.0.24.vec.extract.1.i
+  %peak.rf258.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 7
+  %1312 = fcmp ogt float %1311, %peak.rf258.sroa.0.28.vec.extract.1.i
+  %1313 = select i1 %1312, float %1311, float %peak.rf258.sroa.0.28.vec.extract.1.i
+  %peak.rf258.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 8
+  %1314 = fcmp ogt float %1313, %peak.rf258.sroa.0.32.vec.extract.1.i
+  %1315 = select i1 %1314, float %1313, float %peak.rf258.sroa.0.32.vec.extract.1.i
+  %peak.rf258.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 9
+  %1316 = fcmp ogt float %1315, %peak.rf258.sroa.0.36.vec.extract.1.i
+  %1317 = select i1 %1316, float %1315, float %peak.rf258.sroa.0.36.vec.extract.1.i
+  %peak.rf258.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 10
+  %1318 = fcmp ogt float %1317, %peak.rf258.sroa.0.40.vec.extract.1.i
+  %1319 = select i1 %1318, float %1317, float %peak.rf258.sroa.0.40.vec.extract.1.i
+  %peak.rf258.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 11
+  %1320 = fcmp ogt float %1319, %peak.rf258.sroa.0.44.vec.extract.1.i
+  %1321 = select i1 %1320, float %1319, float %peak.rf258.sroa.0.44.vec.extract.1.i
+  %peak.rf258.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 12
+  %1322 = fcmp ogt float %1321, %peak.rf258.sroa.0.48.vec.extract.1.i
+  %1323 = select i1 %1322, float %1321, float %peak.rf258.sroa.0.48.vec.extract.1.i
+  %peak.rf258.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 13
+  %1324 = fcmp ogt float %1323, %peak.rf258.sroa.0.52.vec.extract.1.i
+  %1325 = select i1 %1324, float %1323, float %peak.rf258.sroa.0.52.vec.extract.1.i
+  %peak.rf258.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 14
+  %1326 = fcmp ogt float %1325, %peak.rf258.sroa.0.56.vec.extract.1.i
+  %1327 = select i1 %1326, float %1325, float %peak.rf258.sroa.0.56.vec.extract.1.i
+  %peak.rf258.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 15
+  %1328 = fcmp ogt float %1327, %peak.rf258.sroa.0.60.vec.extract.1.i
+  %1329 = select i1 %1328, float %1327, float %peak.rf258.sroa.0.60.vec.extract.1.i
+  %peak259.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.0.vec.insert.i, float %1329, i64 1
+  br i1 %447, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
+
+for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
+  br i1 %464, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
+
+for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
+  %indvars.iv720.2.i = phi i64 [ %indvars.iv.next721.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.2.i = phi <16 x float> [ %1369, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
+  %niter241 = phi i64 [ %niter241.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %.idx909.i = shl nsw i64 %indvars.iv720.2.i, 6
+  %1330 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx909.i
+  %1331 = getelementptr inbounds nuw i8, ptr %1330, i64 1024
+  %1332 = load <16 x float>, ptr %1331, align 4, !tbaa !5
+  %1333 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.2.i, %1332
+  %1334 = select <16 x i1> %1333, <16 x float> %peak.rf_global257.sroa.0.0460.2.i, <16 x float> %1332
+  %indvars.iv.next721.2.i = shl i64 %indvars.iv720.2.i, 6
+  %1335 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i
+  %1336 = getelementptr inbounds nuw i8, ptr %1335, i64 1088
+  %1337 = load <16 x float>, ptr %1336, align 4, !tbaa !5
+  %1338 = fcmp ogt <16 x float> %1334, %1337
+  %1339 = select <16 x i1> %1338, <16 x float> %1334, <16 x float> %1337
+  %indvars.iv.next721.2.i.1 = shl i64 %indvars.iv720.2.i, 6
+  %1340 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.1
+  %1341 = getelementptr inbounds nuw i8, ptr %1340, i64 1152
+  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !5
+  %1343 = fcmp ogt <16 x float> %1339, %1342
+  %1344 = select <16 x i1> %1343, <16 x float> %1339, <16 x float> %1342
+  %indvars.iv.next721.2.i.2 = shl i64 %indvars.iv720.2.i, 6
+  %1345 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.2
+  %1346 = getelementptr inbounds nuw i8, ptr %1345, i64 1216
+  %1347 = load <16 x float>, ptr %1346, align 4, !tbaa !5
+  %1348 = fcmp ogt <16 x float> %1344, %1347
+  %1349 = select <16 x i1> %1348, <16 x float> %1344, <16 x float> %1347
+  %indvars.iv.next721.2.i.3 = shl i64 %indvars.iv720.2.i, 6
+  %1350 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.3
+  %1351 = getelementptr inbounds nuw i8, ptr %1350, i64 1280
+  %1352 = load <16 x float>, ptr %1351, align 4, !tbaa !5
+  %1353 = fcmp ogt <16 x float> %1349, %1352
+  %1354 = select <16 x i1> %1353, <16 x float> %1349, <16 x float> %1352
+  %indvars.iv.next721.2.i.4 = shl i64 %indvars.iv720.2.i, 6
+  %1355 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.4
+  %1356 = getelementptr inbounds nuw i8, ptr %1355, i64 1344
+  %1357 = load <16 x float>, ptr %1356, align 4, !tbaa !5
+  %1358 = fcmp ogt <16 x float> %1354, %1357
+  %1359 = select <16 x i1> %1358, <16 x float> %1354, <16 x float> %1357
+  %indvars.iv.next721.2.i.5 = shl i64 %indvars.iv720.2.i, 6
+  %1360 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.5
+  %1361 = getelementptr inbounds nuw i8, ptr %1360, i64 1408
+  %1362 = load <16 x float>, ptr %1361, align 4, !tbaa !5
+  %1363 = fcmp ogt <16 x float> %1359, %1362
+  %1364 = select <16 x i1> %1363, <16 x float> %1359, <16 x float> %1362
+  %indvars.iv.next721.2.i.6 = shl i64 %indvars.iv720.2.i, 6
+  %1365 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.6
+  %1366 = getelementptr inbounds nuw i8, ptr %1365, i64 1472
+  %1367 = load <16 x float>, ptr %1366, align 4, !tbaa !5
+  %1368 = fcmp ogt <16 x float> %1364, %1367
+  %1369 = select <16 x i1> %1368, <16 x float> %1364, <16 x float> %1367
+  %indvars.iv.next721.2.i.7 = add nuw nsw i64 %indvars.iv720.2.i, 8
+  %niter241.next.7 = add i64 %niter241, 8
+  %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
+  br i1 %niter241.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !40, !llvm.loop !47
+
+for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
+  br i1 %lcmp.mod237.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !43
+
+for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
+  %indvars.iv720.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next721.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1369, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod239)
+  br label %for_body_ax157.2.i.epil
+
+for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
+  %indvars.iv720.2.i.epil = phi i64 [ %indvars.iv.next721.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv720.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.2.i.epil = phi <16 x float> [ %1374, %for_body_ax157.2.i.epil ], [ %peak.rf_global257.sroa.0.0460.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %epil.iter236 = phi i64 [ %epil.iter236.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
+  %.idx909.i.epil = shl nsw i64 %indvars.iv720.2.i.epil, 6
+  %1370 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx909.i.epil
+  %1371 = getelementptr inbounds nuw i8, ptr %1370, i64 1024
+  %1372 = load <16 x float>, ptr %1371, align 4, !tbaa !5
+  %1373 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.2.i.epil, %1372
+  %1374 = select <16 x i1> %1373, <16 x float> %peak.rf_global257.sroa.0.0460.2.i.epil, <16 x float> %1372
+  %indvars.iv.next721.2.i.epil = add nuw nsw i64 %indvars.iv720.2.i.epil, 1
+  %epil.iter236.next = add i64 %epil.iter236, 1
+  %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
+  br i1 %epil.iter236.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !29, !llvm.loop !48
+
+for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
+  %peak.rf_global257.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1369, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1374, %for_body_ax157.2.i.epil ]
+  %peak.rf258.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 0
+  %1375 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1376 = select i1 %1375, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.2.i
+  %peak.rf258.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 1
+  %1377 = fcmp ogt float %1376, %peak.rf258.sroa.0.4.vec.extract.2.i
+  %1378 = select i1 %1377, float %1376, float %peak.rf258.sroa.0.4.vec.extract.2.i
+  %peak.rf258.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 2
+  %1379 = fcmp ogt float %1378, %peak.rf258.sroa.0.8.vec.extract.2.i
+  %1380 = select i1 %1379, float %1378, float %peak.rf258.sroa.0.8.vec.extract.2.i
+  %peak.rf258.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 3
+  %1381 = fcmp ogt float %1380, %peak.rf258.sroa.0.12.vec.extract.2.i
+  %1382 = select i1 %1381, float %1380, float %peak.rf258.sroa.0.12.vec.extract.2.i
+  %peak.rf258.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 4
+  %1383 = fcmp ogt float %1382, %peak.rf258.sroa.0.16.vec.extract.2.i
+  %1384 = select i1 %1383, float %1382, float %peak.rf258.sroa.0.16.vec.extract.2.i
+  %peak.rf258.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 5
+  %1385 = fcmp ogt float %1384, %peak.rf258.sroa.0.20.vec.extract.2.i
+  %1386 = select i1 %1385, float %1384, float %peak.rf258.sroa.0.20.vec.extract.2.i
+  %peak.rf258.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 6
+  %1387 = fcmp ogt float %1386, %peak.rf258.sroa.0.24.vec.extract.2.i
+  %1388 = select i1 %1387, float %1386, float %peak.rf258.sroa.0.24.vec.extract.2.i
+  %peak.rf258.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 7
+  %1389 = fcmp ogt float %1388, %peak.rf258.sroa.0.28.vec.extract.2.i
+  %1390 = select i1 %1389, float %1388, float %peak.rf258.sroa.0.28.vec.extract.2.i
+  %peak.rf258.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 8
+  %1391 = fcmp ogt float %1390, %peak.rf258.sroa.0.32.vec.extract.2.i
+  %1392 = select i1 %1391, float %1390, float %peak.rf258.sroa.0.32.vec.extract.2.i
+  %peak.rf258.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 9
+  %1393 = fcmp ogt float %1392, %peak.rf258.sroa.0.36.vec.extract.2.i
+  %1394 = select i1 %1393, float %1392, float %peak.rf258.sroa.0.36.vec.extract.2.i
+  %peak.rf258.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 10
+  %1395 = fcmp ogt float %1394, %peak.rf258.sroa.0.40.vec.extract.2.i
+  %1396 = select i1 %1395, float %1394, float %peak.rf258.sroa.0.40.vec.extract.2.i
+  %peak.rf258.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 11
+  %1397 = fcmp ogt float %1396, %peak.rf258.sroa.0.44.vec.extract.2.i
+  %1398 = select i1 %1397, float %1396, float %peak.rf258.sroa.0.44.vec.extract.2.i
+  %peak.rf258.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 12
+  %1399 = fcmp ogt float %1398, %peak.rf258.sroa.0.48.vec.extract.2.i
+  %1400 = select i1 %1399, float %1398, float %peak.rf258.sroa.0.48.vec.extract.2.i
+  %peak.rf258.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 13
+  %1401 = fcmp ogt float %1400, %peak.rf258.sroa.0.52.vec.extract.2.i
+  %1402 = select i1 %1401, float %1400, float %peak.rf258.sroa.0.52.vec.extract.2.i
+  %peak.rf258.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 14
+  %1403 = fcmp ogt float %1402, %peak.rf258.sroa.0.56.vec.extract.2.i
+  %1404 = select i1 %1403, float %1402, float %peak.rf258.sroa.0.56.vec.extract.2.i
+  %peak.rf258.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 15
+  %1405 = fcmp ogt float %1404, %peak.rf258.sroa.0.60.vec.extract.2.i
+  %1406 = select i1 %1405, float %1404, float %peak.rf258.sroa.0.60.vec.extract.2.i
+  %peak259.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.4.vec.insert.i, float %1406, i64 2
+  br i1 %447, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
+
+for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
+  br i1 %465, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
+
+for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
+  %indvars.iv720.3.i = phi i64 [ %indvars.iv.next721.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.3.i = phi <16 x float> [ %1446, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
+  %niter248 = phi i64 [ %niter248.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %.idx910.i = shl nsw i64 %indvars.iv720.3.i, 6
+  %1407 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx910.i
+  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 1536
+  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
+  %1410 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.3.i, %1409
+  %1411 = select <16 x i1> %1410, <16 x float> %peak.rf_global257.sroa.0.0460.3.i, <16 x float> %1409
+  %indvars.iv.next721.3.i = shl i64 %indvars.iv720.3.i, 6
+  %1412 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i
+  %1413 = getelementptr inbounds nuw i8, ptr %1412, i64 1600
+  %1414 = load <16 x float>, ptr %1413, align 4, !tbaa !5
+  %1415 = fcmp ogt <16 x float> %1411, %1414
+  %1416 = select <16 x i1> %1415, <16 x float> %1411, <16 x float> %1414
+  %indvars.iv.next721.3.i.1 = shl i64 %indvars.iv720.3.i, 6
+  %1417 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.1
+  %1418 = getelementptr inbounds nuw i8, ptr %1417, i64 1664
+  %1419 = load <16 x float>, ptr %1418, align 4, !tbaa !5
+  %1420 = fcmp ogt <16 x float> %1416, %1419
+  %1421 = select <16 x i1> %1420, <16 x float> %1416, <16 x float> %1419
+  %indvars.iv.next721.3.i.2 = shl i64 %indvars.iv720.3.i, 6
+  %1422 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.2
+  %1423 = getelementptr inbounds nuw i8, ptr %1422, i64 1728
+  %1424 = load <16 x float>, ptr %1423, align 4, !tbaa !5
+  %1425 = fcmp ogt <16 x float> %1421, %1424
+  %1426 = select <16 x i1> %1425, <16 x float> %1421, <16 x float> %1424
+  %indvars.iv.next721.3.i.3 = shl i64 %indvars.iv720.3.i, 6
+  %1427 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.3
+  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 1792
+  %1429 = load <16 x float>, ptr %1428, align 4, !tbaa !5
+  %1430 = fcmp ogt <16 x float> %1426, %1429
+  %1431 = select <16 x i1> %1430, <16 x float> %1426, <16 x float> %1429
+  %indvars.iv.next721.3.i.4 = shl i64 %indvars.iv720.3.i, 6
+  %1432 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.4
+  %1433 = getelementptr inbounds nuw i8, ptr %1432, i64 1856
+  %1434 = load <16 x float>, ptr %1433, align 4, !tbaa !5
+  %1435 = fcmp ogt <16 x float> %1431, %1434
+  %1436 = select <16 x i1> %1435, <16 x float> %1431, <16 x float> %1434
+  %indvars.iv.next721.3.i.5 = shl i64 %indvars.iv720.3.i, 6
+  %1437 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.5
+  %1438 = getelementptr inbounds nuw i8, ptr %1437, i64 1920
+  %1439 = load <16 x float>, ptr %1438, align 4, !tbaa !5
+  %1440 = fcmp ogt <16 x float> %1436, %1439
+  %1441 = select <16 x i1> %1440, <16 x float> %1436, <16 x float> %1439
+  %indvars.iv.next721.3.i.6 = shl i64 %indvars.iv720.3.i, 6
+  %1442 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.6
+  %1443 = getelementptr inbounds nuw i8, ptr %1442, i64 1984
+  %1444 = load <16 x float>, ptr %1443, align 4, !tbaa !5
+  %1445 = fcmp ogt <16 x float> %1441, %1444
+  %1446 = select <16 x i1> %1445, <16 x float> %1441, <16 x float> %1444
+  %indvars.iv.next721.3.i.7 = add nuw nsw i64 %indvars.iv720.3.i, 8
+  %niter248.next.7 = add i64 %niter248, 8
+  %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
+  br i1 %niter248.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !40, !llvm.loop !49
 
 for_end_ax158.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.3.i
-  br i1 %lcmp.mod243.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod244.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !43
 
 for_body_ax157.3.i.epil.preheader:                ; preds = %for_end_ax158.3.i.loopexit.unr-lcssa, %for_body_ax157.3.i.preheader
-  %indvars.iv733.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next734.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1216, %for_end_ax158.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod245)
+  %indvars.iv720.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next721.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1446, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod246)
   br label %for_body_ax157.3.i.epil
 
 for_body_ax157.3.i.epil:                          ; preds = %for_body_ax157.3.i.epil, %for_body_ax157.3.i.epil.preheader
-  %indvars.iv733.3.i.epil = phi i64 [ %indvars.iv.next734.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv733.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.3.i.epil = phi <16 x float> [ %1221, %for_body_ax157.3.i.epil ], [ %peak.rf_global261.sroa.0.0464.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %epil.iter242 = phi i64 [ %epil.iter242.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
-  %.idx963.i.epil = shl nsw i64 %indvars.iv733.3.i.epil, 6
-  %1217 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx963.i.epil
-  %1218 = getelementptr inbounds nuw i8, ptr %1217, i64 1536
-  %1219 = load <16 x float>, ptr %1218, align 4, !tbaa !5
-  %1220 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, %1219
-  %1221 = select <16 x i1> %1220, <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, <16 x float> %1219
-  %indvars.iv.next734.3.i.epil = add nuw nsw i64 %indvars.iv733.3.i.epil, 1
-  %epil.iter242.next = add i64 %epil.iter242, 1
-  %epil.iter242.cmp.not = icmp eq i64 %epil.iter242.next, %xtraiter241
-  br i1 %epil.iter242.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !26, !llvm.loop !47
+  %indvars.iv720.3.i.epil = phi i64 [ %indvars.iv.next721.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv720.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.3.i.epil = phi <16 x float> [ %1451, %for_body_ax157.3.i.epil ], [ %peak.rf_global257.sroa.0.0460.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %epil.iter243 = phi i64 [ %epil.iter243.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
+  %.idx910.i.epil = shl nsw i64 %indvars.iv720.3.i.epil, 6
+  %1447 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx910.i.epil
+  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 1536
+  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
+  %1450 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.3.i.epil, %1449
+  %1451 = select <16 x i1> %1450, <16 x float> %peak.rf_global257.sroa.0.0460.3.i.epil, <16 x float> %1449
+  %indvars.iv.next721.3.i.epil = add nuw nsw i64 %indvars.iv720.3.i.epil, 1
+  %epil.iter243.next = add i64 %epil.iter243, 1
+  %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
+  br i1 %epil.iter243.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !29, !llvm.loop !50
 
 for_end_ax158.3.i:                                ; preds = %for_body_ax157.3.i.epil, %for_end_ax158.3.i.loopexit.unr-lcssa, %for_end_ax158.2.i
-  %peak.rf_global261.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1216, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1221, %for_body_ax157.3.i.epil ]
-  br i1 %225, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
+  %peak.rf_global257.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1446, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1451, %for_body_ax157.3.i.epil ]
+  br i1 %448, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
 
 for_begin_r68.preheader.i:                        ; preds = %for_end_ax158.3.i, %for_body_r62.us.preheader.i
-  %tile_max265.sroa.0.3.i = phi <4 x float> [ %peak263.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
-  br i1 %224, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
+  %tile_max261.sroa.0.3.i = phi <4 x float> [ %peak259.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
+  br i1 %447, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
 
 for_begin_to73.preheader.us.preheader.i:          ; preds = %for_begin_r68.preheader.i
-  %1222 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  %1452 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to74.us.i
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_begin_to73.preheader.us.preheader.i
-  %indvars.iv749.i = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next750.i, %for_body_to74.us.i ]
-  %1223 = shl nsw i64 %indvars.iv749.i, 4
-  %1224 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1223
-  %1225 = load <16 x float>, ptr %1224, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1225, %1222
-  %cse_v41.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1226 = bitcast <16 x float> %cse_v41.us.i to <16 x i32>
-  %1227 = add nsw <16 x i32> %1226, splat (i32 -1262485504)
-  %1228 = sitofp <16 x i32> %1227 to <16 x float>
-  %1229 = fmul <16 x float> %1228, splat (float 0x3F2BD01060000000)
-  %1230 = fmul <16 x float> %1228, splat (float 0x3FE6300000000000)
-  %1231 = fsub <16 x float> %arg.us.i, %1230
-  %1232 = fadd <16 x float> %1229, %1231
-  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1233, <16 x float> %1232, <16 x float> splat (float 0x3F81112100000000))
-  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> %1232, <16 x float> splat (float 0x3FA5553820000000))
-  %1236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1235, <16 x float> %1232, <16 x float> splat (float 0x3FC5555540000000))
-  %1237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1236, <16 x float> %1232, <16 x float> splat (float 5.000000e-01))
-  %1238 = fmul <16 x float> %1232, %1237
-  %1239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1238, <16 x float> %1232, <16 x float> %1232)
-  %1240 = shl <16 x i32> %1226, splat (i32 23)
-  %1241 = add <16 x i32> %1240, splat (i32 1065353216)
-  %1242 = bitcast <16 x i32> %1241 to <16 x float>
-  %1243 = fadd <16 x float> %1239, splat (float 1.000000e+00)
-  %1244 = fmul <16 x float> %1243, %1242
-  %1245 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1246 = select <16 x i1> %1245, <16 x float> zeroinitializer, <16 x float> %1244
-  %1247 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1223
-  store <16 x float> %1246, ptr %1247, align 4, !tbaa !5
-  %indvars.iv.next750.i = add nuw nsw i64 %indvars.iv749.i, 1
-  %exitcond754.not.i = icmp eq i64 %indvars.iv.next750.i, %wide.trip.count720.i
-  br i1 %exitcond754.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i, !prof !13
+  %indvars.iv736.i = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next737.i, %for_body_to74.us.i ]
+  %1453 = shl nsw i64 %indvars.iv736.i, 4
+  %1454 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1453
+  %1455 = load <16 x float>, ptr %1454, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1455, %1452
+  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1457 = bitcast <16 x float> %1456 to <16 x i32>
+  %1458 = add nsw <16 x i32> %1457, splat (i32 -1262485504)
+  %1459 = sitofp <16 x i32> %1458 to <16 x float>
+  %1460 = fmul <16 x float> %1459, splat (float 0x3F2BD01060000000)
+  %1461 = fmul <16 x float> %1459, splat (float 0x3FE6300000000000)
+  %1462 = fsub <16 x float> %arg.us.i, %1461
+  %1463 = fadd <16 x float> %1460, %1462
+  %1464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1463, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1463, <16 x float> splat (float 0x3F81112100000000))
+  %1466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1463, <16 x float> splat (float 0x3FA5553820000000))
+  %1467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1466, <16 x float> %1463, <16 x float> splat (float 0x3FC5555540000000))
+  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1467, <16 x float> %1463, <16 x float> splat (float 5.000000e-01))
+  %1469 = fmul <16 x float> %1463, %1468
+  %1470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1469, <16 x float> %1463, <16 x float> %1463)
+  %1471 = shl <16 x i32> %1457, splat (i32 23)
+  %1472 = add <16 x i32> %1471, splat (i32 1065353216)
+  %1473 = bitcast <16 x i32> %1472 to <16 x float>
+  %1474 = fadd <16 x float> %1470, splat (float 1.000000e+00)
+  %1475 = fmul <16 x float> %1474, %1473
+  %1476 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1477 = select <16 x i1> %1476, <16 x float> zeroinitializer, <16 x float> %1475
+  %1478 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1453
+  store <16 x float> %1477, ptr %1478, align 4, !tbaa !5
+  %indvars.iv.next737.i = add nuw nsw i64 %indvars.iv736.i, 1
+  %exitcond740.not.i = icmp eq i64 %indvars.iv.next737.i, %wide.trip.count709.i
+  br i1 %exitcond740.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i, !prof !13
 
 for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i
-  %1248 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1479 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   br label %for_body_to74.us.1.i
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_begin_to73.for_end_to75_crit_edge.us.i
-  %indvars.iv749.1.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next750.1.i, %for_body_to74.us.1.i ]
-  %1249 = shl nsw i64 %indvars.iv749.1.i, 4
-  %1250 = add nuw nsw i64 %1249, 128
-  %1251 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1250
-  %1252 = load <16 x float>, ptr %1251, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1252, %1248
-  %cse_v41.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1253 = bitcast <16 x float> %cse_v41.us.1.i to <16 x i32>
-  %1254 = add nsw <16 x i32> %1253, splat (i32 -1262485504)
-  %1255 = sitofp <16 x i32> %1254 to <16 x float>
-  %1256 = fmul <16 x float> %1255, splat (float 0x3F2BD01060000000)
-  %1257 = fmul <16 x float> %1255, splat (float 0x3FE6300000000000)
-  %1258 = fsub <16 x float> %arg.us.1.i, %1257
-  %1259 = fadd <16 x float> %1256, %1258
-  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1259, <16 x float> splat (float 0x3F81112100000000))
-  %1262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1261, <16 x float> %1259, <16 x float> splat (float 0x3FA5553820000000))
-  %1263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1259, <16 x float> splat (float 0x3FC5555540000000))
-  %1264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1263, <16 x float> %1259, <16 x float> splat (float 5.000000e-01))
-  %1265 = fmul <16 x float> %1259, %1264
-  %1266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1265, <16 x float> %1259, <16 x float> %1259)
-  %1267 = shl <16 x i32> %1253, splat (i32 23)
-  %1268 = add <16 x i32> %1267, splat (i32 1065353216)
-  %1269 = bitcast <16 x i32> %1268 to <16 x float>
-  %1270 = fadd <16 x float> %1266, splat (float 1.000000e+00)
-  %1271 = fmul <16 x float> %1270, %1269
-  %1272 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1273 = select <16 x i1> %1272, <16 x float> zeroinitializer, <16 x float> %1271
-  %1274 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1250
-  store <16 x float> %1273, ptr %1274, align 4, !tbaa !5
-  %indvars.iv.next750.1.i = add nuw nsw i64 %indvars.iv749.1.i, 1
-  %exitcond754.1.not.i = icmp eq i64 %indvars.iv.next750.1.i, %wide.trip.count720.i
-  br i1 %exitcond754.1.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i, !prof !13
+  %indvars.iv736.1.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next737.1.i, %for_body_to74.us.1.i ]
+  %1480 = shl nsw i64 %indvars.iv736.1.i, 4
+  %1481 = add nuw nsw i64 %1480, 128
+  %1482 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1481
+  %1483 = load <16 x float>, ptr %1482, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1483, %1479
+  %1484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1485 = bitcast <16 x float> %1484 to <16 x i32>
+  %1486 = add nsw <16 x i32> %1485, splat (i32 -1262485504)
+  %1487 = sitofp <16 x i32> %1486 to <16 x float>
+  %1488 = fmul <16 x float> %1487, splat (float 0x3F2BD01060000000)
+  %1489 = fmul <16 x float> %1487, splat (float 0x3FE6300000000000)
+  %1490 = fsub <16 x float> %arg.us.1.i, %1489
+  %1491 = fadd <16 x float> %1488, %1490
+  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1491, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1491, <16 x float> splat (float 0x3F81112100000000))
+  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1493, <16 x float> %1491, <16 x float> splat (float 0x3FA5553820000000))
+  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1494, <16 x float> %1491, <16 x float> splat (float 0x3FC5555540000000))
+  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1491, <16 x float> splat (float 5.000000e-01))
+  %1497 = fmul <16 x float> %1491, %1496
+  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1491, <16 x float> %1491)
+  %1499 = shl <16 x i32> %1485, splat (i32 23)
+  %1500 = add <16 x i32> %1499, splat (i32 1065353216)
+  %1501 = bitcast <16 x i32> %1500 to <16 x float>
+  %1502 = fadd <16 x float> %1498, splat (float 1.000000e+00)
+  %1503 = fmul <16 x float> %1502, %1501
+  %1504 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1505 = select <16 x i1> %1504, <16 x float> zeroinitializer, <16 x float> %1503
+  %1506 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1481
+  store <16 x float> %1505, ptr %1506, align 4, !tbaa !5
+  %indvars.iv.next737.1.i = add nuw nsw i64 %indvars.iv736.1.i, 1
+  %exitcond740.1.not.i = icmp eq i64 %indvars.iv.next737.1.i, %wide.trip.count709.i
+  br i1 %exitcond740.1.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i, !prof !13
 
 for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i
-  %1275 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1507 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   br label %for_body_to74.us.2.i
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_begin_to73.for_end_to75_crit_edge.us.1.i
-  %indvars.iv749.2.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next750.2.i, %for_body_to74.us.2.i ]
-  %1276 = shl nsw i64 %indvars.iv749.2.i, 4
-  %1277 = add nuw nsw i64 %1276, 256
-  %1278 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1277
-  %1279 = load <16 x float>, ptr %1278, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1279, %1275
-  %cse_v41.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1280 = bitcast <16 x float> %cse_v41.us.2.i to <16 x i32>
-  %1281 = add nsw <16 x i32> %1280, splat (i32 -1262485504)
-  %1282 = sitofp <16 x i32> %1281 to <16 x float>
-  %1283 = fmul <16 x float> %1282, splat (float 0x3F2BD01060000000)
-  %1284 = fmul <16 x float> %1282, splat (float 0x3FE6300000000000)
-  %1285 = fsub <16 x float> %arg.us.2.i, %1284
-  %1286 = fadd <16 x float> %1283, %1285
-  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1286, <16 x float> splat (float 0x3F81112100000000))
-  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1286, <16 x float> splat (float 0x3FA5553820000000))
-  %1290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1289, <16 x float> %1286, <16 x float> splat (float 0x3FC5555540000000))
-  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1290, <16 x float> %1286, <16 x float> splat (float 5.000000e-01))
-  %1292 = fmul <16 x float> %1286, %1291
-  %1293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1292, <16 x float> %1286, <16 x float> %1286)
-  %1294 = shl <16 x i32> %1280, splat (i32 23)
-  %1295 = add <16 x i32> %1294, splat (i32 1065353216)
-  %1296 = bitcast <16 x i32> %1295 to <16 x float>
-  %1297 = fadd <16 x float> %1293, splat (float 1.000000e+00)
-  %1298 = fmul <16 x float> %1297, %1296
-  %1299 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1300 = select <16 x i1> %1299, <16 x float> zeroinitializer, <16 x float> %1298
-  %1301 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1277
-  store <16 x float> %1300, ptr %1301, align 4, !tbaa !5
-  %indvars.iv.next750.2.i = add nuw nsw i64 %indvars.iv749.2.i, 1
-  %exitcond754.2.not.i = icmp eq i64 %indvars.iv.next750.2.i, %wide.trip.count720.i
-  br i1 %exitcond754.2.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i, !prof !13
+  %indvars.iv736.2.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next737.2.i, %for_body_to74.us.2.i ]
+  %1508 = shl nsw i64 %indvars.iv736.2.i, 4
+  %1509 = add nuw nsw i64 %1508, 256
+  %1510 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1509
+  %1511 = load <16 x float>, ptr %1510, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1511, %1507
+  %1512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1513 = bitcast <16 x float> %1512 to <16 x i32>
+  %1514 = add nsw <16 x i32> %1513, splat (i32 -1262485504)
+  %1515 = sitofp <16 x i32> %1514 to <16 x float>
+  %1516 = fmul <16 x float> %1515, splat (float 0x3F2BD01060000000)
+  %1517 = fmul <16 x float> %1515, splat (float 0x3FE6300000000000)
+  %1518 = fsub <16 x float> %arg.us.2.i, %1517
+  %1519 = fadd <16 x float> %1516, %1518
+  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1519, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1520, <16 x float> %1519, <16 x float> splat (float 0x3F81112100000000))
+  %1522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1521, <16 x float> %1519, <16 x float> splat (float 0x3FA5553820000000))
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1519, <16 x float> splat (float 0x3FC5555540000000))
+  %1524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1523, <16 x float> %1519, <16 x float> splat (float 5.000000e-01))
+  %1525 = fmul <16 x float> %1519, %1524
+  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1519, <16 x float> %1519)
+  %1527 = shl <16 x i32> %1513, splat (i32 23)
+  %1528 = add <16 x i32> %1527, splat (i32 1065353216)
+  %1529 = bitcast <16 x i32> %1528 to <16 x float>
+  %1530 = fadd <16 x float> %1526, splat (float 1.000000e+00)
+  %1531 = fmul <16 x float> %1530, %1529
+  %1532 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1533 = select <16 x i1> %1532, <16 x float> zeroinitializer, <16 x float> %1531
+  %1534 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1509
+  store <16 x float> %1533, ptr %1534, align 4, !tbaa !5
+  %indvars.iv.next737.2.i = add nuw nsw i64 %indvars.iv736.2.i, 1
+  %exitcond740.2.not.i = icmp eq i64 %indvars.iv.next737.2.i, %wide.trip.count709.i
+  br i1 %exitcond740.2.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i, !prof !13
 
 for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i
-  %1302 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1535 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   br label %for_body_to74.us.3.i
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_begin_to73.for_end_to75_crit_edge.us.2.i
-  %indvars.iv749.3.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next750.3.i, %for_body_to74.us.3.i ]
-  %1303 = shl nsw i64 %indvars.iv749.3.i, 4
-  %1304 = add nuw nsw i64 %1303, 384
-  %1305 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1304
-  %1306 = load <16 x float>, ptr %1305, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1306, %1302
-  %cse_v41.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1307 = bitcast <16 x float> %cse_v41.us.3.i to <16 x i32>
-  %1308 = add nsw <16 x i32> %1307, splat (i32 -1262485504)
-  %1309 = sitofp <16 x i32> %1308 to <16 x float>
-  %1310 = fmul <16 x float> %1309, splat (float 0x3F2BD01060000000)
-  %1311 = fmul <16 x float> %1309, splat (float 0x3FE6300000000000)
-  %1312 = fsub <16 x float> %arg.us.3.i, %1311
-  %1313 = fadd <16 x float> %1310, %1312
-  %1314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1314, <16 x float> %1313, <16 x float> splat (float 0x3F81112100000000))
-  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1315, <16 x float> %1313, <16 x float> splat (float 0x3FA5553820000000))
-  %1317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1316, <16 x float> %1313, <16 x float> splat (float 0x3FC5555540000000))
-  %1318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1317, <16 x float> %1313, <16 x float> splat (float 5.000000e-01))
-  %1319 = fmul <16 x float> %1313, %1318
-  %1320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1319, <16 x float> %1313, <16 x float> %1313)
-  %1321 = shl <16 x i32> %1307, splat (i32 23)
-  %1322 = add <16 x i32> %1321, splat (i32 1065353216)
-  %1323 = bitcast <16 x i32> %1322 to <16 x float>
-  %1324 = fadd <16 x float> %1320, splat (float 1.000000e+00)
-  %1325 = fmul <16 x float> %1324, %1323
-  %1326 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1327 = select <16 x i1> %1326, <16 x float> zeroinitializer, <16 x float> %1325
-  %1328 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1304
-  store <16 x float> %1327, ptr %1328, align 4, !tbaa !5
-  %indvars.iv.next750.3.i = add nuw nsw i64 %indvars.iv749.3.i, 1
-  %exitcond754.3.not.i = icmp eq i64 %indvars.iv.next750.3.i, %wide.trip.count720.i
-  br i1 %exitcond754.3.not.i, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i, !prof !13
+  %indvars.iv736.3.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next737.3.i, %for_body_to74.us.3.i ]
+  %1536 = shl nsw i64 %indvars.iv736.3.i, 4
+  %1537 = add nuw nsw i64 %1536, 384
+  %1538 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1537
+  %1539 = load <16 x float>, ptr %1538, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1539, %1535
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1541 = bitcast <16 x float> %1540 to <16 x i32>
+  %1542 = add nsw <16 x i32> %1541, splat (i32 -1262485504)
+  %1543 = sitofp <16 x i32> %1542 to <16 x float>
+  %1544 = fmul <16 x float> %1543, splat (float 0x3F2BD01060000000)
+  %1545 = fmul <16 x float> %1543, splat (float 0x3FE6300000000000)
+  %1546 = fsub <16 x float> %arg.us.3.i, %1545
+  %1547 = fadd <16 x float> %1544, %1546
+  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1547, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1547, <16 x float> splat (float 0x3F81112100000000))
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1547, <16 x float> splat (float 0x3FA5553820000000))
+  %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1547, <16 x float> splat (float 0x3FC5555540000000))
+  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1551, <16 x float> %1547, <16 x float> splat (float 5.000000e-01))
+  %1553 = fmul <16 x float> %1547, %1552
+  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1547, <16 x float> %1547)
+  %1555 = shl <16 x i32> %1541, splat (i32 23)
+  %1556 = add <16 x i32> %1555, splat (i32 1065353216)
+  %1557 = bitcast <16 x i32> %1556 to <16 x float>
+  %1558 = fadd <16 x float> %1554, splat (float 1.000000e+00)
+  %1559 = fmul <16 x float> %1558, %1557
+  %1560 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1561 = select <16 x i1> %1560, <16 x float> zeroinitializer, <16 x float> %1559
+  %1562 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1537
+  store <16 x float> %1561, ptr %1562, align 4, !tbaa !5
+  %indvars.iv.next737.3.i = add nuw nsw i64 %indvars.iv736.3.i, 1
+  %exitcond740.3.not.i = icmp eq i64 %indvars.iv.next737.3.i, %wide.trip.count709.i
+  br i1 %exitcond740.3.not.i, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i, !prof !13
 
 for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.i
-  br i1 %242, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !36
+  br i1 %466, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.i.preheader
-  %indvars.iv759.i = phi i64 [ %indvars.iv.next760.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.i = phi <16 x float> [ %1359, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
-  %niter254 = phi i64 [ %niter254.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %.idx964.i = shl nsw i64 %indvars.iv759.i, 6
-  %1329 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx964.i
-  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !5
-  %1331 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i, %1330
-  %indvars.iv.next760.i = shl i64 %indvars.iv759.i, 6
-  %1332 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i
-  %1333 = getelementptr inbounds nuw i8, ptr %1332, i64 64
-  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
-  %1335 = fadd <16 x float> %1331, %1334
-  %indvars.iv.next760.i.1 = shl i64 %indvars.iv759.i, 6
-  %1336 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.1
-  %1337 = getelementptr inbounds nuw i8, ptr %1336, i64 128
-  %1338 = load <16 x float>, ptr %1337, align 4, !tbaa !5
-  %1339 = fadd <16 x float> %1335, %1338
-  %indvars.iv.next760.i.2 = shl i64 %indvars.iv759.i, 6
-  %1340 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.2
-  %1341 = getelementptr inbounds nuw i8, ptr %1340, i64 192
-  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !5
-  %1343 = fadd <16 x float> %1339, %1342
-  %indvars.iv.next760.i.3 = shl i64 %indvars.iv759.i, 6
-  %1344 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.3
-  %1345 = getelementptr inbounds nuw i8, ptr %1344, i64 256
-  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !5
-  %1347 = fadd <16 x float> %1343, %1346
-  %indvars.iv.next760.i.4 = shl i64 %indvars.iv759.i, 6
-  %1348 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.4
-  %1349 = getelementptr inbounds nuw i8, ptr %1348, i64 320
-  %1350 = load <16 x float>, ptr %1349, align 4, !tbaa !5
-  %1351 = fadd <16 x float> %1347, %1350
-  %indvars.iv.next760.i.5 = shl i64 %indvars.iv759.i, 6
-  %1352 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.5
-  %1353 = getelementptr inbounds nuw i8, ptr %1352, i64 384
-  %1354 = load <16 x float>, ptr %1353, align 4, !tbaa !5
-  %1355 = fadd <16 x float> %1351, %1354
-  %indvars.iv.next760.i.6 = shl i64 %indvars.iv759.i, 6
-  %1356 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.6
-  %1357 = getelementptr inbounds nuw i8, ptr %1356, i64 448
-  %1358 = load <16 x float>, ptr %1357, align 4, !tbaa !5
-  %1359 = fadd <16 x float> %1355, %1358
-  %indvars.iv.next760.i.7 = add nuw nsw i64 %indvars.iv759.i, 8
-  %niter254.next.7 = add i64 %niter254, 8
-  %niter254.ncmp.7 = icmp eq i64 %niter254.next.7, %unroll_iter253
-  br i1 %niter254.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !37, !llvm.loop !48
+  %indvars.iv745.i = phi i64 [ %indvars.iv.next746.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.i = phi <16 x float> [ %1593, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
+  %niter255 = phi i64 [ %niter255.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %.idx911.i = shl nsw i64 %indvars.iv745.i, 6
+  %1563 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx911.i
+  %1564 = load <16 x float>, ptr %1563, align 4, !tbaa !5
+  %1565 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.i, %1564
+  %indvars.iv.next746.i = shl i64 %indvars.iv745.i, 6
+  %1566 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i
+  %1567 = getelementptr inbounds nuw i8, ptr %1566, i64 64
+  %1568 = load <16 x float>, ptr %1567, align 4, !tbaa !5
+  %1569 = fadd <16 x float> %1565, %1568
+  %indvars.iv.next746.i.1 = shl i64 %indvars.iv745.i, 6
+  %1570 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.1
+  %1571 = getelementptr inbounds nuw i8, ptr %1570, i64 128
+  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !5
+  %1573 = fadd <16 x float> %1569, %1572
+  %indvars.iv.next746.i.2 = shl i64 %indvars.iv745.i, 6
+  %1574 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.2
+  %1575 = getelementptr inbounds nuw i8, ptr %1574, i64 192
+  %1576 = load <16 x float>, ptr %1575, align 4, !tbaa !5
+  %1577 = fadd <16 x float> %1573, %1576
+  %indvars.iv.next746.i.3 = shl i64 %indvars.iv745.i, 6
+  %1578 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.3
+  %1579 = getelementptr inbounds nuw i8, ptr %1578, i64 256
+  %1580 = load <16 x float>, ptr %1579, align 4, !tbaa !5
+  %1581 = fadd <16 x float> %1577, %1580
+  %indvars.iv.next746.i.4 = shl i64 %indvars.iv745.i, 6
+  %1582 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.4
+  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 320
+  %1584 = load <16 x float>, ptr %1583, align 4, !tbaa !5
+  %1585 = fadd <16 x float> %1581, %1584
+  %indvars.iv.next746.i.5 = shl i64 %indvars.iv745.i, 6
+  %1586 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.5
+  %1587 = getelementptr inbounds nuw i8, ptr %1586, i64 384
+  %1588 = load <16 x float>, ptr %1587, align 4, !tbaa !5
+  %1589 = fadd <16 x float> %1585, %1588
+  %indvars.iv.next746.i.6 = shl i64 %indvars.iv745.i, 6
+  %1590 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.6
+  %1591 = getelementptr inbounds nuw i8, ptr %1590, i64 448
+  %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !5
+  %1593 = fadd <16 x float> %1589, %1592
+  %indvars.iv.next746.i.7 = add nuw nsw i64 %indvars.iv745.i, 8
+  %niter255.next.7 = add i64 %niter255, 8
+  %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
+  br i1 %niter255.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !51
 
 for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod250.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod251.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.i.preheader
-  %indvars.iv759.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next760.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1359, %for_end_ax185.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod252)
+  %indvars.iv745.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next746.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1593, %for_end_ax185.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod253)
   br label %for_body_ax184.i.epil
 
 for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
-  %indvars.iv759.i.epil = phi i64 [ %indvars.iv.next760.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv759.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.i.epil = phi <16 x float> [ %1362, %for_body_ax184.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %epil.iter249 = phi i64 [ %epil.iter249.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
-  %.idx964.i.epil = shl nsw i64 %indvars.iv759.i.epil, 6
-  %1360 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx964.i.epil
-  %1361 = load <16 x float>, ptr %1360, align 4, !tbaa !5
-  %1362 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i.epil, %1361
-  %indvars.iv.next760.i.epil = add nuw nsw i64 %indvars.iv759.i.epil, 1
-  %epil.iter249.next = add i64 %epil.iter249, 1
-  %epil.iter249.cmp.not = icmp eq i64 %epil.iter249.next, %xtraiter248
-  br i1 %epil.iter249.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !26, !llvm.loop !49
+  %indvars.iv745.i.epil = phi i64 [ %indvars.iv.next746.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv745.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.i.epil = phi <16 x float> [ %1596, %for_body_ax184.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %epil.iter250 = phi i64 [ %epil.iter250.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
+  %.idx911.i.epil = shl nsw i64 %indvars.iv745.i.epil, 6
+  %1594 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx911.i.epil
+  %1595 = load <16 x float>, ptr %1594, align 4, !tbaa !5
+  %1596 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.i.epil, %1595
+  %indvars.iv.next746.i.epil = add nuw nsw i64 %indvars.iv745.i.epil, 1
+  %epil.iter250.next = add i64 %epil.iter250, 1
+  %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
+  br i1 %epil.iter250.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !52
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_r68.preheader.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1359, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1362, %for_body_ax184.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 0
-  %1363 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 1
-  %1364 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.i, %1363
-  %tile_sum.rf260.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 2
-  %1365 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.i, %1364
-  %tile_sum.rf260.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 3
-  %1366 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.i, %1365
-  %tile_sum.rf260.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 4
-  %1367 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.i, %1366
-  %tile_sum.rf260.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 5
-  %1368 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.i, %1367
-  %tile_sum.rf260.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 6
-  %1369 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.i, %1368
-  %tile_sum.rf260.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 7
-  %1370 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.i, %1369
-  %tile_sum.rf260.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 8
-  %1371 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.i, %1370
-  %tile_sum.rf260.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 9
-  %1372 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.i, %1371
-  %tile_sum.rf260.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 10
-  %1373 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.i, %1372
-  %tile_sum.rf260.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 11
-  %1374 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.i, %1373
-  %tile_sum.rf260.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 12
-  %1375 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.i, %1374
-  %tile_sum.rf260.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 13
-  %1376 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.i, %1375
-  %tile_sum.rf260.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 14
-  %1377 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.i, %1376
-  %tile_sum.rf260.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 15
-  %1378 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.i, %1377
-  %tile_sum264.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1378, i64 0
-  br i1 %224, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
+  %tile_sum.rf_global255.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1593, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1596, %for_body_ax184.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 0
+  %1597 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 1
+  %1598 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.i, %1597
+  %tile_sum.rf256.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 2
+  %1599 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.i, %1598
+  %tile_sum.rf256.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 3
+  %1600 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.i, %1599
+  %tile_sum.rf256.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 4
+  %1601 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.i, %1600
+  %tile_sum.rf256.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 5
+  %1602 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.i, %1601
+  %tile_sum.rf256.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 6
+  %1603 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.i, %1602
+  %tile_sum.rf256.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 7
+  %1604 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.i, %1603
+  %tile_sum.rf256.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 8
+  %1605 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.i, %1604
+  %tile_sum.rf256.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 9
+  %1606 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.i, %1605
+  %tile_sum.rf256.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 10
+  %1607 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.i, %1606
+  %tile_sum.rf256.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 11
+  %1608 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.i, %1607
+  %tile_sum.rf256.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 12
+  %1609 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.i, %1608
+  %tile_sum.rf256.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 13
+  %1610 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.i, %1609
+  %tile_sum.rf256.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 14
+  %1611 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.i, %1610
+  %tile_sum.rf256.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 15
+  %1612 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.i, %1611
+  %tile_sum260.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1612, i64 0
+  br i1 %447, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
 
 for_body_ax184.1.i.preheader:                     ; preds = %for_end_ax185.i
-  br i1 %243, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !36
+  br i1 %467, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
 
 for_body_ax184.1.i:                               ; preds = %for_body_ax184.1.i, %for_body_ax184.1.i.preheader
-  %indvars.iv759.1.i = phi i64 [ %indvars.iv.next760.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.1.i = phi <16 x float> [ %1410, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
-  %niter261 = phi i64 [ %niter261.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %.idx965.i = shl nsw i64 %indvars.iv759.1.i, 6
-  %1379 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx965.i
-  %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 512
-  %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
-  %1382 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i, %1381
-  %indvars.iv.next760.1.i = shl i64 %indvars.iv759.1.i, 6
-  %1383 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i
-  %1384 = getelementptr inbounds nuw i8, ptr %1383, i64 576
-  %1385 = load <16 x float>, ptr %1384, align 4, !tbaa !5
-  %1386 = fadd <16 x float> %1382, %1385
-  %indvars.iv.next760.1.i.1 = shl i64 %indvars.iv759.1.i, 6
-  %1387 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.1
-  %1388 = getelementptr inbounds nuw i8, ptr %1387, i64 640
-  %1389 = load <16 x float>, ptr %1388, align 4, !tbaa !5
-  %1390 = fadd <16 x float> %1386, %1389
-  %indvars.iv.next760.1.i.2 = shl i64 %indvars.iv759.1.i, 6
-  %1391 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.2
-  %1392 = getelementptr inbounds nuw i8, ptr %1391, i64 704
-  %1393 = load <16 x float>, ptr %1392, align 4, !tbaa !5
-  %1394 = fadd <16 x float> %1390, %1393
-  %indvars.iv.next760.1.i.3 = shl i64 %indvars.iv759.1.i, 6
-  %1395 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.3
-  %1396 = getelementptr inbounds nuw i8, ptr %1395, i64 768
-  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
-  %1398 = fadd <16 x float> %1394, %1397
-  %indvars.iv.next760.1.i.4 = shl i64 %indvars.iv759.1.i, 6
-  %1399 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.4
-  %1400 = getelementptr inbounds nuw i8, ptr %1399, i64 832
-  %1401 = load <16 x float>, ptr %1400, align 4, !tbaa !5
-  %1402 = fadd <16 x float> %1398, %1401
-  %indvars.iv.next760.1.i.5 = shl i64 %indvars.iv759.1.i, 6
-  %1403 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.5
-  %1404 = getelementptr inbounds nuw i8, ptr %1403, i64 896
-  %1405 = load <16 x float>, ptr %1404, align 4, !tbaa !5
-  %1406 = fadd <16 x float> %1402, %1405
-  %indvars.iv.next760.1.i.6 = shl i64 %indvars.iv759.1.i, 6
-  %1407 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.6
-  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 960
-  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
-  %1410 = fadd <16 x float> %1406, %1409
-  %indvars.iv.next760.1.i.7 = add nuw nsw i64 %indvars.iv759.1.i, 8
-  %niter261.next.7 = add i64 %niter261, 8
-  %niter261.ncmp.7 = icmp eq i64 %niter261.next.7, %unroll_iter260
-  br i1 %niter261.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !37, !llvm.loop !50
+  %indvars.iv745.1.i = phi i64 [ %indvars.iv.next746.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.1.i = phi <16 x float> [ %1644, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
+  %niter262 = phi i64 [ %niter262.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %.idx912.i = shl nsw i64 %indvars.iv745.1.i, 6
+  %1613 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx912.i
+  %1614 = getelementptr inbounds nuw i8, ptr %1613, i64 512
+  %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !5
+  %1616 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.1.i, %1615
+  %indvars.iv.next746.1.i = shl i64 %indvars.iv745.1.i, 6
+  %1617 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i
+  %1618 = getelementptr inbounds nuw i8, ptr %1617, i64 576
+  %1619 = load <16 x float>, ptr %1618, align 4, !tbaa !5
+  %1620 = fadd <16 x float> %1616, %1619
+  %indvars.iv.next746.1.i.1 = shl i64 %indvars.iv745.1.i, 6
+  %1621 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.1
+  %1622 = getelementptr inbounds nuw i8, ptr %1621, i64 640
+  %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !5
+  %1624 = fadd <16 x float> %1620, %1623
+  %indvars.iv.next746.1.i.2 = shl i64 %indvars.iv745.1.i, 6
+  %1625 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.2
+  %1626 = getelementptr inbounds nuw i8, ptr %1625, i64 704
+  %1627 = load <16 x float>, ptr %1626, align 4, !tbaa !5
+  %1628 = fadd <16 x float> %1624, %1627
+  %indvars.iv.next746.1.i.3 = shl i64 %indvars.iv745.1.i, 6
+  %1629 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.3
+  %1630 = getelementptr inbounds nuw i8, ptr %1629, i64 768
+  %1631 = load <16 x float>, ptr %1630, align 4, !tbaa !5
+  %1632 = fadd <16 x float> %1628, %1631
+  %indvars.iv.next746.1.i.4 = shl i64 %indvars.iv745.1.i, 6
+  %1633 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.4
+  %1634 = getelementptr inbounds nuw i8, ptr %1633, i64 832
+  %1635 = load <16 x float>, ptr %1634, align 4, !tbaa !5
+  %1636 = fadd <16 x float> %1632, %1635
+  %indvars.iv.next746.1.i.5 = shl i64 %indvars.iv745.1.i, 6
+  %1637 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.5
+  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 896
+  %1639 = load <16 x float>, ptr %1638, align 4, !tbaa !5
+  %1640 = fadd <16 x float> %1636, %1639
+  %indvars.iv.next746.1.i.6 = shl i64 %indvars.iv745.1.i, 6
+  %1641 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.6
+  %1642 = getelementptr inbounds nuw i8, ptr %1641, i64 960
+  %1643 = load <16 x float>, ptr %1642, align 4, !tbaa !5
+  %1644 = fadd <16 x float> %1640, %1643
+  %indvars.iv.next746.1.i.7 = add nuw nsw i64 %indvars.iv745.1.i, 8
+  %niter262.next.7 = add i64 %niter262, 8
+  %niter262.ncmp.7 = icmp eq i64 %niter262.next.7, %unroll_iter261
+  br i1 %niter262.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !53
 
 for_end_ax185.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.1.i
-  br i1 %lcmp.mod257.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod258.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
 
 for_body_ax184.1.i.epil.preheader:                ; preds = %for_end_ax185.1.i.loopexit.unr-lcssa, %for_body_ax184.1.i.preheader
-  %indvars.iv759.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next760.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1410, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod259)
+  %indvars.iv745.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next746.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1644, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod260)
   br label %for_body_ax184.1.i.epil
 
 for_body_ax184.1.i.epil:                          ; preds = %for_body_ax184.1.i.epil, %for_body_ax184.1.i.epil.preheader
-  %indvars.iv759.1.i.epil = phi i64 [ %indvars.iv.next760.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv759.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.1.i.epil = phi <16 x float> [ %1414, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %epil.iter256 = phi i64 [ %epil.iter256.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
-  %.idx965.i.epil = shl nsw i64 %indvars.iv759.1.i.epil, 6
-  %1411 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx965.i.epil
-  %1412 = getelementptr inbounds nuw i8, ptr %1411, i64 512
-  %1413 = load <16 x float>, ptr %1412, align 4, !tbaa !5
-  %1414 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i.epil, %1413
-  %indvars.iv.next760.1.i.epil = add nuw nsw i64 %indvars.iv759.1.i.epil, 1
-  %epil.iter256.next = add i64 %epil.iter256, 1
-  %epil.iter256.cmp.not = icmp eq i64 %epil.iter256.next, %xtraiter255
-  br i1 %epil.iter256.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !26, !llvm.loop !51
+  %indvars.iv745.1.i.epil = phi i64 [ %indvars.iv.next746.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv745.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.1.i.epil = phi <16 x float> [ %1648, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %epil.iter257 = phi i64 [ %epil.iter257.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
+  %.idx912.i.epil = shl nsw i64 %indvars.iv745.1.i.epil, 6
+  %1645 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx912.i.epil
+  %1646 = getelementptr inbounds nuw i8, ptr %1645, i64 512
+  %1647 = load <16 x float>, ptr %1646, align 4, !tbaa !5
+  %1648 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.1.i.epil, %1647
+  %indvars.iv.next746.1.i.epil = add nuw nsw i64 %indvars.iv745.1.i.epil, 1
+  %epil.iter257.next = add i64 %epil.iter257, 1
+  %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
+  br i1 %epil.iter257.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !54
 
 for_end_ax185.1.i:                                ; preds = %for_body_ax184.1.i.epil, %for_end_ax185.1.i.loopexit.unr-lcssa, %for_end_ax185.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1410, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1414, %for_body_ax184.1.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 0
-  %1415 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 1
-  %1416 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.1.i, %1415
-  %tile_sum.rf260.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 2
-  %1417 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.1.i, %1416
-  %tile_sum.rf260.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 3
-  %1418 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.1.i, %1417
-  %tile_sum.rf260.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 4
-  %1419 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.1.i, %1418
-  %tile_sum.rf260.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 5
-  %1420 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.1.i, %1419
-  %tile_sum.rf260.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 6
-  %1421 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.1.i, %1420
-  %tile_sum.rf260.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 7
-  %1422 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.1.i, %1421
-  %tile_sum.rf260.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 8
-  %1423 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.1.i, %1422
-  %tile_sum.rf260.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 9
-  %1424 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.1.i, %1423
-  %tile_sum.rf260.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 10
-  %1425 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.1.i, %1424
-  %tile_sum.rf260.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 11
-  %1426 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.1.i, %1425
-  %tile_sum.rf260.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 12
-  %1427 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.1.i, %1426
-  %tile_sum.rf260.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 13
-  %1428 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.1.i, %1427
-  %tile_sum.rf260.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 14
-  %1429 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.1.i, %1428
-  %tile_sum.rf260.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 15
-  %1430 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.1.i, %1429
-  %tile_sum264.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.0.vec.insert.i, float %1430, i64 1
-  br i1 %224, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
+  %tile_sum.rf_global255.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1644, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1648, %for_body_ax184.1.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 0
+  %1649 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 1
+  %1650 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.1.i, %1649
+  %tile_sum.rf256.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 2
+  %1651 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.1.i, %1650
+  %tile_sum.rf256.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 3
+  %1652 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.1.i, %1651
+  %tile_sum.rf256.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 4
+  %1653 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.1.i, %1652
+  %tile_sum.rf256.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 5
+  %1654 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.1.i, %1653
+  %tile_sum.rf256.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 6
+  %1655 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.1.i, %1654
+  %tile_sum.rf256.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 7
+  %1656 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.1.i, %1655
+  %tile_sum.rf256.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 8
+  %1657 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.1.i, %1656
+  %tile_sum.rf256.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 9
+  %1658 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.1.i, %1657
+  %tile_sum.rf256.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 10
+  %1659 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.1.i, %1658
+  %tile_sum.rf256.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 11
+  %1660 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.1.i, %1659
+  %tile_sum.rf256.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 12
+  %1661 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.1.i, %1660
+  %tile_sum.rf256.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 13
+  %1662 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.1.i, %1661
+  %tile_sum.rf256.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 14
+  %1663 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.1.i, %1662
+  %tile_sum.rf256.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 15
+  %1664 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.1.i, %1663
+  %tile_sum260.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.0.vec.insert.i, float %1664, i64 1
+  br i1 %447, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
 
 for_body_ax184.2.i.preheader:                     ; preds = %for_end_ax185.1.i
-  br i1 %244, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !36
+  br i1 %468, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
 
 for_body_ax184.2.i:                               ; preds = %for_body_ax184.2.i, %for_body_ax184.2.i.preheader
-  %indvars.iv759.2.i = phi i64 [ %indvars.iv.next760.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.2.i = phi <16 x float> [ %1462, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
-  %niter268 = phi i64 [ %niter268.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %.idx966.i = shl nsw i64 %indvars.iv759.2.i, 6
-  %1431 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx966.i
-  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 1024
-  %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
-  %1434 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i, %1433
-  %indvars.iv.next760.2.i = shl i64 %indvars.iv759.2.i, 6
-  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i
-  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 1088
-  %1437 = load <16 x float>, ptr %1436, align 4, !tbaa !5
-  %1438 = fadd <16 x float> %1434, %1437
-  %indvars.iv.next760.2.i.1 = shl i64 %indvars.iv759.2.i, 6
-  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.1
-  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 1152
-  %1441 = load <16 x float>, ptr %1440, align 4, !tbaa !5
-  %1442 = fadd <16 x float> %1438, %1441
-  %indvars.iv.next760.2.i.2 = shl i64 %indvars.iv759.2.i, 6
-  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.2
-  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 1216
-  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !5
-  %1446 = fadd <16 x float> %1442, %1445
-  %indvars.iv.next760.2.i.3 = shl i64 %indvars.iv759.2.i, 6
-  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.3
-  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 1280
-  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
-  %1450 = fadd <16 x float> %1446, %1449
-  %indvars.iv.next760.2.i.4 = shl i64 %indvars.iv759.2.i, 6
-  %1451 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.4
-  %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1344
-  %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !5
-  %1454 = fadd <16 x float> %1450, %1453
-  %indvars.iv.next760.2.i.5 = shl i64 %indvars.iv759.2.i, 6
-  %1455 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.5
-  %1456 = getelementptr inbounds nuw i8, ptr %1455, i64 1408
-  %1457 = load <16 x float>, ptr %1456, align 4, !tbaa !5
-  %1458 = fadd <16 x float> %1454, %1457
-  %indvars.iv.next760.2.i.6 = shl i64 %indvars.iv759.2.i, 6
-  %1459 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.6
-  %1460 = getelementptr inbounds nuw i8, ptr %1459, i64 1472
-  %1461 = load <16 x float>, ptr %1460, align 4, !tbaa !5
-  %1462 = fadd <16 x float> %1458, %1461
-  %indvars.iv.next760.2.i.7 = add nuw nsw i64 %indvars.iv759.2.i, 8
-  %niter268.next.7 = add i64 %niter268, 8
-  %niter268.ncmp.7 = icmp eq i64 %niter268.next.7, %unroll_iter267
-  br i1 %niter268.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !37, !llvm.loop !52
+  %indvars.iv745.2.i = phi i64 [ %indvars.iv.next746.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.2.i = phi <16 x float> [ %1696, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
+  %niter269 = phi i64 [ %niter269.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %.idx913.i = shl nsw i64 %indvars.iv745.2.i, 6
+  %1665 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i
+  %1666 = getelementptr inbounds nuw i8, ptr %1665, i64 1024
+  %1667 = load <16 x float>, ptr %1666, align 4, !tbaa !5
+  %1668 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.2.i, %1667
+  %indvars.iv.next746.2.i = shl i64 %indvars.iv745.2.i, 6
+  %1669 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i
+  %1670 = getelementptr inbounds nuw i8, ptr %1669, i64 1088
+  %1671 = load <16 x float>, ptr %1670, align 4, !tbaa !5
+  %1672 = fadd <16 x float> %1668, %1671
+  %indvars.iv.next746.2.i.1 = shl i64 %indvars.iv745.2.i, 6
+  %1673 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.1
+  %1674 = getelementptr inbounds nuw i8, ptr %1673, i64 1152
+  %1675 = load <16 x float>, ptr %1674, align 4, !tbaa !5
+  %1676 = fadd <16 x float> %1672, %1675
+  %indvars.iv.next746.2.i.2 = shl i64 %indvars.iv745.2.i, 6
+  %1677 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.2
+  %1678 = getelementptr inbounds nuw i8, ptr %1677, i64 1216
+  %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !5
+  %1680 = fadd <16 x float> %1676, %1679
+  %indvars.iv.next746.2.i.3 = shl i64 %indvars.iv745.2.i, 6
+  %1681 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.3
+  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 1280
+  %1683 = load <16 x float>, ptr %1682, align 4, !tbaa !5
+  %1684 = fadd <16 x float> %1680, %1683
+  %indvars.iv.next746.2.i.4 = shl i64 %indvars.iv745.2.i, 6
+  %1685 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.4
+  %1686 = getelementptr inbounds nuw i8, ptr %1685, i64 1344
+  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !5
+  %1688 = fadd <16 x float> %1684, %1687
+  %indvars.iv.next746.2.i.5 = shl i64 %indvars.iv745.2.i, 6
+  %1689 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.5
+  %1690 = getelementptr inbounds nuw i8, ptr %1689, i64 1408
+  %1691 = load <16 x float>, ptr %1690, align 4, !tbaa !5
+  %1692 = fadd <16 x float> %1688, %1691
+  %indvars.iv.next746.2.i.6 = shl i64 %indvars.iv745.2.i, 6
+  %1693 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.6
+  %1694 = getelementptr inbounds nuw i8, ptr %1693, i64 1472
+  %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
+  %1696 = fadd <16 x float> %1692, %1695
+  %indvars.iv.next746.2.i.7 = add nuw nsw i64 %indvars.iv745.2.i, 8
+  %niter269.next.7 = add i64 %niter269, 8
+  %niter269.ncmp.7 = icmp eq i64 %niter269.next.7, %unroll_iter268
+  br i1 %niter269.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !55
 
 for_end_ax185.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.2.i
-  br i1 %lcmp.mod264.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod265.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
 
 for_body_ax184.2.i.epil.preheader:                ; preds = %for_end_ax185.2.i.loopexit.unr-lcssa, %for_body_ax184.2.i.preheader
-  %indvars.iv759.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next760.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1462, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod266)
+  %indvars.iv745.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next746.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1696, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod267)
   br label %for_body_ax184.2.i.epil
 
 for_body_ax184.2.i.epil:                          ; preds = %for_body_ax184.2.i.epil, %for_body_ax184.2.i.epil.preheader
-  %indvars.iv759.2.i.epil = phi i64 [ %indvars.iv.next760.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv759.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.2.i.epil = phi <16 x float> [ %1466, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %epil.iter263 = phi i64 [ %epil.iter263.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
-  %.idx966.i.epil = shl nsw i64 %indvars.iv759.2.i.epil, 6
-  %1463 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx966.i.epil
-  %1464 = getelementptr inbounds nuw i8, ptr %1463, i64 1024
-  %1465 = load <16 x float>, ptr %1464, align 4, !tbaa !5
-  %1466 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i.epil, %1465
-  %indvars.iv.next760.2.i.epil = add nuw nsw i64 %indvars.iv759.2.i.epil, 1
-  %epil.iter263.next = add i64 %epil.iter263, 1
-  %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !26, !llvm.loop !53
+  %indvars.iv745.2.i.epil = phi i64 [ %indvars.iv.next746.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv745.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.2.i.epil = phi <16 x float> [ %1700, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %epil.iter264 = phi i64 [ %epil.iter264.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
+  %.idx913.i.epil = shl nsw i64 %indvars.iv745.2.i.epil, 6
+  %1697 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i.epil
+  %1698 = getelementptr inbounds nuw i8, ptr %1697, i64 1024
+  %1699 = load <16 x float>, ptr %1698, align 4, !tbaa !5
+  %1700 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.2.i.epil, %1699
+  %indvars.iv.next746.2.i.epil = add nuw nsw i64 %indvars.iv745.2.i.epil, 1
+  %epil.iter264.next = add i64 %epil.iter264, 1
+  %epil.iter264.cmp.not = icmp eq i64 %epil.iter264.next, %xtraiter263
+  br i1 %epil.iter264.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !56
 
 for_end_ax185.2.i:                                ; preds = %for_body_ax184.2.i.epil, %for_end_ax185.2.i.loopexit.unr-lcssa, %for_end_ax185.1.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1462, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1466, %for_body_ax184.2.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 0
-  %1467 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 1
-  %1468 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.2.i, %1467
-  %tile_sum.rf260.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 2
-  %1469 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.2.i, %1468
-  %tile_sum.rf260.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 3
-  %1470 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.2.i, %1469
-  %tile_sum.rf260.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 4
-  %1471 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.2.i, %1470
-  %tile_sum.rf260.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 5
-  %1472 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.2.i, %1471
-  %tile_sum.rf260.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 6
-  %1473 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.2.i, %1472
-  %tile_sum.rf260.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 7
-  %1474 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.2.i, %1473
-  %tile_sum.rf260.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 8
-  %1475 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.2.i, %1474
-  %tile_sum.rf260.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 9
-  %1476 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.2.i, %1475
-  %tile_sum.rf260.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 10
-  %1477 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.2.i, %1476
-  %tile_sum.rf260.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 11
-  %1478 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.2.i, %1477
-  %tile_sum.rf260.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 12
-  %1479 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.2.i, %1478
-  %tile_sum.rf260.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 13
-  %1480 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.2.i, %1479
-  %tile_sum.rf260.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 14
-  %1481 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.2.i, %1480
-  %tile_sum.rf260.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 15
-  %1482 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.2.i, %1481
-  %tile_sum264.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.4.vec.insert.i, float %1482, i64 2
-  br i1 %224, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
+  %tile_sum.rf_global255.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1696, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1700, %for_body_ax184.2.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 0
+  %1701 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 1
+  %1702 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.2.i, %1701
+  %tile_sum.rf256.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 2
+  %1703 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.2.i, %1702
+  %tile_sum.rf256.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 3
+  %1704 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.2.i, %1703
+  %tile_sum.rf256.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 4
+  %1705 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.2.i, %1704
+  %tile_sum.rf256.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 5
+  %1706 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.2.i, %1705
+  %tile_sum.rf256.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 6
+  %1707 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.2.i, %1706
+  %tile_sum.rf256.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 7
+  %1708 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.2.i, %1707
+  %tile_sum.rf256.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 8
+  %1709 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.2.i, %1708
+  %tile_sum.rf256.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 9
+  %1710 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.2.i, %1709
+  %tile_sum.rf256.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 10
+  %1711 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.2.i, %1710
+  %tile_sum.rf256.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 11
+  %1712 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.2.i, %1711
+  %tile_sum.rf256.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 12
+  %1713 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.2.i, %1712
+  %tile_sum.rf256.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 13
+  %1714 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.2.i, %1713
+  %tile_sum.rf256.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 14
+  %1715 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.2.i, %1714
+  %tile_sum.rf256.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 15
+  %1716 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.2.i, %1715
+  %tile_sum260.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.4.vec.insert.i, float %1716, i64 2
+  br i1 %447, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
 
 for_body_ax184.3.i.preheader:                     ; preds = %for_end_ax185.2.i
-  br i1 %245, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !36
+  br i1 %469, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
 
 for_body_ax184.3.i:                               ; preds = %for_body_ax184.3.i, %for_body_ax184.3.i.preheader
-  %indvars.iv759.3.i = phi i64 [ %indvars.iv.next760.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.3.i = phi <16 x float> [ %1514, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
-  %niter275 = phi i64 [ %niter275.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %.idx967.i = shl nsw i64 %indvars.iv759.3.i, 6
-  %1483 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx967.i
-  %1484 = getelementptr inbounds nuw i8, ptr %1483, i64 1536
-  %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
-  %1486 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i, %1485
-  %indvars.iv.next760.3.i = shl i64 %indvars.iv759.3.i, 6
-  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i
-  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1600
-  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
-  %1490 = fadd <16 x float> %1486, %1489
-  %indvars.iv.next760.3.i.1 = shl i64 %indvars.iv759.3.i, 6
-  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.1
-  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1664
-  %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
-  %1494 = fadd <16 x float> %1490, %1493
-  %indvars.iv.next760.3.i.2 = shl i64 %indvars.iv759.3.i, 6
-  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.2
-  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1728
-  %1497 = load <16 x float>, ptr %1496, align 4, !tbaa !5
-  %1498 = fadd <16 x float> %1494, %1497
-  %indvars.iv.next760.3.i.3 = shl i64 %indvars.iv759.3.i, 6
-  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.3
-  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1792
-  %1501 = load <16 x float>, ptr %1500, align 4, !tbaa !5
-  %1502 = fadd <16 x float> %1498, %1501
-  %indvars.iv.next760.3.i.4 = shl i64 %indvars.iv759.3.i, 6
-  %1503 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.4
-  %1504 = getelementptr inbounds nuw i8, ptr %1503, i64 1856
-  %1505 = load <16 x float>, ptr %1504, align 4, !tbaa !5
-  %1506 = fadd <16 x float> %1502, %1505
-  %indvars.iv.next760.3.i.5 = shl i64 %indvars.iv759.3.i, 6
-  %1507 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.5
-  %1508 = getelementptr inbounds nuw i8, ptr %1507, i64 1920
-  %1509 = load <16 x float>, ptr %1508, align 4, !tbaa !5
-  %1510 = fadd <16 x float> %1506, %1509
-  %indvars.iv.next760.3.i.6 = shl i64 %indvars.iv759.3.i, 6
-  %1511 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.6
-  %1512 = getelementptr inbounds nuw i8, ptr %1511, i64 1984
-  %1513 = load <16 x float>, ptr %1512, align 4, !tbaa !5
-  %1514 = fadd <16 x float> %1510, %1513
-  %indvars.iv.next760.3.i.7 = add nuw nsw i64 %indvars.iv759.3.i, 8
-  %niter275.next.7 = add i64 %niter275, 8
-  %niter275.ncmp.7 = icmp eq i64 %niter275.next.7, %unroll_iter274
-  br i1 %niter275.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !37, !llvm.loop !54
+  %indvars.iv745.3.i = phi i64 [ %indvars.iv.next746.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.3.i = phi <16 x float> [ %1748, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
+  %niter276 = phi i64 [ %niter276.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %.idx914.i = shl nsw i64 %indvars.iv745.3.i, 6
+  %1717 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i
+  %1718 = getelementptr inbounds nuw i8, ptr %1717, i64 1536
+  %1719 = load <16 x float>, ptr %1718, align 4, !tbaa !5
+  %1720 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.3.i, %1719
+  %indvars.iv.next746.3.i = shl i64 %indvars.iv745.3.i, 6
+  %1721 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i
+  %1722 = getelementptr inbounds nuw i8, ptr %1721, i64 1600
+  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
+  %1724 = fadd <16 x float> %1720, %1723
+  %indvars.iv.next746.3.i.1 = shl i64 %indvars.iv745.3.i, 6
+  %1725 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.1
+  %1726 = getelementptr inbounds nuw i8, ptr %1725, i64 1664
+  %1727 = load <16 x float>, ptr %1726, align 4, !tbaa !5
+  %1728 = fadd <16 x float> %1724, %1727
+  %indvars.iv.next746.3.i.2 = shl i64 %indvars.iv745.3.i, 6
+  %1729 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.2
+  %1730 = getelementptr inbounds nuw i8, ptr %1729, i64 1728
+  %1731 = load <16 x float>, ptr %1730, align 4, !tbaa !5
+  %1732 = fadd <16 x float> %1728, %1731
+  %indvars.iv.next746.3.i.3 = shl i64 %indvars.iv745.3.i, 6
+  %1733 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.3
+  %1734 = getelementptr inbounds nuw i8, ptr %1733, i64 1792
+  %1735 = load <16 x float>, ptr %1734, align 4, !tbaa !5
+  %1736 = fadd <16 x float> %1732, %1735
+  %indvars.iv.next746.3.i.4 = shl i64 %indvars.iv745.3.i, 6
+  %1737 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.4
+  %1738 = getelementptr inbounds nuw i8, ptr %1737, i64 1856
+  %1739 = load <16 x float>, ptr %1738, align 4, !tbaa !5
+  %1740 = fadd <16 x float> %1736, %1739
+  %indvars.iv.next746.3.i.5 = shl i64 %indvars.iv745.3.i, 6
+  %1741 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.5
+  %1742 = getelementptr inbounds nuw i8, ptr %1741, i64 1920
+  %1743 = load <16 x float>, ptr %1742, align 4, !tbaa !5
+  %1744 = fadd <16 x float> %1740, %1743
+  %indvars.iv.next746.3.i.6 = shl i64 %indvars.iv745.3.i, 6
+  %1745 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.6
+  %1746 = getelementptr inbounds nuw i8, ptr %1745, i64 1984
+  %1747 = load <16 x float>, ptr %1746, align 4, !tbaa !5
+  %1748 = fadd <16 x float> %1744, %1747
+  %indvars.iv.next746.3.i.7 = add nuw nsw i64 %indvars.iv745.3.i, 8
+  %niter276.next.7 = add i64 %niter276, 8
+  %niter276.ncmp.7 = icmp eq i64 %niter276.next.7, %unroll_iter275
+  br i1 %niter276.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !57
 
 for_end_ax185.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.3.i
-  br i1 %lcmp.mod271.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod272.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
 
 for_body_ax184.3.i.epil.preheader:                ; preds = %for_end_ax185.3.i.loopexit.unr-lcssa, %for_body_ax184.3.i.preheader
-  %indvars.iv759.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next760.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1514, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod273)
+  %indvars.iv745.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next746.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1748, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod274)
   br label %for_body_ax184.3.i.epil
 
 for_body_ax184.3.i.epil:                          ; preds = %for_body_ax184.3.i.epil, %for_body_ax184.3.i.epil.preheader
-  %indvars.iv759.3.i.epil = phi i64 [ %indvars.iv.next760.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv759.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.3.i.epil = phi <16 x float> [ %1518, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %epil.iter270 = phi i64 [ %epil.iter270.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
-  %.idx967.i.epil = shl nsw i64 %indvars.iv759.3.i.epil, 6
-  %1515 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx967.i.epil
-  %1516 = getelementptr inbounds nuw i8, ptr %1515, i64 1536
-  %1517 = load <16 x float>, ptr %1516, align 4, !tbaa !5
-  %1518 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i.epil, %1517
-  %indvars.iv.next760.3.i.epil = add nuw nsw i64 %indvars.iv759.3.i.epil, 1
-  %epil.iter270.next = add i64 %epil.iter270, 1
-  %epil.iter270.cmp.not = icmp eq i64 %epil.iter270.next, %xtraiter269
-  br i1 %epil.iter270.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !26, !llvm.loop !55
+  %indvars.iv745.3.i.epil = phi i64 [ %indvars.iv.next746.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv745.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.3.i.epil = phi <16 x float> [ %1752, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %epil.iter271 = phi i64 [ %epil.iter271.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
+  %.idx914.i.epil = shl nsw i64 %indvars.iv745.3.i.epil, 6
+  %1749 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i.epil
+  %1750 = getelementptr inbounds nuw i8, ptr %1749, i64 1536
+  %1751 = load <16 x float>, ptr %1750, align 4, !tbaa !5
+  %1752 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.3.i.epil, %1751
+  %indvars.iv.next746.3.i.epil = add nuw nsw i64 %indvars.iv745.3.i.epil, 1
+  %epil.iter271.next = add i64 %epil.iter271, 1
+  %epil.iter271.cmp.not = icmp eq i64 %epil.iter271.next, %xtraiter270
+  br i1 %epil.iter271.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !58
 
 for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.epil, %for_end_ax185.3.i.loopexit.unr-lcssa, %for_end_ax185.2.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1514, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1518, %for_body_ax184.3.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 0
-  %1519 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 1
-  %1520 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.3.i, %1519
-  %tile_sum.rf260.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 2
-  %1521 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.3.i, %1520
-  %tile_sum.rf260.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 3
-  %1522 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.3.i, %1521
-  %tile_sum.rf260.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 4
-  %1523 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.3.i, %1522
-  %tile_sum.rf260.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 5
-  %1524 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.3.i, %1523
-  %tile_sum.rf260.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 6
-  %1525 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.3.i, %1524
-  %tile_sum.rf260.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 7
-  %1526 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.3.i, %1525
-  %tile_sum.rf260.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 8
-  %1527 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.3.i, %1526
-  %tile_sum.rf260.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 9
-  %1528 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.3.i, %1527
-  %tile_sum.rf260.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 10
-  %1529 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.3.i, %1528
-  %tile_sum.rf260.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 11
-  %1530 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.3.i, %1529
-  %tile_sum.rf260.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 12
-  %1531 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.3.i, %1530
-  %tile_sum.rf260.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 13
-  %1532 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.3.i, %1531
-  %tile_sum.rf260.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 14
-  %1533 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.3.i, %1532
-  %tile_sum.rf260.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 15
-  %1534 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.3.i, %1533
-  %tile_sum264.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.8.vec.insert.i, float %1534, i64 3
-  %1535 = shl nuw nsw i64 %indvars.iv827.i, 2
-  %1536 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %1535
-  %1537 = load <4 x float>, ptr %1536, align 16, !tbaa !56
-  %old_max.i = select <4 x i1> %228, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1537
-  %1538 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %1535
-  %1539 = load <4 x float>, ptr %1538, align 16, !tbaa !58
-  %old_sum.i = select <4 x i1> %228, <4 x float> zeroinitializer, <4 x float> %1539
-  %1540 = fcmp ogt <4 x float> %old_max.i, %tile_max265.sroa.0.3.i
-  %1541 = fcmp oeq <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
-  %1542 = select <4 x i1> %1541, <4 x i1> splat (i1 true), <4 x i1> %1540
-  %old_or_both.i = select <4 x i1> %1542, <4 x float> %old_max.i, <4 x float> %tile_max265.sroa.0.3.i
-  %1543 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %1543, <4 x float> %tile_max265.sroa.0.3.i, <4 x float> %old_or_both.i
-  %arg89.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v124.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg89.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %1544 = bitcast <4 x float> %cse_v124.i to <4 x i32>
-  %1545 = add nsw <4 x i32> %1544, splat (i32 -1262485504)
-  %1546 = sitofp <4 x i32> %1545 to <4 x float>
-  %1547 = fmul <4 x float> %1546, splat (float 0x3F2BD01060000000)
-  %1548 = fmul <4 x float> %1546, splat (float 0x3FE6300000000000)
-  %1549 = fsub <4 x float> %arg89.i, %1548
-  %1550 = fadd <4 x float> %1547, %1549
-  %1551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1550, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %1552 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1551, <4 x float> %1550, <4 x float> splat (float 0x3F81112100000000))
-  %1553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1552, <4 x float> %1550, <4 x float> splat (float 0x3FA5553820000000))
-  %1554 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1553, <4 x float> %1550, <4 x float> splat (float 0x3FC5555540000000))
-  %1555 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1554, <4 x float> %1550, <4 x float> splat (float 5.000000e-01))
-  %1556 = fmul <4 x float> %1550, %1555
-  %1557 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1556, <4 x float> %1550, <4 x float> %1550)
-  %1558 = shl <4 x i32> %1544, splat (i32 23)
-  %1559 = add <4 x i32> %1558, splat (i32 1065353216)
-  %1560 = bitcast <4 x i32> %1559 to <4 x float>
-  %1561 = fadd <4 x float> %1557, splat (float 1.000000e+00)
-  %1562 = fmul <4 x float> %1561, %1560
-  %1563 = fcmp olt <4 x float> %arg89.i, splat (float -8.700000e+01)
-  %1564 = select <4 x i1> %1563, <4 x float> zeroinitializer, <4 x float> %1562
-  %1565 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %1566 = select <4 x i1> %1565, <4 x float> %1564, <4 x float> zeroinitializer
-  %arg103.i = fsub <4 x float> %tile_max265.sroa.0.3.i, %m.i
-  %cse_v42.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg103.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %1567 = bitcast <4 x float> %cse_v42.i to <4 x i32>
-  %1568 = add nsw <4 x i32> %1567, splat (i32 -1262485504)
-  %1569 = sitofp <4 x i32> %1568 to <4 x float>
-  %1570 = fmul <4 x float> %1569, splat (float 0x3F2BD01060000000)
-  %1571 = fmul <4 x float> %1569, splat (float 0x3FE6300000000000)
-  %1572 = fsub <4 x float> %arg103.i, %1571
-  %1573 = fadd <4 x float> %1570, %1572
-  %1574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1573, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %1575 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1574, <4 x float> %1573, <4 x float> splat (float 0x3F81112100000000))
-  %1576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1575, <4 x float> %1573, <4 x float> splat (float 0x3FA5553820000000))
-  %1577 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1576, <4 x float> %1573, <4 x float> splat (float 0x3FC5555540000000))
-  %1578 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1577, <4 x float> %1573, <4 x float> splat (float 5.000000e-01))
-  %1579 = fmul <4 x float> %1573, %1578
-  %1580 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1579, <4 x float> %1573, <4 x float> %1573)
-  %1581 = shl <4 x i32> %1567, splat (i32 23)
-  %1582 = add <4 x i32> %1581, splat (i32 1065353216)
-  %1583 = bitcast <4 x i32> %1582 to <4 x float>
-  %1584 = fadd <4 x float> %1580, splat (float 1.000000e+00)
-  %1585 = fmul <4 x float> %1584, %1583
-  %1586 = fcmp olt <4 x float> %arg103.i, splat (float -8.700000e+01)
-  %1587 = select <4 x i1> %1586, <4 x float> zeroinitializer, <4 x float> %1585
-  %1588 = fcmp one <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
-  %1589 = select <4 x i1> %1588, <4 x float> %1587, <4 x float> zeroinitializer
-  %1590 = fmul <4 x float> %old_sum.i, %1566
-  %1591 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1589, <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, <4 x float> %1590)
-  store <4 x float> %m.i, ptr %1536, align 16, !tbaa !56
-  store <4 x float> %1591, ptr %1538, align 16, !tbaa !58
-  %invariant.gep587.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1592 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> zeroinitializer
-  %1593 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> zeroinitializer
-  %1594 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %1595 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %1596 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %1597 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %1598 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %1599 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %1600 = mul nsw i64 %ahead_head.i, %v_head
+  %tile_sum.rf_global255.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1748, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1752, %for_body_ax184.3.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 0
+  %1753 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 1
+  %1754 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.3.i, %1753
+  %tile_sum.rf256.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 2
+  %1755 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.3.i, %1754
+  %tile_sum.rf256.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 3
+  %1756 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.3.i, %1755
+  %tile_sum.rf256.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 4
+  %1757 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.3.i, %1756
+  %tile_sum.rf256.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 5
+  %1758 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.3.i, %1757
+  %tile_sum.rf256.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 6
+  %1759 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.3.i, %1758
+  %tile_sum.rf256.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 7
+  %1760 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.3.i, %1759
+  %tile_sum.rf256.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 8
+  %1761 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.3.i, %1760
+  %tile_sum.rf256.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 9
+  %1762 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.3.i, %1761
+  %tile_sum.rf256.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 10
+  %1763 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.3.i, %1762
+  %tile_sum.rf256.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 11
+  %1764 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.3.i, %1763
+  %tile_sum.rf256.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 12
+  %1765 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.3.i, %1764
+  %tile_sum.rf256.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 13
+  %1766 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.3.i, %1765
+  %tile_sum.rf256.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 14
+  %1767 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.3.i, %1766
+  %tile_sum.rf256.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 15
+  %1768 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.3.i, %1767
+  %tile_sum260.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.8.vec.insert.i, float %1768, i64 3
+  %1769 = shl nuw nsw i64 %indvars.iv783.i, 2
+  %1770 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %1769
+  %1771 = load <4 x float>, ptr %1770, align 16, !tbaa !20
+  %old_max.i = select <4 x i1> %451, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1771
+  %1772 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %1769
+  %1773 = load <4 x float>, ptr %1772, align 16, !tbaa !18
+  %old_sum.i = select <4 x i1> %451, <4 x float> zeroinitializer, <4 x float> %1773
+  %1774 = fcmp ogt <4 x float> %old_max.i, %tile_max261.sroa.0.3.i
+  %1775 = fcmp oeq <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, zeroinitializer
+  %1776 = select <4 x i1> %1775, <4 x i1> splat (i1 true), <4 x i1> %1774
+  %old_or_both.i = select <4 x i1> %1776, <4 x float> %old_max.i, <4 x float> %tile_max261.sroa.0.3.i
+  %1777 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %1777, <4 x float> %tile_max261.sroa.0.3.i, <4 x float> %old_or_both.i
+  %1778 = fsub <4 x float> %old_max.i, %m.i
+  %1779 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1778, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1780 = bitcast <4 x float> %1779 to <4 x i32>
+  %1781 = add nsw <4 x i32> %1780, splat (i32 -1262485504)
+  %1782 = sitofp <4 x i32> %1781 to <4 x float>
+  %1783 = fmul <4 x float> %1782, splat (float 0x3F2BD01060000000)
+  %1784 = fmul <4 x float> %1782, splat (float 0x3FE6300000000000)
+  %1785 = fsub <4 x float> %1778, %1784
+  %1786 = fadd <4 x float> %1783, %1785
+  %1787 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1786, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1788 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1787, <4 x float> %1786, <4 x float> splat (float 0x3F81112100000000))
+  %1789 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1788, <4 x float> %1786, <4 x float> splat (float 0x3FA5553820000000))
+  %1790 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1789, <4 x float> %1786, <4 x float> splat (float 0x3FC5555540000000))
+  %1791 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1790, <4 x float> %1786, <4 x float> splat (float 5.000000e-01))
+  %1792 = fmul <4 x float> %1786, %1791
+  %1793 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1792, <4 x float> %1786, <4 x float> %1786)
+  %1794 = shl <4 x i32> %1780, splat (i32 23)
+  %1795 = add <4 x i32> %1794, splat (i32 1065353216)
+  %1796 = bitcast <4 x i32> %1795 to <4 x float>
+  %1797 = fadd <4 x float> %1793, splat (float 1.000000e+00)
+  %1798 = fmul <4 x float> %1797, %1796
+  %1799 = fcmp olt <4 x float> %1778, splat (float -8.700000e+01)
+  %1800 = select <4 x i1> %1799, <4 x float> zeroinitializer, <4 x float> %1798
+  %1801 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %1802 = select <4 x i1> %1801, <4 x float> %1800, <4 x float> zeroinitializer
+  %arg103.i = fsub <4 x float> %tile_max261.sroa.0.3.i, %m.i
+  %1803 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg103.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1804 = bitcast <4 x float> %1803 to <4 x i32>
+  %1805 = add nsw <4 x i32> %1804, splat (i32 -1262485504)
+  %1806 = sitofp <4 x i32> %1805 to <4 x float>
+  %1807 = fmul <4 x float> %1806, splat (float 0x3F2BD01060000000)
+  %1808 = fmul <4 x float> %1806, splat (float 0x3FE6300000000000)
+  %1809 = fsub <4 x float> %arg103.i, %1808
+  %1810 = fadd <4 x float> %1807, %1809
+  %1811 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1810, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1812 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1811, <4 x float> %1810, <4 x float> splat (float 0x3F81112100000000))
+  %1813 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1812, <4 x float> %1810, <4 x float> splat (float 0x3FA5553820000000))
+  %1814 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1813, <4 x float> %1810, <4 x float> splat (float 0x3FC5555540000000))
+  %1815 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1814, <4 x float> %1810, <4 x float> splat (float 5.000000e-01))
+  %1816 = fmul <4 x float> %1810, %1815
+  %1817 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1816, <4 x float> %1810, <4 x float> %1810)
+  %1818 = shl <4 x i32> %1804, splat (i32 23)
+  %1819 = add <4 x i32> %1818, splat (i32 1065353216)
+  %1820 = bitcast <4 x i32> %1819 to <4 x float>
+  %1821 = fadd <4 x float> %1817, splat (float 1.000000e+00)
+  %1822 = fmul <4 x float> %1821, %1820
+  %1823 = fcmp olt <4 x float> %arg103.i, splat (float -8.700000e+01)
+  %1824 = select <4 x i1> %1823, <4 x float> zeroinitializer, <4 x float> %1822
+  %1825 = fcmp one <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, zeroinitializer
+  %1826 = select <4 x i1> %1825, <4 x float> %1824, <4 x float> zeroinitializer
+  %1827 = fmul <4 x float> %old_sum.i, %1802
+  %1828 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1826, <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, <4 x float> %1827)
+  store <4 x float> %m.i, ptr %1770, align 16, !tbaa !20
+  store <4 x float> %1828, ptr %1772, align 16, !tbaa !18
+  %1829 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> zeroinitializer
+  %1830 = shl nuw nsw i64 %indvars.iv783.i, 9
+  %1831 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> zeroinitializer
+  %1832 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1833 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1834 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1835 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1836 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1837 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1838 = select i1 %494, i32 128, i32 0
+  %1839 = zext nneg i32 %496 to i64
+  %1840 = mul nsw i64 %v_head, %1839
+  %1841 = mul nsw i64 %indvars.iv783.i, %v_head
+  %invariant.gep586.i = getelementptr i32, ptr %value_cache, i64 %1841
   br label %for_body_d_0_m.i
 
 for_body_d_0_m.i:                                 ; preds = %if_end185.i, %for_end_ax185.3.i
-  %indvars.iv818.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next819.i, %if_end185.i ]
-  %gep588.idx.i = shl i64 %indvars.iv818.i, 6
-  %gep588.i = getelementptr i8, ptr %invariant.gep587.i, i64 %gep588.idx.i
-  br i1 %229, label %for_body_to117.lr.ph.i, label %for_end_to118.i, !prof !3
+  %indvars.iv779.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next780.i, %if_end185.i ]
+  br i1 %453, label %for_begin_ax1121.preheader.lr.ph.i, label %for_end_to118.i, !prof !3
 
-for_body_to117.lr.ph.i:                           ; preds = %for_body_d_0_m.i
-  %1601 = mul nuw nsw i64 %indvars.iv818.i, %233
-  br label %for_body_to117.i
+for_begin_ax1121.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
+  %1842 = mul nuw nsw i64 %indvars.iv779.i, %457
+  %gep587.idx.i = shl i64 %indvars.iv779.i, 6
+  %gep587.i = getelementptr i8, ptr %invariant.gep586.i, i64 %gep587.idx.i
+  br label %for_begin_ax1121.preheader.i
 
 for_end_d_0_m.i:                                  ; preds = %if_end185.i
-  %1602 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %1603 = tail call i32 %1602(i32 1, i32 %dev_id, ptr nonnull %scaled969971974.i)
-  %.not276.i = icmp eq i32 %1603, 0
-  br i1 %.not276.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !18
+  %1843 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1844 = tail call i32 %1843(i32 1, i32 %dev_id, ptr nonnull %scaled916918921.i)
+  %.not272.i = icmp eq i32 %1844, 0
+  br i1 %.not272.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !17
 
-for_body_to117.i:                                 ; preds = %for_body_to117.i, %for_body_to117.lr.ph.i
-  %indvars.iv769.i = phi i64 [ 0, %for_body_to117.lr.ph.i ], [ %indvars.iv.next770.i, %for_body_to117.i ]
-  %full_acc255.sroa.238.0547.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2160, %for_body_to117.i ]
-  %full_acc255.sroa.204.0546.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2154, %for_body_to117.i ]
-  %full_acc255.sroa.170.0545.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2159, %for_body_to117.i ]
-  %full_acc255.sroa.136.0544.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2149, %for_body_to117.i ]
-  %full_acc255.sroa.102.0543.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2158, %for_body_to117.i ]
-  %full_acc255.sroa.0.0542.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2139, %for_body_to117.i ]
-  %full_acc255.sroa.34.0541.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2157, %for_body_to117.i ]
-  %full_acc255.sroa.68.0540.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2144, %for_body_to117.i ]
-  %1604 = add nuw nsw i64 %indvars.iv769.i, %1601
-  %1605 = trunc i64 %1604 to i32
-  %1606 = shl i32 %1605, 2
-  %1607 = add i32 %1606, %ahead_t.i
-  %1608 = sext i32 %1607 to i64
-  %1609 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1608
-  %1610 = load i64, ptr %1609, align 8, !tbaa !5
-  %1611 = getelementptr i32, ptr %value_cache, i64 %1610
-  %1612 = getelementptr i32, ptr %1611, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1612, i32 0, i32 2, i32 1)
-  %1613 = getelementptr i8, ptr %1611, i64 64
-  %1614 = getelementptr i32, ptr %1613, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1614, i32 0, i32 2, i32 1)
-  %1615 = getelementptr i8, ptr %1611, i64 128
-  %1616 = getelementptr i32, ptr %1615, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1616, i32 0, i32 2, i32 1)
-  %1617 = getelementptr i8, ptr %1611, i64 192
-  %1618 = getelementptr i32, ptr %1617, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1618, i32 0, i32 2, i32 1)
-  %1619 = getelementptr i8, ptr %1609, i64 8
-  %1620 = load i64, ptr %1619, align 8, !tbaa !5
-  %1621 = getelementptr i32, ptr %value_cache, i64 %1620
-  %1622 = getelementptr i32, ptr %1621, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1622, i32 0, i32 2, i32 1)
-  %1623 = getelementptr i8, ptr %1621, i64 64
-  %1624 = getelementptr i32, ptr %1623, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1624, i32 0, i32 2, i32 1)
-  %1625 = getelementptr i8, ptr %1621, i64 128
-  %1626 = getelementptr i32, ptr %1625, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1626, i32 0, i32 2, i32 1)
-  %1627 = getelementptr i8, ptr %1621, i64 192
-  %1628 = getelementptr i32, ptr %1627, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1628, i32 0, i32 2, i32 1)
-  %1629 = getelementptr i8, ptr %1609, i64 16
-  %1630 = load i64, ptr %1629, align 8, !tbaa !5
-  %1631 = getelementptr i32, ptr %value_cache, i64 %1630
-  %1632 = getelementptr i32, ptr %1631, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1632, i32 0, i32 2, i32 1)
-  %1633 = getelementptr i8, ptr %1631, i64 64
-  %1634 = getelementptr i32, ptr %1633, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1634, i32 0, i32 2, i32 1)
-  %1635 = getelementptr i8, ptr %1631, i64 128
-  %1636 = getelementptr i32, ptr %1635, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1636, i32 0, i32 2, i32 1)
-  %1637 = getelementptr i8, ptr %1631, i64 192
-  %1638 = getelementptr i32, ptr %1637, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1638, i32 0, i32 2, i32 1)
-  %1639 = getelementptr i8, ptr %1609, i64 24
-  %1640 = load i64, ptr %1639, align 8, !tbaa !5
-  %1641 = getelementptr i32, ptr %value_cache, i64 %1640
-  %1642 = getelementptr i32, ptr %1641, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1642, i32 0, i32 2, i32 1)
-  %1643 = getelementptr i8, ptr %1641, i64 64
-  %1644 = getelementptr i32, ptr %1643, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1644, i32 0, i32 2, i32 1)
-  %1645 = getelementptr i8, ptr %1641, i64 128
-  %1646 = getelementptr i32, ptr %1645, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1646, i32 0, i32 2, i32 1)
-  %1647 = getelementptr i8, ptr %1641, i64 192
-  %1648 = getelementptr i32, ptr %1647, i64 %1600
-  tail call void @llvm.prefetch.p0(ptr readonly %1648, i32 0, i32 2, i32 1)
-  %1649 = shl nsw i64 %indvars.iv769.i, 4
-  %1650 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1649
-  %1651 = load float, ptr %1650, align 4, !tbaa !5
-  %1652 = insertelement <16 x float> poison, float %1651, i64 0
-  %1653 = shufflevector <16 x float> %1652, <16 x float> poison, <16 x i32> zeroinitializer
-  %1654 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1649
-  %1655 = load i64, ptr %1654, align 8, !tbaa !5
-  %gep479.i = getelementptr i32, ptr %gep588.i, i64 %1655
-  %1656 = load <16 x i32>, ptr %gep479.i, align 4, !tbaa !5
-  %1657 = shl <16 x i32> %1656, splat (i32 16)
-  %1658 = bitcast <16 x i32> %1657 to <16 x float>
-  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1653, <16 x float> %1658, <16 x float> %full_acc255.sroa.0.0542.i)
-  %1660 = getelementptr inbounds nuw i8, ptr %1650, i64 512
-  %1661 = load float, ptr %1660, align 4, !tbaa !5
-  %1662 = insertelement <16 x float> poison, float %1661, i64 0
-  %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
-  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1663, <16 x float> %1658, <16 x float> %full_acc255.sroa.68.0540.i)
-  %1665 = getelementptr inbounds nuw i8, ptr %1650, i64 1024
-  %1666 = load float, ptr %1665, align 4, !tbaa !5
-  %1667 = insertelement <16 x float> poison, float %1666, i64 0
-  %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
-  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1668, <16 x float> %1658, <16 x float> %full_acc255.sroa.136.0544.i)
-  %1670 = getelementptr inbounds nuw i8, ptr %1650, i64 1536
-  %1671 = load float, ptr %1670, align 4, !tbaa !5
-  %1672 = insertelement <16 x float> poison, float %1671, i64 0
-  %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
-  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1658, <16 x float> %full_acc255.sroa.204.0546.i)
-  %1675 = and <16 x i32> %1656, splat (i32 -65536)
-  %1676 = bitcast <16 x i32> %1675 to <16 x float>
-  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1653, <16 x float> %1676, <16 x float> %full_acc255.sroa.34.0541.i)
-  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1663, <16 x float> %1676, <16 x float> %full_acc255.sroa.102.0543.i)
-  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1668, <16 x float> %1676, <16 x float> %full_acc255.sroa.170.0545.i)
-  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1676, <16 x float> %full_acc255.sroa.238.0547.i)
-  %1681 = or disjoint i64 %1649, 1
-  %1682 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1681
-  %1683 = load float, ptr %1682, align 4, !tbaa !5
-  %1684 = insertelement <16 x float> poison, float %1683, i64 0
-  %1685 = shufflevector <16 x float> %1684, <16 x float> poison, <16 x i32> zeroinitializer
-  %1686 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1681
-  %1687 = load i64, ptr %1686, align 8, !tbaa !5
-  %gep483.i = getelementptr i32, ptr %gep588.i, i64 %1687
-  %1688 = load <16 x i32>, ptr %gep483.i, align 4, !tbaa !5
-  %1689 = shl <16 x i32> %1688, splat (i32 16)
-  %1690 = bitcast <16 x i32> %1689 to <16 x float>
-  %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1685, <16 x float> %1690, <16 x float> %1659)
-  %1692 = getelementptr inbounds nuw i8, ptr %1650, i64 516
-  %1693 = load float, ptr %1692, align 4, !tbaa !5
-  %1694 = insertelement <16 x float> poison, float %1693, i64 0
-  %1695 = shufflevector <16 x float> %1694, <16 x float> poison, <16 x i32> zeroinitializer
-  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1690, <16 x float> %1664)
-  %1697 = getelementptr inbounds nuw i8, ptr %1650, i64 1028
-  %1698 = load float, ptr %1697, align 4, !tbaa !5
-  %1699 = insertelement <16 x float> poison, float %1698, i64 0
-  %1700 = shufflevector <16 x float> %1699, <16 x float> poison, <16 x i32> zeroinitializer
-  %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1690, <16 x float> %1669)
-  %1702 = getelementptr inbounds nuw i8, ptr %1650, i64 1540
-  %1703 = load float, ptr %1702, align 4, !tbaa !5
-  %1704 = insertelement <16 x float> poison, float %1703, i64 0
-  %1705 = shufflevector <16 x float> %1704, <16 x float> poison, <16 x i32> zeroinitializer
-  %1706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1690, <16 x float> %1674)
-  %1707 = and <16 x i32> %1688, splat (i32 -65536)
-  %1708 = bitcast <16 x i32> %1707 to <16 x float>
-  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1685, <16 x float> %1708, <16 x float> %1677)
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1708, <16 x float> %1678)
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1708, <16 x float> %1679)
-  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1708, <16 x float> %1680)
-  %1713 = or disjoint i64 %1649, 2
-  %1714 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1713
-  %1715 = load float, ptr %1714, align 4, !tbaa !5
-  %1716 = insertelement <16 x float> poison, float %1715, i64 0
-  %1717 = shufflevector <16 x float> %1716, <16 x float> poison, <16 x i32> zeroinitializer
-  %1718 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1713
-  %1719 = load i64, ptr %1718, align 8, !tbaa !5
-  %gep487.i = getelementptr i32, ptr %gep588.i, i64 %1719
-  %1720 = load <16 x i32>, ptr %gep487.i, align 4, !tbaa !5
-  %1721 = shl <16 x i32> %1720, splat (i32 16)
-  %1722 = bitcast <16 x i32> %1721 to <16 x float>
-  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1717, <16 x float> %1722, <16 x float> %1691)
-  %1724 = getelementptr inbounds nuw i8, ptr %1650, i64 520
-  %1725 = load float, ptr %1724, align 4, !tbaa !5
-  %1726 = insertelement <16 x float> poison, float %1725, i64 0
-  %1727 = shufflevector <16 x float> %1726, <16 x float> poison, <16 x i32> zeroinitializer
-  %1728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1722, <16 x float> %1696)
-  %1729 = getelementptr inbounds nuw i8, ptr %1650, i64 1032
-  %1730 = load float, ptr %1729, align 4, !tbaa !5
-  %1731 = insertelement <16 x float> poison, float %1730, i64 0
-  %1732 = shufflevector <16 x float> %1731, <16 x float> poison, <16 x i32> zeroinitializer
-  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1722, <16 x float> %1701)
-  %1734 = getelementptr inbounds nuw i8, ptr %1650, i64 1544
-  %1735 = load float, ptr %1734, align 4, !tbaa !5
-  %1736 = insertelement <16 x float> poison, float %1735, i64 0
-  %1737 = shufflevector <16 x float> %1736, <16 x float> poison, <16 x i32> zeroinitializer
-  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1722, <16 x float> %1706)
-  %1739 = and <16 x i32> %1720, splat (i32 -65536)
-  %1740 = bitcast <16 x i32> %1739 to <16 x float>
-  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1717, <16 x float> %1740, <16 x float> %1709)
-  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1740, <16 x float> %1710)
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1740, <16 x float> %1711)
-  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1740, <16 x float> %1712)
-  %1745 = or disjoint i64 %1649, 3
-  %1746 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1745
-  %1747 = load float, ptr %1746, align 4, !tbaa !5
-  %1748 = insertelement <16 x float> poison, float %1747, i64 0
-  %1749 = shufflevector <16 x float> %1748, <16 x float> poison, <16 x i32> zeroinitializer
-  %1750 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1745
-  %1751 = load i64, ptr %1750, align 8, !tbaa !5
-  %gep491.i = getelementptr i32, ptr %gep588.i, i64 %1751
-  %1752 = load <16 x i32>, ptr %gep491.i, align 4, !tbaa !5
-  %1753 = shl <16 x i32> %1752, splat (i32 16)
-  %1754 = bitcast <16 x i32> %1753 to <16 x float>
-  %1755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1749, <16 x float> %1754, <16 x float> %1723)
-  %1756 = getelementptr inbounds nuw i8, ptr %1650, i64 524
-  %1757 = load float, ptr %1756, align 4, !tbaa !5
-  %1758 = insertelement <16 x float> poison, float %1757, i64 0
-  %1759 = shufflevector <16 x float> %1758, <16 x float> poison, <16 x i32> zeroinitializer
-  %1760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1759, <16 x float> %1754, <16 x float> %1728)
-  %1761 = getelementptr inbounds nuw i8, ptr %1650, i64 1036
-  %1762 = load float, ptr %1761, align 4, !tbaa !5
-  %1763 = insertelement <16 x float> poison, float %1762, i64 0
-  %1764 = shufflevector <16 x float> %1763, <16 x float> poison, <16 x i32> zeroinitializer
-  %1765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1754, <16 x float> %1733)
-  %1766 = getelementptr inbounds nuw i8, ptr %1650, i64 1548
-  %1767 = load float, ptr %1766, align 4, !tbaa !5
-  %1768 = insertelement <16 x float> poison, float %1767, i64 0
-  %1769 = shufflevector <16 x float> %1768, <16 x float> poison, <16 x i32> zeroinitializer
-  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1754, <16 x float> %1738)
-  %1771 = and <16 x i32> %1752, splat (i32 -65536)
-  %1772 = bitcast <16 x i32> %1771 to <16 x float>
-  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1749, <16 x float> %1772, <16 x float> %1741)
-  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1759, <16 x float> %1772, <16 x float> %1742)
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1772, <16 x float> %1743)
-  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1772, <16 x float> %1744)
-  %1777 = or disjoint i64 %1649, 4
-  %1778 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1777
-  %1779 = load float, ptr %1778, align 4, !tbaa !5
-  %1780 = insertelement <16 x float> poison, float %1779, i64 0
-  %1781 = shufflevector <16 x float> %1780, <16 x float> poison, <16 x i32> zeroinitializer
-  %1782 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1777
-  %1783 = load i64, ptr %1782, align 8, !tbaa !5
-  %gep495.i = getelementptr i32, ptr %gep588.i, i64 %1783
-  %1784 = load <16 x i32>, ptr %gep495.i, align 4, !tbaa !5
-  %1785 = shl <16 x i32> %1784, splat (i32 16)
-  %1786 = bitcast <16 x i32> %1785 to <16 x float>
-  %1787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1781, <16 x float> %1786, <16 x float> %1755)
-  %1788 = getelementptr inbounds nuw i8, ptr %1650, i64 528
-  %1789 = load float, ptr %1788, align 4, !tbaa !5
-  %1790 = insertelement <16 x float> poison, float %1789, i64 0
-  %1791 = shufflevector <16 x float> %1790, <16 x float> poison, <16 x i32> zeroinitializer
-  %1792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1791, <16 x float> %1786, <16 x float> %1760)
-  %1793 = getelementptr inbounds nuw i8, ptr %1650, i64 1040
-  %1794 = load float, ptr %1793, align 4, !tbaa !5
-  %1795 = insertelement <16 x float> poison, float %1794, i64 0
-  %1796 = shufflevector <16 x float> %1795, <16 x float> poison, <16 x i32> zeroinitializer
-  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1786, <16 x float> %1765)
-  %1798 = getelementptr inbounds nuw i8, ptr %1650, i64 1552
-  %1799 = load float, ptr %1798, align 4, !tbaa !5
-  %1800 = insertelement <16 x float> poison, float %1799, i64 0
-  %1801 = shufflevector <16 x float> %1800, <16 x float> poison, <16 x i32> zeroinitializer
-  %1802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1801, <16 x float> %1786, <16 x float> %1770)
-  %1803 = and <16 x i32> %1784, splat (i32 -65536)
-  %1804 = bitcast <16 x i32> %1803 to <16 x float>
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1781, <16 x float> %1804, <16 x float> %1773)
-  %1806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1791, <16 x float> %1804, <16 x float> %1774)
-  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1804, <16 x float> %1775)
-  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1801, <16 x float> %1804, <16 x float> %1776)
-  %1809 = or disjoint i64 %1649, 5
-  %1810 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1809
-  %1811 = load float, ptr %1810, align 4, !tbaa !5
-  %1812 = insertelement <16 x float> poison, float %1811, i64 0
-  %1813 = shufflevector <16 x float> %1812, <16 x float> poison, <16 x i32> zeroinitializer
-  %1814 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1809
-  %1815 = load i64, ptr %1814, align 8, !tbaa !5
-  %gep499.i = getelementptr i32, ptr %gep588.i, i64 %1815
-  %1816 = load <16 x i32>, ptr %gep499.i, align 4, !tbaa !5
-  %1817 = shl <16 x i32> %1816, splat (i32 16)
-  %1818 = bitcast <16 x i32> %1817 to <16 x float>
-  %1819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1813, <16 x float> %1818, <16 x float> %1787)
-  %1820 = getelementptr inbounds nuw i8, ptr %1650, i64 532
-  %1821 = load float, ptr %1820, align 4, !tbaa !5
-  %1822 = insertelement <16 x float> poison, float %1821, i64 0
-  %1823 = shufflevector <16 x float> %1822, <16 x float> poison, <16 x i32> zeroinitializer
-  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1823, <16 x float> %1818, <16 x float> %1792)
-  %1825 = getelementptr inbounds nuw i8, ptr %1650, i64 1044
-  %1826 = load float, ptr %1825, align 4, !tbaa !5
-  %1827 = insertelement <16 x float> poison, float %1826, i64 0
-  %1828 = shufflevector <16 x float> %1827, <16 x float> poison, <16 x i32> zeroinitializer
-  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1818, <16 x float> %1797)
-  %1830 = getelementptr inbounds nuw i8, ptr %1650, i64 1556
-  %1831 = load float, ptr %1830, align 4, !tbaa !5
-  %1832 = insertelement <16 x float> poison, float %1831, i64 0
-  %1833 = shufflevector <16 x float> %1832, <16 x float> poison, <16 x i32> zeroinitializer
-  %1834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1833, <16 x float> %1818, <16 x float> %1802)
-  %1835 = and <16 x i32> %1816, splat (i32 -65536)
-  %1836 = bitcast <16 x i32> %1835 to <16 x float>
-  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1813, <16 x float> %1836, <16 x float> %1805)
-  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1823, <16 x float> %1836, <16 x float> %1806)
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1836, <16 x float> %1807)
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1833, <16 x float> %1836, <16 x float> %1808)
-  %1841 = or disjoint i64 %1649, 6
-  %1842 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1841
-  %1843 = load float, ptr %1842, align 4, !tbaa !5
-  %1844 = insertelement <16 x float> poison, float %1843, i64 0
-  %1845 = shufflevector <16 x float> %1844, <16 x float> poison, <16 x i32> zeroinitializer
-  %1846 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1841
-  %1847 = load i64, ptr %1846, align 8, !tbaa !5
-  %gep503.i = getelementptr i32, ptr %gep588.i, i64 %1847
-  %1848 = load <16 x i32>, ptr %gep503.i, align 4, !tbaa !5
-  %1849 = shl <16 x i32> %1848, splat (i32 16)
-  %1850 = bitcast <16 x i32> %1849 to <16 x float>
-  %1851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1845, <16 x float> %1850, <16 x float> %1819)
-  %1852 = getelementptr inbounds nuw i8, ptr %1650, i64 536
-  %1853 = load float, ptr %1852, align 4, !tbaa !5
-  %1854 = insertelement <16 x float> poison, float %1853, i64 0
-  %1855 = shufflevector <16 x float> %1854, <16 x float> poison, <16 x i32> zeroinitializer
-  %1856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> %1850, <16 x float> %1824)
-  %1857 = getelementptr inbounds nuw i8, ptr %1650, i64 1048
-  %1858 = load float, ptr %1857, align 4, !tbaa !5
-  %1859 = insertelement <16 x float> poison, float %1858, i64 0
-  %1860 = shufflevector <16 x float> %1859, <16 x float> poison, <16 x i32> zeroinitializer
-  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> %1850, <16 x float> %1829)
-  %1862 = getelementptr inbounds nuw i8, ptr %1650, i64 1560
-  %1863 = load float, ptr %1862, align 4, !tbaa !5
-  %1864 = insertelement <16 x float> poison, float %1863, i64 0
-  %1865 = shufflevector <16 x float> %1864, <16 x float> poison, <16 x i32> zeroinitializer
-  %1866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1865, <16 x float> %1850, <16 x float> %1834)
-  %1867 = and <16 x i32> %1848, splat (i32 -65536)
-  %1868 = bitcast <16 x i32> %1867 to <16 x float>
-  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1845, <16 x float> %1868, <16 x float> %1837)
-  %1870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> %1868, <16 x float> %1838)
-  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> %1868, <16 x float> %1839)
-  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1865, <16 x float> %1868, <16 x float> %1840)
-  %1873 = or disjoint i64 %1649, 7
-  %1874 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1873
-  %1875 = load float, ptr %1874, align 4, !tbaa !5
-  %1876 = insertelement <16 x float> poison, float %1875, i64 0
-  %1877 = shufflevector <16 x float> %1876, <16 x float> poison, <16 x i32> zeroinitializer
-  %1878 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1873
-  %1879 = load i64, ptr %1878, align 8, !tbaa !5
-  %gep507.i = getelementptr i32, ptr %gep588.i, i64 %1879
-  %1880 = load <16 x i32>, ptr %gep507.i, align 4, !tbaa !5
-  %1881 = shl <16 x i32> %1880, splat (i32 16)
-  %1882 = bitcast <16 x i32> %1881 to <16 x float>
-  %1883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1882, <16 x float> %1851)
-  %1884 = getelementptr inbounds nuw i8, ptr %1650, i64 540
-  %1885 = load float, ptr %1884, align 4, !tbaa !5
-  %1886 = insertelement <16 x float> poison, float %1885, i64 0
-  %1887 = shufflevector <16 x float> %1886, <16 x float> poison, <16 x i32> zeroinitializer
-  %1888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1882, <16 x float> %1856)
-  %1889 = getelementptr inbounds nuw i8, ptr %1650, i64 1052
-  %1890 = load float, ptr %1889, align 4, !tbaa !5
-  %1891 = insertelement <16 x float> poison, float %1890, i64 0
-  %1892 = shufflevector <16 x float> %1891, <16 x float> poison, <16 x i32> zeroinitializer
-  %1893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1892, <16 x float> %1882, <16 x float> %1861)
-  %1894 = getelementptr inbounds nuw i8, ptr %1650, i64 1564
-  %1895 = load float, ptr %1894, align 4, !tbaa !5
-  %1896 = insertelement <16 x float> poison, float %1895, i64 0
-  %1897 = shufflevector <16 x float> %1896, <16 x float> poison, <16 x i32> zeroinitializer
-  %1898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1897, <16 x float> %1882, <16 x float> %1866)
-  %1899 = and <16 x i32> %1880, splat (i32 -65536)
-  %1900 = bitcast <16 x i32> %1899 to <16 x float>
-  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1900, <16 x float> %1869)
-  %1902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1900, <16 x float> %1870)
-  %1903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1892, <16 x float> %1900, <16 x float> %1871)
-  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1897, <16 x float> %1900, <16 x float> %1872)
-  %1905 = or disjoint i64 %1649, 8
-  %1906 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1905
+for_begin_ax1121.preheader.i:                     ; preds = %for_begin_ax1121.preheader.i, %for_begin_ax1121.preheader.lr.ph.i
+  %indvars.iv755.i = phi i64 [ 0, %for_begin_ax1121.preheader.lr.ph.i ], [ %indvars.iv.next756.i, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.238.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2401, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.204.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2395, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.170.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2400, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.136.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2390, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.102.0475.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2399, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.0.0474.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2380, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.34.0473.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2398, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.68.0472.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2385, %for_begin_ax1121.preheader.i ]
+  %1845 = add nuw nsw i64 %indvars.iv755.i, %1842
+  %1846 = trunc i64 %1845 to i32
+  %1847 = shl i32 %1846, 2
+  %1848 = add i32 %1847, %1838
+  %1849 = sext i32 %1848 to i64
+  %1850 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1849
+  %1851 = load i64, ptr %1850, align 8, !tbaa !5
+  %1852 = getelementptr i32, ptr %value_cache, i64 %1851
+  %1853 = getelementptr i32, ptr %1852, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1853, i32 0, i32 2, i32 1)
+  %1854 = getelementptr i8, ptr %1852, i64 64
+  %1855 = getelementptr i32, ptr %1854, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1855, i32 0, i32 2, i32 1)
+  %1856 = getelementptr i8, ptr %1852, i64 128
+  %1857 = getelementptr i32, ptr %1856, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1857, i32 0, i32 2, i32 1)
+  %1858 = getelementptr i8, ptr %1852, i64 192
+  %1859 = getelementptr i32, ptr %1858, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1859, i32 0, i32 2, i32 1)
+  %1860 = getelementptr i8, ptr %1850, i64 8
+  %1861 = load i64, ptr %1860, align 8, !tbaa !5
+  %1862 = getelementptr i32, ptr %value_cache, i64 %1861
+  %1863 = getelementptr i32, ptr %1862, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1863, i32 0, i32 2, i32 1)
+  %1864 = getelementptr i8, ptr %1862, i64 64
+  %1865 = getelementptr i32, ptr %1864, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1865, i32 0, i32 2, i32 1)
+  %1866 = getelementptr i8, ptr %1862, i64 128
+  %1867 = getelementptr i32, ptr %1866, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1867, i32 0, i32 2, i32 1)
+  %1868 = getelementptr i8, ptr %1862, i64 192
+  %1869 = getelementptr i32, ptr %1868, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1869, i32 0, i32 2, i32 1)
+  %1870 = getelementptr i8, ptr %1850, i64 16
+  %1871 = load i64, ptr %1870, align 8, !tbaa !5
+  %1872 = getelementptr i32, ptr %value_cache, i64 %1871
+  %1873 = getelementptr i32, ptr %1872, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1873, i32 0, i32 2, i32 1)
+  %1874 = getelementptr i8, ptr %1872, i64 64
+  %1875 = getelementptr i32, ptr %1874, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1875, i32 0, i32 2, i32 1)
+  %1876 = getelementptr i8, ptr %1872, i64 128
+  %1877 = getelementptr i32, ptr %1876, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1877, i32 0, i32 2, i32 1)
+  %1878 = getelementptr i8, ptr %1872, i64 192
+  %1879 = getelementptr i32, ptr %1878, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1879, i32 0, i32 2, i32 1)
+  %1880 = getelementptr i8, ptr %1850, i64 24
+  %1881 = load i64, ptr %1880, align 8, !tbaa !5
+  %1882 = getelementptr i32, ptr %value_cache, i64 %1881
+  %1883 = getelementptr i32, ptr %1882, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1883, i32 0, i32 2, i32 1)
+  %1884 = getelementptr i8, ptr %1882, i64 64
+  %1885 = getelementptr i32, ptr %1884, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1885, i32 0, i32 2, i32 1)
+  %1886 = getelementptr i8, ptr %1882, i64 128
+  %1887 = getelementptr i32, ptr %1886, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1887, i32 0, i32 2, i32 1)
+  %1888 = getelementptr i8, ptr %1882, i64 192
+  %1889 = getelementptr i32, ptr %1888, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1889, i32 0, i32 2, i32 1)
+  %1890 = shl nsw i64 %indvars.iv755.i, 4
+  %1891 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1890
+  %1892 = load float, ptr %1891, align 4, !tbaa !5
+  %1893 = insertelement <16 x float> poison, float %1892, i64 0
+  %1894 = shufflevector <16 x float> %1893, <16 x float> poison, <16 x i32> zeroinitializer
+  %1895 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1890
+  %1896 = load i64, ptr %1895, align 8, !tbaa !5
+  %gep492.i = getelementptr i32, ptr %gep587.i, i64 %1896
+  %1897 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
+  %1898 = shl <16 x i32> %1897, splat (i32 16)
+  %1899 = bitcast <16 x i32> %1898 to <16 x float>
+  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1899, <16 x float> %full_acc251.sroa.0.0474.i)
+  %1901 = getelementptr inbounds nuw i8, ptr %1891, i64 512
+  %1902 = load float, ptr %1901, align 4, !tbaa !5
+  %1903 = insertelement <16 x float> poison, float %1902, i64 0
+  %1904 = shufflevector <16 x float> %1903, <16 x float> poison, <16 x i32> zeroinitializer
+  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1899, <16 x float> %full_acc251.sroa.68.0472.i)
+  %1906 = getelementptr inbounds nuw i8, ptr %1891, i64 1024
   %1907 = load float, ptr %1906, align 4, !tbaa !5
   %1908 = insertelement <16 x float> poison, float %1907, i64 0
   %1909 = shufflevector <16 x float> %1908, <16 x float> poison, <16 x i32> zeroinitializer
-  %1910 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1905
-  %1911 = load i64, ptr %1910, align 8, !tbaa !5
-  %gep511.i = getelementptr i32, ptr %gep588.i, i64 %1911
-  %1912 = load <16 x i32>, ptr %gep511.i, align 4, !tbaa !5
-  %1913 = shl <16 x i32> %1912, splat (i32 16)
-  %1914 = bitcast <16 x i32> %1913 to <16 x float>
-  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1914, <16 x float> %1883)
-  %1916 = getelementptr inbounds nuw i8, ptr %1650, i64 544
-  %1917 = load float, ptr %1916, align 4, !tbaa !5
-  %1918 = insertelement <16 x float> poison, float %1917, i64 0
-  %1919 = shufflevector <16 x float> %1918, <16 x float> poison, <16 x i32> zeroinitializer
-  %1920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1919, <16 x float> %1914, <16 x float> %1888)
-  %1921 = getelementptr inbounds nuw i8, ptr %1650, i64 1056
-  %1922 = load float, ptr %1921, align 4, !tbaa !5
-  %1923 = insertelement <16 x float> poison, float %1922, i64 0
-  %1924 = shufflevector <16 x float> %1923, <16 x float> poison, <16 x i32> zeroinitializer
-  %1925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1914, <16 x float> %1893)
-  %1926 = getelementptr inbounds nuw i8, ptr %1650, i64 1568
-  %1927 = load float, ptr %1926, align 4, !tbaa !5
-  %1928 = insertelement <16 x float> poison, float %1927, i64 0
-  %1929 = shufflevector <16 x float> %1928, <16 x float> poison, <16 x i32> zeroinitializer
-  %1930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1929, <16 x float> %1914, <16 x float> %1898)
-  %1931 = and <16 x i32> %1912, splat (i32 -65536)
-  %1932 = bitcast <16 x i32> %1931 to <16 x float>
-  %1933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1932, <16 x float> %1901)
-  %1934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1919, <16 x float> %1932, <16 x float> %1902)
-  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1932, <16 x float> %1903)
-  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1929, <16 x float> %1932, <16 x float> %1904)
-  %1937 = or disjoint i64 %1649, 9
-  %1938 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1937
+  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1899, <16 x float> %full_acc251.sroa.136.0476.i)
+  %1911 = getelementptr inbounds nuw i8, ptr %1891, i64 1536
+  %1912 = load float, ptr %1911, align 4, !tbaa !5
+  %1913 = insertelement <16 x float> poison, float %1912, i64 0
+  %1914 = shufflevector <16 x float> %1913, <16 x float> poison, <16 x i32> zeroinitializer
+  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1899, <16 x float> %full_acc251.sroa.204.0478.i)
+  %1916 = and <16 x i32> %1897, splat (i32 -65536)
+  %1917 = bitcast <16 x i32> %1916 to <16 x float>
+  %1918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1917, <16 x float> %full_acc251.sroa.34.0473.i)
+  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1917, <16 x float> %full_acc251.sroa.102.0475.i)
+  %1920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1917, <16 x float> %full_acc251.sroa.170.0477.i)
+  %1921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1917, <16 x float> %full_acc251.sroa.238.0479.i)
+  %1922 = or disjoint i64 %1890, 1
+  %1923 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1922
+  %1924 = load float, ptr %1923, align 4, !tbaa !5
+  %1925 = insertelement <16 x float> poison, float %1924, i64 0
+  %1926 = shufflevector <16 x float> %1925, <16 x float> poison, <16 x i32> zeroinitializer
+  %1927 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1922
+  %1928 = load i64, ptr %1927, align 8, !tbaa !5
+  %gep496.i = getelementptr i32, ptr %gep587.i, i64 %1928
+  %1929 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
+  %1930 = shl <16 x i32> %1929, splat (i32 16)
+  %1931 = bitcast <16 x i32> %1930 to <16 x float>
+  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1931, <16 x float> %1900)
+  %1933 = getelementptr inbounds nuw i8, ptr %1891, i64 516
+  %1934 = load float, ptr %1933, align 4, !tbaa !5
+  %1935 = insertelement <16 x float> poison, float %1934, i64 0
+  %1936 = shufflevector <16 x float> %1935, <16 x float> poison, <16 x i32> zeroinitializer
+  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1931, <16 x float> %1905)
+  %1938 = getelementptr inbounds nuw i8, ptr %1891, i64 1028
   %1939 = load float, ptr %1938, align 4, !tbaa !5
   %1940 = insertelement <16 x float> poison, float %1939, i64 0
   %1941 = shufflevector <16 x float> %1940, <16 x float> poison, <16 x i32> zeroinitializer
-  %1942 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1937
-  %1943 = load i64, ptr %1942, align 8, !tbaa !5
-  %gep515.i = getelementptr i32, ptr %gep588.i, i64 %1943
-  %1944 = load <16 x i32>, ptr %gep515.i, align 4, !tbaa !5
-  %1945 = shl <16 x i32> %1944, splat (i32 16)
-  %1946 = bitcast <16 x i32> %1945 to <16 x float>
-  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1946, <16 x float> %1915)
-  %1948 = getelementptr inbounds nuw i8, ptr %1650, i64 548
-  %1949 = load float, ptr %1948, align 4, !tbaa !5
-  %1950 = insertelement <16 x float> poison, float %1949, i64 0
-  %1951 = shufflevector <16 x float> %1950, <16 x float> poison, <16 x i32> zeroinitializer
-  %1952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1946, <16 x float> %1920)
-  %1953 = getelementptr inbounds nuw i8, ptr %1650, i64 1060
-  %1954 = load float, ptr %1953, align 4, !tbaa !5
-  %1955 = insertelement <16 x float> poison, float %1954, i64 0
-  %1956 = shufflevector <16 x float> %1955, <16 x float> poison, <16 x i32> zeroinitializer
-  %1957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> %1946, <16 x float> %1925)
-  %1958 = getelementptr inbounds nuw i8, ptr %1650, i64 1572
-  %1959 = load float, ptr %1958, align 4, !tbaa !5
-  %1960 = insertelement <16 x float> poison, float %1959, i64 0
-  %1961 = shufflevector <16 x float> %1960, <16 x float> poison, <16 x i32> zeroinitializer
-  %1962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1961, <16 x float> %1946, <16 x float> %1930)
-  %1963 = and <16 x i32> %1944, splat (i32 -65536)
-  %1964 = bitcast <16 x i32> %1963 to <16 x float>
-  %1965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1964, <16 x float> %1933)
-  %1966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1964, <16 x float> %1934)
-  %1967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> %1964, <16 x float> %1935)
-  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1961, <16 x float> %1964, <16 x float> %1936)
-  %1969 = or disjoint i64 %1649, 10
-  %1970 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1969
+  %1942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1931, <16 x float> %1910)
+  %1943 = getelementptr inbounds nuw i8, ptr %1891, i64 1540
+  %1944 = load float, ptr %1943, align 4, !tbaa !5
+  %1945 = insertelement <16 x float> poison, float %1944, i64 0
+  %1946 = shufflevector <16 x float> %1945, <16 x float> poison, <16 x i32> zeroinitializer
+  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1931, <16 x float> %1915)
+  %1948 = and <16 x i32> %1929, splat (i32 -65536)
+  %1949 = bitcast <16 x i32> %1948 to <16 x float>
+  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1949, <16 x float> %1918)
+  %1951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1949, <16 x float> %1919)
+  %1952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1949, <16 x float> %1920)
+  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1949, <16 x float> %1921)
+  %1954 = or disjoint i64 %1890, 2
+  %1955 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1954
+  %1956 = load float, ptr %1955, align 4, !tbaa !5
+  %1957 = insertelement <16 x float> poison, float %1956, i64 0
+  %1958 = shufflevector <16 x float> %1957, <16 x float> poison, <16 x i32> zeroinitializer
+  %1959 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1954
+  %1960 = load i64, ptr %1959, align 8, !tbaa !5
+  %gep500.i = getelementptr i32, ptr %gep587.i, i64 %1960
+  %1961 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
+  %1962 = shl <16 x i32> %1961, splat (i32 16)
+  %1963 = bitcast <16 x i32> %1962 to <16 x float>
+  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1963, <16 x float> %1932)
+  %1965 = getelementptr inbounds nuw i8, ptr %1891, i64 520
+  %1966 = load float, ptr %1965, align 4, !tbaa !5
+  %1967 = insertelement <16 x float> poison, float %1966, i64 0
+  %1968 = shufflevector <16 x float> %1967, <16 x float> poison, <16 x i32> zeroinitializer
+  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1963, <16 x float> %1937)
+  %1970 = getelementptr inbounds nuw i8, ptr %1891, i64 1032
   %1971 = load float, ptr %1970, align 4, !tbaa !5
   %1972 = insertelement <16 x float> poison, float %1971, i64 0
   %1973 = shufflevector <16 x float> %1972, <16 x float> poison, <16 x i32> zeroinitializer
-  %1974 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1969
-  %1975 = load i64, ptr %1974, align 8, !tbaa !5
-  %gep519.i = getelementptr i32, ptr %gep588.i, i64 %1975
-  %1976 = load <16 x i32>, ptr %gep519.i, align 4, !tbaa !5
-  %1977 = shl <16 x i32> %1976, splat (i32 16)
-  %1978 = bitcast <16 x i32> %1977 to <16 x float>
-  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1978, <16 x float> %1947)
-  %1980 = getelementptr inbounds nuw i8, ptr %1650, i64 552
-  %1981 = load float, ptr %1980, align 4, !tbaa !5
-  %1982 = insertelement <16 x float> poison, float %1981, i64 0
-  %1983 = shufflevector <16 x float> %1982, <16 x float> poison, <16 x i32> zeroinitializer
-  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1983, <16 x float> %1978, <16 x float> %1952)
-  %1985 = getelementptr inbounds nuw i8, ptr %1650, i64 1064
-  %1986 = load float, ptr %1985, align 4, !tbaa !5
-  %1987 = insertelement <16 x float> poison, float %1986, i64 0
-  %1988 = shufflevector <16 x float> %1987, <16 x float> poison, <16 x i32> zeroinitializer
-  %1989 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1988, <16 x float> %1978, <16 x float> %1957)
-  %1990 = getelementptr inbounds nuw i8, ptr %1650, i64 1576
-  %1991 = load float, ptr %1990, align 4, !tbaa !5
-  %1992 = insertelement <16 x float> poison, float %1991, i64 0
-  %1993 = shufflevector <16 x float> %1992, <16 x float> poison, <16 x i32> zeroinitializer
-  %1994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1993, <16 x float> %1978, <16 x float> %1962)
-  %1995 = and <16 x i32> %1976, splat (i32 -65536)
-  %1996 = bitcast <16 x i32> %1995 to <16 x float>
-  %1997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1996, <16 x float> %1965)
-  %1998 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1983, <16 x float> %1996, <16 x float> %1966)
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1988, <16 x float> %1996, <16 x float> %1967)
-  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1993, <16 x float> %1996, <16 x float> %1968)
-  %2001 = or disjoint i64 %1649, 11
-  %2002 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2001
+  %1974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1963, <16 x float> %1942)
+  %1975 = getelementptr inbounds nuw i8, ptr %1891, i64 1544
+  %1976 = load float, ptr %1975, align 4, !tbaa !5
+  %1977 = insertelement <16 x float> poison, float %1976, i64 0
+  %1978 = shufflevector <16 x float> %1977, <16 x float> poison, <16 x i32> zeroinitializer
+  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1963, <16 x float> %1947)
+  %1980 = and <16 x i32> %1961, splat (i32 -65536)
+  %1981 = bitcast <16 x i32> %1980 to <16 x float>
+  %1982 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1981, <16 x float> %1950)
+  %1983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1981, <16 x float> %1951)
+  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1981, <16 x float> %1952)
+  %1985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1981, <16 x float> %1953)
+  %1986 = or disjoint i64 %1890, 3
+  %1987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1986
+  %1988 = load float, ptr %1987, align 4, !tbaa !5
+  %1989 = insertelement <16 x float> poison, float %1988, i64 0
+  %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
+  %1991 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1986
+  %1992 = load i64, ptr %1991, align 8, !tbaa !5
+  %gep504.i = getelementptr i32, ptr %gep587.i, i64 %1992
+  %1993 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
+  %1994 = shl <16 x i32> %1993, splat (i32 16)
+  %1995 = bitcast <16 x i32> %1994 to <16 x float>
+  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1995, <16 x float> %1964)
+  %1997 = getelementptr inbounds nuw i8, ptr %1891, i64 524
+  %1998 = load float, ptr %1997, align 4, !tbaa !5
+  %1999 = insertelement <16 x float> poison, float %1998, i64 0
+  %2000 = shufflevector <16 x float> %1999, <16 x float> poison, <16 x i32> zeroinitializer
+  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %1995, <16 x float> %1969)
+  %2002 = getelementptr inbounds nuw i8, ptr %1891, i64 1036
   %2003 = load float, ptr %2002, align 4, !tbaa !5
   %2004 = insertelement <16 x float> poison, float %2003, i64 0
   %2005 = shufflevector <16 x float> %2004, <16 x float> poison, <16 x i32> zeroinitializer
-  %2006 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2001
-  %2007 = load i64, ptr %2006, align 8, !tbaa !5
-  %gep523.i = getelementptr i32, ptr %gep588.i, i64 %2007
-  %2008 = load <16 x i32>, ptr %gep523.i, align 4, !tbaa !5
-  %2009 = shl <16 x i32> %2008, splat (i32 16)
-  %2010 = bitcast <16 x i32> %2009 to <16 x float>
-  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %2010, <16 x float> %1979)
-  %2012 = getelementptr inbounds nuw i8, ptr %1650, i64 556
-  %2013 = load float, ptr %2012, align 4, !tbaa !5
-  %2014 = insertelement <16 x float> poison, float %2013, i64 0
-  %2015 = shufflevector <16 x float> %2014, <16 x float> poison, <16 x i32> zeroinitializer
-  %2016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2015, <16 x float> %2010, <16 x float> %1984)
-  %2017 = getelementptr inbounds nuw i8, ptr %1650, i64 1068
-  %2018 = load float, ptr %2017, align 4, !tbaa !5
-  %2019 = insertelement <16 x float> poison, float %2018, i64 0
-  %2020 = shufflevector <16 x float> %2019, <16 x float> poison, <16 x i32> zeroinitializer
-  %2021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2020, <16 x float> %2010, <16 x float> %1989)
-  %2022 = getelementptr inbounds nuw i8, ptr %1650, i64 1580
-  %2023 = load float, ptr %2022, align 4, !tbaa !5
-  %2024 = insertelement <16 x float> poison, float %2023, i64 0
-  %2025 = shufflevector <16 x float> %2024, <16 x float> poison, <16 x i32> zeroinitializer
-  %2026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2025, <16 x float> %2010, <16 x float> %1994)
-  %2027 = and <16 x i32> %2008, splat (i32 -65536)
-  %2028 = bitcast <16 x i32> %2027 to <16 x float>
-  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %2028, <16 x float> %1997)
-  %2030 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2015, <16 x float> %2028, <16 x float> %1998)
-  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2020, <16 x float> %2028, <16 x float> %1999)
-  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2025, <16 x float> %2028, <16 x float> %2000)
-  %2033 = or disjoint i64 %1649, 12
-  %2034 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2033
+  %2006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %1995, <16 x float> %1974)
+  %2007 = getelementptr inbounds nuw i8, ptr %1891, i64 1548
+  %2008 = load float, ptr %2007, align 4, !tbaa !5
+  %2009 = insertelement <16 x float> poison, float %2008, i64 0
+  %2010 = shufflevector <16 x float> %2009, <16 x float> poison, <16 x i32> zeroinitializer
+  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %1995, <16 x float> %1979)
+  %2012 = and <16 x i32> %1993, splat (i32 -65536)
+  %2013 = bitcast <16 x i32> %2012 to <16 x float>
+  %2014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %2013, <16 x float> %1982)
+  %2015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %2013, <16 x float> %1983)
+  %2016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %2013, <16 x float> %1984)
+  %2017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %2013, <16 x float> %1985)
+  %2018 = or disjoint i64 %1890, 4
+  %2019 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2018
+  %2020 = load float, ptr %2019, align 4, !tbaa !5
+  %2021 = insertelement <16 x float> poison, float %2020, i64 0
+  %2022 = shufflevector <16 x float> %2021, <16 x float> poison, <16 x i32> zeroinitializer
+  %2023 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2018
+  %2024 = load i64, ptr %2023, align 8, !tbaa !5
+  %gep508.i = getelementptr i32, ptr %gep587.i, i64 %2024
+  %2025 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
+  %2026 = shl <16 x i32> %2025, splat (i32 16)
+  %2027 = bitcast <16 x i32> %2026 to <16 x float>
+  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2027, <16 x float> %1996)
+  %2029 = getelementptr inbounds nuw i8, ptr %1891, i64 528
+  %2030 = load float, ptr %2029, align 4, !tbaa !5
+  %2031 = insertelement <16 x float> poison, float %2030, i64 0
+  %2032 = shufflevector <16 x float> %2031, <16 x float> poison, <16 x i32> zeroinitializer
+  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2027, <16 x float> %2001)
+  %2034 = getelementptr inbounds nuw i8, ptr %1891, i64 1040
   %2035 = load float, ptr %2034, align 4, !tbaa !5
   %2036 = insertelement <16 x float> poison, float %2035, i64 0
   %2037 = shufflevector <16 x float> %2036, <16 x float> poison, <16 x i32> zeroinitializer
-  %2038 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2033
-  %2039 = load i64, ptr %2038, align 8, !tbaa !5
-  %gep527.i = getelementptr i32, ptr %gep588.i, i64 %2039
-  %2040 = load <16 x i32>, ptr %gep527.i, align 4, !tbaa !5
-  %2041 = shl <16 x i32> %2040, splat (i32 16)
-  %2042 = bitcast <16 x i32> %2041 to <16 x float>
-  %2043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2042, <16 x float> %2011)
-  %2044 = getelementptr inbounds nuw i8, ptr %1650, i64 560
-  %2045 = load float, ptr %2044, align 4, !tbaa !5
-  %2046 = insertelement <16 x float> poison, float %2045, i64 0
-  %2047 = shufflevector <16 x float> %2046, <16 x float> poison, <16 x i32> zeroinitializer
-  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2047, <16 x float> %2042, <16 x float> %2016)
-  %2049 = getelementptr inbounds nuw i8, ptr %1650, i64 1072
-  %2050 = load float, ptr %2049, align 4, !tbaa !5
-  %2051 = insertelement <16 x float> poison, float %2050, i64 0
-  %2052 = shufflevector <16 x float> %2051, <16 x float> poison, <16 x i32> zeroinitializer
-  %2053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> %2042, <16 x float> %2021)
-  %2054 = getelementptr inbounds nuw i8, ptr %1650, i64 1584
-  %2055 = load float, ptr %2054, align 4, !tbaa !5
-  %2056 = insertelement <16 x float> poison, float %2055, i64 0
-  %2057 = shufflevector <16 x float> %2056, <16 x float> poison, <16 x i32> zeroinitializer
-  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2057, <16 x float> %2042, <16 x float> %2026)
-  %2059 = and <16 x i32> %2040, splat (i32 -65536)
-  %2060 = bitcast <16 x i32> %2059 to <16 x float>
-  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2060, <16 x float> %2029)
-  %2062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2047, <16 x float> %2060, <16 x float> %2030)
-  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> %2060, <16 x float> %2031)
-  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2057, <16 x float> %2060, <16 x float> %2032)
-  %2065 = or disjoint i64 %1649, 13
-  %2066 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2065
+  %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2027, <16 x float> %2006)
+  %2039 = getelementptr inbounds nuw i8, ptr %1891, i64 1552
+  %2040 = load float, ptr %2039, align 4, !tbaa !5
+  %2041 = insertelement <16 x float> poison, float %2040, i64 0
+  %2042 = shufflevector <16 x float> %2041, <16 x float> poison, <16 x i32> zeroinitializer
+  %2043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2027, <16 x float> %2011)
+  %2044 = and <16 x i32> %2025, splat (i32 -65536)
+  %2045 = bitcast <16 x i32> %2044 to <16 x float>
+  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2045, <16 x float> %2014)
+  %2047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2045, <16 x float> %2015)
+  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2045, <16 x float> %2016)
+  %2049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2045, <16 x float> %2017)
+  %2050 = or disjoint i64 %1890, 5
+  %2051 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2050
+  %2052 = load float, ptr %2051, align 4, !tbaa !5
+  %2053 = insertelement <16 x float> poison, float %2052, i64 0
+  %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
+  %2055 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2050
+  %2056 = load i64, ptr %2055, align 8, !tbaa !5
+  %gep512.i = getelementptr i32, ptr %gep587.i, i64 %2056
+  %2057 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
+  %2058 = shl <16 x i32> %2057, splat (i32 16)
+  %2059 = bitcast <16 x i32> %2058 to <16 x float>
+  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2059, <16 x float> %2028)
+  %2061 = getelementptr inbounds nuw i8, ptr %1891, i64 532
+  %2062 = load float, ptr %2061, align 4, !tbaa !5
+  %2063 = insertelement <16 x float> poison, float %2062, i64 0
+  %2064 = shufflevector <16 x float> %2063, <16 x float> poison, <16 x i32> zeroinitializer
+  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2059, <16 x float> %2033)
+  %2066 = getelementptr inbounds nuw i8, ptr %1891, i64 1044
   %2067 = load float, ptr %2066, align 4, !tbaa !5
   %2068 = insertelement <16 x float> poison, float %2067, i64 0
   %2069 = shufflevector <16 x float> %2068, <16 x float> poison, <16 x i32> zeroinitializer
-  %2070 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2065
-  %2071 = load i64, ptr %2070, align 8, !tbaa !5
-  %gep531.i = getelementptr i32, ptr %gep588.i, i64 %2071
-  %2072 = load <16 x i32>, ptr %gep531.i, align 4, !tbaa !5
-  %2073 = shl <16 x i32> %2072, splat (i32 16)
-  %2074 = bitcast <16 x i32> %2073 to <16 x float>
-  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2074, <16 x float> %2043)
-  %2076 = getelementptr inbounds nuw i8, ptr %1650, i64 564
-  %2077 = load float, ptr %2076, align 4, !tbaa !5
-  %2078 = insertelement <16 x float> poison, float %2077, i64 0
-  %2079 = shufflevector <16 x float> %2078, <16 x float> poison, <16 x i32> zeroinitializer
-  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2074, <16 x float> %2048)
-  %2081 = getelementptr inbounds nuw i8, ptr %1650, i64 1076
-  %2082 = load float, ptr %2081, align 4, !tbaa !5
-  %2083 = insertelement <16 x float> poison, float %2082, i64 0
-  %2084 = shufflevector <16 x float> %2083, <16 x float> poison, <16 x i32> zeroinitializer
-  %2085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2074, <16 x float> %2053)
-  %2086 = getelementptr inbounds nuw i8, ptr %1650, i64 1588
-  %2087 = load float, ptr %2086, align 4, !tbaa !5
-  %2088 = insertelement <16 x float> poison, float %2087, i64 0
-  %2089 = shufflevector <16 x float> %2088, <16 x float> poison, <16 x i32> zeroinitializer
-  %2090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2074, <16 x float> %2058)
-  %2091 = and <16 x i32> %2072, splat (i32 -65536)
-  %2092 = bitcast <16 x i32> %2091 to <16 x float>
-  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2092, <16 x float> %2061)
-  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2092, <16 x float> %2062)
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2092, <16 x float> %2063)
-  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2092, <16 x float> %2064)
-  %2097 = or disjoint i64 %1649, 14
-  %2098 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2097
+  %2070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2059, <16 x float> %2038)
+  %2071 = getelementptr inbounds nuw i8, ptr %1891, i64 1556
+  %2072 = load float, ptr %2071, align 4, !tbaa !5
+  %2073 = insertelement <16 x float> poison, float %2072, i64 0
+  %2074 = shufflevector <16 x float> %2073, <16 x float> poison, <16 x i32> zeroinitializer
+  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2059, <16 x float> %2043)
+  %2076 = and <16 x i32> %2057, splat (i32 -65536)
+  %2077 = bitcast <16 x i32> %2076 to <16 x float>
+  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2077, <16 x float> %2046)
+  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2077, <16 x float> %2047)
+  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2077, <16 x float> %2048)
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2077, <16 x float> %2049)
+  %2082 = or disjoint i64 %1890, 6
+  %2083 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2082
+  %2084 = load float, ptr %2083, align 4, !tbaa !5
+  %2085 = insertelement <16 x float> poison, float %2084, i64 0
+  %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
+  %2087 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2082
+  %2088 = load i64, ptr %2087, align 8, !tbaa !5
+  %gep516.i = getelementptr i32, ptr %gep587.i, i64 %2088
+  %2089 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
+  %2090 = shl <16 x i32> %2089, splat (i32 16)
+  %2091 = bitcast <16 x i32> %2090 to <16 x float>
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2091, <16 x float> %2060)
+  %2093 = getelementptr inbounds nuw i8, ptr %1891, i64 536
+  %2094 = load float, ptr %2093, align 4, !tbaa !5
+  %2095 = insertelement <16 x float> poison, float %2094, i64 0
+  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2091, <16 x float> %2065)
+  %2098 = getelementptr inbounds nuw i8, ptr %1891, i64 1048
   %2099 = load float, ptr %2098, align 4, !tbaa !5
   %2100 = insertelement <16 x float> poison, float %2099, i64 0
   %2101 = shufflevector <16 x float> %2100, <16 x float> poison, <16 x i32> zeroinitializer
-  %2102 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2097
-  %2103 = load i64, ptr %2102, align 8, !tbaa !5
-  %gep535.i = getelementptr i32, ptr %gep588.i, i64 %2103
-  %2104 = load <16 x i32>, ptr %gep535.i, align 4, !tbaa !5
-  %2105 = shl <16 x i32> %2104, splat (i32 16)
-  %2106 = bitcast <16 x i32> %2105 to <16 x float>
-  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2106, <16 x float> %2075)
-  %2108 = getelementptr inbounds nuw i8, ptr %1650, i64 568
-  %2109 = load float, ptr %2108, align 4, !tbaa !5
-  %2110 = insertelement <16 x float> poison, float %2109, i64 0
-  %2111 = shufflevector <16 x float> %2110, <16 x float> poison, <16 x i32> zeroinitializer
-  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2106, <16 x float> %2080)
-  %2113 = getelementptr inbounds nuw i8, ptr %1650, i64 1080
-  %2114 = load float, ptr %2113, align 4, !tbaa !5
-  %2115 = insertelement <16 x float> poison, float %2114, i64 0
-  %2116 = shufflevector <16 x float> %2115, <16 x float> poison, <16 x i32> zeroinitializer
-  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2106, <16 x float> %2085)
-  %2118 = getelementptr inbounds nuw i8, ptr %1650, i64 1592
-  %2119 = load float, ptr %2118, align 4, !tbaa !5
-  %2120 = insertelement <16 x float> poison, float %2119, i64 0
-  %2121 = shufflevector <16 x float> %2120, <16 x float> poison, <16 x i32> zeroinitializer
-  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2106, <16 x float> %2090)
-  %2123 = and <16 x i32> %2104, splat (i32 -65536)
-  %2124 = bitcast <16 x i32> %2123 to <16 x float>
-  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2124, <16 x float> %2093)
-  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2124, <16 x float> %2094)
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2124, <16 x float> %2095)
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2124, <16 x float> %2096)
-  %2129 = or disjoint i64 %1649, 15
-  %2130 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2129
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2091, <16 x float> %2070)
+  %2103 = getelementptr inbounds nuw i8, ptr %1891, i64 1560
+  %2104 = load float, ptr %2103, align 4, !tbaa !5
+  %2105 = insertelement <16 x float> poison, float %2104, i64 0
+  %2106 = shufflevector <16 x float> %2105, <16 x float> poison, <16 x i32> zeroinitializer
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2091, <16 x float> %2075)
+  %2108 = and <16 x i32> %2089, splat (i32 -65536)
+  %2109 = bitcast <16 x i32> %2108 to <16 x float>
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2109, <16 x float> %2078)
+  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2109, <16 x float> %2079)
+  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2109, <16 x float> %2080)
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2109, <16 x float> %2081)
+  %2114 = or disjoint i64 %1890, 7
+  %2115 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2114
+  %2116 = load float, ptr %2115, align 4, !tbaa !5
+  %2117 = insertelement <16 x float> poison, float %2116, i64 0
+  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
+  %2119 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2114
+  %2120 = load i64, ptr %2119, align 8, !tbaa !5
+  %gep520.i = getelementptr i32, ptr %gep587.i, i64 %2120
+  %2121 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
+  %2122 = shl <16 x i32> %2121, splat (i32 16)
+  %2123 = bitcast <16 x i32> %2122 to <16 x float>
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2123, <16 x float> %2092)
+  %2125 = getelementptr inbounds nuw i8, ptr %1891, i64 540
+  %2126 = load float, ptr %2125, align 4, !tbaa !5
+  %2127 = insertelement <16 x float> poison, float %2126, i64 0
+  %2128 = shufflevector <16 x float> %2127, <16 x float> poison, <16 x i32> zeroinitializer
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2123, <16 x float> %2097)
+  %2130 = getelementptr inbounds nuw i8, ptr %1891, i64 1052
   %2131 = load float, ptr %2130, align 4, !tbaa !5
   %2132 = insertelement <16 x float> poison, float %2131, i64 0
   %2133 = shufflevector <16 x float> %2132, <16 x float> poison, <16 x i32> zeroinitializer
-  %2134 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2129
-  %2135 = load i64, ptr %2134, align 8, !tbaa !5
-  %gep539.i = getelementptr i32, ptr %gep588.i, i64 %2135
-  %2136 = load <16 x i32>, ptr %gep539.i, align 4, !tbaa !5
-  %2137 = shl <16 x i32> %2136, splat (i32 16)
-  %2138 = bitcast <16 x i32> %2137 to <16 x float>
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2138, <16 x float> %2107)
-  %2140 = getelementptr inbounds nuw i8, ptr %1650, i64 572
-  %2141 = load float, ptr %2140, align 4, !tbaa !5
-  %2142 = insertelement <16 x float> poison, float %2141, i64 0
-  %2143 = shufflevector <16 x float> %2142, <16 x float> poison, <16 x i32> zeroinitializer
-  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2138, <16 x float> %2112)
-  %2145 = getelementptr inbounds nuw i8, ptr %1650, i64 1084
-  %2146 = load float, ptr %2145, align 4, !tbaa !5
-  %2147 = insertelement <16 x float> poison, float %2146, i64 0
-  %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
-  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2148, <16 x float> %2138, <16 x float> %2117)
-  %2150 = getelementptr inbounds nuw i8, ptr %1650, i64 1596
-  %2151 = load float, ptr %2150, align 4, !tbaa !5
-  %2152 = insertelement <16 x float> poison, float %2151, i64 0
-  %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
-  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2138, <16 x float> %2122)
-  %2155 = and <16 x i32> %2136, splat (i32 -65536)
-  %2156 = bitcast <16 x i32> %2155 to <16 x float>
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2156, <16 x float> %2125)
-  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2156, <16 x float> %2126)
-  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2148, <16 x float> %2156, <16 x float> %2127)
-  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2156, <16 x float> %2128)
-  %indvars.iv.next770.i = add nuw nsw i64 %indvars.iv769.i, 1
-  %exitcond789.not.i = icmp eq i64 %indvars.iv.next770.i, %233
-  br i1 %exitcond789.not.i, label %for_end_to118.i, label %for_body_to117.i, !prof !13
-
-for_end_to118.i:                                  ; preds = %for_body_to117.i, %for_body_d_0_m.i
-  %full_acc255.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2144, %for_body_to117.i ]
-  %full_acc255.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2157, %for_body_to117.i ]
-  %full_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2139, %for_body_to117.i ]
-  %full_acc255.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2158, %for_body_to117.i ]
-  %full_acc255.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2149, %for_body_to117.i ]
-  %full_acc255.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2159, %for_body_to117.i ]
-  %full_acc255.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2154, %for_body_to117.i ]
-  %full_acc255.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2160, %for_body_to117.i ]
-  br i1 %.not640.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.preheader, !prof !60
-
-for_body_ti.i.preheader:                          ; preds = %for_end_to118.i
-  br i1 %246, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
-
-for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
-  br i1 %lcmp.mod293.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
-
-for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.i.preheader
-  %indvars.iv790.i.epil.init = phi i64 [ 0, %for_body_ti.i.preheader ], [ %indvars.iv.next791.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.i.preheader ], [ %2246, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init280 = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.i.preheader ], [ %2264, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init282 = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.i.preheader ], [ %2251, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init284 = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.i.preheader ], [ %2265, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init286 = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.i.preheader ], [ %2256, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init288 = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.i.preheader ], [ %2266, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init290 = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.i.preheader ], [ %2261, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init292 = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.i.preheader ], [ %2267, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod302)
-  %2161 = add nuw nsw i64 %indvars.iv790.i.epil.init, %232
-  %2162 = getelementptr inbounds float, ptr %probs.i, i64 %2161
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2123, <16 x float> %2102)
+  %2135 = getelementptr inbounds nuw i8, ptr %1891, i64 1564
+  %2136 = load float, ptr %2135, align 4, !tbaa !5
+  %2137 = insertelement <16 x float> poison, float %2136, i64 0
+  %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2123, <16 x float> %2107)
+  %2140 = and <16 x i32> %2121, splat (i32 -65536)
+  %2141 = bitcast <16 x i32> %2140 to <16 x float>
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2141, <16 x float> %2110)
+  %2143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2141, <16 x float> %2111)
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2141, <16 x float> %2112)
+  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2141, <16 x float> %2113)
+  %2146 = or disjoint i64 %1890, 8
+  %2147 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
+  %2148 = load float, ptr %2147, align 4, !tbaa !5
+  %2149 = insertelement <16 x float> poison, float %2148, i64 0
+  %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
+  %2151 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2146
+  %2152 = load i64, ptr %2151, align 8, !tbaa !5
+  %gep524.i = getelementptr i32, ptr %gep587.i, i64 %2152
+  %2153 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
+  %2154 = shl <16 x i32> %2153, splat (i32 16)
+  %2155 = bitcast <16 x i32> %2154 to <16 x float>
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2155, <16 x float> %2124)
+  %2157 = getelementptr inbounds nuw i8, ptr %1891, i64 544
+  %2158 = load float, ptr %2157, align 4, !tbaa !5
+  %2159 = insertelement <16 x float> poison, float %2158, i64 0
+  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
+  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2155, <16 x float> %2129)
+  %2162 = getelementptr inbounds nuw i8, ptr %1891, i64 1056
   %2163 = load float, ptr %2162, align 4, !tbaa !5
   %2164 = insertelement <16 x float> poison, float %2163, i64 0
   %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
-  %2166 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2161
-  %2167 = load i64, ptr %2166, align 8, !tbaa !5
-  %gep560.i.epil = getelementptr i32, ptr %gep588.i, i64 %2167
-  %2168 = load <16 x i32>, ptr %gep560.i.epil, align 4, !tbaa !5
-  %2169 = shl <16 x i32> %2168, splat (i32 16)
-  %2170 = bitcast <16 x i32> %2169 to <16 x float>
-  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2170, <16 x float> %.epil.init)
-  %2172 = getelementptr i8, ptr %2162, i64 512
-  %2173 = load float, ptr %2172, align 4, !tbaa !5
-  %2174 = insertelement <16 x float> poison, float %2173, i64 0
-  %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2170, <16 x float> %.epil.init282)
-  %2177 = getelementptr i8, ptr %2162, i64 1024
-  %2178 = load float, ptr %2177, align 4, !tbaa !5
-  %2179 = insertelement <16 x float> poison, float %2178, i64 0
-  %2180 = shufflevector <16 x float> %2179, <16 x float> poison, <16 x i32> zeroinitializer
-  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2180, <16 x float> %2170, <16 x float> %.epil.init286)
-  %2182 = getelementptr i8, ptr %2162, i64 1536
-  %2183 = load float, ptr %2182, align 4, !tbaa !5
-  %2184 = insertelement <16 x float> poison, float %2183, i64 0
-  %2185 = shufflevector <16 x float> %2184, <16 x float> poison, <16 x i32> zeroinitializer
-  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> %2170, <16 x float> %.epil.init290)
-  %2187 = and <16 x i32> %2168, splat (i32 -65536)
-  %2188 = bitcast <16 x i32> %2187 to <16 x float>
-  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2188, <16 x float> %.epil.init280)
-  %2190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2188, <16 x float> %.epil.init284)
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2180, <16 x float> %2188, <16 x float> %.epil.init288)
-  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> %2188, <16 x float> %.epil.init292)
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2155, <16 x float> %2134)
+  %2167 = getelementptr inbounds nuw i8, ptr %1891, i64 1568
+  %2168 = load float, ptr %2167, align 4, !tbaa !5
+  %2169 = insertelement <16 x float> poison, float %2168, i64 0
+  %2170 = shufflevector <16 x float> %2169, <16 x float> poison, <16 x i32> zeroinitializer
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2155, <16 x float> %2139)
+  %2172 = and <16 x i32> %2153, splat (i32 -65536)
+  %2173 = bitcast <16 x i32> %2172 to <16 x float>
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2173, <16 x float> %2142)
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2173, <16 x float> %2143)
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2173, <16 x float> %2144)
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2173, <16 x float> %2145)
+  %2178 = or disjoint i64 %1890, 9
+  %2179 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
+  %2180 = load float, ptr %2179, align 4, !tbaa !5
+  %2181 = insertelement <16 x float> poison, float %2180, i64 0
+  %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
+  %2183 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2178
+  %2184 = load i64, ptr %2183, align 8, !tbaa !5
+  %gep528.i = getelementptr i32, ptr %gep587.i, i64 %2184
+  %2185 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
+  %2186 = shl <16 x i32> %2185, splat (i32 16)
+  %2187 = bitcast <16 x i32> %2186 to <16 x float>
+  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2187, <16 x float> %2156)
+  %2189 = getelementptr inbounds nuw i8, ptr %1891, i64 548
+  %2190 = load float, ptr %2189, align 4, !tbaa !5
+  %2191 = insertelement <16 x float> poison, float %2190, i64 0
+  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
+  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2187, <16 x float> %2161)
+  %2194 = getelementptr inbounds nuw i8, ptr %1891, i64 1060
+  %2195 = load float, ptr %2194, align 4, !tbaa !5
+  %2196 = insertelement <16 x float> poison, float %2195, i64 0
+  %2197 = shufflevector <16 x float> %2196, <16 x float> poison, <16 x i32> zeroinitializer
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2187, <16 x float> %2166)
+  %2199 = getelementptr inbounds nuw i8, ptr %1891, i64 1572
+  %2200 = load float, ptr %2199, align 4, !tbaa !5
+  %2201 = insertelement <16 x float> poison, float %2200, i64 0
+  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
+  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2187, <16 x float> %2171)
+  %2204 = and <16 x i32> %2185, splat (i32 -65536)
+  %2205 = bitcast <16 x i32> %2204 to <16 x float>
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2205, <16 x float> %2174)
+  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2205, <16 x float> %2175)
+  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2205, <16 x float> %2176)
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2205, <16 x float> %2177)
+  %2210 = or disjoint i64 %1890, 10
+  %2211 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2210
+  %2212 = load float, ptr %2211, align 4, !tbaa !5
+  %2213 = insertelement <16 x float> poison, float %2212, i64 0
+  %2214 = shufflevector <16 x float> %2213, <16 x float> poison, <16 x i32> zeroinitializer
+  %2215 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2210
+  %2216 = load i64, ptr %2215, align 8, !tbaa !5
+  %gep532.i = getelementptr i32, ptr %gep587.i, i64 %2216
+  %2217 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
+  %2218 = shl <16 x i32> %2217, splat (i32 16)
+  %2219 = bitcast <16 x i32> %2218 to <16 x float>
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2219, <16 x float> %2188)
+  %2221 = getelementptr inbounds nuw i8, ptr %1891, i64 552
+  %2222 = load float, ptr %2221, align 4, !tbaa !5
+  %2223 = insertelement <16 x float> poison, float %2222, i64 0
+  %2224 = shufflevector <16 x float> %2223, <16 x float> poison, <16 x i32> zeroinitializer
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2219, <16 x float> %2193)
+  %2226 = getelementptr inbounds nuw i8, ptr %1891, i64 1064
+  %2227 = load float, ptr %2226, align 4, !tbaa !5
+  %2228 = insertelement <16 x float> poison, float %2227, i64 0
+  %2229 = shufflevector <16 x float> %2228, <16 x float> poison, <16 x i32> zeroinitializer
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2219, <16 x float> %2198)
+  %2231 = getelementptr inbounds nuw i8, ptr %1891, i64 1576
+  %2232 = load float, ptr %2231, align 4, !tbaa !5
+  %2233 = insertelement <16 x float> poison, float %2232, i64 0
+  %2234 = shufflevector <16 x float> %2233, <16 x float> poison, <16 x i32> zeroinitializer
+  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2219, <16 x float> %2203)
+  %2236 = and <16 x i32> %2217, splat (i32 -65536)
+  %2237 = bitcast <16 x i32> %2236 to <16 x float>
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2237, <16 x float> %2206)
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2237, <16 x float> %2207)
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2237, <16 x float> %2208)
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2237, <16 x float> %2209)
+  %2242 = or disjoint i64 %1890, 11
+  %2243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2242
+  %2244 = load float, ptr %2243, align 4, !tbaa !5
+  %2245 = insertelement <16 x float> poison, float %2244, i64 0
+  %2246 = shufflevector <16 x float> %2245, <16 x float> poison, <16 x i32> zeroinitializer
+  %2247 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2242
+  %2248 = load i64, ptr %2247, align 8, !tbaa !5
+  %gep536.i = getelementptr i32, ptr %gep587.i, i64 %2248
+  %2249 = load <16 x i32>, ptr %gep536.i, align 4, !tbaa !5
+  %2250 = shl <16 x i32> %2249, splat (i32 16)
+  %2251 = bitcast <16 x i32> %2250 to <16 x float>
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2251, <16 x float> %2220)
+  %2253 = getelementptr inbounds nuw i8, ptr %1891, i64 556
+  %2254 = load float, ptr %2253, align 4, !tbaa !5
+  %2255 = insertelement <16 x float> poison, float %2254, i64 0
+  %2256 = shufflevector <16 x float> %2255, <16 x float> poison, <16 x i32> zeroinitializer
+  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2251, <16 x float> %2225)
+  %2258 = getelementptr inbounds nuw i8, ptr %1891, i64 1068
+  %2259 = load float, ptr %2258, align 4, !tbaa !5
+  %2260 = insertelement <16 x float> poison, float %2259, i64 0
+  %2261 = shufflevector <16 x float> %2260, <16 x float> poison, <16 x i32> zeroinitializer
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2251, <16 x float> %2230)
+  %2263 = getelementptr inbounds nuw i8, ptr %1891, i64 1580
+  %2264 = load float, ptr %2263, align 4, !tbaa !5
+  %2265 = insertelement <16 x float> poison, float %2264, i64 0
+  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
+  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2251, <16 x float> %2235)
+  %2268 = and <16 x i32> %2249, splat (i32 -65536)
+  %2269 = bitcast <16 x i32> %2268 to <16 x float>
+  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2269, <16 x float> %2238)
+  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2269, <16 x float> %2239)
+  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2269, <16 x float> %2240)
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2269, <16 x float> %2241)
+  %2274 = or disjoint i64 %1890, 12
+  %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
+  %2276 = load float, ptr %2275, align 4, !tbaa !5
+  %2277 = insertelement <16 x float> poison, float %2276, i64 0
+  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
+  %2279 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2274
+  %2280 = load i64, ptr %2279, align 8, !tbaa !5
+  %gep540.i = getelementptr i32, ptr %gep587.i, i64 %2280
+  %2281 = load <16 x i32>, ptr %gep540.i, align 4, !tbaa !5
+  %2282 = shl <16 x i32> %2281, splat (i32 16)
+  %2283 = bitcast <16 x i32> %2282 to <16 x float>
+  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2283, <16 x float> %2252)
+  %2285 = getelementptr inbounds nuw i8, ptr %1891, i64 560
+  %2286 = load float, ptr %2285, align 4, !tbaa !5
+  %2287 = insertelement <16 x float> poison, float %2286, i64 0
+  %2288 = shufflevector <16 x float> %2287, <16 x float> poison, <16 x i32> zeroinitializer
+  %2289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2283, <16 x float> %2257)
+  %2290 = getelementptr inbounds nuw i8, ptr %1891, i64 1072
+  %2291 = load float, ptr %2290, align 4, !tbaa !5
+  %2292 = insertelement <16 x float> poison, float %2291, i64 0
+  %2293 = shufflevector <16 x float> %2292, <16 x float> poison, <16 x i32> zeroinitializer
+  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2283, <16 x float> %2262)
+  %2295 = getelementptr inbounds nuw i8, ptr %1891, i64 1584
+  %2296 = load float, ptr %2295, align 4, !tbaa !5
+  %2297 = insertelement <16 x float> poison, float %2296, i64 0
+  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
+  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2283, <16 x float> %2267)
+  %2300 = and <16 x i32> %2281, splat (i32 -65536)
+  %2301 = bitcast <16 x i32> %2300 to <16 x float>
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2301, <16 x float> %2270)
+  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2301, <16 x float> %2271)
+  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2301, <16 x float> %2272)
+  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2301, <16 x float> %2273)
+  %2306 = or disjoint i64 %1890, 13
+  %2307 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2306
+  %2308 = load float, ptr %2307, align 4, !tbaa !5
+  %2309 = insertelement <16 x float> poison, float %2308, i64 0
+  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
+  %2311 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2306
+  %2312 = load i64, ptr %2311, align 8, !tbaa !5
+  %gep544.i = getelementptr i32, ptr %gep587.i, i64 %2312
+  %2313 = load <16 x i32>, ptr %gep544.i, align 4, !tbaa !5
+  %2314 = shl <16 x i32> %2313, splat (i32 16)
+  %2315 = bitcast <16 x i32> %2314 to <16 x float>
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2315, <16 x float> %2284)
+  %2317 = getelementptr inbounds nuw i8, ptr %1891, i64 564
+  %2318 = load float, ptr %2317, align 4, !tbaa !5
+  %2319 = insertelement <16 x float> poison, float %2318, i64 0
+  %2320 = shufflevector <16 x float> %2319, <16 x float> poison, <16 x i32> zeroinitializer
+  %2321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2315, <16 x float> %2289)
+  %2322 = getelementptr inbounds nuw i8, ptr %1891, i64 1076
+  %2323 = load float, ptr %2322, align 4, !tbaa !5
+  %2324 = insertelement <16 x float> poison, float %2323, i64 0
+  %2325 = shufflevector <16 x float> %2324, <16 x float> poison, <16 x i32> zeroinitializer
+  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2315, <16 x float> %2294)
+  %2327 = getelementptr inbounds nuw i8, ptr %1891, i64 1588
+  %2328 = load float, ptr %2327, align 4, !tbaa !5
+  %2329 = insertelement <16 x float> poison, float %2328, i64 0
+  %2330 = shufflevector <16 x float> %2329, <16 x float> poison, <16 x i32> zeroinitializer
+  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2330, <16 x float> %2315, <16 x float> %2299)
+  %2332 = and <16 x i32> %2313, splat (i32 -65536)
+  %2333 = bitcast <16 x i32> %2332 to <16 x float>
+  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2333, <16 x float> %2302)
+  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2333, <16 x float> %2303)
+  %2336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2333, <16 x float> %2304)
+  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2330, <16 x float> %2333, <16 x float> %2305)
+  %2338 = or disjoint i64 %1890, 14
+  %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
+  %2340 = load float, ptr %2339, align 4, !tbaa !5
+  %2341 = insertelement <16 x float> poison, float %2340, i64 0
+  %2342 = shufflevector <16 x float> %2341, <16 x float> poison, <16 x i32> zeroinitializer
+  %2343 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2338
+  %2344 = load i64, ptr %2343, align 8, !tbaa !5
+  %gep548.i = getelementptr i32, ptr %gep587.i, i64 %2344
+  %2345 = load <16 x i32>, ptr %gep548.i, align 4, !tbaa !5
+  %2346 = shl <16 x i32> %2345, splat (i32 16)
+  %2347 = bitcast <16 x i32> %2346 to <16 x float>
+  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2347, <16 x float> %2316)
+  %2349 = getelementptr inbounds nuw i8, ptr %1891, i64 568
+  %2350 = load float, ptr %2349, align 4, !tbaa !5
+  %2351 = insertelement <16 x float> poison, float %2350, i64 0
+  %2352 = shufflevector <16 x float> %2351, <16 x float> poison, <16 x i32> zeroinitializer
+  %2353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2347, <16 x float> %2321)
+  %2354 = getelementptr inbounds nuw i8, ptr %1891, i64 1080
+  %2355 = load float, ptr %2354, align 4, !tbaa !5
+  %2356 = insertelement <16 x float> poison, float %2355, i64 0
+  %2357 = shufflevector <16 x float> %2356, <16 x float> poison, <16 x i32> zeroinitializer
+  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2357, <16 x float> %2347, <16 x float> %2326)
+  %2359 = getelementptr inbounds nuw i8, ptr %1891, i64 1592
+  %2360 = load float, ptr %2359, align 4, !tbaa !5
+  %2361 = insertelement <16 x float> poison, float %2360, i64 0
+  %2362 = shufflevector <16 x float> %2361, <16 x float> poison, <16 x i32> zeroinitializer
+  %2363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2362, <16 x float> %2347, <16 x float> %2331)
+  %2364 = and <16 x i32> %2345, splat (i32 -65536)
+  %2365 = bitcast <16 x i32> %2364 to <16 x float>
+  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2365, <16 x float> %2334)
+  %2367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2365, <16 x float> %2335)
+  %2368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2357, <16 x float> %2365, <16 x float> %2336)
+  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2362, <16 x float> %2365, <16 x float> %2337)
+  %2370 = or disjoint i64 %1890, 15
+  %2371 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2370
+  %2372 = load float, ptr %2371, align 4, !tbaa !5
+  %2373 = insertelement <16 x float> poison, float %2372, i64 0
+  %2374 = shufflevector <16 x float> %2373, <16 x float> poison, <16 x i32> zeroinitializer
+  %2375 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2370
+  %2376 = load i64, ptr %2375, align 8, !tbaa !5
+  %gep552.i = getelementptr i32, ptr %gep587.i, i64 %2376
+  %2377 = load <16 x i32>, ptr %gep552.i, align 4, !tbaa !5
+  %2378 = shl <16 x i32> %2377, splat (i32 16)
+  %2379 = bitcast <16 x i32> %2378 to <16 x float>
+  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2379, <16 x float> %2348)
+  %2381 = getelementptr inbounds nuw i8, ptr %1891, i64 572
+  %2382 = load float, ptr %2381, align 4, !tbaa !5
+  %2383 = insertelement <16 x float> poison, float %2382, i64 0
+  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
+  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2379, <16 x float> %2353)
+  %2386 = getelementptr inbounds nuw i8, ptr %1891, i64 1084
+  %2387 = load float, ptr %2386, align 4, !tbaa !5
+  %2388 = insertelement <16 x float> poison, float %2387, i64 0
+  %2389 = shufflevector <16 x float> %2388, <16 x float> poison, <16 x i32> zeroinitializer
+  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2379, <16 x float> %2358)
+  %2391 = getelementptr inbounds nuw i8, ptr %1891, i64 1596
+  %2392 = load float, ptr %2391, align 4, !tbaa !5
+  %2393 = insertelement <16 x float> poison, float %2392, i64 0
+  %2394 = shufflevector <16 x float> %2393, <16 x float> poison, <16 x i32> zeroinitializer
+  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2379, <16 x float> %2363)
+  %2396 = and <16 x i32> %2377, splat (i32 -65536)
+  %2397 = bitcast <16 x i32> %2396 to <16 x float>
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2397, <16 x float> %2366)
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2397, <16 x float> %2367)
+  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2397, <16 x float> %2368)
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2397, <16 x float> %2369)
+  %indvars.iv.next756.i = add nuw nsw i64 %indvars.iv755.i, 1
+  %exitcond759.not.i = icmp eq i64 %indvars.iv.next756.i, %457
+  br i1 %exitcond759.not.i, label %for_end_to118.i, label %for_begin_ax1121.preheader.i, !prof !13
+
+for_end_to118.i:                                  ; preds = %for_begin_ax1121.preheader.i, %for_body_d_0_m.i
+  %full_acc251.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2385, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2398, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2380, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2399, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2390, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2400, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2395, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2401, %for_begin_ax1121.preheader.i ]
+  br i1 %.not635.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !59
+
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to118.i
+  %gep619.idx.i = shl i64 %indvars.iv779.i, 6
+  %gep619.i = getelementptr i8, ptr %invariant.gep586.i, i64 %gep619.idx.i
+  br i1 %470, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
+
+for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
+  br i1 %lcmp.mod294.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
+
+for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
+  %indvars.iv760.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next761.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc251.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2487, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init281 = phi <16 x float> [ %full_acc251.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2505, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init283 = phi <16 x float> [ %full_acc251.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2492, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init285 = phi <16 x float> [ %full_acc251.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2506, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init287 = phi <16 x float> [ %full_acc251.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2497, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init289 = phi <16 x float> [ %full_acc251.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2507, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init291 = phi <16 x float> [ %full_acc251.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2502, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init293 = phi <16 x float> [ %full_acc251.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2508, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod303)
+  %2402 = add nuw nsw i64 %indvars.iv760.i.epil.init, %456
+  %2403 = getelementptr inbounds float, ptr %probs.i, i64 %2402
+  %2404 = load float, ptr %2403, align 4, !tbaa !5
+  %2405 = insertelement <16 x float> poison, float %2404, i64 0
+  %2406 = shufflevector <16 x float> %2405, <16 x float> poison, <16 x i32> zeroinitializer
+  %2407 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2402
+  %2408 = load i64, ptr %2407, align 8, !tbaa !5
+  %gep578.i.epil = getelementptr i32, ptr %gep619.i, i64 %2408
+  %2409 = load <16 x i32>, ptr %gep578.i.epil, align 4, !tbaa !5
+  %2410 = shl <16 x i32> %2409, splat (i32 16)
+  %2411 = bitcast <16 x i32> %2410 to <16 x float>
+  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2411, <16 x float> %.epil.init)
+  %2413 = getelementptr i8, ptr %2403, i64 512
+  %2414 = load float, ptr %2413, align 4, !tbaa !5
+  %2415 = insertelement <16 x float> poison, float %2414, i64 0
+  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
+  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2411, <16 x float> %.epil.init283)
+  %2418 = getelementptr i8, ptr %2403, i64 1024
+  %2419 = load float, ptr %2418, align 4, !tbaa !5
+  %2420 = insertelement <16 x float> poison, float %2419, i64 0
+  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
+  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2411, <16 x float> %.epil.init287)
+  %2423 = getelementptr i8, ptr %2403, i64 1536
+  %2424 = load float, ptr %2423, align 4, !tbaa !5
+  %2425 = insertelement <16 x float> poison, float %2424, i64 0
+  %2426 = shufflevector <16 x float> %2425, <16 x float> poison, <16 x i32> zeroinitializer
+  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2426, <16 x float> %2411, <16 x float> %.epil.init291)
+  %2428 = and <16 x i32> %2409, splat (i32 -65536)
+  %2429 = bitcast <16 x i32> %2428 to <16 x float>
+  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2429, <16 x float> %.epil.init281)
+  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2429, <16 x float> %.epil.init285)
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2429, <16 x float> %.epil.init289)
+  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2426, <16 x float> %2429, <16 x float> %.epil.init293)
   br label %for_begin_ax4_0.preheader.i
 
 for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to118.i
-  %.lcssa573.i = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_end_to118.i ], [ %2267, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2192, %for_body_ti.i.epil.preheader ]
-  %.lcssa571.i = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_end_to118.i ], [ %2266, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2191, %for_body_ti.i.epil.preheader ]
-  %.lcssa569.i = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_end_to118.i ], [ %2265, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2190, %for_body_ti.i.epil.preheader ]
-  %.lcssa567.i = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_end_to118.i ], [ %2264, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2189, %for_body_ti.i.epil.preheader ]
-  %.lcssa565.i = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_end_to118.i ], [ %2261, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2186, %for_body_ti.i.epil.preheader ]
-  %.lcssa563.i = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_end_to118.i ], [ %2256, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2181, %for_body_ti.i.epil.preheader ]
-  %.lcssa561.i = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_end_to118.i ], [ %2251, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2176, %for_body_ti.i.epil.preheader ]
-  %.lcssa.i = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_end_to118.i ], [ %2246, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2171, %for_body_ti.i.epil.preheader ]
-  %2193 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa567.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2194 = shl nuw nsw i64 %indvars.iv818.i, 5
-  %2195 = add nuw nsw i64 %2194, %273
-  br i1 %226, label %if_end137.i, label %for_begin_ax4_0.preheader.if_end137_crit_edge.i, !prof !8
+  %.lcssa565.i = phi <16 x float> [ %full_acc251.sroa.238.0.lcssa.i, %for_end_to118.i ], [ %2508, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2433, %for_body_ti.i.epil.preheader ]
+  %.lcssa563.i = phi <16 x float> [ %full_acc251.sroa.170.0.lcssa.i, %for_end_to118.i ], [ %2507, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2432, %for_body_ti.i.epil.preheader ]
+  %.lcssa561.i = phi <16 x float> [ %full_acc251.sroa.102.0.lcssa.i, %for_end_to118.i ], [ %2506, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2431, %for_body_ti.i.epil.preheader ]
+  %.lcssa559.i = phi <16 x float> [ %full_acc251.sroa.34.0.lcssa.i, %for_end_to118.i ], [ %2505, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2430, %for_body_ti.i.epil.preheader ]
+  %.lcssa557.i = phi <16 x float> [ %full_acc251.sroa.204.0.lcssa.i, %for_end_to118.i ], [ %2502, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2427, %for_body_ti.i.epil.preheader ]
+  %.lcssa555.i = phi <16 x float> [ %full_acc251.sroa.136.0.lcssa.i, %for_end_to118.i ], [ %2497, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2422, %for_body_ti.i.epil.preheader ]
+  %.lcssa553.i = phi <16 x float> [ %full_acc251.sroa.68.0.lcssa.i, %for_end_to118.i ], [ %2492, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2417, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc251.sroa.0.0.lcssa.i, %for_end_to118.i ], [ %2487, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2412, %for_body_ti.i.epil.preheader ]
+  %2434 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa559.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2435 = shl nuw nsw i64 %indvars.iv779.i, 5
+  %2436 = add nuw nsw i64 %2435, %1830
+  br i1 %449, label %if_end137.i, label %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge, !prof !8
 
-for_begin_ax4_0.preheader.if_end137_crit_edge.i:  ; preds = %for_begin_ax4_0.preheader.i
-  %.phi.trans.insert.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2195
-  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+for_begin_ax4_0.preheader.i.if_end137.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
+  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2436
+  %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
   br label %if_end137.i
 
-for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.i.preheader
-  %indvars.iv790.i = phi i64 [ %indvars.iv.next791.i.1, %for_body_ti.i ], [ 0, %for_body_ti.i.preheader ]
-  %2196 = phi <16 x float> [ %2246, %for_body_ti.i ], [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.i.preheader ]
-  %2197 = phi <16 x float> [ %2264, %for_body_ti.i ], [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.i.preheader ]
-  %2198 = phi <16 x float> [ %2251, %for_body_ti.i ], [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.i.preheader ]
-  %2199 = phi <16 x float> [ %2265, %for_body_ti.i ], [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.i.preheader ]
-  %2200 = phi <16 x float> [ %2256, %for_body_ti.i ], [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.i.preheader ]
-  %2201 = phi <16 x float> [ %2266, %for_body_ti.i ], [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.i.preheader ]
-  %2202 = phi <16 x float> [ %2261, %for_body_ti.i ], [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.i.preheader ]
-  %2203 = phi <16 x float> [ %2267, %for_body_ti.i ], [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.i.preheader ]
-  %niter304 = phi i64 [ %niter304.next.1, %for_body_ti.i ], [ 0, %for_body_ti.i.preheader ]
-  %2204 = add nuw nsw i64 %indvars.iv790.i, %232
-  %2205 = getelementptr inbounds float, ptr %probs.i, i64 %2204
-  %2206 = load float, ptr %2205, align 4, !tbaa !5
-  %2207 = insertelement <16 x float> poison, float %2206, i64 0
-  %2208 = shufflevector <16 x float> %2207, <16 x float> poison, <16 x i32> zeroinitializer
-  %2209 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2204
-  %2210 = load i64, ptr %2209, align 8, !tbaa !5
-  %gep560.i = getelementptr i32, ptr %gep588.i, i64 %2210
-  %2211 = load <16 x i32>, ptr %gep560.i, align 4, !tbaa !5
-  %2212 = shl <16 x i32> %2211, splat (i32 16)
-  %2213 = bitcast <16 x i32> %2212 to <16 x float>
-  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2213, <16 x float> %2196)
-  %2215 = getelementptr i8, ptr %2205, i64 512
-  %2216 = load float, ptr %2215, align 4, !tbaa !5
-  %2217 = insertelement <16 x float> poison, float %2216, i64 0
-  %2218 = shufflevector <16 x float> %2217, <16 x float> poison, <16 x i32> zeroinitializer
-  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2213, <16 x float> %2198)
-  %2220 = getelementptr i8, ptr %2205, i64 1024
-  %2221 = load float, ptr %2220, align 4, !tbaa !5
-  %2222 = insertelement <16 x float> poison, float %2221, i64 0
-  %2223 = shufflevector <16 x float> %2222, <16 x float> poison, <16 x i32> zeroinitializer
-  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2213, <16 x float> %2200)
-  %2225 = getelementptr i8, ptr %2205, i64 1536
-  %2226 = load float, ptr %2225, align 4, !tbaa !5
-  %2227 = insertelement <16 x float> poison, float %2226, i64 0
-  %2228 = shufflevector <16 x float> %2227, <16 x float> poison, <16 x i32> zeroinitializer
-  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2213, <16 x float> %2202)
-  %2230 = and <16 x i32> %2211, splat (i32 -65536)
-  %2231 = bitcast <16 x i32> %2230 to <16 x float>
-  %2232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2231, <16 x float> %2197)
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2231, <16 x float> %2199)
-  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2231, <16 x float> %2201)
-  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2231, <16 x float> %2203)
-  %indvars.iv.next791.i = or disjoint i64 %indvars.iv790.i, 1
-  %2236 = add nuw nsw i64 %indvars.iv.next791.i, %232
-  %2237 = getelementptr inbounds float, ptr %probs.i, i64 %2236
-  %2238 = load float, ptr %2237, align 4, !tbaa !5
-  %2239 = insertelement <16 x float> poison, float %2238, i64 0
-  %2240 = shufflevector <16 x float> %2239, <16 x float> poison, <16 x i32> zeroinitializer
-  %2241 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2236
-  %2242 = load i64, ptr %2241, align 8, !tbaa !5
-  %gep560.i.1 = getelementptr i32, ptr %gep588.i, i64 %2242
-  %2243 = load <16 x i32>, ptr %gep560.i.1, align 4, !tbaa !5
-  %2244 = shl <16 x i32> %2243, splat (i32 16)
-  %2245 = bitcast <16 x i32> %2244 to <16 x float>
-  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2245, <16 x float> %2214)
-  %2247 = getelementptr i8, ptr %2237, i64 512
-  %2248 = load float, ptr %2247, align 4, !tbaa !5
-  %2249 = insertelement <16 x float> poison, float %2248, i64 0
-  %2250 = shufflevector <16 x float> %2249, <16 x float> poison, <16 x i32> zeroinitializer
-  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2245, <16 x float> %2219)
-  %2252 = getelementptr i8, ptr %2237, i64 1024
-  %2253 = load float, ptr %2252, align 4, !tbaa !5
-  %2254 = insertelement <16 x float> poison, float %2253, i64 0
-  %2255 = shufflevector <16 x float> %2254, <16 x float> poison, <16 x i32> zeroinitializer
-  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2255, <16 x float> %2245, <16 x float> %2224)
-  %2257 = getelementptr i8, ptr %2237, i64 1536
-  %2258 = load float, ptr %2257, align 4, !tbaa !5
-  %2259 = insertelement <16 x float> poison, float %2258, i64 0
-  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
-  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2245, <16 x float> %2229)
-  %2262 = and <16 x i32> %2243, splat (i32 -65536)
-  %2263 = bitcast <16 x i32> %2262 to <16 x float>
-  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2263, <16 x float> %2232)
-  %2265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2263, <16 x float> %2233)
-  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2255, <16 x float> %2263, <16 x float> %2234)
-  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2263, <16 x float> %2235)
-  %indvars.iv.next791.i.1 = add nuw nsw i64 %indvars.iv790.i, 2
-  %niter304.next.1 = add i64 %niter304, 2
-  %niter304.ncmp.1 = icmp eq i64 %niter304.next.1, %unroll_iter303
-  br i1 %niter304.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !61
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
+  %indvars.iv760.i = phi i64 [ %indvars.iv.next761.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2437 = phi <16 x float> [ %2487, %for_body_ti.i ], [ %full_acc251.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2438 = phi <16 x float> [ %2505, %for_body_ti.i ], [ %full_acc251.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2439 = phi <16 x float> [ %2492, %for_body_ti.i ], [ %full_acc251.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2440 = phi <16 x float> [ %2506, %for_body_ti.i ], [ %full_acc251.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2441 = phi <16 x float> [ %2497, %for_body_ti.i ], [ %full_acc251.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2442 = phi <16 x float> [ %2507, %for_body_ti.i ], [ %full_acc251.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2443 = phi <16 x float> [ %2502, %for_body_ti.i ], [ %full_acc251.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2444 = phi <16 x float> [ %2508, %for_body_ti.i ], [ %full_acc251.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %niter305 = phi i64 [ %niter305.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2445 = add nuw nsw i64 %indvars.iv760.i, %456
+  %2446 = getelementptr inbounds float, ptr %probs.i, i64 %2445
+  %2447 = load float, ptr %2446, align 4, !tbaa !5
+  %2448 = insertelement <16 x float> poison, float %2447, i64 0
+  %2449 = shufflevector <16 x float> %2448, <16 x float> poison, <16 x i32> zeroinitializer
+  %2450 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2445
+  %2451 = load i64, ptr %2450, align 8, !tbaa !5
+  %gep578.i = getelementptr i32, ptr %gep619.i, i64 %2451
+  %2452 = load <16 x i32>, ptr %gep578.i, align 4, !tbaa !5
+  %2453 = shl <16 x i32> %2452, splat (i32 16)
+  %2454 = bitcast <16 x i32> %2453 to <16 x float>
+  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2454, <16 x float> %2437)
+  %2456 = getelementptr i8, ptr %2446, i64 512
+  %2457 = load float, ptr %2456, align 4, !tbaa !5
+  %2458 = insertelement <16 x float> poison, float %2457, i64 0
+  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
+  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2454, <16 x float> %2439)
+  %2461 = getelementptr i8, ptr %2446, i64 1024
+  %2462 = load float, ptr %2461, align 4, !tbaa !5
+  %2463 = insertelement <16 x float> poison, float %2462, i64 0
+  %2464 = shufflevector <16 x float> %2463, <16 x float> poison, <16 x i32> zeroinitializer
+  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %2454, <16 x float> %2441)
+  %2466 = getelementptr i8, ptr %2446, i64 1536
+  %2467 = load float, ptr %2466, align 4, !tbaa !5
+  %2468 = insertelement <16 x float> poison, float %2467, i64 0
+  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
+  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2454, <16 x float> %2443)
+  %2471 = and <16 x i32> %2452, splat (i32 -65536)
+  %2472 = bitcast <16 x i32> %2471 to <16 x float>
+  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2472, <16 x float> %2438)
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2472, <16 x float> %2440)
+  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %2472, <16 x float> %2442)
+  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2472, <16 x float> %2444)
+  %indvars.iv.next761.i = or disjoint i64 %indvars.iv760.i, 1
+  %2477 = add nuw nsw i64 %indvars.iv.next761.i, %456
+  %2478 = getelementptr inbounds float, ptr %probs.i, i64 %2477
+  %2479 = load float, ptr %2478, align 4, !tbaa !5
+  %2480 = insertelement <16 x float> poison, float %2479, i64 0
+  %2481 = shufflevector <16 x float> %2480, <16 x float> poison, <16 x i32> zeroinitializer
+  %2482 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2477
+  %2483 = load i64, ptr %2482, align 8, !tbaa !5
+  %gep578.i.1 = getelementptr i32, ptr %gep619.i, i64 %2483
+  %2484 = load <16 x i32>, ptr %gep578.i.1, align 4, !tbaa !5
+  %2485 = shl <16 x i32> %2484, splat (i32 16)
+  %2486 = bitcast <16 x i32> %2485 to <16 x float>
+  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2486, <16 x float> %2455)
+  %2488 = getelementptr i8, ptr %2478, i64 512
+  %2489 = load float, ptr %2488, align 4, !tbaa !5
+  %2490 = insertelement <16 x float> poison, float %2489, i64 0
+  %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
+  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2486, <16 x float> %2460)
+  %2493 = getelementptr i8, ptr %2478, i64 1024
+  %2494 = load float, ptr %2493, align 4, !tbaa !5
+  %2495 = insertelement <16 x float> poison, float %2494, i64 0
+  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
+  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2486, <16 x float> %2465)
+  %2498 = getelementptr i8, ptr %2478, i64 1536
+  %2499 = load float, ptr %2498, align 4, !tbaa !5
+  %2500 = insertelement <16 x float> poison, float %2499, i64 0
+  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
+  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2486, <16 x float> %2470)
+  %2503 = and <16 x i32> %2484, splat (i32 -65536)
+  %2504 = bitcast <16 x i32> %2503 to <16 x float>
+  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2504, <16 x float> %2473)
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2504, <16 x float> %2474)
+  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2504, <16 x float> %2475)
+  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2504, <16 x float> %2476)
+  %indvars.iv.next761.i.1 = add nuw nsw i64 %indvars.iv760.i, 2
+  %niter305.next.1 = add i64 %niter305, 2
+  %niter305.ncmp.1 = icmp eq i64 %niter305.next.1, %unroll_iter304
+  br i1 %niter305.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !60
 
-if_end137.i:                                      ; preds = %for_begin_ax4_0.preheader.if_end137_crit_edge.i, %for_begin_ax4_0.preheader.i
-  %2268 = phi <32 x float> [ %.pre.i, %for_begin_ax4_0.preheader.if_end137_crit_edge.i ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
-  %2269 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2195
-  %2270 = fmul <32 x float> %1593, %2268
-  %2271 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1592, <32 x float> %2193, <32 x float> %2270)
-  store <32 x float> %2271, ptr %2269, align 4, !tbaa !5
-  %2272 = shufflevector <16 x float> %.lcssa561.i, <16 x float> %.lcssa569.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2273 = or disjoint i64 %2195, 128
-  br i1 %226, label %if_end153.i, label %if_end137.if_end153_crit_edge.i, !prof !8
+if_end137.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge, %for_begin_ax4_0.preheader.i
+  %2509 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2510 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2436
+  %2511 = fmul <32 x float> %1831, %2509
+  %2512 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1829, <32 x float> %2434, <32 x float> %2511)
+  store <32 x float> %2512, ptr %2510, align 4, !tbaa !5
+  %2513 = shufflevector <16 x float> %.lcssa553.i, <16 x float> %.lcssa561.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %449, label %if_end153.i, label %if_end137.if_end153_crit_edge.i, !prof !8
 
 if_end137.if_end153_crit_edge.i:                  ; preds = %if_end137.i
-  %.phi.trans.insert950.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2273
-  %.pre951.i = load <32 x float>, ptr %.phi.trans.insert950.i, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2510, i64 512
+  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
   br label %if_end153.i
 
 if_end153.i:                                      ; preds = %if_end137.if_end153_crit_edge.i, %if_end137.i
-  %2274 = phi <32 x float> [ %.pre951.i, %if_end137.if_end153_crit_edge.i ], [ zeroinitializer, %if_end137.i ]
-  %2275 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2273
-  %2276 = fmul <32 x float> %1595, %2274
-  %2277 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1594, <32 x float> %2272, <32 x float> %2276)
-  store <32 x float> %2277, ptr %2275, align 4, !tbaa !5
-  %2278 = shufflevector <16 x float> %.lcssa563.i, <16 x float> %.lcssa571.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2279 = or disjoint i64 %2195, 256
-  br i1 %226, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !8
+  %2514 = phi <32 x float> [ %.pre.i, %if_end137.if_end153_crit_edge.i ], [ zeroinitializer, %if_end137.i ]
+  %2515 = getelementptr inbounds nuw i8, ptr %2510, i64 512
+  %2516 = fmul <32 x float> %1833, %2514
+  %2517 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1832, <32 x float> %2513, <32 x float> %2516)
+  store <32 x float> %2517, ptr %2515, align 4, !tbaa !5
+  %2518 = shufflevector <16 x float> %.lcssa555.i, <16 x float> %.lcssa563.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %449, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !8
 
 if_end153.if_end169_crit_edge.i:                  ; preds = %if_end153.i
-  %.phi.trans.insert952.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2279
-  %.pre953.i = load <32 x float>, ptr %.phi.trans.insert952.i, align 4, !tbaa !5
+  %.phi.trans.insert892.i = getelementptr inbounds nuw i8, ptr %2510, i64 1024
+  %.pre893.i = load <32 x float>, ptr %.phi.trans.insert892.i, align 4, !tbaa !5
   br label %if_end169.i
 
 if_end169.i:                                      ; preds = %if_end153.if_end169_crit_edge.i, %if_end153.i
-  %2280 = phi <32 x float> [ %.pre953.i, %if_end153.if_end169_crit_edge.i ], [ zeroinitializer, %if_end153.i ]
-  %2281 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2279
-  %2282 = fmul <32 x float> %1597, %2280
-  %2283 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1596, <32 x float> %2278, <32 x float> %2282)
-  store <32 x float> %2283, ptr %2281, align 4, !tbaa !5
-  %2284 = shufflevector <16 x float> %.lcssa565.i, <16 x float> %.lcssa573.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2285 = or disjoint i64 %2195, 384
-  br i1 %226, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !8
+  %2519 = phi <32 x float> [ %.pre893.i, %if_end153.if_end169_crit_edge.i ], [ zeroinitializer, %if_end153.i ]
+  %2520 = getelementptr inbounds nuw i8, ptr %2510, i64 1024
+  %2521 = fmul <32 x float> %1835, %2519
+  %2522 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1834, <32 x float> %2518, <32 x float> %2521)
+  store <32 x float> %2522, ptr %2520, align 4, !tbaa !5
+  %2523 = shufflevector <16 x float> %.lcssa557.i, <16 x float> %.lcssa565.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %449, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !8
 
 if_end169.if_end185_crit_edge.i:                  ; preds = %if_end169.i
-  %.phi.trans.insert954.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
-  %.pre955.i = load <32 x float>, ptr %.phi.trans.insert954.i, align 4, !tbaa !5
+  %.phi.trans.insert894.i = getelementptr inbounds nuw i8, ptr %2510, i64 1536
+  %.pre895.i = load <32 x float>, ptr %.phi.trans.insert894.i, align 4, !tbaa !5
   br label %if_end185.i
 
 if_end185.i:                                      ; preds = %if_end169.if_end185_crit_edge.i, %if_end169.i
-  %2286 = phi <32 x float> [ %.pre955.i, %if_end169.if_end185_crit_edge.i ], [ zeroinitializer, %if_end169.i ]
-  %2287 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
-  %2288 = fmul <32 x float> %1599, %2286
-  %2289 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1598, <32 x float> %2284, <32 x float> %2288)
-  store <32 x float> %2289, ptr %2287, align 4, !tbaa !5
-  %indvars.iv.next819.i = add nuw nsw i64 %indvars.iv818.i, 1
-  %exitcond826.not.i = icmp eq i64 %indvars.iv.next819.i, 4
-  br i1 %exitcond826.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !17
+  %2524 = phi <32 x float> [ %.pre895.i, %if_end169.if_end185_crit_edge.i ], [ zeroinitializer, %if_end169.i ]
+  %2525 = getelementptr inbounds nuw i8, ptr %2510, i64 1536
+  %2526 = fmul <32 x float> %1837, %2524
+  %2527 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1836, <32 x float> %2523, <32 x float> %2526)
+  store <32 x float> %2527, ptr %2525, align 4, !tbaa !5
+  %indvars.iv.next780.i = add nuw nsw i64 %indvars.iv779.i, 1
+  %exitcond782.not.i = icmp eq i64 %indvars.iv.next780.i, 4
+  br i1 %exitcond782.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
 if_end187.i:                                      ; preds = %for_end_d_0_m.i
-  %2290 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2291 = tail call i32 %2290(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not277.i = icmp eq i32 %2291, 0
-  br i1 %.not277.i, label %if_end190.i, label %fused_decode_compute_.exit, !prof !18
+  %2528 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2529 = tail call i32 %2528(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not273.i = icmp eq i32 %2529, 0
+  br i1 %.not273.i, label %if_end190.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end190.i:                                      ; preds = %if_end187.i
-  %2292 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2293 = tail call i32 %2292(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not278.i = icmp eq i32 %2293, 0
-  br i1 %.not278.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+  %2530 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2531 = tail call i32 %2530(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not274.i = icmp eq i32 %2531, 0
+  br i1 %.not274.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end196.i:                                      ; preds = %for_end_kv_head.i
-  %2294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2295 = tail call i32 %2294(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not275.i = icmp eq i32 %2295, 0
+  %2532 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2533 = tail call i32 %2532(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not271.i = icmp eq i32 %2533, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not275.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not271.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end202.i:                                      ; preds = %for_body_tile223.i, %if_end221.3.i
-  %2296 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2297 = tail call i32 %2296(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2297, 0
-  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !18
-
-for_body_tile205.i:                               ; preds = %if_end221.3.i, %for_begin_tile204.preheader.i
-  %indvars.iv882.i = phi i64 [ 0, %for_begin_tile204.preheader.i ], [ %indvars.iv.next883.i, %if_end221.3.i ]
-  %2298 = shl nuw nsw i64 %indvars.iv882.i, 2
-  %2299 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2298
-  %total.i = load <4 x float>, ptr %2299, align 16, !tbaa !58
-  %2300 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2301 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2302 = select <4 x i1> %2301, <4 x float> zeroinitializer, <4 x float> %2300
-  %2303 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> zeroinitializer
-  %2304 = mul nsw i64 %2298, %out_head
-  %invariant.gep628.i = getelementptr i16, ptr %193, i64 %2304
-  %.idx60 = shl nuw nsw i64 %indvars.iv882.i, 11
-  %2305 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2306 = load <32 x float>, ptr %2305, align 4, !tbaa !5
-  %2307 = fmul <32 x float> %2306, %2303
-  %2308 = bitcast <32 x float> %2307 to <32 x i32>
-  %2309 = lshr <32 x i32> %2308, splat (i32 16)
-  %2310 = and <32 x i32> %2309, splat (i32 1)
-  %2311 = add nuw <32 x i32> %2308, splat (i32 32767)
-  %2312 = add nuw <32 x i32> %2311, %2310
-  %2313 = lshr <32 x i32> %2312, splat (i32 16)
-  %2314 = trunc nuw <32 x i32> %2313 to <32 x i16>
-  store <32 x i16> %2314, ptr %invariant.gep628.i, align 2, !tbaa !5
-  %2315 = getelementptr inbounds nuw i8, ptr %2305, i64 128
-  %2316 = load <32 x float>, ptr %2315, align 4, !tbaa !5
-  %2317 = fmul <32 x float> %2316, %2303
-  %2318 = bitcast <32 x float> %2317 to <32 x i32>
-  %2319 = lshr <32 x i32> %2318, splat (i32 16)
-  %2320 = and <32 x i32> %2319, splat (i32 1)
-  %2321 = add nuw <32 x i32> %2318, splat (i32 32767)
-  %2322 = add nuw <32 x i32> %2321, %2320
-  %2323 = lshr <32 x i32> %2322, splat (i32 16)
-  %2324 = trunc nuw <32 x i32> %2323 to <32 x i16>
-  %gep629.1.i = getelementptr i8, ptr %invariant.gep628.i, i64 64
-  store <32 x i16> %2324, ptr %gep629.1.i, align 2, !tbaa !5
-  %2325 = getelementptr inbounds nuw i8, ptr %2305, i64 256
-  %2326 = load <32 x float>, ptr %2325, align 4, !tbaa !5
-  %2327 = fmul <32 x float> %2303, %2326
-  %2328 = bitcast <32 x float> %2327 to <32 x i32>
-  %2329 = lshr <32 x i32> %2328, splat (i32 16)
-  %2330 = and <32 x i32> %2329, splat (i32 1)
-  %2331 = add nuw <32 x i32> %2328, splat (i32 32767)
-  %2332 = add nuw <32 x i32> %2331, %2330
-  %2333 = lshr <32 x i32> %2332, splat (i32 16)
-  %2334 = trunc nuw <32 x i32> %2333 to <32 x i16>
-  %gep629.2.i = getelementptr i8, ptr %invariant.gep628.i, i64 128
-  store <32 x i16> %2334, ptr %gep629.2.i, align 2, !tbaa !5
-  %2335 = getelementptr inbounds nuw i8, ptr %2305, i64 384
-  %2336 = load <32 x float>, ptr %2335, align 4, !tbaa !5
-  %2337 = fmul <32 x float> %2303, %2336
-  %2338 = bitcast <32 x float> %2337 to <32 x i32>
-  %2339 = lshr <32 x i32> %2338, splat (i32 16)
-  %2340 = and <32 x i32> %2339, splat (i32 1)
-  %2341 = add nuw <32 x i32> %2338, splat (i32 32767)
-  %2342 = add nuw <32 x i32> %2341, %2340
-  %2343 = lshr <32 x i32> %2342, splat (i32 16)
-  %2344 = trunc nuw <32 x i32> %2343 to <32 x i16>
-  %gep629.3.i = getelementptr i8, ptr %invariant.gep628.i, i64 192
-  store <32 x i16> %2344, ptr %gep629.3.i, align 2, !tbaa !5
-  %2345 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2346 = or disjoint i64 %2298, 1
-  %2347 = mul nsw i64 %2346, %out_head
-  %invariant.gep628.1.i = getelementptr i16, ptr %193, i64 %2347
-  %2348 = getelementptr inbounds nuw i8, ptr %2305, i64 512
-  %2349 = load <32 x float>, ptr %2348, align 4, !tbaa !5
-  %2350 = fmul <32 x float> %2345, %2349
-  %2351 = bitcast <32 x float> %2350 to <32 x i32>
-  %2352 = lshr <32 x i32> %2351, splat (i32 16)
-  %2353 = and <32 x i32> %2352, splat (i32 1)
-  %2354 = add nuw <32 x i32> %2351, splat (i32 32767)
-  %2355 = add nuw <32 x i32> %2354, %2353
-  %2356 = lshr <32 x i32> %2355, splat (i32 16)
-  %2357 = trunc nuw <32 x i32> %2356 to <32 x i16>
-  store <32 x i16> %2357, ptr %invariant.gep628.1.i, align 2, !tbaa !5
-  %2358 = getelementptr inbounds nuw i8, ptr %2305, i64 640
-  %2359 = load <32 x float>, ptr %2358, align 4, !tbaa !5
-  %2360 = fmul <32 x float> %2345, %2359
-  %2361 = bitcast <32 x float> %2360 to <32 x i32>
-  %2362 = lshr <32 x i32> %2361, splat (i32 16)
-  %2363 = and <32 x i32> %2362, splat (i32 1)
-  %2364 = add nuw <32 x i32> %2361, splat (i32 32767)
-  %2365 = add nuw <32 x i32> %2364, %2363
-  %2366 = lshr <32 x i32> %2365, splat (i32 16)
-  %2367 = trunc nuw <32 x i32> %2366 to <32 x i16>
-  %gep629.1.1.i = getelementptr i8, ptr %invariant.gep628.1.i, i64 64
-  store <32 x i16> %2367, ptr %gep629.1.1.i, align 2, !tbaa !5
-  %2368 = getelementptr inbounds nuw i8, ptr %2305, i64 768
-  %2369 = load <32 x float>, ptr %2368, align 4, !tbaa !5
-  %2370 = fmul <32 x float> %2345, %2369
-  %2371 = bitcast <32 x float> %2370 to <32 x i32>
-  %2372 = lshr <32 x i32> %2371, splat (i32 16)
-  %2373 = and <32 x i32> %2372, splat (i32 1)
-  %2374 = add nuw <32 x i32> %2371, splat (i32 32767)
-  %2375 = add nuw <32 x i32> %2374, %2373
-  %2376 = lshr <32 x i32> %2375, splat (i32 16)
-  %2377 = trunc nuw <32 x i32> %2376 to <32 x i16>
-  %gep629.2.1.i = getelementptr i8, ptr %invariant.gep628.1.i, i64 128
-  store <32 x i16> %2377, ptr %gep629.2.1.i, align 2, !tbaa !5
-  %2378 = getelementptr inbounds nuw i8, ptr %2305, i64 896
-  %2379 = load <32 x float>, ptr %2378, align 4, !tbaa !5
-  %2380 = fmul <32 x float> %2345, %2379
-  %2381 = bitcast <32 x float> %2380 to <32 x i32>
-  %2382 = lshr <32 x i32> %2381, splat (i32 16)
-  %2383 = and <32 x i32> %2382, splat (i32 1)
-  %2384 = add nuw <32 x i32> %2381, splat (i32 32767)
-  %2385 = add nuw <32 x i32> %2384, %2383
-  %2386 = lshr <32 x i32> %2385, splat (i32 16)
-  %2387 = trunc nuw <32 x i32> %2386 to <32 x i16>
-  %gep629.3.1.i = getelementptr i8, ptr %invariant.gep628.1.i, i64 192
-  store <32 x i16> %2387, ptr %gep629.3.1.i, align 2, !tbaa !5
-  %2388 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2389 = or disjoint i64 %2298, 2
-  %2390 = mul nsw i64 %2389, %out_head
-  %invariant.gep628.2.i = getelementptr i16, ptr %193, i64 %2390
-  %2391 = getelementptr inbounds nuw i8, ptr %2305, i64 1024
-  %2392 = load <32 x float>, ptr %2391, align 4, !tbaa !5
-  %2393 = fmul <32 x float> %2388, %2392
-  %2394 = bitcast <32 x float> %2393 to <32 x i32>
-  %2395 = lshr <32 x i32> %2394, splat (i32 16)
-  %2396 = and <32 x i32> %2395, splat (i32 1)
-  %2397 = add nuw <32 x i32> %2394, splat (i32 32767)
-  %2398 = add nuw <32 x i32> %2397, %2396
-  %2399 = lshr <32 x i32> %2398, splat (i32 16)
-  %2400 = trunc nuw <32 x i32> %2399 to <32 x i16>
-  store <32 x i16> %2400, ptr %invariant.gep628.2.i, align 2, !tbaa !5
-  %2401 = getelementptr inbounds nuw i8, ptr %2305, i64 1152
-  %2402 = load <32 x float>, ptr %2401, align 4, !tbaa !5
-  %2403 = fmul <32 x float> %2388, %2402
-  %2404 = bitcast <32 x float> %2403 to <32 x i32>
-  %2405 = lshr <32 x i32> %2404, splat (i32 16)
-  %2406 = and <32 x i32> %2405, splat (i32 1)
-  %2407 = add nuw <32 x i32> %2404, splat (i32 32767)
-  %2408 = add nuw <32 x i32> %2407, %2406
-  %2409 = lshr <32 x i32> %2408, splat (i32 16)
-  %2410 = trunc nuw <32 x i32> %2409 to <32 x i16>
-  %gep629.1.2.i = getelementptr i8, ptr %invariant.gep628.2.i, i64 64
-  store <32 x i16> %2410, ptr %gep629.1.2.i, align 2, !tbaa !5
-  %2411 = getelementptr inbounds nuw i8, ptr %2305, i64 1280
-  %2412 = load <32 x float>, ptr %2411, align 4, !tbaa !5
-  %2413 = fmul <32 x float> %2388, %2412
-  %2414 = bitcast <32 x float> %2413 to <32 x i32>
-  %2415 = lshr <32 x i32> %2414, splat (i32 16)
-  %2416 = and <32 x i32> %2415, splat (i32 1)
-  %2417 = add nuw <32 x i32> %2414, splat (i32 32767)
-  %2418 = add nuw <32 x i32> %2417, %2416
-  %2419 = lshr <32 x i32> %2418, splat (i32 16)
-  %2420 = trunc nuw <32 x i32> %2419 to <32 x i16>
-  %gep629.2.2.i = getelementptr i8, ptr %invariant.gep628.2.i, i64 128
-  store <32 x i16> %2420, ptr %gep629.2.2.i, align 2, !tbaa !5
-  %2421 = getelementptr inbounds nuw i8, ptr %2305, i64 1408
-  %2422 = load <32 x float>, ptr %2421, align 4, !tbaa !5
-  %2423 = fmul <32 x float> %2388, %2422
-  %2424 = bitcast <32 x float> %2423 to <32 x i32>
-  %2425 = lshr <32 x i32> %2424, splat (i32 16)
-  %2426 = and <32 x i32> %2425, splat (i32 1)
-  %2427 = add nuw <32 x i32> %2424, splat (i32 32767)
-  %2428 = add nuw <32 x i32> %2427, %2426
-  %2429 = lshr <32 x i32> %2428, splat (i32 16)
-  %2430 = trunc nuw <32 x i32> %2429 to <32 x i16>
-  %gep629.3.2.i = getelementptr i8, ptr %invariant.gep628.2.i, i64 192
-  store <32 x i16> %2430, ptr %gep629.3.2.i, align 2, !tbaa !5
-  %2431 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2432 = or disjoint i64 %2298, 3
-  %2433 = mul nsw i64 %2432, %out_head
-  %invariant.gep628.3.i = getelementptr i16, ptr %193, i64 %2433
-  %2434 = getelementptr inbounds nuw i8, ptr %2305, i64 1536
-  %2435 = load <32 x float>, ptr %2434, align 4, !tbaa !5
-  %2436 = fmul <32 x float> %2431, %2435
-  %2437 = bitcast <32 x float> %2436 to <32 x i32>
-  %2438 = lshr <32 x i32> %2437, splat (i32 16)
-  %2439 = and <32 x i32> %2438, splat (i32 1)
-  %2440 = add nuw <32 x i32> %2437, splat (i32 32767)
-  %2441 = add nuw <32 x i32> %2440, %2439
-  %2442 = lshr <32 x i32> %2441, splat (i32 16)
-  %2443 = trunc nuw <32 x i32> %2442 to <32 x i16>
-  store <32 x i16> %2443, ptr %invariant.gep628.3.i, align 2, !tbaa !5
-  %2444 = getelementptr inbounds nuw i8, ptr %2305, i64 1664
-  %2445 = load <32 x float>, ptr %2444, align 4, !tbaa !5
-  %2446 = fmul <32 x float> %2431, %2445
-  %2447 = bitcast <32 x float> %2446 to <32 x i32>
-  %2448 = lshr <32 x i32> %2447, splat (i32 16)
-  %2449 = and <32 x i32> %2448, splat (i32 1)
-  %2450 = add nuw <32 x i32> %2447, splat (i32 32767)
-  %2451 = add nuw <32 x i32> %2450, %2449
-  %2452 = lshr <32 x i32> %2451, splat (i32 16)
-  %2453 = trunc nuw <32 x i32> %2452 to <32 x i16>
-  %gep629.1.3.i = getelementptr i8, ptr %invariant.gep628.3.i, i64 64
-  store <32 x i16> %2453, ptr %gep629.1.3.i, align 2, !tbaa !5
-  %2454 = getelementptr inbounds nuw i8, ptr %2305, i64 1792
-  %2455 = load <32 x float>, ptr %2454, align 4, !tbaa !5
-  %2456 = fmul <32 x float> %2431, %2455
-  %2457 = bitcast <32 x float> %2456 to <32 x i32>
-  %2458 = lshr <32 x i32> %2457, splat (i32 16)
-  %2459 = and <32 x i32> %2458, splat (i32 1)
-  %2460 = add nuw <32 x i32> %2457, splat (i32 32767)
-  %2461 = add nuw <32 x i32> %2460, %2459
-  %2462 = lshr <32 x i32> %2461, splat (i32 16)
-  %2463 = trunc nuw <32 x i32> %2462 to <32 x i16>
-  %gep629.2.3.i = getelementptr i8, ptr %invariant.gep628.3.i, i64 128
-  store <32 x i16> %2463, ptr %gep629.2.3.i, align 2, !tbaa !5
-  %2464 = getelementptr inbounds nuw i8, ptr %2305, i64 1920
-  %2465 = load <32 x float>, ptr %2464, align 4, !tbaa !5
-  %2466 = fmul <32 x float> %2431, %2465
-  %2467 = bitcast <32 x float> %2466 to <32 x i32>
-  %2468 = lshr <32 x i32> %2467, splat (i32 16)
-  %2469 = and <32 x i32> %2468, splat (i32 1)
-  %2470 = add nuw <32 x i32> %2467, splat (i32 32767)
-  %2471 = add nuw <32 x i32> %2470, %2469
-  %2472 = lshr <32 x i32> %2471, splat (i32 16)
-  %2473 = trunc nuw <32 x i32> %2472 to <32 x i16>
-  %gep629.3.3.i = getelementptr i8, ptr %invariant.gep628.3.i, i64 192
-  store <32 x i16> %2473, ptr %gep629.3.3.i, align 2, !tbaa !5
-  %2474 = getelementptr float, ptr %195, i64 %2298
-  %2475 = load float, ptr %2299, align 16, !tbaa !58
-  %2476 = fcmp oeq float %2475, 0.000000e+00
-  br i1 %2476, label %if_end221.i, label %if_else220.i
-
-if_else220.i:                                     ; preds = %for_body_tile205.i
-  %2477 = tail call float @llvm.log.f32(float %2475)
-  %2478 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2298
-  %2479 = load float, ptr %2478, align 16, !tbaa !56
-  %2480 = fadd float %2477, %2479
-  br label %if_end221.i
-
-if_end221.i:                                      ; preds = %if_else220.i, %for_body_tile205.i
-  %2481 = phi float [ %2480, %if_else220.i ], [ 0xFFF0000000000000, %for_body_tile205.i ]
-  store float %2481, ptr %2474, align 4, !tbaa !5
-  %2482 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2346
-  %2483 = load float, ptr %2482, align 4, !tbaa !58
-  %2484 = fcmp oeq float %2483, 0.000000e+00
-  br i1 %2484, label %if_end221.1.i, label %if_else220.1.i
-
-if_else220.1.i:                                   ; preds = %if_end221.i
-  %2485 = tail call float @llvm.log.f32(float %2483)
-  %2486 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2346
-  %2487 = load float, ptr %2486, align 4, !tbaa !56
-  %2488 = fadd float %2485, %2487
-  br label %if_end221.1.i
-
-if_end221.1.i:                                    ; preds = %if_else220.1.i, %if_end221.i
-  %2489 = phi float [ %2488, %if_else220.1.i ], [ 0xFFF0000000000000, %if_end221.i ]
-  %2490 = getelementptr i8, ptr %2474, i64 4
-  store float %2489, ptr %2490, align 4, !tbaa !5
-  %2491 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2389
-  %2492 = load float, ptr %2491, align 8, !tbaa !58
-  %2493 = fcmp oeq float %2492, 0.000000e+00
-  br i1 %2493, label %if_end221.2.i, label %if_else220.2.i
-
-if_else220.2.i:                                   ; preds = %if_end221.1.i
-  %2494 = tail call float @llvm.log.f32(float %2492)
-  %2495 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2389
-  %2496 = load float, ptr %2495, align 8, !tbaa !56
-  %2497 = fadd float %2494, %2496
-  br label %if_end221.2.i
-
-if_end221.2.i:                                    ; preds = %if_else220.2.i, %if_end221.1.i
-  %2498 = phi float [ %2497, %if_else220.2.i ], [ 0xFFF0000000000000, %if_end221.1.i ]
-  %2499 = getelementptr i8, ptr %2474, i64 8
-  store float %2498, ptr %2499, align 4, !tbaa !5
-  %2500 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2432
-  %2501 = load float, ptr %2500, align 4, !tbaa !58
-  %2502 = fcmp oeq float %2501, 0.000000e+00
-  br i1 %2502, label %if_end221.3.i, label %if_else220.3.i
-
-if_else220.3.i:                                   ; preds = %if_end221.2.i
-  %2503 = tail call float @llvm.log.f32(float %2501)
-  %2504 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2432
-  %2505 = load float, ptr %2504, align 4, !tbaa !56
-  %2506 = fadd float %2503, %2505
-  br label %if_end221.3.i
-
-if_end221.3.i:                                    ; preds = %if_else220.3.i, %if_end221.2.i
-  %2507 = phi float [ %2506, %if_else220.3.i ], [ 0xFFF0000000000000, %if_end221.2.i ]
-  %2508 = getelementptr i8, ptr %2474, i64 12
-  store float %2507, ptr %2508, align 4, !tbaa !5
-  %indvars.iv.next883.i = add nuw nsw i64 %indvars.iv882.i, 1
-  %exitcond886.not.i = icmp eq i64 %indvars.iv.next883.i, 8
-  br i1 %exitcond886.not.i, label %if_end202.i, label %for_body_tile205.i, !prof !17
-
-for_body_tile223.i:                               ; preds = %for_body_tile223.i, %for_begin_tile222.preheader.i
-  %indvars.iv863.i = phi i64 [ 0, %for_begin_tile222.preheader.i ], [ %indvars.iv.next864.i, %for_body_tile223.i ]
-  %2509 = shl nuw nsw i64 %indvars.iv863.i, 2
-  %2510 = add nuw nsw i64 %2509, %190
-  %2511 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2509
-  %2512 = load float, ptr %2511, align 16, !tbaa !56
-  %2513 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2510
-  store float %2512, ptr %2513, align 4, !tbaa !5
-  %2514 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2509
-  %2515 = load float, ptr %2514, align 16, !tbaa !58
-  %2516 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2510
-  store float %2515, ptr %2516, align 4, !tbaa !5
-  %2517 = or disjoint i64 %2509, 1
-  %cse_v137.1.i = or disjoint i64 %2510, 1
-  %2518 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2517
-  %2519 = load float, ptr %2518, align 4, !tbaa !56
-  %2520 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v137.1.i
-  store float %2519, ptr %2520, align 4, !tbaa !5
-  %2521 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2517
-  %2522 = load float, ptr %2521, align 4, !tbaa !58
-  %2523 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v137.1.i
-  store float %2522, ptr %2523, align 4, !tbaa !5
-  %2524 = or disjoint i64 %2509, 2
-  %cse_v137.2.i = or disjoint i64 %2510, 2
-  %2525 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2524
-  %2526 = load float, ptr %2525, align 8, !tbaa !56
-  %2527 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v137.2.i
-  store float %2526, ptr %2527, align 4, !tbaa !5
-  %2528 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2524
-  %2529 = load float, ptr %2528, align 8, !tbaa !58
-  %2530 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v137.2.i
-  store float %2529, ptr %2530, align 4, !tbaa !5
-  %2531 = or disjoint i64 %2509, 3
-  %cse_v137.3.i = or disjoint i64 %2510, 3
-  %2532 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2531
-  %2533 = load float, ptr %2532, align 4, !tbaa !56
-  %2534 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v137.3.i
-  store float %2533, ptr %2534, align 4, !tbaa !5
-  %2535 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2531
-  %2536 = load float, ptr %2535, align 4, !tbaa !58
-  %2537 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v137.3.i
-  store float %2536, ptr %2537, align 4, !tbaa !5
-  %.idx272.i = shl nuw nsw i64 %indvars.iv863.i, 11
-  %2538 = getelementptr inbounds nuw i8, ptr %191, i64 %.idx272.i
-  %2539 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx272.i
-  %2540 = load <32 x float>, ptr %2539, align 4, !tbaa !5
-  store <32 x float> %2540, ptr %2538, align 4, !tbaa !5
-  %2541 = getelementptr inbounds nuw i8, ptr %2539, i64 128
-  %2542 = load <32 x float>, ptr %2541, align 4, !tbaa !5
-  %2543 = getelementptr inbounds nuw i8, ptr %2538, i64 128
-  store <32 x float> %2542, ptr %2543, align 4, !tbaa !5
-  %2544 = getelementptr inbounds nuw i8, ptr %2539, i64 256
-  %2545 = load <32 x float>, ptr %2544, align 4, !tbaa !5
-  %2546 = getelementptr inbounds nuw i8, ptr %2538, i64 256
-  store <32 x float> %2545, ptr %2546, align 4, !tbaa !5
-  %2547 = getelementptr inbounds nuw i8, ptr %2539, i64 384
-  %2548 = load <32 x float>, ptr %2547, align 4, !tbaa !5
-  %2549 = getelementptr inbounds nuw i8, ptr %2538, i64 384
-  store <32 x float> %2548, ptr %2549, align 4, !tbaa !5
-  %2550 = getelementptr inbounds nuw i8, ptr %2538, i64 512
-  %2551 = getelementptr inbounds nuw i8, ptr %2539, i64 512
-  %2552 = load <32 x float>, ptr %2551, align 4, !tbaa !5
-  store <32 x float> %2552, ptr %2550, align 4, !tbaa !5
-  %2553 = getelementptr inbounds nuw i8, ptr %2539, i64 640
-  %2554 = load <32 x float>, ptr %2553, align 4, !tbaa !5
-  %2555 = getelementptr inbounds nuw i8, ptr %2538, i64 640
-  store <32 x float> %2554, ptr %2555, align 4, !tbaa !5
-  %2556 = getelementptr inbounds nuw i8, ptr %2539, i64 768
-  %2557 = load <32 x float>, ptr %2556, align 4, !tbaa !5
-  %2558 = getelementptr inbounds nuw i8, ptr %2538, i64 768
-  store <32 x float> %2557, ptr %2558, align 4, !tbaa !5
-  %2559 = getelementptr inbounds nuw i8, ptr %2539, i64 896
-  %2560 = load <32 x float>, ptr %2559, align 4, !tbaa !5
-  %2561 = getelementptr inbounds nuw i8, ptr %2538, i64 896
-  store <32 x float> %2560, ptr %2561, align 4, !tbaa !5
-  %2562 = getelementptr inbounds nuw i8, ptr %2538, i64 1024
-  %2563 = getelementptr inbounds nuw i8, ptr %2539, i64 1024
-  %2564 = load <32 x float>, ptr %2563, align 4, !tbaa !5
-  store <32 x float> %2564, ptr %2562, align 4, !tbaa !5
-  %2565 = getelementptr inbounds nuw i8, ptr %2539, i64 1152
-  %2566 = load <32 x float>, ptr %2565, align 4, !tbaa !5
-  %2567 = getelementptr inbounds nuw i8, ptr %2538, i64 1152
-  store <32 x float> %2566, ptr %2567, align 4, !tbaa !5
-  %2568 = getelementptr inbounds nuw i8, ptr %2539, i64 1280
+for_body_tile202.i:                               ; preds = %for_body_tile202.i, %for_begin_tile201.preheader.i
+  %indvars.iv807.i = phi i64 [ %indvars.iv.next808.i, %for_body_tile202.i ], [ 0, %for_begin_tile201.preheader.i ]
+  %2534 = shl nuw nsw i64 %indvars.iv807.i, 2
+  %2535 = add nuw nsw i64 %2534, %193
+  %2536 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2534
+  %2537 = load float, ptr %2536, align 16, !tbaa !20
+  %2538 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2535
+  store float %2537, ptr %2538, align 4, !tbaa !5
+  %2539 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2534
+  %2540 = load float, ptr %2539, align 16, !tbaa !18
+  %2541 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2535
+  store float %2540, ptr %2541, align 4, !tbaa !5
+  %2542 = or disjoint i64 %2534, 1
+  %2543 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2542
+  %2544 = load float, ptr %2543, align 4, !tbaa !20
+  %2545 = or disjoint i64 %2535, 1
+  %2546 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2545
+  store float %2544, ptr %2546, align 4, !tbaa !5
+  %2547 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2542
+  %2548 = load float, ptr %2547, align 4, !tbaa !18
+  %2549 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2545
+  store float %2548, ptr %2549, align 4, !tbaa !5
+  %2550 = or disjoint i64 %2534, 2
+  %2551 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2550
+  %2552 = load float, ptr %2551, align 8, !tbaa !20
+  %2553 = or disjoint i64 %2535, 2
+  %2554 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2553
+  store float %2552, ptr %2554, align 4, !tbaa !5
+  %2555 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2550
+  %2556 = load float, ptr %2555, align 8, !tbaa !18
+  %2557 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2553
+  store float %2556, ptr %2557, align 4, !tbaa !5
+  %2558 = or disjoint i64 %2534, 3
+  %2559 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2558
+  %2560 = load float, ptr %2559, align 4, !tbaa !20
+  %2561 = or disjoint i64 %2535, 3
+  %2562 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2561
+  store float %2560, ptr %2562, align 4, !tbaa !5
+  %2563 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2558
+  %2564 = load float, ptr %2563, align 4, !tbaa !18
+  %2565 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2561
+  store float %2564, ptr %2565, align 4, !tbaa !5
+  %2566 = shl nuw nsw i64 %indvars.iv807.i, 9
+  %2567 = getelementptr inbounds nuw float, ptr %194, i64 %2566
+  %2568 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2566
   %2569 = load <32 x float>, ptr %2568, align 4, !tbaa !5
-  %2570 = getelementptr inbounds nuw i8, ptr %2538, i64 1280
-  store <32 x float> %2569, ptr %2570, align 4, !tbaa !5
-  %2571 = getelementptr inbounds nuw i8, ptr %2539, i64 1408
-  %2572 = load <32 x float>, ptr %2571, align 4, !tbaa !5
-  %2573 = getelementptr inbounds nuw i8, ptr %2538, i64 1408
-  store <32 x float> %2572, ptr %2573, align 4, !tbaa !5
-  %2574 = getelementptr inbounds nuw i8, ptr %2538, i64 1536
-  %2575 = getelementptr inbounds nuw i8, ptr %2539, i64 1536
-  %2576 = load <32 x float>, ptr %2575, align 4, !tbaa !5
-  store <32 x float> %2576, ptr %2574, align 4, !tbaa !5
-  %2577 = getelementptr inbounds nuw i8, ptr %2539, i64 1664
-  %2578 = load <32 x float>, ptr %2577, align 4, !tbaa !5
-  %2579 = getelementptr inbounds nuw i8, ptr %2538, i64 1664
-  store <32 x float> %2578, ptr %2579, align 4, !tbaa !5
-  %2580 = getelementptr inbounds nuw i8, ptr %2539, i64 1792
+  store <32 x float> %2569, ptr %2567, align 4, !tbaa !5
+  %2570 = getelementptr inbounds nuw i8, ptr %2568, i64 128
+  %2571 = load <32 x float>, ptr %2570, align 4, !tbaa !5
+  %2572 = getelementptr inbounds nuw i8, ptr %2567, i64 128
+  store <32 x float> %2571, ptr %2572, align 4, !tbaa !5
+  %2573 = getelementptr inbounds nuw i8, ptr %2568, i64 256
+  %2574 = load <32 x float>, ptr %2573, align 4, !tbaa !5
+  %2575 = getelementptr inbounds nuw i8, ptr %2567, i64 256
+  store <32 x float> %2574, ptr %2575, align 4, !tbaa !5
+  %2576 = getelementptr inbounds nuw i8, ptr %2568, i64 384
+  %2577 = load <32 x float>, ptr %2576, align 4, !tbaa !5
+  %2578 = getelementptr inbounds nuw i8, ptr %2567, i64 384
+  store <32 x float> %2577, ptr %2578, align 4, !tbaa !5
+  %2579 = getelementptr inbounds nuw i8, ptr %2567, i64 512
+  %2580 = getelementptr inbounds nuw i8, ptr %2568, i64 512
   %2581 = load <32 x float>, ptr %2580, align 4, !tbaa !5
-  %2582 = getelementptr inbounds nuw i8, ptr %2538, i64 1792
-  store <32 x float> %2581, ptr %2582, align 4, !tbaa !5
-  %2583 = getelementptr inbounds nuw i8, ptr %2539, i64 1920
-  %2584 = load <32 x float>, ptr %2583, align 4, !tbaa !5
-  %2585 = getelementptr inbounds nuw i8, ptr %2538, i64 1920
-  store <32 x float> %2584, ptr %2585, align 4, !tbaa !5
-  %indvars.iv.next864.i = add nuw nsw i64 %indvars.iv863.i, 1
-  %exitcond867.not.i = icmp eq i64 %indvars.iv.next864.i, 8
-  br i1 %exitcond867.not.i, label %if_end202.i, label %for_body_tile223.i, !prof !17
+  store <32 x float> %2581, ptr %2579, align 4, !tbaa !5
+  %2582 = getelementptr inbounds nuw i8, ptr %2568, i64 640
+  %2583 = load <32 x float>, ptr %2582, align 4, !tbaa !5
+  %2584 = getelementptr inbounds nuw i8, ptr %2567, i64 640
+  store <32 x float> %2583, ptr %2584, align 4, !tbaa !5
+  %2585 = getelementptr inbounds nuw i8, ptr %2568, i64 768
+  %2586 = load <32 x float>, ptr %2585, align 4, !tbaa !5
+  %2587 = getelementptr inbounds nuw i8, ptr %2567, i64 768
+  store <32 x float> %2586, ptr %2587, align 4, !tbaa !5
+  %2588 = getelementptr inbounds nuw i8, ptr %2568, i64 896
+  %2589 = load <32 x float>, ptr %2588, align 4, !tbaa !5
+  %2590 = getelementptr inbounds nuw i8, ptr %2567, i64 896
+  store <32 x float> %2589, ptr %2590, align 4, !tbaa !5
+  %2591 = getelementptr inbounds nuw i8, ptr %2567, i64 1024
+  %2592 = getelementptr inbounds nuw i8, ptr %2568, i64 1024
+  %2593 = load <32 x float>, ptr %2592, align 4, !tbaa !5
+  store <32 x float> %2593, ptr %2591, align 4, !tbaa !5
+  %2594 = getelementptr inbounds nuw i8, ptr %2568, i64 1152
+  %2595 = load <32 x float>, ptr %2594, align 4, !tbaa !5
+  %2596 = getelementptr inbounds nuw i8, ptr %2567, i64 1152
+  store <32 x float> %2595, ptr %2596, align 4, !tbaa !5
+  %2597 = getelementptr inbounds nuw i8, ptr %2568, i64 1280
+  %2598 = load <32 x float>, ptr %2597, align 4, !tbaa !5
+  %2599 = getelementptr inbounds nuw i8, ptr %2567, i64 1280
+  store <32 x float> %2598, ptr %2599, align 4, !tbaa !5
+  %2600 = getelementptr inbounds nuw i8, ptr %2568, i64 1408
+  %2601 = load <32 x float>, ptr %2600, align 4, !tbaa !5
+  %2602 = getelementptr inbounds nuw i8, ptr %2567, i64 1408
+  store <32 x float> %2601, ptr %2602, align 4, !tbaa !5
+  %2603 = getelementptr inbounds nuw i8, ptr %2567, i64 1536
+  %2604 = getelementptr inbounds nuw i8, ptr %2568, i64 1536
+  %2605 = load <32 x float>, ptr %2604, align 4, !tbaa !5
+  store <32 x float> %2605, ptr %2603, align 4, !tbaa !5
+  %2606 = getelementptr inbounds nuw i8, ptr %2568, i64 1664
+  %2607 = load <32 x float>, ptr %2606, align 4, !tbaa !5
+  %2608 = getelementptr inbounds nuw i8, ptr %2567, i64 1664
+  store <32 x float> %2607, ptr %2608, align 4, !tbaa !5
+  %2609 = getelementptr inbounds nuw i8, ptr %2568, i64 1792
+  %2610 = load <32 x float>, ptr %2609, align 4, !tbaa !5
+  %2611 = getelementptr inbounds nuw i8, ptr %2567, i64 1792
+  store <32 x float> %2610, ptr %2611, align 4, !tbaa !5
+  %2612 = getelementptr inbounds nuw i8, ptr %2568, i64 1920
+  %2613 = load <32 x float>, ptr %2612, align 4, !tbaa !5
+  %2614 = getelementptr inbounds nuw i8, ptr %2567, i64 1920
+  store <32 x float> %2613, ptr %2614, align 4, !tbaa !5
+  %indvars.iv.next808.i = add nuw nsw i64 %indvars.iv807.i, 1
+  %exitcond810.not.i = icmp eq i64 %indvars.iv.next808.i, 8
+  br i1 %exitcond810.not.i, label %for_end_tile203.i, label %for_body_tile202.i, !prof !16
 
-if_end245.i:                                      ; preds = %if_end202.i
-  %2586 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2587 = tail call i32 %2586(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not273.i = icmp eq i32 %2587, 0
-  br i1 %.not273.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
+for_end_tile203.i:                                ; preds = %for_body_tile202.i, %if_end221.us.3.i
+  %2615 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2616 = tail call i32 %2615(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2616, 0
+  br i1 %.not.i, label %if_end238.i, label %fused_decode_compute_.exit, !prof !17
 
-fused_decode_compute_.exit:                       ; preds = %if_end245.i, %if_end202.i, %if_end196.i, %if_end190.i, %if_end187.i, %for_end_d_0_m.i, %for_body_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_body_r.preheader.i ], [ -1, %if_end190.i ], [ -1, %if_end187.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end196.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %if_end202.i ], [ -1, %if_end245.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum270.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max271.i)
+if_end238.i:                                      ; preds = %for_end_tile203.i
+  %2617 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2618 = tail call i32 %2617(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not268.i = icmp eq i32 %2618, 0
+  br i1 %.not268.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
+
+fused_decode_compute_.exit:                       ; preds = %if_end238.i, %for_end_tile203.i, %if_end196.i, %if_end190.i, %if_end187.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end190.i ], [ -1, %if_end187.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end196.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile203.i ], [ -1, %if_end238.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum266.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max267.i)
   ret i32 %common.ret.op.i
 }
 
@@ -4703,7 +4464,7 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %41 = icmp eq ptr %acc.i, null
   br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
@@ -4715,496 +4476,807 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %22, 32
-  %cse_v2.i = ashr exact i64 %sext, 32
+  %43 = ashr exact i64 %sext, 32
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv94.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next95.i, %for_end_r_0.i ]
-  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total5366.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %151, %for_end_r_0.i ]
-  %44 = icmp eq i64 %indvars.iv94.i, 0
-  %45 = insertelement <32 x i1> poison, i1 %44, i64 0
-  %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total5366.i
-  %47 = add nsw i64 %indvars.iv94.i, %cse_v2.i
-  %cse_v13.i = shl nsw i64 %47, 5
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v13.i
-  %49 = load <32 x float>, ptr %48, align 4, !tbaa !5
-  %50 = fcmp ogt <32 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v13.i
-  %52 = load <32 x float>, ptr %51, align 4, !tbaa !5
-  %53 = fcmp oeq <32 x float> %52, zeroinitializer
-  %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
-  %old_or_both.i = select <32 x i1> %54, <32 x float> %old_max.i, <32 x float> %49
-  %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
-  %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v14.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <32 x float> %cse_v14.i to <32 x i32>
-  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <32 x i32> %57 to <32 x float>
-  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <32 x float> %arg.i, %60
-  %62 = fadd <32 x float> %59, %61
-  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
-  %68 = fmul <32 x float> %62, %67
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
-  %70 = shl <32 x i32> %56, splat (i32 23)
-  %71 = add <32 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <32 x i32> %71 to <32 x float>
-  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <32 x float> %73, %72
-  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
-  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha50.i, align 16, !tbaa !62
-  %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v7.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v7.i to <32 x i32>
-  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <32 x i32> %80 to <32 x float>
-  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <32 x float> %arg2.i, %83
-  %85 = fadd <32 x float> %82, %84
-  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
-  %91 = fmul <32 x float> %85, %90
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
-  %93 = shl <32 x i32> %79, splat (i32 23)
-  %94 = add <32 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <32 x i32> %94 to <32 x float>
-  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <32 x float> %96, %95
-  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
-  %100 = fcmp one <32 x float> %52, zeroinitializer
-  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta49.i, align 16, !tbaa !68
-  %.idx.i = shl nsw i64 %47, 14
-  %102 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_begin_d_0.preheader.i
+  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r_0.i ]
+  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total5357.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %467, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
+  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
+  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5357.i
+  %48 = add nsw i64 %indvars.iv67.i, %43
+  %49 = shl nsw i64 %48, 5
+  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
+  %51 = load <32 x float>, ptr %50, align 4, !tbaa !5
+  %52 = fcmp ogt <32 x float> %old_max.i, %51
+  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
+  %54 = load <32 x float>, ptr %53, align 4, !tbaa !5
+  %55 = fcmp oeq <32 x float> %54, zeroinitializer
+  %56 = select <32 x i1> %55, <32 x i1> splat (i1 true), <32 x i1> %52
+  %old_or_both.i = select <32 x i1> %56, <32 x float> %old_max.i, <32 x float> %51
+  %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
+  %58 = fsub <32 x float> %old_max.i, %m.i
+  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %60 = bitcast <32 x float> %59 to <32 x i32>
+  %61 = add nsw <32 x i32> %60, splat (i32 -1262485504)
+  %62 = sitofp <32 x i32> %61 to <32 x float>
+  %63 = fmul <32 x float> %62, splat (float 0x3F2BD01060000000)
+  %64 = fmul <32 x float> %62, splat (float 0x3FE6300000000000)
+  %65 = fsub <32 x float> %58, %64
+  %66 = fadd <32 x float> %63, %65
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %66, <32 x float> splat (float 0x3F81112100000000))
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %66, <32 x float> splat (float 0x3FA5553820000000))
+  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %66, <32 x float> splat (float 0x3FC5555540000000))
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %66, <32 x float> splat (float 5.000000e-01))
+  %72 = fmul <32 x float> %66, %71
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %66, <32 x float> %66)
+  %74 = shl <32 x i32> %60, splat (i32 23)
+  %75 = add <32 x i32> %74, splat (i32 1065353216)
+  %76 = bitcast <32 x i32> %75 to <32 x float>
+  %77 = fadd <32 x float> %73, splat (float 1.000000e+00)
+  %78 = fmul <32 x float> %77, %76
+  %79 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
+  %80 = select <32 x i1> %79, <32 x float> zeroinitializer, <32 x float> %78
+  %81 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %82 = select <32 x i1> %81, <32 x float> %80, <32 x float> zeroinitializer
+  store <32 x float> %82, ptr %alpha50.i, align 16, !tbaa !61
+  %arg2.i = fsub <32 x float> %51, %m.i
+  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <32 x float> %83 to <32 x i32>
+  %85 = add nsw <32 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <32 x i32> %85 to <32 x float>
+  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <32 x float> %arg2.i, %88
+  %90 = fadd <32 x float> %87, %89
+  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %90, <32 x float> splat (float 5.000000e-01))
+  %96 = fmul <32 x float> %90, %95
+  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %90, <32 x float> %90)
+  %98 = shl <32 x i32> %84, splat (i32 23)
+  %99 = add <32 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %54, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta49.i, align 16, !tbaa !67
+  %.idx.i = shl nsw i64 %48, 14
+  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
+
+for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
+  %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
+  %108 = shl nuw nsw i64 %indvars.iv.i.us, 2
+  %109 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %108
+  %110 = load float, ptr %109, align 16, !tbaa !73
+  %111 = insertelement <16 x float> poison, float %110, i64 0
+  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
+  %113 = shl nuw nsw i64 %indvars.iv.i.us, 9
+  %114 = getelementptr float, ptr %107, i64 %113
+  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %108
+  %116 = load float, ptr %115, align 16, !tbaa !74
+  %117 = or disjoint i64 %108, 1
+  %118 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %117
+  %119 = load float, ptr %118, align 4, !tbaa !73
+  %120 = insertelement <16 x float> poison, float %119, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %117
+  %123 = load float, ptr %122, align 4, !tbaa !74
+  %124 = or disjoint i64 %108, 2
+  %125 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %124
+  %126 = load float, ptr %125, align 8, !tbaa !73
+  %127 = insertelement <16 x float> poison, float %126, i64 0
+  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
+  %129 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %124
+  %130 = load float, ptr %129, align 8, !tbaa !74
+  %131 = or disjoint i64 %108, 3
+  %132 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %131
+  %133 = load float, ptr %132, align 4, !tbaa !73
+  %134 = insertelement <16 x float> poison, float %133, i64 0
+  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
+  %136 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %131
+  %137 = load float, ptr %136, align 4, !tbaa !74
+  %138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %113
+  %.scalar = fmul float %130, 0.000000e+00
+  %139 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar30 = fmul float %123, 0.000000e+00
+  %141 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %116, 0.000000e+00
+  %143 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
+  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
+  %145 = load <16 x float>, ptr %114, align 4, !tbaa !5
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %145, <16 x float> %144)
+  store <16 x float> %146, ptr %138, align 4, !tbaa !5
+  %147 = getelementptr inbounds nuw i8, ptr %138, i64 64
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
+  %148 = getelementptr i8, ptr %114, i64 64
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %149, <16 x float> %144)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %151 = getelementptr inbounds nuw i8, ptr %138, i64 512
+  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !5
+  %152 = getelementptr i8, ptr %114, i64 512
+  %153 = load <16 x float>, ptr %152, align 4, !tbaa !5
+  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %153, <16 x float> %142)
+  store <16 x float> %154, ptr %151, align 4, !tbaa !5
+  %155 = getelementptr inbounds nuw i8, ptr %138, i64 576
+  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
+  %156 = getelementptr i8, ptr %114, i64 576
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %157, <16 x float> %142)
+  store <16 x float> %158, ptr %155, align 4, !tbaa !5
+  %159 = getelementptr inbounds nuw i8, ptr %138, i64 1024
+  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !5
+  %160 = getelementptr i8, ptr %114, i64 1024
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
+  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %161, <16 x float> %140)
+  store <16 x float> %162, ptr %159, align 4, !tbaa !5
+  %163 = getelementptr inbounds nuw i8, ptr %138, i64 1088
+  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !5
+  %164 = getelementptr i8, ptr %114, i64 1088
+  %165 = load <16 x float>, ptr %164, align 4, !tbaa !5
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %165, <16 x float> %140)
+  store <16 x float> %166, ptr %163, align 4, !tbaa !5
+  %167 = getelementptr inbounds nuw i8, ptr %138, i64 1536
+  store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !5
+  %168 = getelementptr i8, ptr %114, i64 1536
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %.scalar34 = fmul float %137, 0.000000e+00
+  %170 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> zeroinitializer
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %169, <16 x float> %171)
+  store <16 x float> %172, ptr %167, align 4, !tbaa !5
+  %173 = getelementptr inbounds nuw i8, ptr %138, i64 1600
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
+  %174 = getelementptr i8, ptr %114, i64 1600
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %175, <16 x float> %171)
+  store <16 x float> %176, ptr %173, align 4, !tbaa !5
+  %177 = getelementptr inbounds nuw i8, ptr %138, i64 128
+  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %114, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %179, <16 x float> %144)
+  store <16 x float> %180, ptr %177, align 4, !tbaa !5
+  %181 = getelementptr inbounds nuw i8, ptr %138, i64 192
+  store <16 x float> zeroinitializer, ptr %181, align 4, !tbaa !5
+  %182 = getelementptr i8, ptr %114, i64 192
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %183, <16 x float> %144)
+  store <16 x float> %184, ptr %181, align 4, !tbaa !5
+  %185 = getelementptr inbounds nuw i8, ptr %138, i64 640
+  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !5
+  %186 = getelementptr i8, ptr %114, i64 640
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %187, <16 x float> %142)
+  store <16 x float> %188, ptr %185, align 4, !tbaa !5
+  %189 = getelementptr inbounds nuw i8, ptr %138, i64 704
+  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %114, i64 704
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %191, <16 x float> %142)
+  store <16 x float> %192, ptr %189, align 4, !tbaa !5
+  %193 = getelementptr inbounds nuw i8, ptr %138, i64 1152
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
+  %194 = getelementptr i8, ptr %114, i64 1152
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %195, <16 x float> %140)
+  store <16 x float> %196, ptr %193, align 4, !tbaa !5
+  %197 = getelementptr inbounds nuw i8, ptr %138, i64 1216
+  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !5
+  %198 = getelementptr i8, ptr %114, i64 1216
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %199, <16 x float> %140)
+  store <16 x float> %200, ptr %197, align 4, !tbaa !5
+  %201 = getelementptr inbounds nuw i8, ptr %138, i64 1664
+  store <16 x float> zeroinitializer, ptr %201, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %114, i64 1664
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %203, <16 x float> %171)
+  store <16 x float> %204, ptr %201, align 4, !tbaa !5
+  %205 = getelementptr inbounds nuw i8, ptr %138, i64 1728
+  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !5
+  %206 = getelementptr i8, ptr %114, i64 1728
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %207, <16 x float> %171)
+  store <16 x float> %208, ptr %205, align 4, !tbaa !5
+  %209 = getelementptr inbounds nuw i8, ptr %138, i64 256
+  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !5
+  %210 = getelementptr i8, ptr %114, i64 256
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %211, <16 x float> %144)
+  store <16 x float> %212, ptr %209, align 4, !tbaa !5
+  %213 = getelementptr inbounds nuw i8, ptr %138, i64 320
+  store <16 x float> zeroinitializer, ptr %213, align 4, !tbaa !5
+  %214 = getelementptr i8, ptr %114, i64 320
+  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %215, <16 x float> %144)
+  store <16 x float> %216, ptr %213, align 4, !tbaa !5
+  %217 = getelementptr inbounds nuw i8, ptr %138, i64 768
+  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !5
+  %218 = getelementptr i8, ptr %114, i64 768
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %219, <16 x float> %142)
+  store <16 x float> %220, ptr %217, align 4, !tbaa !5
+  %221 = getelementptr inbounds nuw i8, ptr %138, i64 832
+  store <16 x float> zeroinitializer, ptr %221, align 4, !tbaa !5
+  %222 = getelementptr i8, ptr %114, i64 832
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %223, <16 x float> %142)
+  store <16 x float> %224, ptr %221, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %138, i64 1280
+  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !5
+  %226 = getelementptr i8, ptr %114, i64 1280
+  %227 = load <16 x float>, ptr %226, align 4, !tbaa !5
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %227, <16 x float> %140)
+  store <16 x float> %228, ptr %225, align 4, !tbaa !5
+  %229 = getelementptr inbounds nuw i8, ptr %138, i64 1344
+  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !5
+  %230 = getelementptr i8, ptr %114, i64 1344
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %231, <16 x float> %140)
+  store <16 x float> %232, ptr %229, align 4, !tbaa !5
+  %233 = getelementptr inbounds nuw i8, ptr %138, i64 1792
+  store <16 x float> zeroinitializer, ptr %233, align 4, !tbaa !5
+  %234 = getelementptr i8, ptr %114, i64 1792
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
+  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %235, <16 x float> %171)
+  store <16 x float> %236, ptr %233, align 4, !tbaa !5
+  %237 = getelementptr inbounds nuw i8, ptr %138, i64 1856
+  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !5
+  %238 = getelementptr i8, ptr %114, i64 1856
+  %239 = load <16 x float>, ptr %238, align 4, !tbaa !5
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %239, <16 x float> %171)
+  store <16 x float> %240, ptr %237, align 4, !tbaa !5
+  %241 = getelementptr inbounds nuw i8, ptr %138, i64 384
+  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !5
+  %242 = getelementptr i8, ptr %114, i64 384
+  %243 = load <16 x float>, ptr %242, align 4, !tbaa !5
+  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %243, <16 x float> %144)
+  store <16 x float> %244, ptr %241, align 4, !tbaa !5
+  %245 = getelementptr inbounds nuw i8, ptr %138, i64 448
+  store <16 x float> zeroinitializer, ptr %245, align 4, !tbaa !5
+  %246 = getelementptr i8, ptr %114, i64 448
+  %247 = load <16 x float>, ptr %246, align 4, !tbaa !5
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %247, <16 x float> %144)
+  store <16 x float> %248, ptr %245, align 4, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %138, i64 896
+  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !5
+  %250 = getelementptr i8, ptr %114, i64 896
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %251, <16 x float> %142)
+  store <16 x float> %252, ptr %249, align 4, !tbaa !5
+  %253 = getelementptr inbounds nuw i8, ptr %138, i64 960
+  store <16 x float> zeroinitializer, ptr %253, align 4, !tbaa !5
+  %254 = getelementptr i8, ptr %114, i64 960
+  %255 = load <16 x float>, ptr %254, align 4, !tbaa !5
+  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %255, <16 x float> %142)
+  store <16 x float> %256, ptr %253, align 4, !tbaa !5
+  %257 = getelementptr inbounds nuw i8, ptr %138, i64 1408
+  store <16 x float> zeroinitializer, ptr %257, align 4, !tbaa !5
+  %258 = getelementptr i8, ptr %114, i64 1408
+  %259 = load <16 x float>, ptr %258, align 4, !tbaa !5
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %259, <16 x float> %140)
+  store <16 x float> %260, ptr %257, align 4, !tbaa !5
+  %261 = getelementptr inbounds nuw i8, ptr %138, i64 1472
+  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !5
+  %262 = getelementptr i8, ptr %114, i64 1472
+  %263 = load <16 x float>, ptr %262, align 4, !tbaa !5
+  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %263, <16 x float> %140)
+  store <16 x float> %264, ptr %261, align 4, !tbaa !5
+  %265 = getelementptr inbounds nuw i8, ptr %138, i64 1920
+  store <16 x float> zeroinitializer, ptr %265, align 4, !tbaa !5
+  %266 = getelementptr i8, ptr %114, i64 1920
+  %267 = load <16 x float>, ptr %266, align 4, !tbaa !5
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %267, <16 x float> %171)
+  store <16 x float> %268, ptr %265, align 4, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %138, i64 1984
+  store <16 x float> zeroinitializer, ptr %269, align 4, !tbaa !5
+  %270 = getelementptr i8, ptr %114, i64 1984
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
+  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %271, <16 x float> %171)
+  store <16 x float> %272, ptr %269, align 4, !tbaa !5
+  %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
+  %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 8
+  br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !16
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %151, %for_end_r_0.i ]
-  %m65.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  store <32 x float> %m65.lcssa.i, ptr %row_max52.i, align 16
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %467, %for_end_r_0.i ]
+  %m56.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m56.lcssa.i, ptr %row_max52.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum51.i, align 16
-  %103 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %104 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %105 = select <32 x i1> %104, <32 x float> zeroinitializer, <32 x float> %103
-  store <32 x float> %105, ptr %factor46.i, align 16, !tbaa !74
+  %273 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %274 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %275 = select <32 x i1> %274, <32 x float> zeroinitializer, <32 x float> %273
+  store <32 x float> %275, ptr %factor46.i, align 16, !tbaa !75
   %sext28 = shl i64 %20, 32
-  %cse_v6.i = ashr exact i64 %sext28, 32
-  %106 = mul nsw i64 %out_batch, %cse_v6.i
-  %107 = getelementptr i16, ptr %out, i64 %106
+  %276 = ashr exact i64 %sext28, 32
+  %277 = mul nsw i64 %out_batch, %276
+  %278 = getelementptr i16, ptr %out, i64 %277
   br label %for_begin_d_031.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_step.i
-  %indvars.iv86.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next87.i, %for_end_d_0.i ]
-  %108 = shl nuw nsw i64 %indvars.iv86.i, 9
-  %109 = shl nuw nsw i64 %indvars.iv86.i, 2
-  %110 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %109
-  %111 = load float, ptr %110, align 16, !tbaa !80
-  %112 = insertelement <16 x float> poison, float %111, i64 0
-  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
-  %114 = getelementptr float, ptr %102, i64 %108
-  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %109
-  %116 = load float, ptr %115, align 16, !tbaa !81
-  %117 = insertelement <16 x float> poison, float %116, i64 0
-  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
-  %119 = or disjoint i64 %109, 1
-  %120 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %119
-  %121 = load float, ptr %120, align 4, !tbaa !80
-  %122 = insertelement <16 x float> poison, float %121, i64 0
-  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
-  %124 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %119
-  %125 = load float, ptr %124, align 4, !tbaa !81
-  %126 = insertelement <16 x float> poison, float %125, i64 0
-  %127 = shufflevector <16 x float> %126, <16 x float> poison, <16 x i32> zeroinitializer
-  %128 = or disjoint i64 %109, 2
-  %129 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %128
-  %130 = load float, ptr %129, align 8, !tbaa !80
-  %131 = insertelement <16 x float> poison, float %130, i64 0
-  %132 = shufflevector <16 x float> %131, <16 x float> poison, <16 x i32> zeroinitializer
-  %133 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %128
-  %134 = load float, ptr %133, align 8, !tbaa !81
-  %135 = insertelement <16 x float> poison, float %134, i64 0
-  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
-  %137 = or disjoint i64 %109, 3
-  %138 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %137
-  %139 = load float, ptr %138, align 4, !tbaa !80
-  %140 = insertelement <16 x float> poison, float %139, i64 0
-  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
-  %142 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %137
-  %143 = load float, ptr %142, align 4, !tbaa !81
-  %144 = insertelement <16 x float> poison, float %143, i64 0
-  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
-  %146 = trunc nuw nsw i64 %108 to i32
-  %147 = fmul <16 x float> %118, zeroinitializer
-  %148 = fmul <16 x float> %127, zeroinitializer
-  %149 = fmul <16 x float> %136, zeroinitializer
-  br label %for_body_d_0.i
-
-for_end_r_0.i:                                    ; preds = %for_end_d_0.i
-  %150 = fmul <32 x float> %old_sum.i, %78
-  %151 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %150)
-  %indvars.iv.next95.i = add nuw nsw i64 %indvars.iv94.i, 1
-  %exitcond97.not.i = icmp eq i64 %indvars.iv.next95.i, %wide.trip.count.i
-  br i1 %exitcond97.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
-
-for_body_d_0.i:                                   ; preds = %if_end30.i, %for_begin_d_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %if_end30.i ]
-  %indvars85.i = trunc i64 %indvars.iv.i to i32
-  %152 = shl nuw nsw i64 %indvars.iv.i, 5
-  %153 = shl nuw nsw i32 %indvars85.i, 5
-  %154 = or disjoint i64 %152, %108
-  %cse_v8.i = add nuw nsw i32 %153, %146
-  %155 = getelementptr inbounds nuw float, ptr %acc.i, i64 %154
-  %156 = getelementptr float, ptr %114, i64 %152
-  br i1 %44, label %if_then19.i, label %if_end18.i, !prof !8
-
-for_end_d_0.i:                                    ; preds = %if_end30.i
-  %indvars.iv.next87.i = add nuw nsw i64 %indvars.iv86.i, 1
-  %exitcond93.not.i = icmp eq i64 %indvars.iv.next87.i, 8
-  br i1 %exitcond93.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !17
-
-if_end18.i:                                       ; preds = %for_body_d_0.i
-  %.pre.i = load <16 x float>, ptr %155, align 4, !tbaa !5
-  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %158 = fmul <16 x float> %118, %.pre.i
-  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %157, <16 x float> %158)
-  store <16 x float> %159, ptr %155, align 4, !tbaa !5
-  %160 = getelementptr i8, ptr %156, i64 64
-  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw i8, ptr %155, i64 64
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %118, %163
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = trunc i64 %154 to i32
-  br label %if_end20.i
-
-if_then19.i:                                      ; preds = %for_body_d_0.i
-  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
-  %167 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %167, <16 x float> %147)
-  store <16 x float> %168, ptr %155, align 4, !tbaa !5
-  %169 = getelementptr inbounds nuw i8, ptr %155, i64 64
-  store <16 x float> zeroinitializer, ptr %169, align 4, !tbaa !5
-  %170 = getelementptr i8, ptr %156, i64 64
-  %171 = load <16 x float>, ptr %170, align 4, !tbaa !5
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %171, <16 x float> %147)
-  store <16 x float> %172, ptr %169, align 4, !tbaa !5
-  %173 = getelementptr inbounds nuw i8, ptr %155, i64 512
-  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
-  br label %if_end20.i
-
-if_end20.i:                                       ; preds = %if_then19.i, %if_end18.i
-  %cse_v1656.in.i = phi i32 [ %cse_v8.i, %if_then19.i ], [ %166, %if_end18.i ]
-  %cse_v1656.i = or i32 %cse_v1656.in.i, 128
-  %174 = getelementptr i8, ptr %156, i64 512
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = zext nneg i32 %cse_v1656.i to i64
-  %177 = getelementptr inbounds nuw float, ptr %acc.i, i64 %176
-  %178 = load <16 x float>, ptr %177, align 4, !tbaa !5
-  %179 = fmul <16 x float> %127, %178
-  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %175, <16 x float> %179)
-  store <16 x float> %180, ptr %177, align 4, !tbaa !5
-  %181 = or disjoint i64 %154, 144
-  br i1 %44, label %if_then23.i, label %if_end22.i, !prof !8
-
-if_end22.i:                                       ; preds = %if_end20.i
-  %182 = getelementptr i8, ptr %156, i64 576
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
-  %184 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = fmul <16 x float> %127, %185
-  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %183, <16 x float> %186)
-  store <16 x float> %187, ptr %184, align 4, !tbaa !5
-  %188 = trunc i64 %154 to i32
-  br label %if_end24.i
-
-if_then23.i:                                      ; preds = %if_end20.i
-  %189 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
-  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 576
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %191, <16 x float> %148)
-  store <16 x float> %192, ptr %189, align 4, !tbaa !5
-  %193 = getelementptr inbounds nuw i8, ptr %155, i64 1024
-  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
-  br label %if_end24.i
-
-if_end24.i:                                       ; preds = %if_then23.i, %if_end22.i
-  %cse_v1859.in.i = phi i32 [ %cse_v8.i, %if_then23.i ], [ %188, %if_end22.i ]
-  %cse_v1859.i = or i32 %cse_v1859.in.i, 256
-  %194 = getelementptr i8, ptr %156, i64 1024
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
-  %196 = zext nneg i32 %cse_v1859.i to i64
-  %197 = getelementptr inbounds nuw float, ptr %acc.i, i64 %196
-  %198 = load <16 x float>, ptr %197, align 4, !tbaa !5
-  %199 = fmul <16 x float> %136, %198
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %195, <16 x float> %199)
-  store <16 x float> %200, ptr %197, align 4, !tbaa !5
-  %201 = or disjoint i64 %154, 272
-  %202 = getelementptr i8, ptr %156, i64 1536
-  %203 = getelementptr inbounds nuw i8, ptr %155, i64 1600
-  br i1 %44, label %if_then29.i, label %if_end28.if_end30_crit_edge.i, !prof !8
-
-if_end28.if_end30_crit_edge.i:                    ; preds = %if_end24.i
-  %204 = getelementptr i8, ptr %156, i64 1088
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
-  %208 = fmul <16 x float> %136, %207
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %205, <16 x float> %208)
-  store <16 x float> %209, ptr %206, align 4, !tbaa !5
-  %210 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %cse_v2062.i = and i64 %154, 4294966880
-  %211 = getelementptr inbounds nuw float, ptr %acc.i, i64 %cse_v2062.i
-  %212 = getelementptr inbounds nuw i8, ptr %211, i64 1536
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
-  %214 = fmul <16 x float> %145, %213
-  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %210, <16 x float> %214)
-  store <16 x float> %215, ptr %212, align 4, !tbaa !5
-  %.pre112.i = load <16 x float>, ptr %203, align 4, !tbaa !5
-  br label %if_end30.i
-
-if_then29.i:                                      ; preds = %if_end24.i
-  %216 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
-  store <16 x float> zeroinitializer, ptr %216, align 4, !tbaa !5
-  %217 = getelementptr i8, ptr %156, i64 1088
-  %218 = load <16 x float>, ptr %217, align 4, !tbaa !5
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %218, <16 x float> %149)
-  store <16 x float> %219, ptr %216, align 4, !tbaa !5
-  %220 = getelementptr inbounds nuw i8, ptr %155, i64 1536
-  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !5
-  %cse_v2062.i30 = or i32 %cse_v8.i, 384
-  %221 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %222 = zext nneg i32 %cse_v2062.i30 to i64
-  %223 = getelementptr inbounds nuw float, ptr %acc.i, i64 %222
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = fmul <16 x float> %145, %224
-  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %221, <16 x float> %225)
-  store <16 x float> %226, ptr %223, align 4, !tbaa !5
-  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !5
-  br label %if_end30.i
-
-if_end30.i:                                       ; preds = %if_then29.i, %if_end28.if_end30_crit_edge.i
-  %227 = phi <16 x float> [ %.pre112.i, %if_end28.if_end30_crit_edge.i ], [ zeroinitializer, %if_then29.i ]
-  %228 = getelementptr i8, ptr %156, i64 1600
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
-  %230 = fmul <16 x float> %145, %227
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %229, <16 x float> %230)
-  store <16 x float> %231, ptr %203, align 4, !tbaa !5
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %279 = shl nuw nsw i64 %indvars.iv.i, 2
+  %280 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %279
+  %281 = load float, ptr %280, align 16, !tbaa !73
+  %282 = insertelement <16 x float> poison, float %281, i64 0
+  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
+  %284 = shl nuw nsw i64 %indvars.iv.i, 9
+  %285 = getelementptr float, ptr %107, i64 %284
+  %286 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %279
+  %287 = load float, ptr %286, align 16, !tbaa !74
+  %288 = insertelement <16 x float> poison, float %287, i64 0
+  %289 = shufflevector <16 x float> %288, <16 x float> poison, <16 x i32> zeroinitializer
+  %290 = or disjoint i64 %279, 1
+  %291 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %290
+  %292 = load float, ptr %291, align 4, !tbaa !73
+  %293 = insertelement <16 x float> poison, float %292, i64 0
+  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
+  %295 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %290
+  %296 = load float, ptr %295, align 4, !tbaa !74
+  %297 = insertelement <16 x float> poison, float %296, i64 0
+  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
+  %299 = or disjoint i64 %279, 2
+  %300 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %299
+  %301 = load float, ptr %300, align 8, !tbaa !73
+  %302 = insertelement <16 x float> poison, float %301, i64 0
+  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
+  %304 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %299
+  %305 = load float, ptr %304, align 8, !tbaa !74
+  %306 = insertelement <16 x float> poison, float %305, i64 0
+  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
+  %308 = or disjoint i64 %279, 3
+  %309 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %308
+  %310 = load float, ptr %309, align 4, !tbaa !73
+  %311 = insertelement <16 x float> poison, float %310, i64 0
+  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
+  %313 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %308
+  %314 = load float, ptr %313, align 4, !tbaa !74
+  %315 = insertelement <16 x float> poison, float %314, i64 0
+  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
+  %317 = getelementptr inbounds nuw float, ptr %acc.i, i64 %284
+  %.pre.i = load <16 x float>, ptr %317, align 4, !tbaa !5
+  %.pre115.i = fmul <16 x float> %289, %.pre.i
+  %318 = load <16 x float>, ptr %285, align 4, !tbaa !5
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %318, <16 x float> %.pre115.i)
+  store <16 x float> %319, ptr %317, align 4, !tbaa !5
+  %320 = getelementptr i8, ptr %285, i64 64
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %322 = getelementptr inbounds nuw i8, ptr %317, i64 64
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %324 = fmul <16 x float> %289, %323
+  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %321, <16 x float> %324)
+  store <16 x float> %325, ptr %322, align 4, !tbaa !5
+  %.phi.trans.insert83.i = getelementptr inbounds nuw i8, ptr %317, i64 512
+  %.pre84.i = load <16 x float>, ptr %.phi.trans.insert83.i, align 4, !tbaa !5
+  %.pre116.i = fmul <16 x float> %298, %.pre84.i
+  %326 = getelementptr i8, ptr %285, i64 512
+  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %327, <16 x float> %.pre116.i)
+  store <16 x float> %328, ptr %.phi.trans.insert83.i, align 4, !tbaa !5
+  %329 = getelementptr i8, ptr %285, i64 576
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %331 = getelementptr inbounds nuw i8, ptr %317, i64 576
+  %332 = load <16 x float>, ptr %331, align 4, !tbaa !5
+  %333 = fmul <16 x float> %298, %332
+  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %330, <16 x float> %333)
+  store <16 x float> %334, ptr %331, align 4, !tbaa !5
+  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %317, i64 1024
+  %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
+  %.pre118.i = fmul <16 x float> %307, %.pre86.i
+  %335 = getelementptr i8, ptr %285, i64 1024
+  %336 = load <16 x float>, ptr %335, align 4, !tbaa !5
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %336, <16 x float> %.pre118.i)
+  store <16 x float> %337, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
+  %338 = getelementptr i8, ptr %285, i64 1088
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
+  %340 = getelementptr inbounds nuw i8, ptr %317, i64 1088
+  %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
+  %342 = fmul <16 x float> %307, %341
+  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %339, <16 x float> %342)
+  store <16 x float> %343, ptr %340, align 4, !tbaa !5
+  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %317, i64 1536
+  %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %344 = getelementptr i8, ptr %285, i64 1536
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !5
+  %346 = fmul <16 x float> %316, %.pre88.i
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %345, <16 x float> %346)
+  store <16 x float> %347, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %317, i64 1600
+  %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %348 = getelementptr i8, ptr %285, i64 1600
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
+  %350 = fmul <16 x float> %316, %.pre90.i
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %349, <16 x float> %350)
+  store <16 x float> %351, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %352 = getelementptr i8, ptr %285, i64 128
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
+  %354 = getelementptr inbounds nuw i8, ptr %317, i64 128
+  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
+  %356 = fmul <16 x float> %289, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 4, !tbaa !5
+  %358 = getelementptr i8, ptr %285, i64 192
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
+  %360 = getelementptr inbounds nuw i8, ptr %317, i64 192
+  %361 = load <16 x float>, ptr %360, align 4, !tbaa !5
+  %362 = fmul <16 x float> %289, %361
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %359, <16 x float> %362)
+  store <16 x float> %363, ptr %360, align 4, !tbaa !5
+  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %317, i64 640
+  %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %.pre120.i = fmul <16 x float> %298, %.pre92.i
+  %364 = getelementptr i8, ptr %285, i64 640
+  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %365, <16 x float> %.pre120.i)
+  store <16 x float> %366, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %367 = getelementptr i8, ptr %285, i64 704
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %369 = getelementptr inbounds nuw i8, ptr %317, i64 704
+  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
+  %371 = fmul <16 x float> %298, %370
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %368, <16 x float> %371)
+  store <16 x float> %372, ptr %369, align 4, !tbaa !5
+  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %317, i64 1152
+  %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %.pre122.i = fmul <16 x float> %307, %.pre94.i
+  %373 = getelementptr i8, ptr %285, i64 1152
+  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %374, <16 x float> %.pre122.i)
+  store <16 x float> %375, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %376 = getelementptr i8, ptr %285, i64 1216
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %378 = getelementptr inbounds nuw i8, ptr %317, i64 1216
+  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
+  %380 = fmul <16 x float> %307, %379
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %377, <16 x float> %380)
+  store <16 x float> %381, ptr %378, align 4, !tbaa !5
+  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %317, i64 1664
+  %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %382 = getelementptr i8, ptr %285, i64 1664
+  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
+  %384 = fmul <16 x float> %316, %.pre96.i
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %383, <16 x float> %384)
+  store <16 x float> %385, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %317, i64 1728
+  %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %386 = getelementptr i8, ptr %285, i64 1728
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
+  %388 = fmul <16 x float> %316, %.pre98.i
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %387, <16 x float> %388)
+  store <16 x float> %389, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %390 = getelementptr i8, ptr %285, i64 256
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw i8, ptr %317, i64 256
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
+  %394 = fmul <16 x float> %289, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 4, !tbaa !5
+  %396 = getelementptr i8, ptr %285, i64 320
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
+  %398 = getelementptr inbounds nuw i8, ptr %317, i64 320
+  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
+  %400 = fmul <16 x float> %289, %399
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %397, <16 x float> %400)
+  store <16 x float> %401, ptr %398, align 4, !tbaa !5
+  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %317, i64 768
+  %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %.pre124.i = fmul <16 x float> %298, %.pre100.i
+  %402 = getelementptr i8, ptr %285, i64 768
+  %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %403, <16 x float> %.pre124.i)
+  store <16 x float> %404, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %405 = getelementptr i8, ptr %285, i64 832
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %407 = getelementptr inbounds nuw i8, ptr %317, i64 832
+  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
+  %409 = fmul <16 x float> %298, %408
+  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %406, <16 x float> %409)
+  store <16 x float> %410, ptr %407, align 4, !tbaa !5
+  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %317, i64 1280
+  %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %.pre126.i = fmul <16 x float> %307, %.pre102.i
+  %411 = getelementptr i8, ptr %285, i64 1280
+  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %412, <16 x float> %.pre126.i)
+  store <16 x float> %413, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %414 = getelementptr i8, ptr %285, i64 1344
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %416 = getelementptr inbounds nuw i8, ptr %317, i64 1344
+  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
+  %418 = fmul <16 x float> %307, %417
+  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %415, <16 x float> %418)
+  store <16 x float> %419, ptr %416, align 4, !tbaa !5
+  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %317, i64 1792
+  %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %420 = getelementptr i8, ptr %285, i64 1792
+  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
+  %422 = fmul <16 x float> %316, %.pre104.i
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %421, <16 x float> %422)
+  store <16 x float> %423, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %317, i64 1856
+  %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %424 = getelementptr i8, ptr %285, i64 1856
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
+  %426 = fmul <16 x float> %316, %.pre106.i
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %425, <16 x float> %426)
+  store <16 x float> %427, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %428 = getelementptr i8, ptr %285, i64 384
+  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
+  %430 = getelementptr inbounds nuw i8, ptr %317, i64 384
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
+  %432 = fmul <16 x float> %289, %431
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %429, <16 x float> %432)
+  store <16 x float> %433, ptr %430, align 4, !tbaa !5
+  %434 = getelementptr i8, ptr %285, i64 448
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
+  %436 = getelementptr inbounds nuw i8, ptr %317, i64 448
+  %437 = load <16 x float>, ptr %436, align 4, !tbaa !5
+  %438 = fmul <16 x float> %289, %437
+  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %435, <16 x float> %438)
+  store <16 x float> %439, ptr %436, align 4, !tbaa !5
+  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %317, i64 896
+  %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %.pre128.i = fmul <16 x float> %298, %.pre108.i
+  %440 = getelementptr i8, ptr %285, i64 896
+  %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %441, <16 x float> %.pre128.i)
+  store <16 x float> %442, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %443 = getelementptr i8, ptr %285, i64 960
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
+  %445 = getelementptr inbounds nuw i8, ptr %317, i64 960
+  %446 = load <16 x float>, ptr %445, align 4, !tbaa !5
+  %447 = fmul <16 x float> %298, %446
+  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %444, <16 x float> %447)
+  store <16 x float> %448, ptr %445, align 4, !tbaa !5
+  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %317, i64 1408
+  %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %.pre130.i = fmul <16 x float> %307, %.pre110.i
+  %449 = getelementptr i8, ptr %285, i64 1408
+  %450 = load <16 x float>, ptr %449, align 4, !tbaa !5
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %450, <16 x float> %.pre130.i)
+  store <16 x float> %451, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %452 = getelementptr i8, ptr %285, i64 1472
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
+  %454 = getelementptr inbounds nuw i8, ptr %317, i64 1472
+  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
+  %456 = fmul <16 x float> %307, %455
+  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %453, <16 x float> %456)
+  store <16 x float> %457, ptr %454, align 4, !tbaa !5
+  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %317, i64 1920
+  %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %458 = getelementptr i8, ptr %285, i64 1920
+  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
+  %460 = fmul <16 x float> %316, %.pre112.i
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %459, <16 x float> %460)
+  store <16 x float> %461, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %317, i64 1984
+  %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
+  %462 = getelementptr i8, ptr %285, i64 1984
+  %463 = load <16 x float>, ptr %462, align 4, !tbaa !5
+  %464 = fmul <16 x float> %316, %.pre114.i
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %463, <16 x float> %464)
+  store <16 x float> %465, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !17
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
+
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
+  %466 = fmul <32 x float> %old_sum.i, %82
+  %467 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %54, <32 x float> %466)
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
+  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
 for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
-  %indvars.iv103.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next104.i, %for_begin_d_031.preheader.i ]
-  %232 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv103.i
-  %233 = load float, ptr %232, align 4, !tbaa !82
-  %234 = insertelement <16 x float> poison, float %233, i64 0
-  %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
-  %236 = mul nsw i64 %indvars.iv103.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %107, i64 %236
-  %.idx = shl nuw nsw i64 %indvars.iv103.i, 9
-  %237 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
-  %239 = fmul <16 x float> %238, %235
-  %240 = bitcast <16 x float> %239 to <16 x i32>
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = and <16 x i32> %241, splat (i32 1)
-  %243 = add nuw <16 x i32> %240, splat (i32 32767)
-  %244 = add nuw <16 x i32> %243, %242
-  %245 = lshr <16 x i32> %244, splat (i32 16)
-  %246 = trunc nuw <16 x i32> %245 to <16 x i16>
-  store <16 x i16> %246, ptr %invariant.gep.i, align 2, !tbaa !5
-  %247 = getelementptr inbounds nuw i8, ptr %237, i64 64
-  %248 = load <16 x float>, ptr %247, align 4, !tbaa !5
-  %249 = fmul <16 x float> %235, %248
-  %250 = bitcast <16 x float> %249 to <16 x i32>
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = and <16 x i32> %251, splat (i32 1)
-  %253 = add nuw <16 x i32> %250, splat (i32 32767)
-  %254 = add nuw <16 x i32> %253, %252
-  %255 = lshr <16 x i32> %254, splat (i32 16)
-  %256 = trunc nuw <16 x i32> %255 to <16 x i16>
+  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_031.preheader.i ]
+  %468 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv75.i
+  %469 = load float, ptr %468, align 4, !tbaa !81
+  %470 = insertelement <16 x float> poison, float %469, i64 0
+  %471 = shufflevector <16 x float> %470, <16 x float> poison, <16 x i32> zeroinitializer
+  %472 = mul nsw i64 %indvars.iv75.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %278, i64 %472
+  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
+  %473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
+  %475 = fmul <16 x float> %474, %471
+  %476 = bitcast <16 x float> %475 to <16 x i32>
+  %477 = lshr <16 x i32> %476, splat (i32 16)
+  %478 = and <16 x i32> %477, splat (i32 1)
+  %479 = add nuw <16 x i32> %476, splat (i32 32767)
+  %480 = add nuw <16 x i32> %479, %478
+  %481 = lshr <16 x i32> %480, splat (i32 16)
+  %482 = trunc nuw <16 x i32> %481 to <16 x i16>
+  store <16 x i16> %482, ptr %invariant.gep.i, align 2, !tbaa !5
+  %483 = getelementptr inbounds nuw i8, ptr %473, i64 64
+  %484 = load <16 x float>, ptr %483, align 4, !tbaa !5
+  %485 = fmul <16 x float> %471, %484
+  %486 = bitcast <16 x float> %485 to <16 x i32>
+  %487 = lshr <16 x i32> %486, splat (i32 16)
+  %488 = and <16 x i32> %487, splat (i32 1)
+  %489 = add nuw <16 x i32> %486, splat (i32 32767)
+  %490 = add nuw <16 x i32> %489, %488
+  %491 = lshr <16 x i32> %490, splat (i32 16)
+  %492 = trunc nuw <16 x i32> %491 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %256, ptr %gep.1.i, align 2, !tbaa !5
-  %257 = getelementptr inbounds nuw i8, ptr %237, i64 128
-  %258 = load <16 x float>, ptr %257, align 4, !tbaa !5
-  %259 = fmul <16 x float> %235, %258
-  %260 = bitcast <16 x float> %259 to <16 x i32>
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = and <16 x i32> %261, splat (i32 1)
-  %263 = add nuw <16 x i32> %260, splat (i32 32767)
-  %264 = add nuw <16 x i32> %263, %262
-  %265 = lshr <16 x i32> %264, splat (i32 16)
-  %266 = trunc nuw <16 x i32> %265 to <16 x i16>
+  store <16 x i16> %492, ptr %gep.1.i, align 2, !tbaa !5
+  %493 = getelementptr inbounds nuw i8, ptr %473, i64 128
+  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
+  %495 = fmul <16 x float> %471, %494
+  %496 = bitcast <16 x float> %495 to <16 x i32>
+  %497 = lshr <16 x i32> %496, splat (i32 16)
+  %498 = and <16 x i32> %497, splat (i32 1)
+  %499 = add nuw <16 x i32> %496, splat (i32 32767)
+  %500 = add nuw <16 x i32> %499, %498
+  %501 = lshr <16 x i32> %500, splat (i32 16)
+  %502 = trunc nuw <16 x i32> %501 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %266, ptr %gep.2.i, align 2, !tbaa !5
-  %267 = getelementptr inbounds nuw i8, ptr %237, i64 192
-  %268 = load <16 x float>, ptr %267, align 4, !tbaa !5
-  %269 = fmul <16 x float> %235, %268
-  %270 = bitcast <16 x float> %269 to <16 x i32>
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = and <16 x i32> %271, splat (i32 1)
-  %273 = add nuw <16 x i32> %270, splat (i32 32767)
-  %274 = add nuw <16 x i32> %273, %272
-  %275 = lshr <16 x i32> %274, splat (i32 16)
-  %276 = trunc nuw <16 x i32> %275 to <16 x i16>
+  store <16 x i16> %502, ptr %gep.2.i, align 2, !tbaa !5
+  %503 = getelementptr inbounds nuw i8, ptr %473, i64 192
+  %504 = load <16 x float>, ptr %503, align 4, !tbaa !5
+  %505 = fmul <16 x float> %471, %504
+  %506 = bitcast <16 x float> %505 to <16 x i32>
+  %507 = lshr <16 x i32> %506, splat (i32 16)
+  %508 = and <16 x i32> %507, splat (i32 1)
+  %509 = add nuw <16 x i32> %506, splat (i32 32767)
+  %510 = add nuw <16 x i32> %509, %508
+  %511 = lshr <16 x i32> %510, splat (i32 16)
+  %512 = trunc nuw <16 x i32> %511 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %276, ptr %gep.3.i, align 2, !tbaa !5
-  %277 = getelementptr inbounds nuw i8, ptr %237, i64 256
-  %278 = load <16 x float>, ptr %277, align 4, !tbaa !5
-  %279 = fmul <16 x float> %235, %278
-  %280 = bitcast <16 x float> %279 to <16 x i32>
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = and <16 x i32> %281, splat (i32 1)
-  %283 = add nuw <16 x i32> %280, splat (i32 32767)
-  %284 = add nuw <16 x i32> %283, %282
-  %285 = lshr <16 x i32> %284, splat (i32 16)
-  %286 = trunc nuw <16 x i32> %285 to <16 x i16>
+  store <16 x i16> %512, ptr %gep.3.i, align 2, !tbaa !5
+  %513 = getelementptr inbounds nuw i8, ptr %473, i64 256
+  %514 = load <16 x float>, ptr %513, align 4, !tbaa !5
+  %515 = fmul <16 x float> %471, %514
+  %516 = bitcast <16 x float> %515 to <16 x i32>
+  %517 = lshr <16 x i32> %516, splat (i32 16)
+  %518 = and <16 x i32> %517, splat (i32 1)
+  %519 = add nuw <16 x i32> %516, splat (i32 32767)
+  %520 = add nuw <16 x i32> %519, %518
+  %521 = lshr <16 x i32> %520, splat (i32 16)
+  %522 = trunc nuw <16 x i32> %521 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %286, ptr %gep.4.i, align 2, !tbaa !5
-  %287 = getelementptr inbounds nuw i8, ptr %237, i64 320
-  %288 = load <16 x float>, ptr %287, align 4, !tbaa !5
-  %289 = fmul <16 x float> %235, %288
-  %290 = bitcast <16 x float> %289 to <16 x i32>
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = and <16 x i32> %291, splat (i32 1)
-  %293 = add nuw <16 x i32> %290, splat (i32 32767)
-  %294 = add nuw <16 x i32> %293, %292
-  %295 = lshr <16 x i32> %294, splat (i32 16)
-  %296 = trunc nuw <16 x i32> %295 to <16 x i16>
+  store <16 x i16> %522, ptr %gep.4.i, align 2, !tbaa !5
+  %523 = getelementptr inbounds nuw i8, ptr %473, i64 320
+  %524 = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %525 = fmul <16 x float> %471, %524
+  %526 = bitcast <16 x float> %525 to <16 x i32>
+  %527 = lshr <16 x i32> %526, splat (i32 16)
+  %528 = and <16 x i32> %527, splat (i32 1)
+  %529 = add nuw <16 x i32> %526, splat (i32 32767)
+  %530 = add nuw <16 x i32> %529, %528
+  %531 = lshr <16 x i32> %530, splat (i32 16)
+  %532 = trunc nuw <16 x i32> %531 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %296, ptr %gep.5.i, align 2, !tbaa !5
-  %297 = getelementptr inbounds nuw i8, ptr %237, i64 384
-  %298 = load <16 x float>, ptr %297, align 4, !tbaa !5
-  %299 = fmul <16 x float> %235, %298
-  %300 = bitcast <16 x float> %299 to <16 x i32>
-  %301 = lshr <16 x i32> %300, splat (i32 16)
-  %302 = and <16 x i32> %301, splat (i32 1)
-  %303 = add nuw <16 x i32> %300, splat (i32 32767)
-  %304 = add nuw <16 x i32> %303, %302
-  %305 = lshr <16 x i32> %304, splat (i32 16)
-  %306 = trunc nuw <16 x i32> %305 to <16 x i16>
+  store <16 x i16> %532, ptr %gep.5.i, align 2, !tbaa !5
+  %533 = getelementptr inbounds nuw i8, ptr %473, i64 384
+  %534 = load <16 x float>, ptr %533, align 4, !tbaa !5
+  %535 = fmul <16 x float> %471, %534
+  %536 = bitcast <16 x float> %535 to <16 x i32>
+  %537 = lshr <16 x i32> %536, splat (i32 16)
+  %538 = and <16 x i32> %537, splat (i32 1)
+  %539 = add nuw <16 x i32> %536, splat (i32 32767)
+  %540 = add nuw <16 x i32> %539, %538
+  %541 = lshr <16 x i32> %540, splat (i32 16)
+  %542 = trunc nuw <16 x i32> %541 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %306, ptr %gep.6.i, align 2, !tbaa !5
-  %307 = getelementptr inbounds nuw i8, ptr %237, i64 448
-  %308 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %309 = fmul <16 x float> %235, %308
-  %310 = bitcast <16 x float> %309 to <16 x i32>
-  %311 = lshr <16 x i32> %310, splat (i32 16)
-  %312 = and <16 x i32> %311, splat (i32 1)
-  %313 = add nuw <16 x i32> %310, splat (i32 32767)
-  %314 = add nuw <16 x i32> %313, %312
-  %315 = lshr <16 x i32> %314, splat (i32 16)
-  %316 = trunc nuw <16 x i32> %315 to <16 x i16>
+  store <16 x i16> %542, ptr %gep.6.i, align 2, !tbaa !5
+  %543 = getelementptr inbounds nuw i8, ptr %473, i64 448
+  %544 = load <16 x float>, ptr %543, align 4, !tbaa !5
+  %545 = fmul <16 x float> %471, %544
+  %546 = bitcast <16 x float> %545 to <16 x i32>
+  %547 = lshr <16 x i32> %546, splat (i32 16)
+  %548 = and <16 x i32> %547, splat (i32 1)
+  %549 = add nuw <16 x i32> %546, splat (i32 32767)
+  %550 = add nuw <16 x i32> %549, %548
+  %551 = lshr <16 x i32> %550, splat (i32 16)
+  %552 = trunc nuw <16 x i32> %551 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %316, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next104.i = add nuw nsw i64 %indvars.iv103.i, 1
-  %exitcond106.not.i = icmp eq i64 %indvars.iv.next104.i, 32
-  br i1 %exitcond106.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !17
+  store <16 x i16> %552, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 32
+  br i1 %exitcond78.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !16
 
 for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
-  %317 = mul nsw i64 %lse_batch, %cse_v6.i
-  %318 = getelementptr float, ptr %lse, i64 %317
+  %553 = mul nsw i64 %lse_batch, %276
+  %554 = getelementptr float, ptr %lse, i64 %553
   br label %for_body_r37.i
 
 for_body_r37.i:                                   ; preds = %if_end42.i.3, %for_begin_r36.preheader.i
-  %indvars.iv107.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next108.i.3, %if_end42.i.3 ]
-  %319 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv107.i
-  %320 = load float, ptr %319, align 16, !tbaa !83
-  %321 = fcmp oeq float %320, 0.000000e+00
-  br i1 %321, label %if_end42.i, label %if_else.i
+  %indvars.iv79.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next80.i.3, %if_end42.i.3 ]
+  %555 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv79.i
+  %556 = load float, ptr %555, align 16, !tbaa !82
+  %557 = fcmp oeq float %556, 0.000000e+00
+  br i1 %557, label %if_end42.i, label %if_else.i
 
 for_end_r38.i:                                    ; preds = %if_end42.i.3
-  %322 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %323 = tail call i32 %322(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %323, 0
+  %558 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %559 = tail call i32 %558(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %559, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r37.i
-  %324 = tail call float @llvm.log.f32(float %320)
-  %325 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv107.i
-  %326 = load float, ptr %325, align 16, !tbaa !85
-  %327 = fadd float %324, %326
+  %560 = tail call float @llvm.log.f32(float %556)
+  %561 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv79.i
+  %562 = load float, ptr %561, align 16, !tbaa !84
+  %563 = fadd float %560, %562
   br label %if_end42.i
 
 if_end42.i:                                       ; preds = %if_else.i, %for_body_r37.i
-  %328 = phi float [ %327, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
-  %329 = getelementptr float, ptr %318, i64 %indvars.iv107.i
-  store float %328, ptr %329, align 4, !tbaa !5
-  %indvars.iv.next108.i = or disjoint i64 %indvars.iv107.i, 1
-  %330 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i
-  %331 = load float, ptr %330, align 4, !tbaa !83
-  %332 = fcmp oeq float %331, 0.000000e+00
-  br i1 %332, label %if_end42.i.1, label %if_else.i.1
+  %564 = phi float [ %563, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
+  %565 = getelementptr float, ptr %554, i64 %indvars.iv79.i
+  store float %564, ptr %565, align 4, !tbaa !5
+  %indvars.iv.next80.i = or disjoint i64 %indvars.iv79.i, 1
+  %566 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i
+  %567 = load float, ptr %566, align 4, !tbaa !82
+  %568 = fcmp oeq float %567, 0.000000e+00
+  br i1 %568, label %if_end42.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end42.i
-  %333 = tail call float @llvm.log.f32(float %331)
-  %334 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i
-  %335 = load float, ptr %334, align 4, !tbaa !85
-  %336 = fadd float %333, %335
+  %569 = tail call float @llvm.log.f32(float %567)
+  %570 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i
+  %571 = load float, ptr %570, align 4, !tbaa !84
+  %572 = fadd float %569, %571
   br label %if_end42.i.1
 
 if_end42.i.1:                                     ; preds = %if_else.i.1, %if_end42.i
-  %337 = phi float [ %336, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
-  %338 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i
-  store float %337, ptr %338, align 4, !tbaa !5
-  %indvars.iv.next108.i.1 = or disjoint i64 %indvars.iv107.i, 2
-  %339 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i.1
-  %340 = load float, ptr %339, align 8, !tbaa !83
-  %341 = fcmp oeq float %340, 0.000000e+00
-  br i1 %341, label %if_end42.i.2, label %if_else.i.2
+  %573 = phi float [ %572, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
+  %574 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i
+  store float %573, ptr %574, align 4, !tbaa !5
+  %indvars.iv.next80.i.1 = or disjoint i64 %indvars.iv79.i, 2
+  %575 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.1
+  %576 = load float, ptr %575, align 8, !tbaa !82
+  %577 = fcmp oeq float %576, 0.000000e+00
+  br i1 %577, label %if_end42.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end42.i.1
-  %342 = tail call float @llvm.log.f32(float %340)
-  %343 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i.1
-  %344 = load float, ptr %343, align 8, !tbaa !85
-  %345 = fadd float %342, %344
+  %578 = tail call float @llvm.log.f32(float %576)
+  %579 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.1
+  %580 = load float, ptr %579, align 8, !tbaa !84
+  %581 = fadd float %578, %580
   br label %if_end42.i.2
 
 if_end42.i.2:                                     ; preds = %if_else.i.2, %if_end42.i.1
-  %346 = phi float [ %345, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
-  %347 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i.1
-  store float %346, ptr %347, align 4, !tbaa !5
-  %indvars.iv.next108.i.2 = or disjoint i64 %indvars.iv107.i, 3
-  %348 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i.2
-  %349 = load float, ptr %348, align 4, !tbaa !83
-  %350 = fcmp oeq float %349, 0.000000e+00
-  br i1 %350, label %if_end42.i.3, label %if_else.i.3
+  %582 = phi float [ %581, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
+  %583 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.1
+  store float %582, ptr %583, align 4, !tbaa !5
+  %indvars.iv.next80.i.2 = or disjoint i64 %indvars.iv79.i, 3
+  %584 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.2
+  %585 = load float, ptr %584, align 4, !tbaa !82
+  %586 = fcmp oeq float %585, 0.000000e+00
+  br i1 %586, label %if_end42.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end42.i.2
-  %351 = tail call float @llvm.log.f32(float %349)
-  %352 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i.2
-  %353 = load float, ptr %352, align 4, !tbaa !85
-  %354 = fadd float %351, %353
+  %587 = tail call float @llvm.log.f32(float %585)
+  %588 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.2
+  %589 = load float, ptr %588, align 4, !tbaa !84
+  %590 = fadd float %587, %589
   br label %if_end42.i.3
 
 if_end42.i.3:                                     ; preds = %if_else.i.3, %if_end42.i.2
-  %355 = phi float [ %354, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
-  %356 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i.2
-  store float %355, ptr %356, align 4, !tbaa !5
-  %indvars.iv.next108.i.3 = add nuw nsw i64 %indvars.iv107.i, 4
-  %exitcond110.not.i.3 = icmp eq i64 %indvars.iv.next108.i.3, 32
-  br i1 %exitcond110.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !17, !llvm.loop !87
+  %591 = phi float [ %590, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
+  %592 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.2
+  store float %591, ptr %592, align 4, !tbaa !5
+  %indvars.iv.next80.i.3 = add nuw nsw i64 %indvars.iv79.i, 4
+  %exitcond82.not.i.3 = icmp eq i64 %indvars.iv.next80.i.3, 32
+  br i1 %exitcond82.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !16, !llvm.loop !86
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r38.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r38.i ]
@@ -5437,78 +5509,77 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = distinct !{!14, !11}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"ctx_ptr", !7, i64 0}
-!17 = !{!"branch_weights", i32 1, i32 1048575}
-!18 = !{!"branch_weights", i32 1, i32 1048576}
-!19 = distinct !{!19, !20}
-!20 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!21 = distinct !{!21, !20}
-!22 = !{!"branch_weights", i32 6096, i32 2147477552}
-!23 = !{!"branch_weights", i32 8128, i32 2147475520}
-!24 = distinct !{!24, !25}
-!25 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!26 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!27 = distinct !{!27, !28, !29}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!29 = !{!"llvm.loop.unroll.disable"}
-!30 = distinct !{!30, !25}
-!31 = distinct !{!31, !28, !29}
-!32 = distinct !{!32, !25}
-!33 = distinct !{!33, !28, !29}
-!34 = distinct !{!34, !25}
-!35 = distinct !{!35, !28, !29}
-!36 = !{!"branch_weights", i32 14224, i32 2147469424}
-!37 = !{!"branch_weights", i32 16256, i32 2147467392}
-!38 = distinct !{!38, !39}
-!39 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!40 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!41 = distinct !{!41, !28, !29}
-!42 = distinct !{!42, !39}
-!43 = distinct !{!43, !28, !29}
-!44 = distinct !{!44, !39}
-!45 = distinct !{!45, !28, !29}
-!46 = distinct !{!46, !39}
-!47 = distinct !{!47, !28, !29}
-!48 = distinct !{!48, !39}
-!49 = distinct !{!49, !28, !29}
-!50 = distinct !{!50, !39}
-!51 = distinct !{!51, !28, !29}
-!52 = distinct !{!52, !39}
-!53 = distinct !{!53, !28, !29}
-!54 = distinct !{!54, !39}
-!55 = distinct !{!55, !28, !29}
-!56 = !{!57, !57, i64 0}
-!57 = !{!"buffer0", !7, i64 0}
-!58 = !{!59, !59, i64 0}
-!59 = !{!"buffer1", !7, i64 0}
-!60 = !{!"branch_weights", i32 1, i32 127}
-!61 = distinct !{!61, !11}
-!62 = !{!63, !63, i64 0}
-!63 = !{!"buffer2.w128.b0", !64, i64 0}
-!64 = !{!"buffer2.w256.b0", !65, i64 0}
-!65 = !{!"buffer2.w512.b0", !66, i64 0}
-!66 = !{!"buffer2.w1024.b0", !67, i64 0}
-!67 = !{!"buffer2", !7, i64 0}
-!68 = !{!69, !69, i64 0}
-!69 = !{!"buffer3.w128.b0", !70, i64 0}
-!70 = !{!"buffer3.w256.b0", !71, i64 0}
-!71 = !{!"buffer3.w512.b0", !72, i64 0}
-!72 = !{!"buffer3.w1024.b0", !73, i64 0}
-!73 = !{!"buffer3", !7, i64 0}
-!74 = !{!75, !75, i64 0}
-!75 = !{!"buffer4.w128.b0", !76, i64 0}
-!76 = !{!"buffer4.w256.b0", !77, i64 0}
-!77 = !{!"buffer4.w512.b0", !78, i64 0}
-!78 = !{!"buffer4.w1024.b0", !79, i64 0}
-!79 = !{!"buffer4", !7, i64 0}
-!80 = !{!73, !73, i64 0}
-!81 = !{!67, !67, i64 0}
-!82 = !{!79, !79, i64 0}
-!83 = !{!84, !84, i64 0}
-!84 = !{!"buffer5", !7, i64 0}
-!85 = !{!86, !86, i64 0}
-!86 = !{!"buffer6", !7, i64 0}
-!87 = distinct !{!87, !88}
-!88 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"ctx_ptr", !7, i64 0}
+!16 = !{!"branch_weights", i32 1, i32 1048575}
+!17 = !{!"branch_weights", i32 1, i32 1048576}
+!18 = !{!19, !19, i64 0}
+!19 = !{!"buffer0", !7, i64 0}
+!20 = !{!21, !21, i64 0}
+!21 = !{!"buffer1", !7, i64 0}
+!22 = distinct !{!22, !23}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!24 = distinct !{!24, !23}
+!25 = !{!"branch_weights", i32 6096, i32 2147477552}
+!26 = !{!"branch_weights", i32 8128, i32 2147475520}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!29 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!30 = distinct !{!30, !31, !32}
+!31 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!32 = !{!"llvm.loop.unroll.disable"}
+!33 = distinct !{!33, !28}
+!34 = distinct !{!34, !31, !32}
+!35 = distinct !{!35, !28}
+!36 = distinct !{!36, !31, !32}
+!37 = distinct !{!37, !28}
+!38 = distinct !{!38, !31, !32}
+!39 = !{!"branch_weights", i32 14224, i32 2147469424}
+!40 = !{!"branch_weights", i32 16256, i32 2147467392}
+!41 = distinct !{!41, !42}
+!42 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!43 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!44 = distinct !{!44, !31, !32}
+!45 = distinct !{!45, !42}
+!46 = distinct !{!46, !31, !32}
+!47 = distinct !{!47, !42}
+!48 = distinct !{!48, !31, !32}
+!49 = distinct !{!49, !42}
+!50 = distinct !{!50, !31, !32}
+!51 = distinct !{!51, !42}
+!52 = distinct !{!52, !31, !32}
+!53 = distinct !{!53, !42}
+!54 = distinct !{!54, !31, !32}
+!55 = distinct !{!55, !42}
+!56 = distinct !{!56, !31, !32}
+!57 = distinct !{!57, !42}
+!58 = distinct !{!58, !31, !32}
+!59 = !{!"branch_weights", i32 1, i32 127}
+!60 = distinct !{!60, !11}
+!61 = !{!62, !62, i64 0}
+!62 = !{!"buffer2.w128.b0", !63, i64 0}
+!63 = !{!"buffer2.w256.b0", !64, i64 0}
+!64 = !{!"buffer2.w512.b0", !65, i64 0}
+!65 = !{!"buffer2.w1024.b0", !66, i64 0}
+!66 = !{!"buffer2", !7, i64 0}
+!67 = !{!68, !68, i64 0}
+!68 = !{!"buffer3.w128.b0", !69, i64 0}
+!69 = !{!"buffer3.w256.b0", !70, i64 0}
+!70 = !{!"buffer3.w512.b0", !71, i64 0}
+!71 = !{!"buffer3.w1024.b0", !72, i64 0}
+!72 = !{!"buffer3", !7, i64 0}
+!73 = !{!72, !72, i64 0}
+!74 = !{!66, !66, i64 0}
+!75 = !{!76, !76, i64 0}
+!76 = !{!"buffer4.w128.b0", !77, i64 0}
+!77 = !{!"buffer4.w256.b0", !78, i64 0}
+!78 = !{!"buffer4.w512.b0", !79, i64 0}
+!79 = !{!"buffer4.w1024.b0", !80, i64 0}
+!80 = !{!"buffer4", !7, i64 0}
+!81 = !{!80, !80, i64 0}
+!82 = !{!83, !83, i64 0}
+!83 = !{!"buffer5", !7, i64 0}
+!84 = !{!85, !85, i64 0}
+!85 = !{!"buffer6", !7, i64 0}
+!86 = distinct !{!86, !87}
+!87 = !{!"llvm.loop.estimated_trip_count", i32 262144}

@@ -30,27 +30,7 @@ v_span = TypeVar("v_span")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
-    def append_key(new: T.Buffer((num_tokens, T.int64(8), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(16), T.int64(8), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
-        # with T.sblock("root"):
-        for h, t in T.grid(num_heads, num_tokens):
-            with T.sblock("token"):
-                vh = T.axis.opaque(num_heads, h)
-                vt = T.axis.opaque(num_tokens, t)
-                T.reads()
-                T.writes()
-                target: T.let[T.int64] = slot_mapping[vt]
-                if target >= T.int64(0):
-                    for run_i_0_fused_0 in range(1):
-                        for run_i_0_fused_1 in T.unroll(4):
-                            for i_1 in T.vectorized(32):
-                                with T.sblock("element"):
-                                    vd = T.axis.spatial(128, run_i_0_fused_0 * 128 + run_i_0_fused_1 * 32 + i_1)
-                                    T.reads(new[vt, head_begin + vh, vd])
-                                    T.writes(cache[0:num_blocks, 0:T.int64(16), 0:T.int64(8), 0:T.int64(128)])
-                                    cache[T.Div(target, T.int64(16)), T.truncmod(target, T.int64(16)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
-
-    @T.prim_func(s_tir=True)
-    def append_value(new: T.Buffer((num_tokens, T.int64(8), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(16), T.int64(8), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+    def append_row(new: T.Buffer((num_tokens, T.int64(8), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(16), T.int64(8), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
         # with T.sblock("root"):
         for h, t in T.grid(num_heads, num_tokens):
             with T.sblock("token"):

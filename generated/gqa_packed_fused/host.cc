@@ -931,7 +931,8 @@ void AppendKV(const Inputs& in) {
   const int64_t heads = few ? kNumKVHeads : 1;  // of one kernel call
   ParallelFor(2 * (kNumKVHeads / heads), few ? 1 : num_threads, [&](int64_t i) {
     const int64_t head_begin = i / 2 * heads;
-    if (i % 2 == 0) {
+    const bool is_key = i % 2 == 0;
+    if (is_key) {
       Call(__tvm_ffi_append_key, key, key_cache, args.slot_mapping, head_begin, heads);
     } else {
       Call(__tvm_ffi_append_value, value, value_cache, args.slot_mapping, head_begin, heads);

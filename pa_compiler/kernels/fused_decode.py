@@ -4,6 +4,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from pa_compiler.kernels import script
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, load_tile, token_offsets, value_access
 from pa_compiler.kernels.online_update import fold, normalize, rescale, store_partial
 from pa_compiler.kernels.pv_matmul import pv_matmul
@@ -54,7 +55,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         """Query heads in the tile that begins at this row of its group."""
         return rows if group % rows == 0 else T.min(group - row_start, rows)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def fused_decode(
         query_handle: T.handle,
         key_cache_handle: T.handle,

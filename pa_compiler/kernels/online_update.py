@@ -9,7 +9,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
 
 
