@@ -3,14 +3,17 @@
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.cuda_tiling import MMA_TOKENS, WARP, CudaTiling
-from pa_compiler.kernels import cuda_tensor_core
+from pa_compiler.cuda_tiling import WARP, CudaTiling
+from pa_compiler.kernels import cuda_fma, cuda_tensor_core
 from pa_compiler.kernels.cuda_join import join_warps
 from pa_compiler.kernels.cuda_plan import find_item
 from pa_compiler.kernels.cuda_ring import copy_tile, look_up
+from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 LOG2_E = 1.4426950408889634
+
+STRATEGIES = {"tensor_cores": cuda_tensor_core.strategy, "fma": cuda_fma.strategy}
 
 
 def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
@@ -20,20 +23,16 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     at addresses, and have strides, that are multiples of 16 bytes; a query of 4 bytes. items is batch + extra
     (cuda_plan). Shapes, lengths and block ids are trusted unless status[0] is not 0: then nothing is read or written.
     """
-    head_dim, dtype, group = spec.head_dim, spec.dtype, spec.group
+    dtype, group = spec.dtype, spec.group
     warps, tokens, stages = tiling.warps, tiling.tile_tokens, tiling.stages
     row_tiles, head_tiles = tiling.row_tiles(spec), tiling.head_tiles(spec)
-    tile, tiles, depth = tiling.tile_elements(spec), tiling.mma_tiles, spec.head_dim // 16
+    tile = tiling.tile_elements(spec)
     shared_elements = tiling.shared_bytes(spec) // ITEMSIZES[dtype]
     results = warps * tiling.row_tile
 
     find_item_stage = find_item(tiling)
     look_up_stage, copy_tile_stage = look_up(spec, tiling), copy_tile(spec, tiling)
-    load_query_stage = cuda_tensor_core.load_query(spec, tiling)
-    qk_stage = cuda_tensor_core.qk_matmul(spec, tiling)
-    softmax_stage = cuda_tensor_core.softmax(spec, tiling)
-    pv_stage = cuda_tensor_core.pv_matmul(spec, tiling)
-    store_warp_stage = cuda_tensor_core.store_warp(spec, tiling)
+    strategy = STRATEGIES[tiling.strategy](spec, tiling)
     join_stage = join_warps(spec, tiling)
 
     @T.prim_func
@@ -81,8 +80,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         lse = T.match_buffer(lse_handle, (lse_span,), "float32")
         T.device_entry()
         cta = T.cta_id([items * head_tiles])
-        warp = T.warp_id([warps])
-        lane = T.lane_id([WARP])
+        warp_id = T.warp_id([warps])
+        lane_id = T.lane_id([WARP])
         ring = T.alloc_buffer((shared_elements,), dtype, scope="shared.dyn", align=128)
         warp_max = T.decl_buffer((results,), "float32", data=ring.data, scope="shared.dyn")
         warp_sum = T.decl_buffer((results,), "float32", data=ring.data, scope="shared.dyn", elem_offset=results)
@@ -91,30 +90,30 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         )
         found = T.alloc_buffer((4,), "int32", scope="local")
         block = T.alloc_buffer((1,), "int32", scope="local")
-        q_frag = T.alloc_buffer((tiles * depth * 2,), "uint32", scope="local")
-        scores = T.alloc_buffer((tokens // MMA_TOKENS * tiles * 4,), "float32", scope="local")
-        p_frag = T.alloc_buffer((tokens // MMA_TOKENS * tiles * 2,), "uint32", scope="local")
-        row_max = T.alloc_buffer((tiles * 2,), "float32", scope="local")
-        row_sum = T.alloc_buffer((tiles * 4,), "float32", scope="local")
-        acc = T.alloc_buffer((tiles * depth * 4,), "float32", scope="local")
-        item: T.let = T.truncdiv(cta, head_tiles)
-        kv_head: T.let = T.truncdiv(T.truncmod(cta, head_tiles), row_tiles)
-        first_row: T.let = T.truncmod(cta, row_tiles) * tiling.row_tile
+        q = T.alloc_buffer((strategy.query[0],), strategy.query[1], scope="local")
+        row_max = T.alloc_buffer((strategy.row_max,), "float32", scope="local")
+        row_sum = T.alloc_buffer((strategy.row_sum,), "float32", scope="local")
+        acc = T.alloc_buffer((strategy.acc,), "float32", scope="local")
+        warp: T.int32 = warp_id
+        lane: T.int32 = lane_id
+        item: T.int32 = T.truncdiv(cta, head_tiles)
+        kv_head: T.int32 = T.truncdiv(T.truncmod(cta, head_tiles), row_tiles)
+        first_row: T.int32 = T.truncmod(cta, row_tiles) * tiling.row_tile
         find_item_stage(context_lens, batch, items - batch, item, lane, found)
         if (found[0] >= 0) & (status[0] == 0):
-            seq: T.let = T.Cast("int64", found[0])
-            rows: T.let = T.min(group - first_row, tiling.row_tile)
-            end: T.let = found[2]
-            own: T.let = found[1] + warp * tokens
-            num_tiles: T.let = T.truncdiv(T.max(end - own, 0) + (tiling.step_tokens - 1), tiling.step_tokens)
-            load_query_stage(
-                query, seq * q_batch + T.Cast("int64", kv_head * group + first_row) * q_head, q_head, rows, lane, q_frag
+            seq: T.int64 = T.Cast("int64", found[0])
+            rows: T.int32 = T.min(group - first_row, tiling.row_tile)
+            end: T.int32 = found[2]
+            own: T.int32 = found[1] + warp * tokens
+            num_tiles: T.int32 = T.truncdiv(T.max(end - own, 0) + (tiling.step_tokens - 1), tiling.step_tokens)
+            strategy.load_query(
+                query, seq * q_batch + T.Cast("int64", kv_head * group + first_row) * q_head, q_head, rows, lane, q
             )
-            for i in T.unroll(tiles * 2):
-                row_max[i] = T.float32(float("-inf"))
-            for i in T.unroll(tiles * 4):
+            for i in T.unroll(strategy.row_max):
+                row_max[i] = T.float32(NEGATIVE_INFINITY)
+            for i in T.unroll(strategy.row_sum):
                 row_sum[i] = T.float32(0)
-            for i in T.unroll(tiles * depth * 4):
+            for i in T.unroll(strategy.acc):
                 acc[i] = T.float32(0)
             if num_tiles > 0:
                 look_up_stage(block_table, seq * table_seq, own, end, lane, block)
@@ -133,18 +132,16 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                 if step >= stages - 1:
                     T.ptx["cp.async.wait_group"](stages - 1)
                     T.cuda.warp_sync()
-                    ready: T.let = step - (stages - 1)
-                    keys: T.let = (warp * stages + T.truncmod(ready, stages)) * 2 * tile
-                    qk_stage(ring, keys, q_frag, lane, scores)
-                    softmax_stage(
-                        scores, scale * T.float32(LOG2_E), end - own - ready * tiling.step_tokens, lane,
-                        row_max, row_sum, acc, p_frag,
+                    ready: T.int32 = step - (stages - 1)
+                    keys: T.int32 = (warp * stages + T.truncmod(ready, stages)) * 2 * tile
+                    strategy.attend(
+                        ring, keys, keys + tile, scale * T.float32(LOG2_E), end - own - ready * tiling.step_tokens,
+                        lane, q, row_max, row_sum, acc,
                     )  # fmt: skip
-                    pv_stage(ring, keys + tile, p_frag, lane, row_sum, acc)
                     T.cuda.warp_sync()
             T.ptx["cp.async.wait_group"](0)
             T.cuda.cta_sync()  # the results take the place of the rings
-            store_warp_stage(row_max, row_sum, acc, warp, lane, warp_max, warp_sum, warp_acc)
+            strategy.store_warp(row_max, row_sum, acc, warp, lane, warp_max, warp_sum, warp_acc)
             T.cuda.cta_sync()
             join_stage(
                 warp_max, warp_sum, warp_acc, warp * WARP + lane, found[3] == 1, item, kv_head * group + first_row,

@@ -53,15 +53,16 @@ def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
     def stage(key_cache, value_cache, ring, keys, k_block, k_row, k_head, v_block, v_row, v_head, block, start,
               range_end, lane):  # fmt: skip
         for i in T.unroll(tiling.tile_tokens // rows):
-            row: T.let = i * rows + T.truncdiv(lane, side)
-            token: T.let = start + row
-            number: T.let = T.Cast("int64", T.cuda.__shfl_sync(T.uint32(ALL_LANES), block[0], row, WARP))
-            slot: T.let = T.Cast("int64", T.truncmod(token, block_size))
-            key: T.let = number * k_block + slot * k_row + k_head
-            value: T.let = number * v_block + slot * v_row + v_head
-            size: T.let = T.Select(token < range_end, T.uint32(CHUNK_BYTES), T.uint32(0))
+            row: T.int32 = i * rows + T.truncdiv(lane, side)
+            token: T.int32 = start + row
+            number: T.int32 = T.cuda.__shfl_sync(T.uint32(ALL_LANES), block[0], row, WARP)
+            slot: T.int32 = T.truncmod(token, block_size)
+            key: T.int64 = T.Cast("int64", number) * k_block + T.Cast("int64", slot) * k_row + k_head
+            value: T.int64 = T.Cast("int64", number) * v_block + T.Cast("int64", slot) * v_row + v_head
+            size: T.uint32 = T.Select(token < range_end, T.uint32(CHUNK_BYTES), T.uint32(0))
+            first: T.int32 = T.truncmod(lane, side)
             for c in T.unroll(chunks // side):
-                chunk = T.meta_var(c * side + T.truncmod(lane, side))
+                chunk = T.meta_var(c * side + first)
                 place = T.meta_var(keys + chunk_offset(spec, tiling, row, chunk))
                 T.ptx[copy](
                     ring.ptr_to([place]), key_cache.ptr_to([key + T.Cast("int64", chunk * elements)]), CHUNK_BYTES, size

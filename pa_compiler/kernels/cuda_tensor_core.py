@@ -19,11 +19,26 @@ from tvm.script import tirx as T
 from pa_compiler.cuda_tiling import MMA_HEADS, MMA_TOKENS, WARP, CudaTiling
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.cuda_ring import chunk_offset
+from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY, Strategy
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 _PTX = {"bfloat16": "bf16", "float16": "f16"}
 _ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
+
+
+def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
+    """The stages and the registers that they keep."""
+    tiles, depth = tiling.mma_tiles, spec.head_dim // 16
+    return Strategy(
+        query=(tiles * depth * 2, "uint32"),
+        row_max=tiles * 2,
+        row_sum=tiles * 4,
+        acc=tiles * depth * 4,
+        load_query=load_query(spec, tiling),
+        attend=attend(spec, tiling),
+        store_warp=store_warp(spec, tiling),
+    )
 
 
 def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
@@ -44,6 +59,22 @@ def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                             q_frag[(n * depth + k) * 2 + half],
                             query.ptr_to([query_offset + T.Cast("int64", head) * head_stride + T.Cast("int64", d)]),
                         )
+
+    return stage
+
+
+def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+    """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens from valid_len on weigh nothing."""
+    operands = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles
+    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
+
+    @inline
+    def stage(ring, keys, values, scale_log2, valid_len, lane, q_frag, row_max, row_sum, acc):
+        scores = T.alloc_buffer((operands * 4,), "float32", scope="local")
+        p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
+        qk_stage(ring, keys, q_frag, lane, scores)
+        softmax_stage(scores, scale_log2, valid_len, lane, row_max, row_sum, acc, p_frag)
+        pv_stage(ring, values, p_frag, lane, row_sum, acc)
 
     return stage
 
@@ -98,7 +129,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                 for i in T.unroll(4):
                     token = T.meta_var(m * MMA_TOKENS + i // 2 * 8 + T.truncdiv(lane, 4))
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    scores[s] = T.Select(token < valid_len, scores[s] * scale_log2, T.float32(float("-inf")))
+                    scores[s] = T.Select(token < valid_len, scores[s] * scale_log2, T.float32(NEGATIVE_INFINITY))
         for n in T.unroll(tiles):
             for h in T.unroll(2):
                 highest: T.float32 = row_max[n * 2 + h]
@@ -109,7 +140,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                     highest = T.max(
                         highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, 4 << level, WARP)
                     )
-                shift[h] = T.Select(highest == T.float32(float("-inf")), T.float32(0), highest)
+                shift[h] = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
                 T.ptx["ex2.approx.ftz.f32"](alpha[h], row_max[n * 2 + h] - shift[h])
                 row_max[n * 2 + h] = highest
                 row_sum[n * 4 + h] = row_sum[n * 4 + h] * alpha[h]
