@@ -28,9 +28,33 @@ MAX_HEAD_DIM = 256
 MAX_ROW_TILE = 16
 """Query heads of one thread block, at most."""
 
-SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448}
-"""Dynamic shared memory of one thread block, at most, by architecture (CUDA C++ Programming Guide, compute
-capabilities). An architecture that is not named has that of the last one before it."""
+FMA_GROUP = 3
+"""Query heads of a kv head up to which 16-bit types are multiplied in float32."""
+
+FMA_REGISTERS = 64
+"""Elements of the query's rows that a lane keeps, at most, and as many sums, where float32 is multiplied."""
+
+RING_BYTES = 1 << 16
+"""The rings of a thread block, where more than two stages fit: three such blocks share an SM of sm_90, two one of
+sm_80, with more in flight than the 25 to 40 KB that cover its latency."""
+
+APPEND_TOKENS = 4
+"""Tokens of a thread block of append_kv: few, so that the tokens of one decode step spread over the GPU; more than
+one, so that a prompt's slots are not compared once for every token."""
+
+APPEND_THREADS = 256
+"""Threads of such a block."""
+
+CHECK_THREADS = 128
+"""Threads of a block that checks indices."""
+
+MIN_RANGE_TOKENS = 256
+"""Below this a range would not be worth the merge of its result."""
+
+SHARED_BYTES = {"sm_80": 166912, "sm_87": 166912, "sm_90": 232448, "sm_100": 232448}
+DEFAULT_SHARED_BYTES = 101376
+"""Dynamic shared memory of one thread block, at most (CUDA programming guide, compute capabilities): of the data
+center's GPUs, and of others from sm_80 on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +98,10 @@ class CudaTiling:
         """Tiles of 8 heads that cover row_tile."""
         return -(-self.row_tile // MMA_HEADS)
 
+    def merge_threads(self, spec: PagedAttentionSpec) -> int:
+        """Threads of a block of the merge: one for each element of head_dim, up to 128."""
+        return min(-(-spec.head_dim // WARP) * WARP, 128)
+
     def row_tiles(self, spec: PagedAttentionSpec) -> int:
         """Tiles of query heads that cover one group."""
         return -(-spec.group // self.row_tile)
@@ -95,6 +123,10 @@ class CudaTiling:
         chunks = self.chunks(spec)
         return chunks if chunks % BANK_CHUNKS == 0 else chunks | 1
 
+    def tile_bytes(self, spec: PagedAttentionSpec) -> int:
+        """Bytes of such a tile."""
+        return self.tile_tokens * self.pitch(spec) * CHUNK_BYTES
+
     def tile_elements(self, spec: PagedAttentionSpec) -> int:
         """Elements of one tile of keys, or of values, in the ring."""
         return self.tile_tokens * self.pitch(spec) * self.chunk_elements(spec)
@@ -105,7 +137,7 @@ class CudaTiling:
 
     def shared_bytes(self, spec: PagedAttentionSpec) -> int:
         """Dynamic shared memory of a thread block: the rings, and after them in the same place the warps' results."""
-        ring = 2 * self.warps * self.stages * self.tile_elements(spec) * ITEMSIZES[spec.dtype]
+        ring = 2 * self.warps * self.stages * self.tile_bytes(spec)
         rows = self.mma_tiles * MMA_HEADS if self.strategy == "tensor_cores" else self.row_tile
         joined = self.warps * rows * (self.acc_pitch(spec) + 2) * 4
         return max(ring, joined)
@@ -118,17 +150,60 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
         ValueError: CUDA has no kernel for the spec.
     """
     check(spec)
-    tiles = -(-spec.group // MAX_ROW_TILE)
-    tiling = CudaTiling(
-        strategy="tensor_cores",
-        row_tile=-(-spec.group // tiles),
+    strategy, _ = choose_strategy(spec)
+    rows = _equal_tiles(spec.group, MAX_ROW_TILE)
+    lanes = WARP
+    if strategy == "fma":
+        lanes = token_lanes(spec, rows)
+        rows = _equal_tiles(spec.group, max(1, min(rows, FMA_REGISTERS * lanes // spec.head_dim)))
+    first = CudaTiling(
+        strategy=strategy,
+        row_tile=rows,
         warps=4,
         stages=2,
-        tile_tokens=MMA_TOKENS,
-        lanes=WARP,
-        min_range_steps=4,
+        tile_tokens=MMA_TOKENS * 2 // ITEMSIZES[spec.dtype],
+        lanes=lanes,
+        min_range_steps=1,
     )
-    return tiling
+    fitting = (
+        dataclasses.replace(first, warps=warps, stages=stages)
+        for warps in (4, 2, 1)
+        for stages in (4, 3, 2)
+        if stages == 2 or 2 * warps * stages * first.tile_bytes(spec) <= RING_BYTES
+    )
+    tiling = next(tiling for tiling in fitting if tiling.shared_bytes(spec) <= shared_limit(arch))
+    return dataclasses.replace(tiling, min_range_steps=-(-MIN_RANGE_TOKENS // tiling.step_tokens))
+
+
+def choose_strategy(spec: PagedAttentionSpec) -> tuple[str, str]:
+    """CudaTiling.strategy, and the reason in one sentence."""
+    if spec.dtype == "float32":
+        return "fma", "Tensor cores would round float32."
+    heads = f"{spec.group} query head{'' if spec.group == 1 else 's'} for a kv head"
+    if spec.group > FMA_GROUP:
+        return "tensor_cores", f"{heads}: more than {FMA_GROUP}."
+    if token_lanes(spec, spec.group) * FMA_REGISTERS < spec.group * spec.head_dim:
+        return "tensor_cores", f"{heads}, but a head_dim of {spec.head_dim} does not spread over a warp's registers."
+    return "fma", f"{heads}: up to {FMA_GROUP} leave a tensor core's 8 columns mostly empty."
+
+
+def token_lanes(spec: PagedAttentionSpec, rows: int) -> int:
+    """CudaTiling.lanes for strategy "fma": 8 or fewer for few shuffles, more where registers would not do."""
+    chunks = spec.head_dim * ITEMSIZES[spec.dtype] // CHUNK_BYTES
+    few = copy_lanes(chunks)
+    options = [lanes for lanes in (few, 16, 32) if lanes >= few and chunks % lanes == 0]
+    enough = [lanes for lanes in options if rows * spec.head_dim <= FMA_REGISTERS * lanes]
+    return enough[0] if enough else options[-1]
+
+
+def shared_limit(arch: str) -> int:
+    """Dynamic shared memory of a thread block on an architecture, in bytes."""
+    return SHARED_BYTES.get(arch.rstrip("a"), DEFAULT_SHARED_BYTES)
+
+
+def _equal_tiles(group: int, limit: int) -> int:
+    """Rows of each when a group is taken in equal tiles of up to limit: 24 as twice 12."""
+    return -(-group // -(-group // limit))
 
 
 def check(spec: PagedAttentionSpec) -> None:
