@@ -119,7 +119,7 @@ class CudaTiling:
         return CHUNK_BYTES // ITEMSIZES[spec.dtype]
 
     def pitch(self, spec: PagedAttentionSpec) -> int:
-        """Chunks from a row of the ring to the next. Rows of whole multiples of 8 are swizzled, others padded to odd."""
+        """Chunks from a row of the ring to the next: multiples of 8 are swizzled, others padded to an odd number."""
         chunks = self.chunks(spec)
         return chunks if chunks % BANK_CHUNKS == 0 else chunks | 1
 

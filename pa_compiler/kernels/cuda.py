@@ -31,7 +31,9 @@ class Launch(NamedTuple):
 def build(spec: PagedAttentionSpec, tiling: CudaTiling) -> IRModule:
     """The PrimFuncs, under their own names."""
     tiled = {kernel.__name__: kernel(spec, tiling) for kernel in (cuda_decode, cuda_merge)}
-    return IRModule(tiled | {kernel.__name__: kernel(spec) for kernel in (cuda_append_kv, cuda_check, cuda_check_slots)})
+    return IRModule(
+        tiled | {kernel.__name__: kernel(spec) for kernel in (cuda_append_kv, cuda_check, cuda_check_slots)}
+    )
 
 
 def launches(spec: PagedAttentionSpec, tiling: CudaTiling) -> dict[str, Launch]:
@@ -40,9 +42,7 @@ def launches(spec: PagedAttentionSpec, tiling: CudaTiling) -> dict[str, Launch]:
     return {
         "cuda_decode": Launch(f"items * {tiling.head_tiles(spec)}", tiling.threads, tiling.shared_bytes(spec)),
         "cuda_merge": Launch(f"batch * {spec.num_heads}", tiling.merge_threads(spec), 0),
-        "cuda_append_kv": Launch(
-            f"(num_tokens + {per_append}) / {APPEND_TOKENS}", APPEND_THREADS, 8 * APPEND_TOKENS
-        ),
+        "cuda_append_kv": Launch(f"(num_tokens + {per_append}) / {APPEND_TOKENS}", APPEND_THREADS, 8 * APPEND_TOKENS),
         "cuda_check": Launch("batch", CHECK_THREADS, 0),
         "cuda_check_slots": Launch(f"(num_tokens + {per_check}) / {CHECK_THREADS}", CHECK_THREADS, 0),
     }

@@ -86,7 +86,8 @@ def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
         lane_id = T.lane_id([WARP])
         token: T.int32 = cta * CHECK_THREADS + warp_id * WARP + lane_id
         if token < num_tokens:
-            if slot_mapping[token] >= num_blocks * T.int64(block_size):
+            slot: T.int64 = slot_mapping[token]
+            if slot >= num_blocks * T.int64(block_size):
                 T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * token + BAD_SLOT))
 
     return cuda_check_slots

@@ -1,4 +1,4 @@
-"""Decode on CUDA: split-KV, one thread block for a range of a sequence's tokens and a tile of one kv head's query heads."""
+"""Decode on CUDA: split-KV, a thread block for a range of a sequence and a tile of the query heads of one kv head."""
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -125,9 +125,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                         v_block, v_row, T.Cast("int64", kv_head) * v_head,
                         block, own + step * tiling.step_tokens, end, lane,
                     )  # fmt: skip
-                    look_up_stage(
-                        block_table, seq * table_seq, own + (step + 1) * tiling.step_tokens, end, lane, block
-                    )
+                    look_up_stage(block_table, seq * table_seq, own + (step + 1) * tiling.step_tokens, end, lane, block)
                 T.ptx["cp.async.commit_group"]()
                 if step >= stages - 1:
                     T.ptx["cp.async.wait_group"](stages - 1)

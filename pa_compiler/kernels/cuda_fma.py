@@ -127,9 +127,7 @@ def store_warp(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
         for r in T.unroll(tiling.row_tile):
             highest: T.float32 = row_max[r]
             for level in T.unroll(levels):
-                highest = T.max(
-                    highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, lanes << level, WARP)
-                )
+                highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, lanes << level, WARP))
             shift: T.float32 = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
             weight: T.float32 = T.float32(0)
             T.ptx["ex2.approx.ftz.f32"](weight, row_max[r] - shift)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda_tiling import CudaTiling
+from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 LN_2 = 0.6931471805599453
-
-
-def power_of_2(difference: Expr) -> Expr:
-    """2 ** difference."""
-    return T.exp2(difference)
 
 
 def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
@@ -40,7 +35,7 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                 highest: T.float32 = warp_max[row]
                 for w in T.unroll(warps - 1):
                     highest = T.max(highest, warp_max[(w + 1) * rows + row])
-                shift: T.let = T.Select(highest == T.float32(float("-inf")), T.float32(0), highest)
+                shift: T.let = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
                 total: T.float32 = T.float32(0)
                 value: T.float32 = T.float32(0)
                 for w in T.unroll(warps):
@@ -54,7 +49,9 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                     )
                     if d == 0:
                         lse[lse_offset + head] = T.Select(
-                            total == T.float32(0), T.float32(float("-inf")), (shift + T.log2(total)) * T.float32(LN_2)
+                            total == T.float32(0),
+                            T.float32(NEGATIVE_INFINITY),
+                            (shift + T.log2(total)) * T.float32(LN_2),
                         )
                 else:
                     slot: T.let = T.Cast("int64", item) * T.int64(heads) + head

@@ -1,10 +1,9 @@
-"""Which range of which sequence a work item is: found on the GPU from context_lens, so that a launch is always the same.
+"""Which range of which sequence a work item is: found on the GPU from context_lens, so that every launch is the same.
 
-With total steps (of tiling.step_tokens tokens) in all sequences and `extra` work items more than there are sequences,
-a range has about total / extra steps. Sequence b is cut into ceil(steps_b / range) equal ranges, at least one, and
-since sum_b max(1, ceil(steps_b / range)) <= batch + total / range, batch + extra items are enough for any lengths.
-Items are numbered sequence after sequence. Every warp finds its own, from the same integers: no kernel leaves a plan for
-another.
+With `total` steps (of tiling.step_tokens tokens) in all sequences and `extra` more work items than sequences, a range
+has up to total / extra steps. Sequence b is cut into ceil(steps_b / range) equal ranges, at least one, and since
+sum_b max(1, ceil(steps_b / range)) <= batch + total / range, batch + extra items are enough for any lengths. Items are
+numbered sequence after sequence. Every warp finds its own, from the same integers: no kernel leaves a plan for another.
 """
 
 from __future__ import annotations
@@ -92,9 +91,7 @@ def find_partials(tiling: CudaTiling) -> Callable[..., None]:
         before: T.uint32 = T.uint32(0)
         for i in range(T.truncdiv(seq + (WARP - 1), WARP)):
             if i * WARP + lane < seq:
-                before = before + T.Cast(
-                    "uint32", _ranges(_steps(context_lens[i * WARP + lane], step), range_steps[0])
-                )
+                before = before + T.Cast("uint32", _ranges(_steps(context_lens[i * WARP + lane], step), range_steps[0]))
         found[0] = T.Cast("int32", T.cuda.reduce_add_sync_u32(T.uint32(ALL_LANES), before))
         found[1] = _ranges(_steps(context_lens[seq], step), range_steps[0])
 

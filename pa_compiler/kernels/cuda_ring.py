@@ -1,9 +1,9 @@
 """Keys and values on their way from the paged caches into a warp's ring in shared memory, by asynchronous copies.
 
-The ring is [stages, 2, tile_tokens, pitch] chunks of 16 bytes, keys before values. Chunk c of row r lies at c ^ (r % 8)
-of its row, or, where a row is not whole multiples of 8 chunks, at c of a row of an odd number of them: 8 rows then never
-meet in a bank, neither when they are written nor when ldmatrix reads them. Tokens past the end of a range are not
-read: their rows are filled with zeros.
+The ring is [stages, 2, tile_tokens, pitch] chunks of 16 bytes, keys before values. Chunk c of row r lies at
+c ^ (r % 8) of its row, or, where a row is not whole multiples of 8 chunks, at c of a row of an odd number of them: 8
+rows never meet in a bank then, neither when they are written nor when ldmatrix reads them. Tokens past the end of a
+range are not read: their rows are filled with zeros, so that a probability of 0 meets no NaN.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
 
     @inline
     def stage(block_table, table_offset, start, range_end, lane, block):
-        token: T.let = T.min(start + T.truncmod(lane, tokens), range_end - 1)
-        block[0] = block_table[table_offset + T.Cast("int64", T.truncdiv(token, block_size))]
+        entry: T.int32 = T.truncdiv(T.min(start + T.truncmod(lane, tokens), range_end - 1), block_size)
+        block[0] = block_table[table_offset + T.Cast("int64", entry)]
 
     return stage
 

@@ -1,7 +1,7 @@
-"""The stages on tensor cores, with the operands of attention swapped: tokens are the rows of the scores, heads the columns.
+"""The stages on tensor cores, with the operands of attention swapped: tokens are rows of the scores, heads columns.
 
 mma.m16n8k16 then takes a group of up to 8 heads without padding it to 16 rows: scores^T [16 tokens, 8 heads] =
-keys [16, head_dim] x query^T, and acc^T [head_dim, 8 heads] = values^T x probs^T. Groups of 9 to 16 heads take two tiles
+keys [16, head_dim] x query^T, and acc^T [head_dim, 8 heads] = values^T x probs^T. Groups of 9 to 16 heads are two tiles
 of heads. With g = lane / 4 and c = lane % 4, a lane holds the scores of tokens g and g + 8 for the heads 2c and 2c + 1,
 and of acc^T the elements g and g + 8 of every 16 for the same heads, so that a head's maximum and its factors are where
 its scores and its sums are. (PTX ISA, matrix fragments for mma.m16n8k16.)
@@ -137,9 +137,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                     for i in T.unroll(2):
                         highest = T.max(highest, scores[(m * tiles + n) * 4 + 2 * i + h])
                 for level in T.unroll(3):
-                    highest = T.max(
-                        highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, 4 << level, WARP)
-                    )
+                    highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, 4 << level, WARP))
                 shift[h] = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
                 T.ptx["ex2.approx.ftz.f32"](alpha[h], row_max[n * 2 + h] - shift[h])
                 row_max[n * 2 + h] = highest
