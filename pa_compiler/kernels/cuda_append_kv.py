@@ -80,16 +80,16 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
             T.cuda.cta_sync()
             for step in range(-(-APPEND_TOKENS * heads * chunks // APPEND_THREADS)):
                 chunk: T.int32 = step * APPEND_THREADS + thread
-                t: T.int32 = T.truncdiv(chunk, heads * chunks)
+                local: T.int32 = T.truncdiv(chunk, heads * chunks)
                 target: T.int64 = T.int64(-1)
-                if t < APPEND_TOKENS:
-                    target = own[t]
+                if local < APPEND_TOKENS:
+                    target = own[local]
                 if target >= T.int64(0):
                     block: T.int64 = T.truncdiv(target, block_size)
                     slot: T.int64 = T.truncmod(target, block_size)
                     head: T.int64 = T.Cast("int64", T.truncmod(T.truncdiv(chunk, chunks), heads))
                     d: T.int64 = T.Cast("int64", T.truncmod(chunk, chunks) * width)
-                    token: T.int64 = T.Cast("int64", first + t)
+                    token: T.int64 = T.Cast("int64", first + local)
                     T.ptx[load](
                         words[0], words[1], words[2], words[3],
                         key.ptr_to([token * key_token + head * key_head + d]),

@@ -76,9 +76,9 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
                 place = T.meta_var(chunk_offset(spec, tiling, row, c * lanes + T.truncmod(lane, lanes)))
                 T.ptx["ld.shared.v4.b32"](words[0], words[1], words[2], words[3], ring.ptr_to([keys + place]))
                 for i in T.unroll(width):
-                    element: T.float32 = _element(spec, words, i)
+                    key: T.float32 = _element(spec, words, i)
                     for r in T.unroll(rows):
-                        scores[t * rows + r] = scores[t * rows + r] + element * q[r * elements + c * width + i]
+                        scores[t * rows + r] = scores[t * rows + r] + key * q[r * elements + c * width + i]
         for r in T.unroll(rows):
             highest: T.float32 = row_max[r]
             for t in T.unroll(tokens):
@@ -108,10 +108,10 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
                 place = T.meta_var(chunk_offset(spec, tiling, row, c * lanes + T.truncmod(lane, lanes)))
                 T.ptx["ld.shared.v4.b32"](words[0], words[1], words[2], words[3], ring.ptr_to([values + place]))
                 for i in T.unroll(width):
-                    element: T.float32 = _element(spec, words, i)
+                    value: T.float32 = _element(spec, words, i)
                     for r in T.unroll(rows):
                         a = T.meta_var(r * elements + c * width + i)
-                        acc[a] = acc[a] + scores[t * rows + r] * element
+                        acc[a] = acc[a] + scores[t * rows + r] * value
 
     return stage
 
