@@ -35,7 +35,7 @@ KERNELS = (
     "g++ -std=c++17 -O1 -w -fPIC -c -fno-exceptions -fno-strict-aliasing -fwrapv -ffp-contract=off "
     "-fsanitize=thread,alignment -fno-sanitize-recover=alignment"
 ).split()
-"""What the sanitizers report, accesses and pointers' alignment, goes to emulator/memory.cc: g++ links without theirs."""
+"""What sanitizers report, accesses and pointers' alignment, goes to emulator/memory.cc: g++ links without theirs."""
 
 SCALARS = {
     "float": np.dtype(np.float32),

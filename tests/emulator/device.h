@@ -26,6 +26,9 @@
 #define gridDim (emulator::grid_size())
 constexpr int warpSize = 32;
 
+#define CUDART_INF_F INFINITY
+#define CUDART_NAN_F NAN
+
 #define INLINE static inline __attribute__((always_inline))
 
 // ---- 16-bit floats -------------------------------------------------------------------------------------------------

@@ -116,6 +116,12 @@ SPACES(s32, int32_t)
 SPACES(f32, float)
 #undef SPACES
 #undef MOVES
+#define REDUCTIONS(type, T)                                                                   \
+  INLINE void red_relaxed_gpu_global_add_##type(const void* to, T value) { atomicAdd((T*)to, value); } \
+  INLINE void red_relaxed_gpu_global_max_##type(const void* to, T value) { atomicMax((T*)to, value); }
+REDUCTIONS(s32, int32_t)
+REDUCTIONS(u32, uint32_t)
+#undef REDUCTIONS
 template <typename A>
 INLINE void prefetch_global_L2(A) {}
 
