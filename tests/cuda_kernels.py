@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from pathlib import Path
 
 import cuda_emulator
@@ -13,7 +12,7 @@ from inputs import Inputs
 
 from pa_compiler import cuda_build, cuda_tiling
 from pa_compiler.cuda_tiling import CudaTiling
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.spec import PagedAttentionSpec
 
 ARCH = "sm_90"
 
