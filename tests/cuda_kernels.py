@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from pathlib import Path
 
 import cuda_emulator
 import numpy as np
 from inputs import Inputs
+from tvm import IRModule
 
 from pa_compiler import cuda_build, cuda_tiling
 from pa_compiler.cuda_tiling import CudaTiling
+from pa_compiler.kernels import cuda
 from pa_compiler.spec import PagedAttentionSpec
 
 ARCH = "sm_90"
@@ -28,8 +28,6 @@ class CudaKernels:
 
     def launch(self, name: str, arguments: dict[str, object], order: str = "forward") -> None:
         """Launch a kernel with arguments by the names of its parameters."""
-        from pa_compiler.kernels import cuda
-
         launch = cuda.launches(self.spec, self.tiling)[name]
         numbers = {key: value for key, value in arguments.items() if isinstance(value, int)}
         blocks = eval(launch.blocks.replace("/", "//"), {}, numbers)
@@ -83,6 +81,11 @@ def _stride(array: np.ndarray, axis: int) -> int:
     return array.strides[axis] // array.itemsize
 
 
+def on_device(inputs: Inputs) -> Inputs:
+    """Inputs whose arrays are aligned as the kernels take them."""
+    return inputs.replace(**{name: aligned(getattr(inputs, name)) for name in ("query", "key_cache", "value_cache")})
+
+
 def aligned(array: np.ndarray, alignment: int = 16) -> np.ndarray:
     """A copy at an address that is a multiple of alignment, as of GPU memory."""
     buffer = np.empty(array.nbytes + alignment, np.uint8)
@@ -92,11 +95,18 @@ def aligned(array: np.ndarray, alignment: int = 16) -> np.ndarray:
     return copy
 
 
-@functools.cache
-def compiled(spec: PagedAttentionSpec, directory: Path, tiling: CudaTiling | None = None) -> CudaKernels:
-    """The kernels of a spec; the emulator's libraries go to the directory."""
-    from pa_compiler.kernels import cuda
+def build_decode(load, spec: PagedAttentionSpec, **sizes: int) -> CudaKernels:
+    """The kernels of decode, of the chosen tiling or with other sizes; load(CUDA C) -> the emulator's kernels."""
+    tiling = dataclasses.replace(cuda_tiling.choose(spec, ARCH), **sizes)
+    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec, tiling) for kernel in cuda.DECODE})
 
-    tiling = tiling or cuda_tiling.choose(spec, ARCH)
-    source = cuda_build.emit(cuda.build(spec, tiling), ARCH)
-    return CudaKernels(spec, tiling, cuda_emulator.load(source, directory), source)
+
+def build_others(load, spec: PagedAttentionSpec) -> CudaKernels:
+    """The kernels of append_kv and of checks."""
+    tiling = cuda_tiling.choose(spec, ARCH)
+    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec) for kernel in cuda.OTHERS})
+
+
+def _loaded(load, spec: PagedAttentionSpec, tiling: CudaTiling, kernels: dict) -> CudaKernels:
+    source = cuda_build.emit(IRModule(kernels), ARCH)
+    return CudaKernels(spec, tiling, load(source), source)
