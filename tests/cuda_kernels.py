@@ -55,11 +55,11 @@ class CudaKernels:
             "batch": batch,
             "items": items,
             "scale": spec.head_dim**-0.5 if scale is None else scale,
-            **_named(inputs.query, q_batch=0, q_head=1),
+            **strides(inputs.query, q_batch=0, q_head=1),
             **cache_strides(spec, "k", inputs.key_cache),
             **cache_strides(spec, "v", inputs.value_cache),
-            **_named(out, out_batch=0, out_head=1),
-            **_named(lse, lse_batch=0),
+            **strides(out, out_batch=0, out_head=1),
+            **strides(lse, lse_batch=0),
         }
         self.launch("cuda_decode", arguments, order)
         self.launch("cuda_merge", arguments, order)
@@ -72,7 +72,8 @@ def cache_strides(spec: PagedAttentionSpec, prefix: str, cache: np.ndarray) -> d
     return {f"{prefix}_{axis}": _stride(cache, at) for axis, at in (("block", 0), ("row", row), ("head", head))}
 
 
-def _named(array: np.ndarray, **axes: int) -> dict[str, int]:
+def strides(array: np.ndarray, **axes: int) -> dict[str, int]:
+    """Strides in elements, by the names of the axes."""
     return {name: _stride(array, axis) for name, axis in axes.items()}
 
 
