@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 
 PARTS = Path(__file__).parent / "emulator"
-RUNTIME = "g++ -std=c++17 -O2 -Wall -Wextra -Werror -fPIC -c".split()
+RUNTIME = "g++ -std=c++17 -O3 -mno-red-zone -fno-semantic-interposition -Wall -Wextra -Werror -fPIC -c".split()
 KERNELS = (
     "g++ -std=c++17 -O1 -w -fPIC -c -fno-exceptions -fno-strict-aliasing -fwrapv -ffp-contract=off "
     "-fsanitize=thread,alignment -fno-sanitize-recover=alignment"
