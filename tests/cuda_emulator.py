@@ -149,7 +149,7 @@ def _runtime(directory: Path) -> Path:
 def _built(directory: Path, text: str, command: list[str], libraries: list[Path]) -> Path:
     """Compile a C++ text, once for all that share the directory, into a library named after it."""
     headers = "".join(path.read_text() for path in sorted(PARTS.iterdir()))
-    name = hashlib.sha256(f"{headers}{command}{text}".encode()).hexdigest()[:20]
+    name = hashlib.sha256(f"{headers}{command}{libraries}{text}".encode()).hexdigest()[:20]
     source, library = directory / f"{name}.cc", directory / f"{name}.so"
     with filelock.FileLock(directory / f"{name}.lock"):
         if library.exists():
