@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import re
 
 import numpy as np
 
 from pa_compiler import cuda_build, cuda_tiling
 from pa_compiler.kernels import cuda
-
-ARCH = "sm_90"
 
 
 class EmulatedModule:
@@ -18,14 +18,23 @@ class EmulatedModule:
     Everything that a call may not write is read-only, and all that it has to write is NaN before.
     """
 
-    def __init__(self, spec, load, tiling=None, edit=lambda source: source):
-        """load is the fixture emulated; edit changes the emitted CUDA C."""
-        self.spec = spec
-        self.tiling = tiling or cuda_tiling.choose(spec, ARCH)
-        self.source = cuda_build.emit(cuda.build(spec, self.tiling), ARCH)
-        self.kernels = load(edit(self.source))
-        self.launches = cuda.launches(spec, self.tiling)
+    def __init__(self, spec, load, arch="sm_90"):
+        """load is the fixture emulated."""
+        self.spec, self._load = spec, load
+        tiling = cuda_tiling.choose(spec, arch)
+        self.source = cuda_build.emit(cuda.build(spec, tiling), arch)
+        self.kernels = load(self.source)
+        self.launches = cuda.launches(spec, tiling)
         self.status = np.zeros(1, np.int32)
+
+    def edited(self, pattern, replacement):
+        """The same with other CUDA C, in which each match of pattern, of which there are some, is replaced."""
+        other = copy.copy(self)
+        other.source, count = re.subn(pattern, replacement, self.source, flags=re.MULTILINE)
+        assert count, f"{pattern} is not in the emitted text"
+        other.kernels = self._load(other.source)
+        other.status = np.zeros(1, np.int32)
+        return other
 
     def decode(self, inputs, scale=None, *, extra=3, order="forward", into=None):
         """(out, lse), with extra more work items than sequences. into: such a pair to write to, of any strides."""
