@@ -31,8 +31,9 @@ MAX_ROW_TILE = 16
 FMA_GROUP = 3
 """Query heads of a kv head up to which 16-bit types are multiplied in float32."""
 
-FMA_REGISTERS = 64
-"""Elements of the query's rows that a lane keeps, at most, and as many sums, where float32 is multiplied."""
+FMA_REGISTERS = 144
+"""float32 numbers that a lane keeps where float32 is multiplied, at most: its parts of the query and of acc, and the
+scores of a tile. ptxas takes some 80 registers more."""
 
 RING_BYTES = 1 << 16
 """The rings of a thread block, where more than two stages fit: three such blocks share an SM of sm_90, two one of
@@ -50,6 +51,9 @@ CHECK_THREADS = 128
 
 MIN_RANGE_TOKENS = 256
 """Below this a range would not be worth the merge of its result."""
+
+WAVES = 2
+"""How often the blocks of a launch fill the GPU: more even out sequences of different lengths, and merge more."""
 
 SHARED_BYTES = {"sm_80": 166912, "sm_87": 166912, "sm_90": 232448, "sm_100": 232448}
 DEFAULT_SHARED_BYTES = 101376
@@ -151,59 +155,26 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     """
     check(spec)
     strategy, _ = choose_strategy(spec)
-    rows = _equal_tiles(spec.group, MAX_ROW_TILE)
-    lanes = WARP
+    rows, lanes = _equal_tile(spec.group, MAX_ROW_TILE), WARP
     if strategy == "fma":
-        lanes = token_lanes(spec, rows)
-        rows = _equal_tiles(spec.group, max(1, min(rows, FMA_REGISTERS * lanes // spec.head_dim)))
+        rows, lanes = fma_tiles(spec)[0]
     first = CudaTiling(
         strategy=strategy,
         row_tile=rows,
         warps=4,
         stages=2,
-        tile_tokens=MMA_TOKENS * 2 // ITEMSIZES[spec.dtype],
+        tile_tokens=_tile_tokens(spec),
         lanes=lanes,
         min_range_steps=1,
     )
-    fitting = (
+    candidates = (
         dataclasses.replace(first, warps=warps, stages=stages)
         for warps in (4, 2, 1)
         for stages in (4, 3, 2)
         if stages == 2 or 2 * warps * stages * first.tile_bytes(spec) <= RING_BYTES
     )
-    tiling = next(tiling for tiling in fitting if tiling.shared_bytes(spec) <= shared_limit(arch))
+    tiling = next(tiling for tiling in candidates if tiling.shared_bytes(spec) <= shared_limit(arch))
     return dataclasses.replace(tiling, min_range_steps=-(-MIN_RANGE_TOKENS // tiling.step_tokens))
-
-
-def choose_strategy(spec: PagedAttentionSpec) -> tuple[str, str]:
-    """CudaTiling.strategy, and the reason in one sentence."""
-    if spec.dtype == "float32":
-        return "fma", "Tensor cores would round float32."
-    heads = f"{spec.group} query head{'' if spec.group == 1 else 's'} for a kv head"
-    if spec.group > FMA_GROUP:
-        return "tensor_cores", f"{heads}: more than {FMA_GROUP}."
-    if token_lanes(spec, spec.group) * FMA_REGISTERS < spec.group * spec.head_dim:
-        return "tensor_cores", f"{heads}, but a head_dim of {spec.head_dim} does not spread over a warp's registers."
-    return "fma", f"{heads}: up to {FMA_GROUP} leave a tensor core's 8 columns mostly empty."
-
-
-def token_lanes(spec: PagedAttentionSpec, rows: int) -> int:
-    """CudaTiling.lanes for strategy "fma": 8 or fewer for few shuffles, more where registers would not do."""
-    chunks = spec.head_dim * ITEMSIZES[spec.dtype] // CHUNK_BYTES
-    few = copy_lanes(chunks)
-    options = [lanes for lanes in (few, 16, 32) if lanes >= few and chunks % lanes == 0]
-    enough = [lanes for lanes in options if rows * spec.head_dim <= FMA_REGISTERS * lanes]
-    return enough[0] if enough else options[-1]
-
-
-def shared_limit(arch: str) -> int:
-    """Dynamic shared memory of a thread block on an architecture, in bytes."""
-    return SHARED_BYTES.get(arch.rstrip("a"), DEFAULT_SHARED_BYTES)
-
-
-def _equal_tiles(group: int, limit: int) -> int:
-    """Rows of each when a group is taken in equal tiles of up to limit: 24 as twice 12."""
-    return -(-group // -(-group // limit))
 
 
 def check(spec: PagedAttentionSpec) -> None:
@@ -220,6 +191,59 @@ def check(spec: PagedAttentionSpec) -> None:
         )
 
 
+def choose_strategy(spec: PagedAttentionSpec) -> tuple[str, str]:
+    """CudaTiling.strategy, and the reason in one sentence."""
+    if spec.dtype == "float32":
+        return "fma", "Tensor cores would round float32."
+    heads = f"{spec.group} query head{'' if spec.group == 1 else 's'} for a kv head"
+    if spec.group > FMA_GROUP:
+        return "tensor_cores", f"{heads}: more than {FMA_GROUP}."
+    if not fma_tiles(spec):
+        return "tensor_cores", f"{heads}, but in float32 a head_dim of {spec.head_dim} would take too many registers."
+    return "fma", f"{heads}: up to {FMA_GROUP} leave most of a tensor core's 8 columns empty."
+
+
+def fma_tiles(spec: PagedAttentionSpec) -> list[tuple[int, int]]:
+    """Tiles (row_tile, lanes) for strategy "fma" whose registers suffice; the most rows first, then the fewest lanes.
+
+    Fewer lanes take fewer shuffles for a score. 16-bit types take a group as a whole or not at all: in tiles, they
+    are read for each.
+    """
+    chunks, tokens = spec.head_dim * ITEMSIZES[spec.dtype] // CHUNK_BYTES, _tile_tokens(spec)
+    limits = range(MAX_ROW_TILE, 0, -1) if spec.dtype == "float32" else (FMA_GROUP,)
+    return [
+        (rows, lanes)
+        for rows in dict.fromkeys(_equal_tile(spec.group, limit) for limit in limits)
+        for lanes in (copy_lanes(chunks), 16, 32)
+        if chunks % lanes == 0 and rows * (2 * spec.head_dim + tokens * lanes * lanes // WARP) <= FMA_REGISTERS * lanes
+    ]
+
+
 def copy_lanes(chunks: int) -> int:
     """Lanes that copy one row side by side: 8 where they divide it, for whole 128-byte lines of the caches."""
     return math.gcd(chunks, BANK_CHUNKS)
+
+
+def shared_limit(arch: str) -> int:
+    """Dynamic shared memory of a thread block on an architecture, in bytes."""
+    return SHARED_BYTES.get(arch.rstrip("a"), DEFAULT_SHARED_BYTES)
+
+
+def extra_items(head_tiles: int, resident_blocks: int) -> int:
+    """Work items more than sequences: with them, the blocks of a launch fill the GPU about WAVES times.
+
+    Args:
+        head_tiles: CudaTiling.head_tiles.
+        resident_blocks: Thread blocks of cuda_decode that the GPU runs at once.
+    """
+    return max(1, -(-WAVES * resident_blocks // head_tiles))
+
+
+def _tile_tokens(spec: PagedAttentionSpec) -> int:
+    """Of a warp: one mma, or as many bytes."""
+    return MMA_TOKENS * 2 // ITEMSIZES[spec.dtype]
+
+
+def _equal_tile(group: int, limit: int) -> int:
+    """Rows of each tile when a group is taken in equal tiles of up to limit: 24 as twice 12."""
+    return -(-group // -(-group // limit))

@@ -28,12 +28,17 @@ class Launch(NamedTuple):
     shared_bytes: int
 
 
+DECODE = (cuda_decode, cuda_merge)
+"""The PrimFuncs of decode, in the order in which they are launched."""
+
+OTHERS = (cuda_append_kv, cuda_check, cuda_check_slots)
+"""The PrimFuncs that depend on no tiling."""
+
+
 def build(spec: PagedAttentionSpec, tiling: CudaTiling) -> IRModule:
-    """The PrimFuncs, under their own names."""
-    tiled = {kernel.__name__: kernel(spec, tiling) for kernel in (cuda_decode, cuda_merge)}
-    return IRModule(
-        tiled | {kernel.__name__: kernel(spec) for kernel in (cuda_append_kv, cuda_check, cuda_check_slots)}
-    )
+    """All PrimFuncs, under their own names."""
+    decode = {kernel.__name__: kernel(spec, tiling) for kernel in DECODE}
+    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in OTHERS})
 
 
 def launches(spec: PagedAttentionSpec, tiling: CudaTiling) -> dict[str, Launch]:
