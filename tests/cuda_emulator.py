@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 
 PARTS = Path(__file__).parent / "emulator"
-RUNTIME = "g++ -std=c++17 -O2 -Wall -Wextra -Werror -fPIC -c".split()
+RUNTIME = "g++ -std=c++17 -O3 -mno-red-zone -fno-semantic-interposition -Wall -Wextra -Werror -fPIC -c".split()
 KERNELS = (
     "g++ -std=c++17 -O1 -w -fPIC -c -fno-exceptions -fno-strict-aliasing -fwrapv -ffp-contract=off "
     "-fsanitize=thread,alignment -fno-sanitize-recover=alignment"
@@ -149,7 +149,7 @@ def _runtime(directory: Path) -> Path:
 def _built(directory: Path, text: str, command: list[str], libraries: list[Path]) -> Path:
     """Compile a C++ text, once for all that share the directory, into a library named after it."""
     headers = "".join(path.read_text() for path in sorted(PARTS.iterdir()))
-    name = hashlib.sha256(f"{headers}{command}{text}".encode()).hexdigest()[:20]
+    name = hashlib.sha256(f"{headers}{command}{libraries}{text}".encode()).hexdigest()[:20]
     source, library = directory / f"{name}.cc", directory / f"{name}.so"
     with filelock.FileLock(directory / f"{name}.lock"):
         if library.exists():
