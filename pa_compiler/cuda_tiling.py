@@ -13,6 +13,9 @@ WARP = 32
 CHUNK_BYTES = 16
 """Bytes that one asynchronous copy moves, and that one shared-memory access of a thread reads."""
 
+CHUNK_WORDS = 4
+"""32-bit words of such a chunk."""
+
 BANK_CHUNKS = 8
 """Chunks that the banks of shared memory serve at once: rows are laid out so that 8 of them never meet in a bank."""
 
@@ -128,12 +131,12 @@ class CudaTiling:
         return chunks if chunks % BANK_CHUNKS == 0 else chunks | 1
 
     def tile_bytes(self, spec: PagedAttentionSpec) -> int:
-        """Bytes of such a tile."""
+        """Bytes of one tile of keys, or of values, in the ring."""
         return self.tile_tokens * self.pitch(spec) * CHUNK_BYTES
 
-    def tile_elements(self, spec: PagedAttentionSpec) -> int:
-        """Elements of one tile of keys, or of values, in the ring."""
-        return self.tile_tokens * self.pitch(spec) * self.chunk_elements(spec)
+    def tile_words(self, spec: PagedAttentionSpec) -> int:
+        """32-bit words of such a tile."""
+        return self.tile_bytes(spec) // 4
 
     def acc_pitch(self, spec: PagedAttentionSpec) -> int:
         """float32 elements from a row of a warp's result to the next, where warps join theirs."""

@@ -9,7 +9,7 @@ from pa_compiler.kernels.cuda_join import join_warps
 from pa_compiler.kernels.cuda_plan import find_item
 from pa_compiler.kernels.cuda_ring import copy_tile, look_up
 from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.spec import PagedAttentionSpec
 
 STRATEGIES = {"tensor_cores": cuda_tensor_core.strategy, "fma": cuda_fma.strategy}
 
@@ -24,8 +24,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     dtype, group = spec.dtype, spec.group
     warps, tokens, stages = tiling.warps, tiling.tile_tokens, tiling.stages
     row_tiles, head_tiles = tiling.row_tiles(spec), tiling.head_tiles(spec)
-    tile = tiling.tile_elements(spec)
-    shared_elements = tiling.shared_bytes(spec) // ITEMSIZES[dtype]
+    tile = tiling.tile_words(spec)
     results = warps * tiling.row_tile
 
     find_item_stage = find_item(tiling)
@@ -80,7 +79,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         cta = T.cta_id([items * head_tiles])
         warp_id = T.warp_id([warps])
         lane_id = T.lane_id([WARP])
-        ring = T.alloc_buffer((shared_elements,), dtype, scope="shared.dyn", align=128)
+        ring = T.alloc_buffer((tiling.shared_bytes(spec) // 4,), "uint32", scope="shared.dyn", align=128)
         warp_max = T.decl_buffer((results,), "float32", data=ring.data, scope="shared.dyn")
         warp_sum = T.decl_buffer((results,), "float32", data=ring.data, scope="shared.dyn", elem_offset=results)
         warp_acc = T.decl_buffer(

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.cuda_tiling import BANK_CHUNKS, CHUNK_BYTES, WARP, CudaTiling, copy_lanes
+from pa_compiler.cuda_tiling import BANK_CHUNKS, CHUNK_BYTES, CHUNK_WORDS, WARP, CudaTiling, copy_lanes
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 
 def chunk_offset(spec: PagedAttentionSpec, tiling: CudaTiling, row: Expr, chunk: Expr) -> Expr:
-    """Elements from the start of a tile to a chunk of a row."""
+    """32-bit words from the start of a tile to a chunk of a row."""
     if tiling.pitch(spec) % BANK_CHUNKS == 0:
         chunk = T.bitwise_xor(chunk, T.truncmod(row, BANK_CHUNKS))
-    return (row * tiling.pitch(spec) + chunk) * tiling.chunk_elements(spec)
+    return (row * tiling.pitch(spec) + chunk) * CHUNK_WORDS
 
 
 def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
@@ -39,14 +39,14 @@ def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
 
 
 def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring from `keys` on.
+    """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring, from word `keys` on.
 
     block[0] is what look_up left for the same start. Offsets in the caches are int64, in elements.
     """
     chunks, elements = tiling.chunks(spec), tiling.chunk_elements(spec)
     side = copy_lanes(chunks)
     rows = WARP // side  # that the lanes of a warp copy at once
-    block_size, values = spec.block_size, tiling.tile_elements(spec)
+    block_size, values = spec.block_size, tiling.tile_words(spec)
     copy = "cp.async.cg.shared.global.L2::128B"
 
     @inline
