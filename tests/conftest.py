@@ -6,6 +6,7 @@ import functools
 import json
 import os
 
+import cuda_emulator
 import pytest
 import scorecard
 
@@ -90,6 +91,14 @@ def compiled(build_cache):
         return module
 
     return compile_module
+
+
+@pytest.fixture(scope="session")
+def emulated(build_cache):
+    """emulated(CUDA C) -> its kernels by name, which run on the CPU."""
+    directory = build_cache.with_name("emulated")
+    directory.mkdir(exist_ok=True)
+    return functools.partial(cuda_emulator.load, directory=directory)
 
 
 @pytest.fixture

@@ -1,0 +1,141 @@
+"""From the CUDA kernels to machine code: TVM emits CUDA C, nvcc compiles it, and both say what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+_FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v", "-diag-suppress=177")  # 177: functions of TVM's preamble are not used
+
+_REPORT = re.compile(
+    r"Compiling entry function '(\w+)_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a kernel takes of a GPU, as ptxas reports it.
+
+    Attributes:
+        registers: Of one thread.
+        stack_bytes: Of one thread.
+        spill_bytes: Stored and loaded because registers did not do.
+    """
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cubin:
+    """Machine code for one architecture.
+
+    Attributes:
+        image: The ELF file.
+        resources: Of each kernel, by its name.
+    """
+
+    image: bytes
+    resources: dict[str, Resources]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of an emitted kernel.
+
+    Attributes:
+        name: As in the PrimFunc; a buffer's without "_handle".
+        type: In CUDA C, such as "int64_t" or "float*".
+    """
+
+    name: str
+    type: str
+
+
+def emit(mod: IRModule, arch: str) -> str:
+    """CUDA C of all kernels of a module, extern "C" under their names with "_kernel" after them."""
+    import tvm
+    from tvm.target import Target
+
+    target = Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
+    (kernels,) = tvm.compile(mod, target=target, tir_pipeline="tirx").mod.imports
+    return str(kernels.inspect_source("cuda"))
+
+
+def parameters(source: str, kernel: str) -> tuple[Parameter, ...]:
+    """The parameters of an emitted kernel, in their order, which is not the PrimFunc's."""
+    declared = re.search(rf"\b{kernel}_kernel\((.*?)\);", source)
+    if declared is None:
+        raise ValueError(f"kernel: expected one of the emitted kernels, got {kernel!r}")
+    pairs = (text.replace("__restrict__ ", "").rsplit(maxsplit=1) for text in declared[1].split(", "))
+    return tuple(Parameter(name.removesuffix("_ptr"), ctype) for ctype, name in pairs)
+
+
+def assemble(source: str, arch: str, directory: Path) -> Cubin:
+    """Compile CUDA C to machine code for one architecture, such as "sm_90", in a directory for scratch.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it refuses the code.
+    """
+    text, image = directory / "kernels.cu", directory / f"kernels.{arch}.cubin"
+    text.write_text(source)
+    report = _run([tool("nvcc"), *_FLAGS, f"-arch={arch}", "-cubin", str(text), "-o", str(image)])
+    resources = {
+        name: Resources(int(registers), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, registers in _REPORT.findall(report.stderr)
+    }
+    return Cubin(image.read_bytes(), resources)
+
+
+def disassemble(cubin: Cubin, directory: Path) -> dict[str, str]:
+    """SASS of each kernel, by its name.
+
+    Raises:
+        RuntimeError: there is no nvdisasm, or it refuses the code.
+    """
+    image = directory / "disassembled.cubin"
+    image.write_bytes(cubin.image)
+    text = _run([tool("nvdisasm"), "-c", str(image)]).stdout
+    sections = re.split(r"^\s*\.section\s+\.text\.(\w+)_kernel\b.*$", text, flags=re.MULTILINE)
+    return dict(zip(sections[1::2], sections[2::2], strict=True))
+
+
+def tool(name: str) -> str:
+    """The path of one of the CUDA toolkit's programs: below CUDA_HOME, on PATH, or of NVIDIA's packages for Python.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME")
+    packages = importlib.util.find_spec("nvidia")
+    folders = [Path(home, "bin")] if home else []
+    folders += [Path(folder) for folder in os.get_exec_path()]
+    for place in (packages.submodule_search_locations or ()) if packages else ():
+        folders += sorted(Path(place).glob("cu*/bin"))
+    path = shutil.which(name, path=os.pathsep.join(str(folder) for folder in folders))
+    if path is None:
+        raise RuntimeError(
+            f"{name} is neither in CUDA_HOME/bin nor on PATH; target cuda needs NVIDIA's CUDA toolkit, 12.8 or later, "
+            "or its packages from PyPI: pip install pa-compiler[cuda]"
+        )
+    return path
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run one of the toolkit's programs, which must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done

@@ -1,0 +1,102 @@
+"""Runs the CUDA kernels of a spec on the emulator, as the host will: the same launches, arguments by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import cuda_emulator
+import numpy as np
+from inputs import Inputs
+
+from pa_compiler import cuda_build, cuda_tiling
+from pa_compiler.cuda_tiling import CudaTiling
+from pa_compiler.spec import PagedAttentionSpec
+
+ARCH = "sm_90"
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaKernels:
+    """The kernels of one spec, compiled for the emulator."""
+
+    spec: PagedAttentionSpec
+    tiling: CudaTiling
+    kernels: dict[str, cuda_emulator.Kernel]
+    source: str
+
+    def launch(self, name: str, arguments: dict[str, object], order: str = "forward") -> None:
+        """Launch a kernel with arguments by the names of its parameters."""
+        from pa_compiler.kernels import cuda
+
+        launch = cuda.launches(self.spec, self.tiling)[name]
+        numbers = {key: value for key, value in arguments.items() if isinstance(value, int)}
+        blocks = eval(launch.blocks.replace("/", "//"), {}, numbers)
+        values = [arguments[parameter.name] for parameter in cuda_build.parameters(self.source, name)]
+        self.kernels[f"{name}_kernel"].launch(blocks, launch.threads, launch.shared_bytes, *values, order=order)
+
+    def decode(self, inputs: Inputs, *, extra=8, scale=None, status=0, order="forward"):
+        """(out, lse) of cuda_decode and cuda_merge, with extra work items more than sequences."""
+        spec, batch = self.spec, len(inputs.context_lens)
+        items = batch + extra
+        out, lse = inputs.out, inputs.lse
+        arguments = {
+            "query": inputs.query,
+            "key_cache": inputs.key_cache,
+            "value_cache": inputs.value_cache,
+            "block_table": inputs.block_table,
+            "context_lens": inputs.context_lens,
+            "status": np.array([status], np.int32),
+            "partial_max": np.full((items, spec.num_heads), np.nan, np.float32),
+            "partial_sum": np.full((items, spec.num_heads), np.nan, np.float32),
+            "partial_acc": np.full((items, spec.num_heads, spec.head_dim), np.nan, np.float32),
+            "out": out,
+            "lse": lse,
+            "table_seq": _stride(inputs.block_table, 0),
+            "batch": batch,
+            "items": items,
+            "scale": spec.head_dim**-0.5 if scale is None else scale,
+            **_named(inputs.query, q_batch=0, q_head=1),
+            **cache_strides(spec, "k", inputs.key_cache),
+            **cache_strides(spec, "v", inputs.value_cache),
+            **_named(out, out_batch=0, out_head=1),
+            **_named(lse, lse_batch=0),
+        }
+        self.launch("cuda_decode", arguments, order)
+        self.launch("cuda_merge", arguments, order)
+        return out, lse
+
+
+def cache_strides(spec: PagedAttentionSpec, prefix: str, cache: np.ndarray) -> dict[str, int]:
+    """The strides of a cache by the kernels' names."""
+    row, head = (1, 2) if spec.kv_layout == "NHD" else (2, 1)
+    return {f"{prefix}_{axis}": _stride(cache, at) for axis, at in (("block", 0), ("row", row), ("head", head))}
+
+
+def _named(array: np.ndarray, **axes: int) -> dict[str, int]:
+    return {name: _stride(array, axis) for name, axis in axes.items()}
+
+
+def _stride(array: np.ndarray, axis: int) -> int:
+    """In elements."""
+    return array.strides[axis] // array.itemsize
+
+
+def aligned(array: np.ndarray, alignment: int = 16) -> np.ndarray:
+    """A copy at an address that is a multiple of alignment, as of GPU memory."""
+    buffer = np.empty(array.nbytes + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@functools.cache
+def compiled(spec: PagedAttentionSpec, directory: Path, tiling: CudaTiling | None = None) -> CudaKernels:
+    """The kernels of a spec; the emulator's libraries go to the directory."""
+    from pa_compiler.kernels import cuda
+
+    tiling = tiling or cuda_tiling.choose(spec, ARCH)
+    source = cuda_build.emit(cuda.build(spec, tiling), ARCH)
+    return CudaKernels(spec, tiling, cuda_emulator.load(source, directory), source)

@@ -1,0 +1,292 @@
+"""The emulator: each instruction against NumPy, in the PTX ISA's layout of fragments, and each fault it is to find."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_emulator import ORDERS, PARTS, EmulationError
+from cuda_text import UnknownTextError
+from inputs import DTYPES
+
+LANE = np.arange(32)
+GROUP, MEMBER = LANE // 4, LANE % 4
+"""groupID and threadID_in_group of the PTX ISA."""
+KINDS = {"bf16": "bfloat16", "f16": "float16"}
+
+pytestmark = pytest.mark.parametrize("order", ORDERS)
+
+
+@pytest.fixture(scope="module")
+def kernels(emulated):
+    return emulated((PARTS / "kernels.cu").read_text())
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def halves(pairs):
+    """Registers of two 16-bit elements, the first in the lower half, from elements [..., registers, 2]."""
+    return np.ascontiguousarray(pairs).view(np.uint32)[..., 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mma(kernels, rng, order, kind):
+    a, b = (rng.uniform(-1, 1, shape).astype(DTYPES[KINDS[kind]]) for shape in ((16, 16), (16, 8)))
+    c = rng.uniform(-1, 1, (16, 8)).astype(np.float32)
+    i = np.arange(8)
+    a_row = np.where((i < 2) | (i >= 4) & (i < 6), GROUP[:, None], GROUP[:, None] + 8)
+    a_column = MEMBER[:, None] * 2 + i % 2 + np.where(i >= 4, 8, 0)
+    i = np.arange(4)
+    b_row = MEMBER[:, None] * 2 + i % 2 + np.where(i >= 2, 8, 0)
+    c_row, c_column = np.where(i < 2, GROUP[:, None], GROUP[:, None] + 8), MEMBER[:, None] * 2 + i % 2
+    d = np.zeros((32, 4), np.float32)
+    fragment_a, fragment_b = a[a_row, a_column], b[b_row, GROUP[:, None]]
+    kernels[f"mma_{kind}"].launch(
+        1, 32, 0, halves(fragment_a.reshape(32, 4, 2)), halves(fragment_b.reshape(32, 2, 2)), c[c_row, c_column], d,
+        order=order,
+    )  # fmt: skip
+    expected = a.astype(np.float64) @ b.astype(np.float64) + c
+    np.testing.assert_allclose(d, expected[c_row, c_column], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(("form", "count", "transposed"), [(i, 1 << i // 2, i % 2) for i in range(6)])
+def test_ldmatrix(kernels, rng, order, form, count, transposed):
+    matrix = rng.integers(0, 1 << 16, (32, 8)).astype(np.uint16)
+    rows = rng.permutation(32).astype(np.int32)
+    out = np.zeros((6, 32, 4), np.uint32)
+    kernels["ldmatrix"].launch(1, 32, 0, matrix, rows, out, order=order)
+    for i in range(count):
+        tile = matrix[rows[8 * i : 8 * i + 8]]
+        tile = tile.T if transposed else tile
+        pairs = np.stack([tile[GROUP, 2 * MEMBER], tile[GROUP, 2 * MEMBER + 1]], axis=-1)
+        np.testing.assert_array_equal(out[form, :, i], halves(pairs))
+
+
+def test_movmatrix(kernels, rng, order):
+    matrix = rng.integers(0, 1 << 16, (8, 8)).astype(np.uint16)
+    out = np.zeros(32, np.uint32)
+    kernels["movmatrix"].launch(1, 32, 0, halves(matrix.reshape(32, 2)), out, order=order)
+    np.testing.assert_array_equal(out, halves(matrix.T.reshape(32, 2)))
+
+
+def test_conversions(kernels, rng, order):
+    """Against ml_dtypes and NumPy: ties, the largest, subnormals, infinities. exp2 flushes subnormals to 0."""
+    x = np.concatenate(
+        [
+            rng.uniform(-150, 150, 1000),
+            np.exp2(rng.uniform(-30, 20, 2000)),
+            1 + np.arange(64) / 4096,
+            [0.0, -0.0, np.inf, -np.inf, 65504, 65519, 65520, -1e9, 2.0**-24, 2.0**-25, 3 * 2.0**-26, 3.3e38],
+        ]
+    ).astype(np.float32)
+    n = len(x) // 2
+    bf16, f16, power = np.zeros(n, np.uint32), np.zeros(n, np.uint32), np.zeros(n, np.float32)
+    kernels["convert"].launch(1, 32, 0, x, bf16, f16, power, n, order=order)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(bf16.view(np.uint16), x.astype(ml_dtypes.bfloat16).view(np.uint16))
+        np.testing.assert_array_equal(f16.view(np.uint16), x.astype(np.float16).view(np.uint16))
+        expected = np.exp2(x[:n])
+    np.testing.assert_allclose(power, np.where(expected < 2.0**-126, 0, expected), rtol=3e-7)
+
+
+def test_conversions_of_nan(kernels, order):
+    x, out = np.full(2, np.nan, np.float32), [np.zeros(1, np.uint32) for _ in range(2)]
+    kernels["convert"].launch(1, 32, 0, x, *out, np.zeros(1, np.float32), 1, order=order)
+    assert [int(word[0]) for word in out] == [0x7FFF7FFF] * 2
+
+
+def test_types(kernels, rng, order):
+    """Every bfloat16 and every half, by the operators that the C++ types have."""
+    a = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    b = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halved, product, total = b.copy(), np.zeros_like(a), np.zeros(1 << 16, np.float32)
+    kernels["types"].launch(1, 32, 0, a, halved, product, total, len(a), order=order)
+    with np.errstate(all="ignore"):
+        wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
+        expected = (wide_a * wide_a[::-1]).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(product.astype(np.float32), expected.astype(np.float32))
+        np.testing.assert_array_equal(total, wide_a + wide_b)
+        np.testing.assert_array_equal(halved, (wide_b / 2).astype(np.float16))
+
+
+def test_loads(kernels, rng, order):
+    words, out = rng.integers(0, 1 << 32, 128).astype(np.uint32), np.zeros(256, np.uint32)
+    kernels["loads"].launch(1, 32, 0, words, out, 0, order=order)
+    np.testing.assert_array_equal(out[:128], words)
+    np.testing.assert_array_equal(out[128:].reshape(32, 4), words.reshape(32, 4)[:, ::-1])
+
+
+def test_shuffles_and_votes(kernels, rng, order):
+    t, x = np.arange(64), rng.integers(0, 1000, 64).astype(np.int32)
+    f = rng.uniform(0, 1, 64).astype(np.float32)
+    out, sums = np.zeros((8, 64), np.int32), np.zeros(64, np.float32)
+    kernels["shuffles"].launch(1, 64, 0, x, f, out, sums, order=order)
+    np.testing.assert_array_equal(out[0], x[t ^ 5])
+    np.testing.assert_array_equal(out[1], x[t // 8 * 8 + t // 2 % 8])
+    np.testing.assert_array_equal(out[2], np.where(t % 16 >= 3, x[t - 3], x))
+    np.testing.assert_array_equal(out[3], np.where(t % 16 < 13, x[(t + 3) % 64], x))
+    ballots = [sum(int(v % 3 == 0) << lane for lane, v in enumerate(warp)) for warp in x.reshape(2, 32)]
+    np.testing.assert_array_equal(out[4].view(np.uint32), np.repeat(ballots, 32).astype(np.uint32))
+    np.testing.assert_array_equal(out[5], np.repeat((x.reshape(2, 32) == 0).any(1) + 2, 32))
+    np.testing.assert_array_equal(out[6], np.where(t % 32 < 8, x[t ^ 1], 0))
+    np.testing.assert_array_equal(out[7], np.repeat(x.reshape(2, 32).sum(1), 32))
+    np.testing.assert_allclose(sums, np.repeat(f.reshape(2, 32).sum(1, dtype=np.float64), 32), rtol=1e-6)
+
+
+def test_copies(kernels, rng, order):
+    """Of 4, 8, 12 of 16, by odd lanes, and 16 bytes."""
+    words, out = rng.integers(0, 1 << 32, (32, 12)).astype(np.uint32), np.zeros((32, 16), np.uint32)
+    kernels["copies"].launch(1, 32, 2048, words, out, order=order)
+    poison = np.uint32(0xFFFFFFFF)
+    expected = np.full((32, 16), poison)
+    expected[:, 0], expected[:, 2:4] = words[:, 0], words[:, 2:4]
+    expected[1::2, 4:7], expected[1::2, 7] = words[1::2, 4:7], 0
+    expected[:, 8:12], expected[:, 12:] = words[:, 8:12], 0
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_blocks_barriers_and_atomics(kernels, rng, order):
+    x = rng.integers(0, 1000, 5000).astype(np.int32)
+    pairs, total, largest = np.zeros((7, 2), np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32)
+    kernels["sums"].launch(7, 128, 0, x, pairs, total, largest, len(x), order=order)
+    padded = np.zeros(6 * 7 * 128, np.int32)
+    padded[: len(x)] = x
+    expected = padded.reshape(6, 7, 2, 64).sum((0, 3))
+    np.testing.assert_array_equal(pairs, expected)
+    assert (total[0], largest[0]) == (x.sum(), expected[:, 0].max())
+
+
+def test_indices(kernels, order):
+    out = np.zeros(6 * 24, np.int32)
+    kernels["indices"].launch((3, 1, 2), (2, 3, 4), 0, out, order=order)
+    np.testing.assert_array_equal(out.reshape(6, 24), 1000 * np.arange(6)[:, None] + np.arange(24))
+
+
+def test_poisoned_shared_memory_is_nan(kernels, order):
+    out = np.zeros(32, np.float32)
+    kernels["reads_poison"].launch(1, 32, 256, out, order=order)
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("wait", [0, 1, 2])
+def test_wait_of_a_copy(kernels, order, wait):
+    words, out = np.arange(128, dtype=np.uint32), np.zeros(32, np.uint32)
+    if wait == 0:
+        kernels["waits"].launch(1, 32, 512, words, out, wait, order=order)
+        np.testing.assert_array_equal(out.sum(), words.sum())
+        return
+    with pytest.raises(EmulationError, match=r"reads 16 bytes at byte 0 .* cp\.async of thread 0 is in flight"):
+        kernels["waits"].launch(1, 32, 512, words, out, wait, order=order)
+
+
+def test_wait_is_one_threads_own(kernels, order):
+    with pytest.raises(EmulationError, match=r"race: it .* of shared memory, which thread .* with no barrier between"):
+        kernels["waits_alone"].launch(1, 32, 512, np.zeros(128, np.uint32), np.zeros(32, np.uint32), order=order)
+
+
+@pytest.mark.parametrize(("kernel", "barrier"), [("exchanges", 0), ("exchanges", 2), ("overwrites", 0)])
+def test_missing_barrier(kernels, order, kernel, barrier):
+    """Another thread's access, whichever of the two came first."""
+    with pytest.raises(EmulationError, match=r"race: it (reads|writes) 4 bytes .* (read|wrote) with no barrier"):
+        kernels[kernel].launch(1, 64, 0, np.zeros(64, np.int32), barrier, order=order)
+
+
+@pytest.mark.parametrize(("kernel", "factor", "offset"), [("exchanges", 1, 0), ("overwrites", 4, 6)])
+def test_barriers_that_suffice(kernels, order, kernel, factor, offset):
+    out = np.zeros(64, np.int32)
+    kernels[kernel].launch(3, 64, 0, out, 1, order=order)
+    np.testing.assert_array_equal(out, factor * (63 - np.arange(64)) + offset)
+
+
+def test_deadlock(kernels, order):
+    with pytest.raises(EmulationError) as error:
+        kernels["divergent_barrier"].launch(1, 64, 0, np.zeros(64, np.int32), order=order)
+    assert str(error.value) == (
+        "divergent_barrier, block (0, 0, 0), deadlock: warp 0, lanes 0-31: at barrier 0; warp 1, lanes 0-7: at "
+        "barrier 0; warp 1, lanes 8-30: at its end; warp 1, lanes 31-31: at barrier 3"
+    )
+
+
+def test_lane_that_left(kernels, order):
+    with pytest.raises(EmulationError, match=r"deadlock: warp 0, lanes 0-6: at movmatrix; .* lanes 7-7: at its end"):
+        kernels["leaves_early"].launch(1, 32, 0, np.zeros(32, np.int32), order=order)
+
+
+def test_divergence(kernels, order):
+    with pytest.raises(EmulationError, match=r"at (ldmatrix\.x4|movmatrix), and lane \d+ of its warp at (ldm|movm)"):
+        kernels["divergent_instructions"].launch(1, 32, 512, np.zeros(32, np.uint32), order=order)
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "message"),
+    [
+        (1, 1, r"thread 31 .* reads 4 bytes at byte 128 of in, which has 128"),
+        (-1, 1, r"thread 0 .* reads 4 bytes at byte -4 of in, which has 128"),
+        (0, 1 << 40, r"reads 4 bytes at byte \d+ of"),
+    ],
+)
+def test_access_outside(kernels, order, first, step, message):
+    with pytest.raises(EmulationError, match=message):
+        kernels["touches"].launch(1, 32, 0, np.zeros(32, np.int32), np.zeros(32, np.int32), first, step, order=order)
+
+
+def test_access_of_a_strided_view(kernels, order):
+    """What lies between a view's first and last element may be used, and nothing else."""
+    whole, out = np.arange(100, dtype=np.int32), np.zeros(32, np.int32)
+    kernels["touches"].launch(1, 32, 0, whole[5:100:3], np.zeros(94, np.int32), 0, 3, order=order)
+    kernels["touches"].launch(1, 32, 0, whole[31::-1], out[::-1], 0, -1, order=order)
+    np.testing.assert_array_equal(out, whole[:32])
+    with pytest.raises(EmulationError, match="reads 4 bytes at byte 376 of in, which has 376"):
+        kernels["touches"].launch(1, 32, 0, whole[5:99:3], np.zeros(100, np.int32), 1, 3, order=order)
+
+
+def test_write_to_a_read_only_array(kernels, order):
+    out = np.zeros(32, np.int32)
+    out.flags.writeable = False
+    with pytest.raises(EmulationError, match="writes 4 bytes at byte 0 of out, which is read-only"):
+        kernels["touches"].launch(1, 1, 0, np.zeros(32, np.int32), out, 0, 1, order=order)
+
+
+def test_access_outside_of_shared_memory(kernels, order):
+    with pytest.raises(
+        EmulationError, match=r"thread 63 .* writes 4 bytes at byte 256 of shared memory, which has 256"
+    ):
+        kernels["leaves_shared"].launch(1, 64, 256, np.zeros(1, np.float32), order=order)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_misaligned_access(kernels, order, offset):
+    words, out = np.zeros(132, np.uint32), np.zeros(256, np.uint32)
+    with pytest.raises(EmulationError, match=r"misaligned: it reads 16 bytes at 0x"):
+        kernels["loads"].launch(1, 32, 0, words, out, offset, order=order)
+
+
+def test_misaligned_vector(emulated, order):
+    """By a pointer of C++."""
+    kernel = emulated(
+        'extern "C" __global__ void copy(float* from, float* to) { *(float4*)to = *(float4*)(from + threadIdx.x); }'
+    )["copy"]
+    kernel.launch(1, 1, 0, np.zeros(8, np.float32), np.zeros(8, np.float32), order=order)
+    with pytest.raises(EmulationError, match=r"thread [13] .*misaligned: 0x\w+ at line 1 is not a multiple of 16"):
+        kernel.launch(1, 4, 0, np.zeros(8, np.float32), np.zeros(8, np.float32), order=order)
+
+
+def test_unknown_instruction(emulated, order):
+    text = 'extern "C" __global__ void k(float* x) { asm volatile("tanh.approx.f32 %0, %1;" : "=f"(*x) : "f"(*x)); }'
+    with pytest.raises(UnknownTextError, match="tanh_approx_f32"):
+        emulated(text)
+
+
+def test_arguments(kernels, order):
+    kernel, x = kernels["touches"], np.zeros(32, np.int32)
+    with pytest.raises(TypeError, match="in is an array of int32, not float32"):
+        kernel.launch(1, 32, 0, x.astype(np.float32), x, 0, 1, order=order)
+    with pytest.raises(TypeError, match="touches takes 4 arguments, not 3"):
+        kernel.launch(1, 32, 0, x, x, 0, order=order)
+    with pytest.raises(ValueError, match="block: 64 threads, where the kernel is bound to 32"):
+        kernel.launch(1, 64, 0, x, x, 0, 1, order=order)
+    with pytest.raises(ValueError, match="shared_bytes: 232449"):
+        kernel.launch(1, 32, 232449, x, x, 0, 1, order=order)
