@@ -1,0 +1,87 @@
+"""CudaModule: a compiled library for a GPU, loaded. It can be loaded, looked at and saved where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pa_compiler.arguments import check_whole
+from pa_compiler.module import Module
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKS = ("host", "device", "none")
+"""What decode and append_kv take for check, in the order of the library's numbers."""
+
+
+class CudaModule(Module):
+    """A Module for GPUs.
+
+    decode and append_kv take CUDA tensors, of torch or anything with DLPack, all on one device, and return when their
+    kernels have been launched on the caller's stream (torch's current one). Beyond what Module says of them:
+
+    - Keys, values and caches start at multiples of 16 bytes and have strides of such multiples, queries of 4 bytes.
+    - out and lse are made for torch tensors; for others they have to be given.
+    - check says who looks at context_lens, block_table and slot_mapping, whose contents are on the GPU:
+      "device", the default: a kernel does, before the others. After a finding those write nothing; the error is raised
+      by the next call of decode or append_kv on that device, which does nothing itself, or by check_status.
+      "host": this process does, before anything is launched. It waits for the stream and for copies of them.
+      "none": nobody does. An index that is out of range reads or writes anywhere.
+
+    Nothing is copied to the host, nor waited for, with "device" and "none", and a CUDA graph can capture both. It holds
+    the launches for any lengths: tensors may have other contents at each replay.
+
+    Errors of the driver are RuntimeErrors, among them that there is none.
+    """
+
+    @property
+    def num_threads(self) -> int:
+        """None that could be set: a GPU has its own.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError("num_threads: a module for a GPU has none")
+
+    def check_status(self) -> None:
+        """Raise what a kernel has found wrong with an earlier call, on any device, and forget it.
+
+        Nothing is waited for: what is still to run is not seen yet, so synchronize the stream before.
+
+        Raises:
+            ValueError: a length.
+            IndexError: a block id or a slot. Each as the call itself would have raised it with check="host".
+        """
+        self._functions["check_status"]()
+
+    def empty_cache(self, num_blocks: int, device: Any = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
+        """New key and value caches of num_blocks blocks in kv_layout, all 0, as torch tensors on a device.
+
+        Raises:
+            TypeError, ValueError: num_blocks is not a whole number from 1 on.
+            ImportError: there is no torch.
+        """
+        import torch
+
+        check_whole("num_blocks", num_blocks, 1)
+        shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
+        key_cache, value_cache = (torch.zeros(*shape, dtype=getattr(torch, self.spec.dtype), device=device) for shape in shapes)
+        return key_cache, value_cache
+
+    def _manner(self, check: str | None) -> int:
+        if check is None:
+            return CHECKS.index("device")
+        if check not in CHECKS:
+            raise ValueError(f"check: expected one of {', '.join(CHECKS)}, got {check!r}")
+        return CHECKS.index(check)
+
+    def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
+        if type(query).__module__.partition(".")[0] != "torch":
+            name = "lse" if len(extents) == 1 else "out"
+            raise TypeError(
+                f"{name}: expected an array to write to, since none can be made for a query that is no torch tensor, "
+                f"got None"
+            )
+        import torch
+
+        return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype), device=query.device)
