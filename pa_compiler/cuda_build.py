@@ -115,22 +115,26 @@ def assemble(source: str, arch: str, directory: Path) -> Cubin:
     return Cubin(ptx.read_text(), image.read_bytes(), resources)
 
 
-def embed(cubin: Cubin, arch: str, directory: Path) -> str:
-    """Assembly for this machine of data under the name pa_kernels_image: the machine code, and its PTX.
-
-    The driver takes the machine code where it fits the GPU, and compiles the PTX for later ones. The assembly reads a
-    file in the directory.
+def fatbin(cubin: Cubin, arch: str, directory: Path) -> bytes:
+    """The machine code and its PTX as one image: the driver takes the first where it fits the GPU, or compiles the other.
 
     Raises:
         RuntimeError: there is no fatbinary, which comes with nvcc.
     """
-    image, ptx, both = (directory / f"embedded.{suffix}" for suffix in ("cubin", "ptx", "fatbin"))
+    image, ptx, both = (directory / f"bound.{suffix}" for suffix in ("cubin", "ptx", "fatbin"))
     image.write_bytes(cubin.image)
     ptx.write_text(cubin.ptx)
     number = arch.removeprefix("sm_")
     parts = [f"--image3=kind=elf,sm={number},file={image}", f"--image3=kind=ptx,sm={number},file={ptx}"]
     _run([tool("fatbinary"), f"--create={both}", "-64", *parts])
-    return _EMBEDDED.format(path=json.dumps(str(both), ensure_ascii=False))
+    return both.read_bytes()
+
+
+def embed(image: bytes, directory: Path) -> str:
+    """Assembly for this machine of an image, under the name pa_kernels_image. It names a file in the directory."""
+    path = directory / "embedded.fatbin"
+    path.write_bytes(image)
+    return _EMBEDDED.format(path=json.dumps(str(path), ensure_ascii=False))
 
 
 def disassembly(cubin: Cubin, directory: Path) -> str:

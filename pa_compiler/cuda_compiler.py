@@ -64,8 +64,8 @@ def build_library(spec: PagedAttentionSpec, target: CudaTarget, scratch: Path) -
     lowered = lower(spec, target)
     with build.compiling_host(lowered.host, scratch) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, scratch)
-        image = cuda_build.embed(cubin, target.arch, scratch)
-        library = build.link(compiling, image, scratch, ENTRY_POINTS)
+        image = cuda_build.fatbin(cubin, target.arch, scratch)
+        library = build.link(compiling, cuda_build.embed(image, scratch), scratch, ENTRY_POINTS)
     return library, lowered.texts | _machine_texts(cubin, scratch)
 
 

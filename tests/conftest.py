@@ -101,6 +101,14 @@ def emulated(build_cache):
     return functools.partial(cuda_emulator.load, directory=directory)
 
 
+@pytest.fixture(scope="session")
+def cuda_decode(emulated):
+    """cuda_decode(spec, **sizes of the tiling) -> CUDA kernels of decode on the emulator, the same ones each time."""
+    import cuda_kernels  # which imports TVM
+
+    return functools.cache(functools.partial(cuda_kernels.build_decode, emulated))
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache directory of the test's own, not made yet."""

@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 
 PARTS = Path(__file__).parent / "emulator"
-RUNTIME = "g++ -std=c++17 -O2 -Wall -Wextra -Werror -fPIC -c".split()
+RUNTIME = "g++ -std=c++17 -O3 -mno-red-zone -fno-semantic-interposition -Wall -Wextra -Werror -fPIC -c".split()
 KERNELS = (
     "g++ -std=c++17 -O1 -w -fPIC -c -fno-exceptions -fno-strict-aliasing -fwrapv -ffp-contract=off "
     "-fsanitize=thread,alignment -fno-sanitize-recover=alignment"
@@ -128,9 +128,7 @@ class Kernel:
 
 def load(source: str, directory: Path) -> dict[str, Kernel]:
     """Compile CUDA C; its kernels by name. Libraries are kept in directory, which processes may share."""
-    runtime_path = _runtime(directory)
-    text = cuda_text.to_cpp(source)
-    library = _built(directory, text, [*KERNELS, "-I", str(PARTS)], [runtime_path])
+    library, runtime_path = build(source, directory)
     runtime = ctypes.CDLL(str(runtime_path))
     runtime.emulator_launch.restype = ctypes.c_char_p
     entries = ctypes.CDLL(str(library))
@@ -138,6 +136,12 @@ def load(source: str, directory: Path) -> dict[str, Kernel]:
         signature.name: Kernel(signature, entries[f"{signature.name}_entry"], runtime)
         for signature in cuda_text.signatures(source)
     }
+
+
+def build(source: str, directory: Path) -> tuple[Path, Path]:
+    """Compile CUDA C: the library with NAME_entry(void** values) of each kernel, and the emulator's own."""
+    runtime_path = _runtime(directory)
+    return _built(directory, cuda_text.to_cpp(source), [*KERNELS, "-I", str(PARTS)], [runtime_path]), runtime_path
 
 
 @functools.cache
@@ -149,7 +153,7 @@ def _runtime(directory: Path) -> Path:
 def _built(directory: Path, text: str, command: list[str], libraries: list[Path]) -> Path:
     """Compile a C++ text, once for all that share the directory, into a library named after it."""
     headers = "".join(path.read_text() for path in sorted(PARTS.iterdir()))
-    name = hashlib.sha256(f"{headers}{command}{text}".encode()).hexdigest()[:20]
+    name = hashlib.sha256(f"{headers}{command}{libraries}{text}".encode()).hexdigest()[:20]
     source, library = directory / f"{name}.cc", directory / f"{name}.so"
     with filelock.FileLock(directory / f"{name}.lock"):
         if library.exists():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from pathlib import Path
 
 import cuda_emulator
 import numpy as np
 from inputs import Inputs
+from tvm import IRModule
 
 from pa_compiler import cuda_build, cuda_tiling
 from pa_compiler.cuda_tiling import CudaTiling
+from pa_compiler.kernels import cuda
 from pa_compiler.spec import PagedAttentionSpec
 
 ARCH = "sm_90"
@@ -28,8 +28,6 @@ class CudaKernels:
 
     def launch(self, name: str, arguments: dict[str, object], order: str = "forward") -> None:
         """Launch a kernel with arguments by the names of its parameters."""
-        from pa_compiler.kernels import cuda
-
         launch = cuda.launches(self.spec, self.tiling)[name]
         numbers = {key: value for key, value in arguments.items() if isinstance(value, int)}
         blocks = eval(launch.blocks.replace("/", "//"), {}, numbers)
@@ -57,11 +55,11 @@ class CudaKernels:
             "batch": batch,
             "items": items,
             "scale": spec.head_dim**-0.5 if scale is None else scale,
-            **_named(inputs.query, q_batch=0, q_head=1),
+            **strides(inputs.query, q_batch=0, q_head=1),
             **cache_strides(spec, "k", inputs.key_cache),
             **cache_strides(spec, "v", inputs.value_cache),
-            **_named(out, out_batch=0, out_head=1),
-            **_named(lse, lse_batch=0),
+            **strides(out, out_batch=0, out_head=1),
+            **strides(lse, lse_batch=0),
         }
         self.launch("cuda_decode", arguments, order)
         self.launch("cuda_merge", arguments, order)
@@ -74,13 +72,19 @@ def cache_strides(spec: PagedAttentionSpec, prefix: str, cache: np.ndarray) -> d
     return {f"{prefix}_{axis}": _stride(cache, at) for axis, at in (("block", 0), ("row", row), ("head", head))}
 
 
-def _named(array: np.ndarray, **axes: int) -> dict[str, int]:
+def strides(array: np.ndarray, **axes: int) -> dict[str, int]:
+    """Strides in elements, by the names of the axes."""
     return {name: _stride(array, axis) for name, axis in axes.items()}
 
 
 def _stride(array: np.ndarray, axis: int) -> int:
     """In elements."""
     return array.strides[axis] // array.itemsize
+
+
+def on_device(inputs: Inputs) -> Inputs:
+    """Inputs whose arrays are aligned as the kernels take them."""
+    return inputs.replace(**{name: aligned(getattr(inputs, name)) for name in ("query", "key_cache", "value_cache")})
 
 
 def aligned(array: np.ndarray, alignment: int = 16) -> np.ndarray:
@@ -92,11 +96,18 @@ def aligned(array: np.ndarray, alignment: int = 16) -> np.ndarray:
     return copy
 
 
-@functools.cache
-def compiled(spec: PagedAttentionSpec, directory: Path, tiling: CudaTiling | None = None) -> CudaKernels:
-    """The kernels of a spec; the emulator's libraries go to the directory."""
-    from pa_compiler.kernels import cuda
+def build_decode(load, spec: PagedAttentionSpec, **sizes: int) -> CudaKernels:
+    """The kernels of decode, of the chosen tiling or with other sizes; load(CUDA C) -> the emulator's kernels."""
+    tiling = dataclasses.replace(cuda_tiling.choose(spec, ARCH), **sizes)
+    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec, tiling) for kernel in cuda.DECODE})
 
-    tiling = tiling or cuda_tiling.choose(spec, ARCH)
-    source = cuda_build.emit(cuda.build(spec, tiling), ARCH)
-    return CudaKernels(spec, tiling, cuda_emulator.load(source, directory), source)
+
+def build_others(load, spec: PagedAttentionSpec) -> CudaKernels:
+    """The kernels of append_kv and of checks."""
+    tiling = cuda_tiling.choose(spec, ARCH)
+    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec) for kernel in cuda.OTHERS})
+
+
+def _loaded(load, spec: PagedAttentionSpec, tiling: CudaTiling, kernels: dict) -> CudaKernels:
+    source = cuda_build.emit(IRModule(kernels), ARCH)
+    return CudaKernels(spec, tiling, load(source), source)

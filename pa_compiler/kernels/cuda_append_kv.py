@@ -10,6 +10,7 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda_tiling import APPEND_THREADS, APPEND_TOKENS, CHUNK_BYTES, WARP
 from pa_compiler.kernels.cuda_check import report_slots
+from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 
@@ -22,7 +23,7 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
     what cuda_check_slots found (cuda_check). Elements are moved as they are: NaNs keep their bits.
     """
     heads, block_size, width = spec.num_kv_heads, T.int64(spec.block_size), CHUNK_BYTES // ITEMSIZES[spec.dtype]
-    chunks = spec.head_dim // width
+    chunks, warps = spec.head_dim // width, APPEND_THREADS // WARP
     bits = f"uint{8 * ITEMSIZES[spec.dtype]}"
     report_stage = report_slots(spec)
     load, store = "ld.global.nc.v4.b32", "st.global.v4.b32"
@@ -60,37 +61,43 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         report = T.match_buffer(report_handle, (report_span,), "int64")
         T.device_entry()
         cta = T.cta_id([T.truncdiv(num_tokens + (APPEND_TOKENS - 1), APPEND_TOKENS)])
-        warp_id = T.warp_id([APPEND_THREADS // WARP])
+        warp_id = T.warp_id([warps])
         lane_id = T.lane_id([WARP])
-        own = T.alloc_buffer((APPEND_TOKENS,), "int64", scope="shared.dyn", align=16)
+        again = T.alloc_buffer((warps * APPEND_TOKENS,), "int32", scope="shared.dyn", align=16)
         mine = T.alloc_buffer((APPEND_TOKENS,), "int64", scope="local")
+        lost = T.alloc_buffer((APPEND_TOKENS,), "int32", scope="local")
         words = T.alloc_buffer((8,), "uint32", scope="local")
+        warp: T.int32 = warp_id
         thread: T.int32 = warp_id * WARP + lane_id
         first: T.int32 = cta * APPEND_TOKENS
         if (status[0] != 0) & (cta == 0) & (thread == 0):
             report_stage(status, slot_mapping, num_blocks, report)
         if status[0] == 0:
             for t in T.unroll(APPEND_TOKENS):
+                lost[t] = 0
                 mine[t] = T.int64(-1)
                 if first + t < num_tokens:
                     mine[t] = slot_mapping[first + t]
-                if thread == 0:
-                    own[t] = mine[t]
-            T.cuda.cta_sync()
             for step in range(T.truncdiv(num_tokens - first + (APPEND_THREADS - 1), APPEND_THREADS)):
                 later: T.int32 = first + step * APPEND_THREADS + thread
                 if later < num_tokens:
                     taken: T.int64 = slot_mapping[later]
                     for t in T.unroll(APPEND_TOKENS):
                         if (first + t < later) & (mine[t] == taken):
-                            own[t] = T.int64(-1)  # whoever writes here writes the same
+                            lost[t] = 1
+            for t in T.unroll(APPEND_TOKENS):
+                any_lane: T.int32 = T.cuda.any_sync(T.uint32(ALL_LANES), lost[t])
+                if lane_id == 0:
+                    again[warp * APPEND_TOKENS + t] = any_lane
             T.cuda.cta_sync()
             for step in range(-(-APPEND_TOKENS * heads * chunks // APPEND_THREADS)):
                 chunk: T.int32 = step * APPEND_THREADS + thread
                 local: T.int32 = T.truncdiv(chunk, heads * chunks)
                 target: T.int64 = T.int64(-1)
-                if local < APPEND_TOKENS:
-                    target = own[local]
+                if (local < APPEND_TOKENS) & (first + local < num_tokens):
+                    target = slot_mapping[first + local]
+                    for w in T.unroll(warps):
+                        target = T.Select(again[w * APPEND_TOKENS + local] != 0, T.int64(-1), target)
                 if target >= T.int64(0):
                     block: T.int64 = T.truncdiv(target, block_size)
                     slot: T.int64 = T.truncmod(target, block_size)

@@ -6,7 +6,7 @@ call then writes a report, int64 [5], to memory that the host reads when it like
 
     code | sequence or token | position in the sequence's row of block_table | the value found | the limit it broke
 
-The code, BAD_LENGTH, BAD_BLOCK or BAD_SLOT, is written last, with all before it in place for whoever sees it.
+The code, LENGTH_CODE, BLOCK_CODE or SLOT_CODE, is written last, with all before it in place for whoever sees it.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from pa_compiler.spec import PagedAttentionSpec
 
 VIOLATION = 0x7FFFFFFF
 
-LENGTH_KIND, BLOCK_KIND = 0, 1
+BAD_LENGTH, BAD_BLOCK = 0, 1
 """Kinds, where the position is a sequence: its context_len is outside [0, max_blocks * block_size], or it names a block
 outside [0, num_blocks) for one of its tokens."""
 
-SLOT_KIND = 0
+BAD_SLOT = 0
 """Kind, where the position is a token: its slot is neither -1 nor in [0, num_blocks * block_size)."""
 
-BAD_LENGTH, BAD_BLOCK, BAD_SLOT = 1, 2, 3
+LENGTH_CODE, BLOCK_CODE, SLOT_CODE = 1, 2, 3
 """Codes of a report."""
 
 _RAISE = "red.relaxed.gpu.global.max.s32"
@@ -65,7 +65,7 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
         length: T.int64 = T.Cast("int64", context_lens[seq])
         if (length < T.int64(0)) | (length > T.Cast("int64", max_blocks) * T.int64(block_size)):
             if thread == 0:
-                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + LENGTH_KIND))
+                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_LENGTH))
         else:
             used: T.int32 = T.Cast("int32", T.truncdiv(length + T.int64(block_size - 1), T.int64(block_size)))
             for step in range(T.truncdiv(used + (CHECK_THREADS - 1), CHECK_THREADS)):
@@ -73,7 +73,7 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
                 if i < used:
                     block: T.int32 = block_table[T.Cast("int64", seq) * table_seq + T.Cast("int64", i)]
                     if (block < 0) | (T.Cast("int64", block) >= num_blocks):
-                        T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BLOCK_KIND))
+                        T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_BLOCK))
 
     return cuda_check
 
@@ -100,7 +100,7 @@ def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
         if token < num_tokens:
             slot: T.int64 = slot_mapping[token]
             if (slot < T.int64(-1)) | (slot >= num_blocks * T.int64(block_size)):
-                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * token + SLOT_KIND))
+                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * token + BAD_SLOT))
 
     return cuda_check_slots
 
@@ -114,13 +114,13 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
         found: T.int32 = VIOLATION - status[0]
         seq: T.int64 = T.Cast("int64", T.truncdiv(found, 2))
         length: T.int64 = T.Cast("int64", context_lens[seq])
-        code: T.int64 = T.int64(BAD_LENGTH)
+        code: T.int64 = T.int64(LENGTH_CODE)
         report[1] = seq
-        if T.truncmod(found, 2) == LENGTH_KIND:
+        if T.truncmod(found, 2) == BAD_LENGTH:
             report[3] = length
             report[4] = T.Cast("int64", max_blocks) * T.int64(block_size)
         else:
-            code = T.int64(BAD_BLOCK)
+            code = T.int64(BLOCK_CODE)
             i: T.int64 = T.int64(0)
             block: T.int64 = T.Cast("int64", block_table[seq * table_seq])
             while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(block_size) < length):
@@ -141,7 +141,7 @@ def report_slots(spec: PagedAttentionSpec) -> Callable[..., None]:
     @inline
     def stage(status, slot_mapping, num_blocks, report):
         token: T.int64 = T.Cast("int64", T.truncdiv(VIOLATION - status[0], 2))
-        code: T.int64 = T.int64(BAD_SLOT)
+        code: T.int64 = T.int64(SLOT_CODE)
         report[1] = token
         report[3] = slot_mapping[token]
         report[4] = num_blocks * T.int64(block_size)

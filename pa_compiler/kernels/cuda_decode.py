@@ -11,8 +11,6 @@ from pa_compiler.kernels.cuda_ring import copy_tile, look_up
 from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
-LOG2_E = 1.4426950408889634
-
 STRATEGIES = {"tensor_cores": cuda_tensor_core.strategy, "fma": cuda_fma.strategy}
 
 
@@ -133,7 +131,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                     ready: T.int32 = step - (stages - 1)
                     keys: T.int32 = (warp * stages + T.truncmod(ready, stages)) * 2 * tile
                     strategy.attend(
-                        ring, keys, keys + tile, scale * T.float32(LOG2_E), end - own - ready * tiling.step_tokens,
+                        ring, keys, keys + tile, scale, end - own - ready * tiling.step_tokens,
                         lane, q, row_max, row_sum, acc,
                     )  # fmt: skip
                     T.cuda.warp_sync()

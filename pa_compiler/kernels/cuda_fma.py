@@ -2,7 +2,7 @@
 
 `lanes` lanes of a warp share a token, each with some chunks of head_dim: of the query, of the keys and values it reads,
 and of acc. The 32 / lanes teams of a warp take every such token of a tile, with a maximum and a sum of their own until
-the end. Maxima are of scores * scale * log2(e), and exponentials are powers of 2.
+the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from pa_compiler.cuda_tiling import WARP, CudaTiling
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.cuda_ring import chunk_offset
-from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY, Strategy
+from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -65,7 +65,7 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     elements = own_chunks * width
 
     @inline
-    def stage(ring, keys, values, scale_log2, valid_len, lane, q, row_max, row_sum, acc):
+    def stage(ring, keys, values, scale, valid_len, lane, q, row_max, row_sum, acc):
         words = T.alloc_buffer((WORDS,), "uint32", scope="local")
         scores = T.alloc_buffer((tokens * rows,), "float32", scope="local")
         for i in T.unroll(tokens * rows):
@@ -88,19 +88,19 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
                     )
                 scores[t * rows + r] = T.Select(
                     t * teams + T.truncdiv(lane, lanes) < valid_len,
-                    scores[t * rows + r] * scale_log2,
+                    scores[t * rows + r] * scale,
                     T.float32(NEGATIVE_INFINITY),
                 )
                 highest = T.max(highest, scores[t * rows + r])
             shift: T.float32 = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
             alpha: T.float32 = T.float32(0)
-            T.ptx["ex2.approx.ftz.f32"](alpha, row_max[r] - shift)
+            T.ptx["ex2.approx.ftz.f32"](alpha, (row_max[r] - shift) * T.float32(LOG2_E))
             row_max[r] = highest
             row_sum[r] = row_sum[r] * alpha
             for i in T.unroll(elements):
                 acc[r * elements + i] = acc[r * elements + i] * alpha
             for t in T.unroll(tokens):
-                T.ptx["ex2.approx.ftz.f32"](scores[t * rows + r], scores[t * rows + r] - shift)
+                T.ptx["ex2.approx.ftz.f32"](scores[t * rows + r], (scores[t * rows + r] - shift) * T.float32(LOG2_E))
                 row_sum[r] = row_sum[r] + scores[t * rows + r]
         for t in T.unroll(tokens):
             for c in T.unroll(own_chunks):
@@ -130,7 +130,7 @@ def store_warp(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                 highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, lanes << level, WARP))
             shift: T.float32 = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
             weight: T.float32 = T.float32(0)
-            T.ptx["ex2.approx.ftz.f32"](weight, row_max[r] - shift)
+            T.ptx["ex2.approx.ftz.f32"](weight, (row_max[r] - shift) * T.float32(LOG2_E))
             total: T.float32 = row_sum[r] * weight
             for level in T.unroll(levels):
                 total = total + T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), total, lanes << level, WARP)

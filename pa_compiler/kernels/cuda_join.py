@@ -7,18 +7,16 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.cuda_tiling import CudaTiling
-from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
+from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
-
-LN_2 = 0.6931471805599453
 
 
 def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     """The results of all warps as one: the last of a work item, by all threads of its block.
 
     Where the sequence has one range, writes out[seq] and lse[seq]; otherwise the partial result of the item:
-    partial_max (of scores * log2(e)), partial_sum and partial_acc at [item, head] and [item, head, head_dim].
+    partial_max, partial_sum and partial_acc at [item, head] and [item, head, head_dim].
     A row whose sum is 0 has nothing in it, and gives 0 and -inf.
     """
     head_dim, heads, warps, rows = spec.head_dim, spec.num_heads, tiling.warps, tiling.row_tile
@@ -39,7 +37,7 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                 total: T.float32 = T.float32(0)
                 value: T.float32 = T.float32(0)
                 for w in T.unroll(warps):
-                    T.ptx["ex2.approx.ftz.f32"](weight[w], warp_max[w * rows + row] - shift)
+                    T.ptx["ex2.approx.ftz.f32"](weight[w], (warp_max[w * rows + row] - shift) * T.float32(LOG2_E))
                     total = total + weight[w] * warp_sum[w * rows + row]
                     value = value + weight[w] * warp_acc[(w * rows + row) * pitch + d]
                 head: T.let = T.Cast("int64", first_head + row)
@@ -51,7 +49,7 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                         lse[lse_offset + head] = T.Select(
                             total == T.float32(0),
                             T.float32(NEGATIVE_INFINITY),
-                            (shift + T.log2(total)) * T.float32(LN_2),
+                            shift + T.log(total),
                         )
                 else:
                     slot: T.let = T.Cast("int64", item) * T.int64(heads) + head

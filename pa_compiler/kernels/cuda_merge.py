@@ -5,16 +5,15 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda_tiling import WARP, CudaTiling
 from pa_compiler.kernels.cuda_check import report_indices
-from pa_compiler.kernels.cuda_join import LN_2
 from pa_compiler.kernels.cuda_plan import find_partials
-from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
+from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY
 from pa_compiler.spec import PagedAttentionSpec
 
 
 def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     """Blocks [batch * num_heads] of tiling.merge_threads threads: out and lse of one sequence and query head.
 
-    Reads what cuda_decode left for the same context_lens and items: partial_max (of scores * log2(e)), partial_sum
+    Reads what cuda_decode left for the same context_lens and items: partial_max and partial_sum
     [items, num_heads] and partial_acc [items, num_heads, head_dim]. A sequence of one range has been written already.
     With a status other than 0 nothing is read or written but the report of what cuda_check found (cuda_check).
     """
@@ -80,7 +79,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                     for i in range(found[1]):
                         slot: T.int64 = first + T.Cast("int64", i * heads)
                         weight: T.float32 = T.float32(0)
-                        T.ptx["ex2.approx.ftz.f32"](weight, partial_max[slot] - shift)
+                        T.ptx["ex2.approx.ftz.f32"](weight, (partial_max[slot] - shift) * T.float32(LOG2_E))
                         total = total + weight * partial_sum[slot]
                         value = value + weight * partial_acc[slot * T.int64(head_dim) + T.Cast("int64", d)]
                     where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
@@ -91,7 +90,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                         lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(
                             total == T.float32(0),
                             T.float32(NEGATIVE_INFINITY),
-                            (shift + T.log2(total)) * T.float32(LN_2),
+                            shift + T.log(total),
                         )
 
     return cuda_merge

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 NEGATIVE_INFINITY = float("-inf")
 
+LOG2_E = 1.4426950408889634
+"""exp(x) is 2 ** (x * LOG2_E): the GPU has an instruction for powers of 2."""
+
 
 class Strategy(NamedTuple):
     """How one warp attends to its tiles: functions for the body of the kernel, and the registers of a lane they keep.
@@ -17,7 +20,7 @@ class Strategy(NamedTuple):
         row_sum: float32 registers for the sums of rows.
         acc: float32 registers for the sums of values.
         load_query: (query, offset, head_stride, rows, lane, query registers).
-        attend: (ring, keys, values, scale * log2(e), valid_len, lane, query registers, row_max, row_sum, acc).
+        attend: (ring, keys, values, scale, valid_len, lane, query registers, row_max, row_sum, acc).
         store_warp: (row_max, row_sum, acc, warp, lane, warp_max, warp_sum, warp_acc): to shared memory, at the warp's
             place in [warps, row_tile] and [warps, row_tile, acc_pitch].
     """

@@ -6,8 +6,8 @@ of heads. With g = lane / 4 and c = lane % 4, a lane holds the scores of tokens 
 and of acc^T the elements g and g + 8 of every 16 for the same heads, so that a head's maximum and its factors are where
 its scores and its sums are. (PTX ISA, matrix fragments for mma.m16n8k16.)
 
-Maxima are of scores * scale * log2(e), and exponentials are powers of 2. The sum of a row is a product with a row of
-ones: the denominator adds up the rounded probabilities that the numerator is made of.
+The sum of a row is a product with a row of ones: the denominator adds up the rounded probabilities that the numerator
+is made of.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 from pa_compiler.cuda_tiling import MMA_HEADS, MMA_TOKENS, WARP, CudaTiling
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.cuda_ring import chunk_offset
-from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY, Strategy
+from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -69,11 +69,11 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
 
     @inline
-    def stage(ring, keys, values, scale_log2, valid_len, lane, q_frag, row_max, row_sum, acc):
+    def stage(ring, keys, values, scale, valid_len, lane, q_frag, row_max, row_sum, acc):
         scores = T.alloc_buffer((operands * 4,), "float32", scope="local")
         p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
         qk_stage(ring, keys, q_frag, lane, scores)
-        softmax_stage(scores, scale_log2, valid_len, lane, row_max, row_sum, acc, p_frag)
+        softmax_stage(scores, scale, valid_len, lane, row_max, row_sum, acc, p_frag)
         pv_stage(ring, values, p_frag, lane, row_sum, acc)
 
     return stage
@@ -120,7 +120,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
-    def stage(scores, scale_log2, valid_len, lane, row_max, row_sum, acc, p_frag):
+    def stage(scores, scale, valid_len, lane, row_max, row_sum, acc, p_frag):
         alpha = T.alloc_buffer((2,), "float32", scope="local")
         shift = T.alloc_buffer((2,), "float32", scope="local")
         pair = T.alloc_buffer((2,), "uint32", scope="local")
@@ -129,7 +129,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                 for i in T.unroll(4):
                     token = T.meta_var(m * MMA_TOKENS + i // 2 * 8 + T.truncdiv(lane, 4))
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    scores[s] = T.Select(token < valid_len, scores[s] * scale_log2, T.float32(NEGATIVE_INFINITY))
+                    scores[s] = T.Select(token < valid_len, scores[s] * scale, T.float32(NEGATIVE_INFINITY))
         for n in T.unroll(tiles):
             for h in T.unroll(2):
                 highest: T.float32 = row_max[n * 2 + h]
@@ -139,7 +139,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                 for level in T.unroll(3):
                     highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, 4 << level, WARP))
                 shift[h] = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
-                T.ptx["ex2.approx.ftz.f32"](alpha[h], row_max[n * 2 + h] - shift[h])
+                T.ptx["ex2.approx.ftz.f32"](alpha[h], (row_max[n * 2 + h] - shift[h]) * T.float32(LOG2_E))
                 row_max[n * 2 + h] = highest
                 row_sum[n * 4 + h] = row_sum[n * 4 + h] * alpha[h]
             for k in T.unroll(depth):
@@ -148,7 +148,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
             for m in T.unroll(blocks):
                 for i in T.unroll(4):
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    T.ptx["ex2.approx.ftz.f32"](scores[s], scores[s] - shift[i % 2])
+                    T.ptx["ex2.approx.ftz.f32"](scores[s], (scores[s] - shift[i % 2]) * T.float32(LOG2_E))
                 for i in T.unroll(2):  # [token, head] -> [head, token], as the second operand has it
                     s = T.meta_var((m * tiles + n) * 4 + 2 * i)
                     T.ptx[pack](pair[i], scores[s + 1], scores[s])
