@@ -33,6 +33,7 @@ class FakeDriver:
         self._functions.take_log.restype = ctypes.c_char_p
         _, runtime = cuda_emulator.build('extern "C" __global__ void nothing(float* x) {}', directory)
         self._runtime = ctypes.CDLL(str(runtime))
+        self._tensors: list[Tensor] = []
         self.set_order("forward")
 
     def set_order(self, order: str) -> None:
@@ -40,8 +41,18 @@ class FakeDriver:
         self._functions.use_emulator(self._runtime.emulator_launch, ORDERS.index(order))
 
     def tensor(self, array: np.ndarray, device: int = 0, writable: bool = True) -> Tensor:
-        """A copy of an array in the memory of a GPU, for as long as the tensor lives."""
-        return Tensor(self._functions, array, device, writable)
+        """A copy of an array in the memory of a GPU, until release()."""
+        tensor = Tensor(array, device)
+        self._functions.allow(tensor.address, ctypes.c_size_t(tensor.num_bytes), writable)
+        self._tensors.append(tensor)
+        return tensor
+
+    def release(self) -> None:
+        """Wait for all streams, and take the memory of tensors back."""
+        self.run()
+        for tensor in self._tensors:
+            self._functions.forbid(tensor.address)
+        self._tensors.clear()
 
     def run(self) -> None:
         """Wait for all streams."""
@@ -85,22 +96,16 @@ class FakeDriver:
 
 
 class Tensor(Exported):
-    """NumPy's memory as that of a GPU, at a multiple of 256 bytes as a GPU's would be, or at an offset from one."""
+    """NumPy's memory as that of a GPU: a copy of an array, with its strides, from a multiple of 256 bytes on."""
 
-    def __init__(self, functions: ctypes.CDLL, array: np.ndarray, device: int, writable: bool) -> None:
-        reach = _reach(array)
-        self._memory = np.zeros(reach + 256, np.uint8)
-        start = -self._memory.ctypes.data % 256
-        self._memory = self._memory[start : start + reach]
-        copy = np.ndarray(array.shape, array.dtype, self._memory, strides=array.strides)
+    def __init__(self, array: np.ndarray, device: int) -> None:
+        self.num_bytes = _reach(array)
+        memory = np.zeros(self.num_bytes + 256, np.uint8)
+        start = -memory.ctypes.data % 256
+        copy = np.ndarray(array.shape, array.dtype, memory, start, array.strides)
         copy[...] = array
+        self.address = ctypes.c_void_p(memory.ctypes.data + start)
         super().__init__(copy, device=CUDA, device_id=device)
-        self._functions = functions
-        self._address = ctypes.c_void_p(self._memory.ctypes.data)
-        functions.allow(self._address, ctypes.c_size_t(reach), writable)
-
-    def __del__(self) -> None:
-        self._functions.forbid(self._address)
 
 
 def _reach(array: np.ndarray) -> int:

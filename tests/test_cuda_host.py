@@ -52,11 +52,9 @@ def gpu(build_cache):
     directory = build_cache.with_name("emulated")
     directory.mkdir(exist_ok=True)
     fake = driver(directory)
-    fake.run()
-    fake.log()
     yield fake
+    fake.release()
     fake.set_order("forward")
-    fake.run()
     fake.log()
     assert fake.contexts_pushed() == 0
 
