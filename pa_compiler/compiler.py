@@ -139,9 +139,10 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, dire
     build.cxx()  # a missing compiler is said before a second is spent on TVM
     with _turn():
         if config["kind"] == "cuda":
-            return build_cuda_library(spec, CudaTarget(config["arch"]), directory)
-        cpu = _target.resolve(config)
-        build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+            build_cuda_library(spec, CudaTarget(config["arch"]), directory)
+        else:
+            cpu = _target.resolve(config)
+            build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
 
 
 _turns: dict[int, threading.Lock] = {}

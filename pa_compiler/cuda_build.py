@@ -116,7 +116,7 @@ def assemble(source: str, arch: str, directory: Path) -> Cubin:
 
 
 def fatbin(cubin: Cubin, arch: str, directory: Path) -> bytes:
-    """The machine code and its PTX as one image: the driver takes the first where it fits the GPU, or compiles the other.
+    """The machine code and its PTX as one image, of which the driver takes what fits the GPU: PTX for a later one.
 
     Raises:
         RuntimeError: there is no fatbinary, which comes with nvcc.

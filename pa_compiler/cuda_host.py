@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pa_compiler.kernels.cuda import Launch
 
 WAVES = 2
-"""Thread blocks that long sequences are cut for, by how many the GPU runs at once: one wave would wait for the slowest."""
+"""Thread blocks that long sequences are cut for, by how many a GPU runs at once: in one, all wait for the slowest."""
 
 _MAX_BLOCKS = 1 << 30
 """Thread blocks of a launch, at most, before those of extra work items; a GPU takes twice as many."""

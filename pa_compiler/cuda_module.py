@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pa_compiler.arguments import check_whole
 from pa_compiler.module import Module
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 CHECKS = ("host", "device", "none")
 """What decode and append_kv take for check, in the order of the library's numbers."""
+
+_NO_THREADS = "num_threads: a module for a GPU has none"
 
 
 class CudaModule(Module):
@@ -36,12 +38,12 @@ class CudaModule(Module):
 
     @property
     def num_threads(self) -> int:
-        """None that could be set: a GPU has its own.
+        """Not of a GPU: reading or setting it is an AttributeError."""
+        raise AttributeError(_NO_THREADS)
 
-        Raises:
-            AttributeError: always.
-        """
-        raise AttributeError("num_threads: a module for a GPU has none")
+    @num_threads.setter
+    def num_threads(self, value: int) -> None:
+        raise AttributeError(_NO_THREADS)
 
     def check_status(self) -> None:
         """Raise what a kernel has found wrong with an earlier call, on any device, and forget it.
@@ -65,8 +67,25 @@ class CudaModule(Module):
 
         check_whole("num_blocks", num_blocks, 1)
         shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
-        key_cache, value_cache = (torch.zeros(*shape, dtype=getattr(torch, self.spec.dtype), device=device) for shape in shapes)
+        dtype = getattr(torch, self.spec.dtype)
+        key_cache, value_cache = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         return key_cache, value_cache
+
+    def plan(self, context_lens: Any) -> NoReturn:
+        """There is none to look at: the thread blocks of a GPU find their work themselves, by its number of SMs.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("plan: a GPU finds its work items itself, as a kernel starts")
+
+    def verify(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not yet.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("verify: it draws NumPy arrays, and a module for a GPU needs a GPU and CUDA tensors")
 
     def _manner(self, check: str | None) -> int:
         if check is None:
@@ -79,8 +98,8 @@ class CudaModule(Module):
         if type(query).__module__.partition(".")[0] != "torch":
             name = "lse" if len(extents) == 1 else "out"
             raise TypeError(
-                f"{name}: expected an array to write to, since none can be made for a query that is no torch tensor, "
-                f"got None"
+                f"{name}: expected an array to write to, since a GPU module makes them for torch tensors alone, "
+                f"got None with a query of type {type(query).__name__}"
             )
         import torch
 

@@ -38,7 +38,8 @@ class WorkItem(NamedTuple):
 class Module:
     """Compiled paged decode attention for one spec.
 
-    Made by pa_compiler.compile and pa_compiler.load; for a GPU it is a CudaModule. Calls from several threads at once are safe and independent.
+    Made by pa_compiler.compile and pa_compiler.load; for a GPU it is a CudaModule. Calls from several threads at once
+    are safe and independent.
 
     Attributes:
         manifest: What the library says of itself, spec, pipeline and target among it.
@@ -133,8 +134,8 @@ class Module:
 
         Raises:
             TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, a length, scale, check, or the bytes that out or lse span
-                overlapping those of another array.
+            ValueError: rank, shape, strides, alignment, device, a length, scale, check, or the bytes that out or lse
+                span overlapping those of another array.
             IndexError: a used block id is outside [0, num_blocks).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.

@@ -112,7 +112,9 @@ def _reach(array: np.ndarray) -> int:
     """Bytes from an array's first element to its last."""
     if array.size == 0:
         return 0
-    return sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True)) + array.itemsize
+    return (
+        sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True)) + array.itemsize
+    )
 
 
 def emulate(patch, directory: Path) -> None:

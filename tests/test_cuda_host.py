@@ -9,11 +9,10 @@ import pytest
 import tvm_ffi
 from cuda_driver import driver, emulate
 from inputs import make_inputs
-from test_append import Call
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 import pa_compiler
-from pa_compiler import CudaModule, PagedAttentionSpec
+from pa_compiler import PagedAttentionSpec
 
 SPECS = {
     "tensor_cores": PagedAttentionSpec(8, 2, 64, 16, "bfloat16"),
@@ -174,11 +173,12 @@ def test_empty_batch(gpu, gpu_module):
 
 
 BAD = {
-    "length": ("context_lens", (2,), 9999, ValueError, r"context_lens: expected a length from 0 to 736 for sequence 2, got 9999"),
-    "negative_length": ("context_lens", (1,), -1, ValueError, r"context_lens: .* for sequence 1, got -1"),
-    "block": ("block_table", (2, 40), 1000, IndexError, r"block_table: expected a block id in \[0, 51\), got 1000 for sequence 2 at position 40"),
-    "negative_block": ("block_table", (3, 2), -5, IndexError, r"block_table: .* got -5 for sequence 3 at position 2"),
+    "length": ("context_lens", (2,), 9999, ValueError, r"expected a length from 0 to 736 for sequence 2, got 9999"),
+    "negative_length": ("context_lens", (1,), -1, ValueError, "expected a length .* for sequence 1, got -1"),
+    "block": ("block_table", (2, 40), 1000, IndexError, r"in \[0, 51\), got 1000 for sequence 2 at position 40"),
+    "negative_block": ("block_table", (3, 2), -5, IndexError, "block id .* got -5 for sequence 3 at position 2"),
 }
+"""Argument, place in it, what is there, the error, and its words after the argument's name."""
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -187,7 +187,7 @@ def test_bad_indices_on_the_host(gpu, gpu_module, case):
     module = gpu_module(SPEC)
     call = OnGpu(gpu, make_inputs(SPEC, LENGTHS))
     call.tensors[name].array[place] = value
-    with pytest.raises(error, match=message + "$"):
+    with pytest.raises(error, match=f"^{name}: .*{message}$"):
         call.decode(module, check="host")
     gpu.run()
     assert gpu.launches() == []
@@ -208,7 +208,7 @@ def test_bad_indices_on_the_device(gpu, gpu_module, case, by):
     assert all(np.isnan(array.astype(np.float32)).all() for array in call.results)
     gpu.log()
     call.tensors[name].array[place] = right
-    with pytest.raises(error, match=message + " in an earlier call, which wrote nothing$"):
+    with pytest.raises(error, match=f"^{name}: .*{message} in an earlier call, which wrote nothing$"):
         call.decode(module) if by == "the next call" else module.check_status()
     assert gpu.log() == []
     module.check_status()
@@ -239,7 +239,7 @@ def test_each_bad_call_is_raised(gpu, gpu_module):
     gpu.run()
     calls[1].check(SPEC)  # not stopped by the others
     for _ in range(2):
-        with pytest.raises(ValueError, match="got -[13] in an earlier call"):
+        with pytest.raises(ValueError, match=r"got -[13] in an earlier call"):
             module.check_status()
     module.check_status()
 

@@ -19,8 +19,8 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
 
     key, value: spans with strides of tokens and heads. key_cache, value_cache: as in cuda_decode. All start at
     addresses, and have strides, that are multiples of 16 bytes. slot_mapping: int64 [num_tokens], block * block_size +
-    slot; a token with a negative one is skipped. With a status other than 0 nothing is read or written but the report of
-    what cuda_check_slots found (cuda_check). Elements are moved as they are: NaNs keep their bits.
+    slot; a token with a negative one is skipped. With a status other than 0 nothing is read or written but the report
+    of what cuda_check_slots found (cuda_check). Elements are moved as they are: NaNs keep their bits.
     """
     heads, block_size, width = spec.num_kv_heads, T.int64(spec.block_size), CHUNK_BYTES // ITEMSIZES[spec.dtype]
     chunks, warps = spec.head_dim // width, APPEND_THREADS // WARP
