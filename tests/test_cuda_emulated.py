@@ -206,7 +206,7 @@ def test_fault(module_of, name):
 def test_fault_of_an_offset(module_of):
     """Offsets of 32 bits leave the huge cache."""
     module = module_of("group_4").edited(r"^(.*(?:key|value)_ptr\S* = .*)$", narrowed)
-    with pytest.raises(EmulationError, match="reads 16 bytes at byte -?[0-9]+ of"):
+    with pytest.raises(EmulationError, match=r"reads 16 bytes at byte -?[0-9]+ of"):
         module.decode(at_the_top(module.spec)[0])
 
 
