@@ -13,8 +13,11 @@ WARP = 32
 CHUNK_BYTES = 16
 """Bytes that one asynchronous copy moves, and that one shared-memory access of a thread reads."""
 
+CHUNK_WORDS = 4
+"""32-bit words of such a chunk."""
+
 BANK_CHUNKS = 8
-"""Chunks that the banks of shared memory serve at once: rows are laid out so that 8 of them never meet in a bank."""
+"""Chunks that the banks of shared memory serve at once, to 8 lanes: they must not meet in a bank."""
 
 MMA_TOKENS = 16
 """Tokens of one mma.m16n8k16 in both matmuls: its rows in QK, its depth in PV."""
@@ -123,17 +126,21 @@ class CudaTiling:
         return CHUNK_BYTES // ITEMSIZES[spec.dtype]
 
     def pitch(self, spec: PagedAttentionSpec) -> int:
-        """Chunks from a row of the ring to the next: multiples of 8 are swizzled, others padded to an odd number."""
+        """Chunks from a row of the ring to the next: an odd number for ldmatrix, where they are not swizzled."""
         chunks = self.chunks(spec)
-        return chunks if chunks % BANK_CHUNKS == 0 else chunks | 1
+        return chunks if self.strategy == "fma" or chunks % BANK_CHUNKS == 0 else chunks | 1
+
+    def swizzled(self, spec: PagedAttentionSpec) -> bool:
+        """Whether the chunks of a row change places with its number, for ldmatrix."""
+        return self.strategy == "tensor_cores" and self.chunks(spec) % BANK_CHUNKS == 0
 
     def tile_bytes(self, spec: PagedAttentionSpec) -> int:
-        """Bytes of such a tile."""
+        """Bytes of one tile of keys, or of values, in the ring."""
         return self.tile_tokens * self.pitch(spec) * CHUNK_BYTES
 
-    def tile_elements(self, spec: PagedAttentionSpec) -> int:
-        """Elements of one tile of keys, or of values, in the ring."""
-        return self.tile_tokens * self.pitch(spec) * self.chunk_elements(spec)
+    def tile_words(self, spec: PagedAttentionSpec) -> int:
+        """32-bit words of such a tile."""
+        return self.tile_bytes(spec) // 4
 
     def acc_pitch(self, spec: PagedAttentionSpec) -> int:
         """float32 elements from a row of a warp's result to the next, where warps join theirs."""

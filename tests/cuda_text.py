@@ -19,7 +19,7 @@ KERNEL = re.compile(
 )
 SHARED = re.compile(
     r"(?P<dynamic>extern\s+)?__shared__\s+(?:(?:__align__|alignas)\(\d+\)\s+)?"
-    r"(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*\[(?P<size>[^\]]*)\];"
+    r"(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*(?:\[(?P<size>[^\]]*)\])?;"
 )
 STRING = re.compile(r'\s*"((?:[^"\\]|\\.)*)"')
 CUDA_INCLUDE = re.compile(r"^\s*#include <(?!cstdint|type_traits).*$", re.MULTILINE)
@@ -83,11 +83,8 @@ def _shared_array(match: re.Match) -> str:
     type_, name = match["type"], match["name"]
     if match["dynamic"]:
         return f"{type_}* {name} = static_cast<{type_}*>(emulator::dynamic_shared());"
-    key = f"{name} at {match.start()}"
-    array = f"{type_}[{match['size']}]"
-    return (
-        f'auto& {name} = *static_cast<{type_}(*)[{match["size"]}]>(emulator::static_shared("{key}", sizeof({array})));'
-    )
+    of = type_ if match["size"] is None else f"{type_}[{match['size']}]"
+    return f'auto& {name} = shared_variable<{of}>("{name} at {match.start()}");'
 
 
 def _replace_asm(text: str) -> str:

@@ -201,6 +201,16 @@ def test_barriers_that_suffice(kernels, order, kernel, factor, offset):
     np.testing.assert_array_equal(out, factor * (63 - np.arange(64)) + offset)
 
 
+def test_writes_of_the_same(kernels, order):
+    """Threads may write to one place without a barrier what is there; if one writes something else it is a race."""
+    x, out = np.full(64, 5, np.int32), np.zeros(64, np.int32)
+    kernels["agrees"].launch(1, 64, 0, x, out, order=order)
+    np.testing.assert_array_equal(out, 5)
+    x[40] = 6
+    with pytest.raises(EmulationError, match=r"race: it writes 4 bytes .* which thread \d+ wrote with no barrier"):
+        kernels["agrees"].launch(1, 64, 0, x, out, order=order)
+
+
 def test_deadlock(kernels, order):
     with pytest.raises(EmulationError) as error:
         kernels["divergent_barrier"].launch(1, 64, 0, np.zeros(64, np.int32), order=order)

@@ -9,7 +9,7 @@ from pa_compiler.kernels.cuda_join import join_warps
 from pa_compiler.kernels.cuda_plan import find_item
 from pa_compiler.kernels.cuda_ring import copy_tile, look_up
 from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.spec import PagedAttentionSpec
 
 STRATEGIES = {"tensor_cores": cuda_tensor_core.strategy, "fma": cuda_fma.strategy}
 
@@ -24,8 +24,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     dtype, group = spec.dtype, spec.group
     warps, tokens, stages = tiling.warps, tiling.tile_tokens, tiling.stages
     row_tiles, head_tiles = tiling.row_tiles(spec), tiling.head_tiles(spec)
-    tile = tiling.tile_elements(spec)
-    shared_elements = tiling.shared_bytes(spec) // ITEMSIZES[dtype]
+    tile = tiling.tile_words(spec)
     results = warps * tiling.row_tile
 
     find_item_stage = find_item(tiling)
@@ -80,7 +79,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         cta = T.cta_id([items * head_tiles])
         warp_id = T.warp_id([warps])
         lane_id = T.lane_id([WARP])
-        ring = T.alloc_buffer((shared_elements,), dtype, scope="shared.dyn", align=128)
+        ring = T.alloc_buffer((tiling.shared_bytes(spec) // 4,), "uint32", scope="shared.dyn", align=128)
         warp_max = T.decl_buffer((results,), "float32", data=ring.data, scope="shared.dyn")
         warp_sum = T.decl_buffer((results,), "float32", data=ring.data, scope="shared.dyn", elem_offset=results)
         warp_acc = T.decl_buffer(
@@ -97,8 +96,9 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         item: T.int32 = T.truncdiv(cta, head_tiles)
         kv_head: T.int32 = T.truncdiv(T.truncmod(cta, head_tiles), row_tiles)
         first_row: T.int32 = T.truncmod(cta, row_tiles) * tiling.row_tile
+        stopped: T.int32 = status[0]  # on its way while the item is found
         find_item_stage(context_lens, batch, items - batch, item, lane, found)
-        if (found[0] >= 0) & (status[0] == 0):
+        if (found[0] >= 0) & (stopped == 0):
             seq: T.int64 = T.Cast("int64", found[0])
             rows: T.int32 = T.min(group - first_row, tiling.row_tile)
             end: T.int32 = found[2]

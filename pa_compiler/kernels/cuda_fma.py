@@ -12,15 +12,12 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.cuda_tiling import WARP, CudaTiling
+from pa_compiler.cuda_tiling import CHUNK_WORDS, WARP, CudaTiling
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.cuda_ring import chunk_offset
 from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
-
-WORDS = 4
-"""32-bit words of a chunk."""
 
 
 def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
@@ -66,7 +63,7 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
 
     @inline
     def stage(ring, keys, values, scale, valid_len, lane, q, row_max, row_sum, acc):
-        words = T.alloc_buffer((WORDS,), "uint32", scope="local")
+        words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
         scores = T.alloc_buffer((tokens * rows,), "float32", scope="local")
         for i in T.unroll(tokens * rows):
             scores[i] = T.float32(0)

@@ -1,9 +1,10 @@
 """Keys and values on their way from the paged caches into a warp's ring in shared memory, by asynchronous copies.
 
-The ring is [stages, 2, tile_tokens, pitch] chunks of 16 bytes, keys before values. Chunk c of row r lies at
-c ^ (r % 8) of its row, or, where a row is not whole multiples of 8 chunks, at c of a row of an odd number of them: 8
-rows never meet in a bank then, neither when they are written nor when ldmatrix reads them. Tokens past the end of a
-range are not read: their rows are filled with zeros, so that a probability of 0 meets no NaN.
+The ring is [stages, 2, tile_tokens, pitch] chunks of 16 bytes, keys before values. For ldmatrix, which reads one chunk
+of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row, or, where a row is not whole multiples of 8 chunks, at c of
+a row of an odd number of them: 8 rows then never meet in a bank. Where lanes read rows side by side, rows lie as they
+are. Tokens past the end of a range are not read: their rows are filled with zeros, so that a probability of 0 meets no
+NaN.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.cuda_tiling import BANK_CHUNKS, CHUNK_BYTES, WARP, CudaTiling, copy_lanes
+from pa_compiler.cuda_tiling import BANK_CHUNKS, CHUNK_BYTES, CHUNK_WORDS, WARP, CudaTiling, copy_lanes
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 
 def chunk_offset(spec: PagedAttentionSpec, tiling: CudaTiling, row: Expr, chunk: Expr) -> Expr:
-    """Elements from the start of a tile to a chunk of a row."""
-    if tiling.pitch(spec) % BANK_CHUNKS == 0:
+    """32-bit words from the start of a tile to a chunk of a row."""
+    if tiling.swizzled(spec):
         chunk = T.bitwise_xor(chunk, T.truncmod(row, BANK_CHUNKS))
-    return (row * tiling.pitch(spec) + chunk) * tiling.chunk_elements(spec)
+    return (row * tiling.pitch(spec) + chunk) * CHUNK_WORDS
 
 
 def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
@@ -39,14 +40,14 @@ def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
 
 
 def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring from `keys` on.
+    """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring, from word `keys` on.
 
     block[0] is what look_up left for the same start. Offsets in the caches are int64, in elements.
     """
     chunks, elements = tiling.chunks(spec), tiling.chunk_elements(spec)
     side = copy_lanes(chunks)
     rows = WARP // side  # that the lanes of a warp copy at once
-    block_size, values = spec.block_size, tiling.tile_elements(spec)
+    block_size, values = spec.block_size, tiling.tile_words(spec)
     copy = "cp.async.cg.shared.global.L2::128B"
 
     @inline

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 NEGATIVE_INFINITY = float("-inf")
 
-LOG2_E = 1.4426950408889634
-"""exp(x) is 2 ** (x * LOG2_E): the GPU has an instruction for powers of 2."""
+LOG2_E = 1.4426950216293335
+"""log2(e) in float32: exp(x) is 2 ** (x * LOG2_E), and the GPU has an instruction for powers of 2."""
 
 
 class Strategy(NamedTuple):

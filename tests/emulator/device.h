@@ -106,6 +106,12 @@ using dim3 = emulator::Dim;
 
 // ---- functions -----------------------------------------------------------------------------------------------------
 
+// What a __shared__ declaration becomes; `declaration` is a name of its own.
+template <typename T>
+INLINE T& shared_variable(const char* declaration) {
+  return *static_cast<T*>(emulator::static_shared(declaration, sizeof(T)));
+}
+
 using std::max;
 using std::min;
 INLINE float max(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number, the number

@@ -209,6 +209,16 @@ extern "C" __global__ void __launch_bounds__(64) overwrites(int* out, int barrie
   out[t] = sum;
 }
 
+// All threads write one place, the same or each its own.
+extern "C" __global__ void __launch_bounds__(64) agrees(int* in, int* out) {
+  __shared__ int found;
+  if (threadIdx.x == 0) found = 0;
+  __syncthreads();
+  if (in[threadIdx.x]) found = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = found;
+}
+
 extern "C" __global__ void __launch_bounds__(64) divergent_barrier(int* out) {
   int t = threadIdx.x;
   if (t < 40) __syncthreads();

@@ -1,7 +1,8 @@
 // Which addresses a thread may use, shared memory with its races, and cp.async.
 //
 // Shared memory is followed in granules of 2 bytes. Each knows its last writer and, for each warp, its last reader, as
-// (count of the warp's clock, thread). An access that is not ordered after the ones it conflicts with is a race.
+// (count of the warp's clock, thread). An access that is not ordered after the ones it conflicts with is a race, but for
+// a write after another's of what is there already: that one is known only once it has been made.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -36,6 +37,11 @@ size_t static_end;
 const Argument* arguments;
 size_t argument_count, last_argument;
 size_t in_flight;  // copies
+struct {
+  size_t offset, bytes;
+  uint32_t record;  // of the other write
+  char before[16];
+} unsettled;  // the current thread's write after another's, which may leave what is there
 
 uint32_t record_of(const Thread& thread) { return warps[thread.warp].clock[thread.warp] << kThreadBits | thread.id; }
 uint32_t thread_of(uint32_t record) { return record & kSeveral; }
@@ -73,7 +79,11 @@ void check_shared(size_t offset, size_t bytes, Access access) {
       if (count_of(writer) == kInFlight)
         fail("it %s %zu bytes at byte %zu of shared memory, where a cp.async of thread %u is in flight", verb(access),
              bytes, offset, thread_of(writer));
-      if (!is_ordered(writer, thread_of(writer) / kLanes)) fail_race(access, bytes, offset, "wrote", writer);
+      if (!is_ordered(writer, thread_of(writer) / kLanes)) {
+        if (access == Access::read || bytes > sizeof unsettled.before) fail_race(access, bytes, offset, "wrote", writer);
+        unsettled.offset = offset, unsettled.bytes = bytes, unsettled.record = writer;
+        memcpy(unsettled.before, window + offset, bytes);
+      }
       last_writer = writer;
     }
     if (access == Access::read) {
@@ -149,6 +159,7 @@ void use_memory(const Argument* those, size_t count, size_t bytes) {
 }
 
 void poison_shared() {
+  unsettled.bytes = 0;
   memset(window, 0xff, static_end);  // a NaN in every type
   uint32_t last = 0;
   for (Warp& warp : warps) last = std::max(last, *std::max_element(warp.clock, warp.clock + kMaxWarps));
@@ -172,7 +183,15 @@ void pass_barrier(uint32_t warp_mask) {
   }
 }
 
+void settle_write() {
+  size_t bytes = unsettled.bytes;
+  unsettled.bytes = 0;
+  if (bytes && memcmp(unsettled.before, window + unsettled.offset, bytes))
+    fail_race(Access::write, bytes, unsettled.offset, "wrote", unsettled.record);
+}
+
 void check(const void* pointer, size_t bytes, Access access) {
+  if (unsettled.bytes) settle_write();
   const char* address = static_cast<const char*>(pointer);
   if (address >= window && address < window + kWindow) return check_shared(address - window, bytes, access);
   if (address >= current->stack && address < current->stack + kStackBytes) return;

@@ -65,6 +65,7 @@ __attribute__((noinline)) void switch_stacks(void** saved, void* to) {
 
 // Let another thread run until this one can again.
 void suspend() {
+  settle_write();
   Thread* from = current;
   Thread* next = next_thread();
   if (next == from) return;

@@ -66,6 +66,7 @@ struct Argument {
 };
 void use_memory(const Argument* arguments, size_t count, size_t dynamic_bytes);
 void poison_shared();
+void settle_write();  // before another thread runs
 void pass_barrier(uint32_t warp_mask);  // all of these warps see what each of them has done before
 
 }  // namespace emulator
