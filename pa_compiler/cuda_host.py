@@ -56,7 +56,7 @@ def render(
     return host.render_template(
         "cuda_host.cc.j2",
         spec,
-        host.describe(spec, f"cuda {target.arch}"),
+        host.describe(spec, "fused"),
         arch=target.arch,
         capability=target.capability,
         exact_arch=not target.portable,

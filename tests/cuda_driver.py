@@ -5,6 +5,7 @@ The fake is libcuda.so.1 to whatever asks for that from then on: a process that 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -14,8 +15,10 @@ from pathlib import Path
 import cuda_emulator
 import cuda_text
 import numpy as np
+import tvm_ffi
 from cuda_emulator import ORDERS, EmulationError
 from dlpack import CUDA, Exported
+from tolerances import assert_close_to_oracle
 
 from pa_compiler import cuda_build
 
@@ -138,3 +141,37 @@ def emulate(patch, directory: Path) -> None:
 def driver(directory: Path) -> FakeDriver:
     """The one fake of this process."""
     return FakeDriver(directory)
+
+
+class OnGpu:
+    """The inputs of a decode call on a GPU, and where its outputs go."""
+
+    def __init__(self, gpu, inputs, device=0):
+        self.inputs, self._gpu = inputs, gpu
+        names = ("query", "key_cache", "value_cache", "block_table", "context_lens")
+        self.tensors = {name: gpu.tensor(getattr(inputs, name), device, writable=False) for name in names}
+        self.tensors |= {name: gpu.tensor(getattr(inputs, name), device) for name in ("out", "lse")}
+
+    def decode(self, module, lse=True, **others):
+        """Call decode."""
+        tensors = dict(self.tensors)
+        if not lse:
+            del tensors["lse"]
+        return module.decode(**tensors | others)
+
+    @property
+    def results(self):
+        """Copies of out and lse as they are."""
+        return self.tensors["out"].array.copy(), self.tensors["lse"].array.copy()
+
+    def check(self, spec, lse=True):
+        """Compare with the oracle."""
+        out, found_lse = self.results
+        assert_close_to_oracle(spec, self.inputs, out, found_lse if lse else None)
+
+
+@contextlib.contextmanager
+def stream(number, device=0):
+    """Calls on a stream."""
+    with tvm_ffi.use_raw_stream(tvm_ffi.device(f"cuda:{device}"), number):
+        yield

@@ -301,8 +301,8 @@ int cuKernelGetFunction(void** function, Kernel* kernel) {
   return kSuccess;
 }
 
-int cuKernelSetAttribute(int attribute, int value, Kernel* kernel, int) {
-  BEGIN("cuKernelSetAttribute");
+int cuFuncSetAttribute(Kernel* kernel, int attribute, int value) {
+  BEGIN("cuFuncSetAttribute");
   if (attribute != 8 || value < 0 || value > 227 << 10) return kInvalidValue;
   kernel->shared_limit = value;
   return kSuccess;

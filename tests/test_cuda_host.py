@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
-import tvm_ffi
-from cuda_driver import driver, emulate
+from cuda_driver import OnGpu, stream
 from inputs import make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-import pa_compiler
 from pa_compiler import PagedAttentionSpec
 
 SPECS = {
@@ -20,76 +16,6 @@ SPECS = {
 }
 SPEC = SPECS["tensor_cores"]
 LENGTHS = [0, 1, 700, 33]
-
-
-@pytest.fixture(scope="session")
-def emulated_cache(build_cache):
-    """Where modules with emulated kernels are kept: to the cache they look like those that nvcc makes."""
-    directory = build_cache.with_name("emulated-modules")
-    directory.mkdir(mode=0o700, exist_ok=True)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def gpu_module(emulated_cache, build_cache):
-    """gpu_module(spec) -> CudaModule."""
-    emulator = build_cache.with_name("emulated")
-    emulator.mkdir(exist_ok=True)
-
-    def compile_module(spec, arch="sm_90"):
-        with pytest.MonkeyPatch.context() as patch:
-            emulate(patch, emulator)
-            patch.setenv("PA_CACHE_DIR", str(emulated_cache))
-            return pa_compiler.compile(spec, {"kind": "cuda", "arch": arch})
-
-    return compile_module
-
-
-@pytest.fixture
-def gpu(build_cache):
-    """The fake driver, which has nothing left of other tests, and nothing to complain about after this one."""
-    directory = build_cache.with_name("emulated")
-    directory.mkdir(exist_ok=True)
-    fake = driver(directory)
-    yield fake
-    fake.release()
-    fake.set_order("forward")
-    fake.log()
-    assert fake.contexts_pushed() == 0
-
-
-class OnGpu:
-    """The inputs of a decode call on a GPU, and where its outputs go."""
-
-    def __init__(self, gpu, inputs, device=0):
-        self.inputs, self._gpu = inputs, gpu
-        names = ("query", "key_cache", "value_cache", "block_table", "context_lens")
-        self.tensors = {name: gpu.tensor(getattr(inputs, name), device, writable=False) for name in names}
-        self.tensors |= {name: gpu.tensor(getattr(inputs, name), device) for name in ("out", "lse")}
-
-    def decode(self, module, lse=True, **others):
-        """Call decode."""
-        tensors = dict(self.tensors)
-        if not lse:
-            del tensors["lse"]
-        return module.decode(**tensors | others)
-
-    @property
-    def results(self):
-        """Copies of out and lse as they are."""
-        return self.tensors["out"].array.copy(), self.tensors["lse"].array.copy()
-
-    def check(self, spec, lse=True):
-        """Compare with the oracle."""
-        out, found_lse = self.results
-        assert_close_to_oracle(spec, self.inputs, out, found_lse if lse else None)
-
-
-@contextlib.contextmanager
-def stream(number, device=0):
-    """Calls on a stream."""
-    with tvm_ffi.use_raw_stream(tvm_ffi.device(f"cuda:{device}"), number):
-        yield
 
 
 @pytest.mark.parametrize("name", SPECS)
