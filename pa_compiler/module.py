@@ -7,29 +7,20 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import tvm_ffi
 
 from pa_compiler import manifest, memory
+from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
 from pa_compiler.loader import open_library
 from pa_compiler.manifest import Manifest
 
 if TYPE_CHECKING:
     from pa_compiler.verify import Verification
-
-_BFLOAT16, _UINT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
-_NUMPY_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": _BFLOAT16,
-    "int32": np.dtype(np.int32),
-    "int64": np.dtype(np.int64),
-}
 
 
 class WorkItem(NamedTuple):
@@ -76,7 +67,7 @@ class Module:
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         cache_dtype = self.spec.dtype
         self._out_dtype = self.spec.out_dtype or cache_dtype
-        self._decode_arrays = _expected(
+        self._decode_arrays = expected_arrays(
             query=cache_dtype,
             key_cache=cache_dtype,
             value_cache=cache_dtype,
@@ -85,7 +76,7 @@ class Module:
             out=self._out_dtype,
             lse="float32",
         )
-        self._append_arrays = _expected(
+        self._append_arrays = expected_arrays(
             key=cache_dtype, value=cache_dtype, key_cache=cache_dtype, value_cache=cache_dtype, slot_mapping="int64"
         )
 
@@ -99,10 +90,7 @@ class Module:
 
     @num_threads.setter
     def num_threads(self, value: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"num_threads: expected an int, got {value!r} of type {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"num_threads: expected at least 1, got {value}")
+        check_whole("num_threads", value, 1)
         self._num_threads = value
 
     def decode(
@@ -158,7 +146,7 @@ class Module:
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
-        _call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._num_threads)
+        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._num_threads)
         return out if lse is None else (out, lse)
 
     def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
@@ -184,7 +172,7 @@ class Module:
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
         arrays = (key, value, key_cache, value_cache, slot_mapping)
-        _call(self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._num_threads)
+        call(self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._num_threads)
 
     def empty_cache(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0, as NumPy arrays.
@@ -196,11 +184,8 @@ class Module:
             TypeError, ValueError: num_blocks is not a whole number from 1 on.
             MemoryError: the system does not give that much.
         """
-        if not isinstance(num_blocks, int) or isinstance(num_blocks, bool):
-            raise TypeError(f"num_blocks: expected an int, got {num_blocks!r} of type {type(num_blocks).__name__}")
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks: expected at least 1, got {num_blocks}")
-        dtype = _NUMPY_DTYPES[self.spec.dtype]
+        check_whole("num_blocks", num_blocks, 1)
+        dtype = NUMPY_DTYPES[self.spec.dtype]
         key_cache = memory.huge_zeros((num_blocks, *self.spec.key_cache_shape[1:]), dtype)
         return key_cache, memory.huge_zeros((num_blocks, *self.spec.value_cache_shape[1:]), dtype)
 
@@ -209,7 +194,7 @@ class Module:
 
         A pure function of the lengths: no kernel runs.
         """
-        lines = self._plan(_as_tensor("context_lens", context_lens)).splitlines()
+        lines = self._plan(as_tensor("context_lens", context_lens)).splitlines()
         return [WorkItem(*map(int, line.split())) for line in lines]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -255,15 +240,15 @@ class Module:
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
         """A new array [batch, *extents] of query's kind."""
         if isinstance(query, np.ndarray):
-            return np.empty(query.shape[:1] + extents, _NUMPY_DTYPES[dtype])
+            return np.empty(query.shape[:1] + extents, NUMPY_DTYPES[dtype])
         if type(query).__module__.partition(".")[0] == "torch":
             import torch
 
             return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype))
-        shape = (*_as_tensor("query", query).shape[:1], *extents)
-        array = np.empty(shape, _NUMPY_DTYPES[dtype])
+        shape = (*as_tensor("query", query).shape[:1], *extents)
+        array = np.empty(shape, NUMPY_DTYPES[dtype])
         if dtype == "bfloat16":
-            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(_UINT16)))
+            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(np.uint16)))
         return tvm_ffi.from_dlpack(array)
 
 
@@ -283,90 +268,6 @@ def load(path: str | os.PathLike[str]) -> Module:
     if unfit := about.unfit():
         raise RuntimeError(f"{file}: {unfit}")
     return Module(library, about, open_library(library, file.name))
-
-
-def _expected(**dtypes: str) -> list[tuple[str, np.dtype]]:
-    """The arrays of a call in order, each with its name and NumPy's dtype of its elements."""
-    return [(name, _NUMPY_DTYPES[dtype]) for name, dtype in dtypes.items()]
-
-
-def _call(
-    function: Callable[..., None],
-    expected: Sequence[tuple[str, np.dtype]],
-    arrays: Sequence[Any],
-    written: Sequence[str],
-    *numbers: float,
-) -> None:
-    """Call the library with arrays and numbers; an array that cannot be handed over is named.
-
-    The library checks everything itself. What it cannot be told is looked for only once it has refused the arrays.
-    """
-    arguments, as_uint16 = _without_bfloat16(expected, arrays)
-    try:
-        function(*arguments, *numbers, as_uint16)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        _check_kinds(expected, arrays)
-        tensors = [
-            None if argument is None else _as_tensor(name, argument, written=name in written)
-            for (name, _), argument in zip(expected, arguments, strict=True)
-        ]
-        if not isinstance(error, BufferError):
-            raise
-        function(*tensors, *numbers, as_uint16)  # NumPy's read-only arrays need more words
-
-
-def _without_bfloat16(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> tuple[list[Any], int]:
-    """Arrays as the library takes them, the same memory, and a call's as_uint16.
-
-    NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.
-    """
-    arguments, as_uint16 = list(arrays), 0
-    for position, (_, dtype) in enumerate(expected):
-        if dtype is _BFLOAT16:
-            array = arrays[position]
-            if isinstance(array, np.ndarray) and (array.dtype is dtype or array.dtype == dtype):
-                arguments[position] = array.getfield(_UINT16)  # a view, in half of view's time
-                as_uint16 |= 1 << position
-    return arguments, as_uint16
-
-
-def _check_kinds(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> None:
-    """Check that arrays are arrays, and the dtypes of NumPy's, which need not be ones that DLPack has."""
-    for array, (name, dtype) in zip(arrays, expected, strict=True):
-        if isinstance(array, np.ndarray):
-            if array.dtype != dtype:
-                raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
-        elif not hasattr(array, "__dlpack__") and (array is not None or name != "lse"):
-            raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-
-
-def _as_tensor(name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:
-    """An array as a tensor: the same memory."""
-    if isinstance(array, np.ndarray):
-        if any(stride % array.itemsize for stride in array.strides):
-            raise ValueError(
-                f"{name}: expected strides in multiples of its {array.itemsize}-byte elements, got {array.strides}"
-            )
-        if not array.flags.writeable:
-            if written:
-                raise ValueError(f"{name}: expected a writable array, got a read-only one")
-            array = np.asarray(_Writable(array))
-    if not hasattr(array, "__dlpack__"):
-        raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-    try:
-        return tvm_ffi.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
-
-
-class _Writable:
-    """A read-only NumPy array's memory, declared writable: DLPack before 1.0 cannot say that an array is read-only."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array  # keeps the memory alive
-        interface = dict(array.__array_interface__)
-        interface["data"] = (interface["data"][0], False)
-        self.__array_interface__ = interface
 
 
 def _default_num_threads() -> int:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pa_compiler import reference
 from pa_compiler.spec import PagedAttentionSpec
 
 
@@ -42,6 +43,29 @@ def tolerance(spec: PagedAttentionSpec, longest: int) -> Tolerance:
     """The bound on out for sequences of up to longest tokens: that of the coarser of dtype and out_dtype."""
     found = max(TOLERANCES[str(dtype)] for dtype in (spec.dtype, spec.out_dtype))
     return LONG_FLOAT32 if found == TOLERANCES["float32"] and longest > 8192 else found
+
+
+def oracle(
+    spec: PagedAttentionSpec,
+    query: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    block_table: np.ndarray,
+    context_lens: np.ndarray,
+    scale: float | None = None,
+    kv_layout: str = "NHD",
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What "out" and "lse" should be, in float64, each with the bound on every element's error.
+
+    The arguments are those of reference.decode, with the caches in kv_layout, which may be another than the spec's. The
+    magnitude in out's bound comes out of the reference too: it takes abs(value_cache) as more columns of values.
+    """
+    values = np.concatenate([value_cache, np.abs(value_cache)], axis=-1)
+    both, lse = reference.decode(
+        query, key_cache, values, block_table, context_lens, scale, kv_layout=kv_layout, return_lse=True
+    )
+    out, magnitude = np.split(both, 2, axis=-1)
+    return {"out": (out, out_bound(spec, context_lens, out, magnitude)), "lse": (lse, lse_bound(spec, lse))}
 
 
 def out_bound(

@@ -204,7 +204,7 @@ def test_the_command_passes_a_right_library(compiled, tmp_path):
         ({"seconds": -1}, ValueError, "seconds: expected a number from 0 on, got -1"),
         ({"seconds": float("nan")}, ValueError, "seconds: .* got nan"),
         ({"seconds": "1"}, ValueError, "seconds: .* got '1'"),
-        ({"seed": -1}, ValueError, "seed: expected 0 or more, got -1"),
+        ({"seed": -1}, ValueError, "seed: expected at least 0, got -1"),
         ({"seed": 1.0}, TypeError, "seed: expected an int, got 1.0 of type float"),
         ({"seed": 1, "draw": True}, TypeError, "draw: expected an int, got True of type bool"),
         ({"draw": 3}, ValueError, "seed: expected the seed of draw 3, got None"),

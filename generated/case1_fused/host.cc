@@ -217,7 +217,7 @@ const bool workspace_installed = [] {
   return true;
 }();
 
-// ---------------------------------------------------------------- arguments
+// ---------------------------------------------------------------- arrays
 
 // An array as the kernels take it: explicit strides, no byte offset.
 struct Array {
@@ -254,13 +254,6 @@ struct Named {
 struct Cache {
   Array memory;
   int64_t block_stride, row_stride, head_stride;
-};
-
-struct Arguments {
-  Array query;
-  Cache key_cache, value_cache;
-  Array block_table, context_lens, out, lse;
-  int64_t batch;
 };
 
 // A text of bounded length, put together in printf's formats.
@@ -417,6 +410,15 @@ void CheckDistinctElements(const char* name, const Array& array) {
           ListText(array.shape, array.tensor.ndim).c_str(), ListText(array.strides, array.tensor.ndim).c_str());
   }
 }
+
+// ---------------------------------------------------------------- arguments
+
+struct Arguments {
+  Array query;
+  Cache key_cache, value_cache;
+  Array block_table, context_lens, out, lse;
+  int64_t batch;
+};
 
 void CheckContextLen(int64_t seq, int64_t context_len, int64_t capacity) {
   if (context_len < 0 || context_len > capacity) {

@@ -96,8 +96,9 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         item: T.int32 = T.truncdiv(cta, head_tiles)
         kv_head: T.int32 = T.truncdiv(T.truncmod(cta, head_tiles), row_tiles)
         first_row: T.int32 = T.truncmod(cta, row_tiles) * tiling.row_tile
+        stopped: T.int32 = status[0]  # on its way while the item is found
         find_item_stage(context_lens, batch, items - batch, item, lane, found)
-        if (found[0] >= 0) & (status[0] == 0):
+        if (found[0] >= 0) & (stopped == 0):
             seq: T.int64 = T.Cast("int64", found[0])
             rows: T.int32 = T.min(group - first_row, tiling.row_tile)
             end: T.int32 = found[2]
