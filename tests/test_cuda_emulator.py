@@ -65,6 +65,17 @@ def test_ldmatrix(kernels, rng, order, form, count, transposed):
         np.testing.assert_array_equal(out[form, :, i], halves(pairs))
 
 
+@pytest.mark.parametrize(("stride", "conflicts"), [(1, 0), (2, 1), (4, 3), (8, 3), (0, 0), (3, 0)])
+def test_bank_conflicts(kernels, order, stride, conflicts):
+    """Rows of 16 bytes, of which 8 lie side by side in the banks; a row that is read twice is no conflict."""
+    before = kernels["ldmatrix"].bank_conflicts
+    rows = (np.arange(32) * stride % 32).astype(np.int32)
+    kernels["ldmatrix"].launch(
+        1, 32, 0, np.zeros((32, 8), np.uint16), rows, np.zeros((6, 32, 4), np.uint32), order=order
+    )
+    assert kernels["ldmatrix"].bank_conflicts - before == conflicts * 2 * (1 + 2 + 4)
+
+
 def test_movmatrix(kernels, rng, order):
     matrix = rng.integers(0, 1 << 16, (8, 8)).astype(np.uint16)
     out = np.zeros(32, np.uint32)
