@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 import pa_compiler
 from pa_compiler import cases, explain, generate, manifest, report
-from pa_compiler.options import call_options, replace, spec_options, usage_errors
+from pa_compiler.options import call_options, check_cpu, replace, spec_options, usage_errors
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _STDOUT = Console()
 _STDERR = Console(stderr=True)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
-_LEXERS = {"tensorir": "python", "scheduled": "python", "host": "cpp", "llvm": "llvm", "asm": "gas"}
+_LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
+_LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
 _library = click.argument("library", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
 
@@ -142,8 +143,10 @@ def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
     with _step("Compiling"), usage_errors():
         from pa_compiler import compiler
 
-        text = compiler.emit(spec, target, pipeline)[stage]
-    report.print_code(_STDOUT, text, _LEXERS[stage])
+        texts = compiler.emit(spec, target, pipeline)
+        if stage not in texts:
+            raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
+    report.print_code(_STDOUT, texts[stage], _LEXERS[stage])
 
 
 @main.command("explain")
@@ -155,6 +158,7 @@ def explain_command(target: Any, pipeline: str, flops: float | None, bandwidth: 
 
     Nothing is run. The loops are those of the assembly, with the line where each begins in inspect --stage asm.
     """
+    check_cpu(target)
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
         explanation = explain.explain(spec, target, pipeline)
@@ -228,6 +232,7 @@ def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
 
 def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
     """The case that the options give, and its module."""
+    check_cpu(target)
     base = cases.CASES.get(case_name, cases.DEFAULT)
     case = replace(base, spec=replace(base.spec))
     _check_memory(case)

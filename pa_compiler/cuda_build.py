@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tvm import IRModule
 
-_FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v", "-diag-suppress=177")  # 177: functions of TVM's preamble are not used
+_FLAGS = ("-std=c++17", "-O3", "-diag-suppress=177")  # 177: functions of TVM's preamble are not used
+
+_EMBEDDED = """\
+    .section .rodata
+    .balign 64
+    .globl pa_kernels_image
+    .hidden pa_kernels_image
+    .type pa_kernels_image, @object
+pa_kernels_image:
+    .incbin {path}
+    .size pa_kernels_image, . - pa_kernels_image
+    .section .note.GNU-stack, "", @progbits
+"""
 
 _REPORT = re.compile(
     r"Compiling entry function '(\w+)_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -43,10 +56,12 @@ class Cubin:
     """Machine code for one architecture.
 
     Attributes:
+        ptx: The text that it was assembled from.
         image: The ELF file.
         resources: Of each kernel, by its name.
     """
 
+    ptx: str
     image: bytes
     resources: dict[str, Resources]
 
@@ -89,48 +104,86 @@ def assemble(source: str, arch: str, directory: Path) -> Cubin:
     Raises:
         RuntimeError: there is no nvcc, or it refuses the code.
     """
-    text, image = directory / "kernels.cu", directory / f"kernels.{arch}.cubin"
+    text, ptx, image = directory / "kernels.cu", directory / "kernels.ptx", directory / "kernels.cubin"
     text.write_text(source)
-    report = _run([tool("nvcc"), *_FLAGS, f"-arch={arch}", "-cubin", str(text), "-o", str(image)])
+    _run([tool("nvcc"), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", str(text), "-o", str(ptx)])
+    report = _run([tool("nvcc"), "-Xptxas=-v", f"-arch={arch}", "-cubin", str(ptx), "-o", str(image)])
     resources = {
         name: Resources(int(registers), int(stack), int(stores) + int(loads))
         for name, stack, stores, loads, registers in _REPORT.findall(report.stderr)
     }
-    return Cubin(image.read_bytes(), resources)
+    return Cubin(ptx.read_text(), image.read_bytes(), resources)
 
 
-def disassemble(cubin: Cubin, directory: Path) -> dict[str, str]:
-    """SASS of each kernel, by its name.
+def fatbin(cubin: Cubin, arch: str, directory: Path) -> bytes:
+    """The machine code and its PTX as one image, of which the driver takes what fits the GPU: PTX for a later one.
+
+    Raises:
+        RuntimeError: there is no fatbinary, which comes with nvcc.
+    """
+    image, ptx, both = (directory / f"bound.{suffix}" for suffix in ("cubin", "ptx", "fatbin"))
+    image.write_bytes(cubin.image)
+    ptx.write_text(cubin.ptx)
+    number = arch.removeprefix("sm_")
+    parts = [f"--image3=kind=elf,sm={number},file={image}", f"--image3=kind=ptx,sm={number},file={ptx}"]
+    _run([tool("fatbinary"), f"--create={both}", "-64", *parts])
+    return both.read_bytes()
+
+
+def embed(image: bytes, directory: Path) -> str:
+    """Assembly for this machine of an image, under the name pa_kernels_image. It names a file in the directory."""
+    path = directory / "embedded.fatbin"
+    path.write_bytes(image)
+    return _EMBEDDED.format(path=json.dumps(str(path), ensure_ascii=False))
+
+
+def disassembly(cubin: Cubin, directory: Path) -> str:
+    """SASS of all kernels.
 
     Raises:
         RuntimeError: there is no nvdisasm, or it refuses the code.
     """
     image = directory / "disassembled.cubin"
     image.write_bytes(cubin.image)
-    text = _run([tool("nvdisasm"), "-c", str(image)]).stdout
+    return _run([tool("nvdisasm"), "-c", str(image)]).stdout
+
+
+def disassemble(cubin: Cubin, directory: Path) -> dict[str, str]:
+    """SASS of each kernel, by its name. Errors as of disassembly."""
+    text = disassembly(cubin, directory)
     sections = re.split(r"^\s*\.section\s+\.text\.(\w+)_kernel\b.*$", text, flags=re.MULTILINE)
     return dict(zip(sections[1::2], sections[2::2], strict=True))
 
 
+def _virtual(arch: str) -> str:
+    """The architecture of the PTX of sm_90: compute_90."""
+    return arch.replace("sm_", "compute_")
+
+
 def tool(name: str) -> str:
-    """The path of one of the CUDA toolkit's programs: below CUDA_HOME, on PATH, or of NVIDIA's packages for Python.
+    """As find_tool.
 
     Raises:
         RuntimeError: there is none.
     """
-    home = os.environ.get("CUDA_HOME")
-    packages = importlib.util.find_spec("nvidia")
-    folders = [Path(home, "bin")] if home else []
-    folders += [Path(folder) for folder in os.get_exec_path()]
-    for place in (packages.submodule_search_locations or ()) if packages else ():
-        folders += sorted(Path(place).glob("cu*/bin"))
-    path = shutil.which(name, path=os.pathsep.join(str(folder) for folder in folders))
+    path = find_tool(name)
     if path is None:
         raise RuntimeError(
             f"{name} is neither in CUDA_HOME/bin nor on PATH; target cuda needs NVIDIA's CUDA toolkit, 12.8 or later, "
             "or its packages from PyPI: pip install pa-compiler[cuda]"
         )
     return path
+
+
+def find_tool(name: str) -> str | None:
+    """The path of one of the CUDA toolkit's programs: below CUDA_HOME, on PATH, or of NVIDIA's packages for Python."""
+    home = os.environ.get("CUDA_HOME")
+    packages = importlib.util.find_spec("nvidia")
+    folders = [Path(home, "bin")] if home else []
+    folders += [Path(folder) for folder in os.get_exec_path()]
+    for place in (packages.submodule_search_locations or ()) if packages else ():
+        folders += sorted(Path(place).glob("cu*/bin"))
+    return shutil.which(name, path=os.pathsep.join(str(folder) for folder in folders))
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ CHUNK_WORDS = 4
 """32-bit words of such a chunk."""
 
 BANK_CHUNKS = 8
-"""Chunks that the banks of shared memory serve at once: rows are laid out so that 8 of them never meet in a bank."""
+"""Chunks that the banks of shared memory serve at once, to 8 lanes: they must not meet in a bank."""
 
 MMA_TOKENS = 16
 """Tokens of one mma.m16n8k16 in both matmuls: its rows in QK, its depth in PV."""
@@ -126,9 +126,13 @@ class CudaTiling:
         return CHUNK_BYTES // ITEMSIZES[spec.dtype]
 
     def pitch(self, spec: PagedAttentionSpec) -> int:
-        """Chunks from a row of the ring to the next: multiples of 8 are swizzled, others padded to an odd number."""
+        """Chunks from a row of the ring to the next: an odd number for ldmatrix, where they are not swizzled."""
         chunks = self.chunks(spec)
-        return chunks if chunks % BANK_CHUNKS == 0 else chunks | 1
+        return chunks if self.strategy == "fma" or chunks % BANK_CHUNKS == 0 else chunks | 1
+
+    def swizzled(self, spec: PagedAttentionSpec) -> bool:
+        """Whether the chunks of a row change places with its number, for ldmatrix."""
+        return self.strategy == "tensor_cores" and self.chunks(spec) % BANK_CHUNKS == 0
 
     def tile_bytes(self, spec: PagedAttentionSpec) -> int:
         """Bytes of one tile of keys, or of values, in the ring."""

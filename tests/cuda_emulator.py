@@ -134,9 +134,7 @@ class Kernel:
 
 def load(source: str, directory: Path) -> dict[str, Kernel]:
     """Compile CUDA C; its kernels by name. Libraries are kept in directory, which processes may share."""
-    runtime_path = _runtime(directory)
-    text = cuda_text.to_cpp(source)
-    library = _built(directory, text, [*KERNELS, "-I", str(PARTS)], [runtime_path])
+    library, runtime_path = build(source, directory)
     runtime = ctypes.CDLL(str(runtime_path))
     runtime.emulator_launch.restype = ctypes.c_char_p
     runtime.emulator_bank_conflicts.restype = ctypes.c_size_t
@@ -145,6 +143,12 @@ def load(source: str, directory: Path) -> dict[str, Kernel]:
         signature.name: Kernel(signature, entries[f"{signature.name}_entry"], runtime)
         for signature in cuda_text.signatures(source)
     }
+
+
+def build(source: str, directory: Path) -> tuple[Path, Path]:
+    """Compile CUDA C: the library with NAME_entry(void** values) of each kernel, and the emulator's own."""
+    runtime_path = _runtime(directory)
+    return _built(directory, cuda_text.to_cpp(source), [*KERNELS, "-I", str(PARTS)], [runtime_path]), runtime_path
 
 
 @functools.cache

@@ -27,7 +27,7 @@ class CudaKernels:
     source: str
 
     def launch(self, name: str, arguments: dict[str, object], order: str = "forward") -> None:
-        """Launch a kernel with arguments by the names of its parameters."""
+        """Launch a kernel with arguments by the names of its parameters, which may be fewer."""
         launch = cuda.launches(self.spec, self.tiling)[name]
         numbers = {key: value for key, value in arguments.items() if isinstance(value, int)}
         blocks = eval(launch.blocks.replace("/", "//"), {}, numbers)
@@ -46,12 +46,15 @@ class CudaKernels:
             "block_table": read_only(inputs.block_table),
             "context_lens": read_only(inputs.context_lens),
             "status": np.array([status], np.int32),
+            "report": np.zeros(5, np.int64),
             "partial_max": np.full((items, spec.num_heads), np.nan, np.float32),
             "partial_sum": np.full((items, spec.num_heads), np.nan, np.float32),
             "partial_acc": np.full((items, spec.num_heads, spec.head_dim), np.nan, np.float32),
             "out": out,
             "lse": lse,
             "table_seq": _stride(inputs.block_table, 0),
+            "max_blocks": inputs.block_table.shape[1],
+            "num_blocks": len(inputs.key_cache),
             "batch": batch,
             "items": items,
             "scale": spec.head_dim**-0.5 if scale is None else scale,

@@ -49,6 +49,8 @@ def append(kernels, spec, slots, *, status=0, order="forward"):
         "value_cache": after[1],
         "slot_mapping": np.asarray(slots, np.int64),
         "status": np.array([status], np.int32),
+        "report": np.zeros(5, np.int64),
+        "num_blocks": NUM_BLOCKS,
         "num_tokens": num_tokens,
         **strides(key, key_token=0, key_head=1),
         **strides(value, value_token=0, value_head=1),
@@ -90,7 +92,7 @@ def test_the_last_of_equal_slots_stays(kernels, spec):
 
 @every_spec
 def test_a_status_stops_append(kernels, spec):
-    _, _, before, after = append(kernels, spec, [3, 4], status=1)
+    _, _, before, after = append(kernels, spec, [3, 4], status=VIOLATION - BAD_SLOT)
     for cache, actual in zip(before, after, strict=True):
         assert_same_bits(actual, cache)
 

@@ -11,6 +11,7 @@ from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
+from pa_compiler.kernels.cuda_check import BAD_LENGTH, VIOLATION
 
 MAP_NORESERVE = 0x4000
 
@@ -113,7 +114,7 @@ def test_offsets_over_32_bits(cuda_decode, spec):
 
 @one_of_each_strategy
 def test_a_status_stops_everything(cuda_decode, spec):
-    out, lse = cuda_decode(spec).decode(on_device(make_inputs(spec, [3, 700])), status=7)
+    out, lse = cuda_decode(spec).decode(on_device(make_inputs(spec, [3, 700])), status=VIOLATION - BAD_LENGTH)
     assert np.isnan(out).all()
     assert np.isnan(lse).all()
 

@@ -9,6 +9,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda_tiling import APPEND_THREADS, APPEND_TOKENS, CHUNK_BYTES, WARP
+from pa_compiler.kernels.cuda_check import report_slots
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
@@ -18,12 +19,13 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
 
     key, value: spans with strides of tokens and heads. key_cache, value_cache: as in cuda_decode. All start at
     addresses, and have strides, that are multiples of 16 bytes. slot_mapping: int64 [num_tokens], block * block_size +
-    slot; a token with a negative one is skipped. With a status other than 0 nothing is read or written. Elements are
-    moved as they are: NaNs keep their bits.
+    slot; a token with a negative one is skipped. With a status other than 0 nothing is read or written but the report
+    of what cuda_check_slots found (cuda_check). Elements are moved as they are: NaNs keep their bits.
     """
     heads, block_size, width = spec.num_kv_heads, T.int64(spec.block_size), CHUNK_BYTES // ITEMSIZES[spec.dtype]
     chunks, warps = spec.head_dim // width, APPEND_THREADS // WARP
     bits = f"uint{8 * ITEMSIZES[spec.dtype]}"
+    report_stage = report_slots(spec)
     load, store = "ld.global.nc.v4.b32", "st.global.v4.b32"
 
     @T.prim_func
@@ -34,6 +36,7 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         value_cache_handle: T.handle,
         slot_mapping_handle: T.handle,
         status_handle: T.handle,
+        report_handle: T.handle,
         key_token: T.int64,
         key_head: T.int64,
         value_token: T.int64,
@@ -44,16 +47,18 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         v_block: T.int64,
         v_row: T.int64,
         v_head: T.int64,
+        num_blocks: T.int64,
         num_tokens: T.int32,
     ):
         key_span, value_span, k_span, v_span = T.int64(), T.int64(), T.int64(), T.int64()
-        slot_span, status_span = T.int64(), T.int64()
+        slot_span, status_span, report_span = T.int64(), T.int64(), T.int64()
         key = T.match_buffer(key_handle, (key_span,), bits)
         value = T.match_buffer(value_handle, (value_span,), bits)
         key_cache = T.match_buffer(key_cache_handle, (k_span,), bits)
         value_cache = T.match_buffer(value_cache_handle, (v_span,), bits)
         slot_mapping = T.match_buffer(slot_mapping_handle, (slot_span,), "int64")
         status = T.match_buffer(status_handle, (status_span,), "int32")
+        report = T.match_buffer(report_handle, (report_span,), "int64")
         T.device_entry()
         cta = T.cta_id([T.truncdiv(num_tokens + (APPEND_TOKENS - 1), APPEND_TOKENS)])
         warp_id = T.warp_id([warps])
@@ -65,6 +70,8 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         warp: T.int32 = warp_id
         thread: T.int32 = warp_id * WARP + lane_id
         first: T.int32 = cta * APPEND_TOKENS
+        if (status[0] != 0) & (cta == 0) & (thread == 0):
+            report_stage(status, slot_mapping, num_blocks, report)
         if status[0] == 0:
             for t in T.unroll(APPEND_TOKENS):
                 lost[t] = 0

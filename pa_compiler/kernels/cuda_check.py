@@ -1,13 +1,21 @@
 """Checks of indices on the GPU, for check="device": a status word says what was wrong, and nothing waits for it.
 
-The word is 0 where all is well. Otherwise it is VIOLATION - (2 * position + kind), of the lowest position that is
-wrong: kernels that find a word other than 0 leave everything as it is. It stays until the host sets it to 0.
+The word belongs to one call and is 0 where all is well. Otherwise it is VIOLATION - (2 * position + kind), of the
+lowest position that is wrong: kernels that find a word other than 0 leave everything as it is. The last kernel of the
+call then writes a report, int64 [5], to memory that the host reads when it likes:
+
+    code | sequence or token | position in the sequence's row of block_table | the value found | the limit it broke
+
+The code, LENGTH_CODE, BLOCK_CODE or SLOT_CODE, is written last, with all before it in place for whoever sees it.
 """
+
+from collections.abc import Callable
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda_tiling import CHECK_THREADS, WARP
+from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 VIOLATION = 0x7FFFFFFF
@@ -17,9 +25,13 @@ BAD_LENGTH, BAD_BLOCK = 0, 1
 outside [0, num_blocks) for one of its tokens."""
 
 BAD_SLOT = 0
-"""Kind, where the position is a token: its slot is not below num_blocks * block_size."""
+"""Kind, where the position is a token: its slot is neither -1 nor in [0, num_blocks * block_size)."""
+
+LENGTH_CODE, BLOCK_CODE, SLOT_CODE = 1, 2, 3
+"""Codes of a report."""
 
 _RAISE = "red.relaxed.gpu.global.max.s32"
+_PUBLISH = "st.release.sys.global.b64"
 
 
 def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
@@ -69,7 +81,7 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
 def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
     """Blocks [ceil(num_tokens / CHECK_THREADS)] of CHECK_THREADS threads: slot_mapping, before cuda_append_kv.
 
-    slot_mapping: int64 [num_tokens]; negative slots are skipped by append_kv, and are well.
+    slot_mapping: int64 [num_tokens]; append_kv skips a token whose slot is -1.
     """
     block_size = spec.block_size
 
@@ -87,7 +99,52 @@ def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
         token: T.int32 = cta * CHECK_THREADS + warp_id * WARP + lane_id
         if token < num_tokens:
             slot: T.int64 = slot_mapping[token]
-            if slot >= num_blocks * T.int64(block_size):
+            if (slot < T.int64(-1)) | (slot >= num_blocks * T.int64(block_size)):
                 T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * token + BAD_SLOT))
 
     return cuda_check_slots
+
+
+def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
+    """What cuda_check found, as a report: for one thread of a kernel that has seen a status other than 0."""
+    block_size = spec.block_size
+
+    @inline
+    def stage(status, context_lens, block_table, table_seq, max_blocks, num_blocks, report):
+        found: T.int32 = VIOLATION - status[0]
+        seq: T.int64 = T.Cast("int64", T.truncdiv(found, 2))
+        length: T.int64 = T.Cast("int64", context_lens[seq])
+        code: T.int64 = T.int64(LENGTH_CODE)
+        report[1] = seq
+        if T.truncmod(found, 2) == BAD_LENGTH:
+            report[3] = length
+            report[4] = T.Cast("int64", max_blocks) * T.int64(block_size)
+        else:
+            code = T.int64(BLOCK_CODE)
+            i: T.int64 = T.int64(0)
+            block: T.int64 = T.Cast("int64", block_table[seq * table_seq])
+            while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(block_size) < length):
+                i = i + T.int64(1)
+                block = T.Cast("int64", block_table[seq * table_seq + i])
+            report[2] = i
+            report[3] = block
+            report[4] = num_blocks
+        T.ptx[_PUBLISH](report.ptr_to([0]), code)
+
+    return stage
+
+
+def report_slots(spec: PagedAttentionSpec) -> Callable[..., None]:
+    """What cuda_check_slots found, as a report, like report_indices."""
+    block_size = spec.block_size
+
+    @inline
+    def stage(status, slot_mapping, num_blocks, report):
+        token: T.int64 = T.Cast("int64", T.truncdiv(VIOLATION - status[0], 2))
+        code: T.int64 = T.int64(SLOT_CODE)
+        report[1] = token
+        report[3] = slot_mapping[token]
+        report[4] = num_blocks * T.int64(block_size)
+        T.ptx[_PUBLISH](report.ptr_to([0]), code)
+
+    return stage

@@ -4,6 +4,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda_tiling import WARP, CudaTiling
+from pa_compiler.kernels.cuda_check import report_indices
 from pa_compiler.kernels.cuda_plan import find_partials
 from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY
 from pa_compiler.spec import PagedAttentionSpec
@@ -14,15 +15,18 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
 
     Reads what cuda_decode left for the same context_lens and items: partial_max and partial_sum
     [items, num_heads] and partial_acc [items, num_heads, head_dim]. A sequence of one range has been written already.
-    With a status other than 0 nothing is read or written.
+    With a status other than 0 nothing is read or written but the report of what cuda_check found (cuda_check).
     """
     heads, head_dim, threads = spec.num_heads, spec.head_dim, tiling.merge_threads(spec)
     find_partials_stage = find_partials(tiling)
+    report_stage = report_indices(spec)
 
     @T.prim_func
     def cuda_merge(
+        block_table_handle: T.handle,
         context_lens_handle: T.handle,
         status_handle: T.handle,
+        report_handle: T.handle,
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
         partial_acc_handle: T.handle,
@@ -31,13 +35,19 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         out_batch: T.int64,
         out_head: T.int64,
         lse_batch: T.int64,
+        table_seq: T.int64,
+        num_blocks: T.int64,
+        max_blocks: T.int32,
         batch: T.int32,
         items: T.int32,
     ):
-        length_span, status_span, out_span, lse_span = T.int64(), T.int64(), T.int64(), T.int64()
+        table_span, length_span, status_span, report_span = T.int64(), T.int64(), T.int64(), T.int64()
+        out_span, lse_span = T.int64(), T.int64()
         max_span, sum_span, acc_span = T.int64(), T.int64(), T.int64()
+        block_table = T.match_buffer(block_table_handle, (table_span,), "int32")
         context_lens = T.match_buffer(context_lens_handle, (length_span,), "int32")
         status = T.match_buffer(status_handle, (status_span,), "int32")
+        report = T.match_buffer(report_handle, (report_span,), "int64")
         partial_max = T.match_buffer(partial_max_handle, (max_span,), "float32")
         partial_sum = T.match_buffer(partial_sum_handle, (sum_span,), "float32")
         partial_acc = T.match_buffer(partial_acc_handle, (acc_span,), "float32")
@@ -52,6 +62,8 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         thread: T.int32 = warp_id * WARP + lane
         seq: T.int32 = T.truncdiv(cta, heads)
         head: T.int32 = T.truncmod(cta, heads)
+        if (status[0] != 0) & (cta == 0) & (thread == 0):
+            report_stage(status, context_lens, block_table, table_seq, max_blocks, num_blocks, report)
         find_partials_stage(context_lens, batch, items - batch, seq, lane, found)
         if (found[1] > 1) & (status[0] == 0):
             first: T.int64 = T.Cast("int64", found[0]) * T.int64(heads) + T.Cast("int64", head)

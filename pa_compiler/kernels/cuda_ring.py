@@ -1,9 +1,10 @@
 """Keys and values on their way from the paged caches into a warp's ring in shared memory, by asynchronous copies.
 
-The ring is [stages, 2, tile_tokens, pitch] chunks of 16 bytes, keys before values. Chunk c of row r lies at
-c ^ (r % 8) of its row, or, where a row is not whole multiples of 8 chunks, at c of a row of an odd number of them: 8
-rows never meet in a bank then, neither when they are written nor when ldmatrix reads them. Tokens past the end of a
-range are not read: their rows are filled with zeros, so that a probability of 0 meets no NaN.
+The ring is [stages, 2, tile_tokens, pitch] chunks of 16 bytes, keys before values. For ldmatrix, which reads one chunk
+of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row, or, where a row is not whole multiples of 8 chunks, at c of
+a row of an odd number of them: 8 rows then never meet in a bank. Where lanes read rows side by side, rows lie as they
+are. Tokens past the end of a range are not read: their rows are filled with zeros, so that a probability of 0 meets no
+NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pa_compiler.spec import PagedAttentionSpec
 
 def chunk_offset(spec: PagedAttentionSpec, tiling: CudaTiling, row: Expr, chunk: Expr) -> Expr:
     """32-bit words from the start of a tile to a chunk of a row."""
-    if tiling.pitch(spec) % BANK_CHUNKS == 0:
+    if tiling.swizzled(spec):
         chunk = T.bitwise_xor(chunk, T.truncmod(row, BANK_CHUNKS))
     return (row * tiling.pitch(spec) + chunk) * CHUNK_WORDS
 

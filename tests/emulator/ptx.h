@@ -125,6 +125,8 @@ REDUCTIONS(u32, uint32_t)
 #undef REDUCTIONS
 template <typename A>
 INLINE void prefetch_global_L2(A) {}
+template <typename A>
+INLINE void st_release_sys_global_b64(A to, int64_t r) { store(address(to), r); }
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
