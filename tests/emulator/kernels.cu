@@ -1,4 +1,4 @@
-// Kernels for test_cuda_emulator.py: each instruction by itself, then what a kernel may not do.
+// Kernels for test_cuda_emulator.py, each instruction by itself, and for test_cuda_emulator_errors.py.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
