@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
-# Only the entry points leave the library: two of them in one process do not see each other's kernels.
-_ENTRY_POINTS = ("decode", "append_kv", "plan", "view_as_bfloat16")
+ENTRY_POINTS = ("decode", "append_kv", "plan", "view_as_bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +100,20 @@ def compiling_host(host: str, directory: Path) -> Iterator[subprocess.Popen[str]
             process.kill()
 
 
-def link(compiling: subprocess.Popen[str], kernels: Kernels, directory: Path) -> Path:
+def link(
+    compiling: subprocess.Popen[str], kernels: str, directory: Path, entry_points: Sequence[str] = ENTRY_POINTS
+) -> Path:
     """Wait for the host's object file, assemble the kernels, and link both into directory/pa.so.
+
+    Only the entry points leave the library: two of them in one process do not see each other's kernels.
 
     Raises:
         RuntimeError: the compiler refuses the code.
     """
     _finish(compiling)
     assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
-    assembly.write_text(kernels.asm)
-    exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in _ENTRY_POINTS)} local: *; }};\n")
+    assembly.write_text(kernels)
+    exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
     command = [
         cxx(),
         str(directory / "host.o"),
@@ -119,10 +122,11 @@ def link(compiling: subprocess.Popen[str], kernels: Kernels, directory: Path) ->
         "-pthread",
         f"-Wl,--version-script={exports}",
         "-Wl,--no-undefined",
-        "-Wl,-z,nodelete",  # its threads outlive the module that loaded it
+        "-Wl,-z,nodelete",  # its threads outlive the module that loaded it, and so does what a driver keeps for it
         f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}",
         "-ltvm_ffi",
         "-lm",
+        "-ldl",
         "-o",
         str(library),
     ]

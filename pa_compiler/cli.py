@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
-from pa_compiler import cases, explain, generate, manifest, report
-from pa_compiler.options import call_options, replace, spec_options, usage_errors
+from pa_compiler import cases, cuda_explain, explain, generate, gpus, manifest, report
+from pa_compiler.options import call_options, check_cpu, is_gpu, replace, spec_options, usage_errors
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _STDOUT = Console()
 _STDERR = Console(stderr=True)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
-_LEXERS = {"tensorir": "python", "scheduled": "python", "host": "cpp", "llvm": "llvm", "asm": "gas"}
+_LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
+_LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
 _library = click.argument("library", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
 
@@ -142,21 +143,34 @@ def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
     with _step("Compiling"), usage_errors():
         from pa_compiler import compiler
 
-        text = compiler.emit(spec, target, pipeline)[stage]
-    report.print_code(_STDOUT, text, _LEXERS[stage])
+        texts = compiler.emit(spec, target, pipeline)
+        if stage not in texts:
+            raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
+    report.print_code(_STDOUT, texts[stage], _LEXERS[stage])
 
 
 @main.command("explain")
 @spec_options
 @click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
 @click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
-def explain_command(target: Any, pipeline: str, flops: float | None, bandwidth: float | None, **_: Any) -> None:
+@click.option("--gpu", type=click.Choice(list(gpus.GPUS)), help="With --target cuda: the GPU of the predicted time.")
+def explain_command(
+    target: Any, pipeline: str, flops: float | None, bandwidth: float | None, gpu: str | None, **_: Any
+) -> None:
     """Say how a spec is compiled, and why: strategy, tiles, registers, inner loops, and the limit of the machine.
 
-    Nothing is run. The loops are those of the assembly, with the line where each begins in inspect --stage asm.
+    Nothing is run. The loops are those of the assembly, with the line where each begins in inspect --stage asm; for a
+    GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
+    if is_gpu(target):
+        with _step("Compiling"), usage_errors():
+            on_gpu = cuda_explain.explain(spec, target, pipeline, gpu)
+        cuda_explain.print_explanation(_STDOUT, on_gpu)
+        return
     with _step("Compiling"), usage_errors():
+        if gpu is not None:
+            raise ValueError(f"gpu: expected --target cuda with it, got {target!r}")
         explanation = explain.explain(spec, target, pipeline)
     explain.print_explanation(_STDOUT, explanation, flops, bandwidth)
 
@@ -228,6 +242,7 @@ def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
 
 def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
     """The case that the options give, and its module."""
+    check_cpu(target)
     base = cases.CASES.get(case_name, cases.DEFAULT)
     case = replace(base, spec=replace(base.spec))
     _check_memory(case)

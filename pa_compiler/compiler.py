@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import cache as _cache
-from pa_compiler import host, manifest, tiling
+from pa_compiler import cuda_compiler, cuda_tiling, host, manifest, modules, tiling
 from pa_compiler import target as _target
+from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.loader import open_library
 from pa_compiler.module import Module
 from pa_compiler.spec import PagedAttentionSpec
@@ -32,11 +33,14 @@ PIPELINES = ("fused", "staged")
 STAGE_FILES = {
     "tensorir": "tensorir.py",
     "scheduled": "scheduled.py",
+    "cuda": "kernels.cu",
     "host": "host.cc",
     "llvm": "kernels.ll",
     "asm": "kernels.s",
+    "ptx": "kernels.ptx",
+    "sass": "kernels.sass",
 }
-"""What the stages produce, in order: the name in Module.sources, and the file."""
+"""What the stages produce, in order: the name in Module.sources, and the file. Each target has some of them."""
 
 # TVM takes a second to import. What needs it is imported inside the functions that compile: loading a module, or
 # finding one in the cache, does without.
@@ -63,9 +67,10 @@ def compile(  # noqa: A001  (the public name)
 
     Args:
         spec: The attention's exact shape.
-        target: "llvm" for this machine's CPU with all its features, or {"kind": "llvm", "mcpu": ..., "mattr": [...]}.
+        target: "llvm" for this machine's CPU with all its features, or {"kind": "llvm", "mcpu": ..., "mattr": [...]};
+            "cuda" for GPUs from sm_90 on, or {"kind": "cuda", "arch": "sm_80"}.
         pipeline: "fused", one kernel for all stages, or "staged", the four kernels of the seed driven block by block:
-            slower, easier to follow, and a second opinion.
+            slower, easier to follow, and a second opinion. "cuda" has the first alone.
         cache: Whether to look in the cache on disk, and to leave the result there.
         dump_dir: A directory that gets what each stage produced, numbered in order.
 
@@ -74,7 +79,7 @@ def compile(  # noqa: A001  (the public name)
 
     Raises:
         TypeError, ValueError: a bad argument.
-        RuntimeError: there is no C++ compiler, or it failed.
+        RuntimeError: there is no C++ compiler, or for "cuda" no nvcc, or it failed.
     """
     config = _checked(spec, target, pipeline)
     if cache:
@@ -98,6 +103,10 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
 
     config = _checked(spec, target, pipeline)
     with _turn(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+        if config["kind"] == "cuda":
+            gpu = CudaTarget(config["arch"])
+            kernels = cuda_compiler.lower(spec, gpu)
+            return _in_order(kernels.texts | cuda_compiler.machine_texts(kernels, gpu, Path(directory)))
         cpu = _target.resolve(config)
         tiles = tiling.choose(spec, cpu, pipeline)
         lowered = lower(spec, tiles, pipeline)
@@ -129,8 +138,11 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, dire
 
     build.cxx()  # a missing compiler is said before a second is spent on TVM
     with _turn():
-        cpu = _target.resolve(config)
-        build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+        if config["kind"] == "cuda":
+            build_cuda_library(spec, CudaTarget(config["arch"]), directory)
+        else:
+            cpu = _target.resolve(config)
+            build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
 
 
 _turns: dict[int, threading.Lock] = {}
@@ -156,7 +168,7 @@ def build_library(
         with build.compiling_host(host_text, scratch) as compiling:  # while TVM works
             lowered = lower(spec, tiles, pipeline)
             compiled = build.compile_kernels(lowered.mod, cpu, scratch)
-            library = build.link(compiling, compiled, scratch)
+            library = build.link(compiling, compiled.asm, scratch)
         about = manifest.Manifest(
             spec=spec,
             pipeline=pipeline,
@@ -166,9 +178,33 @@ def build_library(
             kernels=hashlib.sha256(compiled.asm.encode()).hexdigest(),
             versions=_versions(),
         )
-        (directory / "pa.so").write_bytes(manifest.seal(library.read_bytes(), about))
-    for stage, text in _texts(lowered, host_text, compiled).items():
+        _leave(directory, library, about, _texts(lowered, host_text, compiled))
+
+
+def build_cuda_library(spec: PagedAttentionSpec, gpu: CudaTarget, directory: Path) -> None:
+    """As build_library, for the CUDA target."""
+    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as scratch:
+        library, texts = cuda_compiler.build_library(spec, gpu, Path(scratch))
+        about = manifest.Manifest(
+            spec=spec,
+            pipeline="fused",
+            target=gpu.config,
+            machine=platform.machine(),
+            features=(),
+            kernels=hashlib.sha256(texts["ptx"].encode()).hexdigest(),
+            versions=_versions(),
+        )
+        _leave(directory, library, about, texts)
+
+
+def _leave(directory: Path, library: Path, about: manifest.Manifest, texts: Mapping[str, str]) -> None:
+    (directory / "pa.so").write_bytes(manifest.seal(library.read_bytes(), about))
+    for stage, text in texts.items():
         (directory / STAGE_FILES[stage]).write_text(text, encoding="utf-8")
+
+
+def _in_order(texts: Mapping[str, str]) -> dict[str, str]:
+    return {stage: texts[stage] for stage in STAGE_FILES if stage in texts}
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:
@@ -188,8 +224,8 @@ def _script(mod: IRModule) -> str:
 
 def _loaded(files: Mapping[str, bytes]) -> Module:
     library = files["pa.so"]
-    sources = {stage: files[file].decode() for stage, file in STAGE_FILES.items()}
-    return Module(library, manifest.read(library, "pa.so"), open_library(library, "pa.so"), sources)
+    sources = {stage: files[file].decode() for stage, file in STAGE_FILES.items() if file in files}
+    return modules.make(library, manifest.read(library, "pa.so"), open_library(library, "pa.so"), sources)
 
 
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
@@ -197,7 +233,12 @@ def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str
         raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
-    return _target.normalize(target)
+    config = _target.normalize(target)
+    if config["kind"] == "cuda":
+        cuda_tiling.check(spec)
+        if pipeline != "fused":
+            raise ValueError(f"pipeline: expected fused for target cuda, got {pipeline!r}")
+    return config
 
 
 def _versions() -> dict[str, str]:
@@ -221,6 +262,7 @@ def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> 
         "text": text_digest(),
         "compiler": [compiler, status.st_size, status.st_mtime_ns] if status else None,
         "environment": {name: os.environ[name] for name in _CXX_VARIABLES if name in os.environ},
+        **(cuda_compiler.inputs() if config["kind"] == "cuda" else {}),
     }
 
 

@@ -44,24 +44,36 @@ def render(
     """The text of host.cc; kernels names the pipeline's PrimFuncs."""
     fused = pipeline == "fused"
     thread_tokens = max(1, _THREAD_FLOPS // (4 * spec.head_dim * spec.num_heads))
+    return render_template(
+        "host.cc.j2",
+        spec,
+        describe(spec, pipeline),
+        tiling=tiling,
+        pipeline=pipeline,
+        kernels=kernels,
+        split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
+        item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
+        finishes_whole="true" if fused else "false",
+        word_elements=tiling.word_elements,
+        cache_alignment=0,
+        thread_tokens=thread_tokens,
+        checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
+    )
+
+
+def render_template(name: str, spec: PagedAttentionSpec, description: str, **values: object) -> str:
+    """A host's text: a template with what all targets' hosts say of a spec, and with values of its own."""
     return (
         _environment()
-        .get_template("host.cc.j2")
+        .get_template(name)
         .render(
             banner=BANNER,
-            description=describe(spec, pipeline),
+            description=description,
             spec=spec,
-            tiling=tiling,
-            pipeline=pipeline,
-            kernels=kernels,
-            split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
-            item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
-            finishes_whole="true" if fused else "false",
             dtypes=_DTYPES,
             key_cache_extents=_extents(spec.key_cache_shape),
             value_cache_extents=_extents(spec.value_cache_shape),
-            thread_tokens=thread_tokens,
-            checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
+            **values,
         )
     )
 
@@ -76,6 +88,7 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     environment.filters["identifier"] = _identifier
+    environment.filters["constant"] = lambda name: "k" + _identifier(name).title().replace("_", "")
     return environment
 
 

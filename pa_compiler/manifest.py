@@ -46,7 +46,7 @@ class Manifest:
         target: The TVM target dict that it was compiled for.
         machine: The architecture, such as "x86_64".
         features: LLVM's names of the instruction sets that the kernels may use, sorted.
-        kernels: SHA-256 of the kernels' assembly (Module.sources["asm"]), in hexadecimal.
+        kernels: SHA-256 of the kernels' assembly (Module.sources["asm"], or "ptx"), in hexadecimal.
         versions: Of pa-compiler, apache-tvm and apache-tvm-ffi.
         lse: What lse is: the logarithm of the softmax's denominator, to which base.
         empty_rows: What a sequence of length 0 gives.

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import manifest, memory
+from pa_compiler import memory
 from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
-from pa_compiler.loader import open_library
 from pa_compiler.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -39,14 +38,16 @@ class WorkItem(NamedTuple):
 class Module:
     """Compiled paged decode attention for one spec.
 
-    Made by pa_compiler.compile and pa_compiler.load. Calls from several threads at once are safe and independent.
+    Made by pa_compiler.compile and pa_compiler.load; for a GPU it is a CudaModule. Calls from several threads at once
+    are safe and independent.
 
     Attributes:
         manifest: What the library says of itself, spec, pipeline and target among it.
         spec: The PagedAttentionSpec that it was compiled for.
         pipeline: "fused" or "staged".
         target: The TVM target dict that it was compiled for.
-        sources: The text of each stage, in order: tensorir, scheduled, host, llvm, asm. Empty for a loaded module.
+        sources: The text of each stage, in order: tensorir, scheduled, host, llvm, asm; for a GPU tensorir, cuda, host,
+            ptx, and sass where there was a disassembler. Empty for a loaded module.
         num_threads: Threads that a call uses at most. Results are bitwise the same for every value.
     """
 
@@ -55,10 +56,9 @@ class Module:
     ) -> None:
         self._library = library
         self.manifest = about
+        self._functions = functions
         self._decode = functions["decode"]
         self._append_kv = functions["append_kv"]
-        self._plan = functions["plan"]
-        self._view_as_bfloat16 = functions["view_as_bfloat16"]
         self.spec = self.manifest.spec
         self.pipeline = self.manifest.pipeline
         self.target = self.manifest.target
@@ -81,7 +81,8 @@ class Module:
         )
 
     def __repr__(self) -> str:
-        return f"Module({self.spec}, pipeline={self.pipeline!r}, mcpu={self.target.get('mcpu')!r})"
+        made_for = self.target.get("mcpu") or self.target.get("arch")
+        return f"{type(self).__name__}({self.spec}, pipeline={self.pipeline!r}, target={made_for!r})"
 
     @property
     def num_threads(self) -> int:
@@ -105,6 +106,7 @@ class Module:
         *,
         lse: Any = None,
         return_lse: bool = False,
+        check: str | None = None,
     ) -> Any:
         """Attend from one query token of each sequence to its context in the paged cache.
 
@@ -125,14 +127,15 @@ class Module:
             out: [batch, num_heads, head_dim], out_dtype, written and returned; by default a new array of query's kind.
             lse: [batch, num_heads], float32, written like out. Giving it implies return_lse.
             return_lse: Whether to return lse as well: the logarithm (natural) of the sum of exp(scale * score).
+            check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
 
         Returns:
             out, or (out, lse). A sequence of length 0 gives out 0 and lse -inf.
 
         Raises:
             TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, a length, scale, or the bytes that out or lse span
-                overlapping those of another array.
+            ValueError: rank, shape, strides, alignment, device, a length, scale, check, or the bytes that out or lse
+                span overlapping those of another array.
             IndexError: a used block id is outside [0, num_blocks).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
@@ -146,10 +149,19 @@ class Module:
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
-        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._num_threads)
+        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._manner(check))
         return out if lse is None else (out, lse)
 
-    def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
+    def append_kv(
+        self,
+        key: Any,
+        value: Any,
+        key_cache: Any,
+        value_cache: Any,
+        slot_mapping: Any,
+        *,
+        check: str | None = None,
+    ) -> None:
         """Write the keys and values of new tokens into their slots of the paged cache, bit for bit.
 
         Arrays are of the same kinds as decode's, and as free in their strides. Tokens are written in their order: where
@@ -163,18 +175,25 @@ class Module:
             value_cache: In kv_layout, as for decode, written.
             slot_mapping: [num_tokens], int64: block id * block_size + the slot in the block, where the token goes. -1
                 skips the token.
+            check: Who checks slot_mapping, as for decode.
 
         Raises:
             TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, or a cache overlapping another array.
+            ValueError: rank, shape, strides, alignment, device, check, or a cache overlapping another array.
             IndexError: an entry of slot_mapping is neither -1 nor in [0, num_blocks * block_size).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
         arrays = (key, value, key_cache, value_cache, slot_mapping)
-        call(self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._num_threads)
+        call(self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._manner(check))
 
-    def empty_cache(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    def _manner(self, check: str | None) -> int:
+        """The number by which the library is told how to go about a call; for a CPU, the threads to use."""
+        if check not in (None, "host"):
+            raise ValueError(f"check: expected 'host' for a CPU module, got {check!r}")
+        return self._num_threads
+
+    def empty_cache(self, num_blocks: int) -> tuple[Any, Any]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0, as NumPy arrays.
 
         Each begins at a multiple of 2 MB, on huge pages where the system has transparent ones, from which decode reads
@@ -194,7 +213,7 @@ class Module:
 
         A pure function of the lengths: no kernel runs.
         """
-        lines = self._plan(as_tensor("context_lens", context_lens)).splitlines()
+        lines = self._functions["plan"](as_tensor("context_lens", context_lens)).splitlines()
         return [WorkItem(*map(int, line.split())) for line in lines]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -248,26 +267,8 @@ class Module:
         shape = (*as_tensor("query", query).shape[:1], *extents)
         array = np.empty(shape, NUMPY_DTYPES[dtype])
         if dtype == "bfloat16":
-            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(np.uint16)))
+            return self._functions["view_as_bfloat16"](tvm_ffi.from_dlpack(array.view(np.uint16)))
         return tvm_ffi.from_dlpack(array)
-
-
-def load(path: str | os.PathLike[str]) -> Module:
-    """Load a library that Module.save wrote. Nothing of it runs before its checksum has matched.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RuntimeError: it is no library of pa_compiler, of another format, damaged, or made for another CPU than this
-            one, whose missing features are named.
-    """
-    file = Path(path).absolute()
-    if not file.is_file():
-        raise FileNotFoundError(f"path: expected a library written by Module.save, got {file}")
-    library = file.read_bytes()
-    about = manifest.read(library, file)
-    if unfit := about.unfit():
-        raise RuntimeError(f"{file}: {unfit}")
-    return Module(library, about, open_library(library, file.name))
 
 
 def _default_num_threads() -> int:

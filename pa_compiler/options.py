@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from pa_compiler import cases
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
+from pa_compiler.target import KINDS, normalize
 
 _Record = TypeVar("_Record", bound=Any)
 
@@ -34,20 +35,22 @@ class SeqLens(click.ParamType):
 
 
 class Target(click.ParamType):
-    """llvm, the name of a CPU, or a TVM target as JSON."""
+    """llvm, the name of a CPU, cuda, the name of a GPU's architecture, or a TVM target as JSON."""
 
     name = "TARGET"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | dict[str, Any]:
         """Parse an option's value."""
-        if value == "llvm":
-            return "llvm"
+        if value in KINDS:
+            return value
+        if value.startswith("sm_"):
+            return {"kind": "cuda", "arch": value}
         if not value.startswith("{"):
             return {"kind": "llvm", "mcpu": value}
         try:
             return dict(json.loads(value))
         except ValueError as error:
-            self.fail(f"expected llvm, the name of a CPU, or a target as JSON, got {value!r}: {error}")
+            self.fail(f"expected llvm, cuda, the name of a CPU or a GPU, or a target as JSON, got {value!r}: {error}")
 
 
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +79,8 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--target",
             type=Target(),
             default="llvm",
-            help="llvm for this CPU, the name of a CPU such as x86-64-v3, or a TVM target as JSON.",
+            help="llvm for this CPU, the name of a CPU such as x86-64-v3, cuda for a GPU, the name of a GPU's "
+            "architecture such as sm_80, or a TVM target as JSON.",
         ),
         click.option("--pipeline", type=click.Choice(["fused", "staged"]), default="fused"),
     ]
@@ -134,6 +138,22 @@ def replace(base: _Record, **changes: Any) -> _Record:
     given = {name for name in fields & ctx.params.keys() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
     with usage_errors():
         return dataclasses.replace(base, **changes, **{name: ctx.params[name] for name in given})
+
+
+def is_gpu(target: Any) -> bool:
+    """Whether a target is a GPU."""
+    with usage_errors():
+        return bool(normalize(target)["kind"] == "cuda")
+
+
+def check_cpu(target: Any) -> None:
+    """Refuse the target of a GPU, for a command that runs NumPy's arrays."""
+    if is_gpu(target):
+        command = click.get_current_context().info_name
+        with usage_errors():
+            raise ValueError(
+                f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU"
+            )
 
 
 def _flag(name: str) -> str:

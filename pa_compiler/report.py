@@ -115,7 +115,7 @@ def print_manifest(console: Console, manifest: Manifest, checksum: str) -> None:
     table.add_row("lse", manifest.lse)
     table.add_row("empty", manifest.empty_rows)
     table.add_row("target", f"{target_text(manifest.target)}, {manifest.machine}")
-    table.add_row("features", " ".join(manifest.features))
+    table.add_row("features", " ".join(manifest.features) or "none")
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())))
     table.add_row("kernels", f"SHA-256 {manifest.kernels}")
     table.add_row("library", f"SHA-256 {checksum}, as it should be")
@@ -167,6 +167,8 @@ def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
 
 def target_text(target: Mapping[str, Any]) -> str:
     """What is said of a TVM target."""
+    if target["kind"] == "cuda":
+        return f"cuda, {target['arch']}"
     return ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)])
 
 

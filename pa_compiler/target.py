@@ -10,7 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pa_compiler import cuda_target
+
 TargetLike = str | Mapping[str, Any]
+
+KINDS = ("llvm", "cuda")
 
 _KEYS = {"kind", "mcpu", "mattr"}
 
@@ -73,19 +77,22 @@ def normalize(target: TargetLike) -> dict[str, Any]:
     """Check a target as a user gives it, without importing TVM.
 
     Args:
-        target: "llvm" for this machine's CPU, or {"kind": "llvm", "mcpu": ..., "mattr": [...]}.
+        target: "llvm" for this machine's CPU, or {"kind": "llvm", "mcpu": ..., "mattr": [...]}; "cuda", or {"kind":
+            "cuda", "arch": ...}.
 
     Raises:
-        TypeError, ValueError: it is neither.
+        TypeError, ValueError: it is none of them.
     """
     if isinstance(target, str):
-        if target != "llvm":
-            raise ValueError(f"target: expected 'llvm' or a dict with kind 'llvm', got {target!r}")
-        return {"kind": "llvm"}
+        if target not in KINDS:
+            raise ValueError(f"target: expected 'llvm', 'cuda' or a dict of that kind, got {target!r}")
+        return {"kind": "llvm"} if target == "llvm" else cuda_target.normalize({})
     if not isinstance(target, Mapping):
-        raise TypeError(f"target: expected 'llvm' or a dict with kind 'llvm', got {type(target).__name__}")
-    if target.get("kind") != "llvm":
-        raise ValueError(f"target: expected kind 'llvm', got {target.get('kind')!r}")
+        raise TypeError(f"target: expected 'llvm', 'cuda' or a dict of that kind, got {type(target).__name__}")
+    if target.get("kind") not in KINDS:
+        raise ValueError(f"target: expected kind 'llvm' or 'cuda', got {target.get('kind')!r}")
+    if target["kind"] == "cuda":
+        return cuda_target.normalize(target)
     if unknown := set(target) - _KEYS:
         raise ValueError(f"target: expected the keys {sorted(_KEYS)}, got also {sorted(unknown)}")
     if not isinstance(target.get("mcpu", "x86-64"), str):
@@ -101,7 +108,7 @@ def normalize(target: TargetLike) -> dict[str, Any]:
 
 def fingerprint(normalized: dict[str, Any]) -> dict[str, Any]:
     """What tells two targets apart in a cache key: the dict and, for "llvm", this CPU with all its features."""
-    if "mcpu" in normalized:
+    if "mcpu" in normalized or normalized["kind"] == "cuda":
         return {**normalized, "machine": platform.machine()}
     identity = _cpuinfo()
     keep = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")

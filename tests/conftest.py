@@ -6,6 +6,8 @@ import functools
 import json
 import os
 
+import cuda_driver
+import cuda_emulator
 import pytest
 import scorecard
 
@@ -90,6 +92,51 @@ def compiled(build_cache):
         return module
 
     return compile_module
+
+
+@pytest.fixture(scope="session")
+def emulated(build_cache):
+    """emulated(CUDA C) -> its kernels by name, which run on the CPU."""
+    directory = build_cache.with_name("emulated")
+    directory.mkdir(exist_ok=True)
+    return functools.partial(cuda_emulator.load, directory=directory)
+
+
+@pytest.fixture(scope="session")
+def cuda_decode(emulated):
+    """cuda_decode(spec, **sizes of the tiling) -> CUDA kernels of decode on the emulator, the same ones each time."""
+    import cuda_kernels  # which imports TVM
+
+    return functools.cache(functools.partial(cuda_kernels.build_decode, emulated))
+
+
+@pytest.fixture(scope="session")
+def gpu_module(emulated):
+    """gpu_module(spec) -> CudaModule with kernels of the emulator's, for the fake driver.
+
+    They are kept in a cache of their own: to the cache they look like those that nvcc makes.
+    """
+    directory = emulated.keywords["directory"]
+    kept = directory / "modules"
+
+    def compile_module(spec, arch="sm_90"):
+        with pytest.MonkeyPatch.context() as patch:
+            cuda_driver.emulate(patch, directory)
+            patch.setenv("PA_CACHE_DIR", str(kept))
+            return pa_compiler.compile(spec, {"kind": "cuda", "arch": arch})
+
+    return compile_module
+
+
+@pytest.fixture
+def gpu(emulated):
+    """The fake driver, which has nothing left of other tests, and nothing to complain about after this one."""
+    fake = cuda_driver.driver(emulated.keywords["directory"])
+    yield fake
+    fake.release()
+    fake.set_order("forward")
+    fake.log()
+    assert fake.contexts_pushed() == 0
 
 
 @pytest.fixture

@@ -40,17 +40,24 @@ class Exported:
     """
 
     def __init__(
-        self, array: np.ndarray, *, device: int = CPU, byte_offset: int = 0, with_strides: bool = True
+        self,
+        array: np.ndarray,
+        *,
+        device: int = CPU,
+        device_id: int = 0,
+        byte_offset: int = 0,
+        with_strides: bool = True,
     ) -> None:
         self.array = array
         self.shape = array.shape
-        self._device = device
+        self._device = device, device_id
         axes = ctypes.c_int64 * array.ndim
         self._shape = axes(*array.shape)
         self._strides = axes(*(stride // array.itemsize for stride in array.strides)) if with_strides else None
         self._tensor = _Tensor(
             data=array.ctypes.data - byte_offset,
             device_type=device,
+            device_id=device_id,
             ndim=array.ndim,
             code=CODES[array.dtype.name],
             bits=8 * array.itemsize,
@@ -61,7 +68,7 @@ class Exported:
         )
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self._device, 0
+        return self._device
 
     def __dlpack__(self, **_):
         return _new_capsule(ctypes.addressof(self._tensor), b"dltensor", None)

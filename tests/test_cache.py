@@ -31,8 +31,8 @@ def builds(compiled, own_cache, monkeypatch):
     def build(spec, config, pipeline, directory):
         asked.append((spec, config, pipeline))
         module.save(directory / "pa.so")
-        for stage, file in compiler.STAGE_FILES.items():
-            (directory / file).write_text(module.sources[stage])
+        for stage, text in module.sources.items():
+            (directory / compiler.STAGE_FILES[stage]).write_text(text)
 
     monkeypatch.setattr(compiler, "_build", build)
     return asked

@@ -318,9 +318,13 @@ def test_neighbours_in_memory_do_not_overlap(compiled):
 @pytest.mark.parametrize(
     ("target", "error", "shows"),
     [
-        ("cuda", ValueError, "cuda"),
+        ("rocm", ValueError, "rocm"),
         ("llvm -mcpu=skylake", ValueError, "llvm -mcpu=skylake"),
-        ({"kind": "cuda"}, ValueError, "cuda"),
+        ({"kind": "rocm"}, ValueError, "rocm"),
+        ({"kind": "cuda", "arch": "sm_75"}, ValueError, "sm_75"),
+        ({"kind": "cuda", "arch": "90"}, ValueError, "90"),
+        ({"kind": "cuda", "arch": 90}, ValueError, "90"),
+        ({"kind": "cuda", "mcpu": "sm_90"}, ValueError, "mcpu"),
         ({"mcpu": "x86-64-v3"}, ValueError, "None"),
         ({"kind": "llvm", "mcpu": "pentium-9000"}, ValueError, "pentium-9000"),
         ({"kind": "llvm", "mattr": "+avx2"}, ValueError, "+avx2"),

@@ -49,6 +49,8 @@ constexpr int64_t kThreadTokens = 61;  // KV tokens of work items that are worth
 constexpr bool kFinishesWhole = false;  // whether RunItem writes out and lse of a sequence of one range
 constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' token arithmetic within int32
 
+constexpr DLDeviceType kDevice = kDLCPU;
+constexpr char kDeviceName[] = "CPU";
 constexpr DLDataType kDType = {kDLBfloat, 16, 1};
 constexpr DLDataType kOutDType = {kDLFloat, 32, 1};
 constexpr DLDataType kInt32 = {kDLInt, 32, 1};
@@ -115,11 +117,6 @@ int Guarded(const Body& body) {
     TVMFFIErrorSetRaisedFromCStr("MemoryError", "no memory for decode's workspace");
   }
   return -1;
-}
-
-void ReturnText(const char* text, size_t size, TVMFFIAny* result) {
-  const TVMFFIByteArray bytes{text, size};
-  if (TVMFFIStringFromByteArray(&bytes, result) != 0) throw std::bad_alloc();
 }
 
 // ---------------------------------------------------------------- memory
@@ -324,8 +321,8 @@ Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype
   if (!Same(given_dtype, dtype)) {
     Raise("TypeError", "%s: expected dtype %s, got %s", name, DTypeText(dtype).c_str(), DTypeText(given_dtype).c_str());
   }
-  if (given.device.device_type != kDLCPU) {
-    Raise("ValueError", "%s: expected an array in CPU memory (device type %d), got device type %d", name, kDLCPU,
+  if (given.device.device_type != kDevice) {
+    Raise("ValueError", "%s: expected an array in %s memory (device type %d), got device type %d", name, kDeviceName, kDevice,
           given.device.device_type);
   }
   bool matches = ndim == static_cast<int>(expected.size());
@@ -338,7 +335,7 @@ Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype
           ListText(expected.begin(), static_cast<int>(expected.size()), any).c_str(), ListText(given.shape, ndim).c_str());
   }
   Array array;
-  array.tensor = {static_cast<char*>(given.data) + given.byte_offset, {kDLCPU, 0}, ndim, dtype, array.shape,
+  array.tensor = {static_cast<char*>(given.data) + given.byte_offset, given.device, ndim, dtype, array.shape,
                   array.strides, 0};
   int64_t contiguous = 1;
   for (int i = ndim - 1; i >= 0; contiguous *= given.shape[i--]) {
@@ -431,33 +428,40 @@ void CheckDistinctElements(const char* name, const Array& array) {
 struct Arguments {
   Array query;
   Cache key_cache, value_cache;
-  Array block_table, context_lens, out, lse;
-  int64_t batch;
+  Array block_table, context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
+  int64_t batch, num_blocks;
 };
 
+// Tokens that a row of block_table can name, and the kernels can count.
+int64_t Capacity(const Array& block_table) { return std::min(block_table.shape[1] * kBlockSize, kMaxContextLen); }
+
+// Errors about an index, found in the call that `where` names; "" for this one.
+[[noreturn]] void RaiseContextLen(int64_t seq, int64_t context_len, int64_t capacity, const char* where = "") {
+  Raise("ValueError", "context_lens: expected a length from 0 to %" PRId64 " for sequence %" PRId64 ", got %" PRId64 "%s",
+        capacity, seq, context_len, where);
+}
+
+[[noreturn]] void RaiseBlockId(int64_t seq, int64_t position, int64_t block, int64_t num_blocks, const char* where = "") {
+  Raise("IndexError",
+        "block_table: expected a block id in [0, %" PRId64 "), got %" PRId64 " for sequence %" PRId64
+        " at position %" PRId64 "%s",
+        num_blocks, block, seq, position, where);
+}
+
 void CheckContextLen(int64_t seq, int64_t context_len, int64_t capacity) {
-  if (context_len < 0 || context_len > capacity) {
-    Raise("ValueError",
-          "context_lens: expected a length from 0 to %" PRId64 " for sequence %" PRId64 ", got %" PRId64, capacity, seq,
-          context_len);
-  }
+  if (context_len < 0 || context_len > capacity) RaiseContextLen(seq, context_len, capacity);
 }
 
 // Lengths within the block table, and every used block id within the cache. Unused entries are not looked at.
 void CheckIndices(const Array& block_table, const Array& context_lens, int64_t num_blocks) {
-  const int64_t max_blocks = block_table.shape[1];
-  const int64_t capacity = std::min(max_blocks * kBlockSize, kMaxContextLen);
+  const int64_t capacity = Capacity(block_table);
   const auto* lens = static_cast<const int32_t*>(context_lens.tensor.data);
   for (int64_t seq = 0; seq < context_lens.shape[0]; ++seq) {
     CheckContextLen(seq, lens[seq], capacity);
     const auto* row = static_cast<const int32_t*>(block_table.tensor.data) + seq * block_table.strides[0];
     const int64_t used = (lens[seq] + kBlockSize - 1) / kBlockSize;
     for (int64_t i = 0; i < used; ++i) {
-      if (row[i] < 0 || row[i] >= num_blocks) {
-        Raise("IndexError",
-              "block_table: expected a block id in [0, %" PRId64 "), got %d for sequence %" PRId64 " at position %" PRId64,
-              num_blocks, row[i], seq, i);
-      }
+      if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks);
     }
   }
 }
@@ -497,14 +501,15 @@ void CheckCaches(const ArgumentCheck& check, int key_index, int value_index, Arr
   }
 }
 
-Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads, int64_t as_uint16) {
+// All but the indices, which may not be for this CPU to read.
+Arguments CheckArguments(const Inputs& in, double scale, int64_t as_uint16) {
   const ArgumentCheck check{in, as_uint16};
   Arguments args;
   args.query = check(0, "query", kDType, {-1, kNumHeads, kHeadDim}, "batch");
   args.batch = args.query.shape[0];
   Array key_cache, value_cache;
   CheckCaches(check, 1, 2, &key_cache, &value_cache);
-  const int64_t num_blocks = key_cache.shape[0];
+  args.num_blocks = key_cache.shape[0];
   args.block_table = check(3, "block_table", kInt32, {args.batch, -1}, "max_blocks");
   args.context_lens = check(4, "context_lens", kInt32, {args.batch});
   args.out = check(5, "out", kOutDType, {args.batch, kNumHeads, kHeadDim});
@@ -513,7 +518,6 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads, in
   if (!(std::abs(static_cast<float>(scale)) <= std::numeric_limits<float>::max())) {
     Raise("ValueError", "scale: expected a finite float32, got %g", scale);
   }
-  if (num_threads < 1) Raise("ValueError", "num_threads: expected at least 1, got %" PRId64, num_threads);
   const Named inputs[] = { {"query", &args.query}, {"key_cache", &key_cache}, {"value_cache", &value_cache},
                            {"block_table", &args.block_table}, {"context_lens", &args.context_lens} };
   CheckDistinctElements("out", args.out);
@@ -523,10 +527,13 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads, in
     for (const Named& input : inputs) CheckNoOverlap("lse", args.lse, input.name, *input.array);
     CheckNoOverlap("lse", args.lse, "out", args.out);
   }
-  CheckIndices(args.block_table, args.context_lens, num_blocks);
   args.key_cache = AsCache("key_cache", key_cache);
   args.value_cache = AsCache("value_cache", value_cache);
   return args;
+}
+
+void CheckNumThreads(int64_t num_threads) {
+  if (num_threads < 1) Raise("ValueError", "num_threads: expected at least 1, got %" PRId64, num_threads);
 }
 
 // Refuse to run instructions that this CPU does not have.
@@ -870,12 +877,12 @@ void RunItem(const WorkItem& item, const Arguments& args, float scale, const Par
   }
 }
 
-// ---------------------------------------------------------------- append_kv
-
-constexpr int64_t kFewBytes = int64_t{1} << 18;  // new keys and values that one thread writes sooner than others wake up
+// ---------------------------------------------------------------- arguments of append_kv
 
 struct AppendArguments {
   Array key, value, key_cache, value_cache, slot_mapping;
+
+  int64_t num_slots() const { return key_cache.shape[0] * kBlockSize; }
 };
 
 // Key and value caches may share one buffer, so that their spans overlap and no element does: a block of the one beside
@@ -898,18 +905,21 @@ void CheckCachesApart(const Array& key_cache, const Array& value_cache) {
   if (!interleaved) CheckNoOverlap("value_cache", value_cache, "key_cache", key_cache);
 }
 
+[[noreturn]] void RaiseSlot(int64_t token, int64_t slot, int64_t num_slots, const char* where = "") {
+  Raise("IndexError", "slot_mapping: expected -1 or a slot in [0, %" PRId64 "), got %" PRId64 " for token %" PRId64 "%s",
+        num_slots, slot, token, where);
+}
+
 // Every slot is -1 or within the caches.
 void CheckSlots(const Array& slot_mapping, int64_t num_slots) {
   const auto* slots = static_cast<const int64_t*>(slot_mapping.tensor.data);
   for (int64_t token = 0; token < slot_mapping.shape[0]; ++token) {
-    if (slots[token] < -1 || slots[token] >= num_slots) {
-      Raise("IndexError", "slot_mapping: expected -1 or a slot in [0, %" PRId64 "), got %" PRId64 " for token %" PRId64,
-            num_slots, slots[token], token);
-    }
+    if (slots[token] < -1 || slots[token] >= num_slots) RaiseSlot(token, slots[token], num_slots);
   }
 }
 
-AppendArguments CheckAppendArguments(const Inputs& in, int64_t num_threads, int64_t as_uint16) {
+// All but the slots, which may not be for this CPU to read.
+AppendArguments CheckAppendArguments(const Inputs& in, int64_t as_uint16) {
   const ArgumentCheck check{in, as_uint16};
   AppendArguments args;
   args.key = check(0, "key", kDType, {-1, kNumKVHeads, kHeadDim}, "num_tokens");
@@ -917,7 +927,6 @@ AppendArguments CheckAppendArguments(const Inputs& in, int64_t num_threads, int6
   args.value = check(1, "value", kDType, {num_tokens, kNumKVHeads, kHeadDim});
   CheckCaches(check, 2, 3, &args.key_cache, &args.value_cache);
   args.slot_mapping = check(4, "slot_mapping", kInt64, {num_tokens});
-  if (num_threads < 1) Raise("ValueError", "num_threads: expected at least 1, got %" PRId64, num_threads);
   CheckDistinctElements("key_cache", args.key_cache);
   CheckDistinctElements("value_cache", args.value_cache);
   CheckCachesApart(args.key_cache, args.value_cache);
@@ -926,9 +935,12 @@ AppendArguments CheckAppendArguments(const Inputs& in, int64_t num_threads, int6
   for (const Named& cache : caches) {
     for (const Named& input : inputs) CheckNoOverlap(cache.name, *cache.array, input.name, *input.array);
   }
-  CheckSlots(args.slot_mapping, args.key_cache.shape[0] * kBlockSize);
   return args;
 }
+
+// ---------------------------------------------------------------- append_kv
+
+constexpr int64_t kFewBytes = int64_t{1} << 18;  // new keys and values that one thread writes sooner than others wake up
 
 // The same memory, declared unsigned integers: the kernels move bits.
 Array AsBits(Array array) {
@@ -942,7 +954,9 @@ Array AsBits(Array array) {
 void AppendKV(const Inputs& in) {
   CheckCpuFeatures();
   const int64_t num_threads = in.Int(5);
-  const AppendArguments args = CheckAppendArguments(in, num_threads, in.Int(6));
+  const AppendArguments args = CheckAppendArguments(in, in.Int(6));
+  CheckNumThreads(num_threads);
+  CheckSlots(args.slot_mapping, args.num_slots());
   const Array key = AsBits(args.key), value = AsBits(args.value);
   const Array key_cache = AsBits(args.key_cache), value_cache = AsBits(args.value_cache);
   const int64_t num_tokens = key.shape[0];
@@ -967,7 +981,9 @@ void Decode(const Inputs& in) {
   const DefaultFloatingPoint state;
   const double scale = in.Float(7);
   const int64_t num_threads = in.Int(8);
-  Arguments args = CheckArguments(in, scale, num_threads, in.Int(9));
+  Arguments args = CheckArguments(in, scale, in.Int(9));
+  CheckNumThreads(num_threads);
+  CheckIndices(args.block_table, args.context_lens, args.num_blocks);
   const Plan plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
   const Partials partials(plan.num_partials);
   const bool has_lse = args.lse.tensor.data != nullptr;
@@ -987,6 +1003,11 @@ void Decode(const Inputs& in) {
            plan.partial_begin(seq), plan.partials_of(seq));
     }
   });
+}
+
+void ReturnText(const char* text, size_t size, TVMFFIAny* result) {
+  const TVMFFIByteArray bytes{text, size};
+  if (TVMFFIStringFromByteArray(&bytes, result) != 0) throw std::bad_alloc();
 }
 
 // plan(context_lens): the work items that decode would run, in the order in which they are dealt out, as text: one line

@@ -1,4 +1,7 @@
-"""TensorIR: what is computed, for no target. One file per operation; the stages are written once for both pipelines."""
+"""TensorIR: what is computed, for no target. One file per operation; the stages are written once for both pipelines.
+
+The files cuda_* are the CUDA target's: TensorIR with explicit threads, which no schedule follows.
+"""
 
 from collections.abc import Callable
 

@@ -1,0 +1,194 @@
+"""From the CUDA kernels to machine code: TVM emits CUDA C, nvcc compiles it, and both say what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+_FLAGS = ("-std=c++17", "-O3", "-diag-suppress=177")  # 177: functions of TVM's preamble are not used
+
+_EMBEDDED = """\
+    .section .rodata
+    .balign 64
+    .globl pa_kernels_image
+    .hidden pa_kernels_image
+    .type pa_kernels_image, @object
+pa_kernels_image:
+    .incbin {path}
+    .size pa_kernels_image, . - pa_kernels_image
+    .section .note.GNU-stack, "", @progbits
+"""
+
+_REPORT = re.compile(
+    r"Compiling entry function '(\w+)_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a kernel takes of a GPU, as ptxas reports it.
+
+    Attributes:
+        registers: Of one thread.
+        stack_bytes: Of one thread.
+        spill_bytes: Stored and loaded because registers did not do.
+    """
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cubin:
+    """Machine code for one architecture.
+
+    Attributes:
+        ptx: The text that it was assembled from.
+        image: The ELF file.
+        resources: Of each kernel, by its name.
+    """
+
+    ptx: str
+    image: bytes
+    resources: dict[str, Resources]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of an emitted kernel.
+
+    Attributes:
+        name: As in the PrimFunc; a buffer's without "_handle".
+        type: In CUDA C, such as "int64_t" or "float*".
+    """
+
+    name: str
+    type: str
+
+
+def emit(mod: IRModule, arch: str) -> str:
+    """CUDA C of all kernels of a module, extern "C" under their names with "_kernel" after them."""
+    import tvm
+    from tvm.target import Target
+
+    target = Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
+    (kernels,) = tvm.compile(mod, target=target, tir_pipeline="tirx").mod.imports
+    return str(kernels.inspect_source("cuda"))
+
+
+def parameters(source: str, kernel: str) -> tuple[Parameter, ...]:
+    """The parameters of an emitted kernel, in their order, which is not the PrimFunc's."""
+    declared = re.search(rf"\b{kernel}_kernel\((.*?)\);", source)
+    if declared is None:
+        raise ValueError(f"kernel: expected one of the emitted kernels, got {kernel!r}")
+    pairs = (text.replace("__restrict__ ", "").rsplit(maxsplit=1) for text in declared[1].split(", "))
+    return tuple(Parameter(name.removesuffix("_ptr"), ctype) for ctype, name in pairs)
+
+
+def assemble(source: str, arch: str, directory: Path) -> Cubin:
+    """Compile CUDA C to machine code for one architecture, such as "sm_90", in a directory for scratch.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it refuses the code.
+    """
+    text, ptx, image = directory / "kernels.cu", directory / "kernels.ptx", directory / "kernels.cubin"
+    text.write_text(source)
+    _run([tool("nvcc"), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", str(text), "-o", str(ptx)])
+    report = _run([tool("nvcc"), "-Xptxas=-v", f"-arch={arch}", "-cubin", str(ptx), "-o", str(image)])
+    resources = {
+        name: Resources(int(registers), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, registers in _REPORT.findall(report.stderr)
+    }
+    return Cubin(ptx.read_text(), image.read_bytes(), resources)
+
+
+def fatbin(cubin: Cubin, arch: str, directory: Path) -> bytes:
+    """The machine code and its PTX as one image, of which the driver takes what fits the GPU: PTX for a later one.
+
+    Raises:
+        RuntimeError: there is no fatbinary, which comes with nvcc.
+    """
+    image, ptx, both = (directory / f"bound.{suffix}" for suffix in ("cubin", "ptx", "fatbin"))
+    image.write_bytes(cubin.image)
+    ptx.write_text(cubin.ptx)
+    number = arch.removeprefix("sm_")
+    parts = [f"--image3=kind=elf,sm={number},file={image}", f"--image3=kind=ptx,sm={number},file={ptx}"]
+    _run([tool("fatbinary"), f"--create={both}", "-64", *parts])
+    return both.read_bytes()
+
+
+def embed(image: bytes, directory: Path) -> str:
+    """Assembly for this machine of an image, under the name pa_kernels_image. It names a file in the directory."""
+    path = directory / "embedded.fatbin"
+    path.write_bytes(image)
+    return _EMBEDDED.format(path=json.dumps(str(path), ensure_ascii=False))
+
+
+def disassembly(cubin: Cubin, directory: Path) -> str:
+    """SASS of all kernels.
+
+    Raises:
+        RuntimeError: there is no nvdisasm, or it refuses the code.
+    """
+    image = directory / "disassembled.cubin"
+    image.write_bytes(cubin.image)
+    return _run([tool("nvdisasm"), "-c", str(image)]).stdout
+
+
+def disassemble(cubin: Cubin, directory: Path) -> dict[str, str]:
+    """SASS of each kernel, by its name. Errors as of disassembly."""
+    text = disassembly(cubin, directory)
+    sections = re.split(r"^\s*\.section\s+\.text\.(\w+)_kernel\b.*$", text, flags=re.MULTILINE)
+    return dict(zip(sections[1::2], sections[2::2], strict=True))
+
+
+def _virtual(arch: str) -> str:
+    """The architecture of the PTX of sm_90: compute_90."""
+    return arch.replace("sm_", "compute_")
+
+
+def tool(name: str) -> str:
+    """As find_tool.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    path = find_tool(name)
+    if path is None:
+        raise RuntimeError(
+            f"{name} is neither in CUDA_HOME/bin nor on PATH; target cuda needs NVIDIA's CUDA toolkit, 12.8 or later, "
+            "or its packages from PyPI: pip install pa-compiler[cuda]"
+        )
+    return path
+
+
+def find_tool(name: str) -> str | None:
+    """The path of one of the CUDA toolkit's programs: below CUDA_HOME, on PATH, or of NVIDIA's packages for Python."""
+    home = os.environ.get("CUDA_HOME")
+    packages = importlib.util.find_spec("nvidia")
+    folders = [Path(home, "bin")] if home else []
+    folders += [Path(folder) for folder in os.get_exec_path()]
+    for place in (packages.submodule_search_locations or ()) if packages else ():
+        folders += sorted(Path(place).glob("cu*/bin"))
+    return shutil.which(name, path=os.pathsep.join(str(folder) for folder in folders))
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run one of the toolkit's programs, which must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done

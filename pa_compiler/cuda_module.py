@@ -1,0 +1,106 @@
+"""CudaModule: a compiled library for a GPU, loaded. It can be loaded, looked at and saved where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pa_compiler.arguments import check_whole
+from pa_compiler.module import Module
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKS = ("host", "device", "none")
+"""What decode and append_kv take for check, in the order of the library's numbers."""
+
+_NO_THREADS = "num_threads: a module for a GPU has none"
+
+
+class CudaModule(Module):
+    """A Module for GPUs.
+
+    decode and append_kv take CUDA tensors, of torch or anything with DLPack, all on one device, and return when their
+    kernels have been launched on the caller's stream (torch's current one). Beyond what Module says of them:
+
+    - Keys, values and caches start at multiples of 16 bytes and have strides of such multiples, queries of 4 bytes.
+    - out and lse are made for torch tensors; for others they have to be given.
+    - check says who looks at context_lens, block_table and slot_mapping, whose contents are on the GPU:
+      "device", the default: a kernel does, before the others. After a finding those write nothing; the error is raised
+      by the next call of decode or append_kv on that device, which does nothing itself, or by check_status.
+      "host": this process does, before anything is launched. It waits for the stream and for copies of them.
+      "none": nobody does. An index that is out of range reads or writes anywhere.
+
+    Nothing is copied to the host, nor waited for, with "device" and "none", and a CUDA graph can capture both. It holds
+    the launches for any lengths: tensors may have other contents at each replay.
+
+    Errors of the driver are RuntimeErrors, among them that there is none.
+    """
+
+    @property
+    def num_threads(self) -> int:
+        """Not of a GPU: reading or setting it is an AttributeError."""
+        raise AttributeError(_NO_THREADS)
+
+    @num_threads.setter
+    def num_threads(self, value: int) -> None:
+        raise AttributeError(_NO_THREADS)
+
+    def check_status(self) -> None:
+        """Raise what a kernel has found wrong with an earlier call, on any device, and forget it.
+
+        Nothing is waited for: what is still to run is not seen yet, so synchronize the stream before.
+
+        Raises:
+            ValueError: a length.
+            IndexError: a block id or a slot. Each as the call itself would have raised it with check="host".
+        """
+        self._functions["check_status"]()
+
+    def empty_cache(self, num_blocks: int, device: Any = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
+        """New key and value caches of num_blocks blocks in kv_layout, all 0, as torch tensors on a device.
+
+        Raises:
+            TypeError, ValueError: num_blocks is not a whole number from 1 on.
+            ImportError: there is no torch.
+        """
+        import torch
+
+        check_whole("num_blocks", num_blocks, 1)
+        shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
+        dtype = getattr(torch, self.spec.dtype)
+        key_cache, value_cache = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+        return key_cache, value_cache
+
+    def plan(self, context_lens: Any) -> NoReturn:
+        """There is none to look at: the thread blocks of a GPU find their work themselves, by its number of SMs.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("plan: a GPU finds its work items itself, as a kernel starts")
+
+    def verify(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not yet.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("verify: it draws NumPy arrays, and a module for a GPU needs a GPU and CUDA tensors")
+
+    def _manner(self, check: str | None) -> int:
+        if check is None:
+            return CHECKS.index("device")
+        if check not in CHECKS:
+            raise ValueError(f"check: expected one of {', '.join(CHECKS)}, got {check!r}")
+        return CHECKS.index(check)
+
+    def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
+        if type(query).__module__.partition(".")[0] != "torch":
+            name = "lse" if len(extents) == 1 else "out"
+            raise TypeError(
+                f"{name}: expected an array to write to, since a GPU module makes them for torch tensors alone, "
+                f"got None with a query of type {type(query).__name__}"
+            )
+        import torch
+
+        return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype), device=query.device)

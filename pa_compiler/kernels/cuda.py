@@ -1,0 +1,54 @@
+"""The CUDA kernels of a spec, and how each is launched."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tvm import IRModule
+
+from pa_compiler.cuda_tiling import APPEND_THREADS, APPEND_TOKENS, CHECK_THREADS, WARP, CudaTiling
+from pa_compiler.kernels.cuda_append_kv import cuda_append_kv
+from pa_compiler.kernels.cuda_check import cuda_check, cuda_check_slots
+from pa_compiler.kernels.cuda_decode import cuda_decode
+from pa_compiler.kernels.cuda_merge import cuda_merge
+from pa_compiler.spec import PagedAttentionSpec
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        blocks: How many, as a C expression of the kernel's own arguments, int32.
+        threads: Of a block.
+        shared_bytes: Dynamic shared memory of a block.
+    """
+
+    blocks: str
+    threads: int
+    shared_bytes: int
+
+
+DECODE = (cuda_decode, cuda_merge)
+"""The PrimFuncs of decode, in the order in which they are launched."""
+
+OTHERS = (cuda_append_kv, cuda_check, cuda_check_slots)
+"""The PrimFuncs that depend on no tiling."""
+
+
+def build(spec: PagedAttentionSpec, tiling: CudaTiling) -> IRModule:
+    """All PrimFuncs, under their own names."""
+    decode = {kernel.__name__: kernel(spec, tiling) for kernel in DECODE}
+    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in OTHERS})
+
+
+def launches(spec: PagedAttentionSpec, tiling: CudaTiling) -> dict[str, Launch]:
+    """The launches of the kernels, by their names."""
+    per_append, per_check = APPEND_TOKENS - 1, CHECK_THREADS - 1
+    append_shared = APPEND_THREADS // WARP * APPEND_TOKENS * 4  # an int32 each
+    return {
+        "cuda_decode": Launch(f"items * {tiling.head_tiles(spec)}", tiling.threads, tiling.shared_bytes(spec)),
+        "cuda_merge": Launch(f"batch * {spec.num_heads}", tiling.merge_threads(spec), 0),
+        "cuda_append_kv": Launch(f"(num_tokens + {per_append}) / {APPEND_TOKENS}", APPEND_THREADS, append_shared),
+        "cuda_check": Launch("batch", CHECK_THREADS, 0),
+        "cuda_check_slots": Launch(f"(num_tokens + {per_check}) / {CHECK_THREADS}", CHECK_THREADS, 0),
+    }

@@ -1,0 +1,137 @@
+"""What nvcc makes of the CUDA kernels: registers, and the instructions that they are written for.
+
+Nothing here needs a GPU. Without NVIDIA's nvcc, or for instructions nvdisasm, the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from cuda_emulator import PARTS
+from tvm import IRModule
+
+from pa_compiler import PagedAttentionSpec, cuda_build, cuda_tiling
+from pa_compiler.kernels import cuda
+
+ARCHS = ("sm_80", "sm_90")
+REGISTERS = 65536
+"""Of an SM."""
+
+DECODE = {
+    "group_4": (PagedAttentionSpec(32, 8, 128, 16, "bfloat16"), 3),
+    "group_16_of_256": (PagedAttentionSpec(16, 1, 256, 16, "float16"), 2),
+    "one_head": (PagedAttentionSpec(32, 32, 128, 16, "bfloat16"), 4),
+    "float32": (PagedAttentionSpec(32, 8, 128, 16, "float32"), 2),
+}
+"""decode of a spec, and how many thread blocks of it have registers on an SM."""
+
+MMA_TILES = {"group_4": 1, "group_16_of_256": 2}
+"""Tiles of 8 heads, by the specs that tensor cores compute."""
+
+
+def tool_or_skip(name):
+    try:
+        cuda_build.tool(name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def cubin(request, tmp_path_factory):
+    """All kernels of the first spec, and decode of the others, in one file: (Cubin, tilings by name)."""
+    tool_or_skip("nvcc")
+    arch = request.param
+    tilings = {name: cuda_tiling.choose(spec, arch) for name, (spec, _) in DECODE.items()}
+    first, tiling = DECODE["group_4"][0], tilings["group_4"]
+    functions = dict(cuda.build(first, tiling).functions_items())
+    kernels = {str(name.name_hint): function for name, function in functions.items() if "decode" not in name.name_hint}
+    for name, (spec, _) in DECODE.items():
+        kernels[name] = cuda.cuda_decode(spec, tilings[name]).with_attr("global_symbol", name)
+    source = cuda_build.emit(IRModule(kernels), arch)
+    return cuda_build.assemble(source, arch, tmp_path_factory.mktemp(arch)), tilings
+
+
+@pytest.fixture(scope="module")
+def instructions(cubin, tmp_path_factory):
+    """How often each instruction occurs, by kernel."""
+    tool_or_skip("nvdisasm")
+    sass = cuda_build.disassemble(cubin[0], tmp_path_factory.mktemp("sass"))
+    opcode = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+    return {kernel: Counter(opcode.findall(text)) for kernel, text in sass.items()}
+
+
+def count(instructions, pattern):
+    return sum(number for name, number in instructions.items() if re.fullmatch(pattern, name))
+
+
+def test_nothing_spills(cubin):
+    resources = cubin[0].resources
+    assert set(resources) == {*DECODE, "cuda_merge", "cuda_append_kv", "cuda_check", "cuda_check_slots"}
+    assert {name: (used.stack_bytes, used.spill_bytes) for name, used in resources.items()} == dict.fromkeys(
+        resources, (0, 0)
+    )
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_registers(cubin, name):
+    compiled, tilings = cubin
+    registers = -(-compiled.resources[name].registers // 8) * 8  # as they are allotted
+    assert registers * tilings[name].threads * DECODE[name][1] <= REGISTERS
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_copies(instructions, name):
+    """Keys and values go to shared memory by asynchronous copies of 16 bytes past L1: as many as a tile has."""
+    spec, _ = DECODE[name]
+    tile = 16 * 2 if spec.dtype != "float32" else 8 * 4
+    assert count(instructions[name], r"LDGSTS\.E\.BYPASS\S*\.128") == 2 * tile * spec.head_dim // 16 // 32
+    assert count(instructions[name], "LDGSTS.*") == count(instructions[name], r"LDGSTS\S*\.128")
+    assert count(instructions[name], "STL.*|LDL.*") == 0
+
+
+@pytest.mark.parametrize("name", MMA_TILES)
+def test_tensor_cores(instructions, name):
+    """QK and PV take one mma for 16 tokens, 8 heads and 16 elements of head_dim each, and the sums of rows one more."""
+    spec, tiles = DECODE[name][0], MMA_TILES[name]
+    kind = {"bfloat16": "BF16", "float16": "F16"}[spec.dtype]
+    assert count(instructions[name], rf"HMMA\.16816\.F32(\.{kind})?") == tiles * (2 * spec.head_dim // 16 + 1)
+    assert count(instructions[name], r"LDSM\.16\.M88\.4") == spec.head_dim // 16
+    assert count(instructions[name], r"LDSM\.16\.MT88\.4") == spec.head_dim // 16
+    assert count(instructions[name], r"MOVM\.16\.MT88") == 2 * tiles
+
+
+@pytest.mark.parametrize("name", DECODE.keys() - MMA_TILES.keys())
+def test_float32_arithmetic(instructions, name):
+    """Shared memory is read 16 bytes at a time, and multiplied by FMAs alone."""
+    spec, _ = DECODE[name]
+    assert count(instructions[name], "HMMA.*") == 0
+    tile = 16 * 2 if spec.dtype != "float32" else 8 * 4
+    assert count(instructions[name], r"LDS(\.U)?\.128") >= 2 * tile * spec.head_dim // 16 // 32
+    assert (
+        count(instructions[name], "FFMA.*") >= 2 * tile * spec.head_dim // (2 if spec.dtype != "float32" else 4) // 32
+    )
+
+
+def test_append_moves_16_bytes(instructions):
+    assert count(instructions["cuda_append_kv"], r"LDG\.E\.128\S*") >= 2
+    assert count(instructions["cuda_append_kv"], r"STG\.E\.128") >= 2
+
+
+def test_a_missing_tool(monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(RuntimeError, match=r"nvnothing is neither in CUDA_HOME/bin nor on PATH.*pa-compiler\[cuda\]"):
+        cuda_build.tool("nvnothing")
+
+
+def test_code_that_nvcc_refuses(tmp_path):
+    tool_or_skip("nvcc")
+    with pytest.raises(RuntimeError, match=r"nvcc failed with status(.|\n)*nonsense"):
+        cuda_build.assemble("nonsense", "sm_90", tmp_path)
+
+
+def test_the_emulators_own_kernels_are_cuda(tmp_path):
+    """nvcc takes what test_cuda_emulator.py runs: the emulator has no dialect of its own."""
+    tool_or_skip("nvcc")
+    assert cuda_build.assemble((PARTS / "kernels.cu").read_text(), "sm_80", tmp_path).image
