@@ -125,6 +125,10 @@ class Tiling:
         lanes = vector_lanes if self.strategy == "heads_in_lanes" else self.lanes
         return -(-self.pv_rows * self.pv_dims // lanes)
 
+    def pv_passes(self, spec: PagedAttentionSpec) -> int:
+        """Register tiles of pv_matmul, each of which goes through a tile of tokens."""
+        return self.row_tile // self.pv_rows * (spec.head_dim // self.pv_dims)
+
     def copy_shape(self, spec: PagedAttentionSpec, copied: bool) -> tuple[int, int]:
         """The shape of a tile of keys or values that is converted into scratch; of nothing, where none is."""
         return (self.padded_kv_tile // self.dot_elements, spec.head_dim) if copied else (1, 1)
