@@ -14,7 +14,8 @@ LOW = 65535
 
 def half(word: Expr, index: Expr) -> Expr:
     """The number index % 2 of a word, as float32: the bits of bfloat16 are the upper half of float32's."""
-    bits = T.Select(T.floormod(index, 2) == 0, T.shift_left(word, 16), T.bitwise_and(word, HIGH))
+    fence = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", T.int32(HIGH)))
+    bits = T.Select(T.floormod(index, 2) == 0, T.shift_left(word, 16), T.bitwise_and(word, T.reinterpret("int32", fence)))
     return T.reinterpret("float32", bits)
 
 
