@@ -52,9 +52,9 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     lane, token, _, row, dim, half = sch.get_loops(parts)[-6:]
     token_outer, token = sch.split(token, [None, tiling.qk_tokens])
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
-    sch.reorder(token_outer, row_outer, dim, half, token, row, lane)
+    sch.reorder(token_outer, row_outer, dim, half, row, token, lane)
     sch.unroll(half)
-    in_registers(sch, sums, row_outer, token, row, lane)
+    in_registers(sch, sums, row_outer, row, token, lane)
     sch.decompose_reduction(parts, dim)
     _, token, _ = sch.get_loops(scores)[-3:]
     init = sch.decompose_reduction(scores, token)
@@ -112,7 +112,7 @@ def _sum_tile(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
     group, token, row, dim = sch.get_loops(full)[-4:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, vector, lane, half = _split_dims(sch, tiling, dim)
-    sch.reorder(row_outer, dim_outer, group, token, vector, half, row, lane)
+    sch.reorder(row_outer, dim_outer, group, token, row, vector, half, lane)
     sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
     sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
     if tiling.dim_pair == 1:
