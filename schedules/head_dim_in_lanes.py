@@ -127,7 +127,12 @@ def _sum_tile(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
 
 def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
     """Outputs in registers over one token group, and then added to what there is of them in memory."""
-    sums = sch.rfactor(sch.get_loops(full)[-4], factor_axis=0)
+    group, token = sch.get_loops(full)[-4:-2]
+    if tiling.sweep_places > 1:
+        place, token, pair = sch.split(token, [tiling.sweep_places, None, tiling.word_elements])
+        sch.reorder(token, place, pair)
+        group, _ = sch.fuse(group, token), sch.fuse(place, pair)
+    sums = sch.rfactor(group, factor_axis=0)
     tile, group, row, dim = sch.get_loops(full)[-4:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, *added = _split_dims(sch, tiling, dim)
@@ -136,7 +141,7 @@ def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
     token, _, summed_row, dim = sch.get_loops(sums)[-4:]
     _, *summed = _split_dims(sch, tiling, dim)
     for (vector, lane, half), each_row, each_token in ((added, row, []), (summed, summed_row, [token])):
-        sch.reorder(*each_token, vector, half, each_row, lane)
+        sch.reorder(*each_token, each_row, vector, half, lane)
         for loop in (*each_token, vector, half, each_row):
             sch.unroll(loop)
         sch.vectorize(lane)

@@ -16,6 +16,7 @@ from pa_compiler.schedules.head_dim_in_lanes import unroll_tile
 from pa_compiler.tiling import PACKED_TOKENS, Tiling, largest_divisor
 
 _FETCH_STEPS = 16
+_PLACES = 4  # of head_dim, from which a sweep reads keys in turn
 _PAIR = 2
 
 
@@ -27,8 +28,11 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     head_dim = int(sch.get(dim).extent)
     pair = _PAIR if head_dim % _PAIR == 0 else 1
-    steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
+    steps = largest_divisor(head_dim // pair, _PLACES if tiling.sweep else _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
+    if tiling.sweep:
+        sch.unroll(dim_outer)
+        dim_outer, dim = dim, dim_outer
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
     token_outer, token = sch.split(token, [None, PACKED_TOKENS])
     sch.reorder(group, row_outer, dim_outer, dim, half, row, token_outer, token)
@@ -37,6 +41,8 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     unroll_tile(sch, sums, row, token_outer, token)
     sch.unroll(half)
     sch.decompose_reduction(scores, dim_outer)
+    if tiling.sweep:
+        return
     fetch = sch.get_sblock("prefetch_keys")
     fetch_group, number = sch.get_loops(fetch)[-2:]
     sch.split(number, [int(sch.get(row_outer).extent), steps, None])
