@@ -52,7 +52,9 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     lane, token, _, row, dim, half = sch.get_loops(parts)[-6:]
     token_outer, token = sch.split(token, [None, tiling.qk_tokens])
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
-    sch.reorder(token_outer, row_outer, dim, half, row, token, lane)
+    # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
+    inner = (half, row, token) if tiling.qk_rows > 1 else (row, token, half)
+    sch.reorder(token_outer, row_outer, dim, *inner, lane)
     sch.unroll(half)
     in_registers(sch, sums, row_outer, row, token, lane)
     sch.decompose_reduction(parts, dim)
@@ -126,10 +128,13 @@ def _sum_tile(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
 
 
 def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
-    """Outputs in registers over one token group, and then added to what there is of them in memory."""
+    """Outputs in registers over some tokens of a group, and then added to what there is of them in memory.
+
+    All of a group; or, packed, where tokens lie side by side, one or a pair of them from each of a group's places.
+    """
     group, token = sch.get_loops(full)[-4:-2]
-    if tiling.sweep_places > 1:
-        place, token, pair = sch.split(token, [tiling.sweep_places, None, tiling.word_elements])
+    if tiling.group_places > 1:
+        place, token, pair = sch.split(token, [tiling.group_places, None, tiling.word_elements])
         sch.reorder(token, place, pair)
         group, _ = sch.fuse(group, token), sch.fuse(place, pair)
     sums = sch.rfactor(group, factor_axis=0)

@@ -4,7 +4,7 @@
                  them, that one vector of the cache holds): no sum across lanes, whatever the group
     the rest     as where head_dim lies in the lanes: a row of packed values is a token's
 
-The fetches of the next tile are spread over the steps of the matmul.
+The fetches of the next tile are spread over the steps of the matmul; a sweep has none.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from pa_compiler.schedules.head_dim_in_lanes import unroll_tile
 from pa_compiler.tiling import PACKED_TOKENS, Tiling, largest_divisor
 
 _FETCH_STEPS = 16
-_PLACES = 4  # of head_dim, from which a sweep reads keys in turn
 _PAIR = 2
 
 
@@ -28,14 +27,13 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     head_dim = int(sch.get(dim).extent)
     pair = _PAIR if head_dim % _PAIR == 0 else 1
-    steps = largest_divisor(head_dim // pair, _PLACES if tiling.sweep else _FETCH_STEPS)
+    steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
-    if tiling.sweep:
-        sch.unroll(dim_outer)
-        dim_outer, dim = dim, dim_outer
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
     token_outer, token = sch.split(token, [None, PACKED_TOKENS])
-    sch.reorder(group, row_outer, dim_outer, dim, half, row, token_outer, token)
+    # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
+    inner = (half, row, token_outer) if tiling.qk_rows > 1 else (row, token_outer, half)
+    sch.reorder(group, row_outer, dim_outer, dim, *inner, token)
     sch.reverse_compute_at(sums, row_outer, preserve_unit_loops=True)
     sch.split(sch.get_loops(sums)[-1], [None, PACKED_TOKENS])
     unroll_tile(sch, sums, row, token_outer, token)
