@@ -488,9 +488,9 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [16 x float], align 16
-  %beta38.i = alloca [16 x float], align 16
-  %alpha39.i = alloca [16 x float], align 16
+  %factor39.i = alloca [16 x float], align 16
+  %beta40.i = alloca [16 x float], align 16
+  %alpha41.i = alloca [16 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -581,9 +581,9 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta40.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha41.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -606,15 +606,15 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
+  %indvars.iv71.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next72.i, %for_end_r.i ]
   %43 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
+  %total4650.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %97, %for_end_r.i ]
+  %44 = icmp eq i64 %indvars.iv71.i, 0
   %45 = insertelement <16 x i1> poison, i1 %44, i64 0
   %46 = shufflevector <16 x i1> %45, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %43
-  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
+  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %total4650.i
+  %47 = add nsw i64 %indvars.iv71.i, %cse_v2.i
   %cse_v8.i = shl nsw i64 %47, 4
   %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v8.i
   %49 = load <16 x float>, ptr %48, align 4, !tbaa !5
@@ -627,513 +627,507 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %55 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
   %m.i = select <16 x i1> %55, <16 x float> %49, <16 x float> %old_or_both.i
   %arg.i = fsub <16 x float> %old_max.i, %m.i
-  %cse_v9.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %cse_v9.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %56 = bitcast <16 x float> %cse_v9.i to <16 x i32>
-  %57 = add nsw <16 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <16 x i32> %57 to <16 x float>
-  %59 = fmul <16 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <16 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <16 x float> %arg.i, %60
-  %62 = fadd <16 x float> %59, %61
-  %63 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %63, <16 x float> %62, <16 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> %62, <16 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> %62, <16 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> %62, <16 x float> splat (float 5.000000e-01))
-  %68 = fmul <16 x float> %62, %67
-  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %62, <16 x float> %62)
-  %70 = shl <16 x i32> %56, splat (i32 23)
-  %71 = add <16 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <16 x i32> %71 to <16 x float>
-  %73 = fadd <16 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <16 x float> %73, %72
-  %75 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <16 x i1> %75, <16 x float> zeroinitializer, <16 x float> %74
-  %77 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %78 = select <16 x i1> %77, <16 x float> %76, <16 x float> zeroinitializer
-  store <16 x float> %78, ptr %alpha39.i, align 16, !tbaa !17
+  %57 = fadd <16 x float> %cse_v9.i, splat (float 0xC168000FE0000000)
+  %58 = fmul <16 x float> %57, splat (float 0x3F2BD01060000000)
+  %59 = fmul <16 x float> %57, splat (float 0x3FE6300000000000)
+  %60 = fsub <16 x float> %arg.i, %59
+  %61 = fadd <16 x float> %58, %60
+  %62 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %61, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %63 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %61, <16 x float> splat (float 0x3FA5558F20000000))
+  %64 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %63, <16 x float> %61, <16 x float> splat (float 0x3FC5554920000000))
+  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> %61, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %66 = fmul <16 x float> %61, %61
+  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> %66, <16 x float> %61)
+  %68 = shl <16 x i32> %56, splat (i32 23)
+  %69 = bitcast <16 x i32> %68 to <16 x float>
+  %70 = fadd <16 x float> %67, splat (float 1.000000e+00)
+  %71 = fmul <16 x float> %70, %69
+  %72 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %73 = select <16 x i1> %72, <16 x float> zeroinitializer, <16 x float> %71
+  %74 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %75 = select <16 x i1> %74, <16 x float> %73, <16 x float> zeroinitializer
+  store <16 x float> %75, ptr %alpha41.i, align 16, !tbaa !17
   %arg2.i = fsub <16 x float> %49, %m.i
-  %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <16 x float> %cse_v6.i to <16 x i32>
-  %80 = add nsw <16 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <16 x i32> %80 to <16 x float>
-  %82 = fmul <16 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <16 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <16 x float> %arg2.i, %83
-  %85 = fadd <16 x float> %82, %84
-  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> %85, <16 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %85, <16 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %85, <16 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %85, <16 x float> splat (float 5.000000e-01))
-  %91 = fmul <16 x float> %85, %90
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %85, <16 x float> %85)
-  %93 = shl <16 x i32> %79, splat (i32 23)
-  %94 = add <16 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <16 x i32> %94 to <16 x float>
-  %96 = fadd <16 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <16 x float> %96, %95
-  %98 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <16 x i1> %98, <16 x float> zeroinitializer, <16 x float> %97
-  %100 = fcmp one <16 x float> %52, zeroinitializer
-  %101 = select <16 x i1> %100, <16 x float> %99, <16 x float> zeroinitializer
-  store <16 x float> %101, ptr %beta38.i, align 16, !tbaa !24
-  %102 = fmul <16 x float> %old_sum.i, %78
-  %103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %101, <16 x float> %52, <16 x float> %102)
+  %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %76 = bitcast <16 x float> %cse_v6.i to <16 x i32>
+  %77 = fadd <16 x float> %cse_v6.i, splat (float 0xC168000FE0000000)
+  %78 = fmul <16 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <16 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <16 x float> %arg2.i, %79
+  %81 = fadd <16 x float> %78, %80
+  %82 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %81, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %82, <16 x float> %81, <16 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %83, <16 x float> %81, <16 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %84, <16 x float> %81, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <16 x float> %81, %81
+  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> %86, <16 x float> %81)
+  %88 = shl <16 x i32> %76, splat (i32 23)
+  %89 = bitcast <16 x i32> %88 to <16 x float>
+  %90 = fadd <16 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <16 x float> %90, %89
+  %92 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %93 = select <16 x i1> %92, <16 x float> zeroinitializer, <16 x float> %91
+  %94 = fcmp one <16 x float> %52, zeroinitializer
+  %95 = select <16 x i1> %94, <16 x float> %93, <16 x float> zeroinitializer
+  store <16 x float> %95, ptr %beta40.i, align 16, !tbaa !24
+  %96 = fmul <16 x float> %old_sum.i, %75
+  %97 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %95, <16 x float> %52, <16 x float> %96)
   %.idx.i = shl nsw i64 %47, 13
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %98 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !31
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !32
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !5
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !5
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !5
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !5
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !5
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !5
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !5
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %indvars.iv67.i = phi i64 [ %indvars.iv.next68.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %99 = shl nuw nsw i64 %indvars.iv67.i, 7
+  %100 = getelementptr inbounds nuw float, ptr %beta40.i, i64 %indvars.iv67.i
+  %101 = load float, ptr %100, align 4, !tbaa !31
+  %102 = insertelement <16 x float> poison, float %101, i64 0
+  %103 = shufflevector <16 x float> %102, <16 x float> poison, <16 x i32> zeroinitializer
+  %104 = getelementptr float, ptr %98, i64 %99
+  %105 = getelementptr inbounds nuw float, ptr %alpha41.i, i64 %indvars.iv67.i
+  %106 = load float, ptr %105, align 4, !tbaa !32
+  %107 = getelementptr inbounds nuw float, ptr %acc.i, i64 %99
+  store <16 x float> zeroinitializer, ptr %107, align 4, !tbaa !5
+  %108 = load <16 x float>, ptr %104, align 4, !tbaa !5
+  %.scalar = fmul float %106, 0.000000e+00
+  %109 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %108, <16 x float> %110)
+  store <16 x float> %111, ptr %107, align 4, !tbaa !5
+  %112 = getelementptr inbounds nuw i8, ptr %107, i64 64
+  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !5
+  %113 = getelementptr i8, ptr %104, i64 64
+  %114 = load <16 x float>, ptr %113, align 4, !tbaa !5
+  %115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %114, <16 x float> %110)
+  store <16 x float> %115, ptr %112, align 4, !tbaa !5
+  %116 = getelementptr inbounds nuw i8, ptr %107, i64 128
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
+  %117 = getelementptr i8, ptr %104, i64 128
+  %118 = load <16 x float>, ptr %117, align 4, !tbaa !5
+  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %118, <16 x float> %110)
+  store <16 x float> %119, ptr %116, align 4, !tbaa !5
+  %120 = getelementptr inbounds nuw i8, ptr %107, i64 192
+  store <16 x float> zeroinitializer, ptr %120, align 4, !tbaa !5
+  %121 = getelementptr i8, ptr %104, i64 192
+  %122 = load <16 x float>, ptr %121, align 4, !tbaa !5
+  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %122, <16 x float> %110)
+  store <16 x float> %123, ptr %120, align 4, !tbaa !5
+  %124 = getelementptr inbounds nuw i8, ptr %107, i64 256
+  store <16 x float> zeroinitializer, ptr %124, align 4, !tbaa !5
+  %125 = getelementptr i8, ptr %104, i64 256
+  %126 = load <16 x float>, ptr %125, align 4, !tbaa !5
+  %127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %126, <16 x float> %110)
+  store <16 x float> %127, ptr %124, align 4, !tbaa !5
+  %128 = getelementptr inbounds nuw i8, ptr %107, i64 320
+  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !5
+  %129 = getelementptr i8, ptr %104, i64 320
+  %130 = load <16 x float>, ptr %129, align 4, !tbaa !5
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %130, <16 x float> %110)
+  store <16 x float> %131, ptr %128, align 4, !tbaa !5
+  %132 = getelementptr inbounds nuw i8, ptr %107, i64 384
+  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !5
+  %133 = getelementptr i8, ptr %104, i64 384
+  %134 = load <16 x float>, ptr %133, align 4, !tbaa !5
+  %135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %134, <16 x float> %110)
+  store <16 x float> %135, ptr %132, align 4, !tbaa !5
+  %136 = getelementptr inbounds nuw i8, ptr %107, i64 448
+  store <16 x float> zeroinitializer, ptr %136, align 4, !tbaa !5
+  %137 = getelementptr i8, ptr %104, i64 448
+  %138 = load <16 x float>, ptr %137, align 4, !tbaa !5
+  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %138, <16 x float> %110)
+  store <16 x float> %139, ptr %136, align 4, !tbaa !5
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, 16
+  br i1 %exitcond70.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  %146 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %148 = select <16 x i1> %147, <16 x float> zeroinitializer, <16 x float> %146
-  store <16 x float> %148, ptr %factor37.i, align 16, !tbaa !34
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %97, %for_end_r.i ]
+  %m49.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
+  %140 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %141 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %142 = select <16 x i1> %141, <16 x float> zeroinitializer, <16 x float> %140
+  store <16 x float> %142, ptr %factor39.i, align 16, !tbaa !34
   %sext28 = shl i64 %20, 32
   %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr float, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %143 = mul nsw i64 %out_batch, %cse_v5.i
+  %144 = getelementptr float, ptr %out, i64 %143
+  br label %for_begin_d_024.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !31
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !32
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+  %145 = shl nuw nsw i64 %indvars.iv.i, 7
+  %146 = getelementptr inbounds nuw float, ptr %beta40.i, i64 %indvars.iv.i
+  %147 = load float, ptr %146, align 4, !tbaa !31
+  %148 = insertelement <16 x float> poison, float %147, i64 0
+  %149 = shufflevector <16 x float> %148, <16 x float> poison, <16 x i32> zeroinitializer
+  %150 = getelementptr float, ptr %98, i64 %145
+  %151 = getelementptr inbounds nuw float, ptr %alpha41.i, i64 %indvars.iv.i
+  %152 = load float, ptr %151, align 4, !tbaa !32
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = load <16 x float>, ptr %150, align 4, !tbaa !5
+  %156 = getelementptr inbounds nuw float, ptr %acc.i, i64 %145
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %158 = fmul <16 x float> %157, %154
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %155, <16 x float> %158)
+  store <16 x float> %159, ptr %156, align 4, !tbaa !5
+  %160 = getelementptr i8, ptr %150, i64 64
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
+  %162 = getelementptr inbounds nuw i8, ptr %156, i64 64
   %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  %164 = fmul <16 x float> %154, %163
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %161, <16 x float> %164)
   store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
+  %166 = getelementptr i8, ptr %150, i64 128
   %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %168 = getelementptr inbounds nuw i8, ptr %156, i64 128
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
+  %170 = fmul <16 x float> %154, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %167, <16 x float> %170)
   store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
+  %172 = getelementptr i8, ptr %150, i64 192
   %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %174 = getelementptr inbounds nuw i8, ptr %156, i64 192
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
+  %176 = fmul <16 x float> %154, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %173, <16 x float> %176)
   store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
+  %178 = getelementptr i8, ptr %150, i64 256
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %180 = getelementptr inbounds nuw i8, ptr %156, i64 256
   %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
+  %182 = fmul <16 x float> %154, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %179, <16 x float> %182)
   store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
+  %184 = getelementptr i8, ptr %150, i64 320
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %186 = getelementptr inbounds nuw i8, ptr %156, i64 320
   %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
+  %188 = fmul <16 x float> %154, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %185, <16 x float> %188)
   store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
+  %190 = getelementptr i8, ptr %150, i64 384
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %192 = getelementptr inbounds nuw i8, ptr %156, i64 384
   %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
+  %194 = fmul <16 x float> %154, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %191, <16 x float> %194)
   store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
+  %196 = getelementptr i8, ptr %150, i64 448
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %198 = getelementptr inbounds nuw i8, ptr %156, i64 448
   %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
+  %200 = fmul <16 x float> %154, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %197, <16 x float> %200)
   store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
+  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, %wide.trip.count.i
+  br i1 %exitcond74.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv77.i
-  %209 = load float, ptr %208, align 4, !tbaa !41
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv77.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  store <16 x float> %215, ptr %invariant.gep.i, align 4, !tbaa !5
-  %216 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
-  %218 = fmul <16 x float> %211, %217
+for_begin_d_024.preheader.i:                      ; preds = %for_begin_d_024.preheader.i, %for_end_step.i
+  %indvars.iv79.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next80.i, %for_begin_d_024.preheader.i ]
+  %202 = getelementptr inbounds nuw float, ptr %factor39.i, i64 %indvars.iv79.i
+  %203 = load float, ptr %202, align 4, !tbaa !41
+  %204 = insertelement <16 x float> poison, float %203, i64 0
+  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
+  %206 = mul nsw i64 %indvars.iv79.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %144, i64 %206
+  %.idx = shl nuw nsw i64 %indvars.iv79.i, 9
+  %207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %208 = load <16 x float>, ptr %207, align 4, !tbaa !5
+  %209 = fmul <16 x float> %208, %205
+  store <16 x float> %209, ptr %invariant.gep.i, align 4, !tbaa !5
+  %210 = getelementptr inbounds nuw i8, ptr %207, i64 64
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <16 x float> %205, %211
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %218, ptr %gep.1.i, align 4, !tbaa !5
-  %219 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
-  %221 = fmul <16 x float> %211, %220
+  store <16 x float> %212, ptr %gep.1.i, align 4, !tbaa !5
+  %213 = getelementptr inbounds nuw i8, ptr %207, i64 128
+  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
+  %215 = fmul <16 x float> %205, %214
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %221, ptr %gep.2.i, align 4, !tbaa !5
-  %222 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
-  %224 = fmul <16 x float> %211, %223
+  store <16 x float> %215, ptr %gep.2.i, align 4, !tbaa !5
+  %216 = getelementptr inbounds nuw i8, ptr %207, i64 192
+  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
+  %218 = fmul <16 x float> %205, %217
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %224, ptr %gep.3.i, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
-  %227 = fmul <16 x float> %211, %226
+  store <16 x float> %218, ptr %gep.3.i, align 4, !tbaa !5
+  %219 = getelementptr inbounds nuw i8, ptr %207, i64 256
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %205, %220
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %227, ptr %gep.4.i, align 4, !tbaa !5
-  %228 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
-  %230 = fmul <16 x float> %211, %229
+  store <16 x float> %221, ptr %gep.4.i, align 4, !tbaa !5
+  %222 = getelementptr inbounds nuw i8, ptr %207, i64 320
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %224 = fmul <16 x float> %205, %223
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %230, ptr %gep.5.i, align 4, !tbaa !5
-  %231 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
-  %233 = fmul <16 x float> %211, %232
+  store <16 x float> %224, ptr %gep.5.i, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %207, i64 384
+  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
+  %227 = fmul <16 x float> %205, %226
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %233, ptr %gep.6.i, align 4, !tbaa !5
-  %234 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = fmul <16 x float> %211, %235
+  store <16 x float> %227, ptr %gep.6.i, align 4, !tbaa !5
+  %228 = getelementptr inbounds nuw i8, ptr %207, i64 448
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = fmul <16 x float> %205, %229
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %236, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
-  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 16
-  br i1 %exitcond80.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !33
+  store <16 x float> %230, ptr %gep.7.i, align 4, !tbaa !5
+  %indvars.iv.next80.i = add nuw nsw i64 %indvars.iv79.i, 1
+  %exitcond82.not.i = icmp eq i64 %indvars.iv.next80.i, 16
+  br i1 %exitcond82.not.i, label %for_begin_r29.preheader.i, label %for_begin_d_024.preheader.i, !prof !33
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %237 = mul nsw i64 %lse_batch, %cse_v5.i
-  %238 = getelementptr float, ptr %lse, i64 %237
-  %row_sum42.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %239 = fcmp oeq float %row_sum42.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %239, label %if_end33.i, label %if_else.i
+for_begin_r29.preheader.i:                        ; preds = %for_begin_d_024.preheader.i
+  %231 = mul nsw i64 %lse_batch, %cse_v5.i
+  %232 = getelementptr float, ptr %lse, i64 %231
+  %row_sum44.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
+  %233 = fcmp oeq float %row_sum44.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %233, label %if_end35.i, label %if_else.i
 
-if_else.i:                                        ; preds = %for_begin_r27.preheader.i
-  %240 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.0.vec.extract.i)
-  %row_max43.sroa.0.0.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 0
-  %241 = fadd float %240, %row_max43.sroa.0.0.vec.extract.i
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_begin_r29.preheader.i
+  %234 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.0.vec.extract.i)
+  %row_max45.sroa.0.0.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 0
+  %235 = fadd float %234, %row_max45.sroa.0.0.vec.extract.i
+  br label %if_end35.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_begin_r27.preheader.i
-  %242 = phi float [ %241, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r27.preheader.i ]
-  store float %242, ptr %238, align 4, !tbaa !5
-  %row_sum42.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %243 = fcmp oeq float %row_sum42.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %243, label %if_end33.1.i, label %if_else.1.i
+if_end35.i:                                       ; preds = %if_else.i, %for_begin_r29.preheader.i
+  %236 = phi float [ %235, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r29.preheader.i ]
+  store float %236, ptr %232, align 4, !tbaa !5
+  %row_sum44.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
+  %237 = fcmp oeq float %row_sum44.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %237, label %if_end35.1.i, label %if_else.1.i
 
-if_else.1.i:                                      ; preds = %if_end33.i
-  %244 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.4.vec.extract.i)
-  %row_max43.sroa.0.4.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 1
-  %245 = fadd float %244, %row_max43.sroa.0.4.vec.extract.i
-  br label %if_end33.1.i
+if_else.1.i:                                      ; preds = %if_end35.i
+  %238 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.4.vec.extract.i)
+  %row_max45.sroa.0.4.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 1
+  %239 = fadd float %238, %row_max45.sroa.0.4.vec.extract.i
+  br label %if_end35.1.i
 
-if_end33.1.i:                                     ; preds = %if_else.1.i, %if_end33.i
-  %246 = phi float [ %245, %if_else.1.i ], [ 0xFFF0000000000000, %if_end33.i ]
-  %247 = getelementptr i8, ptr %238, i64 4
-  store float %246, ptr %247, align 4, !tbaa !5
-  %row_sum42.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %248 = fcmp oeq float %row_sum42.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %248, label %if_end33.2.i, label %if_else.2.i
+if_end35.1.i:                                     ; preds = %if_else.1.i, %if_end35.i
+  %240 = phi float [ %239, %if_else.1.i ], [ 0xFFF0000000000000, %if_end35.i ]
+  %241 = getelementptr i8, ptr %232, i64 4
+  store float %240, ptr %241, align 4, !tbaa !5
+  %row_sum44.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
+  %242 = fcmp oeq float %row_sum44.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %242, label %if_end35.2.i, label %if_else.2.i
 
-if_else.2.i:                                      ; preds = %if_end33.1.i
-  %249 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.8.vec.extract.i)
-  %row_max43.sroa.0.8.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 2
-  %250 = fadd float %249, %row_max43.sroa.0.8.vec.extract.i
-  br label %if_end33.2.i
+if_else.2.i:                                      ; preds = %if_end35.1.i
+  %243 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.8.vec.extract.i)
+  %row_max45.sroa.0.8.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 2
+  %244 = fadd float %243, %row_max45.sroa.0.8.vec.extract.i
+  br label %if_end35.2.i
 
-if_end33.2.i:                                     ; preds = %if_else.2.i, %if_end33.1.i
-  %251 = phi float [ %250, %if_else.2.i ], [ 0xFFF0000000000000, %if_end33.1.i ]
-  %252 = getelementptr i8, ptr %238, i64 8
-  store float %251, ptr %252, align 4, !tbaa !5
-  %row_sum42.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %253 = fcmp oeq float %row_sum42.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %253, label %if_end33.3.i, label %if_else.3.i
+if_end35.2.i:                                     ; preds = %if_else.2.i, %if_end35.1.i
+  %245 = phi float [ %244, %if_else.2.i ], [ 0xFFF0000000000000, %if_end35.1.i ]
+  %246 = getelementptr i8, ptr %232, i64 8
+  store float %245, ptr %246, align 4, !tbaa !5
+  %row_sum44.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
+  %247 = fcmp oeq float %row_sum44.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %247, label %if_end35.3.i, label %if_else.3.i
 
-if_else.3.i:                                      ; preds = %if_end33.2.i
-  %254 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.12.vec.extract.i)
-  %row_max43.sroa.0.12.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 3
-  %255 = fadd float %254, %row_max43.sroa.0.12.vec.extract.i
-  br label %if_end33.3.i
+if_else.3.i:                                      ; preds = %if_end35.2.i
+  %248 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.12.vec.extract.i)
+  %row_max45.sroa.0.12.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 3
+  %249 = fadd float %248, %row_max45.sroa.0.12.vec.extract.i
+  br label %if_end35.3.i
 
-if_end33.3.i:                                     ; preds = %if_else.3.i, %if_end33.2.i
-  %256 = phi float [ %255, %if_else.3.i ], [ 0xFFF0000000000000, %if_end33.2.i ]
-  %257 = getelementptr i8, ptr %238, i64 12
-  store float %256, ptr %257, align 4, !tbaa !5
-  %row_sum42.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %258 = fcmp oeq float %row_sum42.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %258, label %if_end33.4.i, label %if_else.4.i
+if_end35.3.i:                                     ; preds = %if_else.3.i, %if_end35.2.i
+  %250 = phi float [ %249, %if_else.3.i ], [ 0xFFF0000000000000, %if_end35.2.i ]
+  %251 = getelementptr i8, ptr %232, i64 12
+  store float %250, ptr %251, align 4, !tbaa !5
+  %row_sum44.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
+  %252 = fcmp oeq float %row_sum44.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %252, label %if_end35.4.i, label %if_else.4.i
 
-if_else.4.i:                                      ; preds = %if_end33.3.i
-  %259 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.16.vec.extract.i)
-  %row_max43.sroa.0.16.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 4
-  %260 = fadd float %259, %row_max43.sroa.0.16.vec.extract.i
-  br label %if_end33.4.i
+if_else.4.i:                                      ; preds = %if_end35.3.i
+  %253 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.16.vec.extract.i)
+  %row_max45.sroa.0.16.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 4
+  %254 = fadd float %253, %row_max45.sroa.0.16.vec.extract.i
+  br label %if_end35.4.i
 
-if_end33.4.i:                                     ; preds = %if_else.4.i, %if_end33.3.i
-  %261 = phi float [ %260, %if_else.4.i ], [ 0xFFF0000000000000, %if_end33.3.i ]
-  %262 = getelementptr i8, ptr %238, i64 16
-  store float %261, ptr %262, align 4, !tbaa !5
-  %row_sum42.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %263 = fcmp oeq float %row_sum42.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %263, label %if_end33.5.i, label %if_else.5.i
+if_end35.4.i:                                     ; preds = %if_else.4.i, %if_end35.3.i
+  %255 = phi float [ %254, %if_else.4.i ], [ 0xFFF0000000000000, %if_end35.3.i ]
+  %256 = getelementptr i8, ptr %232, i64 16
+  store float %255, ptr %256, align 4, !tbaa !5
+  %row_sum44.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
+  %257 = fcmp oeq float %row_sum44.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %257, label %if_end35.5.i, label %if_else.5.i
 
-if_else.5.i:                                      ; preds = %if_end33.4.i
-  %264 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.20.vec.extract.i)
-  %row_max43.sroa.0.20.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 5
-  %265 = fadd float %264, %row_max43.sroa.0.20.vec.extract.i
-  br label %if_end33.5.i
+if_else.5.i:                                      ; preds = %if_end35.4.i
+  %258 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.20.vec.extract.i)
+  %row_max45.sroa.0.20.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 5
+  %259 = fadd float %258, %row_max45.sroa.0.20.vec.extract.i
+  br label %if_end35.5.i
 
-if_end33.5.i:                                     ; preds = %if_else.5.i, %if_end33.4.i
-  %266 = phi float [ %265, %if_else.5.i ], [ 0xFFF0000000000000, %if_end33.4.i ]
-  %267 = getelementptr i8, ptr %238, i64 20
-  store float %266, ptr %267, align 4, !tbaa !5
-  %row_sum42.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %268 = fcmp oeq float %row_sum42.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %268, label %if_end33.6.i, label %if_else.6.i
+if_end35.5.i:                                     ; preds = %if_else.5.i, %if_end35.4.i
+  %260 = phi float [ %259, %if_else.5.i ], [ 0xFFF0000000000000, %if_end35.4.i ]
+  %261 = getelementptr i8, ptr %232, i64 20
+  store float %260, ptr %261, align 4, !tbaa !5
+  %row_sum44.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
+  %262 = fcmp oeq float %row_sum44.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %262, label %if_end35.6.i, label %if_else.6.i
 
-if_else.6.i:                                      ; preds = %if_end33.5.i
-  %269 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.24.vec.extract.i)
-  %row_max43.sroa.0.24.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 6
-  %270 = fadd float %269, %row_max43.sroa.0.24.vec.extract.i
-  br label %if_end33.6.i
+if_else.6.i:                                      ; preds = %if_end35.5.i
+  %263 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.24.vec.extract.i)
+  %row_max45.sroa.0.24.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 6
+  %264 = fadd float %263, %row_max45.sroa.0.24.vec.extract.i
+  br label %if_end35.6.i
 
-if_end33.6.i:                                     ; preds = %if_else.6.i, %if_end33.5.i
-  %271 = phi float [ %270, %if_else.6.i ], [ 0xFFF0000000000000, %if_end33.5.i ]
-  %272 = getelementptr i8, ptr %238, i64 24
-  store float %271, ptr %272, align 4, !tbaa !5
-  %row_sum42.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %273 = fcmp oeq float %row_sum42.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %273, label %if_end33.7.i, label %if_else.7.i
+if_end35.6.i:                                     ; preds = %if_else.6.i, %if_end35.5.i
+  %265 = phi float [ %264, %if_else.6.i ], [ 0xFFF0000000000000, %if_end35.5.i ]
+  %266 = getelementptr i8, ptr %232, i64 24
+  store float %265, ptr %266, align 4, !tbaa !5
+  %row_sum44.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
+  %267 = fcmp oeq float %row_sum44.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %267, label %if_end35.7.i, label %if_else.7.i
 
-if_else.7.i:                                      ; preds = %if_end33.6.i
-  %274 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.28.vec.extract.i)
-  %row_max43.sroa.0.28.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 7
-  %275 = fadd float %274, %row_max43.sroa.0.28.vec.extract.i
-  br label %if_end33.7.i
+if_else.7.i:                                      ; preds = %if_end35.6.i
+  %268 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.28.vec.extract.i)
+  %row_max45.sroa.0.28.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 7
+  %269 = fadd float %268, %row_max45.sroa.0.28.vec.extract.i
+  br label %if_end35.7.i
 
-if_end33.7.i:                                     ; preds = %if_else.7.i, %if_end33.6.i
-  %276 = phi float [ %275, %if_else.7.i ], [ 0xFFF0000000000000, %if_end33.6.i ]
-  %277 = getelementptr i8, ptr %238, i64 28
-  store float %276, ptr %277, align 4, !tbaa !5
-  %row_sum42.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %278 = fcmp oeq float %row_sum42.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %278, label %if_end33.8.i, label %if_else.8.i
+if_end35.7.i:                                     ; preds = %if_else.7.i, %if_end35.6.i
+  %270 = phi float [ %269, %if_else.7.i ], [ 0xFFF0000000000000, %if_end35.6.i ]
+  %271 = getelementptr i8, ptr %232, i64 28
+  store float %270, ptr %271, align 4, !tbaa !5
+  %row_sum44.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
+  %272 = fcmp oeq float %row_sum44.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %272, label %if_end35.8.i, label %if_else.8.i
 
-if_else.8.i:                                      ; preds = %if_end33.7.i
-  %279 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.32.vec.extract.i)
-  %row_max43.sroa.0.32.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 8
-  %280 = fadd float %279, %row_max43.sroa.0.32.vec.extract.i
-  br label %if_end33.8.i
+if_else.8.i:                                      ; preds = %if_end35.7.i
+  %273 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.32.vec.extract.i)
+  %row_max45.sroa.0.32.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 8
+  %274 = fadd float %273, %row_max45.sroa.0.32.vec.extract.i
+  br label %if_end35.8.i
 
-if_end33.8.i:                                     ; preds = %if_else.8.i, %if_end33.7.i
-  %281 = phi float [ %280, %if_else.8.i ], [ 0xFFF0000000000000, %if_end33.7.i ]
-  %282 = getelementptr i8, ptr %238, i64 32
-  store float %281, ptr %282, align 4, !tbaa !5
-  %row_sum42.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %283 = fcmp oeq float %row_sum42.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %283, label %if_end33.9.i, label %if_else.9.i
+if_end35.8.i:                                     ; preds = %if_else.8.i, %if_end35.7.i
+  %275 = phi float [ %274, %if_else.8.i ], [ 0xFFF0000000000000, %if_end35.7.i ]
+  %276 = getelementptr i8, ptr %232, i64 32
+  store float %275, ptr %276, align 4, !tbaa !5
+  %row_sum44.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
+  %277 = fcmp oeq float %row_sum44.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %277, label %if_end35.9.i, label %if_else.9.i
 
-if_else.9.i:                                      ; preds = %if_end33.8.i
-  %284 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.36.vec.extract.i)
-  %row_max43.sroa.0.36.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 9
-  %285 = fadd float %284, %row_max43.sroa.0.36.vec.extract.i
-  br label %if_end33.9.i
+if_else.9.i:                                      ; preds = %if_end35.8.i
+  %278 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.36.vec.extract.i)
+  %row_max45.sroa.0.36.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 9
+  %279 = fadd float %278, %row_max45.sroa.0.36.vec.extract.i
+  br label %if_end35.9.i
 
-if_end33.9.i:                                     ; preds = %if_else.9.i, %if_end33.8.i
-  %286 = phi float [ %285, %if_else.9.i ], [ 0xFFF0000000000000, %if_end33.8.i ]
-  %287 = getelementptr i8, ptr %238, i64 36
-  store float %286, ptr %287, align 4, !tbaa !5
-  %row_sum42.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %288 = fcmp oeq float %row_sum42.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %288, label %if_end33.10.i, label %if_else.10.i
+if_end35.9.i:                                     ; preds = %if_else.9.i, %if_end35.8.i
+  %280 = phi float [ %279, %if_else.9.i ], [ 0xFFF0000000000000, %if_end35.8.i ]
+  %281 = getelementptr i8, ptr %232, i64 36
+  store float %280, ptr %281, align 4, !tbaa !5
+  %row_sum44.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
+  %282 = fcmp oeq float %row_sum44.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %282, label %if_end35.10.i, label %if_else.10.i
 
-if_else.10.i:                                     ; preds = %if_end33.9.i
-  %289 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.40.vec.extract.i)
-  %row_max43.sroa.0.40.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 10
-  %290 = fadd float %289, %row_max43.sroa.0.40.vec.extract.i
-  br label %if_end33.10.i
+if_else.10.i:                                     ; preds = %if_end35.9.i
+  %283 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.40.vec.extract.i)
+  %row_max45.sroa.0.40.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 10
+  %284 = fadd float %283, %row_max45.sroa.0.40.vec.extract.i
+  br label %if_end35.10.i
 
-if_end33.10.i:                                    ; preds = %if_else.10.i, %if_end33.9.i
-  %291 = phi float [ %290, %if_else.10.i ], [ 0xFFF0000000000000, %if_end33.9.i ]
-  %292 = getelementptr i8, ptr %238, i64 40
-  store float %291, ptr %292, align 4, !tbaa !5
-  %row_sum42.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %293 = fcmp oeq float %row_sum42.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %293, label %if_end33.11.i, label %if_else.11.i
+if_end35.10.i:                                    ; preds = %if_else.10.i, %if_end35.9.i
+  %285 = phi float [ %284, %if_else.10.i ], [ 0xFFF0000000000000, %if_end35.9.i ]
+  %286 = getelementptr i8, ptr %232, i64 40
+  store float %285, ptr %286, align 4, !tbaa !5
+  %row_sum44.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
+  %287 = fcmp oeq float %row_sum44.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %287, label %if_end35.11.i, label %if_else.11.i
 
-if_else.11.i:                                     ; preds = %if_end33.10.i
-  %294 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.44.vec.extract.i)
-  %row_max43.sroa.0.44.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 11
-  %295 = fadd float %294, %row_max43.sroa.0.44.vec.extract.i
-  br label %if_end33.11.i
+if_else.11.i:                                     ; preds = %if_end35.10.i
+  %288 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.44.vec.extract.i)
+  %row_max45.sroa.0.44.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 11
+  %289 = fadd float %288, %row_max45.sroa.0.44.vec.extract.i
+  br label %if_end35.11.i
 
-if_end33.11.i:                                    ; preds = %if_else.11.i, %if_end33.10.i
-  %296 = phi float [ %295, %if_else.11.i ], [ 0xFFF0000000000000, %if_end33.10.i ]
-  %297 = getelementptr i8, ptr %238, i64 44
-  store float %296, ptr %297, align 4, !tbaa !5
-  %row_sum42.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %298 = fcmp oeq float %row_sum42.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %298, label %if_end33.12.i, label %if_else.12.i
+if_end35.11.i:                                    ; preds = %if_else.11.i, %if_end35.10.i
+  %290 = phi float [ %289, %if_else.11.i ], [ 0xFFF0000000000000, %if_end35.10.i ]
+  %291 = getelementptr i8, ptr %232, i64 44
+  store float %290, ptr %291, align 4, !tbaa !5
+  %row_sum44.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
+  %292 = fcmp oeq float %row_sum44.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %292, label %if_end35.12.i, label %if_else.12.i
 
-if_else.12.i:                                     ; preds = %if_end33.11.i
-  %299 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.48.vec.extract.i)
-  %row_max43.sroa.0.48.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 12
-  %300 = fadd float %299, %row_max43.sroa.0.48.vec.extract.i
-  br label %if_end33.12.i
+if_else.12.i:                                     ; preds = %if_end35.11.i
+  %293 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.48.vec.extract.i)
+  %row_max45.sroa.0.48.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 12
+  %294 = fadd float %293, %row_max45.sroa.0.48.vec.extract.i
+  br label %if_end35.12.i
 
-if_end33.12.i:                                    ; preds = %if_else.12.i, %if_end33.11.i
-  %301 = phi float [ %300, %if_else.12.i ], [ 0xFFF0000000000000, %if_end33.11.i ]
-  %302 = getelementptr i8, ptr %238, i64 48
-  store float %301, ptr %302, align 4, !tbaa !5
-  %row_sum42.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %303 = fcmp oeq float %row_sum42.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %303, label %if_end33.13.i, label %if_else.13.i
+if_end35.12.i:                                    ; preds = %if_else.12.i, %if_end35.11.i
+  %295 = phi float [ %294, %if_else.12.i ], [ 0xFFF0000000000000, %if_end35.11.i ]
+  %296 = getelementptr i8, ptr %232, i64 48
+  store float %295, ptr %296, align 4, !tbaa !5
+  %row_sum44.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
+  %297 = fcmp oeq float %row_sum44.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %297, label %if_end35.13.i, label %if_else.13.i
 
-if_else.13.i:                                     ; preds = %if_end33.12.i
-  %304 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.52.vec.extract.i)
-  %row_max43.sroa.0.52.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 13
-  %305 = fadd float %304, %row_max43.sroa.0.52.vec.extract.i
-  br label %if_end33.13.i
+if_else.13.i:                                     ; preds = %if_end35.12.i
+  %298 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.52.vec.extract.i)
+  %row_max45.sroa.0.52.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 13
+  %299 = fadd float %298, %row_max45.sroa.0.52.vec.extract.i
+  br label %if_end35.13.i
 
-if_end33.13.i:                                    ; preds = %if_else.13.i, %if_end33.12.i
-  %306 = phi float [ %305, %if_else.13.i ], [ 0xFFF0000000000000, %if_end33.12.i ]
-  %307 = getelementptr i8, ptr %238, i64 52
-  store float %306, ptr %307, align 4, !tbaa !5
-  %row_sum42.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %308 = fcmp oeq float %row_sum42.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %308, label %if_end33.14.i, label %if_else.14.i
+if_end35.13.i:                                    ; preds = %if_else.13.i, %if_end35.12.i
+  %300 = phi float [ %299, %if_else.13.i ], [ 0xFFF0000000000000, %if_end35.12.i ]
+  %301 = getelementptr i8, ptr %232, i64 52
+  store float %300, ptr %301, align 4, !tbaa !5
+  %row_sum44.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
+  %302 = fcmp oeq float %row_sum44.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %302, label %if_end35.14.i, label %if_else.14.i
 
-if_else.14.i:                                     ; preds = %if_end33.13.i
-  %309 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.56.vec.extract.i)
-  %row_max43.sroa.0.56.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 14
-  %310 = fadd float %309, %row_max43.sroa.0.56.vec.extract.i
-  br label %if_end33.14.i
+if_else.14.i:                                     ; preds = %if_end35.13.i
+  %303 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.56.vec.extract.i)
+  %row_max45.sroa.0.56.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 14
+  %304 = fadd float %303, %row_max45.sroa.0.56.vec.extract.i
+  br label %if_end35.14.i
 
-if_end33.14.i:                                    ; preds = %if_else.14.i, %if_end33.13.i
-  %311 = phi float [ %310, %if_else.14.i ], [ 0xFFF0000000000000, %if_end33.13.i ]
-  %312 = getelementptr i8, ptr %238, i64 56
-  store float %311, ptr %312, align 4, !tbaa !5
-  %row_sum42.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %313 = fcmp oeq float %row_sum42.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %313, label %if_end33.15.i, label %if_else.15.i
+if_end35.14.i:                                    ; preds = %if_else.14.i, %if_end35.13.i
+  %305 = phi float [ %304, %if_else.14.i ], [ 0xFFF0000000000000, %if_end35.13.i ]
+  %306 = getelementptr i8, ptr %232, i64 56
+  store float %305, ptr %306, align 4, !tbaa !5
+  %row_sum44.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
+  %307 = fcmp oeq float %row_sum44.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %307, label %if_end35.15.i, label %if_else.15.i
 
-if_else.15.i:                                     ; preds = %if_end33.14.i
-  %314 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.60.vec.extract.i)
-  %row_max43.sroa.0.60.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 15
-  %315 = fadd float %314, %row_max43.sroa.0.60.vec.extract.i
-  br label %if_end33.15.i
+if_else.15.i:                                     ; preds = %if_end35.14.i
+  %308 = tail call float @llvm.log.f32(float %row_sum44.sroa.0.60.vec.extract.i)
+  %row_max45.sroa.0.60.vec.extract.i = extractelement <16 x float> %m49.lcssa.i, i64 15
+  %309 = fadd float %308, %row_max45.sroa.0.60.vec.extract.i
+  br label %if_end35.15.i
 
-if_end33.15.i:                                    ; preds = %if_else.15.i, %if_end33.14.i
-  %316 = phi float [ %315, %if_else.15.i ], [ 0xFFF0000000000000, %if_end33.14.i ]
-  %317 = getelementptr i8, ptr %238, i64 60
-  store float %316, ptr %317, align 4, !tbaa !5
-  %318 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %319 = tail call i32 %318(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %319, 0
+if_end35.15.i:                                    ; preds = %if_else.15.i, %if_end35.14.i
+  %310 = phi float [ %309, %if_else.15.i ], [ 0xFFF0000000000000, %if_end35.14.i ]
+  %311 = getelementptr i8, ptr %232, i64 60
+  store float %310, ptr %311, align 4, !tbaa !5
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %313, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end33.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end33.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
+merge_partials_compute_.exit:                     ; preds = %if_end35.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end35.15.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta40.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha41.i)
   ret i32 %common.ret.op.i
 }
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %beta30.i = alloca [16 x float], align 16
-  %alpha31.i = alloca [16 x float], align 16
+  %beta32.i = alloca [16 x float], align 16
+  %alpha33.i = alloca [16 x float], align 16
   %tile_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %tile_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1215,8 +1209,8 @@ entry:
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   %partial_acc = load ptr, ptr %partial_acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta30.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha31.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta32.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha33.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
@@ -1248,7 +1242,7 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %sext43 = shl i64 %38, 32
   %cse_v9.i = ashr exact i64 %sext43, 32
   %49 = icmp sgt i32 %cse_v6.i, 0
-  %wide.trip.count78.i = and i64 %32, 2147483647
+  %wide.trip.count80.i = and i64 %32, 2147483647
   %wide.trip.count.i = zext i32 %cse_v6.i to i64
   %50 = sub i64 %partial_sum48, %partial_max49
   %51 = ashr exact i64 %sext, 26
@@ -1288,9 +1282,9 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %lcmp.mod73 = icmp ne i64 %xtraiter71, 0
   br label %for_body_s.i
 
-for_body_s.i:                                     ; preds = %for_end_r22.i, %for_body_s.lr.ph.i
-  %indvars.iv73.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next74.i, %for_end_r22.i ]
-  %63 = shl nsw i64 %indvars.iv73.i, 4
+for_body_s.i:                                     ; preds = %for_end_r24.i, %for_body_s.lr.ph.i
+  %indvars.iv75.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next76.i, %for_end_r24.i ]
+  %63 = shl nsw i64 %indvars.iv75.i, 4
   %64 = getelementptr inbounds nuw float, ptr %row_max, i64 %63
   %65 = load <16 x float>, ptr %64, align 64, !tbaa !5
   %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %65
@@ -1308,258 +1302,252 @@ for_body_s.i:                                     ; preds = %for_end_r22.i, %for
   %75 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
   %m.i = select <16 x i1> %75, <16 x float> %69, <16 x float> %old_or_both.i
   %arg.i = fsub <16 x float> %old_max.i, %m.i
-  %cse_v12.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %cse_v12.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %76 = bitcast <16 x float> %cse_v12.i to <16 x i32>
-  %77 = add nsw <16 x i32> %76, splat (i32 -1262485504)
-  %78 = sitofp <16 x i32> %77 to <16 x float>
-  %79 = fmul <16 x float> %78, splat (float 0x3F2BD01060000000)
-  %80 = fmul <16 x float> %78, splat (float 0x3FE6300000000000)
-  %81 = fsub <16 x float> %arg.i, %80
-  %82 = fadd <16 x float> %79, %81
-  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %82, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %83, <16 x float> %82, <16 x float> splat (float 0x3F81112100000000))
-  %85 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %84, <16 x float> %82, <16 x float> splat (float 0x3FA5553820000000))
-  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> %82, <16 x float> splat (float 0x3FC5555540000000))
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> %82, <16 x float> splat (float 5.000000e-01))
-  %88 = fmul <16 x float> %82, %87
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %82, <16 x float> %82)
-  %90 = shl <16 x i32> %76, splat (i32 23)
-  %91 = add <16 x i32> %90, splat (i32 1065353216)
-  %92 = bitcast <16 x i32> %91 to <16 x float>
-  %93 = fadd <16 x float> %89, splat (float 1.000000e+00)
-  %94 = fmul <16 x float> %93, %92
-  %95 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %96 = select <16 x i1> %95, <16 x float> zeroinitializer, <16 x float> %94
-  %97 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %98 = select <16 x i1> %97, <16 x float> %96, <16 x float> zeroinitializer
-  store <16 x float> %98, ptr %alpha31.i, align 16, !tbaa !42
+  %77 = fadd <16 x float> %cse_v12.i, splat (float 0xC168000FE0000000)
+  %78 = fmul <16 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <16 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <16 x float> %arg.i, %79
+  %81 = fadd <16 x float> %78, %80
+  %82 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %81, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %82, <16 x float> %81, <16 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %83, <16 x float> %81, <16 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %84, <16 x float> %81, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <16 x float> %81, %81
+  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> %86, <16 x float> %81)
+  %88 = shl <16 x i32> %76, splat (i32 23)
+  %89 = bitcast <16 x i32> %88 to <16 x float>
+  %90 = fadd <16 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <16 x float> %90, %89
+  %92 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %93 = select <16 x i1> %92, <16 x float> zeroinitializer, <16 x float> %91
+  %94 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %95 = select <16 x i1> %94, <16 x float> %93, <16 x float> zeroinitializer
+  store <16 x float> %95, ptr %alpha33.i, align 16, !tbaa !42
   %arg2.i = fsub <16 x float> %69, %m.i
-  %cse_v10.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %99 = bitcast <16 x float> %cse_v10.i to <16 x i32>
-  %100 = add nsw <16 x i32> %99, splat (i32 -1262485504)
-  %101 = sitofp <16 x i32> %100 to <16 x float>
-  %102 = fmul <16 x float> %101, splat (float 0x3F2BD01060000000)
-  %103 = fmul <16 x float> %101, splat (float 0x3FE6300000000000)
-  %104 = fsub <16 x float> %arg2.i, %103
-  %105 = fadd <16 x float> %102, %104
-  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %105, <16 x float> splat (float 0x3F81112100000000))
-  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %105, <16 x float> splat (float 0x3FA5553820000000))
-  %109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %105, <16 x float> splat (float 0x3FC5555540000000))
-  %110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %105, <16 x float> splat (float 5.000000e-01))
-  %111 = fmul <16 x float> %105, %110
-  %112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %105, <16 x float> %105)
-  %113 = shl <16 x i32> %99, splat (i32 23)
-  %114 = add <16 x i32> %113, splat (i32 1065353216)
-  %115 = bitcast <16 x i32> %114 to <16 x float>
-  %116 = fadd <16 x float> %112, splat (float 1.000000e+00)
-  %117 = fmul <16 x float> %116, %115
-  %118 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %119 = select <16 x i1> %118, <16 x float> zeroinitializer, <16 x float> %117
-  %120 = fcmp one <16 x float> %72, zeroinitializer
-  %121 = select <16 x i1> %120, <16 x float> %119, <16 x float> zeroinitializer
-  store <16 x float> %121, ptr %beta30.i, align 16, !tbaa !49
-  %122 = fmul <16 x float> %old_sum.i, %98
-  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %72, <16 x float> %122)
+  %cse_v10.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %96 = bitcast <16 x float> %cse_v10.i to <16 x i32>
+  %97 = fadd <16 x float> %cse_v10.i, splat (float 0xC168000FE0000000)
+  %98 = fmul <16 x float> %97, splat (float 0x3F2BD01060000000)
+  %99 = fmul <16 x float> %97, splat (float 0x3FE6300000000000)
+  %100 = fsub <16 x float> %arg2.i, %99
+  %101 = fadd <16 x float> %98, %100
+  %102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %101, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %102, <16 x float> %101, <16 x float> splat (float 0x3FA5558F20000000))
+  %104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %101, <16 x float> splat (float 0x3FC5554920000000))
+  %105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %101, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %106 = fmul <16 x float> %101, %101
+  %107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %106, <16 x float> %101)
+  %108 = shl <16 x i32> %96, splat (i32 23)
+  %109 = bitcast <16 x i32> %108 to <16 x float>
+  %110 = fadd <16 x float> %107, splat (float 1.000000e+00)
+  %111 = fmul <16 x float> %110, %109
+  %112 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %113 = select <16 x i1> %112, <16 x float> zeroinitializer, <16 x float> %111
+  %114 = fcmp one <16 x float> %72, zeroinitializer
+  %115 = select <16 x i1> %114, <16 x float> %113, <16 x float> zeroinitializer
+  store <16 x float> %115, ptr %beta32.i, align 16, !tbaa !49
+  %116 = fmul <16 x float> %old_sum.i, %95
+  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %72, <16 x float> %116)
   store <16 x float> %m.i, ptr %64, align 64, !tbaa !5
-  store <16 x float> %123, ptr %66, align 64, !tbaa !5
-  %124 = shl nsw i64 %indvars.iv73.i, 11
-  %125 = and i64 %124, 4294965248
+  store <16 x float> %117, ptr %66, align 64, !tbaa !5
+  %118 = shl nsw i64 %indvars.iv75.i, 11
+  %119 = and i64 %118, 4294965248
   br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_s.i
-  %indvars.iv51.i = phi i64 [ %indvars.iv.next52.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_s.i ]
-  %126 = shl nuw nsw i64 %indvars.iv51.i, 7
-  %127 = add nuw nsw i64 %126, %125
-  %128 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv51.i
-  %129 = load float, ptr %128, align 4, !tbaa !56
-  %130 = insertelement <16 x float> poison, float %129, i64 0
-  %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
-  %132 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv51.i
-  %133 = load float, ptr %132, align 4, !tbaa !57
-  %134 = getelementptr inbounds nuw float, ptr %acc, i64 %127
-  store <16 x float> zeroinitializer, ptr %134, align 64, !tbaa !5
-  %135 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %127
-  %136 = load <16 x float>, ptr %135, align 64, !tbaa !5
-  %.scalar = fmul float %133, 0.000000e+00
-  %137 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
-  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %136, <16 x float> %138)
-  store <16 x float> %139, ptr %134, align 64, !tbaa !5
-  %140 = or disjoint i64 %127, 16
-  %141 = getelementptr inbounds nuw float, ptr %acc, i64 %140
-  store <16 x float> zeroinitializer, ptr %141, align 64, !tbaa !5
-  %142 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %140
-  %143 = load <16 x float>, ptr %142, align 64, !tbaa !5
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %143, <16 x float> %138)
-  store <16 x float> %144, ptr %141, align 64, !tbaa !5
-  %145 = or disjoint i64 %127, 32
-  %146 = getelementptr inbounds nuw float, ptr %acc, i64 %145
-  store <16 x float> zeroinitializer, ptr %146, align 64, !tbaa !5
-  %147 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %145
-  %148 = load <16 x float>, ptr %147, align 64, !tbaa !5
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %148, <16 x float> %138)
-  store <16 x float> %149, ptr %146, align 64, !tbaa !5
-  %150 = or disjoint i64 %127, 48
-  %151 = getelementptr inbounds nuw float, ptr %acc, i64 %150
-  store <16 x float> zeroinitializer, ptr %151, align 64, !tbaa !5
-  %152 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %150
-  %153 = load <16 x float>, ptr %152, align 64, !tbaa !5
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %153, <16 x float> %138)
-  store <16 x float> %154, ptr %151, align 64, !tbaa !5
-  %155 = or disjoint i64 %127, 64
-  %156 = getelementptr inbounds nuw float, ptr %acc, i64 %155
-  store <16 x float> zeroinitializer, ptr %156, align 64, !tbaa !5
-  %157 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %155
-  %158 = load <16 x float>, ptr %157, align 64, !tbaa !5
-  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %158, <16 x float> %138)
-  store <16 x float> %159, ptr %156, align 64, !tbaa !5
-  %160 = or disjoint i64 %127, 80
-  %161 = getelementptr inbounds nuw float, ptr %acc, i64 %160
-  store <16 x float> zeroinitializer, ptr %161, align 64, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %160
-  %163 = load <16 x float>, ptr %162, align 64, !tbaa !5
-  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %163, <16 x float> %138)
-  store <16 x float> %164, ptr %161, align 64, !tbaa !5
-  %165 = or disjoint i64 %127, 96
-  %166 = getelementptr inbounds nuw float, ptr %acc, i64 %165
-  store <16 x float> zeroinitializer, ptr %166, align 64, !tbaa !5
-  %167 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %165
-  %168 = load <16 x float>, ptr %167, align 64, !tbaa !5
-  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %168, <16 x float> %138)
-  store <16 x float> %169, ptr %166, align 64, !tbaa !5
-  %170 = or disjoint i64 %127, 112
-  %171 = getelementptr inbounds nuw float, ptr %acc, i64 %170
-  store <16 x float> zeroinitializer, ptr %171, align 64, !tbaa !5
-  %172 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %170
-  %173 = load <16 x float>, ptr %172, align 64, !tbaa !5
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %173, <16 x float> %138)
-  store <16 x float> %174, ptr %171, align 64, !tbaa !5
-  %indvars.iv.next52.i = add nuw nsw i64 %indvars.iv51.i, 1
-  %exitcond55.not.i = icmp eq i64 %indvars.iv.next52.i, 16
-  br i1 %exitcond55.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %indvars.iv53.i = phi i64 [ %indvars.iv.next54.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_s.i ]
+  %120 = shl nuw nsw i64 %indvars.iv53.i, 7
+  %121 = add nuw nsw i64 %120, %119
+  %122 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv53.i
+  %123 = load float, ptr %122, align 4, !tbaa !56
+  %124 = insertelement <16 x float> poison, float %123, i64 0
+  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
+  %126 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv53.i
+  %127 = load float, ptr %126, align 4, !tbaa !57
+  %128 = getelementptr inbounds nuw float, ptr %acc, i64 %121
+  store <16 x float> zeroinitializer, ptr %128, align 64, !tbaa !5
+  %129 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %121
+  %130 = load <16 x float>, ptr %129, align 64, !tbaa !5
+  %.scalar = fmul float %127, 0.000000e+00
+  %131 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %132 = shufflevector <16 x float> %131, <16 x float> poison, <16 x i32> zeroinitializer
+  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %130, <16 x float> %132)
+  store <16 x float> %133, ptr %128, align 64, !tbaa !5
+  %134 = or disjoint i64 %121, 16
+  %135 = getelementptr inbounds nuw float, ptr %acc, i64 %134
+  store <16 x float> zeroinitializer, ptr %135, align 64, !tbaa !5
+  %136 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %134
+  %137 = load <16 x float>, ptr %136, align 64, !tbaa !5
+  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %137, <16 x float> %132)
+  store <16 x float> %138, ptr %135, align 64, !tbaa !5
+  %139 = or disjoint i64 %121, 32
+  %140 = getelementptr inbounds nuw float, ptr %acc, i64 %139
+  store <16 x float> zeroinitializer, ptr %140, align 64, !tbaa !5
+  %141 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %139
+  %142 = load <16 x float>, ptr %141, align 64, !tbaa !5
+  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %142, <16 x float> %132)
+  store <16 x float> %143, ptr %140, align 64, !tbaa !5
+  %144 = or disjoint i64 %121, 48
+  %145 = getelementptr inbounds nuw float, ptr %acc, i64 %144
+  store <16 x float> zeroinitializer, ptr %145, align 64, !tbaa !5
+  %146 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %144
+  %147 = load <16 x float>, ptr %146, align 64, !tbaa !5
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %147, <16 x float> %132)
+  store <16 x float> %148, ptr %145, align 64, !tbaa !5
+  %149 = or disjoint i64 %121, 64
+  %150 = getelementptr inbounds nuw float, ptr %acc, i64 %149
+  store <16 x float> zeroinitializer, ptr %150, align 64, !tbaa !5
+  %151 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %149
+  %152 = load <16 x float>, ptr %151, align 64, !tbaa !5
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %152, <16 x float> %132)
+  store <16 x float> %153, ptr %150, align 64, !tbaa !5
+  %154 = or disjoint i64 %121, 80
+  %155 = getelementptr inbounds nuw float, ptr %acc, i64 %154
+  store <16 x float> zeroinitializer, ptr %155, align 64, !tbaa !5
+  %156 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %154
+  %157 = load <16 x float>, ptr %156, align 64, !tbaa !5
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %157, <16 x float> %132)
+  store <16 x float> %158, ptr %155, align 64, !tbaa !5
+  %159 = or disjoint i64 %121, 96
+  %160 = getelementptr inbounds nuw float, ptr %acc, i64 %159
+  store <16 x float> zeroinitializer, ptr %160, align 64, !tbaa !5
+  %161 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %159
+  %162 = load <16 x float>, ptr %161, align 64, !tbaa !5
+  %163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %162, <16 x float> %132)
+  store <16 x float> %163, ptr %160, align 64, !tbaa !5
+  %164 = or disjoint i64 %121, 112
+  %165 = getelementptr inbounds nuw float, ptr %acc, i64 %164
+  store <16 x float> zeroinitializer, ptr %165, align 64, !tbaa !5
+  %166 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %164
+  %167 = load <16 x float>, ptr %166, align 64, !tbaa !5
+  %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %167, <16 x float> %132)
+  store <16 x float> %168, ptr %165, align 64, !tbaa !5
+  %indvars.iv.next54.i = add nuw nsw i64 %indvars.iv53.i, 1
+  %exitcond57.not.i = icmp eq i64 %indvars.iv.next54.i, 16
+  br i1 %exitcond57.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_s.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_s.i ]
-  %175 = shl nuw nsw i64 %indvars.iv.i, 7
-  %176 = add nuw nsw i64 %175, %125
-  %177 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv.i
-  %178 = load float, ptr %177, align 4, !tbaa !56
-  %179 = insertelement <16 x float> poison, float %178, i64 0
-  %180 = shufflevector <16 x float> %179, <16 x float> poison, <16 x i32> zeroinitializer
-  %181 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv.i
-  %182 = load float, ptr %181, align 4, !tbaa !57
-  %183 = insertelement <16 x float> poison, float %182, i64 0
-  %184 = shufflevector <16 x float> %183, <16 x float> poison, <16 x i32> zeroinitializer
-  %185 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %176
-  %186 = load <16 x float>, ptr %185, align 64, !tbaa !5
-  %187 = getelementptr inbounds nuw float, ptr %acc, i64 %176
-  %188 = load <16 x float>, ptr %187, align 64, !tbaa !5
-  %189 = fmul <16 x float> %188, %184
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %186, <16 x float> %189)
-  store <16 x float> %190, ptr %187, align 64, !tbaa !5
-  %191 = or disjoint i64 %176, 16
-  %192 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %191
-  %193 = load <16 x float>, ptr %192, align 64, !tbaa !5
-  %194 = getelementptr inbounds nuw float, ptr %acc, i64 %191
-  %195 = load <16 x float>, ptr %194, align 64, !tbaa !5
-  %196 = fmul <16 x float> %184, %195
-  %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %193, <16 x float> %196)
-  store <16 x float> %197, ptr %194, align 64, !tbaa !5
-  %198 = or disjoint i64 %176, 32
-  %199 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %198
-  %200 = load <16 x float>, ptr %199, align 64, !tbaa !5
-  %201 = getelementptr inbounds nuw float, ptr %acc, i64 %198
-  %202 = load <16 x float>, ptr %201, align 64, !tbaa !5
-  %203 = fmul <16 x float> %184, %202
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %200, <16 x float> %203)
-  store <16 x float> %204, ptr %201, align 64, !tbaa !5
-  %205 = or disjoint i64 %176, 48
-  %206 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %205
-  %207 = load <16 x float>, ptr %206, align 64, !tbaa !5
-  %208 = getelementptr inbounds nuw float, ptr %acc, i64 %205
-  %209 = load <16 x float>, ptr %208, align 64, !tbaa !5
-  %210 = fmul <16 x float> %184, %209
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 64, !tbaa !5
-  %212 = or disjoint i64 %176, 64
-  %213 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %212
-  %214 = load <16 x float>, ptr %213, align 64, !tbaa !5
-  %215 = getelementptr inbounds nuw float, ptr %acc, i64 %212
-  %216 = load <16 x float>, ptr %215, align 64, !tbaa !5
-  %217 = fmul <16 x float> %184, %216
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %214, <16 x float> %217)
-  store <16 x float> %218, ptr %215, align 64, !tbaa !5
-  %219 = or disjoint i64 %176, 80
-  %220 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %219
-  %221 = load <16 x float>, ptr %220, align 64, !tbaa !5
-  %222 = getelementptr inbounds nuw float, ptr %acc, i64 %219
-  %223 = load <16 x float>, ptr %222, align 64, !tbaa !5
-  %224 = fmul <16 x float> %184, %223
-  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %221, <16 x float> %224)
-  store <16 x float> %225, ptr %222, align 64, !tbaa !5
-  %226 = or disjoint i64 %176, 96
-  %227 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %226
-  %228 = load <16 x float>, ptr %227, align 64, !tbaa !5
-  %229 = getelementptr inbounds nuw float, ptr %acc, i64 %226
-  %230 = load <16 x float>, ptr %229, align 64, !tbaa !5
-  %231 = fmul <16 x float> %184, %230
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %228, <16 x float> %231)
-  store <16 x float> %232, ptr %229, align 64, !tbaa !5
-  %233 = or disjoint i64 %176, 112
-  %234 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %233
-  %235 = load <16 x float>, ptr %234, align 64, !tbaa !5
-  %236 = getelementptr inbounds nuw float, ptr %acc, i64 %233
-  %237 = load <16 x float>, ptr %236, align 64, !tbaa !5
-  %238 = fmul <16 x float> %184, %237
-  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %235, <16 x float> %238)
-  store <16 x float> %239, ptr %236, align 64, !tbaa !5
+  %169 = shl nuw nsw i64 %indvars.iv.i, 7
+  %170 = add nuw nsw i64 %169, %119
+  %171 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv.i
+  %172 = load float, ptr %171, align 4, !tbaa !56
+  %173 = insertelement <16 x float> poison, float %172, i64 0
+  %174 = shufflevector <16 x float> %173, <16 x float> poison, <16 x i32> zeroinitializer
+  %175 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv.i
+  %176 = load float, ptr %175, align 4, !tbaa !57
+  %177 = insertelement <16 x float> poison, float %176, i64 0
+  %178 = shufflevector <16 x float> %177, <16 x float> poison, <16 x i32> zeroinitializer
+  %179 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %170
+  %180 = load <16 x float>, ptr %179, align 64, !tbaa !5
+  %181 = getelementptr inbounds nuw float, ptr %acc, i64 %170
+  %182 = load <16 x float>, ptr %181, align 64, !tbaa !5
+  %183 = fmul <16 x float> %182, %178
+  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %180, <16 x float> %183)
+  store <16 x float> %184, ptr %181, align 64, !tbaa !5
+  %185 = or disjoint i64 %170, 16
+  %186 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %185
+  %187 = load <16 x float>, ptr %186, align 64, !tbaa !5
+  %188 = getelementptr inbounds nuw float, ptr %acc, i64 %185
+  %189 = load <16 x float>, ptr %188, align 64, !tbaa !5
+  %190 = fmul <16 x float> %178, %189
+  %191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %187, <16 x float> %190)
+  store <16 x float> %191, ptr %188, align 64, !tbaa !5
+  %192 = or disjoint i64 %170, 32
+  %193 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %192
+  %194 = load <16 x float>, ptr %193, align 64, !tbaa !5
+  %195 = getelementptr inbounds nuw float, ptr %acc, i64 %192
+  %196 = load <16 x float>, ptr %195, align 64, !tbaa !5
+  %197 = fmul <16 x float> %178, %196
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %194, <16 x float> %197)
+  store <16 x float> %198, ptr %195, align 64, !tbaa !5
+  %199 = or disjoint i64 %170, 48
+  %200 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %199
+  %201 = load <16 x float>, ptr %200, align 64, !tbaa !5
+  %202 = getelementptr inbounds nuw float, ptr %acc, i64 %199
+  %203 = load <16 x float>, ptr %202, align 64, !tbaa !5
+  %204 = fmul <16 x float> %178, %203
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %201, <16 x float> %204)
+  store <16 x float> %205, ptr %202, align 64, !tbaa !5
+  %206 = or disjoint i64 %170, 64
+  %207 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %206
+  %208 = load <16 x float>, ptr %207, align 64, !tbaa !5
+  %209 = getelementptr inbounds nuw float, ptr %acc, i64 %206
+  %210 = load <16 x float>, ptr %209, align 64, !tbaa !5
+  %211 = fmul <16 x float> %178, %210
+  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %208, <16 x float> %211)
+  store <16 x float> %212, ptr %209, align 64, !tbaa !5
+  %213 = or disjoint i64 %170, 80
+  %214 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %213
+  %215 = load <16 x float>, ptr %214, align 64, !tbaa !5
+  %216 = getelementptr inbounds nuw float, ptr %acc, i64 %213
+  %217 = load <16 x float>, ptr %216, align 64, !tbaa !5
+  %218 = fmul <16 x float> %178, %217
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %215, <16 x float> %218)
+  store <16 x float> %219, ptr %216, align 64, !tbaa !5
+  %220 = or disjoint i64 %170, 96
+  %221 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %220
+  %222 = load <16 x float>, ptr %221, align 64, !tbaa !5
+  %223 = getelementptr inbounds nuw float, ptr %acc, i64 %220
+  %224 = load <16 x float>, ptr %223, align 64, !tbaa !5
+  %225 = fmul <16 x float> %178, %224
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %222, <16 x float> %225)
+  store <16 x float> %226, ptr %223, align 64, !tbaa !5
+  %227 = or disjoint i64 %170, 112
+  %228 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %227
+  %229 = load <16 x float>, ptr %228, align 64, !tbaa !5
+  %230 = getelementptr inbounds nuw float, ptr %acc, i64 %227
+  %231 = load <16 x float>, ptr %230, align 64, !tbaa !5
+  %232 = fmul <16 x float> %178, %231
+  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %229, <16 x float> %232)
+  store <16 x float> %233, ptr %230, align 64, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  br i1 %49, label %iter.check, label %for_end_r22.i, !prof !3
+  br i1 %49, label %iter.check, label %for_end_r24.i, !prof !3
 
 iter.check:                                       ; preds = %for_end_r.i
-  %240 = add nsw i64 %indvars.iv73.i, %cse_v7.i
-  %241 = shl nsw i64 %240, 4
-  %242 = add nsw i64 %241, %cse_v9.i
+  %234 = add nsw i64 %indvars.iv75.i, %cse_v7.i
+  %235 = shl nsw i64 %234, 4
+  %236 = add nsw i64 %235, %cse_v9.i
   %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx58, !prof !58
-  br i1 %brmerge, label %for_body_r16.i.preheader, label %vector.main.loop.iter.check, !prof !59
+  br i1 %brmerge, label %for_body_r18.i.preheader, label %vector.main.loop.iter.check, !prof !59
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
   br i1 %min.iters.check59, label %vec.epilog.ph, label %vector.body, !prof !58
 
 vector.body:                                      ; preds = %vector.body, %vector.main.loop.iter.check
   %index = phi i64 [ %index.next, %vector.body ], [ 0, %vector.main.loop.iter.check ]
-  %243 = add nuw nsw i64 %index, %63
-  %244 = add nsw i64 %242, %index
-  %245 = getelementptr inbounds nuw float, ptr %row_max, i64 %243
+  %237 = add nuw nsw i64 %index, %63
+  %238 = add nsw i64 %236, %index
+  %239 = getelementptr inbounds nuw float, ptr %row_max, i64 %237
+  %240 = getelementptr inbounds nuw i8, ptr %239, i64 32
+  %wide.load = load <8 x float>, ptr %239, align 64, !tbaa !5
+  %wide.load60 = load <8 x float>, ptr %240, align 32, !tbaa !5
+  %241 = getelementptr inbounds float, ptr %partial_max, i64 %238
+  %242 = getelementptr inbounds nuw i8, ptr %241, i64 32
+  store <8 x float> %wide.load, ptr %241, align 4, !tbaa !5
+  store <8 x float> %wide.load60, ptr %242, align 4, !tbaa !5
+  %243 = getelementptr inbounds nuw float, ptr %row_sum, i64 %237
+  %244 = getelementptr inbounds nuw i8, ptr %243, i64 32
+  %wide.load61 = load <8 x float>, ptr %243, align 64, !tbaa !5
+  %wide.load62 = load <8 x float>, ptr %244, align 32, !tbaa !5
+  %245 = getelementptr inbounds float, ptr %partial_sum, i64 %238
   %246 = getelementptr inbounds nuw i8, ptr %245, i64 32
-  %wide.load = load <8 x float>, ptr %245, align 64, !tbaa !5
-  %wide.load60 = load <8 x float>, ptr %246, align 32, !tbaa !5
-  %247 = getelementptr inbounds float, ptr %partial_max, i64 %244
-  %248 = getelementptr inbounds nuw i8, ptr %247, i64 32
-  store <8 x float> %wide.load, ptr %247, align 4, !tbaa !5
-  store <8 x float> %wide.load60, ptr %248, align 4, !tbaa !5
-  %249 = getelementptr inbounds nuw float, ptr %row_sum, i64 %243
-  %250 = getelementptr inbounds nuw i8, ptr %249, i64 32
-  %wide.load61 = load <8 x float>, ptr %249, align 64, !tbaa !5
-  %wide.load62 = load <8 x float>, ptr %250, align 32, !tbaa !5
-  %251 = getelementptr inbounds float, ptr %partial_sum, i64 %244
-  %252 = getelementptr inbounds nuw i8, ptr %251, i64 32
-  store <8 x float> %wide.load61, ptr %251, align 4, !tbaa !5
-  store <8 x float> %wide.load62, ptr %252, align 4, !tbaa !5
+  store <8 x float> %wide.load61, ptr %245, align 4, !tbaa !5
+  store <8 x float> %wide.load62, ptr %246, align 4, !tbaa !5
   %index.next = add nuw i64 %index, 16
-  %253 = icmp eq i64 %index.next, %n.vec
-  br i1 %253, label %middle.block, label %vector.body, !prof !60, !llvm.loop !61
+  %247 = icmp eq i64 %index.next, %n.vec
+  br i1 %247, label %middle.block, label %vector.body, !prof !60, !llvm.loop !61
 
 middle.block:                                     ; preds = %vector.body
-  br i1 %cmp.n, label %for_begin_d_025.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !65
+  br i1 %cmp.n, label %for_begin_d_027.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !65
 
 vec.epilog.iter.check:                            ; preds = %middle.block
-  br i1 %min.epilog.iters.check, label %for_body_r16.i.preheader, label %vec.epilog.ph, !prof !66
+  br i1 %min.epilog.iters.check, label %for_body_r18.i.preheader, label %vec.epilog.ph, !prof !66
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
@@ -1567,241 +1555,241 @@ vec.epilog.ph:                                    ; preds = %vec.epilog.iter.che
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
   %index65 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next68, %vec.epilog.vector.body ]
-  %254 = add nuw nsw i64 %index65, %63
-  %255 = add nsw i64 %242, %index65
-  %256 = getelementptr inbounds nuw float, ptr %row_max, i64 %254
-  %wide.load66 = load <4 x float>, ptr %256, align 16, !tbaa !5
-  %257 = getelementptr inbounds float, ptr %partial_max, i64 %255
-  store <4 x float> %wide.load66, ptr %257, align 4, !tbaa !5
-  %258 = getelementptr inbounds nuw float, ptr %row_sum, i64 %254
-  %wide.load67 = load <4 x float>, ptr %258, align 16, !tbaa !5
-  %259 = getelementptr inbounds float, ptr %partial_sum, i64 %255
-  store <4 x float> %wide.load67, ptr %259, align 4, !tbaa !5
+  %248 = add nuw nsw i64 %index65, %63
+  %249 = add nsw i64 %236, %index65
+  %250 = getelementptr inbounds nuw float, ptr %row_max, i64 %248
+  %wide.load66 = load <4 x float>, ptr %250, align 16, !tbaa !5
+  %251 = getelementptr inbounds float, ptr %partial_max, i64 %249
+  store <4 x float> %wide.load66, ptr %251, align 4, !tbaa !5
+  %252 = getelementptr inbounds nuw float, ptr %row_sum, i64 %248
+  %wide.load67 = load <4 x float>, ptr %252, align 16, !tbaa !5
+  %253 = getelementptr inbounds float, ptr %partial_sum, i64 %249
+  store <4 x float> %wide.load67, ptr %253, align 4, !tbaa !5
   %index.next68 = add nuw i64 %index65, 4
-  %260 = icmp eq i64 %index.next68, %n.vec64
-  br i1 %260, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !67, !llvm.loop !68
+  %254 = icmp eq i64 %index.next68, %n.vec64
+  br i1 %254, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !67, !llvm.loop !68
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  br i1 %cmp.n69, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i.preheader, !prof !70
+  br i1 %cmp.n69, label %for_begin_d_027.preheader.lr.ph.i, label %for_body_r18.i.preheader, !prof !70
 
-for_body_r16.i.preheader:                         ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv56.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec64, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
-  %261 = sub nsw i64 %61, %indvars.iv56.i.ph
-  br i1 %lcmp.mod.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !3
+for_body_r18.i.preheader:                         ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv58.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec64, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
+  %255 = sub nsw i64 %61, %indvars.iv58.i.ph
+  br i1 %lcmp.mod.not, label %for_body_r18.i.prol.loopexit, label %for_body_r18.i.prol, !prof !3
 
-for_body_r16.i.prol:                              ; preds = %for_body_r16.i.prol, %for_body_r16.i.preheader
-  %indvars.iv56.i.prol = phi i64 [ %indvars.iv.next57.i.prol, %for_body_r16.i.prol ], [ %indvars.iv56.i.ph, %for_body_r16.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %for_body_r16.i.prol ], [ 0, %for_body_r16.i.preheader ]
-  %262 = add nuw nsw i64 %indvars.iv56.i.prol, %63
-  %cse_v14.i.prol = add nsw i64 %242, %indvars.iv56.i.prol
-  %263 = getelementptr inbounds nuw float, ptr %row_max, i64 %262
-  %264 = load float, ptr %263, align 4, !tbaa !5
-  %265 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.prol
-  store float %264, ptr %265, align 4, !tbaa !5
-  %266 = getelementptr inbounds nuw float, ptr %row_sum, i64 %262
-  %267 = load float, ptr %266, align 4, !tbaa !5
-  %268 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.prol
-  store float %267, ptr %268, align 4, !tbaa !5
-  %indvars.iv.next57.i.prol = add nuw nsw i64 %indvars.iv56.i.prol, 1
+for_body_r18.i.prol:                              ; preds = %for_body_r18.i.prol, %for_body_r18.i.preheader
+  %indvars.iv58.i.prol = phi i64 [ %indvars.iv.next59.i.prol, %for_body_r18.i.prol ], [ %indvars.iv58.i.ph, %for_body_r18.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %for_body_r18.i.prol ], [ 0, %for_body_r18.i.preheader ]
+  %256 = add nuw nsw i64 %indvars.iv58.i.prol, %63
+  %cse_v14.i.prol = add nsw i64 %236, %indvars.iv58.i.prol
+  %257 = getelementptr inbounds nuw float, ptr %row_max, i64 %256
+  %258 = load float, ptr %257, align 4, !tbaa !5
+  %259 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.prol
+  store float %258, ptr %259, align 4, !tbaa !5
+  %260 = getelementptr inbounds nuw float, ptr %row_sum, i64 %256
+  %261 = load float, ptr %260, align 4, !tbaa !5
+  %262 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.prol
+  store float %261, ptr %262, align 4, !tbaa !5
+  %indvars.iv.next59.i.prol = add nuw nsw i64 %indvars.iv58.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !71, !llvm.loop !72
+  br i1 %prol.iter.cmp.not, label %for_body_r18.i.prol.loopexit, label %for_body_r18.i.prol, !prof !71, !llvm.loop !72
 
-for_body_r16.i.prol.loopexit:                     ; preds = %for_body_r16.i.prol, %for_body_r16.i.preheader
-  %indvars.iv56.i.unr = phi i64 [ %indvars.iv56.i.ph, %for_body_r16.i.preheader ], [ %indvars.iv.next57.i.prol, %for_body_r16.i.prol ]
-  %269 = icmp ult i64 %261, 3
-  br i1 %269, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !58
+for_body_r18.i.prol.loopexit:                     ; preds = %for_body_r18.i.prol, %for_body_r18.i.preheader
+  %indvars.iv58.i.unr = phi i64 [ %indvars.iv58.i.ph, %for_body_r18.i.preheader ], [ %indvars.iv.next59.i.prol, %for_body_r18.i.prol ]
+  %263 = icmp ult i64 %255, 3
+  br i1 %263, label %for_begin_d_027.preheader.lr.ph.i, label %for_body_r18.i, !prof !58
 
-for_begin_d_025.preheader.lr.ph.i:                ; preds = %for_body_r16.i, %for_body_r16.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
-  %.idx34.i = shl nsw i64 %240, 13
-  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx34.i
-  br i1 %62, label %for_begin_d_025.preheader.i.epil.preheader, label %for_begin_d_025.preheader.i, !prof !4
+for_begin_d_027.preheader.lr.ph.i:                ; preds = %for_body_r18.i, %for_body_r18.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
+  %.idx36.i = shl nsw i64 %234, 13
+  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx36.i
+  br i1 %62, label %for_begin_d_027.preheader.i.epil.preheader, label %for_begin_d_027.preheader.i, !prof !4
 
-for_body_r16.i:                                   ; preds = %for_body_r16.i, %for_body_r16.i.prol.loopexit
-  %indvars.iv56.i = phi i64 [ %indvars.iv.next57.i.3, %for_body_r16.i ], [ %indvars.iv56.i.unr, %for_body_r16.i.prol.loopexit ]
-  %270 = add nuw nsw i64 %indvars.iv56.i, %63
-  %cse_v14.i = add nsw i64 %242, %indvars.iv56.i
-  %271 = getelementptr inbounds nuw float, ptr %row_max, i64 %270
-  %272 = load float, ptr %271, align 4, !tbaa !5
-  %273 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i
-  store float %272, ptr %273, align 4, !tbaa !5
-  %274 = getelementptr inbounds nuw float, ptr %row_sum, i64 %270
-  %275 = load float, ptr %274, align 4, !tbaa !5
-  %276 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i
-  store float %275, ptr %276, align 4, !tbaa !5
-  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
-  %277 = add nuw nsw i64 %indvars.iv.next57.i, %63
-  %cse_v14.i.1 = add nsw i64 %242, %indvars.iv.next57.i
-  %278 = getelementptr inbounds nuw float, ptr %row_max, i64 %277
-  %279 = load float, ptr %278, align 4, !tbaa !5
-  %280 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.1
-  store float %279, ptr %280, align 4, !tbaa !5
-  %281 = getelementptr inbounds nuw float, ptr %row_sum, i64 %277
-  %282 = load float, ptr %281, align 4, !tbaa !5
-  %283 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.1
-  store float %282, ptr %283, align 4, !tbaa !5
-  %indvars.iv.next57.i.1 = add nuw nsw i64 %indvars.iv56.i, 2
-  %284 = add nuw nsw i64 %indvars.iv.next57.i.1, %63
-  %cse_v14.i.2 = add nsw i64 %242, %indvars.iv.next57.i.1
-  %285 = getelementptr inbounds nuw float, ptr %row_max, i64 %284
-  %286 = load float, ptr %285, align 4, !tbaa !5
-  %287 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.2
-  store float %286, ptr %287, align 4, !tbaa !5
-  %288 = getelementptr inbounds nuw float, ptr %row_sum, i64 %284
-  %289 = load float, ptr %288, align 4, !tbaa !5
-  %290 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.2
-  store float %289, ptr %290, align 4, !tbaa !5
-  %indvars.iv.next57.i.2 = add nuw nsw i64 %indvars.iv56.i, 3
-  %291 = add nuw nsw i64 %indvars.iv.next57.i.2, %63
-  %cse_v14.i.3 = add nsw i64 %242, %indvars.iv.next57.i.2
-  %292 = getelementptr inbounds nuw float, ptr %row_max, i64 %291
-  %293 = load float, ptr %292, align 4, !tbaa !5
-  %294 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.3
-  store float %293, ptr %294, align 4, !tbaa !5
-  %295 = getelementptr inbounds nuw float, ptr %row_sum, i64 %291
-  %296 = load float, ptr %295, align 4, !tbaa !5
-  %297 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.3
-  store float %296, ptr %297, align 4, !tbaa !5
-  %indvars.iv.next57.i.3 = add nuw nsw i64 %indvars.iv56.i, 4
-  %exitcond60.not.i.3 = icmp eq i64 %indvars.iv.next57.i.3, %wide.trip.count.i
-  br i1 %exitcond60.not.i.3, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !74, !llvm.loop !75
+for_body_r18.i:                                   ; preds = %for_body_r18.i, %for_body_r18.i.prol.loopexit
+  %indvars.iv58.i = phi i64 [ %indvars.iv.next59.i.3, %for_body_r18.i ], [ %indvars.iv58.i.unr, %for_body_r18.i.prol.loopexit ]
+  %264 = add nuw nsw i64 %indvars.iv58.i, %63
+  %cse_v14.i = add nsw i64 %236, %indvars.iv58.i
+  %265 = getelementptr inbounds nuw float, ptr %row_max, i64 %264
+  %266 = load float, ptr %265, align 4, !tbaa !5
+  %267 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i
+  store float %266, ptr %267, align 4, !tbaa !5
+  %268 = getelementptr inbounds nuw float, ptr %row_sum, i64 %264
+  %269 = load float, ptr %268, align 4, !tbaa !5
+  %270 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i
+  store float %269, ptr %270, align 4, !tbaa !5
+  %indvars.iv.next59.i = add nuw nsw i64 %indvars.iv58.i, 1
+  %271 = add nuw nsw i64 %indvars.iv.next59.i, %63
+  %cse_v14.i.1 = add nsw i64 %236, %indvars.iv.next59.i
+  %272 = getelementptr inbounds nuw float, ptr %row_max, i64 %271
+  %273 = load float, ptr %272, align 4, !tbaa !5
+  %274 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.1
+  store float %273, ptr %274, align 4, !tbaa !5
+  %275 = getelementptr inbounds nuw float, ptr %row_sum, i64 %271
+  %276 = load float, ptr %275, align 4, !tbaa !5
+  %277 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.1
+  store float %276, ptr %277, align 4, !tbaa !5
+  %indvars.iv.next59.i.1 = add nuw nsw i64 %indvars.iv58.i, 2
+  %278 = add nuw nsw i64 %indvars.iv.next59.i.1, %63
+  %cse_v14.i.2 = add nsw i64 %236, %indvars.iv.next59.i.1
+  %279 = getelementptr inbounds nuw float, ptr %row_max, i64 %278
+  %280 = load float, ptr %279, align 4, !tbaa !5
+  %281 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.2
+  store float %280, ptr %281, align 4, !tbaa !5
+  %282 = getelementptr inbounds nuw float, ptr %row_sum, i64 %278
+  %283 = load float, ptr %282, align 4, !tbaa !5
+  %284 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.2
+  store float %283, ptr %284, align 4, !tbaa !5
+  %indvars.iv.next59.i.2 = add nuw nsw i64 %indvars.iv58.i, 3
+  %285 = add nuw nsw i64 %indvars.iv.next59.i.2, %63
+  %cse_v14.i.3 = add nsw i64 %236, %indvars.iv.next59.i.2
+  %286 = getelementptr inbounds nuw float, ptr %row_max, i64 %285
+  %287 = load float, ptr %286, align 4, !tbaa !5
+  %288 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.3
+  store float %287, ptr %288, align 4, !tbaa !5
+  %289 = getelementptr inbounds nuw float, ptr %row_sum, i64 %285
+  %290 = load float, ptr %289, align 4, !tbaa !5
+  %291 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.3
+  store float %290, ptr %291, align 4, !tbaa !5
+  %indvars.iv.next59.i.3 = add nuw nsw i64 %indvars.iv58.i, 4
+  %exitcond62.not.i.3 = icmp eq i64 %indvars.iv.next59.i.3, %wide.trip.count.i
+  br i1 %exitcond62.not.i.3, label %for_begin_d_027.preheader.lr.ph.i, label %for_body_r18.i, !prof !74, !llvm.loop !75
 
-for_begin_d_025.preheader.i:                      ; preds = %for_begin_d_025.preheader.i, %for_begin_d_025.preheader.lr.ph.i
-  %indvars.iv68.i = phi i64 [ %indvars.iv.next69.i.1, %for_begin_d_025.preheader.i ], [ 0, %for_begin_d_025.preheader.lr.ph.i ]
-  %niter = phi i64 [ %niter.next.1, %for_begin_d_025.preheader.i ], [ 0, %for_begin_d_025.preheader.lr.ph.i ]
-  %298 = shl nsw i64 %indvars.iv68.i, 7
-  %299 = add nuw nsw i64 %298, %124
-  %300 = add nsw i64 %indvars.iv68.i, %cse_v9.i
-  %.idx.i = shl nsw i64 %300, 9
+for_begin_d_027.preheader.i:                      ; preds = %for_begin_d_027.preheader.i, %for_begin_d_027.preheader.lr.ph.i
+  %indvars.iv70.i = phi i64 [ %indvars.iv.next71.i.1, %for_begin_d_027.preheader.i ], [ 0, %for_begin_d_027.preheader.lr.ph.i ]
+  %niter = phi i64 [ %niter.next.1, %for_begin_d_027.preheader.i ], [ 0, %for_begin_d_027.preheader.lr.ph.i ]
+  %292 = shl nsw i64 %indvars.iv70.i, 7
+  %293 = add nuw nsw i64 %292, %118
+  %294 = add nsw i64 %indvars.iv70.i, %cse_v9.i
+  %.idx.i = shl nsw i64 %294, 9
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i
-  %301 = and i64 %299, 4294967040
-  %302 = getelementptr inbounds nuw float, ptr %acc, i64 %301
-  %303 = load <16 x float>, ptr %302, align 64, !tbaa !5
-  store <16 x float> %303, ptr %gep.i, align 4, !tbaa !5
-  %304 = getelementptr inbounds nuw i8, ptr %302, i64 64
+  %295 = and i64 %293, 4294967040
+  %296 = getelementptr inbounds nuw float, ptr %acc, i64 %295
+  %297 = load <16 x float>, ptr %296, align 64, !tbaa !5
+  store <16 x float> %297, ptr %gep.i, align 4, !tbaa !5
+  %298 = getelementptr inbounds nuw i8, ptr %296, i64 64
+  %299 = load <16 x float>, ptr %298, align 64, !tbaa !5
+  %300 = getelementptr i8, ptr %gep.i, i64 64
+  store <16 x float> %299, ptr %300, align 4, !tbaa !5
+  %301 = getelementptr inbounds nuw i8, ptr %296, i64 128
+  %302 = load <16 x float>, ptr %301, align 64, !tbaa !5
+  %303 = getelementptr i8, ptr %gep.i, i64 128
+  store <16 x float> %302, ptr %303, align 4, !tbaa !5
+  %304 = getelementptr inbounds nuw i8, ptr %296, i64 192
   %305 = load <16 x float>, ptr %304, align 64, !tbaa !5
-  %306 = getelementptr i8, ptr %gep.i, i64 64
+  %306 = getelementptr i8, ptr %gep.i, i64 192
   store <16 x float> %305, ptr %306, align 4, !tbaa !5
-  %307 = getelementptr inbounds nuw i8, ptr %302, i64 128
+  %307 = getelementptr inbounds nuw i8, ptr %296, i64 256
   %308 = load <16 x float>, ptr %307, align 64, !tbaa !5
-  %309 = getelementptr i8, ptr %gep.i, i64 128
+  %309 = getelementptr i8, ptr %gep.i, i64 256
   store <16 x float> %308, ptr %309, align 4, !tbaa !5
-  %310 = getelementptr inbounds nuw i8, ptr %302, i64 192
+  %310 = getelementptr inbounds nuw i8, ptr %296, i64 320
   %311 = load <16 x float>, ptr %310, align 64, !tbaa !5
-  %312 = getelementptr i8, ptr %gep.i, i64 192
+  %312 = getelementptr i8, ptr %gep.i, i64 320
   store <16 x float> %311, ptr %312, align 4, !tbaa !5
-  %313 = getelementptr inbounds nuw i8, ptr %302, i64 256
+  %313 = getelementptr inbounds nuw i8, ptr %296, i64 384
   %314 = load <16 x float>, ptr %313, align 64, !tbaa !5
-  %315 = getelementptr i8, ptr %gep.i, i64 256
+  %315 = getelementptr i8, ptr %gep.i, i64 384
   store <16 x float> %314, ptr %315, align 4, !tbaa !5
-  %316 = getelementptr inbounds nuw i8, ptr %302, i64 320
+  %316 = getelementptr inbounds nuw i8, ptr %296, i64 448
   %317 = load <16 x float>, ptr %316, align 64, !tbaa !5
-  %318 = getelementptr i8, ptr %gep.i, i64 320
+  %318 = getelementptr i8, ptr %gep.i, i64 448
   store <16 x float> %317, ptr %318, align 4, !tbaa !5
-  %319 = getelementptr inbounds nuw i8, ptr %302, i64 384
-  %320 = load <16 x float>, ptr %319, align 64, !tbaa !5
-  %321 = getelementptr i8, ptr %gep.i, i64 384
-  store <16 x float> %320, ptr %321, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %302, i64 448
-  %323 = load <16 x float>, ptr %322, align 64, !tbaa !5
-  %324 = getelementptr i8, ptr %gep.i, i64 448
-  store <16 x float> %323, ptr %324, align 4, !tbaa !5
-  %indvars.iv.next69.i = or disjoint i64 %indvars.iv68.i, 1
-  %325 = shl nsw i64 %indvars.iv.next69.i, 7
-  %326 = add nuw nsw i64 %325, %124
-  %327 = add nsw i64 %indvars.iv.next69.i, %cse_v9.i
-  %.idx.i.1 = shl nsw i64 %327, 9
+  %indvars.iv.next71.i = or disjoint i64 %indvars.iv70.i, 1
+  %319 = shl nsw i64 %indvars.iv.next71.i, 7
+  %320 = add nuw nsw i64 %319, %118
+  %321 = add nsw i64 %indvars.iv.next71.i, %cse_v9.i
+  %.idx.i.1 = shl nsw i64 %321, 9
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.1
-  %328 = and i64 %326, 4294967168
-  %329 = getelementptr inbounds nuw float, ptr %acc, i64 %328
-  %330 = load <16 x float>, ptr %329, align 64, !tbaa !5
-  store <16 x float> %330, ptr %gep.i.1, align 4, !tbaa !5
-  %331 = getelementptr inbounds nuw i8, ptr %329, i64 64
+  %322 = and i64 %320, 4294967168
+  %323 = getelementptr inbounds nuw float, ptr %acc, i64 %322
+  %324 = load <16 x float>, ptr %323, align 64, !tbaa !5
+  store <16 x float> %324, ptr %gep.i.1, align 4, !tbaa !5
+  %325 = getelementptr inbounds nuw i8, ptr %323, i64 64
+  %326 = load <16 x float>, ptr %325, align 64, !tbaa !5
+  %327 = getelementptr i8, ptr %gep.i.1, i64 64
+  store <16 x float> %326, ptr %327, align 4, !tbaa !5
+  %328 = getelementptr inbounds nuw i8, ptr %323, i64 128
+  %329 = load <16 x float>, ptr %328, align 64, !tbaa !5
+  %330 = getelementptr i8, ptr %gep.i.1, i64 128
+  store <16 x float> %329, ptr %330, align 4, !tbaa !5
+  %331 = getelementptr inbounds nuw i8, ptr %323, i64 192
   %332 = load <16 x float>, ptr %331, align 64, !tbaa !5
-  %333 = getelementptr i8, ptr %gep.i.1, i64 64
+  %333 = getelementptr i8, ptr %gep.i.1, i64 192
   store <16 x float> %332, ptr %333, align 4, !tbaa !5
-  %334 = getelementptr inbounds nuw i8, ptr %329, i64 128
+  %334 = getelementptr inbounds nuw i8, ptr %323, i64 256
   %335 = load <16 x float>, ptr %334, align 64, !tbaa !5
-  %336 = getelementptr i8, ptr %gep.i.1, i64 128
+  %336 = getelementptr i8, ptr %gep.i.1, i64 256
   store <16 x float> %335, ptr %336, align 4, !tbaa !5
-  %337 = getelementptr inbounds nuw i8, ptr %329, i64 192
+  %337 = getelementptr inbounds nuw i8, ptr %323, i64 320
   %338 = load <16 x float>, ptr %337, align 64, !tbaa !5
-  %339 = getelementptr i8, ptr %gep.i.1, i64 192
+  %339 = getelementptr i8, ptr %gep.i.1, i64 320
   store <16 x float> %338, ptr %339, align 4, !tbaa !5
-  %340 = getelementptr inbounds nuw i8, ptr %329, i64 256
+  %340 = getelementptr inbounds nuw i8, ptr %323, i64 384
   %341 = load <16 x float>, ptr %340, align 64, !tbaa !5
-  %342 = getelementptr i8, ptr %gep.i.1, i64 256
+  %342 = getelementptr i8, ptr %gep.i.1, i64 384
   store <16 x float> %341, ptr %342, align 4, !tbaa !5
-  %343 = getelementptr inbounds nuw i8, ptr %329, i64 320
+  %343 = getelementptr inbounds nuw i8, ptr %323, i64 448
   %344 = load <16 x float>, ptr %343, align 64, !tbaa !5
-  %345 = getelementptr i8, ptr %gep.i.1, i64 320
+  %345 = getelementptr i8, ptr %gep.i.1, i64 448
   store <16 x float> %344, ptr %345, align 4, !tbaa !5
-  %346 = getelementptr inbounds nuw i8, ptr %329, i64 384
-  %347 = load <16 x float>, ptr %346, align 64, !tbaa !5
-  %348 = getelementptr i8, ptr %gep.i.1, i64 384
-  store <16 x float> %347, ptr %348, align 4, !tbaa !5
-  %349 = getelementptr inbounds nuw i8, ptr %329, i64 448
-  %350 = load <16 x float>, ptr %349, align 64, !tbaa !5
-  %351 = getelementptr i8, ptr %gep.i.1, i64 448
-  store <16 x float> %350, ptr %351, align 4, !tbaa !5
-  %indvars.iv.next69.i.1 = add nuw nsw i64 %indvars.iv68.i, 2
+  %indvars.iv.next71.i.1 = add nuw nsw i64 %indvars.iv70.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_r22.i.loopexit.unr-lcssa, label %for_begin_d_025.preheader.i, !prof !9, !llvm.loop !76
+  br i1 %niter.ncmp.1, label %for_end_r24.i.loopexit.unr-lcssa, label %for_begin_d_027.preheader.i, !prof !9, !llvm.loop !76
 
-for_end_r22.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_025.preheader.i
-  br i1 %lcmp.mod72.not, label %for_end_r22.i, label %for_begin_d_025.preheader.i.epil.preheader, !prof !12
+for_end_r24.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_027.preheader.i
+  br i1 %lcmp.mod72.not, label %for_end_r24.i, label %for_begin_d_027.preheader.i.epil.preheader, !prof !12
 
-for_begin_d_025.preheader.i.epil.preheader:       ; preds = %for_end_r22.i.loopexit.unr-lcssa, %for_begin_d_025.preheader.lr.ph.i
-  %indvars.iv68.i.epil.init = phi i64 [ 0, %for_begin_d_025.preheader.lr.ph.i ], [ %indvars.iv.next69.i.1, %for_end_r22.i.loopexit.unr-lcssa ]
+for_begin_d_027.preheader.i.epil.preheader:       ; preds = %for_end_r24.i.loopexit.unr-lcssa, %for_begin_d_027.preheader.lr.ph.i
+  %indvars.iv70.i.epil.init = phi i64 [ 0, %for_begin_d_027.preheader.lr.ph.i ], [ %indvars.iv.next71.i.1, %for_end_r24.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod73)
-  %352 = shl nsw i64 %indvars.iv68.i.epil.init, 7
-  %353 = add nuw nsw i64 %352, %124
-  %354 = add nsw i64 %indvars.iv68.i.epil.init, %cse_v9.i
-  %.idx.i.epil = shl nsw i64 %354, 9
+  %346 = shl nsw i64 %indvars.iv70.i.epil.init, 7
+  %347 = add nuw nsw i64 %346, %118
+  %348 = add nsw i64 %indvars.iv70.i.epil.init, %cse_v9.i
+  %.idx.i.epil = shl nsw i64 %348, 9
   %gep.i.epil = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.epil
-  %355 = and i64 %353, 4294967168
-  %356 = getelementptr inbounds nuw float, ptr %acc, i64 %355
-  %357 = load <16 x float>, ptr %356, align 64, !tbaa !5
-  store <16 x float> %357, ptr %gep.i.epil, align 4, !tbaa !5
-  %358 = getelementptr inbounds nuw i8, ptr %356, i64 64
+  %349 = and i64 %347, 4294967168
+  %350 = getelementptr inbounds nuw float, ptr %acc, i64 %349
+  %351 = load <16 x float>, ptr %350, align 64, !tbaa !5
+  store <16 x float> %351, ptr %gep.i.epil, align 4, !tbaa !5
+  %352 = getelementptr inbounds nuw i8, ptr %350, i64 64
+  %353 = load <16 x float>, ptr %352, align 64, !tbaa !5
+  %354 = getelementptr i8, ptr %gep.i.epil, i64 64
+  store <16 x float> %353, ptr %354, align 4, !tbaa !5
+  %355 = getelementptr inbounds nuw i8, ptr %350, i64 128
+  %356 = load <16 x float>, ptr %355, align 64, !tbaa !5
+  %357 = getelementptr i8, ptr %gep.i.epil, i64 128
+  store <16 x float> %356, ptr %357, align 4, !tbaa !5
+  %358 = getelementptr inbounds nuw i8, ptr %350, i64 192
   %359 = load <16 x float>, ptr %358, align 64, !tbaa !5
-  %360 = getelementptr i8, ptr %gep.i.epil, i64 64
+  %360 = getelementptr i8, ptr %gep.i.epil, i64 192
   store <16 x float> %359, ptr %360, align 4, !tbaa !5
-  %361 = getelementptr inbounds nuw i8, ptr %356, i64 128
+  %361 = getelementptr inbounds nuw i8, ptr %350, i64 256
   %362 = load <16 x float>, ptr %361, align 64, !tbaa !5
-  %363 = getelementptr i8, ptr %gep.i.epil, i64 128
+  %363 = getelementptr i8, ptr %gep.i.epil, i64 256
   store <16 x float> %362, ptr %363, align 4, !tbaa !5
-  %364 = getelementptr inbounds nuw i8, ptr %356, i64 192
+  %364 = getelementptr inbounds nuw i8, ptr %350, i64 320
   %365 = load <16 x float>, ptr %364, align 64, !tbaa !5
-  %366 = getelementptr i8, ptr %gep.i.epil, i64 192
+  %366 = getelementptr i8, ptr %gep.i.epil, i64 320
   store <16 x float> %365, ptr %366, align 4, !tbaa !5
-  %367 = getelementptr inbounds nuw i8, ptr %356, i64 256
+  %367 = getelementptr inbounds nuw i8, ptr %350, i64 384
   %368 = load <16 x float>, ptr %367, align 64, !tbaa !5
-  %369 = getelementptr i8, ptr %gep.i.epil, i64 256
+  %369 = getelementptr i8, ptr %gep.i.epil, i64 384
   store <16 x float> %368, ptr %369, align 4, !tbaa !5
-  %370 = getelementptr inbounds nuw i8, ptr %356, i64 320
+  %370 = getelementptr inbounds nuw i8, ptr %350, i64 448
   %371 = load <16 x float>, ptr %370, align 64, !tbaa !5
-  %372 = getelementptr i8, ptr %gep.i.epil, i64 320
+  %372 = getelementptr i8, ptr %gep.i.epil, i64 448
   store <16 x float> %371, ptr %372, align 4, !tbaa !5
-  %373 = getelementptr inbounds nuw i8, ptr %356, i64 384
-  %374 = load <16 x float>, ptr %373, align 64, !tbaa !5
-  %375 = getelementptr i8, ptr %gep.i.epil, i64 384
-  store <16 x float> %374, ptr %375, align 4, !tbaa !5
-  %376 = getelementptr inbounds nuw i8, ptr %356, i64 448
-  %377 = load <16 x float>, ptr %376, align 64, !tbaa !5
-  %378 = getelementptr i8, ptr %gep.i.epil, i64 448
-  store <16 x float> %377, ptr %378, align 4, !tbaa !5
-  br label %for_end_r22.i
+  br label %for_end_r24.i
 
-for_end_r22.i:                                    ; preds = %for_begin_d_025.preheader.i.epil.preheader, %for_end_r22.i.loopexit.unr-lcssa, %for_end_r.i
-  %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
-  %exitcond79.not.i = icmp eq i64 %indvars.iv.next74.i, %wide.trip.count78.i
-  br i1 %exitcond79.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
+for_end_r24.i:                                    ; preds = %for_begin_d_027.preheader.i.epil.preheader, %for_end_r24.i.loopexit.unr-lcssa, %for_end_r.i
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond81.not.i = icmp eq i64 %indvars.iv.next76.i, %wide.trip.count80.i
+  br i1 %exitcond81.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
 
-online_update_compute_.exit:                      ; preds = %for_end_r22.i, %entry
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta30.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha31.i)
+online_update_compute_.exit:                      ; preds = %for_end_r24.i, %entry
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta32.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha33.i)
   ret i32 0
 }
 
@@ -1893,24 +1881,24 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %37 = ashr exact i64 %sext24, 32
   %head_offset.i = mul nsw i64 %37, %v_head
   %38 = add i32 %tile_start.i, -1
-  %invariant.gep229.i = getelementptr i16, ptr %value_cache, i64 %head_offset.i
-  %wide.trip.count345.i = and i64 %25, 2147483647
+  %invariant.gep151.i = getelementptr i16, ptr %value_cache, i64 %head_offset.i
+  %wide.trip.count353.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end12.i
-  %indvars.iv.next342.i = add nuw nsw i64 %indvars.iv341.i, 1
-  %exitcond346.not.i = icmp eq i64 %indvars.iv.next342.i, %wide.trip.count345.i
-  br i1 %exitcond346.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next350.i = add nuw nsw i64 %indvars.iv349.i, 1
+  %exitcond354.not.i = icmp eq i64 %indvars.iv.next350.i, %wide.trip.count353.i
+  br i1 %exitcond354.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv341.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next342.i, %for_begin_s.i ]
+  %indvars.iv349.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next350.i, %for_begin_s.i ]
   %39 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %value_offsets.i = tail call ptr %39(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %40 = icmp eq ptr %value_offsets.i, null
   br i1 %40, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %cse_v8.i = add nsw i64 %indvars.iv341.i, %36
+  %cse_v8.i = add nsw i64 %indvars.iv349.i, %36
   %41 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v8.i
   %42 = load i32, ptr %41, align 4, !tbaa !5
   %43 = sub nsw i32 %42, %tile_start.i
@@ -1918,8 +1906,8 @@ if_end.i:                                         ; preds = %for_body_s.i
   %45 = tail call i32 @llvm.umin.i32(i32 %44, i32 128)
   %46 = add nuw nsw i32 %45, 15
   %num_offsets.i = and i32 %46, 496
-  %.not273.i = icmp eq i32 %num_offsets.i, 0
-  br i1 %.not273.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !58
+  %.not277.i = icmp eq i32 %num_offsets.i, 0
+  br i1 %.not277.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !58
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
   %47 = add i32 %38, %45
@@ -1933,12 +1921,12 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %49 = trunc i64 %indvars.iv.i to i32
   %50 = add i32 %tile_start.i, %49
   %token.i = tail call i32 @llvm.smin.i32(i32 %50, i32 %47)
-  %cse_v97.i = sext i32 %token.i to i64
-  %51 = ashr i64 %cse_v97.i, 7
+  %cse_v96.i = sext i32 %token.i to i64
+  %51 = ashr i64 %cse_v96.i, 7
   %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %51
   %52 = load i32, ptr %gep.i, align 4, !tbaa !5
   %block.i = sext i32 %52 to i64
-  %53 = and i64 %cse_v97.i, 127
+  %53 = and i64 %cse_v96.i, 127
   %54 = mul nsw i64 %53, %v_row
   %55 = mul nsw i64 %v_block, %block.i
   %56 = add nsw i64 %54, %55
@@ -1948,12 +1936,12 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %58 = trunc i64 %indvars.iv.next.i to i32
   %59 = add i32 %tile_start.i, %58
   %token.i.1 = tail call i32 @llvm.smin.i32(i32 %59, i32 %47)
-  %cse_v97.i.1 = sext i32 %token.i.1 to i64
-  %60 = ashr i64 %cse_v97.i.1, 7
+  %cse_v96.i.1 = sext i32 %token.i.1 to i64
+  %60 = ashr i64 %cse_v96.i.1, 7
   %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %60
   %61 = load i32, ptr %gep.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %61 to i64
-  %62 = and i64 %cse_v97.i.1, 127
+  %62 = and i64 %cse_v96.i.1, 127
   %63 = mul nsw i64 %62, %v_row
   %64 = mul nsw i64 %v_block, %block.i.1
   %65 = add nsw i64 %63, %64
@@ -1971,13 +1959,13 @@ for_end_t.i:                                      ; preds = %for_body_t.i, %if_e
   br i1 %68, label %pv_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %for_end_t.i
-  %69 = shl nsw i64 %indvars.iv341.i, 11
-  %.not274.i = icmp eq i32 %num_full.i, 0
-  br i1 %.not274.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
+  %69 = shl nsw i64 %indvars.iv349.i, 11
+  %.not278.i = icmp eq i32 %num_full.i, 0
+  br i1 %.not278.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
 
 for_begin_d_0.preheader.us.preheader.i:           ; preds = %if_end2.i
   %70 = zext nneg i32 %num_full.i to i64
-  %invariant.gep356.i = getelementptr inbounds nuw float, ptr %probs, i64 %69
+  %invariant.gep366.i = getelementptr inbounds nuw float, ptr %probs, i64 %69
   br label %for_begin_d_0.preheader.us.i
 
 for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
@@ -1985,932 +1973,887 @@ for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
   br label %for_begin_r_init.preheader.i
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.us.preheader.i
-  %indvars.iv299.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next300.i, %for_end_d_0.split.us.us.i ]
-  %71 = shl nuw nsw i64 %indvars.iv299.i, 9
-  %gep357.i = getelementptr inbounds nuw float, ptr %invariant.gep356.i, i64 %71
-  %invariant.gep354.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %71
+  %indvars.iv307.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next308.i, %for_end_d_0.split.us.us.i ]
+  %71 = shl nuw nsw i64 %indvars.iv307.i, 9
+  %72 = shl i64 %indvars.iv307.i, 2
+  %gep367.i = getelementptr inbounds nuw float, ptr %invariant.gep366.i, i64 %71
+  %invariant.gep364.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %71
   br label %for_body_d_0.us.us.i
 
 for_body_d_0.us.us.i:                             ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv293.i = phi i64 [ %indvars.iv.next294.i, %for_begin_to.for_end_to_crit_edge.us.us.i ], [ 0, %for_begin_d_0.preheader.us.i ]
-  %72 = mul nuw nsw i64 %indvars.iv293.i, %70
-  %73 = shl nuw nsw i64 %indvars.iv293.i, 5
-  %gep230.us.us.i = getelementptr i16, ptr %invariant.gep229.i, i64 %73
+  %indvars.iv300.i = phi i64 [ %indvars.iv.next301.i, %for_begin_to.for_end_to_crit_edge.us.us.i ], [ 0, %for_begin_d_0.preheader.us.i ]
+  %73 = add nuw nsw i64 %indvars.iv300.i, %72
+  %74 = mul nuw nsw i64 %73, %70
+  %75 = shl nuw nsw i64 %indvars.iv300.i, 5
+  %gep234.us.us.i = getelementptr i16, ptr %invariant.gep151.i, i64 %75
+  %invariant.gep362.i = getelementptr i64, ptr %value_offsets.i, i64 %74
   br label %if_end5.us.us.i
 
 if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %for_body_d_0.us.us.i
-  %indvars.iv286.i = phi i64 [ %indvars.iv.next287.i, %if_end5.us.us.i ], [ 0, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.0.0156.us.us.i = phi <16 x float> [ %651, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.34.0155.us.us.i = phi <16 x float> [ %672, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.68.0154.us.us.i = phi <16 x float> [ %656, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.102.0153.us.us.i = phi <16 x float> [ %673, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.136.0152.us.us.i = phi <16 x float> [ %661, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.170.0151.us.us.i = phi <16 x float> [ %674, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.204.0150.us.us.i = phi <16 x float> [ %666, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.238.0149.us.us.i = phi <16 x float> [ %675, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %74 = shl nsw i64 %indvars.iv286.i, 4
-  %75 = add nuw nsw i64 %indvars.iv286.i, %72
-  %.idx = shl nuw nsw i64 %75, 5
-  %76 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
-  %77 = load i64, ptr %76, align 8, !tbaa !5
-  %78 = getelementptr i16, ptr %value_cache, i64 %77
-  %79 = getelementptr i16, ptr %78, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %79, i32 0, i32 2, i32 1)
-  %80 = getelementptr i8, ptr %78, i64 64
-  %81 = getelementptr i16, ptr %80, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %81, i32 0, i32 2, i32 1)
-  %82 = getelementptr i8, ptr %78, i64 128
-  %83 = getelementptr i16, ptr %82, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %83, i32 0, i32 2, i32 1)
-  %84 = getelementptr i8, ptr %78, i64 192
-  %85 = getelementptr i16, ptr %84, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %85, i32 0, i32 2, i32 1)
-  %86 = getelementptr inbounds nuw i8, ptr %76, i64 8
-  %87 = load i64, ptr %86, align 8, !tbaa !5
-  %88 = getelementptr i16, ptr %value_cache, i64 %87
-  %89 = getelementptr i16, ptr %88, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %89, i32 0, i32 2, i32 1)
-  %90 = getelementptr i8, ptr %88, i64 64
-  %91 = getelementptr i16, ptr %90, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %91, i32 0, i32 2, i32 1)
-  %92 = getelementptr i8, ptr %88, i64 128
-  %93 = getelementptr i16, ptr %92, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %93, i32 0, i32 2, i32 1)
-  %94 = getelementptr i8, ptr %88, i64 192
-  %95 = getelementptr i16, ptr %94, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %95, i32 0, i32 2, i32 1)
-  %96 = getelementptr inbounds nuw i8, ptr %76, i64 16
-  %97 = load i64, ptr %96, align 8, !tbaa !5
-  %98 = getelementptr i16, ptr %value_cache, i64 %97
-  %99 = getelementptr i16, ptr %98, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %99, i32 0, i32 2, i32 1)
-  %100 = getelementptr i8, ptr %98, i64 64
-  %101 = getelementptr i16, ptr %100, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %101, i32 0, i32 2, i32 1)
-  %102 = getelementptr i8, ptr %98, i64 128
-  %103 = getelementptr i16, ptr %102, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %103, i32 0, i32 2, i32 1)
-  %104 = getelementptr i8, ptr %98, i64 192
-  %105 = getelementptr i16, ptr %104, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %105, i32 0, i32 2, i32 1)
-  %106 = getelementptr inbounds nuw i8, ptr %76, i64 24
-  %107 = load i64, ptr %106, align 8, !tbaa !5
-  %108 = getelementptr i16, ptr %value_cache, i64 %107
-  %109 = getelementptr i16, ptr %108, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %109, i32 0, i32 2, i32 1)
-  %110 = getelementptr i8, ptr %108, i64 64
-  %111 = getelementptr i16, ptr %110, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %111, i32 0, i32 2, i32 1)
-  %112 = getelementptr i8, ptr %108, i64 128
-  %113 = getelementptr i16, ptr %112, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %113, i32 0, i32 2, i32 1)
-  %114 = getelementptr i8, ptr %108, i64 192
-  %115 = getelementptr i16, ptr %114, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %115, i32 0, i32 2, i32 1)
-  %116 = getelementptr inbounds nuw float, ptr %gep357.i, i64 %74
-  %117 = load float, ptr %116, align 64, !tbaa !5
-  %118 = insertelement <16 x float> poison, float %117, i64 0
-  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
-  %120 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %74
-  %121 = load i64, ptr %120, align 8, !tbaa !5
-  %gep168.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %121
-  %122 = load <16 x i16>, ptr %gep168.us.us.i, align 2, !tbaa !5
-  %123 = zext <16 x i16> %122 to <16 x i32>
-  %124 = shl nuw <16 x i32> %123, splat (i32 16)
-  %125 = bitcast <16 x i32> %124 to <16 x float>
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %125, <16 x float> %full_acc_global17.sroa.0.0156.us.us.i)
-  %127 = getelementptr inbounds nuw i8, ptr %116, i64 512
-  %128 = load float, ptr %127, align 64, !tbaa !5
-  %129 = insertelement <16 x float> poison, float %128, i64 0
-  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %125, <16 x float> %full_acc_global17.sroa.68.0154.us.us.i)
-  %132 = getelementptr inbounds nuw i8, ptr %116, i64 1024
-  %133 = load float, ptr %132, align 64, !tbaa !5
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %125, <16 x float> %full_acc_global17.sroa.136.0152.us.us.i)
-  %137 = getelementptr inbounds nuw i8, ptr %116, i64 1536
-  %138 = load float, ptr %137, align 64, !tbaa !5
-  %139 = insertelement <16 x float> poison, float %138, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %125, <16 x float> %full_acc_global17.sroa.204.0150.us.us.i)
-  %142 = getelementptr i8, ptr %gep168.us.us.i, i64 32
-  %143 = load <16 x i16>, ptr %142, align 2, !tbaa !5
-  %144 = zext <16 x i16> %143 to <16 x i32>
-  %145 = shl nuw <16 x i32> %144, splat (i32 16)
-  %146 = bitcast <16 x i32> %145 to <16 x float>
-  %147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %146, <16 x float> %full_acc_global17.sroa.34.0155.us.us.i)
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %146, <16 x float> %full_acc_global17.sroa.102.0153.us.us.i)
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %146, <16 x float> %full_acc_global17.sroa.170.0151.us.us.i)
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %146, <16 x float> %full_acc_global17.sroa.238.0149.us.us.i)
-  %151 = getelementptr inbounds nuw i8, ptr %116, i64 4
-  %152 = load float, ptr %151, align 4, !tbaa !5
-  %153 = insertelement <16 x float> poison, float %152, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = getelementptr inbounds nuw i8, ptr %120, i64 8
-  %156 = load i64, ptr %155, align 8, !tbaa !5
-  %gep172.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %156
-  %157 = load <16 x i16>, ptr %gep172.us.us.i, align 2, !tbaa !5
-  %158 = zext <16 x i16> %157 to <16 x i32>
-  %159 = shl nuw <16 x i32> %158, splat (i32 16)
-  %160 = bitcast <16 x i32> %159 to <16 x float>
-  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %160, <16 x float> %126)
-  %162 = getelementptr inbounds nuw i8, ptr %116, i64 516
-  %163 = load float, ptr %162, align 4, !tbaa !5
-  %164 = insertelement <16 x float> poison, float %163, i64 0
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %160, <16 x float> %131)
-  %167 = getelementptr inbounds nuw i8, ptr %116, i64 1028
-  %168 = load float, ptr %167, align 4, !tbaa !5
-  %169 = insertelement <16 x float> poison, float %168, i64 0
-  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %160, <16 x float> %136)
-  %172 = getelementptr inbounds nuw i8, ptr %116, i64 1540
-  %173 = load float, ptr %172, align 4, !tbaa !5
-  %174 = insertelement <16 x float> poison, float %173, i64 0
-  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> zeroinitializer
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %160, <16 x float> %141)
-  %177 = getelementptr i8, ptr %gep172.us.us.i, i64 32
-  %178 = load <16 x i16>, ptr %177, align 2, !tbaa !5
-  %179 = zext <16 x i16> %178 to <16 x i32>
-  %180 = shl nuw <16 x i32> %179, splat (i32 16)
-  %181 = bitcast <16 x i32> %180 to <16 x float>
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %181, <16 x float> %147)
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %181, <16 x float> %148)
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %181, <16 x float> %149)
-  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %181, <16 x float> %150)
-  %186 = getelementptr inbounds nuw i8, ptr %116, i64 8
-  %187 = load float, ptr %186, align 8, !tbaa !5
-  %188 = insertelement <16 x float> poison, float %187, i64 0
-  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
-  %190 = getelementptr inbounds nuw i8, ptr %120, i64 16
-  %191 = load i64, ptr %190, align 8, !tbaa !5
-  %gep176.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %191
-  %192 = load <16 x i16>, ptr %gep176.us.us.i, align 2, !tbaa !5
-  %193 = zext <16 x i16> %192 to <16 x i32>
-  %194 = shl nuw <16 x i32> %193, splat (i32 16)
-  %195 = bitcast <16 x i32> %194 to <16 x float>
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %195, <16 x float> %161)
-  %197 = getelementptr inbounds nuw i8, ptr %116, i64 520
-  %198 = load float, ptr %197, align 8, !tbaa !5
-  %199 = insertelement <16 x float> poison, float %198, i64 0
-  %200 = shufflevector <16 x float> %199, <16 x float> poison, <16 x i32> zeroinitializer
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %195, <16 x float> %166)
-  %202 = getelementptr inbounds nuw i8, ptr %116, i64 1032
-  %203 = load float, ptr %202, align 8, !tbaa !5
-  %204 = insertelement <16 x float> poison, float %203, i64 0
-  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %195, <16 x float> %171)
-  %207 = getelementptr inbounds nuw i8, ptr %116, i64 1544
-  %208 = load float, ptr %207, align 8, !tbaa !5
-  %209 = insertelement <16 x float> poison, float %208, i64 0
-  %210 = shufflevector <16 x float> %209, <16 x float> poison, <16 x i32> zeroinitializer
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %195, <16 x float> %176)
-  %212 = getelementptr i8, ptr %gep176.us.us.i, i64 32
-  %213 = load <16 x i16>, ptr %212, align 2, !tbaa !5
-  %214 = zext <16 x i16> %213 to <16 x i32>
-  %215 = shl nuw <16 x i32> %214, splat (i32 16)
-  %216 = bitcast <16 x i32> %215 to <16 x float>
-  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %216, <16 x float> %182)
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %216, <16 x float> %183)
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %216, <16 x float> %184)
-  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %216, <16 x float> %185)
-  %221 = getelementptr inbounds nuw i8, ptr %116, i64 12
-  %222 = load float, ptr %221, align 4, !tbaa !5
-  %223 = insertelement <16 x float> poison, float %222, i64 0
-  %224 = shufflevector <16 x float> %223, <16 x float> poison, <16 x i32> zeroinitializer
-  %225 = getelementptr inbounds nuw i8, ptr %120, i64 24
-  %226 = load i64, ptr %225, align 8, !tbaa !5
-  %gep180.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %226
-  %227 = load <16 x i16>, ptr %gep180.us.us.i, align 2, !tbaa !5
-  %228 = zext <16 x i16> %227 to <16 x i32>
-  %229 = shl nuw <16 x i32> %228, splat (i32 16)
-  %230 = bitcast <16 x i32> %229 to <16 x float>
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %230, <16 x float> %196)
-  %232 = getelementptr inbounds nuw i8, ptr %116, i64 524
-  %233 = load float, ptr %232, align 4, !tbaa !5
-  %234 = insertelement <16 x float> poison, float %233, i64 0
-  %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %230, <16 x float> %201)
-  %237 = getelementptr inbounds nuw i8, ptr %116, i64 1036
-  %238 = load float, ptr %237, align 4, !tbaa !5
-  %239 = insertelement <16 x float> poison, float %238, i64 0
-  %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
-  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %230, <16 x float> %206)
-  %242 = getelementptr inbounds nuw i8, ptr %116, i64 1548
-  %243 = load float, ptr %242, align 4, !tbaa !5
-  %244 = insertelement <16 x float> poison, float %243, i64 0
-  %245 = shufflevector <16 x float> %244, <16 x float> poison, <16 x i32> zeroinitializer
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %230, <16 x float> %211)
-  %247 = getelementptr i8, ptr %gep180.us.us.i, i64 32
-  %248 = load <16 x i16>, ptr %247, align 2, !tbaa !5
-  %249 = zext <16 x i16> %248 to <16 x i32>
-  %250 = shl nuw <16 x i32> %249, splat (i32 16)
-  %251 = bitcast <16 x i32> %250 to <16 x float>
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %251, <16 x float> %217)
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %251, <16 x float> %218)
-  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %251, <16 x float> %219)
-  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %251, <16 x float> %220)
-  %256 = getelementptr inbounds nuw i8, ptr %116, i64 16
-  %257 = load float, ptr %256, align 16, !tbaa !5
-  %258 = insertelement <16 x float> poison, float %257, i64 0
-  %259 = shufflevector <16 x float> %258, <16 x float> poison, <16 x i32> zeroinitializer
-  %260 = getelementptr inbounds nuw i8, ptr %120, i64 32
-  %261 = load i64, ptr %260, align 8, !tbaa !5
-  %gep184.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %261
-  %262 = load <16 x i16>, ptr %gep184.us.us.i, align 2, !tbaa !5
-  %263 = zext <16 x i16> %262 to <16 x i32>
-  %264 = shl nuw <16 x i32> %263, splat (i32 16)
-  %265 = bitcast <16 x i32> %264 to <16 x float>
-  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %265, <16 x float> %231)
-  %267 = getelementptr inbounds nuw i8, ptr %116, i64 528
-  %268 = load float, ptr %267, align 16, !tbaa !5
-  %269 = insertelement <16 x float> poison, float %268, i64 0
-  %270 = shufflevector <16 x float> %269, <16 x float> poison, <16 x i32> zeroinitializer
-  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %265, <16 x float> %236)
-  %272 = getelementptr inbounds nuw i8, ptr %116, i64 1040
-  %273 = load float, ptr %272, align 16, !tbaa !5
-  %274 = insertelement <16 x float> poison, float %273, i64 0
-  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
-  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %265, <16 x float> %241)
-  %277 = getelementptr inbounds nuw i8, ptr %116, i64 1552
-  %278 = load float, ptr %277, align 16, !tbaa !5
-  %279 = insertelement <16 x float> poison, float %278, i64 0
-  %280 = shufflevector <16 x float> %279, <16 x float> poison, <16 x i32> zeroinitializer
-  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %265, <16 x float> %246)
-  %282 = getelementptr i8, ptr %gep184.us.us.i, i64 32
-  %283 = load <16 x i16>, ptr %282, align 2, !tbaa !5
-  %284 = zext <16 x i16> %283 to <16 x i32>
-  %285 = shl nuw <16 x i32> %284, splat (i32 16)
-  %286 = bitcast <16 x i32> %285 to <16 x float>
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %286, <16 x float> %252)
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %286, <16 x float> %253)
-  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %286, <16 x float> %254)
-  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %286, <16 x float> %255)
-  %291 = getelementptr inbounds nuw i8, ptr %116, i64 20
-  %292 = load float, ptr %291, align 4, !tbaa !5
-  %293 = insertelement <16 x float> poison, float %292, i64 0
-  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
-  %295 = getelementptr inbounds nuw i8, ptr %120, i64 40
-  %296 = load i64, ptr %295, align 8, !tbaa !5
-  %gep188.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %296
-  %297 = load <16 x i16>, ptr %gep188.us.us.i, align 2, !tbaa !5
-  %298 = zext <16 x i16> %297 to <16 x i32>
-  %299 = shl nuw <16 x i32> %298, splat (i32 16)
-  %300 = bitcast <16 x i32> %299 to <16 x float>
-  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %300, <16 x float> %266)
-  %302 = getelementptr inbounds nuw i8, ptr %116, i64 532
-  %303 = load float, ptr %302, align 4, !tbaa !5
-  %304 = insertelement <16 x float> poison, float %303, i64 0
-  %305 = shufflevector <16 x float> %304, <16 x float> poison, <16 x i32> zeroinitializer
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %300, <16 x float> %271)
-  %307 = getelementptr inbounds nuw i8, ptr %116, i64 1044
-  %308 = load float, ptr %307, align 4, !tbaa !5
-  %309 = insertelement <16 x float> poison, float %308, i64 0
-  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
-  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %300, <16 x float> %276)
-  %312 = getelementptr inbounds nuw i8, ptr %116, i64 1556
-  %313 = load float, ptr %312, align 4, !tbaa !5
-  %314 = insertelement <16 x float> poison, float %313, i64 0
-  %315 = shufflevector <16 x float> %314, <16 x float> poison, <16 x i32> zeroinitializer
-  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %300, <16 x float> %281)
-  %317 = getelementptr i8, ptr %gep188.us.us.i, i64 32
-  %318 = load <16 x i16>, ptr %317, align 2, !tbaa !5
-  %319 = zext <16 x i16> %318 to <16 x i32>
-  %320 = shl nuw <16 x i32> %319, splat (i32 16)
-  %321 = bitcast <16 x i32> %320 to <16 x float>
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %321, <16 x float> %287)
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %321, <16 x float> %288)
-  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %321, <16 x float> %289)
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %321, <16 x float> %290)
-  %326 = getelementptr inbounds nuw i8, ptr %116, i64 24
-  %327 = load float, ptr %326, align 8, !tbaa !5
-  %328 = insertelement <16 x float> poison, float %327, i64 0
-  %329 = shufflevector <16 x float> %328, <16 x float> poison, <16 x i32> zeroinitializer
-  %330 = getelementptr inbounds nuw i8, ptr %120, i64 48
-  %331 = load i64, ptr %330, align 8, !tbaa !5
-  %gep192.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %331
-  %332 = load <16 x i16>, ptr %gep192.us.us.i, align 2, !tbaa !5
-  %333 = zext <16 x i16> %332 to <16 x i32>
-  %334 = shl nuw <16 x i32> %333, splat (i32 16)
-  %335 = bitcast <16 x i32> %334 to <16 x float>
-  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %335, <16 x float> %301)
-  %337 = getelementptr inbounds nuw i8, ptr %116, i64 536
-  %338 = load float, ptr %337, align 8, !tbaa !5
-  %339 = insertelement <16 x float> poison, float %338, i64 0
-  %340 = shufflevector <16 x float> %339, <16 x float> poison, <16 x i32> zeroinitializer
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %335, <16 x float> %306)
-  %342 = getelementptr inbounds nuw i8, ptr %116, i64 1048
-  %343 = load float, ptr %342, align 8, !tbaa !5
-  %344 = insertelement <16 x float> poison, float %343, i64 0
-  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
-  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %335, <16 x float> %311)
-  %347 = getelementptr inbounds nuw i8, ptr %116, i64 1560
-  %348 = load float, ptr %347, align 8, !tbaa !5
-  %349 = insertelement <16 x float> poison, float %348, i64 0
-  %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %335, <16 x float> %316)
-  %352 = getelementptr i8, ptr %gep192.us.us.i, i64 32
-  %353 = load <16 x i16>, ptr %352, align 2, !tbaa !5
-  %354 = zext <16 x i16> %353 to <16 x i32>
-  %355 = shl nuw <16 x i32> %354, splat (i32 16)
-  %356 = bitcast <16 x i32> %355 to <16 x float>
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %356, <16 x float> %322)
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %356, <16 x float> %323)
-  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %356, <16 x float> %324)
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %356, <16 x float> %325)
-  %361 = getelementptr inbounds nuw i8, ptr %116, i64 28
-  %362 = load float, ptr %361, align 4, !tbaa !5
-  %363 = insertelement <16 x float> poison, float %362, i64 0
-  %364 = shufflevector <16 x float> %363, <16 x float> poison, <16 x i32> zeroinitializer
-  %365 = getelementptr inbounds nuw i8, ptr %120, i64 56
-  %366 = load i64, ptr %365, align 8, !tbaa !5
-  %gep196.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %366
-  %367 = load <16 x i16>, ptr %gep196.us.us.i, align 2, !tbaa !5
-  %368 = zext <16 x i16> %367 to <16 x i32>
-  %369 = shl nuw <16 x i32> %368, splat (i32 16)
-  %370 = bitcast <16 x i32> %369 to <16 x float>
-  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %370, <16 x float> %336)
-  %372 = getelementptr inbounds nuw i8, ptr %116, i64 540
-  %373 = load float, ptr %372, align 4, !tbaa !5
-  %374 = insertelement <16 x float> poison, float %373, i64 0
-  %375 = shufflevector <16 x float> %374, <16 x float> poison, <16 x i32> zeroinitializer
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %370, <16 x float> %341)
-  %377 = getelementptr inbounds nuw i8, ptr %116, i64 1052
-  %378 = load float, ptr %377, align 4, !tbaa !5
-  %379 = insertelement <16 x float> poison, float %378, i64 0
-  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %370, <16 x float> %346)
-  %382 = getelementptr inbounds nuw i8, ptr %116, i64 1564
-  %383 = load float, ptr %382, align 4, !tbaa !5
-  %384 = insertelement <16 x float> poison, float %383, i64 0
-  %385 = shufflevector <16 x float> %384, <16 x float> poison, <16 x i32> zeroinitializer
-  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %370, <16 x float> %351)
-  %387 = getelementptr i8, ptr %gep196.us.us.i, i64 32
-  %388 = load <16 x i16>, ptr %387, align 2, !tbaa !5
-  %389 = zext <16 x i16> %388 to <16 x i32>
-  %390 = shl nuw <16 x i32> %389, splat (i32 16)
-  %391 = bitcast <16 x i32> %390 to <16 x float>
-  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %391, <16 x float> %357)
-  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %391, <16 x float> %358)
-  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %391, <16 x float> %359)
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %391, <16 x float> %360)
-  %396 = getelementptr inbounds nuw i8, ptr %116, i64 32
-  %397 = load float, ptr %396, align 32, !tbaa !5
-  %398 = insertelement <16 x float> poison, float %397, i64 0
-  %399 = shufflevector <16 x float> %398, <16 x float> poison, <16 x i32> zeroinitializer
-  %400 = getelementptr inbounds nuw i8, ptr %120, i64 64
-  %401 = load i64, ptr %400, align 8, !tbaa !5
-  %gep200.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %401
-  %402 = load <16 x i16>, ptr %gep200.us.us.i, align 2, !tbaa !5
-  %403 = zext <16 x i16> %402 to <16 x i32>
-  %404 = shl nuw <16 x i32> %403, splat (i32 16)
-  %405 = bitcast <16 x i32> %404 to <16 x float>
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %405, <16 x float> %371)
-  %407 = getelementptr inbounds nuw i8, ptr %116, i64 544
-  %408 = load float, ptr %407, align 32, !tbaa !5
-  %409 = insertelement <16 x float> poison, float %408, i64 0
-  %410 = shufflevector <16 x float> %409, <16 x float> poison, <16 x i32> zeroinitializer
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %405, <16 x float> %376)
-  %412 = getelementptr inbounds nuw i8, ptr %116, i64 1056
-  %413 = load float, ptr %412, align 32, !tbaa !5
-  %414 = insertelement <16 x float> poison, float %413, i64 0
-  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
-  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %405, <16 x float> %381)
-  %417 = getelementptr inbounds nuw i8, ptr %116, i64 1568
-  %418 = load float, ptr %417, align 32, !tbaa !5
-  %419 = insertelement <16 x float> poison, float %418, i64 0
-  %420 = shufflevector <16 x float> %419, <16 x float> poison, <16 x i32> zeroinitializer
-  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %405, <16 x float> %386)
-  %422 = getelementptr i8, ptr %gep200.us.us.i, i64 32
-  %423 = load <16 x i16>, ptr %422, align 2, !tbaa !5
-  %424 = zext <16 x i16> %423 to <16 x i32>
-  %425 = shl nuw <16 x i32> %424, splat (i32 16)
-  %426 = bitcast <16 x i32> %425 to <16 x float>
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %426, <16 x float> %392)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %426, <16 x float> %393)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %426, <16 x float> %394)
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %426, <16 x float> %395)
-  %431 = getelementptr inbounds nuw i8, ptr %116, i64 36
-  %432 = load float, ptr %431, align 4, !tbaa !5
-  %433 = insertelement <16 x float> poison, float %432, i64 0
-  %434 = shufflevector <16 x float> %433, <16 x float> poison, <16 x i32> zeroinitializer
-  %435 = getelementptr inbounds nuw i8, ptr %120, i64 72
-  %436 = load i64, ptr %435, align 8, !tbaa !5
-  %gep204.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %436
-  %437 = load <16 x i16>, ptr %gep204.us.us.i, align 2, !tbaa !5
-  %438 = zext <16 x i16> %437 to <16 x i32>
-  %439 = shl nuw <16 x i32> %438, splat (i32 16)
-  %440 = bitcast <16 x i32> %439 to <16 x float>
-  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %440, <16 x float> %406)
-  %442 = getelementptr inbounds nuw i8, ptr %116, i64 548
-  %443 = load float, ptr %442, align 4, !tbaa !5
-  %444 = insertelement <16 x float> poison, float %443, i64 0
-  %445 = shufflevector <16 x float> %444, <16 x float> poison, <16 x i32> zeroinitializer
-  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %440, <16 x float> %411)
-  %447 = getelementptr inbounds nuw i8, ptr %116, i64 1060
-  %448 = load float, ptr %447, align 4, !tbaa !5
-  %449 = insertelement <16 x float> poison, float %448, i64 0
-  %450 = shufflevector <16 x float> %449, <16 x float> poison, <16 x i32> zeroinitializer
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %440, <16 x float> %416)
-  %452 = getelementptr inbounds nuw i8, ptr %116, i64 1572
-  %453 = load float, ptr %452, align 4, !tbaa !5
-  %454 = insertelement <16 x float> poison, float %453, i64 0
-  %455 = shufflevector <16 x float> %454, <16 x float> poison, <16 x i32> zeroinitializer
-  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %440, <16 x float> %421)
-  %457 = getelementptr i8, ptr %gep204.us.us.i, i64 32
-  %458 = load <16 x i16>, ptr %457, align 2, !tbaa !5
-  %459 = zext <16 x i16> %458 to <16 x i32>
-  %460 = shl nuw <16 x i32> %459, splat (i32 16)
-  %461 = bitcast <16 x i32> %460 to <16 x float>
-  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %461, <16 x float> %427)
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %461, <16 x float> %428)
-  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %461, <16 x float> %429)
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %461, <16 x float> %430)
-  %466 = getelementptr inbounds nuw i8, ptr %116, i64 40
-  %467 = load float, ptr %466, align 8, !tbaa !5
-  %468 = insertelement <16 x float> poison, float %467, i64 0
-  %469 = shufflevector <16 x float> %468, <16 x float> poison, <16 x i32> zeroinitializer
-  %470 = getelementptr inbounds nuw i8, ptr %120, i64 80
-  %471 = load i64, ptr %470, align 8, !tbaa !5
-  %gep208.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %471
-  %472 = load <16 x i16>, ptr %gep208.us.us.i, align 2, !tbaa !5
-  %473 = zext <16 x i16> %472 to <16 x i32>
-  %474 = shl nuw <16 x i32> %473, splat (i32 16)
-  %475 = bitcast <16 x i32> %474 to <16 x float>
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %475, <16 x float> %441)
-  %477 = getelementptr inbounds nuw i8, ptr %116, i64 552
-  %478 = load float, ptr %477, align 8, !tbaa !5
-  %479 = insertelement <16 x float> poison, float %478, i64 0
-  %480 = shufflevector <16 x float> %479, <16 x float> poison, <16 x i32> zeroinitializer
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %475, <16 x float> %446)
-  %482 = getelementptr inbounds nuw i8, ptr %116, i64 1064
-  %483 = load float, ptr %482, align 8, !tbaa !5
-  %484 = insertelement <16 x float> poison, float %483, i64 0
-  %485 = shufflevector <16 x float> %484, <16 x float> poison, <16 x i32> zeroinitializer
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %475, <16 x float> %451)
-  %487 = getelementptr inbounds nuw i8, ptr %116, i64 1576
-  %488 = load float, ptr %487, align 8, !tbaa !5
-  %489 = insertelement <16 x float> poison, float %488, i64 0
-  %490 = shufflevector <16 x float> %489, <16 x float> poison, <16 x i32> zeroinitializer
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %475, <16 x float> %456)
-  %492 = getelementptr i8, ptr %gep208.us.us.i, i64 32
-  %493 = load <16 x i16>, ptr %492, align 2, !tbaa !5
-  %494 = zext <16 x i16> %493 to <16 x i32>
-  %495 = shl nuw <16 x i32> %494, splat (i32 16)
-  %496 = bitcast <16 x i32> %495 to <16 x float>
-  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %496, <16 x float> %462)
-  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %496, <16 x float> %463)
-  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %496, <16 x float> %464)
-  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %496, <16 x float> %465)
-  %501 = getelementptr inbounds nuw i8, ptr %116, i64 44
-  %502 = load float, ptr %501, align 4, !tbaa !5
-  %503 = insertelement <16 x float> poison, float %502, i64 0
-  %504 = shufflevector <16 x float> %503, <16 x float> poison, <16 x i32> zeroinitializer
-  %505 = getelementptr inbounds nuw i8, ptr %120, i64 88
-  %506 = load i64, ptr %505, align 8, !tbaa !5
-  %gep212.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %506
-  %507 = load <16 x i16>, ptr %gep212.us.us.i, align 2, !tbaa !5
-  %508 = zext <16 x i16> %507 to <16 x i32>
-  %509 = shl nuw <16 x i32> %508, splat (i32 16)
-  %510 = bitcast <16 x i32> %509 to <16 x float>
-  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %510, <16 x float> %476)
-  %512 = getelementptr inbounds nuw i8, ptr %116, i64 556
-  %513 = load float, ptr %512, align 4, !tbaa !5
-  %514 = insertelement <16 x float> poison, float %513, i64 0
-  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
-  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %510, <16 x float> %481)
-  %517 = getelementptr inbounds nuw i8, ptr %116, i64 1068
-  %518 = load float, ptr %517, align 4, !tbaa !5
-  %519 = insertelement <16 x float> poison, float %518, i64 0
-  %520 = shufflevector <16 x float> %519, <16 x float> poison, <16 x i32> zeroinitializer
-  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %510, <16 x float> %486)
-  %522 = getelementptr inbounds nuw i8, ptr %116, i64 1580
-  %523 = load float, ptr %522, align 4, !tbaa !5
-  %524 = insertelement <16 x float> poison, float %523, i64 0
-  %525 = shufflevector <16 x float> %524, <16 x float> poison, <16 x i32> zeroinitializer
-  %526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %510, <16 x float> %491)
-  %527 = getelementptr i8, ptr %gep212.us.us.i, i64 32
-  %528 = load <16 x i16>, ptr %527, align 2, !tbaa !5
-  %529 = zext <16 x i16> %528 to <16 x i32>
-  %530 = shl nuw <16 x i32> %529, splat (i32 16)
-  %531 = bitcast <16 x i32> %530 to <16 x float>
-  %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %531, <16 x float> %497)
-  %533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %531, <16 x float> %498)
-  %534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %531, <16 x float> %499)
-  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %531, <16 x float> %500)
-  %536 = getelementptr inbounds nuw i8, ptr %116, i64 48
-  %537 = load float, ptr %536, align 16, !tbaa !5
-  %538 = insertelement <16 x float> poison, float %537, i64 0
-  %539 = shufflevector <16 x float> %538, <16 x float> poison, <16 x i32> zeroinitializer
-  %540 = getelementptr inbounds nuw i8, ptr %120, i64 96
-  %541 = load i64, ptr %540, align 8, !tbaa !5
-  %gep216.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %541
-  %542 = load <16 x i16>, ptr %gep216.us.us.i, align 2, !tbaa !5
-  %543 = zext <16 x i16> %542 to <16 x i32>
-  %544 = shl nuw <16 x i32> %543, splat (i32 16)
-  %545 = bitcast <16 x i32> %544 to <16 x float>
-  %546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %545, <16 x float> %511)
-  %547 = getelementptr inbounds nuw i8, ptr %116, i64 560
-  %548 = load float, ptr %547, align 16, !tbaa !5
-  %549 = insertelement <16 x float> poison, float %548, i64 0
-  %550 = shufflevector <16 x float> %549, <16 x float> poison, <16 x i32> zeroinitializer
-  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %545, <16 x float> %516)
-  %552 = getelementptr inbounds nuw i8, ptr %116, i64 1072
-  %553 = load float, ptr %552, align 16, !tbaa !5
-  %554 = insertelement <16 x float> poison, float %553, i64 0
-  %555 = shufflevector <16 x float> %554, <16 x float> poison, <16 x i32> zeroinitializer
-  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %545, <16 x float> %521)
-  %557 = getelementptr inbounds nuw i8, ptr %116, i64 1584
-  %558 = load float, ptr %557, align 16, !tbaa !5
-  %559 = insertelement <16 x float> poison, float %558, i64 0
-  %560 = shufflevector <16 x float> %559, <16 x float> poison, <16 x i32> zeroinitializer
-  %561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %545, <16 x float> %526)
-  %562 = getelementptr i8, ptr %gep216.us.us.i, i64 32
-  %563 = load <16 x i16>, ptr %562, align 2, !tbaa !5
-  %564 = zext <16 x i16> %563 to <16 x i32>
-  %565 = shl nuw <16 x i32> %564, splat (i32 16)
-  %566 = bitcast <16 x i32> %565 to <16 x float>
-  %567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %566, <16 x float> %532)
-  %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %566, <16 x float> %533)
-  %569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %566, <16 x float> %534)
-  %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %566, <16 x float> %535)
-  %571 = getelementptr inbounds nuw i8, ptr %116, i64 52
-  %572 = load float, ptr %571, align 4, !tbaa !5
-  %573 = insertelement <16 x float> poison, float %572, i64 0
-  %574 = shufflevector <16 x float> %573, <16 x float> poison, <16 x i32> zeroinitializer
-  %575 = getelementptr inbounds nuw i8, ptr %120, i64 104
-  %576 = load i64, ptr %575, align 8, !tbaa !5
-  %gep220.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %576
-  %577 = load <16 x i16>, ptr %gep220.us.us.i, align 2, !tbaa !5
-  %578 = zext <16 x i16> %577 to <16 x i32>
-  %579 = shl nuw <16 x i32> %578, splat (i32 16)
-  %580 = bitcast <16 x i32> %579 to <16 x float>
-  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %580, <16 x float> %546)
-  %582 = getelementptr inbounds nuw i8, ptr %116, i64 564
-  %583 = load float, ptr %582, align 4, !tbaa !5
-  %584 = insertelement <16 x float> poison, float %583, i64 0
-  %585 = shufflevector <16 x float> %584, <16 x float> poison, <16 x i32> zeroinitializer
-  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %580, <16 x float> %551)
-  %587 = getelementptr inbounds nuw i8, ptr %116, i64 1076
-  %588 = load float, ptr %587, align 4, !tbaa !5
-  %589 = insertelement <16 x float> poison, float %588, i64 0
-  %590 = shufflevector <16 x float> %589, <16 x float> poison, <16 x i32> zeroinitializer
-  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %580, <16 x float> %556)
-  %592 = getelementptr inbounds nuw i8, ptr %116, i64 1588
-  %593 = load float, ptr %592, align 4, !tbaa !5
-  %594 = insertelement <16 x float> poison, float %593, i64 0
-  %595 = shufflevector <16 x float> %594, <16 x float> poison, <16 x i32> zeroinitializer
-  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %580, <16 x float> %561)
-  %597 = getelementptr i8, ptr %gep220.us.us.i, i64 32
-  %598 = load <16 x i16>, ptr %597, align 2, !tbaa !5
-  %599 = zext <16 x i16> %598 to <16 x i32>
-  %600 = shl nuw <16 x i32> %599, splat (i32 16)
-  %601 = bitcast <16 x i32> %600 to <16 x float>
-  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %601, <16 x float> %567)
-  %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %601, <16 x float> %568)
-  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %601, <16 x float> %569)
-  %605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %601, <16 x float> %570)
-  %606 = getelementptr inbounds nuw i8, ptr %116, i64 56
-  %607 = load float, ptr %606, align 8, !tbaa !5
-  %608 = insertelement <16 x float> poison, float %607, i64 0
-  %609 = shufflevector <16 x float> %608, <16 x float> poison, <16 x i32> zeroinitializer
-  %610 = getelementptr inbounds nuw i8, ptr %120, i64 112
-  %611 = load i64, ptr %610, align 8, !tbaa !5
-  %gep224.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %611
-  %612 = load <16 x i16>, ptr %gep224.us.us.i, align 2, !tbaa !5
-  %613 = zext <16 x i16> %612 to <16 x i32>
-  %614 = shl nuw <16 x i32> %613, splat (i32 16)
-  %615 = bitcast <16 x i32> %614 to <16 x float>
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> %581)
-  %617 = getelementptr inbounds nuw i8, ptr %116, i64 568
-  %618 = load float, ptr %617, align 8, !tbaa !5
-  %619 = insertelement <16 x float> poison, float %618, i64 0
-  %620 = shufflevector <16 x float> %619, <16 x float> poison, <16 x i32> zeroinitializer
-  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %615, <16 x float> %586)
-  %622 = getelementptr inbounds nuw i8, ptr %116, i64 1080
-  %623 = load float, ptr %622, align 8, !tbaa !5
-  %624 = insertelement <16 x float> poison, float %623, i64 0
-  %625 = shufflevector <16 x float> %624, <16 x float> poison, <16 x i32> zeroinitializer
-  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %615, <16 x float> %591)
-  %627 = getelementptr inbounds nuw i8, ptr %116, i64 1592
-  %628 = load float, ptr %627, align 8, !tbaa !5
-  %629 = insertelement <16 x float> poison, float %628, i64 0
-  %630 = shufflevector <16 x float> %629, <16 x float> poison, <16 x i32> zeroinitializer
-  %631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %615, <16 x float> %596)
-  %632 = getelementptr i8, ptr %gep224.us.us.i, i64 32
-  %633 = load <16 x i16>, ptr %632, align 2, !tbaa !5
-  %634 = zext <16 x i16> %633 to <16 x i32>
-  %635 = shl nuw <16 x i32> %634, splat (i32 16)
-  %636 = bitcast <16 x i32> %635 to <16 x float>
-  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %636, <16 x float> %602)
-  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %636, <16 x float> %603)
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %636, <16 x float> %604)
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %636, <16 x float> %605)
-  %641 = getelementptr inbounds nuw i8, ptr %116, i64 60
-  %642 = load float, ptr %641, align 4, !tbaa !5
-  %643 = insertelement <16 x float> poison, float %642, i64 0
-  %644 = shufflevector <16 x float> %643, <16 x float> poison, <16 x i32> zeroinitializer
-  %645 = getelementptr inbounds nuw i8, ptr %120, i64 120
-  %646 = load i64, ptr %645, align 8, !tbaa !5
-  %gep228.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %646
-  %647 = load <16 x i16>, ptr %gep228.us.us.i, align 2, !tbaa !5
-  %648 = zext <16 x i16> %647 to <16 x i32>
-  %649 = shl nuw <16 x i32> %648, splat (i32 16)
-  %650 = bitcast <16 x i32> %649 to <16 x float>
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %650, <16 x float> %616)
-  %652 = getelementptr inbounds nuw i8, ptr %116, i64 572
-  %653 = load float, ptr %652, align 4, !tbaa !5
-  %654 = insertelement <16 x float> poison, float %653, i64 0
-  %655 = shufflevector <16 x float> %654, <16 x float> poison, <16 x i32> zeroinitializer
-  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %650, <16 x float> %621)
-  %657 = getelementptr inbounds nuw i8, ptr %116, i64 1084
-  %658 = load float, ptr %657, align 4, !tbaa !5
-  %659 = insertelement <16 x float> poison, float %658, i64 0
-  %660 = shufflevector <16 x float> %659, <16 x float> poison, <16 x i32> zeroinitializer
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %650, <16 x float> %626)
-  %662 = getelementptr inbounds nuw i8, ptr %116, i64 1596
-  %663 = load float, ptr %662, align 4, !tbaa !5
-  %664 = insertelement <16 x float> poison, float %663, i64 0
-  %665 = shufflevector <16 x float> %664, <16 x float> poison, <16 x i32> zeroinitializer
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %650, <16 x float> %631)
-  %667 = getelementptr i8, ptr %gep228.us.us.i, i64 32
-  %668 = load <16 x i16>, ptr %667, align 2, !tbaa !5
-  %669 = zext <16 x i16> %668 to <16 x i32>
-  %670 = shl nuw <16 x i32> %669, splat (i32 16)
-  %671 = bitcast <16 x i32> %670 to <16 x float>
-  %672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %671, <16 x float> %637)
-  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %671, <16 x float> %638)
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %671, <16 x float> %639)
-  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %671, <16 x float> %640)
-  %indvars.iv.next287.i = add nuw nsw i64 %indvars.iv286.i, 1
-  %exitcond292.not.i = icmp eq i64 %indvars.iv.next287.i, %70
-  br i1 %exitcond292.not.i, label %for_begin_to.for_end_to_crit_edge.us.us.i, label %if_end5.us.us.i, !prof !13
+  %indvars.iv293.i = phi i64 [ %indvars.iv.next294.i, %if_end5.us.us.i ], [ 0, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.0.0160.us.us.i = phi <16 x float> [ %613, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.34.0159.us.us.i = phi <16 x float> [ %619, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.68.0158.us.us.i = phi <16 x float> [ %624, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.102.0157.us.us.i = phi <16 x float> [ %625, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.136.0156.us.us.i = phi <16 x float> [ %630, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.170.0155.us.us.i = phi <16 x float> [ %631, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.204.0154.us.us.i = phi <16 x float> [ %636, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.238.0153.us.us.i = phi <16 x float> [ %637, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %gep363.i = getelementptr i64, ptr %invariant.gep362.i, i64 %indvars.iv293.i
+  %76 = load i64, ptr %gep363.i, align 8, !tbaa !5
+  %gep152.us.us.i = getelementptr i16, ptr %invariant.gep151.i, i64 %76
+  tail call void @llvm.prefetch.p0(ptr readonly %gep152.us.us.i, i32 0, i32 2, i32 1)
+  %gep149.us.us.1.i = getelementptr i8, ptr %gep152.us.us.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep149.us.us.1.i, i32 0, i32 2, i32 1)
+  %gep149.us.us.2.i = getelementptr i8, ptr %gep152.us.us.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep149.us.us.2.i, i32 0, i32 2, i32 1)
+  %gep149.us.us.3.i = getelementptr i8, ptr %gep152.us.us.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep149.us.us.3.i, i32 0, i32 2, i32 1)
+  %77 = shl nsw i64 %indvars.iv293.i, 4
+  %78 = getelementptr inbounds nuw float, ptr %gep367.i, i64 %77
+  %79 = load float, ptr %78, align 64, !tbaa !5
+  %80 = insertelement <16 x float> poison, float %79, i64 0
+  %81 = shufflevector <16 x float> %80, <16 x float> poison, <16 x i32> zeroinitializer
+  %82 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %77
+  %83 = load i64, ptr %82, align 8, !tbaa !5
+  %gep172.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %83
+  %84 = load <16 x i16>, ptr %gep172.us.us.i, align 2, !tbaa !5
+  %85 = zext <16 x i16> %84 to <16 x i32>
+  %86 = shl nuw <16 x i32> %85, splat (i32 16)
+  %87 = bitcast <16 x i32> %86 to <16 x float>
+  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %81, <16 x float> %87, <16 x float> %full_acc_global17.sroa.0.0160.us.us.i)
+  %89 = getelementptr i8, ptr %gep172.us.us.i, i64 32
+  %90 = load <16 x i16>, ptr %89, align 2, !tbaa !5
+  %91 = zext <16 x i16> %90 to <16 x i32>
+  %92 = shl nuw <16 x i32> %91, splat (i32 16)
+  %93 = bitcast <16 x i32> %92 to <16 x float>
+  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %81, <16 x float> %93, <16 x float> %full_acc_global17.sroa.34.0159.us.us.i)
+  %95 = getelementptr inbounds nuw i8, ptr %78, i64 512
+  %96 = load float, ptr %95, align 64, !tbaa !5
+  %97 = insertelement <16 x float> poison, float %96, i64 0
+  %98 = shufflevector <16 x float> %97, <16 x float> poison, <16 x i32> zeroinitializer
+  %99 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %98, <16 x float> %87, <16 x float> %full_acc_global17.sroa.68.0158.us.us.i)
+  %100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %98, <16 x float> %93, <16 x float> %full_acc_global17.sroa.102.0157.us.us.i)
+  %101 = getelementptr inbounds nuw i8, ptr %78, i64 1024
+  %102 = load float, ptr %101, align 64, !tbaa !5
+  %103 = insertelement <16 x float> poison, float %102, i64 0
+  %104 = shufflevector <16 x float> %103, <16 x float> poison, <16 x i32> zeroinitializer
+  %105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %87, <16 x float> %full_acc_global17.sroa.136.0156.us.us.i)
+  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %93, <16 x float> %full_acc_global17.sroa.170.0155.us.us.i)
+  %107 = getelementptr inbounds nuw i8, ptr %78, i64 1536
+  %108 = load float, ptr %107, align 64, !tbaa !5
+  %109 = insertelement <16 x float> poison, float %108, i64 0
+  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %87, <16 x float> %full_acc_global17.sroa.204.0154.us.us.i)
+  %112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %93, <16 x float> %full_acc_global17.sroa.238.0153.us.us.i)
+  %113 = getelementptr inbounds nuw i8, ptr %78, i64 4
+  %114 = load float, ptr %113, align 4, !tbaa !5
+  %115 = insertelement <16 x float> poison, float %114, i64 0
+  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
+  %117 = getelementptr inbounds nuw i8, ptr %82, i64 8
+  %118 = load i64, ptr %117, align 8, !tbaa !5
+  %gep176.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %118
+  %119 = load <16 x i16>, ptr %gep176.us.us.i, align 2, !tbaa !5
+  %120 = zext <16 x i16> %119 to <16 x i32>
+  %121 = shl nuw <16 x i32> %120, splat (i32 16)
+  %122 = bitcast <16 x i32> %121 to <16 x float>
+  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %122, <16 x float> %88)
+  %124 = getelementptr i8, ptr %gep176.us.us.i, i64 32
+  %125 = load <16 x i16>, ptr %124, align 2, !tbaa !5
+  %126 = zext <16 x i16> %125 to <16 x i32>
+  %127 = shl nuw <16 x i32> %126, splat (i32 16)
+  %128 = bitcast <16 x i32> %127 to <16 x float>
+  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %128, <16 x float> %94)
+  %130 = getelementptr inbounds nuw i8, ptr %78, i64 516
+  %131 = load float, ptr %130, align 4, !tbaa !5
+  %132 = insertelement <16 x float> poison, float %131, i64 0
+  %133 = shufflevector <16 x float> %132, <16 x float> poison, <16 x i32> zeroinitializer
+  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %122, <16 x float> %99)
+  %135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %128, <16 x float> %100)
+  %136 = getelementptr inbounds nuw i8, ptr %78, i64 1028
+  %137 = load float, ptr %136, align 4, !tbaa !5
+  %138 = insertelement <16 x float> poison, float %137, i64 0
+  %139 = shufflevector <16 x float> %138, <16 x float> poison, <16 x i32> zeroinitializer
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %139, <16 x float> %122, <16 x float> %105)
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %139, <16 x float> %128, <16 x float> %106)
+  %142 = getelementptr inbounds nuw i8, ptr %78, i64 1540
+  %143 = load float, ptr %142, align 4, !tbaa !5
+  %144 = insertelement <16 x float> poison, float %143, i64 0
+  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %145, <16 x float> %122, <16 x float> %111)
+  %147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %145, <16 x float> %128, <16 x float> %112)
+  %148 = getelementptr inbounds nuw i8, ptr %78, i64 8
+  %149 = load float, ptr %148, align 8, !tbaa !5
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = getelementptr inbounds nuw i8, ptr %82, i64 16
+  %153 = load i64, ptr %152, align 8, !tbaa !5
+  %gep180.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %153
+  %154 = load <16 x i16>, ptr %gep180.us.us.i, align 2, !tbaa !5
+  %155 = zext <16 x i16> %154 to <16 x i32>
+  %156 = shl nuw <16 x i32> %155, splat (i32 16)
+  %157 = bitcast <16 x i32> %156 to <16 x float>
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %157, <16 x float> %123)
+  %159 = getelementptr i8, ptr %gep180.us.us.i, i64 32
+  %160 = load <16 x i16>, ptr %159, align 2, !tbaa !5
+  %161 = zext <16 x i16> %160 to <16 x i32>
+  %162 = shl nuw <16 x i32> %161, splat (i32 16)
+  %163 = bitcast <16 x i32> %162 to <16 x float>
+  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %163, <16 x float> %129)
+  %165 = getelementptr inbounds nuw i8, ptr %78, i64 520
+  %166 = load float, ptr %165, align 8, !tbaa !5
+  %167 = insertelement <16 x float> poison, float %166, i64 0
+  %168 = shufflevector <16 x float> %167, <16 x float> poison, <16 x i32> zeroinitializer
+  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %168, <16 x float> %157, <16 x float> %134)
+  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %168, <16 x float> %163, <16 x float> %135)
+  %171 = getelementptr inbounds nuw i8, ptr %78, i64 1032
+  %172 = load float, ptr %171, align 8, !tbaa !5
+  %173 = insertelement <16 x float> poison, float %172, i64 0
+  %174 = shufflevector <16 x float> %173, <16 x float> poison, <16 x i32> zeroinitializer
+  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %157, <16 x float> %140)
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %163, <16 x float> %141)
+  %177 = getelementptr inbounds nuw i8, ptr %78, i64 1544
+  %178 = load float, ptr %177, align 8, !tbaa !5
+  %179 = insertelement <16 x float> poison, float %178, i64 0
+  %180 = shufflevector <16 x float> %179, <16 x float> poison, <16 x i32> zeroinitializer
+  %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %157, <16 x float> %146)
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %163, <16 x float> %147)
+  %183 = getelementptr inbounds nuw i8, ptr %78, i64 12
+  %184 = load float, ptr %183, align 4, !tbaa !5
+  %185 = insertelement <16 x float> poison, float %184, i64 0
+  %186 = shufflevector <16 x float> %185, <16 x float> poison, <16 x i32> zeroinitializer
+  %187 = getelementptr inbounds nuw i8, ptr %82, i64 24
+  %188 = load i64, ptr %187, align 8, !tbaa !5
+  %gep184.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %188
+  %189 = load <16 x i16>, ptr %gep184.us.us.i, align 2, !tbaa !5
+  %190 = zext <16 x i16> %189 to <16 x i32>
+  %191 = shl nuw <16 x i32> %190, splat (i32 16)
+  %192 = bitcast <16 x i32> %191 to <16 x float>
+  %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %186, <16 x float> %192, <16 x float> %158)
+  %194 = getelementptr i8, ptr %gep184.us.us.i, i64 32
+  %195 = load <16 x i16>, ptr %194, align 2, !tbaa !5
+  %196 = zext <16 x i16> %195 to <16 x i32>
+  %197 = shl nuw <16 x i32> %196, splat (i32 16)
+  %198 = bitcast <16 x i32> %197 to <16 x float>
+  %199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %186, <16 x float> %198, <16 x float> %164)
+  %200 = getelementptr inbounds nuw i8, ptr %78, i64 524
+  %201 = load float, ptr %200, align 4, !tbaa !5
+  %202 = insertelement <16 x float> poison, float %201, i64 0
+  %203 = shufflevector <16 x float> %202, <16 x float> poison, <16 x i32> zeroinitializer
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %192, <16 x float> %169)
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %198, <16 x float> %170)
+  %206 = getelementptr inbounds nuw i8, ptr %78, i64 1036
+  %207 = load float, ptr %206, align 4, !tbaa !5
+  %208 = insertelement <16 x float> poison, float %207, i64 0
+  %209 = shufflevector <16 x float> %208, <16 x float> poison, <16 x i32> zeroinitializer
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %209, <16 x float> %192, <16 x float> %175)
+  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %209, <16 x float> %198, <16 x float> %176)
+  %212 = getelementptr inbounds nuw i8, ptr %78, i64 1548
+  %213 = load float, ptr %212, align 4, !tbaa !5
+  %214 = insertelement <16 x float> poison, float %213, i64 0
+  %215 = shufflevector <16 x float> %214, <16 x float> poison, <16 x i32> zeroinitializer
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %192, <16 x float> %181)
+  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %198, <16 x float> %182)
+  %218 = getelementptr inbounds nuw i8, ptr %78, i64 16
+  %219 = load float, ptr %218, align 16, !tbaa !5
+  %220 = insertelement <16 x float> poison, float %219, i64 0
+  %221 = shufflevector <16 x float> %220, <16 x float> poison, <16 x i32> zeroinitializer
+  %222 = getelementptr inbounds nuw i8, ptr %82, i64 32
+  %223 = load i64, ptr %222, align 8, !tbaa !5
+  %gep188.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %223
+  %224 = load <16 x i16>, ptr %gep188.us.us.i, align 2, !tbaa !5
+  %225 = zext <16 x i16> %224 to <16 x i32>
+  %226 = shl nuw <16 x i32> %225, splat (i32 16)
+  %227 = bitcast <16 x i32> %226 to <16 x float>
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %221, <16 x float> %227, <16 x float> %193)
+  %229 = getelementptr i8, ptr %gep188.us.us.i, i64 32
+  %230 = load <16 x i16>, ptr %229, align 2, !tbaa !5
+  %231 = zext <16 x i16> %230 to <16 x i32>
+  %232 = shl nuw <16 x i32> %231, splat (i32 16)
+  %233 = bitcast <16 x i32> %232 to <16 x float>
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %221, <16 x float> %233, <16 x float> %199)
+  %235 = getelementptr inbounds nuw i8, ptr %78, i64 528
+  %236 = load float, ptr %235, align 16, !tbaa !5
+  %237 = insertelement <16 x float> poison, float %236, i64 0
+  %238 = shufflevector <16 x float> %237, <16 x float> poison, <16 x i32> zeroinitializer
+  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %238, <16 x float> %227, <16 x float> %204)
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %238, <16 x float> %233, <16 x float> %205)
+  %241 = getelementptr inbounds nuw i8, ptr %78, i64 1040
+  %242 = load float, ptr %241, align 16, !tbaa !5
+  %243 = insertelement <16 x float> poison, float %242, i64 0
+  %244 = shufflevector <16 x float> %243, <16 x float> poison, <16 x i32> zeroinitializer
+  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %244, <16 x float> %227, <16 x float> %210)
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %244, <16 x float> %233, <16 x float> %211)
+  %247 = getelementptr inbounds nuw i8, ptr %78, i64 1552
+  %248 = load float, ptr %247, align 16, !tbaa !5
+  %249 = insertelement <16 x float> poison, float %248, i64 0
+  %250 = shufflevector <16 x float> %249, <16 x float> poison, <16 x i32> zeroinitializer
+  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %250, <16 x float> %227, <16 x float> %216)
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %250, <16 x float> %233, <16 x float> %217)
+  %253 = getelementptr inbounds nuw i8, ptr %78, i64 20
+  %254 = load float, ptr %253, align 4, !tbaa !5
+  %255 = insertelement <16 x float> poison, float %254, i64 0
+  %256 = shufflevector <16 x float> %255, <16 x float> poison, <16 x i32> zeroinitializer
+  %257 = getelementptr inbounds nuw i8, ptr %82, i64 40
+  %258 = load i64, ptr %257, align 8, !tbaa !5
+  %gep192.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %258
+  %259 = load <16 x i16>, ptr %gep192.us.us.i, align 2, !tbaa !5
+  %260 = zext <16 x i16> %259 to <16 x i32>
+  %261 = shl nuw <16 x i32> %260, splat (i32 16)
+  %262 = bitcast <16 x i32> %261 to <16 x float>
+  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %256, <16 x float> %262, <16 x float> %228)
+  %264 = getelementptr i8, ptr %gep192.us.us.i, i64 32
+  %265 = load <16 x i16>, ptr %264, align 2, !tbaa !5
+  %266 = zext <16 x i16> %265 to <16 x i32>
+  %267 = shl nuw <16 x i32> %266, splat (i32 16)
+  %268 = bitcast <16 x i32> %267 to <16 x float>
+  %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %256, <16 x float> %268, <16 x float> %234)
+  %270 = getelementptr inbounds nuw i8, ptr %78, i64 532
+  %271 = load float, ptr %270, align 4, !tbaa !5
+  %272 = insertelement <16 x float> poison, float %271, i64 0
+  %273 = shufflevector <16 x float> %272, <16 x float> poison, <16 x i32> zeroinitializer
+  %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %273, <16 x float> %262, <16 x float> %239)
+  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %273, <16 x float> %268, <16 x float> %240)
+  %276 = getelementptr inbounds nuw i8, ptr %78, i64 1044
+  %277 = load float, ptr %276, align 4, !tbaa !5
+  %278 = insertelement <16 x float> poison, float %277, i64 0
+  %279 = shufflevector <16 x float> %278, <16 x float> poison, <16 x i32> zeroinitializer
+  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %279, <16 x float> %262, <16 x float> %245)
+  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %279, <16 x float> %268, <16 x float> %246)
+  %282 = getelementptr inbounds nuw i8, ptr %78, i64 1556
+  %283 = load float, ptr %282, align 4, !tbaa !5
+  %284 = insertelement <16 x float> poison, float %283, i64 0
+  %285 = shufflevector <16 x float> %284, <16 x float> poison, <16 x i32> zeroinitializer
+  %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %262, <16 x float> %251)
+  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %268, <16 x float> %252)
+  %288 = getelementptr inbounds nuw i8, ptr %78, i64 24
+  %289 = load float, ptr %288, align 8, !tbaa !5
+  %290 = insertelement <16 x float> poison, float %289, i64 0
+  %291 = shufflevector <16 x float> %290, <16 x float> poison, <16 x i32> zeroinitializer
+  %292 = getelementptr inbounds nuw i8, ptr %82, i64 48
+  %293 = load i64, ptr %292, align 8, !tbaa !5
+  %gep196.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %293
+  %294 = load <16 x i16>, ptr %gep196.us.us.i, align 2, !tbaa !5
+  %295 = zext <16 x i16> %294 to <16 x i32>
+  %296 = shl nuw <16 x i32> %295, splat (i32 16)
+  %297 = bitcast <16 x i32> %296 to <16 x float>
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %297, <16 x float> %263)
+  %299 = getelementptr i8, ptr %gep196.us.us.i, i64 32
+  %300 = load <16 x i16>, ptr %299, align 2, !tbaa !5
+  %301 = zext <16 x i16> %300 to <16 x i32>
+  %302 = shl nuw <16 x i32> %301, splat (i32 16)
+  %303 = bitcast <16 x i32> %302 to <16 x float>
+  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %303, <16 x float> %269)
+  %305 = getelementptr inbounds nuw i8, ptr %78, i64 536
+  %306 = load float, ptr %305, align 8, !tbaa !5
+  %307 = insertelement <16 x float> poison, float %306, i64 0
+  %308 = shufflevector <16 x float> %307, <16 x float> poison, <16 x i32> zeroinitializer
+  %309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %308, <16 x float> %297, <16 x float> %274)
+  %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %308, <16 x float> %303, <16 x float> %275)
+  %311 = getelementptr inbounds nuw i8, ptr %78, i64 1048
+  %312 = load float, ptr %311, align 8, !tbaa !5
+  %313 = insertelement <16 x float> poison, float %312, i64 0
+  %314 = shufflevector <16 x float> %313, <16 x float> poison, <16 x i32> zeroinitializer
+  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %314, <16 x float> %297, <16 x float> %280)
+  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %314, <16 x float> %303, <16 x float> %281)
+  %317 = getelementptr inbounds nuw i8, ptr %78, i64 1560
+  %318 = load float, ptr %317, align 8, !tbaa !5
+  %319 = insertelement <16 x float> poison, float %318, i64 0
+  %320 = shufflevector <16 x float> %319, <16 x float> poison, <16 x i32> zeroinitializer
+  %321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %297, <16 x float> %286)
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %303, <16 x float> %287)
+  %323 = getelementptr inbounds nuw i8, ptr %78, i64 28
+  %324 = load float, ptr %323, align 4, !tbaa !5
+  %325 = insertelement <16 x float> poison, float %324, i64 0
+  %326 = shufflevector <16 x float> %325, <16 x float> poison, <16 x i32> zeroinitializer
+  %327 = getelementptr inbounds nuw i8, ptr %82, i64 56
+  %328 = load i64, ptr %327, align 8, !tbaa !5
+  %gep200.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %328
+  %329 = load <16 x i16>, ptr %gep200.us.us.i, align 2, !tbaa !5
+  %330 = zext <16 x i16> %329 to <16 x i32>
+  %331 = shl nuw <16 x i32> %330, splat (i32 16)
+  %332 = bitcast <16 x i32> %331 to <16 x float>
+  %333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %332, <16 x float> %298)
+  %334 = getelementptr i8, ptr %gep200.us.us.i, i64 32
+  %335 = load <16 x i16>, ptr %334, align 2, !tbaa !5
+  %336 = zext <16 x i16> %335 to <16 x i32>
+  %337 = shl nuw <16 x i32> %336, splat (i32 16)
+  %338 = bitcast <16 x i32> %337 to <16 x float>
+  %339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %338, <16 x float> %304)
+  %340 = getelementptr inbounds nuw i8, ptr %78, i64 540
+  %341 = load float, ptr %340, align 4, !tbaa !5
+  %342 = insertelement <16 x float> poison, float %341, i64 0
+  %343 = shufflevector <16 x float> %342, <16 x float> poison, <16 x i32> zeroinitializer
+  %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %332, <16 x float> %309)
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %338, <16 x float> %310)
+  %346 = getelementptr inbounds nuw i8, ptr %78, i64 1052
+  %347 = load float, ptr %346, align 4, !tbaa !5
+  %348 = insertelement <16 x float> poison, float %347, i64 0
+  %349 = shufflevector <16 x float> %348, <16 x float> poison, <16 x i32> zeroinitializer
+  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %349, <16 x float> %332, <16 x float> %315)
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %349, <16 x float> %338, <16 x float> %316)
+  %352 = getelementptr inbounds nuw i8, ptr %78, i64 1564
+  %353 = load float, ptr %352, align 4, !tbaa !5
+  %354 = insertelement <16 x float> poison, float %353, i64 0
+  %355 = shufflevector <16 x float> %354, <16 x float> poison, <16 x i32> zeroinitializer
+  %356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %355, <16 x float> %332, <16 x float> %321)
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %355, <16 x float> %338, <16 x float> %322)
+  %358 = getelementptr inbounds nuw i8, ptr %78, i64 32
+  %359 = load float, ptr %358, align 32, !tbaa !5
+  %360 = insertelement <16 x float> poison, float %359, i64 0
+  %361 = shufflevector <16 x float> %360, <16 x float> poison, <16 x i32> zeroinitializer
+  %362 = getelementptr inbounds nuw i8, ptr %82, i64 64
+  %363 = load i64, ptr %362, align 8, !tbaa !5
+  %gep204.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %363
+  %364 = load <16 x i16>, ptr %gep204.us.us.i, align 2, !tbaa !5
+  %365 = zext <16 x i16> %364 to <16 x i32>
+  %366 = shl nuw <16 x i32> %365, splat (i32 16)
+  %367 = bitcast <16 x i32> %366 to <16 x float>
+  %368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %361, <16 x float> %367, <16 x float> %333)
+  %369 = getelementptr i8, ptr %gep204.us.us.i, i64 32
+  %370 = load <16 x i16>, ptr %369, align 2, !tbaa !5
+  %371 = zext <16 x i16> %370 to <16 x i32>
+  %372 = shl nuw <16 x i32> %371, splat (i32 16)
+  %373 = bitcast <16 x i32> %372 to <16 x float>
+  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %361, <16 x float> %373, <16 x float> %339)
+  %375 = getelementptr inbounds nuw i8, ptr %78, i64 544
+  %376 = load float, ptr %375, align 32, !tbaa !5
+  %377 = insertelement <16 x float> poison, float %376, i64 0
+  %378 = shufflevector <16 x float> %377, <16 x float> poison, <16 x i32> zeroinitializer
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %378, <16 x float> %367, <16 x float> %344)
+  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %378, <16 x float> %373, <16 x float> %345)
+  %381 = getelementptr inbounds nuw i8, ptr %78, i64 1056
+  %382 = load float, ptr %381, align 32, !tbaa !5
+  %383 = insertelement <16 x float> poison, float %382, i64 0
+  %384 = shufflevector <16 x float> %383, <16 x float> poison, <16 x i32> zeroinitializer
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %367, <16 x float> %350)
+  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %373, <16 x float> %351)
+  %387 = getelementptr inbounds nuw i8, ptr %78, i64 1568
+  %388 = load float, ptr %387, align 32, !tbaa !5
+  %389 = insertelement <16 x float> poison, float %388, i64 0
+  %390 = shufflevector <16 x float> %389, <16 x float> poison, <16 x i32> zeroinitializer
+  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %367, <16 x float> %356)
+  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %373, <16 x float> %357)
+  %393 = getelementptr inbounds nuw i8, ptr %78, i64 36
+  %394 = load float, ptr %393, align 4, !tbaa !5
+  %395 = insertelement <16 x float> poison, float %394, i64 0
+  %396 = shufflevector <16 x float> %395, <16 x float> poison, <16 x i32> zeroinitializer
+  %397 = getelementptr inbounds nuw i8, ptr %82, i64 72
+  %398 = load i64, ptr %397, align 8, !tbaa !5
+  %gep208.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %398
+  %399 = load <16 x i16>, ptr %gep208.us.us.i, align 2, !tbaa !5
+  %400 = zext <16 x i16> %399 to <16 x i32>
+  %401 = shl nuw <16 x i32> %400, splat (i32 16)
+  %402 = bitcast <16 x i32> %401 to <16 x float>
+  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %402, <16 x float> %368)
+  %404 = getelementptr i8, ptr %gep208.us.us.i, i64 32
+  %405 = load <16 x i16>, ptr %404, align 2, !tbaa !5
+  %406 = zext <16 x i16> %405 to <16 x i32>
+  %407 = shl nuw <16 x i32> %406, splat (i32 16)
+  %408 = bitcast <16 x i32> %407 to <16 x float>
+  %409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %408, <16 x float> %374)
+  %410 = getelementptr inbounds nuw i8, ptr %78, i64 548
+  %411 = load float, ptr %410, align 4, !tbaa !5
+  %412 = insertelement <16 x float> poison, float %411, i64 0
+  %413 = shufflevector <16 x float> %412, <16 x float> poison, <16 x i32> zeroinitializer
+  %414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %413, <16 x float> %402, <16 x float> %379)
+  %415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %413, <16 x float> %408, <16 x float> %380)
+  %416 = getelementptr inbounds nuw i8, ptr %78, i64 1060
+  %417 = load float, ptr %416, align 4, !tbaa !5
+  %418 = insertelement <16 x float> poison, float %417, i64 0
+  %419 = shufflevector <16 x float> %418, <16 x float> poison, <16 x i32> zeroinitializer
+  %420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %402, <16 x float> %385)
+  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %408, <16 x float> %386)
+  %422 = getelementptr inbounds nuw i8, ptr %78, i64 1572
+  %423 = load float, ptr %422, align 4, !tbaa !5
+  %424 = insertelement <16 x float> poison, float %423, i64 0
+  %425 = shufflevector <16 x float> %424, <16 x float> poison, <16 x i32> zeroinitializer
+  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %402, <16 x float> %391)
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %408, <16 x float> %392)
+  %428 = getelementptr inbounds nuw i8, ptr %78, i64 40
+  %429 = load float, ptr %428, align 8, !tbaa !5
+  %430 = insertelement <16 x float> poison, float %429, i64 0
+  %431 = shufflevector <16 x float> %430, <16 x float> poison, <16 x i32> zeroinitializer
+  %432 = getelementptr inbounds nuw i8, ptr %82, i64 80
+  %433 = load i64, ptr %432, align 8, !tbaa !5
+  %gep212.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %433
+  %434 = load <16 x i16>, ptr %gep212.us.us.i, align 2, !tbaa !5
+  %435 = zext <16 x i16> %434 to <16 x i32>
+  %436 = shl nuw <16 x i32> %435, splat (i32 16)
+  %437 = bitcast <16 x i32> %436 to <16 x float>
+  %438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %431, <16 x float> %437, <16 x float> %403)
+  %439 = getelementptr i8, ptr %gep212.us.us.i, i64 32
+  %440 = load <16 x i16>, ptr %439, align 2, !tbaa !5
+  %441 = zext <16 x i16> %440 to <16 x i32>
+  %442 = shl nuw <16 x i32> %441, splat (i32 16)
+  %443 = bitcast <16 x i32> %442 to <16 x float>
+  %444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %431, <16 x float> %443, <16 x float> %409)
+  %445 = getelementptr inbounds nuw i8, ptr %78, i64 552
+  %446 = load float, ptr %445, align 8, !tbaa !5
+  %447 = insertelement <16 x float> poison, float %446, i64 0
+  %448 = shufflevector <16 x float> %447, <16 x float> poison, <16 x i32> zeroinitializer
+  %449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %448, <16 x float> %437, <16 x float> %414)
+  %450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %448, <16 x float> %443, <16 x float> %415)
+  %451 = getelementptr inbounds nuw i8, ptr %78, i64 1064
+  %452 = load float, ptr %451, align 8, !tbaa !5
+  %453 = insertelement <16 x float> poison, float %452, i64 0
+  %454 = shufflevector <16 x float> %453, <16 x float> poison, <16 x i32> zeroinitializer
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %454, <16 x float> %437, <16 x float> %420)
+  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %454, <16 x float> %443, <16 x float> %421)
+  %457 = getelementptr inbounds nuw i8, ptr %78, i64 1576
+  %458 = load float, ptr %457, align 8, !tbaa !5
+  %459 = insertelement <16 x float> poison, float %458, i64 0
+  %460 = shufflevector <16 x float> %459, <16 x float> poison, <16 x i32> zeroinitializer
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %460, <16 x float> %437, <16 x float> %426)
+  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %460, <16 x float> %443, <16 x float> %427)
+  %463 = getelementptr inbounds nuw i8, ptr %78, i64 44
+  %464 = load float, ptr %463, align 4, !tbaa !5
+  %465 = insertelement <16 x float> poison, float %464, i64 0
+  %466 = shufflevector <16 x float> %465, <16 x float> poison, <16 x i32> zeroinitializer
+  %467 = getelementptr inbounds nuw i8, ptr %82, i64 88
+  %468 = load i64, ptr %467, align 8, !tbaa !5
+  %gep216.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %468
+  %469 = load <16 x i16>, ptr %gep216.us.us.i, align 2, !tbaa !5
+  %470 = zext <16 x i16> %469 to <16 x i32>
+  %471 = shl nuw <16 x i32> %470, splat (i32 16)
+  %472 = bitcast <16 x i32> %471 to <16 x float>
+  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %466, <16 x float> %472, <16 x float> %438)
+  %474 = getelementptr i8, ptr %gep216.us.us.i, i64 32
+  %475 = load <16 x i16>, ptr %474, align 2, !tbaa !5
+  %476 = zext <16 x i16> %475 to <16 x i32>
+  %477 = shl nuw <16 x i32> %476, splat (i32 16)
+  %478 = bitcast <16 x i32> %477 to <16 x float>
+  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %466, <16 x float> %478, <16 x float> %444)
+  %480 = getelementptr inbounds nuw i8, ptr %78, i64 556
+  %481 = load float, ptr %480, align 4, !tbaa !5
+  %482 = insertelement <16 x float> poison, float %481, i64 0
+  %483 = shufflevector <16 x float> %482, <16 x float> poison, <16 x i32> zeroinitializer
+  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %483, <16 x float> %472, <16 x float> %449)
+  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %483, <16 x float> %478, <16 x float> %450)
+  %486 = getelementptr inbounds nuw i8, ptr %78, i64 1068
+  %487 = load float, ptr %486, align 4, !tbaa !5
+  %488 = insertelement <16 x float> poison, float %487, i64 0
+  %489 = shufflevector <16 x float> %488, <16 x float> poison, <16 x i32> zeroinitializer
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %489, <16 x float> %472, <16 x float> %455)
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %489, <16 x float> %478, <16 x float> %456)
+  %492 = getelementptr inbounds nuw i8, ptr %78, i64 1580
+  %493 = load float, ptr %492, align 4, !tbaa !5
+  %494 = insertelement <16 x float> poison, float %493, i64 0
+  %495 = shufflevector <16 x float> %494, <16 x float> poison, <16 x i32> zeroinitializer
+  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %495, <16 x float> %472, <16 x float> %461)
+  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %495, <16 x float> %478, <16 x float> %462)
+  %498 = getelementptr inbounds nuw i8, ptr %78, i64 48
+  %499 = load float, ptr %498, align 16, !tbaa !5
+  %500 = insertelement <16 x float> poison, float %499, i64 0
+  %501 = shufflevector <16 x float> %500, <16 x float> poison, <16 x i32> zeroinitializer
+  %502 = getelementptr inbounds nuw i8, ptr %82, i64 96
+  %503 = load i64, ptr %502, align 8, !tbaa !5
+  %gep220.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %503
+  %504 = load <16 x i16>, ptr %gep220.us.us.i, align 2, !tbaa !5
+  %505 = zext <16 x i16> %504 to <16 x i32>
+  %506 = shl nuw <16 x i32> %505, splat (i32 16)
+  %507 = bitcast <16 x i32> %506 to <16 x float>
+  %508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %501, <16 x float> %507, <16 x float> %473)
+  %509 = getelementptr i8, ptr %gep220.us.us.i, i64 32
+  %510 = load <16 x i16>, ptr %509, align 2, !tbaa !5
+  %511 = zext <16 x i16> %510 to <16 x i32>
+  %512 = shl nuw <16 x i32> %511, splat (i32 16)
+  %513 = bitcast <16 x i32> %512 to <16 x float>
+  %514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %501, <16 x float> %513, <16 x float> %479)
+  %515 = getelementptr inbounds nuw i8, ptr %78, i64 560
+  %516 = load float, ptr %515, align 16, !tbaa !5
+  %517 = insertelement <16 x float> poison, float %516, i64 0
+  %518 = shufflevector <16 x float> %517, <16 x float> poison, <16 x i32> zeroinitializer
+  %519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %518, <16 x float> %507, <16 x float> %484)
+  %520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %518, <16 x float> %513, <16 x float> %485)
+  %521 = getelementptr inbounds nuw i8, ptr %78, i64 1072
+  %522 = load float, ptr %521, align 16, !tbaa !5
+  %523 = insertelement <16 x float> poison, float %522, i64 0
+  %524 = shufflevector <16 x float> %523, <16 x float> poison, <16 x i32> zeroinitializer
+  %525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %524, <16 x float> %507, <16 x float> %490)
+  %526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %524, <16 x float> %513, <16 x float> %491)
+  %527 = getelementptr inbounds nuw i8, ptr %78, i64 1584
+  %528 = load float, ptr %527, align 16, !tbaa !5
+  %529 = insertelement <16 x float> poison, float %528, i64 0
+  %530 = shufflevector <16 x float> %529, <16 x float> poison, <16 x i32> zeroinitializer
+  %531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %530, <16 x float> %507, <16 x float> %496)
+  %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %530, <16 x float> %513, <16 x float> %497)
+  %533 = getelementptr inbounds nuw i8, ptr %78, i64 52
+  %534 = load float, ptr %533, align 4, !tbaa !5
+  %535 = insertelement <16 x float> poison, float %534, i64 0
+  %536 = shufflevector <16 x float> %535, <16 x float> poison, <16 x i32> zeroinitializer
+  %537 = getelementptr inbounds nuw i8, ptr %82, i64 104
+  %538 = load i64, ptr %537, align 8, !tbaa !5
+  %gep224.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %538
+  %539 = load <16 x i16>, ptr %gep224.us.us.i, align 2, !tbaa !5
+  %540 = zext <16 x i16> %539 to <16 x i32>
+  %541 = shl nuw <16 x i32> %540, splat (i32 16)
+  %542 = bitcast <16 x i32> %541 to <16 x float>
+  %543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %536, <16 x float> %542, <16 x float> %508)
+  %544 = getelementptr i8, ptr %gep224.us.us.i, i64 32
+  %545 = load <16 x i16>, ptr %544, align 2, !tbaa !5
+  %546 = zext <16 x i16> %545 to <16 x i32>
+  %547 = shl nuw <16 x i32> %546, splat (i32 16)
+  %548 = bitcast <16 x i32> %547 to <16 x float>
+  %549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %536, <16 x float> %548, <16 x float> %514)
+  %550 = getelementptr inbounds nuw i8, ptr %78, i64 564
+  %551 = load float, ptr %550, align 4, !tbaa !5
+  %552 = insertelement <16 x float> poison, float %551, i64 0
+  %553 = shufflevector <16 x float> %552, <16 x float> poison, <16 x i32> zeroinitializer
+  %554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %553, <16 x float> %542, <16 x float> %519)
+  %555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %553, <16 x float> %548, <16 x float> %520)
+  %556 = getelementptr inbounds nuw i8, ptr %78, i64 1076
+  %557 = load float, ptr %556, align 4, !tbaa !5
+  %558 = insertelement <16 x float> poison, float %557, i64 0
+  %559 = shufflevector <16 x float> %558, <16 x float> poison, <16 x i32> zeroinitializer
+  %560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %559, <16 x float> %542, <16 x float> %525)
+  %561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %559, <16 x float> %548, <16 x float> %526)
+  %562 = getelementptr inbounds nuw i8, ptr %78, i64 1588
+  %563 = load float, ptr %562, align 4, !tbaa !5
+  %564 = insertelement <16 x float> poison, float %563, i64 0
+  %565 = shufflevector <16 x float> %564, <16 x float> poison, <16 x i32> zeroinitializer
+  %566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %565, <16 x float> %542, <16 x float> %531)
+  %567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %565, <16 x float> %548, <16 x float> %532)
+  %568 = getelementptr inbounds nuw i8, ptr %78, i64 56
+  %569 = load float, ptr %568, align 8, !tbaa !5
+  %570 = insertelement <16 x float> poison, float %569, i64 0
+  %571 = shufflevector <16 x float> %570, <16 x float> poison, <16 x i32> zeroinitializer
+  %572 = getelementptr inbounds nuw i8, ptr %82, i64 112
+  %573 = load i64, ptr %572, align 8, !tbaa !5
+  %gep228.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %573
+  %574 = load <16 x i16>, ptr %gep228.us.us.i, align 2, !tbaa !5
+  %575 = zext <16 x i16> %574 to <16 x i32>
+  %576 = shl nuw <16 x i32> %575, splat (i32 16)
+  %577 = bitcast <16 x i32> %576 to <16 x float>
+  %578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %571, <16 x float> %577, <16 x float> %543)
+  %579 = getelementptr i8, ptr %gep228.us.us.i, i64 32
+  %580 = load <16 x i16>, ptr %579, align 2, !tbaa !5
+  %581 = zext <16 x i16> %580 to <16 x i32>
+  %582 = shl nuw <16 x i32> %581, splat (i32 16)
+  %583 = bitcast <16 x i32> %582 to <16 x float>
+  %584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %571, <16 x float> %583, <16 x float> %549)
+  %585 = getelementptr inbounds nuw i8, ptr %78, i64 568
+  %586 = load float, ptr %585, align 8, !tbaa !5
+  %587 = insertelement <16 x float> poison, float %586, i64 0
+  %588 = shufflevector <16 x float> %587, <16 x float> poison, <16 x i32> zeroinitializer
+  %589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %588, <16 x float> %577, <16 x float> %554)
+  %590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %588, <16 x float> %583, <16 x float> %555)
+  %591 = getelementptr inbounds nuw i8, ptr %78, i64 1080
+  %592 = load float, ptr %591, align 8, !tbaa !5
+  %593 = insertelement <16 x float> poison, float %592, i64 0
+  %594 = shufflevector <16 x float> %593, <16 x float> poison, <16 x i32> zeroinitializer
+  %595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %594, <16 x float> %577, <16 x float> %560)
+  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %594, <16 x float> %583, <16 x float> %561)
+  %597 = getelementptr inbounds nuw i8, ptr %78, i64 1592
+  %598 = load float, ptr %597, align 8, !tbaa !5
+  %599 = insertelement <16 x float> poison, float %598, i64 0
+  %600 = shufflevector <16 x float> %599, <16 x float> poison, <16 x i32> zeroinitializer
+  %601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %600, <16 x float> %577, <16 x float> %566)
+  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %600, <16 x float> %583, <16 x float> %567)
+  %603 = getelementptr inbounds nuw i8, ptr %78, i64 60
+  %604 = load float, ptr %603, align 4, !tbaa !5
+  %605 = insertelement <16 x float> poison, float %604, i64 0
+  %606 = shufflevector <16 x float> %605, <16 x float> poison, <16 x i32> zeroinitializer
+  %607 = getelementptr inbounds nuw i8, ptr %82, i64 120
+  %608 = load i64, ptr %607, align 8, !tbaa !5
+  %gep232.us.us.i = getelementptr i16, ptr %gep234.us.us.i, i64 %608
+  %609 = load <16 x i16>, ptr %gep232.us.us.i, align 2, !tbaa !5
+  %610 = zext <16 x i16> %609 to <16 x i32>
+  %611 = shl nuw <16 x i32> %610, splat (i32 16)
+  %612 = bitcast <16 x i32> %611 to <16 x float>
+  %613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %606, <16 x float> %612, <16 x float> %578)
+  %614 = getelementptr i8, ptr %gep232.us.us.i, i64 32
+  %615 = load <16 x i16>, ptr %614, align 2, !tbaa !5
+  %616 = zext <16 x i16> %615 to <16 x i32>
+  %617 = shl nuw <16 x i32> %616, splat (i32 16)
+  %618 = bitcast <16 x i32> %617 to <16 x float>
+  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %606, <16 x float> %618, <16 x float> %584)
+  %620 = getelementptr inbounds nuw i8, ptr %78, i64 572
+  %621 = load float, ptr %620, align 4, !tbaa !5
+  %622 = insertelement <16 x float> poison, float %621, i64 0
+  %623 = shufflevector <16 x float> %622, <16 x float> poison, <16 x i32> zeroinitializer
+  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %612, <16 x float> %589)
+  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %618, <16 x float> %590)
+  %626 = getelementptr inbounds nuw i8, ptr %78, i64 1084
+  %627 = load float, ptr %626, align 4, !tbaa !5
+  %628 = insertelement <16 x float> poison, float %627, i64 0
+  %629 = shufflevector <16 x float> %628, <16 x float> poison, <16 x i32> zeroinitializer
+  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %629, <16 x float> %612, <16 x float> %595)
+  %631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %629, <16 x float> %618, <16 x float> %596)
+  %632 = getelementptr inbounds nuw i8, ptr %78, i64 1596
+  %633 = load float, ptr %632, align 4, !tbaa !5
+  %634 = insertelement <16 x float> poison, float %633, i64 0
+  %635 = shufflevector <16 x float> %634, <16 x float> poison, <16 x i32> zeroinitializer
+  %636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %612, <16 x float> %601)
+  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %618, <16 x float> %602)
+  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1
+  %exitcond299.not.i = icmp eq i64 %indvars.iv.next294.i, %70
+  br i1 %exitcond299.not.i, label %for_begin_to.for_end_to_crit_edge.us.us.i, label %if_end5.us.us.i, !prof !13
 
 for_begin_to.for_end_to_crit_edge.us.us.i:        ; preds = %if_end5.us.us.i
-  %gep355.i = getelementptr inbounds nuw float, ptr %invariant.gep354.i, i64 %73
-  store <16 x float> %651, ptr %gep355.i, align 4, !tbaa !5
-  %676 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 64
-  store <16 x float> %672, ptr %676, align 4, !tbaa !5
-  %677 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 512
-  store <16 x float> %656, ptr %677, align 4, !tbaa !5
-  %678 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 576
-  store <16 x float> %673, ptr %678, align 4, !tbaa !5
-  %679 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1024
-  store <16 x float> %661, ptr %679, align 4, !tbaa !5
-  %680 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1088
-  store <16 x float> %674, ptr %680, align 4, !tbaa !5
-  %681 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1536
-  store <16 x float> %666, ptr %681, align 4, !tbaa !5
-  %682 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1600
-  store <16 x float> %675, ptr %682, align 4, !tbaa !5
-  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1
-  %exitcond298.not.i = icmp eq i64 %indvars.iv.next294.i, 4
-  br i1 %exitcond298.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
+  %gep365.i = getelementptr inbounds nuw float, ptr %invariant.gep364.i, i64 %75
+  store <16 x float> %613, ptr %gep365.i, align 4, !tbaa !5
+  %638 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 64
+  store <16 x float> %619, ptr %638, align 4, !tbaa !5
+  %639 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 512
+  store <16 x float> %624, ptr %639, align 4, !tbaa !5
+  %640 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 576
+  store <16 x float> %625, ptr %640, align 4, !tbaa !5
+  %641 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1024
+  store <16 x float> %630, ptr %641, align 4, !tbaa !5
+  %642 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1088
+  store <16 x float> %631, ptr %642, align 4, !tbaa !5
+  %643 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1536
+  store <16 x float> %636, ptr %643, align 4, !tbaa !5
+  %644 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1600
+  store <16 x float> %637, ptr %644, align 4, !tbaa !5
+  %indvars.iv.next301.i = add nuw nsw i64 %indvars.iv300.i, 1
+  %exitcond306.not.i = icmp eq i64 %indvars.iv.next301.i, 4
+  br i1 %exitcond306.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
 
 for_end_d_0.split.us.us.i:                        ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i
-  %indvars.iv.next300.i = add nuw nsw i64 %indvars.iv299.i, 1
-  %exitcond303.not.i = icmp eq i64 %indvars.iv.next300.i, 4
-  br i1 %exitcond303.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %indvars.iv.next308.i = add nuw nsw i64 %indvars.iv307.i, 1
+  %exitcond311.not.i = icmp eq i64 %indvars.iv.next308.i, 4
+  br i1 %exitcond311.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
 
 for_begin_r_init.preheader.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.preheader.i
-  %683 = and i64 %69, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %tile_acc, i64 %683
+  %645 = and i64 %69, 4294965248
+  %invariant.gep = getelementptr inbounds nuw float, ptr %tile_acc, i64 %645
   br label %for_begin_d_0_init.preheader.i
 
 for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.preheader.i, %for_begin_r_init.preheader.i
-  %indvars.iv320.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next321.i.1, %for_begin_d_0_init.preheader.i ]
-  %684 = shl nuw nsw i64 %indvars.iv320.i, 7
-  %685 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %684
+  %indvars.iv328.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next329.i.1, %for_begin_d_0_init.preheader.i ]
+  %646 = shl nuw nsw i64 %indvars.iv328.i, 7
+  %647 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %646
+  %648 = load <16 x float>, ptr %647, align 4, !tbaa !5
+  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %646
+  store <16 x float> %648, ptr %gep, align 64, !tbaa !5
+  %649 = getelementptr inbounds nuw i8, ptr %647, i64 64
+  %650 = load <16 x float>, ptr %649, align 4, !tbaa !5
+  %651 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <16 x float> %650, ptr %651, align 64, !tbaa !5
+  %652 = getelementptr inbounds nuw i8, ptr %647, i64 128
+  %653 = load <16 x float>, ptr %652, align 4, !tbaa !5
+  %654 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <16 x float> %653, ptr %654, align 64, !tbaa !5
+  %655 = getelementptr inbounds nuw i8, ptr %647, i64 192
+  %656 = load <16 x float>, ptr %655, align 4, !tbaa !5
+  %657 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <16 x float> %656, ptr %657, align 64, !tbaa !5
+  %658 = getelementptr inbounds nuw i8, ptr %647, i64 256
+  %659 = load <16 x float>, ptr %658, align 4, !tbaa !5
+  %660 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <16 x float> %659, ptr %660, align 64, !tbaa !5
+  %661 = getelementptr inbounds nuw i8, ptr %647, i64 320
+  %662 = load <16 x float>, ptr %661, align 4, !tbaa !5
+  %663 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <16 x float> %662, ptr %663, align 64, !tbaa !5
+  %664 = getelementptr inbounds nuw i8, ptr %647, i64 384
+  %665 = load <16 x float>, ptr %664, align 4, !tbaa !5
+  %666 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <16 x float> %665, ptr %666, align 64, !tbaa !5
+  %667 = getelementptr inbounds nuw i8, ptr %647, i64 448
+  %668 = load <16 x float>, ptr %667, align 4, !tbaa !5
+  %669 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <16 x float> %668, ptr %669, align 64, !tbaa !5
+  %indvars.iv.next329.i = shl i64 %indvars.iv328.i, 7
+  %670 = or disjoint i64 %indvars.iv.next329.i, 128
+  %671 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %670
+  %672 = load <16 x float>, ptr %671, align 4, !tbaa !5
+  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %670
+  store <16 x float> %672, ptr %gep.1, align 64, !tbaa !5
+  %673 = getelementptr inbounds nuw i8, ptr %671, i64 64
+  %674 = load <16 x float>, ptr %673, align 4, !tbaa !5
+  %675 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
+  store <16 x float> %674, ptr %675, align 64, !tbaa !5
+  %676 = getelementptr inbounds nuw i8, ptr %671, i64 128
+  %677 = load <16 x float>, ptr %676, align 4, !tbaa !5
+  %678 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
+  store <16 x float> %677, ptr %678, align 64, !tbaa !5
+  %679 = getelementptr inbounds nuw i8, ptr %671, i64 192
+  %680 = load <16 x float>, ptr %679, align 4, !tbaa !5
+  %681 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
+  store <16 x float> %680, ptr %681, align 64, !tbaa !5
+  %682 = getelementptr inbounds nuw i8, ptr %671, i64 256
+  %683 = load <16 x float>, ptr %682, align 4, !tbaa !5
+  %684 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
+  store <16 x float> %683, ptr %684, align 64, !tbaa !5
+  %685 = getelementptr inbounds nuw i8, ptr %671, i64 320
   %686 = load <16 x float>, ptr %685, align 4, !tbaa !5
-  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %684
-  store <16 x float> %686, ptr %gep, align 64, !tbaa !5
-  %687 = getelementptr inbounds nuw i8, ptr %685, i64 64
-  %688 = load <16 x float>, ptr %687, align 4, !tbaa !5
-  %689 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <16 x float> %688, ptr %689, align 64, !tbaa !5
-  %690 = getelementptr inbounds nuw i8, ptr %685, i64 128
-  %691 = load <16 x float>, ptr %690, align 4, !tbaa !5
-  %692 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <16 x float> %691, ptr %692, align 64, !tbaa !5
-  %693 = getelementptr inbounds nuw i8, ptr %685, i64 192
-  %694 = load <16 x float>, ptr %693, align 4, !tbaa !5
-  %695 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <16 x float> %694, ptr %695, align 64, !tbaa !5
-  %696 = getelementptr inbounds nuw i8, ptr %685, i64 256
-  %697 = load <16 x float>, ptr %696, align 4, !tbaa !5
-  %698 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <16 x float> %697, ptr %698, align 64, !tbaa !5
-  %699 = getelementptr inbounds nuw i8, ptr %685, i64 320
-  %700 = load <16 x float>, ptr %699, align 4, !tbaa !5
-  %701 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <16 x float> %700, ptr %701, align 64, !tbaa !5
-  %702 = getelementptr inbounds nuw i8, ptr %685, i64 384
-  %703 = load <16 x float>, ptr %702, align 4, !tbaa !5
-  %704 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <16 x float> %703, ptr %704, align 64, !tbaa !5
-  %705 = getelementptr inbounds nuw i8, ptr %685, i64 448
-  %706 = load <16 x float>, ptr %705, align 4, !tbaa !5
-  %707 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <16 x float> %706, ptr %707, align 64, !tbaa !5
-  %indvars.iv.next321.i = shl i64 %indvars.iv320.i, 7
-  %708 = or disjoint i64 %indvars.iv.next321.i, 128
-  %709 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %708
-  %710 = load <16 x float>, ptr %709, align 4, !tbaa !5
-  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %708
-  store <16 x float> %710, ptr %gep.1, align 64, !tbaa !5
-  %711 = getelementptr inbounds nuw i8, ptr %709, i64 64
-  %712 = load <16 x float>, ptr %711, align 4, !tbaa !5
-  %713 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
-  store <16 x float> %712, ptr %713, align 64, !tbaa !5
-  %714 = getelementptr inbounds nuw i8, ptr %709, i64 128
-  %715 = load <16 x float>, ptr %714, align 4, !tbaa !5
-  %716 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
-  store <16 x float> %715, ptr %716, align 64, !tbaa !5
-  %717 = getelementptr inbounds nuw i8, ptr %709, i64 192
-  %718 = load <16 x float>, ptr %717, align 4, !tbaa !5
-  %719 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
-  store <16 x float> %718, ptr %719, align 64, !tbaa !5
-  %720 = getelementptr inbounds nuw i8, ptr %709, i64 256
-  %721 = load <16 x float>, ptr %720, align 4, !tbaa !5
-  %722 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
-  store <16 x float> %721, ptr %722, align 64, !tbaa !5
-  %723 = getelementptr inbounds nuw i8, ptr %709, i64 320
-  %724 = load <16 x float>, ptr %723, align 4, !tbaa !5
-  %725 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
-  store <16 x float> %724, ptr %725, align 64, !tbaa !5
-  %726 = getelementptr inbounds nuw i8, ptr %709, i64 384
-  %727 = load <16 x float>, ptr %726, align 4, !tbaa !5
-  %728 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
-  store <16 x float> %727, ptr %728, align 64, !tbaa !5
-  %729 = getelementptr inbounds nuw i8, ptr %709, i64 448
-  %730 = load <16 x float>, ptr %729, align 4, !tbaa !5
-  %731 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
-  store <16 x float> %730, ptr %731, align 64, !tbaa !5
-  %indvars.iv.next321.i.1 = add nuw nsw i64 %indvars.iv320.i, 2
-  %exitcond325.not.i.1 = icmp eq i64 %indvars.iv.next321.i.1, 16
-  br i1 %exitcond325.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
+  %687 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
+  store <16 x float> %686, ptr %687, align 64, !tbaa !5
+  %688 = getelementptr inbounds nuw i8, ptr %671, i64 384
+  %689 = load <16 x float>, ptr %688, align 4, !tbaa !5
+  %690 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
+  store <16 x float> %689, ptr %690, align 64, !tbaa !5
+  %691 = getelementptr inbounds nuw i8, ptr %671, i64 448
+  %692 = load <16 x float>, ptr %691, align 4, !tbaa !5
+  %693 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
+  store <16 x float> %692, ptr %693, align 64, !tbaa !5
+  %indvars.iv.next329.i.1 = add nuw nsw i64 %indvars.iv328.i, 2
+  %exitcond333.not.i.1 = icmp eq i64 %indvars.iv.next329.i.1, 16
+  br i1 %exitcond333.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
 
 for_end_r_init.i:                                 ; preds = %for_begin_d_0_init.preheader.i
-  %732 = and i32 %45, 15
-  %.not275.i = icmp eq i32 %732, 0
-  br i1 %.not275.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
+  %694 = and i32 %45, 15
+  %.not279.i = icmp eq i32 %694, 0
+  br i1 %.not279.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
 
 for_begin_r.preheader.lr.ph.i:                    ; preds = %for_end_r_init.i
-  %cse_v29.i = and i32 %45, 240
-  %733 = zext nneg i32 %cse_v29.i to i64
-  %wide.trip.count339.i = zext nneg i32 %732 to i64
+  %cse_v28.i = and i32 %45, 240
+  %695 = zext nneg i32 %cse_v28.i to i64
+  %wide.trip.count347.i = zext nneg i32 %694 to i64
   br label %for_begin_r.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %for_begin_r.preheader.lr.ph.i
-  %indvars.iv336.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next337.i, %for_end_r.i ]
-  %734 = add nuw nsw i64 %indvars.iv336.i, %733
-  %735 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %734
-  %736 = getelementptr inbounds nuw float, ptr %probs, i64 %734
+  %indvars.iv344.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next345.i, %for_end_r.i ]
+  %696 = add nuw nsw i64 %indvars.iv344.i, %695
+  %697 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %696
+  %698 = getelementptr inbounds nuw float, ptr %probs, i64 %696
   br label %for_begin_d_06.preheader.i
 
 for_end_ti.i:                                     ; preds = %for_end_r.i, %for_end_r_init.i
-  %737 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %738 = tail call i32 %737(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not.i = icmp eq i32 %738, 0
+  %699 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %700 = tail call i32 %699(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not.i = icmp eq i32 %700, 0
   br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !81
 
 for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preheader.i, %for_begin_r.preheader.i
-  %indvars.iv331.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next332.i, %for_begin_d_06.preheader.i ]
-  %739 = shl nuw nsw i64 %indvars.iv331.i, 7
-  %740 = add nuw nsw i64 %739, %683
-  %741 = getelementptr inbounds nuw float, ptr %736, i64 %740
-  %742 = load float, ptr %741, align 4, !tbaa !5
-  %743 = insertelement <16 x float> poison, float %742, i64 0
-  %744 = shufflevector <16 x float> %743, <16 x float> poison, <16 x i32> zeroinitializer
-  %745 = load i64, ptr %735, align 8, !tbaa !5
-  %gep359.i = getelementptr i16, ptr %invariant.gep229.i, i64 %745
-  %746 = load <16 x i16>, ptr %gep359.i, align 2, !tbaa !5
-  %747 = zext <16 x i16> %746 to <16 x i32>
-  %748 = shl nuw <16 x i32> %747, splat (i32 16)
-  %749 = bitcast <16 x i32> %748 to <16 x float>
-  %750 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %740
-  %751 = load <16 x float>, ptr %750, align 64, !tbaa !5
-  %752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %744, <16 x float> %749, <16 x float> %751)
-  store <16 x float> %752, ptr %750, align 64, !tbaa !5
-  %753 = load float, ptr %741, align 4, !tbaa !5
-  %754 = insertelement <16 x float> poison, float %753, i64 0
-  %755 = shufflevector <16 x float> %754, <16 x float> poison, <16 x i32> zeroinitializer
-  %756 = load i64, ptr %735, align 8, !tbaa !5
-  %757 = getelementptr i16, ptr %value_cache, i64 %756
-  %758 = getelementptr i8, ptr %757, i64 32
-  %759 = getelementptr i16, ptr %758, i64 %head_offset.i
-  %760 = load <16 x i16>, ptr %759, align 2, !tbaa !5
-  %761 = zext <16 x i16> %760 to <16 x i32>
-  %762 = shl nuw <16 x i32> %761, splat (i32 16)
-  %763 = bitcast <16 x i32> %762 to <16 x float>
-  %764 = getelementptr inbounds nuw i8, ptr %750, i64 64
-  %765 = load <16 x float>, ptr %764, align 64, !tbaa !5
-  %766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %755, <16 x float> %763, <16 x float> %765)
-  store <16 x float> %766, ptr %764, align 64, !tbaa !5
-  %767 = load float, ptr %741, align 4, !tbaa !5
-  %768 = insertelement <16 x float> poison, float %767, i64 0
-  %769 = shufflevector <16 x float> %768, <16 x float> poison, <16 x i32> zeroinitializer
-  %770 = load i64, ptr %735, align 8, !tbaa !5
-  %771 = getelementptr i16, ptr %value_cache, i64 %770
-  %772 = getelementptr i8, ptr %771, i64 64
-  %773 = getelementptr i16, ptr %772, i64 %head_offset.i
-  %774 = load <16 x i16>, ptr %773, align 2, !tbaa !5
-  %775 = zext <16 x i16> %774 to <16 x i32>
-  %776 = shl nuw <16 x i32> %775, splat (i32 16)
-  %777 = bitcast <16 x i32> %776 to <16 x float>
-  %778 = getelementptr inbounds nuw i8, ptr %750, i64 128
-  %779 = load <16 x float>, ptr %778, align 64, !tbaa !5
-  %780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %769, <16 x float> %777, <16 x float> %779)
-  store <16 x float> %780, ptr %778, align 64, !tbaa !5
-  %781 = load float, ptr %741, align 4, !tbaa !5
-  %782 = insertelement <16 x float> poison, float %781, i64 0
-  %783 = shufflevector <16 x float> %782, <16 x float> poison, <16 x i32> zeroinitializer
-  %784 = load i64, ptr %735, align 8, !tbaa !5
-  %785 = getelementptr i16, ptr %value_cache, i64 %784
-  %786 = getelementptr i8, ptr %785, i64 96
-  %787 = getelementptr i16, ptr %786, i64 %head_offset.i
-  %788 = load <16 x i16>, ptr %787, align 2, !tbaa !5
-  %789 = zext <16 x i16> %788 to <16 x i32>
-  %790 = shl nuw <16 x i32> %789, splat (i32 16)
-  %791 = bitcast <16 x i32> %790 to <16 x float>
-  %792 = getelementptr inbounds nuw i8, ptr %750, i64 192
-  %793 = load <16 x float>, ptr %792, align 64, !tbaa !5
-  %794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %783, <16 x float> %791, <16 x float> %793)
-  store <16 x float> %794, ptr %792, align 64, !tbaa !5
-  %795 = load float, ptr %741, align 4, !tbaa !5
-  %796 = insertelement <16 x float> poison, float %795, i64 0
-  %797 = shufflevector <16 x float> %796, <16 x float> poison, <16 x i32> zeroinitializer
-  %798 = load i64, ptr %735, align 8, !tbaa !5
-  %799 = getelementptr i16, ptr %value_cache, i64 %798
-  %800 = getelementptr i8, ptr %799, i64 128
-  %801 = getelementptr i16, ptr %800, i64 %head_offset.i
-  %802 = load <16 x i16>, ptr %801, align 2, !tbaa !5
-  %803 = zext <16 x i16> %802 to <16 x i32>
-  %804 = shl nuw <16 x i32> %803, splat (i32 16)
-  %805 = bitcast <16 x i32> %804 to <16 x float>
-  %806 = getelementptr inbounds nuw i8, ptr %750, i64 256
-  %807 = load <16 x float>, ptr %806, align 64, !tbaa !5
-  %808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %797, <16 x float> %805, <16 x float> %807)
-  store <16 x float> %808, ptr %806, align 64, !tbaa !5
-  %809 = load float, ptr %741, align 4, !tbaa !5
-  %810 = insertelement <16 x float> poison, float %809, i64 0
-  %811 = shufflevector <16 x float> %810, <16 x float> poison, <16 x i32> zeroinitializer
-  %812 = load i64, ptr %735, align 8, !tbaa !5
-  %813 = getelementptr i16, ptr %value_cache, i64 %812
-  %814 = getelementptr i8, ptr %813, i64 160
-  %815 = getelementptr i16, ptr %814, i64 %head_offset.i
-  %816 = load <16 x i16>, ptr %815, align 2, !tbaa !5
-  %817 = zext <16 x i16> %816 to <16 x i32>
-  %818 = shl nuw <16 x i32> %817, splat (i32 16)
-  %819 = bitcast <16 x i32> %818 to <16 x float>
-  %820 = getelementptr inbounds nuw i8, ptr %750, i64 320
-  %821 = load <16 x float>, ptr %820, align 64, !tbaa !5
-  %822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %811, <16 x float> %819, <16 x float> %821)
-  store <16 x float> %822, ptr %820, align 64, !tbaa !5
-  %823 = load float, ptr %741, align 4, !tbaa !5
-  %824 = insertelement <16 x float> poison, float %823, i64 0
-  %825 = shufflevector <16 x float> %824, <16 x float> poison, <16 x i32> zeroinitializer
-  %826 = load i64, ptr %735, align 8, !tbaa !5
-  %827 = getelementptr i16, ptr %value_cache, i64 %826
-  %828 = getelementptr i8, ptr %827, i64 192
-  %829 = getelementptr i16, ptr %828, i64 %head_offset.i
-  %830 = load <16 x i16>, ptr %829, align 2, !tbaa !5
-  %831 = zext <16 x i16> %830 to <16 x i32>
-  %832 = shl nuw <16 x i32> %831, splat (i32 16)
-  %833 = bitcast <16 x i32> %832 to <16 x float>
-  %834 = getelementptr inbounds nuw i8, ptr %750, i64 384
-  %835 = load <16 x float>, ptr %834, align 64, !tbaa !5
-  %836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %825, <16 x float> %833, <16 x float> %835)
-  store <16 x float> %836, ptr %834, align 64, !tbaa !5
-  %837 = load float, ptr %741, align 4, !tbaa !5
-  %838 = insertelement <16 x float> poison, float %837, i64 0
-  %839 = shufflevector <16 x float> %838, <16 x float> poison, <16 x i32> zeroinitializer
-  %840 = load i64, ptr %735, align 8, !tbaa !5
-  %841 = getelementptr i16, ptr %value_cache, i64 %840
-  %842 = getelementptr i8, ptr %841, i64 224
-  %843 = getelementptr i16, ptr %842, i64 %head_offset.i
-  %844 = load <16 x i16>, ptr %843, align 2, !tbaa !5
-  %845 = zext <16 x i16> %844 to <16 x i32>
-  %846 = shl nuw <16 x i32> %845, splat (i32 16)
-  %847 = bitcast <16 x i32> %846 to <16 x float>
-  %848 = getelementptr inbounds nuw i8, ptr %750, i64 448
-  %849 = load <16 x float>, ptr %848, align 64, !tbaa !5
-  %850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %839, <16 x float> %847, <16 x float> %849)
-  store <16 x float> %850, ptr %848, align 64, !tbaa !5
-  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1
-  %exitcond335.not.i = icmp eq i64 %indvars.iv.next332.i, 16
-  br i1 %exitcond335.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
+  %indvars.iv339.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next340.i, %for_begin_d_06.preheader.i ]
+  %701 = shl nuw nsw i64 %indvars.iv339.i, 7
+  %702 = add nuw nsw i64 %701, %645
+  %703 = getelementptr inbounds nuw float, ptr %698, i64 %702
+  %704 = load float, ptr %703, align 4, !tbaa !5
+  %705 = insertelement <16 x float> poison, float %704, i64 0
+  %706 = shufflevector <16 x float> %705, <16 x float> poison, <16 x i32> zeroinitializer
+  %707 = load i64, ptr %697, align 8, !tbaa !5
+  %gep369.i = getelementptr i16, ptr %invariant.gep151.i, i64 %707
+  %708 = load <16 x i16>, ptr %gep369.i, align 2, !tbaa !5
+  %709 = zext <16 x i16> %708 to <16 x i32>
+  %710 = shl nuw <16 x i32> %709, splat (i32 16)
+  %711 = bitcast <16 x i32> %710 to <16 x float>
+  %712 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %702
+  %713 = load <16 x float>, ptr %712, align 64, !tbaa !5
+  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %706, <16 x float> %711, <16 x float> %713)
+  store <16 x float> %714, ptr %712, align 64, !tbaa !5
+  %715 = load float, ptr %703, align 4, !tbaa !5
+  %716 = insertelement <16 x float> poison, float %715, i64 0
+  %717 = shufflevector <16 x float> %716, <16 x float> poison, <16 x i32> zeroinitializer
+  %718 = load i64, ptr %697, align 8, !tbaa !5
+  %719 = getelementptr i16, ptr %value_cache, i64 %718
+  %720 = getelementptr i8, ptr %719, i64 32
+  %721 = getelementptr i16, ptr %720, i64 %head_offset.i
+  %722 = load <16 x i16>, ptr %721, align 2, !tbaa !5
+  %723 = zext <16 x i16> %722 to <16 x i32>
+  %724 = shl nuw <16 x i32> %723, splat (i32 16)
+  %725 = bitcast <16 x i32> %724 to <16 x float>
+  %726 = getelementptr inbounds nuw i8, ptr %712, i64 64
+  %727 = load <16 x float>, ptr %726, align 64, !tbaa !5
+  %728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %717, <16 x float> %725, <16 x float> %727)
+  store <16 x float> %728, ptr %726, align 64, !tbaa !5
+  %729 = load float, ptr %703, align 4, !tbaa !5
+  %730 = insertelement <16 x float> poison, float %729, i64 0
+  %731 = shufflevector <16 x float> %730, <16 x float> poison, <16 x i32> zeroinitializer
+  %732 = load i64, ptr %697, align 8, !tbaa !5
+  %733 = getelementptr i16, ptr %value_cache, i64 %732
+  %734 = getelementptr i8, ptr %733, i64 64
+  %735 = getelementptr i16, ptr %734, i64 %head_offset.i
+  %736 = load <16 x i16>, ptr %735, align 2, !tbaa !5
+  %737 = zext <16 x i16> %736 to <16 x i32>
+  %738 = shl nuw <16 x i32> %737, splat (i32 16)
+  %739 = bitcast <16 x i32> %738 to <16 x float>
+  %740 = getelementptr inbounds nuw i8, ptr %712, i64 128
+  %741 = load <16 x float>, ptr %740, align 64, !tbaa !5
+  %742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %731, <16 x float> %739, <16 x float> %741)
+  store <16 x float> %742, ptr %740, align 64, !tbaa !5
+  %743 = load float, ptr %703, align 4, !tbaa !5
+  %744 = insertelement <16 x float> poison, float %743, i64 0
+  %745 = shufflevector <16 x float> %744, <16 x float> poison, <16 x i32> zeroinitializer
+  %746 = load i64, ptr %697, align 8, !tbaa !5
+  %747 = getelementptr i16, ptr %value_cache, i64 %746
+  %748 = getelementptr i8, ptr %747, i64 96
+  %749 = getelementptr i16, ptr %748, i64 %head_offset.i
+  %750 = load <16 x i16>, ptr %749, align 2, !tbaa !5
+  %751 = zext <16 x i16> %750 to <16 x i32>
+  %752 = shl nuw <16 x i32> %751, splat (i32 16)
+  %753 = bitcast <16 x i32> %752 to <16 x float>
+  %754 = getelementptr inbounds nuw i8, ptr %712, i64 192
+  %755 = load <16 x float>, ptr %754, align 64, !tbaa !5
+  %756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %745, <16 x float> %753, <16 x float> %755)
+  store <16 x float> %756, ptr %754, align 64, !tbaa !5
+  %757 = load float, ptr %703, align 4, !tbaa !5
+  %758 = insertelement <16 x float> poison, float %757, i64 0
+  %759 = shufflevector <16 x float> %758, <16 x float> poison, <16 x i32> zeroinitializer
+  %760 = load i64, ptr %697, align 8, !tbaa !5
+  %761 = getelementptr i16, ptr %value_cache, i64 %760
+  %762 = getelementptr i8, ptr %761, i64 128
+  %763 = getelementptr i16, ptr %762, i64 %head_offset.i
+  %764 = load <16 x i16>, ptr %763, align 2, !tbaa !5
+  %765 = zext <16 x i16> %764 to <16 x i32>
+  %766 = shl nuw <16 x i32> %765, splat (i32 16)
+  %767 = bitcast <16 x i32> %766 to <16 x float>
+  %768 = getelementptr inbounds nuw i8, ptr %712, i64 256
+  %769 = load <16 x float>, ptr %768, align 64, !tbaa !5
+  %770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %759, <16 x float> %767, <16 x float> %769)
+  store <16 x float> %770, ptr %768, align 64, !tbaa !5
+  %771 = load float, ptr %703, align 4, !tbaa !5
+  %772 = insertelement <16 x float> poison, float %771, i64 0
+  %773 = shufflevector <16 x float> %772, <16 x float> poison, <16 x i32> zeroinitializer
+  %774 = load i64, ptr %697, align 8, !tbaa !5
+  %775 = getelementptr i16, ptr %value_cache, i64 %774
+  %776 = getelementptr i8, ptr %775, i64 160
+  %777 = getelementptr i16, ptr %776, i64 %head_offset.i
+  %778 = load <16 x i16>, ptr %777, align 2, !tbaa !5
+  %779 = zext <16 x i16> %778 to <16 x i32>
+  %780 = shl nuw <16 x i32> %779, splat (i32 16)
+  %781 = bitcast <16 x i32> %780 to <16 x float>
+  %782 = getelementptr inbounds nuw i8, ptr %712, i64 320
+  %783 = load <16 x float>, ptr %782, align 64, !tbaa !5
+  %784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %773, <16 x float> %781, <16 x float> %783)
+  store <16 x float> %784, ptr %782, align 64, !tbaa !5
+  %785 = load float, ptr %703, align 4, !tbaa !5
+  %786 = insertelement <16 x float> poison, float %785, i64 0
+  %787 = shufflevector <16 x float> %786, <16 x float> poison, <16 x i32> zeroinitializer
+  %788 = load i64, ptr %697, align 8, !tbaa !5
+  %789 = getelementptr i16, ptr %value_cache, i64 %788
+  %790 = getelementptr i8, ptr %789, i64 192
+  %791 = getelementptr i16, ptr %790, i64 %head_offset.i
+  %792 = load <16 x i16>, ptr %791, align 2, !tbaa !5
+  %793 = zext <16 x i16> %792 to <16 x i32>
+  %794 = shl nuw <16 x i32> %793, splat (i32 16)
+  %795 = bitcast <16 x i32> %794 to <16 x float>
+  %796 = getelementptr inbounds nuw i8, ptr %712, i64 384
+  %797 = load <16 x float>, ptr %796, align 64, !tbaa !5
+  %798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %787, <16 x float> %795, <16 x float> %797)
+  store <16 x float> %798, ptr %796, align 64, !tbaa !5
+  %799 = load float, ptr %703, align 4, !tbaa !5
+  %800 = insertelement <16 x float> poison, float %799, i64 0
+  %801 = shufflevector <16 x float> %800, <16 x float> poison, <16 x i32> zeroinitializer
+  %802 = load i64, ptr %697, align 8, !tbaa !5
+  %803 = getelementptr i16, ptr %value_cache, i64 %802
+  %804 = getelementptr i8, ptr %803, i64 224
+  %805 = getelementptr i16, ptr %804, i64 %head_offset.i
+  %806 = load <16 x i16>, ptr %805, align 2, !tbaa !5
+  %807 = zext <16 x i16> %806 to <16 x i32>
+  %808 = shl nuw <16 x i32> %807, splat (i32 16)
+  %809 = bitcast <16 x i32> %808 to <16 x float>
+  %810 = getelementptr inbounds nuw i8, ptr %712, i64 448
+  %811 = load <16 x float>, ptr %810, align 64, !tbaa !5
+  %812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %801, <16 x float> %809, <16 x float> %811)
+  store <16 x float> %812, ptr %810, align 64, !tbaa !5
+  %indvars.iv.next340.i = add nuw nsw i64 %indvars.iv339.i, 1
+  %exitcond343.not.i = icmp eq i64 %indvars.iv.next340.i, 16
+  br i1 %exitcond343.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
 
 for_end_r.i:                                      ; preds = %for_begin_d_06.preheader.i
-  %indvars.iv.next337.i = add nuw nsw i64 %indvars.iv336.i, 1
-  %exitcond340.not.i = icmp eq i64 %indvars.iv.next337.i, %wide.trip.count339.i
-  br i1 %exitcond340.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
+  %indvars.iv.next345.i = add nuw nsw i64 %indvars.iv344.i, 1
+  %exitcond348.not.i = icmp eq i64 %indvars.iv.next345.i, %wide.trip.count347.i
+  br i1 %exitcond348.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
 
 if_end12.i:                                       ; preds = %for_end_ti.i
-  %851 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %852 = tail call i32 %851(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not18.i = icmp eq i32 %852, 0
+  %813 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %814 = tail call i32 %813(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not18.i = icmp eq i32 %814, 0
   br i1 %.not18.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !81
 
 pv_matmul_compute_.exit:                          ; preds = %if_end12.i, %for_end_ti.i, %for_end_t.i, %for_body_s.i, %for_begin_s.i, %entry
@@ -3559,165 +3502,165 @@ for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.u
   %356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %320, <16 x float> %355)
   %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %314, <16 x float> %356)
   %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %308, <16 x float> %357)
-  %359 = getelementptr inbounds nuw i8, ptr %301, i64 1472
-  %360 = load <16 x float>, ptr %359, align 4, !tbaa !5
-  %361 = getelementptr inbounds nuw i8, ptr %301, i64 1408
-  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
-  %363 = getelementptr inbounds nuw i8, ptr %301, i64 1344
-  %364 = load <16 x float>, ptr %363, align 4, !tbaa !5
-  %365 = getelementptr inbounds nuw i8, ptr %301, i64 1280
-  %366 = load <16 x float>, ptr %365, align 4, !tbaa !5
-  %367 = getelementptr inbounds nuw i8, ptr %301, i64 1216
-  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
-  %369 = getelementptr inbounds nuw i8, ptr %301, i64 1152
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
-  %371 = getelementptr inbounds nuw i8, ptr %301, i64 1088
-  %372 = load <16 x float>, ptr %371, align 4, !tbaa !5
-  %373 = getelementptr inbounds nuw i8, ptr %301, i64 1024
-  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %350, <16 x float> zeroinitializer)
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %344, <16 x float> %375)
-  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %338, <16 x float> %376)
-  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %332, <16 x float> %377)
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %326, <16 x float> %378)
-  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %320, <16 x float> %379)
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %314, <16 x float> %380)
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %360, <16 x float> %308, <16 x float> %381)
-  %383 = getelementptr inbounds nuw i8, ptr %301, i64 960
-  %384 = load <16 x float>, ptr %383, align 4, !tbaa !5
-  %385 = getelementptr inbounds nuw i8, ptr %301, i64 896
-  %386 = load <16 x float>, ptr %385, align 4, !tbaa !5
-  %387 = getelementptr inbounds nuw i8, ptr %301, i64 832
-  %388 = load <16 x float>, ptr %387, align 4, !tbaa !5
-  %389 = getelementptr inbounds nuw i8, ptr %301, i64 768
-  %390 = load <16 x float>, ptr %389, align 4, !tbaa !5
-  %391 = getelementptr inbounds nuw i8, ptr %301, i64 704
-  %392 = load <16 x float>, ptr %391, align 4, !tbaa !5
-  %393 = getelementptr inbounds nuw i8, ptr %301, i64 640
-  %394 = load <16 x float>, ptr %393, align 4, !tbaa !5
-  %395 = getelementptr inbounds nuw i8, ptr %301, i64 576
-  %396 = load <16 x float>, ptr %395, align 4, !tbaa !5
-  %397 = getelementptr inbounds nuw i8, ptr %301, i64 512
-  %398 = load <16 x float>, ptr %397, align 4, !tbaa !5
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %350, <16 x float> zeroinitializer)
-  %400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %344, <16 x float> %399)
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %338, <16 x float> %400)
-  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %332, <16 x float> %401)
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %326, <16 x float> %402)
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %320, <16 x float> %403)
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %314, <16 x float> %404)
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %308, <16 x float> %405)
-  %407 = getelementptr inbounds nuw i8, ptr %301, i64 448
-  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
-  %409 = getelementptr inbounds nuw i8, ptr %301, i64 384
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
-  %411 = getelementptr inbounds nuw i8, ptr %301, i64 320
-  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
-  %413 = getelementptr inbounds nuw i8, ptr %301, i64 256
-  %414 = load <16 x float>, ptr %413, align 4, !tbaa !5
-  %415 = getelementptr inbounds nuw i8, ptr %301, i64 192
-  %416 = load <16 x float>, ptr %415, align 4, !tbaa !5
-  %417 = getelementptr inbounds nuw i8, ptr %301, i64 128
-  %418 = load <16 x float>, ptr %417, align 4, !tbaa !5
-  %419 = getelementptr inbounds nuw i8, ptr %301, i64 64
-  %420 = load <16 x float>, ptr %419, align 4, !tbaa !5
-  %421 = load <16 x float>, ptr %301, align 4, !tbaa !5
-  %422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %350, <16 x float> zeroinitializer)
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %344, <16 x float> %422)
-  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %338, <16 x float> %423)
-  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %332, <16 x float> %424)
-  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %326, <16 x float> %425)
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %320, <16 x float> %426)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %314, <16 x float> %427)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %308, <16 x float> %428)
-  %430 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %gep76.us.us.i.us.us = getelementptr i16, ptr %invariant.gep75.i, i64 %430
+  %359 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %gep76.us.us.i.us.us = getelementptr i16, ptr %invariant.gep75.i, i64 %359
   %gep63.us.us.7.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 224
-  %431 = load <16 x i16>, ptr %gep63.us.us.7.i.us.us, align 2, !tbaa !5
-  %432 = zext <16 x i16> %431 to <16 x i32>
-  %433 = shl nuw <16 x i32> %432, splat (i32 16)
-  %434 = bitcast <16 x i32> %433 to <16 x float>
+  %360 = load <16 x i16>, ptr %gep63.us.us.7.i.us.us, align 2, !tbaa !5
+  %361 = zext <16 x i16> %360 to <16 x i32>
+  %362 = shl nuw <16 x i32> %361, splat (i32 16)
+  %363 = bitcast <16 x i32> %362 to <16 x float>
   %gep63.us.us.6.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 192
-  %435 = load <16 x i16>, ptr %gep63.us.us.6.i.us.us, align 2, !tbaa !5
-  %436 = zext <16 x i16> %435 to <16 x i32>
-  %437 = shl nuw <16 x i32> %436, splat (i32 16)
-  %438 = bitcast <16 x i32> %437 to <16 x float>
+  %364 = load <16 x i16>, ptr %gep63.us.us.6.i.us.us, align 2, !tbaa !5
+  %365 = zext <16 x i16> %364 to <16 x i32>
+  %366 = shl nuw <16 x i32> %365, splat (i32 16)
+  %367 = bitcast <16 x i32> %366 to <16 x float>
   %gep63.us.us.5.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 160
-  %439 = load <16 x i16>, ptr %gep63.us.us.5.i.us.us, align 2, !tbaa !5
-  %440 = zext <16 x i16> %439 to <16 x i32>
-  %441 = shl nuw <16 x i32> %440, splat (i32 16)
-  %442 = bitcast <16 x i32> %441 to <16 x float>
+  %368 = load <16 x i16>, ptr %gep63.us.us.5.i.us.us, align 2, !tbaa !5
+  %369 = zext <16 x i16> %368 to <16 x i32>
+  %370 = shl nuw <16 x i32> %369, splat (i32 16)
+  %371 = bitcast <16 x i32> %370 to <16 x float>
   %gep63.us.us.4.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 128
-  %443 = load <16 x i16>, ptr %gep63.us.us.4.i.us.us, align 2, !tbaa !5
-  %444 = zext <16 x i16> %443 to <16 x i32>
-  %445 = shl nuw <16 x i32> %444, splat (i32 16)
-  %446 = bitcast <16 x i32> %445 to <16 x float>
+  %372 = load <16 x i16>, ptr %gep63.us.us.4.i.us.us, align 2, !tbaa !5
+  %373 = zext <16 x i16> %372 to <16 x i32>
+  %374 = shl nuw <16 x i32> %373, splat (i32 16)
+  %375 = bitcast <16 x i32> %374 to <16 x float>
   %gep63.us.us.3.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 96
-  %447 = load <16 x i16>, ptr %gep63.us.us.3.i.us.us, align 2, !tbaa !5
-  %448 = zext <16 x i16> %447 to <16 x i32>
-  %449 = shl nuw <16 x i32> %448, splat (i32 16)
-  %450 = bitcast <16 x i32> %449 to <16 x float>
+  %376 = load <16 x i16>, ptr %gep63.us.us.3.i.us.us, align 2, !tbaa !5
+  %377 = zext <16 x i16> %376 to <16 x i32>
+  %378 = shl nuw <16 x i32> %377, splat (i32 16)
+  %379 = bitcast <16 x i32> %378 to <16 x float>
   %gep63.us.us.2.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 64
-  %451 = load <16 x i16>, ptr %gep63.us.us.2.i.us.us, align 2, !tbaa !5
-  %452 = zext <16 x i16> %451 to <16 x i32>
-  %453 = shl nuw <16 x i32> %452, splat (i32 16)
-  %454 = bitcast <16 x i32> %453 to <16 x float>
+  %380 = load <16 x i16>, ptr %gep63.us.us.2.i.us.us, align 2, !tbaa !5
+  %381 = zext <16 x i16> %380 to <16 x i32>
+  %382 = shl nuw <16 x i32> %381, splat (i32 16)
+  %383 = bitcast <16 x i32> %382 to <16 x float>
   %gep63.us.us.1.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 32
-  %455 = load <16 x i16>, ptr %gep63.us.us.1.i.us.us, align 2, !tbaa !5
-  %456 = zext <16 x i16> %455 to <16 x i32>
-  %457 = shl nuw <16 x i32> %456, splat (i32 16)
-  %458 = bitcast <16 x i32> %457 to <16 x float>
-  %459 = load <16 x i16>, ptr %gep76.us.us.i.us.us, align 2, !tbaa !5
-  %460 = zext <16 x i16> %459 to <16 x i32>
-  %461 = shl nuw <16 x i32> %460, splat (i32 16)
-  %462 = bitcast <16 x i32> %461 to <16 x float>
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %462, <16 x float> zeroinitializer)
-  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %458, <16 x float> %463)
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %454, <16 x float> %464)
-  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %450, <16 x float> %465)
-  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %446, <16 x float> %466)
-  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %442, <16 x float> %467)
-  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %438, <16 x float> %468)
-  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %434, <16 x float> %469)
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %462, <16 x float> zeroinitializer)
-  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %458, <16 x float> %471)
-  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %454, <16 x float> %472)
-  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %450, <16 x float> %473)
-  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %446, <16 x float> %474)
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %442, <16 x float> %475)
-  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %438, <16 x float> %476)
-  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %360, <16 x float> %434, <16 x float> %477)
-  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %462, <16 x float> zeroinitializer)
-  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %458, <16 x float> %479)
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %454, <16 x float> %480)
-  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %450, <16 x float> %481)
-  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %446, <16 x float> %482)
-  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %442, <16 x float> %483)
-  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %438, <16 x float> %484)
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %434, <16 x float> %485)
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %462, <16 x float> zeroinitializer)
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %458, <16 x float> %487)
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %454, <16 x float> %488)
-  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %450, <16 x float> %489)
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %446, <16 x float> %490)
-  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %442, <16 x float> %491)
-  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %438, <16 x float> %492)
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %434, <16 x float> %493)
+  %384 = load <16 x i16>, ptr %gep63.us.us.1.i.us.us, align 2, !tbaa !5
+  %385 = zext <16 x i16> %384 to <16 x i32>
+  %386 = shl nuw <16 x i32> %385, splat (i32 16)
+  %387 = bitcast <16 x i32> %386 to <16 x float>
+  %388 = load <16 x i16>, ptr %gep76.us.us.i.us.us, align 2, !tbaa !5
+  %389 = zext <16 x i16> %388 to <16 x i32>
+  %390 = shl nuw <16 x i32> %389, splat (i32 16)
+  %391 = bitcast <16 x i32> %390 to <16 x float>
+  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %391, <16 x float> zeroinitializer)
+  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %387, <16 x float> %392)
+  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %383, <16 x float> %393)
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %379, <16 x float> %394)
+  %396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %375, <16 x float> %395)
+  %397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %371, <16 x float> %396)
+  %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %367, <16 x float> %397)
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %363, <16 x float> %398)
+  %400 = getelementptr inbounds nuw i8, ptr %301, i64 448
+  %401 = getelementptr inbounds nuw i8, ptr %301, i64 1472
+  %402 = load <16 x float>, ptr %401, align 4, !tbaa !5
+  %403 = getelementptr inbounds nuw i8, ptr %301, i64 1408
+  %404 = load <16 x float>, ptr %403, align 4, !tbaa !5
+  %405 = getelementptr inbounds nuw i8, ptr %301, i64 1344
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %407 = getelementptr inbounds nuw i8, ptr %301, i64 1280
+  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
+  %409 = getelementptr inbounds nuw i8, ptr %301, i64 1216
+  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
+  %411 = getelementptr inbounds nuw i8, ptr %301, i64 1152
+  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
+  %413 = getelementptr inbounds nuw i8, ptr %301, i64 1088
+  %414 = load <16 x float>, ptr %413, align 4, !tbaa !5
+  %415 = getelementptr inbounds nuw i8, ptr %301, i64 1024
+  %416 = load <16 x float>, ptr %415, align 4, !tbaa !5
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %350, <16 x float> zeroinitializer)
+  %418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %344, <16 x float> %417)
+  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %338, <16 x float> %418)
+  %420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %332, <16 x float> %419)
+  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %326, <16 x float> %420)
+  %422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %406, <16 x float> %320, <16 x float> %421)
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %404, <16 x float> %314, <16 x float> %422)
+  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %402, <16 x float> %308, <16 x float> %423)
+  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %391, <16 x float> zeroinitializer)
+  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %387, <16 x float> %425)
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %383, <16 x float> %426)
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %379, <16 x float> %427)
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %375, <16 x float> %428)
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %406, <16 x float> %371, <16 x float> %429)
+  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %404, <16 x float> %367, <16 x float> %430)
+  %432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %402, <16 x float> %363, <16 x float> %431)
+  %433 = getelementptr inbounds nuw i8, ptr %301, i64 960
+  %434 = load <16 x float>, ptr %433, align 4, !tbaa !5
+  %435 = getelementptr inbounds nuw i8, ptr %301, i64 896
+  %436 = load <16 x float>, ptr %435, align 4, !tbaa !5
+  %437 = getelementptr inbounds nuw i8, ptr %301, i64 832
+  %438 = load <16 x float>, ptr %437, align 4, !tbaa !5
+  %439 = getelementptr inbounds nuw i8, ptr %301, i64 768
+  %440 = load <16 x float>, ptr %439, align 4, !tbaa !5
+  %441 = getelementptr inbounds nuw i8, ptr %301, i64 704
+  %442 = load <16 x float>, ptr %441, align 4, !tbaa !5
+  %443 = getelementptr inbounds nuw i8, ptr %301, i64 640
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
+  %445 = getelementptr inbounds nuw i8, ptr %301, i64 576
+  %446 = load <16 x float>, ptr %445, align 4, !tbaa !5
+  %447 = getelementptr inbounds nuw i8, ptr %301, i64 512
+  %448 = load <16 x float>, ptr %447, align 4, !tbaa !5
+  %449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %448, <16 x float> %350, <16 x float> zeroinitializer)
+  %450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %446, <16 x float> %344, <16 x float> %449)
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %444, <16 x float> %338, <16 x float> %450)
+  %452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %442, <16 x float> %332, <16 x float> %451)
+  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %440, <16 x float> %326, <16 x float> %452)
+  %454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %320, <16 x float> %453)
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %436, <16 x float> %314, <16 x float> %454)
+  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %308, <16 x float> %455)
+  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %448, <16 x float> %391, <16 x float> zeroinitializer)
+  %458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %446, <16 x float> %387, <16 x float> %457)
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %444, <16 x float> %383, <16 x float> %458)
+  %460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %442, <16 x float> %379, <16 x float> %459)
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %440, <16 x float> %375, <16 x float> %460)
+  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %371, <16 x float> %461)
+  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %436, <16 x float> %367, <16 x float> %462)
+  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %363, <16 x float> %463)
+  %465 = load <16 x float>, ptr %400, align 4, !tbaa !5
+  %466 = getelementptr inbounds nuw i8, ptr %301, i64 384
+  %467 = load <16 x float>, ptr %466, align 4, !tbaa !5
+  %468 = getelementptr inbounds nuw i8, ptr %301, i64 320
+  %469 = load <16 x float>, ptr %468, align 4, !tbaa !5
+  %470 = getelementptr inbounds nuw i8, ptr %301, i64 256
+  %471 = load <16 x float>, ptr %470, align 4, !tbaa !5
+  %472 = getelementptr inbounds nuw i8, ptr %301, i64 192
+  %473 = load <16 x float>, ptr %472, align 4, !tbaa !5
+  %474 = getelementptr inbounds nuw i8, ptr %301, i64 128
+  %475 = load <16 x float>, ptr %474, align 4, !tbaa !5
+  %476 = getelementptr inbounds nuw i8, ptr %301, i64 64
+  %477 = load <16 x float>, ptr %476, align 4, !tbaa !5
+  %478 = load <16 x float>, ptr %301, align 4, !tbaa !5
+  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %350, <16 x float> zeroinitializer)
+  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %477, <16 x float> %344, <16 x float> %479)
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %338, <16 x float> %480)
+  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %332, <16 x float> %481)
+  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %471, <16 x float> %326, <16 x float> %482)
+  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %320, <16 x float> %483)
+  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %314, <16 x float> %484)
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %465, <16 x float> %308, <16 x float> %485)
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %391, <16 x float> zeroinitializer)
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %477, <16 x float> %387, <16 x float> %487)
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %383, <16 x float> %488)
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %379, <16 x float> %489)
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %471, <16 x float> %375, <16 x float> %490)
+  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %371, <16 x float> %491)
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %367, <16 x float> %492)
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %465, <16 x float> %363, <16 x float> %493)
   %.idx.i.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 12
   %gep148.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep147.i.us, i64 %.idx.i.us.us
   store <16 x float> %494, ptr %gep148.i.us.us, align 4, !tbaa !5
   %495 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 64
-  store <16 x float> %429, ptr %495, align 4, !tbaa !5
+  store <16 x float> %486, ptr %495, align 4, !tbaa !5
   %496 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 1024
-  store <16 x float> %486, ptr %496, align 4, !tbaa !5
+  store <16 x float> %464, ptr %496, align 4, !tbaa !5
   %497 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 1088
-  store <16 x float> %406, ptr %497, align 4, !tbaa !5
+  store <16 x float> %456, ptr %497, align 4, !tbaa !5
   %498 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 2048
-  store <16 x float> %478, ptr %498, align 4, !tbaa !5
+  store <16 x float> %432, ptr %498, align 4, !tbaa !5
   %499 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 2112
-  store <16 x float> %382, ptr %499, align 4, !tbaa !5
+  store <16 x float> %424, ptr %499, align 4, !tbaa !5
   %500 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 3072
-  store <16 x float> %470, ptr %500, align 4, !tbaa !5
+  store <16 x float> %399, ptr %500, align 4, !tbaa !5
   %501 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 3136
   store <16 x float> %358, ptr %501, align 4, !tbaa !5
   %indvars.iv.next118.i.us.us = add nuw nsw i64 %indvars.iv117.i.us.us, 1
@@ -4161,240 +4104,216 @@ for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preh
   %194 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %190
   %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
   %arg.i = fsub <16 x float> %195, %193
-  %cse_v7.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %cse_v7.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %196 = bitcast <16 x float> %cse_v7.i to <16 x i32>
-  %197 = add nsw <16 x i32> %196, splat (i32 -1262485504)
-  %198 = sitofp <16 x i32> %197 to <16 x float>
-  %199 = fmul <16 x float> %198, splat (float 0x3F2BD01060000000)
-  %200 = fmul <16 x float> %198, splat (float 0x3FE6300000000000)
-  %201 = fsub <16 x float> %arg.i, %200
-  %202 = fadd <16 x float> %199, %201
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %202, <16 x float> splat (float 0x3F81112100000000))
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %202, <16 x float> splat (float 0x3FA5553820000000))
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %202, <16 x float> splat (float 0x3FC5555540000000))
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %206, <16 x float> %202, <16 x float> splat (float 5.000000e-01))
-  %208 = fmul <16 x float> %202, %207
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %208, <16 x float> %202, <16 x float> %202)
-  %210 = shl <16 x i32> %196, splat (i32 23)
-  %211 = add <16 x i32> %210, splat (i32 1065353216)
-  %212 = bitcast <16 x i32> %211 to <16 x float>
-  %213 = fadd <16 x float> %209, splat (float 1.000000e+00)
-  %214 = fmul <16 x float> %213, %212
-  %215 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %216 = select <16 x i1> %215, <16 x float> zeroinitializer, <16 x float> %214
+  %197 = fadd <16 x float> %cse_v7.i, splat (float 0xC168000FE0000000)
+  %198 = fmul <16 x float> %197, splat (float 0x3F2BD01060000000)
+  %199 = fmul <16 x float> %197, splat (float 0x3FE6300000000000)
+  %200 = fsub <16 x float> %arg.i, %199
+  %201 = fadd <16 x float> %198, %200
+  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %201, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> %201, <16 x float> splat (float 0x3FA5558F20000000))
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %201, <16 x float> splat (float 0x3FC5554920000000))
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %201, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %206 = fmul <16 x float> %201, %201
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %206, <16 x float> %201)
+  %208 = shl <16 x i32> %196, splat (i32 23)
+  %209 = bitcast <16 x i32> %208 to <16 x float>
+  %210 = fadd <16 x float> %207, splat (float 1.000000e+00)
+  %211 = fmul <16 x float> %210, %209
+  %212 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %213 = select <16 x i1> %212, <16 x float> zeroinitializer, <16 x float> %211
   %gep25 = getelementptr inbounds nuw float, ptr %invariant.gep24, i64 %190
-  store <16 x float> %216, ptr %gep25, align 64, !tbaa !5
-  %217 = load float, ptr %gep.i, align 4, !tbaa !5
-  %218 = insertelement <16 x float> poison, float %217, i64 0
-  %219 = shufflevector <16 x float> %218, <16 x float> poison, <16 x i32> zeroinitializer
-  %220 = getelementptr inbounds nuw i8, ptr %194, i64 64
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %221, %219
-  %cse_v7.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %222 = bitcast <16 x float> %cse_v7.1.i to <16 x i32>
-  %223 = add nsw <16 x i32> %222, splat (i32 -1262485504)
-  %224 = sitofp <16 x i32> %223 to <16 x float>
-  %225 = fmul <16 x float> %224, splat (float 0x3F2BD01060000000)
-  %226 = fmul <16 x float> %224, splat (float 0x3FE6300000000000)
-  %227 = fsub <16 x float> %arg.1.i, %226
-  %228 = fadd <16 x float> %225, %227
-  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %229, <16 x float> %228, <16 x float> splat (float 0x3F81112100000000))
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %228, <16 x float> splat (float 0x3FA5553820000000))
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %231, <16 x float> %228, <16 x float> splat (float 0x3FC5555540000000))
-  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %232, <16 x float> %228, <16 x float> splat (float 5.000000e-01))
-  %234 = fmul <16 x float> %228, %233
-  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %228, <16 x float> %228)
-  %236 = shl <16 x i32> %222, splat (i32 23)
-  %237 = add <16 x i32> %236, splat (i32 1065353216)
-  %238 = bitcast <16 x i32> %237 to <16 x float>
-  %239 = fadd <16 x float> %235, splat (float 1.000000e+00)
-  %240 = fmul <16 x float> %239, %238
-  %241 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
-  %242 = select <16 x i1> %241, <16 x float> zeroinitializer, <16 x float> %240
-  %243 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
-  store <16 x float> %242, ptr %243, align 64, !tbaa !5
-  %244 = load float, ptr %gep.i, align 4, !tbaa !5
-  %245 = insertelement <16 x float> poison, float %244, i64 0
-  %246 = shufflevector <16 x float> %245, <16 x float> poison, <16 x i32> zeroinitializer
-  %247 = getelementptr inbounds nuw i8, ptr %194, i64 128
-  %248 = load <16 x float>, ptr %247, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %248, %246
-  %cse_v7.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %249 = bitcast <16 x float> %cse_v7.2.i to <16 x i32>
-  %250 = add nsw <16 x i32> %249, splat (i32 -1262485504)
-  %251 = sitofp <16 x i32> %250 to <16 x float>
-  %252 = fmul <16 x float> %251, splat (float 0x3F2BD01060000000)
-  %253 = fmul <16 x float> %251, splat (float 0x3FE6300000000000)
-  %254 = fsub <16 x float> %arg.2.i, %253
-  %255 = fadd <16 x float> %252, %254
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %256, <16 x float> %255, <16 x float> splat (float 0x3F81112100000000))
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %257, <16 x float> %255, <16 x float> splat (float 0x3FA5553820000000))
-  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %258, <16 x float> %255, <16 x float> splat (float 0x3FC5555540000000))
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %255, <16 x float> splat (float 5.000000e-01))
-  %261 = fmul <16 x float> %255, %260
-  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %261, <16 x float> %255, <16 x float> %255)
-  %263 = shl <16 x i32> %249, splat (i32 23)
-  %264 = add <16 x i32> %263, splat (i32 1065353216)
-  %265 = bitcast <16 x i32> %264 to <16 x float>
-  %266 = fadd <16 x float> %262, splat (float 1.000000e+00)
-  %267 = fmul <16 x float> %266, %265
-  %268 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
-  %269 = select <16 x i1> %268, <16 x float> zeroinitializer, <16 x float> %267
-  %270 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
-  store <16 x float> %269, ptr %270, align 64, !tbaa !5
-  %271 = load float, ptr %gep.i, align 4, !tbaa !5
-  %272 = insertelement <16 x float> poison, float %271, i64 0
-  %273 = shufflevector <16 x float> %272, <16 x float> poison, <16 x i32> zeroinitializer
-  %274 = getelementptr inbounds nuw i8, ptr %194, i64 192
-  %275 = load <16 x float>, ptr %274, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %275, %273
-  %cse_v7.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %276 = bitcast <16 x float> %cse_v7.3.i to <16 x i32>
-  %277 = add nsw <16 x i32> %276, splat (i32 -1262485504)
-  %278 = sitofp <16 x i32> %277 to <16 x float>
-  %279 = fmul <16 x float> %278, splat (float 0x3F2BD01060000000)
-  %280 = fmul <16 x float> %278, splat (float 0x3FE6300000000000)
-  %281 = fsub <16 x float> %arg.3.i, %280
-  %282 = fadd <16 x float> %279, %281
-  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %282, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %282, <16 x float> splat (float 0x3F81112100000000))
-  %285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %284, <16 x float> %282, <16 x float> splat (float 0x3FA5553820000000))
-  %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %282, <16 x float> splat (float 0x3FC5555540000000))
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> %282, <16 x float> splat (float 5.000000e-01))
-  %288 = fmul <16 x float> %282, %287
-  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %282, <16 x float> %282)
-  %290 = shl <16 x i32> %276, splat (i32 23)
-  %291 = add <16 x i32> %290, splat (i32 1065353216)
-  %292 = bitcast <16 x i32> %291 to <16 x float>
-  %293 = fadd <16 x float> %289, splat (float 1.000000e+00)
-  %294 = fmul <16 x float> %293, %292
-  %295 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
-  %296 = select <16 x i1> %295, <16 x float> zeroinitializer, <16 x float> %294
-  %297 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
-  store <16 x float> %296, ptr %297, align 64, !tbaa !5
-  %298 = load float, ptr %gep.i, align 4, !tbaa !5
-  %299 = insertelement <16 x float> poison, float %298, i64 0
-  %300 = shufflevector <16 x float> %299, <16 x float> poison, <16 x i32> zeroinitializer
-  %301 = getelementptr inbounds nuw i8, ptr %194, i64 256
-  %302 = load <16 x float>, ptr %301, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %302, %300
-  %cse_v7.4.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %303 = bitcast <16 x float> %cse_v7.4.i to <16 x i32>
-  %304 = add nsw <16 x i32> %303, splat (i32 -1262485504)
-  %305 = sitofp <16 x i32> %304 to <16 x float>
-  %306 = fmul <16 x float> %305, splat (float 0x3F2BD01060000000)
-  %307 = fmul <16 x float> %305, splat (float 0x3FE6300000000000)
-  %308 = fsub <16 x float> %arg.4.i, %307
-  %309 = fadd <16 x float> %306, %308
-  %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %309, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %309, <16 x float> splat (float 0x3F81112100000000))
-  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %311, <16 x float> %309, <16 x float> splat (float 0x3FA5553820000000))
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %309, <16 x float> splat (float 0x3FC5555540000000))
-  %314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %313, <16 x float> %309, <16 x float> splat (float 5.000000e-01))
-  %315 = fmul <16 x float> %309, %314
-  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %309, <16 x float> %309)
-  %317 = shl <16 x i32> %303, splat (i32 23)
-  %318 = add <16 x i32> %317, splat (i32 1065353216)
-  %319 = bitcast <16 x i32> %318 to <16 x float>
-  %320 = fadd <16 x float> %316, splat (float 1.000000e+00)
-  %321 = fmul <16 x float> %320, %319
-  %322 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
-  %323 = select <16 x i1> %322, <16 x float> zeroinitializer, <16 x float> %321
-  %324 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
-  store <16 x float> %323, ptr %324, align 64, !tbaa !5
-  %325 = load float, ptr %gep.i, align 4, !tbaa !5
-  %326 = insertelement <16 x float> poison, float %325, i64 0
-  %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
-  %328 = getelementptr inbounds nuw i8, ptr %194, i64 320
-  %329 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %329, %327
-  %cse_v7.5.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %330 = bitcast <16 x float> %cse_v7.5.i to <16 x i32>
-  %331 = add nsw <16 x i32> %330, splat (i32 -1262485504)
-  %332 = sitofp <16 x i32> %331 to <16 x float>
-  %333 = fmul <16 x float> %332, splat (float 0x3F2BD01060000000)
-  %334 = fmul <16 x float> %332, splat (float 0x3FE6300000000000)
-  %335 = fsub <16 x float> %arg.5.i, %334
-  %336 = fadd <16 x float> %333, %335
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %337, <16 x float> %336, <16 x float> splat (float 0x3F81112100000000))
-  %339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %338, <16 x float> %336, <16 x float> splat (float 0x3FA5553820000000))
-  %340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %339, <16 x float> %336, <16 x float> splat (float 0x3FC5555540000000))
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %336, <16 x float> splat (float 5.000000e-01))
-  %342 = fmul <16 x float> %336, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %336, <16 x float> %336)
-  %344 = shl <16 x i32> %330, splat (i32 23)
-  %345 = add <16 x i32> %344, splat (i32 1065353216)
-  %346 = bitcast <16 x i32> %345 to <16 x float>
-  %347 = fadd <16 x float> %343, splat (float 1.000000e+00)
-  %348 = fmul <16 x float> %347, %346
-  %349 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
-  %350 = select <16 x i1> %349, <16 x float> zeroinitializer, <16 x float> %348
-  %351 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
-  store <16 x float> %350, ptr %351, align 64, !tbaa !5
-  %352 = load float, ptr %gep.i, align 4, !tbaa !5
-  %353 = insertelement <16 x float> poison, float %352, i64 0
-  %354 = shufflevector <16 x float> %353, <16 x float> poison, <16 x i32> zeroinitializer
-  %355 = getelementptr inbounds nuw i8, ptr %194, i64 384
-  %356 = load <16 x float>, ptr %355, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %356, %354
-  %cse_v7.6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %357 = bitcast <16 x float> %cse_v7.6.i to <16 x i32>
-  %358 = add nsw <16 x i32> %357, splat (i32 -1262485504)
-  %359 = sitofp <16 x i32> %358 to <16 x float>
-  %360 = fmul <16 x float> %359, splat (float 0x3F2BD01060000000)
-  %361 = fmul <16 x float> %359, splat (float 0x3FE6300000000000)
-  %362 = fsub <16 x float> %arg.6.i, %361
-  %363 = fadd <16 x float> %360, %362
-  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %363, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %363, <16 x float> splat (float 0x3F81112100000000))
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %363, <16 x float> splat (float 0x3FA5553820000000))
-  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %363, <16 x float> splat (float 0x3FC5555540000000))
-  %368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %363, <16 x float> splat (float 5.000000e-01))
-  %369 = fmul <16 x float> %363, %368
-  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %363, <16 x float> %363)
-  %371 = shl <16 x i32> %357, splat (i32 23)
-  %372 = add <16 x i32> %371, splat (i32 1065353216)
-  %373 = bitcast <16 x i32> %372 to <16 x float>
-  %374 = fadd <16 x float> %370, splat (float 1.000000e+00)
-  %375 = fmul <16 x float> %374, %373
-  %376 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
-  %377 = select <16 x i1> %376, <16 x float> zeroinitializer, <16 x float> %375
-  %378 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
-  store <16 x float> %377, ptr %378, align 64, !tbaa !5
-  %379 = load float, ptr %gep.i, align 4, !tbaa !5
-  %380 = insertelement <16 x float> poison, float %379, i64 0
-  %381 = shufflevector <16 x float> %380, <16 x float> poison, <16 x i32> zeroinitializer
-  %382 = getelementptr inbounds nuw i8, ptr %194, i64 448
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %383, %381
-  %cse_v7.7.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %384 = bitcast <16 x float> %cse_v7.7.i to <16 x i32>
-  %385 = add nsw <16 x i32> %384, splat (i32 -1262485504)
-  %386 = sitofp <16 x i32> %385 to <16 x float>
-  %387 = fmul <16 x float> %386, splat (float 0x3F2BD01060000000)
-  %388 = fmul <16 x float> %386, splat (float 0x3FE6300000000000)
-  %389 = fsub <16 x float> %arg.7.i, %388
-  %390 = fadd <16 x float> %387, %389
-  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %390, <16 x float> splat (float 0x3F81112100000000))
-  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %390, <16 x float> splat (float 0x3FA5553820000000))
-  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %390, <16 x float> splat (float 0x3FC5555540000000))
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %390, <16 x float> splat (float 5.000000e-01))
-  %396 = fmul <16 x float> %390, %395
-  %397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %390, <16 x float> %390)
-  %398 = shl <16 x i32> %384, splat (i32 23)
-  %399 = add <16 x i32> %398, splat (i32 1065353216)
-  %400 = bitcast <16 x i32> %399 to <16 x float>
-  %401 = fadd <16 x float> %397, splat (float 1.000000e+00)
-  %402 = fmul <16 x float> %401, %400
-  %403 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
-  %404 = select <16 x i1> %403, <16 x float> zeroinitializer, <16 x float> %402
-  %405 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
-  store <16 x float> %404, ptr %405, align 64, !tbaa !5
+  store <16 x float> %213, ptr %gep25, align 64, !tbaa !5
+  %214 = load float, ptr %gep.i, align 4, !tbaa !5
+  %215 = insertelement <16 x float> poison, float %214, i64 0
+  %216 = shufflevector <16 x float> %215, <16 x float> poison, <16 x i32> zeroinitializer
+  %217 = getelementptr inbounds nuw i8, ptr %194, i64 64
+  %218 = load <16 x float>, ptr %217, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %218, %216
+  %cse_v7.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %219 = bitcast <16 x float> %cse_v7.1.i to <16 x i32>
+  %220 = fadd <16 x float> %cse_v7.1.i, splat (float 0xC168000FE0000000)
+  %221 = fmul <16 x float> %220, splat (float 0x3F2BD01060000000)
+  %222 = fmul <16 x float> %220, splat (float 0x3FE6300000000000)
+  %223 = fsub <16 x float> %arg.1.i, %222
+  %224 = fadd <16 x float> %221, %223
+  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %224, <16 x float> splat (float 0x3FA5558F20000000))
+  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %226, <16 x float> %224, <16 x float> splat (float 0x3FC5554920000000))
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %224, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %229 = fmul <16 x float> %224, %224
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %229, <16 x float> %224)
+  %231 = shl <16 x i32> %219, splat (i32 23)
+  %232 = bitcast <16 x i32> %231 to <16 x float>
+  %233 = fadd <16 x float> %230, splat (float 1.000000e+00)
+  %234 = fmul <16 x float> %233, %232
+  %235 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
+  %236 = select <16 x i1> %235, <16 x float> zeroinitializer, <16 x float> %234
+  %237 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
+  store <16 x float> %236, ptr %237, align 64, !tbaa !5
+  %238 = load float, ptr %gep.i, align 4, !tbaa !5
+  %239 = insertelement <16 x float> poison, float %238, i64 0
+  %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
+  %241 = getelementptr inbounds nuw i8, ptr %194, i64 128
+  %242 = load <16 x float>, ptr %241, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %242, %240
+  %cse_v7.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %243 = bitcast <16 x float> %cse_v7.2.i to <16 x i32>
+  %244 = fadd <16 x float> %cse_v7.2.i, splat (float 0xC168000FE0000000)
+  %245 = fmul <16 x float> %244, splat (float 0x3F2BD01060000000)
+  %246 = fmul <16 x float> %244, splat (float 0x3FE6300000000000)
+  %247 = fsub <16 x float> %arg.2.i, %246
+  %248 = fadd <16 x float> %245, %247
+  %249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %248, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %249, <16 x float> %248, <16 x float> splat (float 0x3FA5558F20000000))
+  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %250, <16 x float> %248, <16 x float> splat (float 0x3FC5554920000000))
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %251, <16 x float> %248, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %253 = fmul <16 x float> %248, %248
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %252, <16 x float> %253, <16 x float> %248)
+  %255 = shl <16 x i32> %243, splat (i32 23)
+  %256 = bitcast <16 x i32> %255 to <16 x float>
+  %257 = fadd <16 x float> %254, splat (float 1.000000e+00)
+  %258 = fmul <16 x float> %257, %256
+  %259 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
+  %260 = select <16 x i1> %259, <16 x float> zeroinitializer, <16 x float> %258
+  %261 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
+  store <16 x float> %260, ptr %261, align 64, !tbaa !5
+  %262 = load float, ptr %gep.i, align 4, !tbaa !5
+  %263 = insertelement <16 x float> poison, float %262, i64 0
+  %264 = shufflevector <16 x float> %263, <16 x float> poison, <16 x i32> zeroinitializer
+  %265 = getelementptr inbounds nuw i8, ptr %194, i64 192
+  %266 = load <16 x float>, ptr %265, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %266, %264
+  %cse_v7.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %267 = bitcast <16 x float> %cse_v7.3.i to <16 x i32>
+  %268 = fadd <16 x float> %cse_v7.3.i, splat (float 0xC168000FE0000000)
+  %269 = fmul <16 x float> %268, splat (float 0x3F2BD01060000000)
+  %270 = fmul <16 x float> %268, splat (float 0x3FE6300000000000)
+  %271 = fsub <16 x float> %arg.3.i, %270
+  %272 = fadd <16 x float> %269, %271
+  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %272, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %273, <16 x float> %272, <16 x float> splat (float 0x3FA5558F20000000))
+  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %274, <16 x float> %272, <16 x float> splat (float 0x3FC5554920000000))
+  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %272, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %277 = fmul <16 x float> %272, %272
+  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %276, <16 x float> %277, <16 x float> %272)
+  %279 = shl <16 x i32> %267, splat (i32 23)
+  %280 = bitcast <16 x i32> %279 to <16 x float>
+  %281 = fadd <16 x float> %278, splat (float 1.000000e+00)
+  %282 = fmul <16 x float> %281, %280
+  %283 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
+  %284 = select <16 x i1> %283, <16 x float> zeroinitializer, <16 x float> %282
+  %285 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
+  store <16 x float> %284, ptr %285, align 64, !tbaa !5
+  %286 = load float, ptr %gep.i, align 4, !tbaa !5
+  %287 = insertelement <16 x float> poison, float %286, i64 0
+  %288 = shufflevector <16 x float> %287, <16 x float> poison, <16 x i32> zeroinitializer
+  %289 = getelementptr inbounds nuw i8, ptr %194, i64 256
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %290, %288
+  %cse_v7.4.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %291 = bitcast <16 x float> %cse_v7.4.i to <16 x i32>
+  %292 = fadd <16 x float> %cse_v7.4.i, splat (float 0xC168000FE0000000)
+  %293 = fmul <16 x float> %292, splat (float 0x3F2BD01060000000)
+  %294 = fmul <16 x float> %292, splat (float 0x3FE6300000000000)
+  %295 = fsub <16 x float> %arg.4.i, %294
+  %296 = fadd <16 x float> %293, %295
+  %297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %296, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %296, <16 x float> splat (float 0x3FA5558F20000000))
+  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %296, <16 x float> splat (float 0x3FC5554920000000))
+  %300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %299, <16 x float> %296, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %301 = fmul <16 x float> %296, %296
+  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %300, <16 x float> %301, <16 x float> %296)
+  %303 = shl <16 x i32> %291, splat (i32 23)
+  %304 = bitcast <16 x i32> %303 to <16 x float>
+  %305 = fadd <16 x float> %302, splat (float 1.000000e+00)
+  %306 = fmul <16 x float> %305, %304
+  %307 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
+  %308 = select <16 x i1> %307, <16 x float> zeroinitializer, <16 x float> %306
+  %309 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
+  store <16 x float> %308, ptr %309, align 64, !tbaa !5
+  %310 = load float, ptr %gep.i, align 4, !tbaa !5
+  %311 = insertelement <16 x float> poison, float %310, i64 0
+  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
+  %313 = getelementptr inbounds nuw i8, ptr %194, i64 320
+  %314 = load <16 x float>, ptr %313, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %314, %312
+  %cse_v7.5.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %315 = bitcast <16 x float> %cse_v7.5.i to <16 x i32>
+  %316 = fadd <16 x float> %cse_v7.5.i, splat (float 0xC168000FE0000000)
+  %317 = fmul <16 x float> %316, splat (float 0x3F2BD01060000000)
+  %318 = fmul <16 x float> %316, splat (float 0x3FE6300000000000)
+  %319 = fsub <16 x float> %arg.5.i, %318
+  %320 = fadd <16 x float> %317, %319
+  %321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %320, <16 x float> splat (float 0x3FA5558F20000000))
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %320, <16 x float> splat (float 0x3FC5554920000000))
+  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %320, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %325 = fmul <16 x float> %320, %320
+  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> %325, <16 x float> %320)
+  %327 = shl <16 x i32> %315, splat (i32 23)
+  %328 = bitcast <16 x i32> %327 to <16 x float>
+  %329 = fadd <16 x float> %326, splat (float 1.000000e+00)
+  %330 = fmul <16 x float> %329, %328
+  %331 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
+  %332 = select <16 x i1> %331, <16 x float> zeroinitializer, <16 x float> %330
+  %333 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
+  store <16 x float> %332, ptr %333, align 64, !tbaa !5
+  %334 = load float, ptr %gep.i, align 4, !tbaa !5
+  %335 = insertelement <16 x float> poison, float %334, i64 0
+  %336 = shufflevector <16 x float> %335, <16 x float> poison, <16 x i32> zeroinitializer
+  %337 = getelementptr inbounds nuw i8, ptr %194, i64 384
+  %338 = load <16 x float>, ptr %337, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %338, %336
+  %cse_v7.6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %339 = bitcast <16 x float> %cse_v7.6.i to <16 x i32>
+  %340 = fadd <16 x float> %cse_v7.6.i, splat (float 0xC168000FE0000000)
+  %341 = fmul <16 x float> %340, splat (float 0x3F2BD01060000000)
+  %342 = fmul <16 x float> %340, splat (float 0x3FE6300000000000)
+  %343 = fsub <16 x float> %arg.6.i, %342
+  %344 = fadd <16 x float> %341, %343
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %344, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %344, <16 x float> splat (float 0x3FA5558F20000000))
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %344, <16 x float> splat (float 0x3FC5554920000000))
+  %348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %344, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %349 = fmul <16 x float> %344, %344
+  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> %349, <16 x float> %344)
+  %351 = shl <16 x i32> %339, splat (i32 23)
+  %352 = bitcast <16 x i32> %351 to <16 x float>
+  %353 = fadd <16 x float> %350, splat (float 1.000000e+00)
+  %354 = fmul <16 x float> %353, %352
+  %355 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
+  %356 = select <16 x i1> %355, <16 x float> zeroinitializer, <16 x float> %354
+  %357 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
+  store <16 x float> %356, ptr %357, align 64, !tbaa !5
+  %358 = load float, ptr %gep.i, align 4, !tbaa !5
+  %359 = insertelement <16 x float> poison, float %358, i64 0
+  %360 = shufflevector <16 x float> %359, <16 x float> poison, <16 x i32> zeroinitializer
+  %361 = getelementptr inbounds nuw i8, ptr %194, i64 448
+  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %362, %360
+  %cse_v7.7.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %363 = bitcast <16 x float> %cse_v7.7.i to <16 x i32>
+  %364 = fadd <16 x float> %cse_v7.7.i, splat (float 0xC168000FE0000000)
+  %365 = fmul <16 x float> %364, splat (float 0x3F2BD01060000000)
+  %366 = fmul <16 x float> %364, splat (float 0x3FE6300000000000)
+  %367 = fsub <16 x float> %arg.7.i, %366
+  %368 = fadd <16 x float> %365, %367
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %368, <16 x float> splat (float 0x3FA5558F20000000))
+  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %368, <16 x float> splat (float 0x3FC5554920000000))
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %368, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %373 = fmul <16 x float> %368, %368
+  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %373, <16 x float> %368)
+  %375 = shl <16 x i32> %363, splat (i32 23)
+  %376 = bitcast <16 x i32> %375 to <16 x float>
+  %377 = fadd <16 x float> %374, splat (float 1.000000e+00)
+  %378 = fmul <16 x float> %377, %376
+  %379 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
+  %380 = select <16 x i1> %379, <16 x float> zeroinitializer, <16 x float> %378
+  %381 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
+  store <16 x float> %380, ptr %381, align 64, !tbaa !5
   %indvars.iv.next91.i = add nuw nsw i64 %indvars.iv90.i, 1
   %exitcond95.not.i = icmp eq i64 %indvars.iv.next91.i, 16
   br i1 %exitcond95.not.i, label %for_begin_ax128.preheader.preheader.i, label %for_begin_to18.preheader.i, !prof !33
@@ -4407,71 +4326,71 @@ for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.pre
   %indvars.iv101.i = phi i64 [ 0, %for_begin_ax128.preheader.preheader.i ], [ %indvars.iv.next102.i, %for_begin_ax128.preheader.i ]
   %.idx23 = shl nuw nsw i64 %indvars.iv101.i, 9
   %gep27 = getelementptr inbounds nuw i8, ptr %invariant.gep24, i64 %.idx23
-  %406 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
-  %407 = fadd <16 x float> %406, zeroinitializer
-  %408 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
-  %409 = load <16 x float>, ptr %408, align 64, !tbaa !5
-  %410 = fadd <16 x float> %407, %409
-  %411 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
-  %412 = load <16 x float>, ptr %411, align 64, !tbaa !5
-  %413 = fadd <16 x float> %410, %412
-  %414 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
-  %415 = load <16 x float>, ptr %414, align 64, !tbaa !5
-  %416 = fadd <16 x float> %413, %415
-  %417 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
-  %418 = load <16 x float>, ptr %417, align 64, !tbaa !5
-  %419 = fadd <16 x float> %416, %418
-  %420 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
-  %421 = load <16 x float>, ptr %420, align 64, !tbaa !5
-  %422 = fadd <16 x float> %419, %421
-  %423 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
-  %424 = load <16 x float>, ptr %423, align 64, !tbaa !5
-  %425 = fadd <16 x float> %422, %424
-  %426 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
-  %427 = load <16 x float>, ptr %426, align 64, !tbaa !5
-  %428 = fadd <16 x float> %425, %427
+  %382 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
+  %383 = fadd <16 x float> %382, zeroinitializer
+  %384 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
+  %385 = load <16 x float>, ptr %384, align 64, !tbaa !5
+  %386 = fadd <16 x float> %383, %385
+  %387 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
+  %388 = load <16 x float>, ptr %387, align 64, !tbaa !5
+  %389 = fadd <16 x float> %386, %388
+  %390 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
+  %391 = load <16 x float>, ptr %390, align 64, !tbaa !5
+  %392 = fadd <16 x float> %389, %391
+  %393 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
+  %394 = load <16 x float>, ptr %393, align 64, !tbaa !5
+  %395 = fadd <16 x float> %392, %394
+  %396 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
+  %397 = load <16 x float>, ptr %396, align 64, !tbaa !5
+  %398 = fadd <16 x float> %395, %397
+  %399 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
+  %400 = load <16 x float>, ptr %399, align 64, !tbaa !5
+  %401 = fadd <16 x float> %398, %400
+  %402 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
+  %403 = load <16 x float>, ptr %402, align 64, !tbaa !5
+  %404 = fadd <16 x float> %401, %403
   %gep116.i = getelementptr inbounds nuw float, ptr %invariant.gep115.i, i64 %indvars.iv101.i
-  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %428, i64 0
-  %429 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %428, i64 1
-  %430 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %429
-  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %428, i64 2
-  %431 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %430
-  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %428, i64 3
-  %432 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %431
-  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %428, i64 4
-  %433 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %432
-  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %428, i64 5
-  %434 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %433
-  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %428, i64 6
-  %435 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %434
-  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %428, i64 7
-  %436 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %435
-  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %428, i64 8
-  %437 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %436
-  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %428, i64 9
-  %438 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %437
-  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %428, i64 10
-  %439 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %438
-  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %428, i64 11
-  %440 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %439
-  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %428, i64 12
-  %441 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %440
-  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %428, i64 13
-  %442 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %441
-  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %428, i64 14
-  %443 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %442
-  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %428, i64 15
-  %444 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %443
-  store float %444, ptr %gep116.i, align 4, !tbaa !5
+  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %404, i64 0
+  %405 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %404, i64 1
+  %406 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %405
+  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %404, i64 2
+  %407 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %406
+  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %404, i64 3
+  %408 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %407
+  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %404, i64 4
+  %409 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %408
+  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %404, i64 5
+  %410 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %409
+  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %404, i64 6
+  %411 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %410
+  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %404, i64 7
+  %412 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %411
+  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %404, i64 8
+  %413 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %412
+  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %404, i64 9
+  %414 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %413
+  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %404, i64 10
+  %415 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %414
+  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %404, i64 11
+  %416 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %415
+  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %404, i64 12
+  %417 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %416
+  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %404, i64 13
+  %418 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %417
+  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %404, i64 14
+  %419 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %418
+  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %404, i64 15
+  %420 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %419
+  store float %420, ptr %gep116.i, align 4, !tbaa !5
   %indvars.iv.next102.i = add nuw nsw i64 %indvars.iv101.i, 1
   %exitcond106.not.i = icmp eq i64 %indvars.iv.next102.i, 16
   br i1 %exitcond106.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !33
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
-  %445 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %446 = tail call i32 %445(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not.i = icmp eq i32 %446, 0
+  %421 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %422 = tail call i32 %421(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not.i = icmp eq i32 %422, 0
   br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !81
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry

@@ -488,10 +488,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta233.i = alloca [4 x float], align 16
-  %alpha234.i = alloca [4 x float], align 16
-  %row_sum246.i = alloca [32 x float], align 16
-  %row_max247.i = alloca [32 x float], align 16
+  %beta232.i = alloca [4 x float], align 16
+  %alpha233.i = alloca [4 x float], align 16
+  %row_sum245.i = alloca [32 x float], align 16
+  %row_max246.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -674,10 +674,10 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max247.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta232.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha233.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum245.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max246.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -704,557 +704,582 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %87 = ashr exact i64 %sext, 32
   %88 = shl nsw i32 %block_end, 4
   %89 = add i32 %range_begin.i, -1
-  %90 = insertelement <16 x float> poison, float %scale, i64 0
-  %91 = shufflevector <16 x float> %90, <16 x float> poison, <16 x i32> zeroinitializer
-  %92 = and i64 %50, 2147483648
-  %.not = icmp eq i64 %92, 0
+  %90 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %91 = insertelement <16 x float> poison, float %90, i64 0
+  %92 = bitcast <16 x float> %91 to <16 x i32>
+  %93 = shufflevector <16 x i32> %92, <16 x i32> poison, <16 x i32> zeroinitializer
+  %94 = insertelement <16 x float> poison, float %scale, i64 0
+  %95 = shufflevector <16 x float> %94, <16 x float> poison, <16 x i32> zeroinitializer
+  %96 = and i64 %50, 2147483648
+  %.not = icmp eq i64 %96, 0
   %cse_v22.i = and i64 %50, 4294967295
-  %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count884.i = and i64 %44, 2147483647
+  %97 = zext i32 %range_begin.i to i64
+  %wide.trip.count883.i = and i64 %44, 2147483647
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end226.i
-  %indvars.iv.next882.i = add nuw nsw i64 %indvars.iv881.i, 1
-  %exitcond885.not.i = icmp eq i64 %indvars.iv.next882.i, %wide.trip.count884.i
-  br i1 %exitcond885.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end225.i
+  %indvars.iv.next881.i = add nuw nsw i64 %indvars.iv880.i, 1
+  %exitcond884.not.i = icmp eq i64 %indvars.iv.next881.i, %wide.trip.count883.i
+  br i1 %exitcond884.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv881.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next882.i, %for_begin_s.i ]
-  %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %95 = icmp eq ptr %q_tile.i, null
-  br i1 %95, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv880.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next881.i, %for_begin_s.i ]
+  %98 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %q_tile.i = tail call ptr %98(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %99 = icmp eq ptr %q_tile.i, null
+  br i1 %99, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %96 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %acc.i = tail call ptr %96(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %97 = icmp eq ptr %acc.i, null
-  br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %100 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %acc.i = tail call ptr %100(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %101 = icmp eq ptr %acc.i, null
+  br i1 %101, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v24.i = add nsw i64 %indvars.iv881.i, %87
-  %98 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v24.i
-  %99 = load i32, ptr %98, align 4, !tbaa !5
-  %100 = mul nsw i64 %cse_v24.i, %q_batch
-  %101 = getelementptr i16, ptr %query, i64 %100
+  %cse_v24.i = add nsw i64 %indvars.iv880.i, %87
+  %102 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v24.i
+  %103 = load i32, ptr %102, align 4, !tbaa !5
+  %104 = mul nsw i64 %cse_v24.i, %q_batch
+  %105 = getelementptr i16, ptr %query, i64 %104
   br label %for_begin_r.preheader.i
 
 for_begin_step.preheader.i:                       ; preds = %for_end_r.i
-  %102 = tail call i32 @llvm.smin.i32(i32 %88, i32 %99)
-  %103 = sub nsw i32 %102, %range_begin.i
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %103, i32 0)
-  %104 = add nuw nsw i32 %range_len.i, 127
-  %cse_v25.i = lshr i32 %104, 7
+  %106 = tail call i32 @llvm.smin.i32(i32 %88, i32 %103)
+  %107 = sub nsw i32 %106, %range_begin.i
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %107, i32 0)
+  %108 = add nuw nsw i32 %range_len.i, 127
+  %cse_v25.i = lshr i32 %108, 7
   %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v25.i, i32 1)
   %last_token.i = add i32 %89, %range_len.i
   %cse_v110.i = mul nsw i64 %cse_v24.i, %table_seq
-  %invariant.gep412.i = getelementptr i32, ptr %block_table, i64 %cse_v110.i
-  %105 = zext nneg i32 %cse_v25.i to i64
-  %106 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count833.i = zext nneg i32 %num_steps.i to i64
+  %invariant.gep411.i = getelementptr i32, ptr %block_table, i64 %cse_v110.i
+  %109 = zext nneg i32 %cse_v25.i to i64
+  %110 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count832.i = zext nneg i32 %num_steps.i to i64
   br label %for_begin_step.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %if_end2.i
-  %indvars.iv634.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next635.i, %for_end_r.i ]
-  %107 = shl nuw nsw i64 %indvars.iv634.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv634.i, 11
+  %indvars.iv633.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next634.i, %for_end_r.i ]
+  %111 = shl nuw nsw i64 %indvars.iv633.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv633.i, 11
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
   br label %for_begin_d_0.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_r.preheader.i
-  %indvars.iv630.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next631.i, %for_end_d_0.i ]
-  %108 = add nuw nsw i64 %indvars.iv630.i, %107
-  %109 = mul nsw i64 %108, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %101, i64 %109
-  %.idx = shl nuw nsw i64 %indvars.iv630.i, 9
+  %indvars.iv629.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next630.i, %for_end_d_0.i ]
+  %112 = add nuw nsw i64 %indvars.iv629.i, %111
+  %113 = mul nsw i64 %112, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %105, i64 %113
+  %.idx = shl nuw nsw i64 %indvars.iv629.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
   br label %for_begin_d_2.preheader.i
 
 for_end_r.i:                                      ; preds = %for_end_d_0.i
-  %indvars.iv.next635.i = add nuw nsw i64 %indvars.iv634.i, 1
-  %exitcond637.not.i = icmp eq i64 %indvars.iv.next635.i, 8
-  br i1 %exitcond637.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
+  %indvars.iv.next634.i = add nuw nsw i64 %indvars.iv633.i, 1
+  %exitcond636.not.i = icmp eq i64 %indvars.iv.next634.i, 8
+  br i1 %exitcond636.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %for_begin_d_2.preheader.i ]
-  %110 = shl nuw nsw i64 %indvars.iv.i, 5
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %110
-  %111 = load i16, ptr %gep.i, align 2, !tbaa !5
-  %112 = getelementptr i8, ptr %gep.i, i64 4
-  %113 = load i16, ptr %112, align 2, !tbaa !5
-  %114 = getelementptr i8, ptr %gep.i, i64 8
-  %115 = load i16, ptr %114, align 2, !tbaa !5
-  %116 = getelementptr i8, ptr %gep.i, i64 12
+  %114 = shl nuw nsw i64 %indvars.iv.i, 5
+  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %114
+  %115 = load i16, ptr %gep.i, align 2, !tbaa !5
+  %116 = getelementptr i8, ptr %gep.i, i64 4
   %117 = load i16, ptr %116, align 2, !tbaa !5
-  %118 = getelementptr i8, ptr %gep.i, i64 16
+  %118 = getelementptr i8, ptr %gep.i, i64 8
   %119 = load i16, ptr %118, align 2, !tbaa !5
-  %120 = getelementptr i8, ptr %gep.i, i64 20
+  %120 = getelementptr i8, ptr %gep.i, i64 12
   %121 = load i16, ptr %120, align 2, !tbaa !5
-  %122 = getelementptr i8, ptr %gep.i, i64 24
+  %122 = getelementptr i8, ptr %gep.i, i64 16
   %123 = load i16, ptr %122, align 2, !tbaa !5
-  %124 = getelementptr i8, ptr %gep.i, i64 28
+  %124 = getelementptr i8, ptr %gep.i, i64 20
   %125 = load i16, ptr %124, align 2, !tbaa !5
-  %126 = getelementptr i8, ptr %gep.i, i64 32
+  %126 = getelementptr i8, ptr %gep.i, i64 24
   %127 = load i16, ptr %126, align 2, !tbaa !5
-  %128 = getelementptr i8, ptr %gep.i, i64 36
+  %128 = getelementptr i8, ptr %gep.i, i64 28
   %129 = load i16, ptr %128, align 2, !tbaa !5
-  %130 = getelementptr i8, ptr %gep.i, i64 40
+  %130 = getelementptr i8, ptr %gep.i, i64 32
   %131 = load i16, ptr %130, align 2, !tbaa !5
-  %132 = getelementptr i8, ptr %gep.i, i64 44
+  %132 = getelementptr i8, ptr %gep.i, i64 36
   %133 = load i16, ptr %132, align 2, !tbaa !5
-  %134 = getelementptr i8, ptr %gep.i, i64 48
+  %134 = getelementptr i8, ptr %gep.i, i64 40
   %135 = load i16, ptr %134, align 2, !tbaa !5
-  %136 = getelementptr i8, ptr %gep.i, i64 52
+  %136 = getelementptr i8, ptr %gep.i, i64 44
   %137 = load i16, ptr %136, align 2, !tbaa !5
-  %138 = getelementptr i8, ptr %gep.i, i64 56
+  %138 = getelementptr i8, ptr %gep.i, i64 48
   %139 = load i16, ptr %138, align 2, !tbaa !5
-  %140 = getelementptr i8, ptr %gep.i, i64 60
+  %140 = getelementptr i8, ptr %gep.i, i64 52
   %141 = load i16, ptr %140, align 2, !tbaa !5
-  %142 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %111, i64 0
-  %143 = insertelement <16 x i16> %142, i16 %113, i64 1
-  %144 = insertelement <16 x i16> %143, i16 %115, i64 2
-  %145 = insertelement <16 x i16> %144, i16 %117, i64 3
-  %146 = insertelement <16 x i16> %145, i16 %119, i64 4
-  %147 = insertelement <16 x i16> %146, i16 %121, i64 5
-  %148 = insertelement <16 x i16> %147, i16 %123, i64 6
-  %149 = insertelement <16 x i16> %148, i16 %125, i64 7
-  %150 = insertelement <16 x i16> %149, i16 %127, i64 8
-  %151 = insertelement <16 x i16> %150, i16 %129, i64 9
-  %152 = insertelement <16 x i16> %151, i16 %131, i64 10
-  %153 = insertelement <16 x i16> %152, i16 %133, i64 11
-  %154 = insertelement <16 x i16> %153, i16 %135, i64 12
-  %155 = insertelement <16 x i16> %154, i16 %137, i64 13
-  %156 = insertelement <16 x i16> %155, i16 %139, i64 14
-  %157 = insertelement <16 x i16> %156, i16 %141, i64 15
-  %158 = zext <16 x i16> %157 to <16 x i32>
-  %159 = shl nuw <16 x i32> %158, splat (i32 16)
-  %160 = getelementptr inbounds nuw float, ptr %gep, i64 %110
-  store <16 x i32> %159, ptr %160, align 4, !tbaa !5
-  %161 = getelementptr i8, ptr %gep.i, i64 2
-  %162 = load i16, ptr %161, align 2, !tbaa !5
-  %163 = getelementptr i8, ptr %gep.i, i64 6
-  %164 = load i16, ptr %163, align 2, !tbaa !5
-  %165 = getelementptr i8, ptr %gep.i, i64 10
+  %142 = getelementptr i8, ptr %gep.i, i64 56
+  %143 = load i16, ptr %142, align 2, !tbaa !5
+  %144 = getelementptr i8, ptr %gep.i, i64 60
+  %145 = load i16, ptr %144, align 2, !tbaa !5
+  %146 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %115, i64 0
+  %147 = insertelement <16 x i16> %146, i16 %117, i64 1
+  %148 = insertelement <16 x i16> %147, i16 %119, i64 2
+  %149 = insertelement <16 x i16> %148, i16 %121, i64 3
+  %150 = insertelement <16 x i16> %149, i16 %123, i64 4
+  %151 = insertelement <16 x i16> %150, i16 %125, i64 5
+  %152 = insertelement <16 x i16> %151, i16 %127, i64 6
+  %153 = insertelement <16 x i16> %152, i16 %129, i64 7
+  %154 = insertelement <16 x i16> %153, i16 %131, i64 8
+  %155 = insertelement <16 x i16> %154, i16 %133, i64 9
+  %156 = insertelement <16 x i16> %155, i16 %135, i64 10
+  %157 = insertelement <16 x i16> %156, i16 %137, i64 11
+  %158 = insertelement <16 x i16> %157, i16 %139, i64 12
+  %159 = insertelement <16 x i16> %158, i16 %141, i64 13
+  %160 = insertelement <16 x i16> %159, i16 %143, i64 14
+  %161 = insertelement <16 x i16> %160, i16 %145, i64 15
+  %162 = zext <16 x i16> %161 to <16 x i32>
+  %163 = shl nuw <16 x i32> %162, splat (i32 16)
+  %164 = getelementptr inbounds nuw float, ptr %gep, i64 %114
+  store <16 x i32> %163, ptr %164, align 4, !tbaa !5
+  %165 = getelementptr i8, ptr %gep.i, i64 2
   %166 = load i16, ptr %165, align 2, !tbaa !5
-  %167 = getelementptr i8, ptr %gep.i, i64 14
+  %167 = getelementptr i8, ptr %gep.i, i64 6
   %168 = load i16, ptr %167, align 2, !tbaa !5
-  %169 = getelementptr i8, ptr %gep.i, i64 18
+  %169 = getelementptr i8, ptr %gep.i, i64 10
   %170 = load i16, ptr %169, align 2, !tbaa !5
-  %171 = getelementptr i8, ptr %gep.i, i64 22
+  %171 = getelementptr i8, ptr %gep.i, i64 14
   %172 = load i16, ptr %171, align 2, !tbaa !5
-  %173 = getelementptr i8, ptr %gep.i, i64 26
+  %173 = getelementptr i8, ptr %gep.i, i64 18
   %174 = load i16, ptr %173, align 2, !tbaa !5
-  %175 = getelementptr i8, ptr %gep.i, i64 30
+  %175 = getelementptr i8, ptr %gep.i, i64 22
   %176 = load i16, ptr %175, align 2, !tbaa !5
-  %177 = getelementptr i8, ptr %gep.i, i64 34
+  %177 = getelementptr i8, ptr %gep.i, i64 26
   %178 = load i16, ptr %177, align 2, !tbaa !5
-  %179 = getelementptr i8, ptr %gep.i, i64 38
+  %179 = getelementptr i8, ptr %gep.i, i64 30
   %180 = load i16, ptr %179, align 2, !tbaa !5
-  %181 = getelementptr i8, ptr %gep.i, i64 42
+  %181 = getelementptr i8, ptr %gep.i, i64 34
   %182 = load i16, ptr %181, align 2, !tbaa !5
-  %183 = getelementptr i8, ptr %gep.i, i64 46
+  %183 = getelementptr i8, ptr %gep.i, i64 38
   %184 = load i16, ptr %183, align 2, !tbaa !5
-  %185 = getelementptr i8, ptr %gep.i, i64 50
+  %185 = getelementptr i8, ptr %gep.i, i64 42
   %186 = load i16, ptr %185, align 2, !tbaa !5
-  %187 = getelementptr i8, ptr %gep.i, i64 54
+  %187 = getelementptr i8, ptr %gep.i, i64 46
   %188 = load i16, ptr %187, align 2, !tbaa !5
-  %189 = getelementptr i8, ptr %gep.i, i64 58
+  %189 = getelementptr i8, ptr %gep.i, i64 50
   %190 = load i16, ptr %189, align 2, !tbaa !5
-  %191 = getelementptr i8, ptr %gep.i, i64 62
+  %191 = getelementptr i8, ptr %gep.i, i64 54
   %192 = load i16, ptr %191, align 2, !tbaa !5
-  %193 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %162, i64 0
-  %194 = insertelement <16 x i16> %193, i16 %164, i64 1
-  %195 = insertelement <16 x i16> %194, i16 %166, i64 2
-  %196 = insertelement <16 x i16> %195, i16 %168, i64 3
-  %197 = insertelement <16 x i16> %196, i16 %170, i64 4
-  %198 = insertelement <16 x i16> %197, i16 %172, i64 5
-  %199 = insertelement <16 x i16> %198, i16 %174, i64 6
-  %200 = insertelement <16 x i16> %199, i16 %176, i64 7
-  %201 = insertelement <16 x i16> %200, i16 %178, i64 8
-  %202 = insertelement <16 x i16> %201, i16 %180, i64 9
-  %203 = insertelement <16 x i16> %202, i16 %182, i64 10
-  %204 = insertelement <16 x i16> %203, i16 %184, i64 11
-  %205 = insertelement <16 x i16> %204, i16 %186, i64 12
-  %206 = insertelement <16 x i16> %205, i16 %188, i64 13
-  %207 = insertelement <16 x i16> %206, i16 %190, i64 14
-  %208 = insertelement <16 x i16> %207, i16 %192, i64 15
-  %209 = zext <16 x i16> %208 to <16 x i32>
-  %210 = shl nuw <16 x i32> %209, splat (i32 16)
-  %211 = getelementptr inbounds nuw i8, ptr %160, i64 64
-  store <16 x i32> %210, ptr %211, align 4, !tbaa !5
+  %193 = getelementptr i8, ptr %gep.i, i64 58
+  %194 = load i16, ptr %193, align 2, !tbaa !5
+  %195 = getelementptr i8, ptr %gep.i, i64 62
+  %196 = load i16, ptr %195, align 2, !tbaa !5
+  %197 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %166, i64 0
+  %198 = insertelement <16 x i16> %197, i16 %168, i64 1
+  %199 = insertelement <16 x i16> %198, i16 %170, i64 2
+  %200 = insertelement <16 x i16> %199, i16 %172, i64 3
+  %201 = insertelement <16 x i16> %200, i16 %174, i64 4
+  %202 = insertelement <16 x i16> %201, i16 %176, i64 5
+  %203 = insertelement <16 x i16> %202, i16 %178, i64 6
+  %204 = insertelement <16 x i16> %203, i16 %180, i64 7
+  %205 = insertelement <16 x i16> %204, i16 %182, i64 8
+  %206 = insertelement <16 x i16> %205, i16 %184, i64 9
+  %207 = insertelement <16 x i16> %206, i16 %186, i64 10
+  %208 = insertelement <16 x i16> %207, i16 %188, i64 11
+  %209 = insertelement <16 x i16> %208, i16 %190, i64 12
+  %210 = insertelement <16 x i16> %209, i16 %192, i64 13
+  %211 = insertelement <16 x i16> %210, i16 %194, i64 14
+  %212 = insertelement <16 x i16> %211, i16 %196, i64 15
+  %213 = zext <16 x i16> %212 to <16 x i32>
+  %214 = shl nuw <16 x i32> %213, splat (i32 16)
+  %215 = getelementptr inbounds nuw i8, ptr %164, i64 64
+  store <16 x i32> %214, ptr %215, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
   br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
 
 for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.i
-  %indvars.iv.next631.i = add nuw nsw i64 %indvars.iv630.i, 1
-  %exitcond633.not.i = icmp eq i64 %indvars.iv.next631.i, 4
-  br i1 %exitcond633.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+  %indvars.iv.next630.i = add nuw nsw i64 %indvars.iv629.i, 1
+  %exitcond632.not.i = icmp eq i64 %indvars.iv.next630.i, 4
+  br i1 %exitcond632.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
 
-for_begin_step.i:                                 ; preds = %if_end172.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv827.i = phi i64 [ %indvars.iv.next828.i, %if_end172.i ], [ 0, %for_begin_step.preheader.i ]
+for_begin_step.i:                                 ; preds = %if_end171.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end171.i ], [ %range_len.i, %for_begin_step.preheader.i ]
+  %indvars.iv826.i = phi i64 [ %indvars.iv.next827.i, %if_end171.i ], [ 0, %for_begin_step.preheader.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %212 = and i32 %smin, 15
-  %213 = zext nneg i32 %212 to i64
-  %exitcond834.not.i = icmp eq i64 %indvars.iv827.i, %wide.trip.count833.i
-  br i1 %exitcond834.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+  %216 = and i32 %smin, 15
+  %217 = zext nneg i32 %216 to i64
+  %exitcond833.not.i = icmp eq i64 %indvars.iv826.i, %wide.trip.count832.i
+  br i1 %exitcond833.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %214 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %214(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %215 = icmp eq ptr %key_offsets.i, null
-  br i1 %215, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
+  %218 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %key_offsets.i = tail call ptr %218(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %219 = icmp eq ptr %key_offsets.i, null
+  br i1 %219, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile203.preheader.i, label %for_begin_tile180.preheader.i
+  br i1 %.not, label %for_begin_tile202.preheader.i, label %for_begin_tile179.preheader.i
 
-for_begin_tile203.preheader.i:                    ; preds = %for_end_step.i
-  %216 = add nuw nsw i64 %indvars.iv881.i, %cse_v22.i
-  %217 = shl nuw nsw i64 %216, 5
-  %.idx.i = shl nuw nsw i64 %216, 14
-  %218 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile204.i
+for_begin_tile202.preheader.i:                    ; preds = %for_end_step.i
+  %220 = add nuw nsw i64 %indvars.iv880.i, %cse_v22.i
+  %221 = shl nuw nsw i64 %220, 5
+  %.idx.i = shl nuw nsw i64 %220, 14
+  %222 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_body_tile203.i
 
-for_begin_tile180.preheader.i:                    ; preds = %for_end_step.i
-  %219 = mul nsw i64 %cse_v24.i, %out_batch
-  %220 = getelementptr i16, ptr %out, i64 %219
-  %221 = mul nsw i64 %cse_v24.i, %lse_batch
-  %222 = getelementptr float, ptr %lse, i64 %221
-  br label %for_body_tile181.i
+for_begin_tile179.preheader.i:                    ; preds = %for_end_step.i
+  %223 = mul nsw i64 %cse_v24.i, %out_batch
+  %224 = getelementptr i16, ptr %out, i64 %223
+  %225 = mul nsw i64 %cse_v24.i, %lse_batch
+  %226 = getelementptr float, ptr %lse, i64 %225
+  br label %for_body_tile180.i
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %223(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %224 = icmp eq ptr %value_offsets.i, null
-  br i1 %224, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
+  %227 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %value_offsets.i = tail call ptr %227(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %228 = icmp eq ptr %value_offsets.i, null
+  br i1 %228, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %225 = shl nsw i64 %indvars.iv827.i, 7
-  %226 = add nuw nsw i64 %225, %93
-  %227 = sub nsw i64 %106, %225
-  %228 = trunc nsw i64 %227 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %228, i32 128)
-  %229 = add nsw i32 %valid_len.i, 15
-  %num_groups.i = ashr i32 %229, 4
-  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
-  %230 = and i32 %229, -16
-  %231 = icmp samesign ult i64 %indvars.iv.next828.i, %105
-  %num_offsets.i = select i1 %231, i32 256, i32 %230
-  %232 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %232, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %229 = shl nsw i64 %indvars.iv826.i, 7
+  %230 = add nuw nsw i64 %229, %97
+  %231 = sub nsw i64 %110, %229
+  %232 = trunc nsw i64 %231 to i32
+  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %232, i32 128)
+  %233 = add nsw i32 %valid_len.i, 15
+  %num_groups.i = ashr i32 %233, 4
+  %indvars.iv.next827.i = add nuw nsw i64 %indvars.iv826.i, 1
+  %234 = and i32 %233, -16
+  %235 = icmp samesign ult i64 %indvars.iv.next827.i, %109
+  %num_offsets.i = select i1 %235, i32 256, i32 %234
+  %236 = icmp sgt i32 %num_offsets.i, 0
+  br i1 %236, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.preheader.i:                           ; preds = %if_end8.i
   %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv638.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next639.i.1, %for_body_t.i ]
-  %233 = add nuw nsw i64 %indvars.iv638.i, %226
-  %234 = trunc i64 %233 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %234, i32 %last_token.i)
+  %indvars.iv637.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next638.i.1, %for_body_t.i ]
+  %237 = add nuw nsw i64 %indvars.iv637.i, %230
+  %238 = trunc i64 %237 to i32
+  %token.i = tail call i32 @llvm.smin.i32(i32 %238, i32 %last_token.i)
   %cse_v131.i = sext i32 %token.i to i64
-  %235 = ashr i64 %cse_v131.i, 4
-  %gep413.i = getelementptr i32, ptr %invariant.gep412.i, i64 %235
-  %236 = load i32, ptr %gep413.i, align 4, !tbaa !5
-  %block.i = sext i32 %236 to i64
-  %237 = and i64 %cse_v131.i, 15
-  %238 = mul nsw i64 %237, %k_row
-  %239 = mul nsw i64 %k_block, %block.i
-  %240 = add nsw i64 %238, %239
-  %241 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv638.i
-  store i64 %240, ptr %241, align 8, !tbaa !5
-  %indvars.iv.next639.i = or disjoint i64 %indvars.iv638.i, 1
-  %242 = add nuw nsw i64 %indvars.iv.next639.i, %226
-  %243 = trunc i64 %242 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %243, i32 %last_token.i)
+  %239 = ashr i64 %cse_v131.i, 4
+  %gep412.i = getelementptr i32, ptr %invariant.gep411.i, i64 %239
+  %240 = load i32, ptr %gep412.i, align 4, !tbaa !5
+  %block.i = sext i32 %240 to i64
+  %241 = and i64 %cse_v131.i, 15
+  %242 = mul nsw i64 %241, %k_row
+  %243 = mul nsw i64 %k_block, %block.i
+  %244 = add nsw i64 %242, %243
+  %245 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv637.i
+  store i64 %244, ptr %245, align 8, !tbaa !5
+  %indvars.iv.next638.i = or disjoint i64 %indvars.iv637.i, 1
+  %246 = add nuw nsw i64 %indvars.iv.next638.i, %230
+  %247 = trunc i64 %246 to i32
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %247, i32 %last_token.i)
   %cse_v131.i.1 = sext i32 %token.i.1 to i64
-  %244 = ashr i64 %cse_v131.i.1, 4
-  %gep413.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %244
-  %245 = load i32, ptr %gep413.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %245 to i64
-  %246 = and i64 %cse_v131.i.1, 15
-  %247 = mul nsw i64 %246, %k_row
-  %248 = mul nsw i64 %k_block, %block.i.1
-  %249 = add nsw i64 %247, %248
-  %250 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next639.i
-  store i64 %249, ptr %250, align 8, !tbaa !5
-  %indvars.iv.next639.i.1 = add nuw nsw i64 %indvars.iv638.i, 2
-  %exitcond641.not.i.1 = icmp eq i64 %indvars.iv.next639.i.1, %wide.trip.count.i
-  br i1 %exitcond641.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !19
+  %248 = ashr i64 %cse_v131.i.1, 4
+  %gep412.i.1 = getelementptr i32, ptr %invariant.gep411.i, i64 %248
+  %249 = load i32, ptr %gep412.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %249 to i64
+  %250 = and i64 %cse_v131.i.1, 15
+  %251 = mul nsw i64 %250, %k_row
+  %252 = mul nsw i64 %k_block, %block.i.1
+  %253 = add nsw i64 %251, %252
+  %254 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next638.i
+  store i64 %253, ptr %254, align 8, !tbaa !5
+  %indvars.iv.next638.i.1 = add nuw nsw i64 %indvars.iv637.i, 2
+  %exitcond640.not.i.1 = icmp eq i64 %indvars.iv.next638.i.1, %wide.trip.count.i
+  br i1 %exitcond640.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !19
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %251 = icmp sgt i32 %num_groups.i, 0
-  %252 = icmp sgt i64 %227, 0
+  %255 = icmp sgt i32 %num_groups.i, 0
+  %256 = icmp sgt i64 %231, 0
   %num_full.i = ashr i32 %valid_len.i, 4
-  %253 = icmp sgt i32 %num_full.i, 0
-  %254 = and i32 %valid_len.i, 15
-  %.not601.i = icmp eq i32 %254, 0
+  %257 = icmp sgt i32 %num_full.i, 0
+  %258 = and i32 %valid_len.i, 15
+  %.not600.i = icmp eq i32 %258, 0
   %cse_v134.i = and i32 %valid_len.i, -16
-  %255 = icmp eq i64 %indvars.iv827.i, 0
-  %256 = insertelement <4 x i1> poison, i1 %255, i64 0
-  %257 = shufflevector <4 x i1> %256, <4 x i1> poison, <4 x i32> zeroinitializer
-  %258 = zext i32 %num_full.i to i64
-  %259 = sext i32 %cse_v134.i to i64
-  %wide.trip.count668.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count668.i, 3
-  %260 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count668.i, 2147483644
+  %259 = icmp eq i64 %indvars.iv826.i, 0
+  %260 = insertelement <4 x i1> poison, i1 %259, i64 0
+  %261 = shufflevector <4 x i1> %260, <4 x i1> poison, <4 x i32> zeroinitializer
+  %262 = zext i32 %num_full.i to i64
+  %263 = sext i32 %cse_v134.i to i64
+  %wide.trip.count667.i = zext i32 %num_groups.i to i64
+  %264 = add nsw i64 %wide.trip.count667.i, -1
+  %xtraiter = and i64 %wide.trip.count667.i, 3
+  %265 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter = and i64 %wide.trip.count667.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod163 = icmp ne i64 %xtraiter, 0
-  %xtraiter164 = and i64 %wide.trip.count668.i, 3
-  %261 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter168 = and i64 %wide.trip.count668.i, 2147483644
+  %xtraiter164 = and i64 %wide.trip.count667.i, 3
+  %266 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter168 = and i64 %wide.trip.count667.i, 2147483644
   %lcmp.mod166.not = icmp eq i64 %xtraiter164, 0
   %lcmp.mod167 = icmp ne i64 %xtraiter164, 0
-  %xtraiter170 = and i64 %wide.trip.count668.i, 3
-  %262 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter174 = and i64 %wide.trip.count668.i, 2147483644
+  %xtraiter170 = and i64 %wide.trip.count667.i, 3
+  %267 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter174 = and i64 %wide.trip.count667.i, 2147483644
   %lcmp.mod172.not = icmp eq i64 %xtraiter170, 0
   %lcmp.mod173 = icmp ne i64 %xtraiter170, 0
-  %xtraiter176 = and i64 %wide.trip.count668.i, 3
-  %263 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter180 = and i64 %wide.trip.count668.i, 2147483644
+  %xtraiter176 = and i64 %wide.trip.count667.i, 3
+  %268 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter180 = and i64 %wide.trip.count667.i, 2147483644
   %lcmp.mod178.not = icmp eq i64 %xtraiter176, 0
   %lcmp.mod179 = icmp ne i64 %xtraiter176, 0
-  %xtraiter182 = and i64 %wide.trip.count668.i, 7
-  %264 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter187 = and i64 %wide.trip.count668.i, 2147483640
+  %xtraiter182 = and i64 %wide.trip.count667.i, 7
+  %269 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter187 = and i64 %wide.trip.count667.i, 2147483640
   %lcmp.mod184.not = icmp eq i64 %xtraiter182, 0
   %lcmp.mod186 = icmp ne i64 %xtraiter182, 0
-  %xtraiter189 = and i64 %wide.trip.count668.i, 7
-  %265 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter194 = and i64 %wide.trip.count668.i, 2147483640
+  %xtraiter189 = and i64 %wide.trip.count667.i, 7
+  %270 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter194 = and i64 %wide.trip.count667.i, 2147483640
   %lcmp.mod191.not = icmp eq i64 %xtraiter189, 0
   %lcmp.mod193 = icmp ne i64 %xtraiter189, 0
-  %xtraiter196 = and i64 %wide.trip.count668.i, 7
-  %266 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter201 = and i64 %wide.trip.count668.i, 2147483640
+  %xtraiter196 = and i64 %wide.trip.count667.i, 7
+  %271 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter201 = and i64 %wide.trip.count667.i, 2147483640
   %lcmp.mod198.not = icmp eq i64 %xtraiter196, 0
   %lcmp.mod200 = icmp ne i64 %xtraiter196, 0
-  %xtraiter203 = and i64 %wide.trip.count668.i, 7
-  %267 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter208 = and i64 %wide.trip.count668.i, 2147483640
+  %xtraiter203 = and i64 %wide.trip.count667.i, 7
+  %272 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter208 = and i64 %wide.trip.count667.i, 2147483640
   %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
   %lcmp.mod207 = icmp ne i64 %xtraiter203, 0
-  %xtraiter210 = and i64 %wide.trip.count668.i, 7
-  %268 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter215 = and i64 %wide.trip.count668.i, 2147483640
+  %xtraiter210 = and i64 %wide.trip.count667.i, 1
+  %273 = icmp eq i64 %264, 0
+  %unroll_iter214 = and i64 %wide.trip.count667.i, 2147483646
   %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
-  %lcmp.mod214 = icmp ne i64 %xtraiter210, 0
-  %xtraiter217 = and i64 %wide.trip.count668.i, 7
-  %269 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter222 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod219.not = icmp eq i64 %xtraiter217, 0
-  %lcmp.mod221 = icmp ne i64 %xtraiter217, 0
-  %xtraiter224 = and i64 %wide.trip.count668.i, 7
-  %270 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter229 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod226.not = icmp eq i64 %xtraiter224, 0
-  %lcmp.mod228 = icmp ne i64 %xtraiter224, 0
-  %xtraiter231 = and i64 %wide.trip.count668.i, 7
-  %271 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter236 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
-  %lcmp.mod235 = icmp ne i64 %xtraiter231, 0
+  %lcmp.mod213 = icmp ne i64 %xtraiter210, 0
+  %xtraiter216 = and i64 %wide.trip.count667.i, 1
+  %274 = icmp eq i64 %264, 0
+  %unroll_iter220 = and i64 %wide.trip.count667.i, 2147483646
+  %lcmp.mod218.not = icmp eq i64 %xtraiter216, 0
+  %lcmp.mod219 = icmp ne i64 %xtraiter216, 0
+  %xtraiter222 = and i64 %wide.trip.count667.i, 1
+  %275 = icmp eq i64 %264, 0
+  %unroll_iter226 = and i64 %wide.trip.count667.i, 2147483646
+  %lcmp.mod224.not = icmp eq i64 %xtraiter222, 0
+  %lcmp.mod225 = icmp ne i64 %xtraiter222, 0
+  %xtraiter228 = and i64 %wide.trip.count667.i, 1
+  %276 = icmp eq i64 %264, 0
+  %unroll_iter232 = and i64 %wide.trip.count667.i, 2147483646
+  %lcmp.mod230.not = icmp eq i64 %xtraiter228, 0
+  %lcmp.mod231 = icmp ne i64 %xtraiter228, 0
+  %xtraiter234 = and i64 %wide.trip.count667.i, 7
+  %277 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter239 = and i64 %wide.trip.count667.i, 2147483640
+  %lcmp.mod236.not = icmp eq i64 %xtraiter234, 0
+  %lcmp.mod238 = icmp ne i64 %xtraiter234, 0
+  %xtraiter241 = and i64 %wide.trip.count667.i, 7
+  %278 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter246 = and i64 %wide.trip.count667.i, 2147483640
+  %lcmp.mod243.not = icmp eq i64 %xtraiter241, 0
+  %lcmp.mod245 = icmp ne i64 %xtraiter241, 0
+  %xtraiter248 = and i64 %wide.trip.count667.i, 7
+  %279 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter253 = and i64 %wide.trip.count667.i, 2147483640
+  %lcmp.mod250.not = icmp eq i64 %xtraiter248, 0
+  %lcmp.mod252 = icmp ne i64 %xtraiter248, 0
+  %xtraiter255 = and i64 %wide.trip.count667.i, 7
+  %280 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter260 = and i64 %wide.trip.count667.i, 2147483640
+  %lcmp.mod257.not = icmp eq i64 %xtraiter255, 0
+  %lcmp.mod259 = icmp ne i64 %xtraiter255, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv642.i = phi i64 [ %indvars.iv.next643.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %272 = add nuw nsw i64 %indvars.iv642.i, %226
-  %273 = trunc i64 %272 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %273, i32 %last_token.i)
-  %cse_v132.i = sext i32 %token16.i to i64
-  %274 = ashr i64 %cse_v132.i, 4
-  %gep416.i = getelementptr i32, ptr %invariant.gep412.i, i64 %274
-  %275 = load i32, ptr %gep416.i, align 4, !tbaa !5
-  %block18.i = sext i32 %275 to i64
-  %276 = and i64 %cse_v132.i, 15
-  %277 = mul nsw i64 %276, %v_row
-  %278 = mul nsw i64 %v_block, %block18.i
-  %279 = add nsw i64 %277, %278
-  %280 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv642.i
-  store i64 %279, ptr %280, align 8, !tbaa !5
-  %indvars.iv.next643.i = or disjoint i64 %indvars.iv642.i, 1
-  %281 = add nuw nsw i64 %indvars.iv.next643.i, %226
+  %indvars.iv641.i = phi i64 [ %indvars.iv.next642.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %281 = add nuw nsw i64 %indvars.iv641.i, %230
   %282 = trunc i64 %281 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %282, i32 %last_token.i)
-  %cse_v132.i.1 = sext i32 %token16.i.1 to i64
-  %283 = ashr i64 %cse_v132.i.1, 4
-  %gep416.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %283
-  %284 = load i32, ptr %gep416.i.1, align 4, !tbaa !5
-  %block18.i.1 = sext i32 %284 to i64
-  %285 = and i64 %cse_v132.i.1, 15
+  %token16.i = tail call i32 @llvm.smin.i32(i32 %282, i32 %last_token.i)
+  %cse_v132.i = sext i32 %token16.i to i64
+  %283 = ashr i64 %cse_v132.i, 4
+  %gep415.i = getelementptr i32, ptr %invariant.gep411.i, i64 %283
+  %284 = load i32, ptr %gep415.i, align 4, !tbaa !5
+  %block18.i = sext i32 %284 to i64
+  %285 = and i64 %cse_v132.i, 15
   %286 = mul nsw i64 %285, %v_row
-  %287 = mul nsw i64 %v_block, %block18.i.1
+  %287 = mul nsw i64 %v_block, %block18.i
   %288 = add nsw i64 %286, %287
-  %289 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next643.i
+  %289 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv641.i
   store i64 %288, ptr %289, align 8, !tbaa !5
-  %indvars.iv.next643.i.1 = add nuw nsw i64 %indvars.iv642.i, 2
-  %exitcond646.not.i.1 = icmp eq i64 %indvars.iv.next643.i.1, %wide.trip.count.i
-  br i1 %exitcond646.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !21
+  %indvars.iv.next642.i = or disjoint i64 %indvars.iv641.i, 1
+  %290 = add nuw nsw i64 %indvars.iv.next642.i, %230
+  %291 = trunc i64 %290 to i32
+  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %291, i32 %last_token.i)
+  %cse_v132.i.1 = sext i32 %token16.i.1 to i64
+  %292 = ashr i64 %cse_v132.i.1, 4
+  %gep415.i.1 = getelementptr i32, ptr %invariant.gep411.i, i64 %292
+  %293 = load i32, ptr %gep415.i.1, align 4, !tbaa !5
+  %block18.i.1 = sext i32 %293 to i64
+  %294 = and i64 %cse_v132.i.1, 15
+  %295 = mul nsw i64 %294, %v_row
+  %296 = mul nsw i64 %v_block, %block18.i.1
+  %297 = add nsw i64 %295, %296
+  %298 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next642.i
+  store i64 %297, ptr %298, align 8, !tbaa !5
+  %indvars.iv.next642.i.1 = add nuw nsw i64 %indvars.iv641.i, 2
+  %exitcond645.not.i.1 = icmp eq i64 %indvars.iv.next642.i.1, %wide.trip.count.i
+  br i1 %exitcond645.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !21
 
-for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
-  %indvars.iv821.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next822.i, %if_end166.i ]
-  %exitcond826.not.i = icmp eq i64 %indvars.iv821.i, 8
-  br i1 %exitcond826.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
+for_begin_kv_head.i:                              ; preds = %if_end165.i, %for_begin_kv_head.preheader.i
+  %indvars.iv820.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next821.i, %if_end165.i ]
+  %exitcond825.not.i = icmp eq i64 %indvars.iv820.i, 8
+  br i1 %exitcond825.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %290 = icmp eq i64 %indvars.iv821.i, 7
-  %291 = and i1 %231, %290
-  %ahead_t.i = select i1 %291, i32 128, i32 0
-  %indvars.iv.next822.i = add nuw nsw i64 %indvars.iv821.i, 1
-  %ahead_head.i = select i1 %290, i64 0, i64 %indvars.iv.next822.i
-  %k_now.i = mul nsw i64 %indvars.iv821.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv821.i, %v_head
-  %292 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.i = tail call ptr %292(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %293 = icmp eq ptr %scores.i, null
-  br i1 %293, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
+  %299 = icmp eq i64 %indvars.iv820.i, 7
+  %300 = and i1 %235, %299
+  %ahead_t.i = select i1 %300, i32 128, i32 0
+  %indvars.iv.next821.i = add nuw nsw i64 %indvars.iv820.i, 1
+  %ahead_head.i = select i1 %299, i64 0, i64 %indvars.iv.next821.i
+  %k_now.i = mul nsw i64 %indvars.iv820.i, %k_head
+  %v_now.i = mul nsw i64 %indvars.iv820.i, %v_head
+  %301 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.i = tail call ptr %301(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %302 = icmp eq ptr %scores.i, null
+  br i1 %302, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %295 = tail call i32 %294(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not250.i = icmp eq i32 %295, 0
-  br i1 %.not250.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !18
+  %303 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %304 = tail call i32 %303(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not249.i = icmp eq i32 %304, 0
+  br i1 %.not249.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !18
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %296 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %probs.i = tail call ptr %296(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %297 = icmp eq ptr %probs.i, null
-  br i1 %297, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
+  %305 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %probs.i = tail call ptr %305(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %306 = icmp eq ptr %probs.i, null
+  br i1 %306, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
 
 if_end25.i:                                       ; preds = %if_end22.i
-  %298 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %tile_acc.i = tail call ptr %298(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %299 = icmp eq ptr %tile_acc.i, null
-  br i1 %299, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
+  %307 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %tile_acc.i = tail call ptr %307(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %308 = icmp eq ptr %tile_acc.i, null
+  br i1 %308, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
 
 if_end28.i:                                       ; preds = %if_end25.i
-  %300 = shl nuw nsw i64 %indvars.iv821.i, 9
-  br i1 %251, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+  %309 = shl nuw nsw i64 %indvars.iv820.i, 9
+  br i1 %255, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
 for_body_to_m.lr.ph.i:                            ; preds = %if_end28.i
-  %301 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep432.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %302 = zext nneg i32 %ahead_t.i to i64
-  %303 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %300
-  %304 = getelementptr inbounds nuw i8, ptr %303, i64 512
-  %305 = getelementptr inbounds nuw i8, ptr %303, i64 1024
-  %306 = getelementptr inbounds nuw i8, ptr %303, i64 1536
-  %307 = getelementptr inbounds nuw i8, ptr %303, i64 64
-  %308 = getelementptr inbounds nuw i8, ptr %303, i64 576
-  %309 = getelementptr inbounds nuw i8, ptr %303, i64 1088
-  %310 = getelementptr inbounds nuw i8, ptr %303, i64 1600
-  %311 = getelementptr inbounds nuw i8, ptr %303, i64 128
-  %312 = getelementptr inbounds nuw i8, ptr %303, i64 640
-  %313 = getelementptr inbounds nuw i8, ptr %303, i64 1152
-  %314 = getelementptr inbounds nuw i8, ptr %303, i64 1664
-  %315 = getelementptr inbounds nuw i8, ptr %303, i64 192
-  %316 = getelementptr inbounds nuw i8, ptr %303, i64 704
-  %317 = getelementptr inbounds nuw i8, ptr %303, i64 1216
-  %318 = getelementptr inbounds nuw i8, ptr %303, i64 1728
-  %319 = getelementptr inbounds nuw i8, ptr %303, i64 256
-  %320 = getelementptr inbounds nuw i8, ptr %303, i64 768
-  %321 = getelementptr inbounds nuw i8, ptr %303, i64 1280
-  %322 = getelementptr inbounds nuw i8, ptr %303, i64 1792
-  %323 = getelementptr inbounds nuw i8, ptr %303, i64 320
-  %324 = getelementptr inbounds nuw i8, ptr %303, i64 832
-  %325 = getelementptr inbounds nuw i8, ptr %303, i64 1344
-  %326 = getelementptr inbounds nuw i8, ptr %303, i64 1856
-  %327 = getelementptr inbounds nuw i8, ptr %303, i64 384
-  %328 = getelementptr inbounds nuw i8, ptr %303, i64 896
-  %329 = getelementptr inbounds nuw i8, ptr %303, i64 1408
-  %330 = getelementptr inbounds nuw i8, ptr %303, i64 1920
-  %331 = getelementptr inbounds nuw i8, ptr %303, i64 448
-  %332 = getelementptr inbounds nuw i8, ptr %303, i64 960
-  %333 = getelementptr inbounds nuw i8, ptr %303, i64 1472
-  %334 = getelementptr inbounds nuw i8, ptr %303, i64 1984
-  %invariant.gep80 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %302
+  %310 = mul nsw i64 %ahead_head.i, %k_head
+  %invariant.gep431.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
+  %311 = zext nneg i32 %ahead_t.i to i64
+  %312 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %309
+  %313 = getelementptr inbounds nuw i8, ptr %312, i64 512
+  %314 = getelementptr inbounds nuw i8, ptr %312, i64 1024
+  %315 = getelementptr inbounds nuw i8, ptr %312, i64 1536
+  %316 = getelementptr inbounds nuw i8, ptr %312, i64 64
+  %317 = getelementptr inbounds nuw i8, ptr %312, i64 576
+  %318 = getelementptr inbounds nuw i8, ptr %312, i64 1088
+  %319 = getelementptr inbounds nuw i8, ptr %312, i64 1600
+  %320 = getelementptr inbounds nuw i8, ptr %312, i64 128
+  %321 = getelementptr inbounds nuw i8, ptr %312, i64 640
+  %322 = getelementptr inbounds nuw i8, ptr %312, i64 1152
+  %323 = getelementptr inbounds nuw i8, ptr %312, i64 1664
+  %324 = getelementptr inbounds nuw i8, ptr %312, i64 192
+  %325 = getelementptr inbounds nuw i8, ptr %312, i64 704
+  %326 = getelementptr inbounds nuw i8, ptr %312, i64 1216
+  %327 = getelementptr inbounds nuw i8, ptr %312, i64 1728
+  %328 = getelementptr inbounds nuw i8, ptr %312, i64 256
+  %329 = getelementptr inbounds nuw i8, ptr %312, i64 768
+  %330 = getelementptr inbounds nuw i8, ptr %312, i64 1280
+  %331 = getelementptr inbounds nuw i8, ptr %312, i64 1792
+  %332 = getelementptr inbounds nuw i8, ptr %312, i64 320
+  %333 = getelementptr inbounds nuw i8, ptr %312, i64 832
+  %334 = getelementptr inbounds nuw i8, ptr %312, i64 1344
+  %335 = getelementptr inbounds nuw i8, ptr %312, i64 1856
+  %336 = getelementptr inbounds nuw i8, ptr %312, i64 384
+  %337 = getelementptr inbounds nuw i8, ptr %312, i64 896
+  %338 = getelementptr inbounds nuw i8, ptr %312, i64 1408
+  %339 = getelementptr inbounds nuw i8, ptr %312, i64 1920
+  %340 = getelementptr inbounds nuw i8, ptr %312, i64 448
+  %341 = getelementptr inbounds nuw i8, ptr %312, i64 960
+  %342 = getelementptr inbounds nuw i8, ptr %312, i64 1472
+  %343 = getelementptr inbounds nuw i8, ptr %312, i64 1984
+  %invariant.gep80 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %311
   br label %for_body_to_m.i
 
 for_begin_to_m.i:                                 ; preds = %for_body_r34.preheader.i
-  %indvars.iv.next665.i = add nuw nsw i64 %indvars.iv664.i, 1
-  %exitcond669.not.i = icmp eq i64 %indvars.iv.next665.i, %wide.trip.count668.i
-  br i1 %exitcond669.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+  %indvars.iv.next664.i = add nuw nsw i64 %indvars.iv663.i, 1
+  %exitcond668.not.i = icmp eq i64 %indvars.iv.next664.i, %wide.trip.count667.i
+  br i1 %exitcond668.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv664.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next665.i, %for_begin_to_m.i ]
-  %335 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %335(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %336 = icmp eq ptr %scores.rf.i, null
-  br i1 %336, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
+  %indvars.iv663.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next664.i, %for_begin_to_m.i ]
+  %344 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.rf.i = tail call ptr %344(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %345 = icmp eq ptr %scores.rf.i, null
+  br i1 %345, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %337 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled.i = tail call ptr %337(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %338 = icmp eq ptr %scaled.i, null
-  br i1 %338, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %346 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled.i = tail call ptr %346(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %347 = icmp eq ptr %scaled.i, null
+  br i1 %347, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %260, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
+  br i1 %265, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
 
 for_end_to_m.thread.i:                            ; preds = %if_end28.i
-  %339 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled1083.i = tail call ptr %339(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %340 = icmp eq ptr %scaled1083.i, null
-  br i1 %340, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
+  %348 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled1082.i = tail call ptr %348(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %349 = icmp eq ptr %scaled1082.i, null
+  br i1 %349, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv670.i = phi i64 [ %indvars.iv.next671.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv669.i = phi i64 [ %indvars.iv.next670.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %341 = shl nsw i64 %indvars.iv670.i, 4
-  %342 = getelementptr inbounds nuw float, ptr %scores.i, i64 %341
-  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
-  %344 = fmul <16 x float> %91, %343
-  %345 = trunc i64 %341 to i32
-  %346 = sub i32 %valid_len.i, %345
-  %347 = insertelement <16 x i32> poison, i32 %346, i64 0
-  %348 = shufflevector <16 x i32> %347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %349 = icmp sgt <16 x i32> %348, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %350 = select <16 x i1> %349, <16 x float> %344, <16 x float> splat (float 0xFFF0000000000000)
-  %351 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %341
-  store <16 x float> %350, ptr %351, align 4, !tbaa !5
-  %indvars.iv.next671.i = shl i64 %indvars.iv670.i, 4
-  %352 = or disjoint i64 %indvars.iv.next671.i, 16
-  %353 = getelementptr inbounds nuw float, ptr %scores.i, i64 %352
-  %354 = load <16 x float>, ptr %353, align 4, !tbaa !5
-  %355 = fmul <16 x float> %91, %354
-  %356 = trunc i64 %352 to i32
-  %357 = sub i32 %valid_len.i, %356
-  %358 = insertelement <16 x i32> poison, i32 %357, i64 0
-  %359 = shufflevector <16 x i32> %358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %360 = icmp sgt <16 x i32> %359, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %361 = select <16 x i1> %360, <16 x float> %355, <16 x float> splat (float 0xFFF0000000000000)
-  %362 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %352
-  store <16 x float> %361, ptr %362, align 4, !tbaa !5
-  %indvars.iv.next671.i.1 = shl i64 %indvars.iv670.i, 4
-  %363 = or disjoint i64 %indvars.iv.next671.i.1, 32
-  %364 = getelementptr inbounds nuw float, ptr %scores.i, i64 %363
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %366 = fmul <16 x float> %91, %365
-  %367 = trunc i64 %363 to i32
-  %368 = sub i32 %valid_len.i, %367
-  %369 = insertelement <16 x i32> poison, i32 %368, i64 0
-  %370 = shufflevector <16 x i32> %369, <16 x i32> poison, <16 x i32> zeroinitializer
-  %371 = icmp sgt <16 x i32> %370, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %372 = select <16 x i1> %371, <16 x float> %366, <16 x float> splat (float 0xFFF0000000000000)
-  %373 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %363
-  store <16 x float> %372, ptr %373, align 4, !tbaa !5
-  %indvars.iv.next671.i.2 = shl i64 %indvars.iv670.i, 4
-  %374 = or disjoint i64 %indvars.iv.next671.i.2, 48
-  %375 = getelementptr inbounds nuw float, ptr %scores.i, i64 %374
-  %376 = load <16 x float>, ptr %375, align 4, !tbaa !5
-  %377 = fmul <16 x float> %91, %376
-  %378 = trunc i64 %374 to i32
-  %379 = sub i32 %valid_len.i, %378
-  %380 = insertelement <16 x i32> poison, i32 %379, i64 0
-  %381 = shufflevector <16 x i32> %380, <16 x i32> poison, <16 x i32> zeroinitializer
-  %382 = icmp sgt <16 x i32> %381, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %383 = select <16 x i1> %382, <16 x float> %377, <16 x float> splat (float 0xFFF0000000000000)
-  %384 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %374
-  store <16 x float> %383, ptr %384, align 4, !tbaa !5
-  %indvars.iv.next671.i.3 = add nuw nsw i64 %indvars.iv670.i, 4
+  %350 = shl nsw i64 %indvars.iv669.i, 4
+  %351 = getelementptr inbounds nuw float, ptr %scores.i, i64 %350
+  %352 = load <16 x float>, ptr %351, align 4, !tbaa !5
+  %353 = fmul <16 x float> %95, %352
+  %354 = trunc i64 %350 to i32
+  %355 = sub i32 %valid_len.i, %354
+  %356 = insertelement <16 x i32> poison, i32 %355, i64 0
+  %357 = shufflevector <16 x i32> %356, <16 x i32> poison, <16 x i32> zeroinitializer
+  %358 = icmp sgt <16 x i32> %357, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %359 = select <16 x i1> %358, <16 x float> %353, <16 x float> splat (float 0xFFF0000000000000)
+  %360 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %350
+  store <16 x float> %359, ptr %360, align 4, !tbaa !5
+  %indvars.iv.next670.i = shl i64 %indvars.iv669.i, 4
+  %361 = or disjoint i64 %indvars.iv.next670.i, 16
+  %362 = getelementptr inbounds nuw float, ptr %scores.i, i64 %361
+  %363 = load <16 x float>, ptr %362, align 4, !tbaa !5
+  %364 = fmul <16 x float> %95, %363
+  %365 = trunc i64 %361 to i32
+  %366 = sub i32 %valid_len.i, %365
+  %367 = insertelement <16 x i32> poison, i32 %366, i64 0
+  %368 = shufflevector <16 x i32> %367, <16 x i32> poison, <16 x i32> zeroinitializer
+  %369 = icmp sgt <16 x i32> %368, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %370 = select <16 x i1> %369, <16 x float> %364, <16 x float> splat (float 0xFFF0000000000000)
+  %371 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %361
+  store <16 x float> %370, ptr %371, align 4, !tbaa !5
+  %indvars.iv.next670.i.1 = shl i64 %indvars.iv669.i, 4
+  %372 = or disjoint i64 %indvars.iv.next670.i.1, 32
+  %373 = getelementptr inbounds nuw float, ptr %scores.i, i64 %372
+  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
+  %375 = fmul <16 x float> %95, %374
+  %376 = trunc i64 %372 to i32
+  %377 = sub i32 %valid_len.i, %376
+  %378 = insertelement <16 x i32> poison, i32 %377, i64 0
+  %379 = shufflevector <16 x i32> %378, <16 x i32> poison, <16 x i32> zeroinitializer
+  %380 = icmp sgt <16 x i32> %379, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %381 = select <16 x i1> %380, <16 x float> %375, <16 x float> splat (float 0xFFF0000000000000)
+  %382 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %372
+  store <16 x float> %381, ptr %382, align 4, !tbaa !5
+  %indvars.iv.next670.i.2 = shl i64 %indvars.iv669.i, 4
+  %383 = or disjoint i64 %indvars.iv.next670.i.2, 48
+  %384 = getelementptr inbounds nuw float, ptr %scores.i, i64 %383
+  %385 = load <16 x float>, ptr %384, align 4, !tbaa !5
+  %386 = fmul <16 x float> %95, %385
+  %387 = trunc i64 %383 to i32
+  %388 = sub i32 %valid_len.i, %387
+  %389 = insertelement <16 x i32> poison, i32 %388, i64 0
+  %390 = shufflevector <16 x i32> %389, <16 x i32> poison, <16 x i32> zeroinitializer
+  %391 = icmp sgt <16 x i32> %390, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %392 = select <16 x i1> %391, <16 x float> %386, <16 x float> splat (float 0xFFF0000000000000)
+  %393 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %383
+  store <16 x float> %392, ptr %393, align 4, !tbaa !5
+  %indvars.iv.next670.i.3 = add nuw nsw i64 %indvars.iv669.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !23, !llvm.loop !24
@@ -1263,92 +1288,92 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !26
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv670.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next671.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  %indvars.iv669.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next670.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod163)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv670.i.epil = phi i64 [ %indvars.iv.next671.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv670.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv669.i.epil = phi i64 [ %indvars.iv.next670.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv669.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %385 = shl nsw i64 %indvars.iv670.i.epil, 4
-  %386 = getelementptr inbounds nuw float, ptr %scores.i, i64 %385
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
-  %388 = fmul <16 x float> %91, %387
-  %389 = trunc i64 %385 to i32
-  %390 = sub i32 %valid_len.i, %389
-  %391 = insertelement <16 x i32> poison, i32 %390, i64 0
-  %392 = shufflevector <16 x i32> %391, <16 x i32> poison, <16 x i32> zeroinitializer
-  %393 = icmp sgt <16 x i32> %392, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %394 = select <16 x i1> %393, <16 x float> %388, <16 x float> splat (float 0xFFF0000000000000)
-  %395 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %385
-  store <16 x float> %394, ptr %395, align 4, !tbaa !5
-  %indvars.iv.next671.i.epil = add nuw nsw i64 %indvars.iv670.i.epil, 1
+  %394 = shl nsw i64 %indvars.iv669.i.epil, 4
+  %395 = getelementptr inbounds nuw float, ptr %scores.i, i64 %394
+  %396 = load <16 x float>, ptr %395, align 4, !tbaa !5
+  %397 = fmul <16 x float> %95, %396
+  %398 = trunc i64 %394 to i32
+  %399 = sub i32 %valid_len.i, %398
+  %400 = insertelement <16 x i32> poison, i32 %399, i64 0
+  %401 = shufflevector <16 x i32> %400, <16 x i32> poison, <16 x i32> zeroinitializer
+  %402 = icmp sgt <16 x i32> %401, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %403 = select <16 x i1> %402, <16 x float> %397, <16 x float> splat (float 0xFFF0000000000000)
+  %404 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %394
+  store <16 x float> %403, ptr %404, align 4, !tbaa !5
+  %indvars.iv.next670.i.epil = add nuw nsw i64 %indvars.iv669.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !27
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %261, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
+  br i1 %266, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i = phi i64 [ %indvars.iv.next671.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %indvars.iv669.1.i = phi i64 [ %indvars.iv.next670.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
   %niter169 = phi i64 [ %niter169.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %396 = shl nsw i64 %indvars.iv670.1.i, 4
-  %397 = add nuw nsw i64 %396, 128
-  %398 = getelementptr inbounds nuw float, ptr %scores.i, i64 %397
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %400 = fmul <16 x float> %91, %399
-  %401 = trunc i64 %396 to i32
-  %402 = sub i32 %valid_len.i, %401
-  %403 = insertelement <16 x i32> poison, i32 %402, i64 0
-  %404 = shufflevector <16 x i32> %403, <16 x i32> poison, <16 x i32> zeroinitializer
-  %405 = icmp sgt <16 x i32> %404, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %406 = select <16 x i1> %405, <16 x float> %400, <16 x float> splat (float 0xFFF0000000000000)
-  %407 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %397
-  store <16 x float> %406, ptr %407, align 4, !tbaa !5
-  %indvars.iv.next671.1.i = shl i64 %indvars.iv670.1.i, 4
-  %408 = add nuw nsw i64 %indvars.iv.next671.1.i, 144
-  %409 = getelementptr inbounds nuw float, ptr %scores.i, i64 %408
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
-  %411 = fmul <16 x float> %91, %410
-  %412 = trunc i64 %indvars.iv.next671.1.i to i32
-  %413 = or disjoint i32 %412, 16
-  %414 = sub i32 %valid_len.i, %413
-  %415 = insertelement <16 x i32> poison, i32 %414, i64 0
-  %416 = shufflevector <16 x i32> %415, <16 x i32> poison, <16 x i32> zeroinitializer
-  %417 = icmp sgt <16 x i32> %416, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %418 = select <16 x i1> %417, <16 x float> %411, <16 x float> splat (float 0xFFF0000000000000)
-  %419 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %408
-  store <16 x float> %418, ptr %419, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.1 = shl i64 %indvars.iv670.1.i, 4
-  %420 = add nuw nsw i64 %indvars.iv.next671.1.i.1, 160
-  %421 = getelementptr inbounds nuw float, ptr %scores.i, i64 %420
-  %422 = load <16 x float>, ptr %421, align 4, !tbaa !5
-  %423 = fmul <16 x float> %91, %422
-  %424 = trunc i64 %indvars.iv.next671.1.i.1 to i32
-  %425 = or disjoint i32 %424, 32
-  %426 = sub i32 %valid_len.i, %425
-  %427 = insertelement <16 x i32> poison, i32 %426, i64 0
-  %428 = shufflevector <16 x i32> %427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %429 = icmp sgt <16 x i32> %428, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %430 = select <16 x i1> %429, <16 x float> %423, <16 x float> splat (float 0xFFF0000000000000)
-  %431 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %420
-  store <16 x float> %430, ptr %431, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.2 = shl i64 %indvars.iv670.1.i, 4
-  %432 = add nuw nsw i64 %indvars.iv.next671.1.i.2, 176
-  %433 = getelementptr inbounds nuw float, ptr %scores.i, i64 %432
-  %434 = load <16 x float>, ptr %433, align 4, !tbaa !5
-  %435 = fmul <16 x float> %91, %434
-  %436 = trunc i64 %indvars.iv.next671.1.i.2 to i32
-  %437 = or disjoint i32 %436, 48
-  %438 = sub i32 %valid_len.i, %437
-  %439 = insertelement <16 x i32> poison, i32 %438, i64 0
-  %440 = shufflevector <16 x i32> %439, <16 x i32> poison, <16 x i32> zeroinitializer
-  %441 = icmp sgt <16 x i32> %440, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %442 = select <16 x i1> %441, <16 x float> %435, <16 x float> splat (float 0xFFF0000000000000)
-  %443 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %432
-  store <16 x float> %442, ptr %443, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.3 = add nuw nsw i64 %indvars.iv670.1.i, 4
+  %405 = shl nsw i64 %indvars.iv669.1.i, 4
+  %406 = add nuw nsw i64 %405, 128
+  %407 = getelementptr inbounds nuw float, ptr %scores.i, i64 %406
+  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
+  %409 = fmul <16 x float> %95, %408
+  %410 = trunc i64 %405 to i32
+  %411 = sub i32 %valid_len.i, %410
+  %412 = insertelement <16 x i32> poison, i32 %411, i64 0
+  %413 = shufflevector <16 x i32> %412, <16 x i32> poison, <16 x i32> zeroinitializer
+  %414 = icmp sgt <16 x i32> %413, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %415 = select <16 x i1> %414, <16 x float> %409, <16 x float> splat (float 0xFFF0000000000000)
+  %416 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %406
+  store <16 x float> %415, ptr %416, align 4, !tbaa !5
+  %indvars.iv.next670.1.i = shl i64 %indvars.iv669.1.i, 4
+  %417 = add nuw nsw i64 %indvars.iv.next670.1.i, 144
+  %418 = getelementptr inbounds nuw float, ptr %scores.i, i64 %417
+  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
+  %420 = fmul <16 x float> %95, %419
+  %421 = trunc i64 %indvars.iv.next670.1.i to i32
+  %422 = or disjoint i32 %421, 16
+  %423 = sub i32 %valid_len.i, %422
+  %424 = insertelement <16 x i32> poison, i32 %423, i64 0
+  %425 = shufflevector <16 x i32> %424, <16 x i32> poison, <16 x i32> zeroinitializer
+  %426 = icmp sgt <16 x i32> %425, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %427 = select <16 x i1> %426, <16 x float> %420, <16 x float> splat (float 0xFFF0000000000000)
+  %428 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %417
+  store <16 x float> %427, ptr %428, align 4, !tbaa !5
+  %indvars.iv.next670.1.i.1 = shl i64 %indvars.iv669.1.i, 4
+  %429 = add nuw nsw i64 %indvars.iv.next670.1.i.1, 160
+  %430 = getelementptr inbounds nuw float, ptr %scores.i, i64 %429
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
+  %432 = fmul <16 x float> %95, %431
+  %433 = trunc i64 %indvars.iv.next670.1.i.1 to i32
+  %434 = or disjoint i32 %433, 32
+  %435 = sub i32 %valid_len.i, %434
+  %436 = insertelement <16 x i32> poison, i32 %435, i64 0
+  %437 = shufflevector <16 x i32> %436, <16 x i32> poison, <16 x i32> zeroinitializer
+  %438 = icmp sgt <16 x i32> %437, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %439 = select <16 x i1> %438, <16 x float> %432, <16 x float> splat (float 0xFFF0000000000000)
+  %440 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %429
+  store <16 x float> %439, ptr %440, align 4, !tbaa !5
+  %indvars.iv.next670.1.i.2 = shl i64 %indvars.iv669.1.i, 4
+  %441 = add nuw nsw i64 %indvars.iv.next670.1.i.2, 176
+  %442 = getelementptr inbounds nuw float, ptr %scores.i, i64 %441
+  %443 = load <16 x float>, ptr %442, align 4, !tbaa !5
+  %444 = fmul <16 x float> %95, %443
+  %445 = trunc i64 %indvars.iv.next670.1.i.2 to i32
+  %446 = or disjoint i32 %445, 48
+  %447 = sub i32 %valid_len.i, %446
+  %448 = insertelement <16 x i32> poison, i32 %447, i64 0
+  %449 = shufflevector <16 x i32> %448, <16 x i32> poison, <16 x i32> zeroinitializer
+  %450 = icmp sgt <16 x i32> %449, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %451 = select <16 x i1> %450, <16 x float> %444, <16 x float> splat (float 0xFFF0000000000000)
+  %452 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %441
+  store <16 x float> %451, ptr %452, align 4, !tbaa !5
+  %indvars.iv.next670.1.i.3 = add nuw nsw i64 %indvars.iv669.1.i, 4
   %niter169.next.3 = add i64 %niter169, 4
   %niter169.ncmp.3 = icmp eq i64 %niter169.next.3, %unroll_iter168
   br i1 %niter169.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
@@ -1357,93 +1382,93 @@ for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
   br i1 %lcmp.mod166.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next671.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  %indvars.iv669.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next670.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod167)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv670.1.i.epil = phi i64 [ %indvars.iv.next671.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv670.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %indvars.iv669.1.i.epil = phi i64 [ %indvars.iv.next670.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv669.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
   %epil.iter165 = phi i64 [ %epil.iter165.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %444 = shl nsw i64 %indvars.iv670.1.i.epil, 4
-  %445 = add nuw nsw i64 %444, 128
-  %446 = getelementptr inbounds nuw float, ptr %scores.i, i64 %445
-  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
-  %448 = fmul <16 x float> %91, %447
-  %449 = trunc i64 %444 to i32
-  %450 = sub i32 %valid_len.i, %449
-  %451 = insertelement <16 x i32> poison, i32 %450, i64 0
-  %452 = shufflevector <16 x i32> %451, <16 x i32> poison, <16 x i32> zeroinitializer
-  %453 = icmp sgt <16 x i32> %452, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %454 = select <16 x i1> %453, <16 x float> %448, <16 x float> splat (float 0xFFF0000000000000)
-  %455 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %445
-  store <16 x float> %454, ptr %455, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.epil = add nuw nsw i64 %indvars.iv670.1.i.epil, 1
+  %453 = shl nsw i64 %indvars.iv669.1.i.epil, 4
+  %454 = add nuw nsw i64 %453, 128
+  %455 = getelementptr inbounds nuw float, ptr %scores.i, i64 %454
+  %456 = load <16 x float>, ptr %455, align 4, !tbaa !5
+  %457 = fmul <16 x float> %95, %456
+  %458 = trunc i64 %453 to i32
+  %459 = sub i32 %valid_len.i, %458
+  %460 = insertelement <16 x i32> poison, i32 %459, i64 0
+  %461 = shufflevector <16 x i32> %460, <16 x i32> poison, <16 x i32> zeroinitializer
+  %462 = icmp sgt <16 x i32> %461, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %463 = select <16 x i1> %462, <16 x float> %457, <16 x float> splat (float 0xFFF0000000000000)
+  %464 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %454
+  store <16 x float> %463, ptr %464, align 4, !tbaa !5
+  %indvars.iv.next670.1.i.epil = add nuw nsw i64 %indvars.iv669.1.i.epil, 1
   %epil.iter165.next = add i64 %epil.iter165, 1
   %epil.iter165.cmp.not = icmp eq i64 %epil.iter165.next, %xtraiter164
   br i1 %epil.iter165.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %262, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
+  br i1 %267, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i = phi i64 [ %indvars.iv.next671.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %indvars.iv669.2.i = phi i64 [ %indvars.iv.next670.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
   %niter175 = phi i64 [ %niter175.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %456 = shl nsw i64 %indvars.iv670.2.i, 4
-  %457 = add nuw nsw i64 %456, 256
-  %458 = getelementptr inbounds nuw float, ptr %scores.i, i64 %457
-  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
-  %460 = fmul <16 x float> %91, %459
-  %461 = trunc i64 %456 to i32
-  %462 = sub i32 %valid_len.i, %461
-  %463 = insertelement <16 x i32> poison, i32 %462, i64 0
-  %464 = shufflevector <16 x i32> %463, <16 x i32> poison, <16 x i32> zeroinitializer
-  %465 = icmp sgt <16 x i32> %464, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %466 = select <16 x i1> %465, <16 x float> %460, <16 x float> splat (float 0xFFF0000000000000)
-  %467 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %457
-  store <16 x float> %466, ptr %467, align 4, !tbaa !5
-  %indvars.iv.next671.2.i = shl i64 %indvars.iv670.2.i, 4
-  %468 = add nuw nsw i64 %indvars.iv.next671.2.i, 272
-  %469 = getelementptr inbounds nuw float, ptr %scores.i, i64 %468
-  %470 = load <16 x float>, ptr %469, align 4, !tbaa !5
-  %471 = fmul <16 x float> %91, %470
-  %472 = trunc i64 %indvars.iv.next671.2.i to i32
-  %473 = or disjoint i32 %472, 16
-  %474 = sub i32 %valid_len.i, %473
-  %475 = insertelement <16 x i32> poison, i32 %474, i64 0
-  %476 = shufflevector <16 x i32> %475, <16 x i32> poison, <16 x i32> zeroinitializer
-  %477 = icmp sgt <16 x i32> %476, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %478 = select <16 x i1> %477, <16 x float> %471, <16 x float> splat (float 0xFFF0000000000000)
-  %479 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %468
-  store <16 x float> %478, ptr %479, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.1 = shl i64 %indvars.iv670.2.i, 4
-  %480 = add nuw nsw i64 %indvars.iv.next671.2.i.1, 288
-  %481 = getelementptr inbounds nuw float, ptr %scores.i, i64 %480
-  %482 = load <16 x float>, ptr %481, align 4, !tbaa !5
-  %483 = fmul <16 x float> %91, %482
-  %484 = trunc i64 %indvars.iv.next671.2.i.1 to i32
-  %485 = or disjoint i32 %484, 32
-  %486 = sub i32 %valid_len.i, %485
-  %487 = insertelement <16 x i32> poison, i32 %486, i64 0
-  %488 = shufflevector <16 x i32> %487, <16 x i32> poison, <16 x i32> zeroinitializer
-  %489 = icmp sgt <16 x i32> %488, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %490 = select <16 x i1> %489, <16 x float> %483, <16 x float> splat (float 0xFFF0000000000000)
-  %491 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %480
-  store <16 x float> %490, ptr %491, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.2 = shl i64 %indvars.iv670.2.i, 4
-  %492 = add nuw nsw i64 %indvars.iv.next671.2.i.2, 304
-  %493 = getelementptr inbounds nuw float, ptr %scores.i, i64 %492
-  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
-  %495 = fmul <16 x float> %91, %494
-  %496 = trunc i64 %indvars.iv.next671.2.i.2 to i32
-  %497 = or disjoint i32 %496, 48
-  %498 = sub i32 %valid_len.i, %497
-  %499 = insertelement <16 x i32> poison, i32 %498, i64 0
-  %500 = shufflevector <16 x i32> %499, <16 x i32> poison, <16 x i32> zeroinitializer
-  %501 = icmp sgt <16 x i32> %500, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %502 = select <16 x i1> %501, <16 x float> %495, <16 x float> splat (float 0xFFF0000000000000)
-  %503 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %492
-  store <16 x float> %502, ptr %503, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.3 = add nuw nsw i64 %indvars.iv670.2.i, 4
+  %465 = shl nsw i64 %indvars.iv669.2.i, 4
+  %466 = add nuw nsw i64 %465, 256
+  %467 = getelementptr inbounds nuw float, ptr %scores.i, i64 %466
+  %468 = load <16 x float>, ptr %467, align 4, !tbaa !5
+  %469 = fmul <16 x float> %95, %468
+  %470 = trunc i64 %465 to i32
+  %471 = sub i32 %valid_len.i, %470
+  %472 = insertelement <16 x i32> poison, i32 %471, i64 0
+  %473 = shufflevector <16 x i32> %472, <16 x i32> poison, <16 x i32> zeroinitializer
+  %474 = icmp sgt <16 x i32> %473, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %475 = select <16 x i1> %474, <16 x float> %469, <16 x float> splat (float 0xFFF0000000000000)
+  %476 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %466
+  store <16 x float> %475, ptr %476, align 4, !tbaa !5
+  %indvars.iv.next670.2.i = shl i64 %indvars.iv669.2.i, 4
+  %477 = add nuw nsw i64 %indvars.iv.next670.2.i, 272
+  %478 = getelementptr inbounds nuw float, ptr %scores.i, i64 %477
+  %479 = load <16 x float>, ptr %478, align 4, !tbaa !5
+  %480 = fmul <16 x float> %95, %479
+  %481 = trunc i64 %indvars.iv.next670.2.i to i32
+  %482 = or disjoint i32 %481, 16
+  %483 = sub i32 %valid_len.i, %482
+  %484 = insertelement <16 x i32> poison, i32 %483, i64 0
+  %485 = shufflevector <16 x i32> %484, <16 x i32> poison, <16 x i32> zeroinitializer
+  %486 = icmp sgt <16 x i32> %485, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %487 = select <16 x i1> %486, <16 x float> %480, <16 x float> splat (float 0xFFF0000000000000)
+  %488 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %477
+  store <16 x float> %487, ptr %488, align 4, !tbaa !5
+  %indvars.iv.next670.2.i.1 = shl i64 %indvars.iv669.2.i, 4
+  %489 = add nuw nsw i64 %indvars.iv.next670.2.i.1, 288
+  %490 = getelementptr inbounds nuw float, ptr %scores.i, i64 %489
+  %491 = load <16 x float>, ptr %490, align 4, !tbaa !5
+  %492 = fmul <16 x float> %95, %491
+  %493 = trunc i64 %indvars.iv.next670.2.i.1 to i32
+  %494 = or disjoint i32 %493, 32
+  %495 = sub i32 %valid_len.i, %494
+  %496 = insertelement <16 x i32> poison, i32 %495, i64 0
+  %497 = shufflevector <16 x i32> %496, <16 x i32> poison, <16 x i32> zeroinitializer
+  %498 = icmp sgt <16 x i32> %497, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %499 = select <16 x i1> %498, <16 x float> %492, <16 x float> splat (float 0xFFF0000000000000)
+  %500 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %489
+  store <16 x float> %499, ptr %500, align 4, !tbaa !5
+  %indvars.iv.next670.2.i.2 = shl i64 %indvars.iv669.2.i, 4
+  %501 = add nuw nsw i64 %indvars.iv.next670.2.i.2, 304
+  %502 = getelementptr inbounds nuw float, ptr %scores.i, i64 %501
+  %503 = load <16 x float>, ptr %502, align 4, !tbaa !5
+  %504 = fmul <16 x float> %95, %503
+  %505 = trunc i64 %indvars.iv.next670.2.i.2 to i32
+  %506 = or disjoint i32 %505, 48
+  %507 = sub i32 %valid_len.i, %506
+  %508 = insertelement <16 x i32> poison, i32 %507, i64 0
+  %509 = shufflevector <16 x i32> %508, <16 x i32> poison, <16 x i32> zeroinitializer
+  %510 = icmp sgt <16 x i32> %509, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %511 = select <16 x i1> %510, <16 x float> %504, <16 x float> splat (float 0xFFF0000000000000)
+  %512 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %501
+  store <16 x float> %511, ptr %512, align 4, !tbaa !5
+  %indvars.iv.next670.2.i.3 = add nuw nsw i64 %indvars.iv669.2.i, 4
   %niter175.next.3 = add i64 %niter175, 4
   %niter175.ncmp.3 = icmp eq i64 %niter175.next.3, %unroll_iter174
   br i1 %niter175.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
@@ -1452,93 +1477,93 @@ for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
   br i1 %lcmp.mod172.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next671.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  %indvars.iv669.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next670.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod173)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv670.2.i.epil = phi i64 [ %indvars.iv.next671.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv670.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %indvars.iv669.2.i.epil = phi i64 [ %indvars.iv.next670.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv669.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
   %epil.iter171 = phi i64 [ %epil.iter171.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %504 = shl nsw i64 %indvars.iv670.2.i.epil, 4
-  %505 = add nuw nsw i64 %504, 256
-  %506 = getelementptr inbounds nuw float, ptr %scores.i, i64 %505
-  %507 = load <16 x float>, ptr %506, align 4, !tbaa !5
-  %508 = fmul <16 x float> %91, %507
-  %509 = trunc i64 %504 to i32
-  %510 = sub i32 %valid_len.i, %509
-  %511 = insertelement <16 x i32> poison, i32 %510, i64 0
-  %512 = shufflevector <16 x i32> %511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %513 = icmp sgt <16 x i32> %512, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %514 = select <16 x i1> %513, <16 x float> %508, <16 x float> splat (float 0xFFF0000000000000)
-  %515 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %505
-  store <16 x float> %514, ptr %515, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.epil = add nuw nsw i64 %indvars.iv670.2.i.epil, 1
+  %513 = shl nsw i64 %indvars.iv669.2.i.epil, 4
+  %514 = add nuw nsw i64 %513, 256
+  %515 = getelementptr inbounds nuw float, ptr %scores.i, i64 %514
+  %516 = load <16 x float>, ptr %515, align 4, !tbaa !5
+  %517 = fmul <16 x float> %95, %516
+  %518 = trunc i64 %513 to i32
+  %519 = sub i32 %valid_len.i, %518
+  %520 = insertelement <16 x i32> poison, i32 %519, i64 0
+  %521 = shufflevector <16 x i32> %520, <16 x i32> poison, <16 x i32> zeroinitializer
+  %522 = icmp sgt <16 x i32> %521, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %523 = select <16 x i1> %522, <16 x float> %517, <16 x float> splat (float 0xFFF0000000000000)
+  %524 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %514
+  store <16 x float> %523, ptr %524, align 4, !tbaa !5
+  %indvars.iv.next670.2.i.epil = add nuw nsw i64 %indvars.iv669.2.i.epil, 1
   %epil.iter171.next = add i64 %epil.iter171, 1
   %epil.iter171.cmp.not = icmp eq i64 %epil.iter171.next, %xtraiter170
   br i1 %epil.iter171.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %263, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
+  br i1 %268, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i = phi i64 [ %indvars.iv.next671.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %indvars.iv669.3.i = phi i64 [ %indvars.iv.next670.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
   %niter181 = phi i64 [ %niter181.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %516 = shl nsw i64 %indvars.iv670.3.i, 4
-  %517 = add nuw nsw i64 %516, 384
-  %518 = getelementptr inbounds nuw float, ptr %scores.i, i64 %517
-  %519 = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %520 = fmul <16 x float> %91, %519
-  %521 = trunc i64 %516 to i32
-  %522 = sub i32 %valid_len.i, %521
-  %523 = insertelement <16 x i32> poison, i32 %522, i64 0
-  %524 = shufflevector <16 x i32> %523, <16 x i32> poison, <16 x i32> zeroinitializer
-  %525 = icmp sgt <16 x i32> %524, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %526 = select <16 x i1> %525, <16 x float> %520, <16 x float> splat (float 0xFFF0000000000000)
-  %527 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %517
-  store <16 x float> %526, ptr %527, align 4, !tbaa !5
-  %indvars.iv.next671.3.i = shl i64 %indvars.iv670.3.i, 4
-  %528 = add nuw nsw i64 %indvars.iv.next671.3.i, 400
-  %529 = getelementptr inbounds nuw float, ptr %scores.i, i64 %528
-  %530 = load <16 x float>, ptr %529, align 4, !tbaa !5
-  %531 = fmul <16 x float> %91, %530
-  %532 = trunc i64 %indvars.iv.next671.3.i to i32
-  %533 = or disjoint i32 %532, 16
-  %534 = sub i32 %valid_len.i, %533
-  %535 = insertelement <16 x i32> poison, i32 %534, i64 0
-  %536 = shufflevector <16 x i32> %535, <16 x i32> poison, <16 x i32> zeroinitializer
-  %537 = icmp sgt <16 x i32> %536, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %538 = select <16 x i1> %537, <16 x float> %531, <16 x float> splat (float 0xFFF0000000000000)
-  %539 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %528
-  store <16 x float> %538, ptr %539, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.1 = shl i64 %indvars.iv670.3.i, 4
-  %540 = add nuw nsw i64 %indvars.iv.next671.3.i.1, 416
-  %541 = getelementptr inbounds nuw float, ptr %scores.i, i64 %540
-  %542 = load <16 x float>, ptr %541, align 4, !tbaa !5
-  %543 = fmul <16 x float> %91, %542
-  %544 = trunc i64 %indvars.iv.next671.3.i.1 to i32
-  %545 = or disjoint i32 %544, 32
-  %546 = sub i32 %valid_len.i, %545
-  %547 = insertelement <16 x i32> poison, i32 %546, i64 0
-  %548 = shufflevector <16 x i32> %547, <16 x i32> poison, <16 x i32> zeroinitializer
-  %549 = icmp sgt <16 x i32> %548, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %550 = select <16 x i1> %549, <16 x float> %543, <16 x float> splat (float 0xFFF0000000000000)
-  %551 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %540
-  store <16 x float> %550, ptr %551, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.2 = shl i64 %indvars.iv670.3.i, 4
-  %552 = add nuw nsw i64 %indvars.iv.next671.3.i.2, 432
-  %553 = getelementptr inbounds nuw float, ptr %scores.i, i64 %552
-  %554 = load <16 x float>, ptr %553, align 4, !tbaa !5
-  %555 = fmul <16 x float> %91, %554
-  %556 = trunc i64 %indvars.iv.next671.3.i.2 to i32
-  %557 = or disjoint i32 %556, 48
-  %558 = sub i32 %valid_len.i, %557
-  %559 = insertelement <16 x i32> poison, i32 %558, i64 0
-  %560 = shufflevector <16 x i32> %559, <16 x i32> poison, <16 x i32> zeroinitializer
-  %561 = icmp sgt <16 x i32> %560, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %562 = select <16 x i1> %561, <16 x float> %555, <16 x float> splat (float 0xFFF0000000000000)
-  %563 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %552
-  store <16 x float> %562, ptr %563, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.3 = add nuw nsw i64 %indvars.iv670.3.i, 4
+  %525 = shl nsw i64 %indvars.iv669.3.i, 4
+  %526 = add nuw nsw i64 %525, 384
+  %527 = getelementptr inbounds nuw float, ptr %scores.i, i64 %526
+  %528 = load <16 x float>, ptr %527, align 4, !tbaa !5
+  %529 = fmul <16 x float> %95, %528
+  %530 = trunc i64 %525 to i32
+  %531 = sub i32 %valid_len.i, %530
+  %532 = insertelement <16 x i32> poison, i32 %531, i64 0
+  %533 = shufflevector <16 x i32> %532, <16 x i32> poison, <16 x i32> zeroinitializer
+  %534 = icmp sgt <16 x i32> %533, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %535 = select <16 x i1> %534, <16 x float> %529, <16 x float> splat (float 0xFFF0000000000000)
+  %536 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %526
+  store <16 x float> %535, ptr %536, align 4, !tbaa !5
+  %indvars.iv.next670.3.i = shl i64 %indvars.iv669.3.i, 4
+  %537 = add nuw nsw i64 %indvars.iv.next670.3.i, 400
+  %538 = getelementptr inbounds nuw float, ptr %scores.i, i64 %537
+  %539 = load <16 x float>, ptr %538, align 4, !tbaa !5
+  %540 = fmul <16 x float> %95, %539
+  %541 = trunc i64 %indvars.iv.next670.3.i to i32
+  %542 = or disjoint i32 %541, 16
+  %543 = sub i32 %valid_len.i, %542
+  %544 = insertelement <16 x i32> poison, i32 %543, i64 0
+  %545 = shufflevector <16 x i32> %544, <16 x i32> poison, <16 x i32> zeroinitializer
+  %546 = icmp sgt <16 x i32> %545, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %547 = select <16 x i1> %546, <16 x float> %540, <16 x float> splat (float 0xFFF0000000000000)
+  %548 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %537
+  store <16 x float> %547, ptr %548, align 4, !tbaa !5
+  %indvars.iv.next670.3.i.1 = shl i64 %indvars.iv669.3.i, 4
+  %549 = add nuw nsw i64 %indvars.iv.next670.3.i.1, 416
+  %550 = getelementptr inbounds nuw float, ptr %scores.i, i64 %549
+  %551 = load <16 x float>, ptr %550, align 4, !tbaa !5
+  %552 = fmul <16 x float> %95, %551
+  %553 = trunc i64 %indvars.iv.next670.3.i.1 to i32
+  %554 = or disjoint i32 %553, 32
+  %555 = sub i32 %valid_len.i, %554
+  %556 = insertelement <16 x i32> poison, i32 %555, i64 0
+  %557 = shufflevector <16 x i32> %556, <16 x i32> poison, <16 x i32> zeroinitializer
+  %558 = icmp sgt <16 x i32> %557, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %559 = select <16 x i1> %558, <16 x float> %552, <16 x float> splat (float 0xFFF0000000000000)
+  %560 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %549
+  store <16 x float> %559, ptr %560, align 4, !tbaa !5
+  %indvars.iv.next670.3.i.2 = shl i64 %indvars.iv669.3.i, 4
+  %561 = add nuw nsw i64 %indvars.iv.next670.3.i.2, 432
+  %562 = getelementptr inbounds nuw float, ptr %scores.i, i64 %561
+  %563 = load <16 x float>, ptr %562, align 4, !tbaa !5
+  %564 = fmul <16 x float> %95, %563
+  %565 = trunc i64 %indvars.iv.next670.3.i.2 to i32
+  %566 = or disjoint i32 %565, 48
+  %567 = sub i32 %valid_len.i, %566
+  %568 = insertelement <16 x i32> poison, i32 %567, i64 0
+  %569 = shufflevector <16 x i32> %568, <16 x i32> poison, <16 x i32> zeroinitializer
+  %570 = icmp sgt <16 x i32> %569, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %571 = select <16 x i1> %570, <16 x float> %564, <16 x float> splat (float 0xFFF0000000000000)
+  %572 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %561
+  store <16 x float> %571, ptr %572, align 4, !tbaa !5
+  %indvars.iv.next670.3.i.3 = add nuw nsw i64 %indvars.iv669.3.i, 4
   %niter181.next.3 = add i64 %niter181, 4
   %niter181.ncmp.3 = icmp eq i64 %niter181.next.3, %unroll_iter180
   br i1 %niter181.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
@@ -1547,620 +1572,620 @@ for_body_ax1.i.preheader.unr-lcssa:               ; preds = %for_body_to.us.3.i
   br i1 %lcmp.mod178.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax1.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next671.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
+  %indvars.iv669.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next670.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod179)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv670.3.i.epil = phi i64 [ %indvars.iv.next671.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv670.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %indvars.iv669.3.i.epil = phi i64 [ %indvars.iv.next670.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv669.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
   %epil.iter177 = phi i64 [ %epil.iter177.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %564 = shl nsw i64 %indvars.iv670.3.i.epil, 4
-  %565 = add nuw nsw i64 %564, 384
-  %566 = getelementptr inbounds nuw float, ptr %scores.i, i64 %565
-  %567 = load <16 x float>, ptr %566, align 4, !tbaa !5
-  %568 = fmul <16 x float> %91, %567
-  %569 = trunc i64 %564 to i32
-  %570 = sub i32 %valid_len.i, %569
-  %571 = insertelement <16 x i32> poison, i32 %570, i64 0
-  %572 = shufflevector <16 x i32> %571, <16 x i32> poison, <16 x i32> zeroinitializer
-  %573 = icmp sgt <16 x i32> %572, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %574 = select <16 x i1> %573, <16 x float> %568, <16 x float> splat (float 0xFFF0000000000000)
-  %575 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %565
-  store <16 x float> %574, ptr %575, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.epil = add nuw nsw i64 %indvars.iv670.3.i.epil, 1
+  %573 = shl nsw i64 %indvars.iv669.3.i.epil, 4
+  %574 = add nuw nsw i64 %573, 384
+  %575 = getelementptr inbounds nuw float, ptr %scores.i, i64 %574
+  %576 = load <16 x float>, ptr %575, align 4, !tbaa !5
+  %577 = fmul <16 x float> %95, %576
+  %578 = trunc i64 %573 to i32
+  %579 = sub i32 %valid_len.i, %578
+  %580 = insertelement <16 x i32> poison, i32 %579, i64 0
+  %581 = shufflevector <16 x i32> %580, <16 x i32> poison, <16 x i32> zeroinitializer
+  %582 = icmp sgt <16 x i32> %581, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %583 = select <16 x i1> %582, <16 x float> %577, <16 x float> splat (float 0xFFF0000000000000)
+  %584 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %574
+  store <16 x float> %583, ptr %584, align 4, !tbaa !5
+  %indvars.iv.next670.3.i.epil = add nuw nsw i64 %indvars.iv669.3.i.epil, 1
   %epil.iter177.next = add i64 %epil.iter177, 1
   %epil.iter177.cmp.not = icmp eq i64 %epil.iter177.next, %xtraiter176
   br i1 %epil.iter177.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
 
 for_body_ax1.i.preheader:                         ; preds = %for_body_to.us.3.i.epil, %for_body_ax1.i.preheader.unr-lcssa
-  br i1 %264, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
+  br i1 %269, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
 
 if_end31.i:                                       ; preds = %for_body_to_m.i
-  %576 = shl nsw i64 %indvars.iv664.i, 4
+  %585 = shl nsw i64 %indvars.iv663.i, 4
   br label %for_body_n_0_m.i
 
 for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end31.i
-  %indvars.iv653.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next654.i, %for_body_n_0_m.i ]
-  %577 = shl nuw nsw i64 %indvars.iv653.i, 1
-  %578 = add nuw nsw i64 %577, %576
-  %gep81 = getelementptr inbounds nuw i64, ptr %invariant.gep80, i64 %578
-  %579 = load i64, ptr %gep81, align 8, !tbaa !5
-  %580 = getelementptr i32, ptr %key_cache, i64 %579
-  %581 = getelementptr i32, ptr %580, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %581, i32 0, i32 2, i32 1)
-  %582 = getelementptr i8, ptr %580, i64 64
-  %583 = getelementptr i32, ptr %582, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %583, i32 0, i32 2, i32 1)
-  %584 = getelementptr i8, ptr %580, i64 128
-  %585 = getelementptr i32, ptr %584, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %585, i32 0, i32 2, i32 1)
-  %586 = getelementptr i8, ptr %580, i64 192
-  %587 = getelementptr i32, ptr %586, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %587, i32 0, i32 2, i32 1)
-  %588 = getelementptr inbounds nuw i8, ptr %gep81, i64 8
-  %589 = load i64, ptr %588, align 8, !tbaa !5
-  %590 = getelementptr i32, ptr %key_cache, i64 %589
-  %591 = getelementptr i32, ptr %590, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %591, i32 0, i32 2, i32 1)
-  %592 = getelementptr i8, ptr %590, i64 64
-  %593 = getelementptr i32, ptr %592, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %593, i32 0, i32 2, i32 1)
-  %594 = getelementptr i8, ptr %590, i64 128
-  %595 = getelementptr i32, ptr %594, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %595, i32 0, i32 2, i32 1)
-  %596 = getelementptr i8, ptr %590, i64 192
-  %597 = getelementptr i32, ptr %596, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %597, i32 0, i32 2, i32 1)
-  %598 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %578
-  %599 = load i64, ptr %598, align 8, !tbaa !5
-  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %599
-  %600 = getelementptr inbounds nuw i8, ptr %598, i64 8
-  %601 = load i64, ptr %600, align 8, !tbaa !5
-  %gep435.i = getelementptr i32, ptr %invariant.gep432.i, i64 %601
-  %602 = load <16 x float>, ptr %303, align 4, !tbaa !5
-  %603 = load <16 x i32>, ptr %gep433.i, align 4, !tbaa !5
-  %604 = shl <16 x i32> %603, splat (i32 16)
-  %605 = bitcast <16 x i32> %604 to <16 x float>
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %605, <16 x float> zeroinitializer)
-  %607 = load <16 x float>, ptr %304, align 4, !tbaa !5
-  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %605, <16 x float> zeroinitializer)
-  %609 = load <16 x float>, ptr %305, align 4, !tbaa !5
-  %610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %605, <16 x float> zeroinitializer)
-  %611 = load <16 x float>, ptr %306, align 4, !tbaa !5
-  %612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %605, <16 x float> zeroinitializer)
-  %613 = load <16 x i32>, ptr %gep435.i, align 4, !tbaa !5
-  %614 = shl <16 x i32> %613, splat (i32 16)
-  %615 = bitcast <16 x i32> %614 to <16 x float>
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %615, <16 x float> zeroinitializer)
-  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %615, <16 x float> zeroinitializer)
-  %618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> zeroinitializer)
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %615, <16 x float> zeroinitializer)
-  %620 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %621 = and <16 x i32> %603, splat (i32 -65536)
-  %622 = bitcast <16 x i32> %621 to <16 x float>
-  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %622, <16 x float> %606)
-  %624 = load <16 x float>, ptr %308, align 4, !tbaa !5
-  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %622, <16 x float> %608)
-  %626 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %622, <16 x float> %610)
-  %628 = load <16 x float>, ptr %310, align 4, !tbaa !5
-  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %622, <16 x float> %612)
-  %630 = and <16 x i32> %613, splat (i32 -65536)
+  %indvars.iv652.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next653.i, %for_body_n_0_m.i ]
+  %586 = shl nuw nsw i64 %indvars.iv652.i, 1
+  %587 = add nuw nsw i64 %586, %585
+  %gep81 = getelementptr inbounds nuw i64, ptr %invariant.gep80, i64 %587
+  %588 = load i64, ptr %gep81, align 8, !tbaa !5
+  %589 = getelementptr i32, ptr %key_cache, i64 %588
+  %590 = getelementptr i32, ptr %589, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %590, i32 0, i32 2, i32 1)
+  %591 = getelementptr i8, ptr %589, i64 64
+  %592 = getelementptr i32, ptr %591, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %592, i32 0, i32 2, i32 1)
+  %593 = getelementptr i8, ptr %589, i64 128
+  %594 = getelementptr i32, ptr %593, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %594, i32 0, i32 2, i32 1)
+  %595 = getelementptr i8, ptr %589, i64 192
+  %596 = getelementptr i32, ptr %595, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %596, i32 0, i32 2, i32 1)
+  %597 = getelementptr inbounds nuw i8, ptr %gep81, i64 8
+  %598 = load i64, ptr %597, align 8, !tbaa !5
+  %599 = getelementptr i32, ptr %key_cache, i64 %598
+  %600 = getelementptr i32, ptr %599, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %600, i32 0, i32 2, i32 1)
+  %601 = getelementptr i8, ptr %599, i64 64
+  %602 = getelementptr i32, ptr %601, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %602, i32 0, i32 2, i32 1)
+  %603 = getelementptr i8, ptr %599, i64 128
+  %604 = getelementptr i32, ptr %603, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %604, i32 0, i32 2, i32 1)
+  %605 = getelementptr i8, ptr %599, i64 192
+  %606 = getelementptr i32, ptr %605, i64 %310
+  tail call void @llvm.prefetch.p0(ptr readonly %606, i32 0, i32 2, i32 1)
+  %607 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %587
+  %608 = load i64, ptr %607, align 8, !tbaa !5
+  %gep432.i = getelementptr i32, ptr %invariant.gep431.i, i64 %608
+  %609 = getelementptr inbounds nuw i8, ptr %607, i64 8
+  %610 = load i64, ptr %609, align 8, !tbaa !5
+  %gep434.i = getelementptr i32, ptr %invariant.gep431.i, i64 %610
+  %611 = load <16 x float>, ptr %312, align 4, !tbaa !5
+  %612 = load <16 x i32>, ptr %gep432.i, align 4, !tbaa !5
+  %613 = shl <16 x i32> %612, splat (i32 16)
+  %614 = bitcast <16 x i32> %613 to <16 x float>
+  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %614, <16 x float> zeroinitializer)
+  %616 = load <16 x i32>, ptr %gep434.i, align 4, !tbaa !5
+  %617 = shl <16 x i32> %616, splat (i32 16)
+  %618 = bitcast <16 x i32> %617 to <16 x float>
+  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %618, <16 x float> zeroinitializer)
+  %620 = load <16 x float>, ptr %313, align 4, !tbaa !5
+  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %614, <16 x float> zeroinitializer)
+  %622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %618, <16 x float> zeroinitializer)
+  %623 = load <16 x float>, ptr %314, align 4, !tbaa !5
+  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %614, <16 x float> zeroinitializer)
+  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %618, <16 x float> zeroinitializer)
+  %626 = load <16 x float>, ptr %315, align 4, !tbaa !5
+  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %614, <16 x float> zeroinitializer)
+  %628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %618, <16 x float> zeroinitializer)
+  %629 = load <16 x float>, ptr %316, align 4, !tbaa !5
+  %630 = and <16 x i32> %612, %93
   %631 = bitcast <16 x i32> %630 to <16 x float>
-  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %631, <16 x float> %616)
-  %633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %631, <16 x float> %617)
-  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %631, <16 x float> %618)
-  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %631, <16 x float> %619)
-  %636 = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %gep420.1.i = getelementptr i8, ptr %gep433.i, i64 64
-  %637 = load <16 x i32>, ptr %gep420.1.i, align 4, !tbaa !5
-  %638 = shl <16 x i32> %637, splat (i32 16)
-  %639 = bitcast <16 x i32> %638 to <16 x float>
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %639, <16 x float> %623)
-  %641 = load <16 x float>, ptr %312, align 4, !tbaa !5
-  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %639, <16 x float> %625)
-  %643 = load <16 x float>, ptr %313, align 4, !tbaa !5
-  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %639, <16 x float> %627)
-  %645 = load <16 x float>, ptr %314, align 4, !tbaa !5
-  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %639, <16 x float> %629)
-  %gep422.1.i = getelementptr i8, ptr %gep435.i, i64 64
-  %647 = load <16 x i32>, ptr %gep422.1.i, align 4, !tbaa !5
-  %648 = shl <16 x i32> %647, splat (i32 16)
-  %649 = bitcast <16 x i32> %648 to <16 x float>
-  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %649, <16 x float> %632)
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %649, <16 x float> %633)
-  %652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %649, <16 x float> %634)
-  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %649, <16 x float> %635)
-  %654 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %655 = and <16 x i32> %637, splat (i32 -65536)
-  %656 = bitcast <16 x i32> %655 to <16 x float>
-  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %656, <16 x float> %640)
-  %658 = load <16 x float>, ptr %316, align 4, !tbaa !5
-  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %656, <16 x float> %642)
-  %660 = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %656, <16 x float> %644)
-  %662 = load <16 x float>, ptr %318, align 4, !tbaa !5
-  %663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %656, <16 x float> %646)
-  %664 = and <16 x i32> %647, splat (i32 -65536)
+  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %629, <16 x float> %631, <16 x float> %615)
+  %633 = and <16 x i32> %616, %93
+  %634 = bitcast <16 x i32> %633 to <16 x float>
+  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %629, <16 x float> %634, <16 x float> %619)
+  %636 = load <16 x float>, ptr %317, align 4, !tbaa !5
+  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %631, <16 x float> %621)
+  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %634, <16 x float> %622)
+  %639 = load <16 x float>, ptr %318, align 4, !tbaa !5
+  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %639, <16 x float> %631, <16 x float> %624)
+  %641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %639, <16 x float> %634, <16 x float> %625)
+  %642 = load <16 x float>, ptr %319, align 4, !tbaa !5
+  %643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %642, <16 x float> %631, <16 x float> %627)
+  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %642, <16 x float> %634, <16 x float> %628)
+  %645 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %gep419.1.i = getelementptr i8, ptr %gep432.i, i64 64
+  %646 = load <16 x i32>, ptr %gep419.1.i, align 4, !tbaa !5
+  %647 = shl <16 x i32> %646, splat (i32 16)
+  %648 = bitcast <16 x i32> %647 to <16 x float>
+  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %648, <16 x float> %632)
+  %gep421.1.i = getelementptr i8, ptr %gep434.i, i64 64
+  %650 = load <16 x i32>, ptr %gep421.1.i, align 4, !tbaa !5
+  %651 = shl <16 x i32> %650, splat (i32 16)
+  %652 = bitcast <16 x i32> %651 to <16 x float>
+  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %652, <16 x float> %635)
+  %654 = load <16 x float>, ptr %321, align 4, !tbaa !5
+  %655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %648, <16 x float> %637)
+  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %652, <16 x float> %638)
+  %657 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %657, <16 x float> %648, <16 x float> %640)
+  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %657, <16 x float> %652, <16 x float> %641)
+  %660 = load <16 x float>, ptr %323, align 4, !tbaa !5
+  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %648, <16 x float> %643)
+  %662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %652, <16 x float> %644)
+  %663 = load <16 x float>, ptr %324, align 4, !tbaa !5
+  %664 = and <16 x i32> %646, %93
   %665 = bitcast <16 x i32> %664 to <16 x float>
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %665, <16 x float> %650)
-  %667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %665, <16 x float> %651)
-  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %665, <16 x float> %652)
-  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %665, <16 x float> %653)
-  %670 = load <16 x float>, ptr %319, align 4, !tbaa !5
-  %gep420.2.i = getelementptr i8, ptr %gep433.i, i64 128
-  %671 = load <16 x i32>, ptr %gep420.2.i, align 4, !tbaa !5
-  %672 = shl <16 x i32> %671, splat (i32 16)
-  %673 = bitcast <16 x i32> %672 to <16 x float>
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %673, <16 x float> %657)
-  %675 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %673, <16 x float> %659)
-  %677 = load <16 x float>, ptr %321, align 4, !tbaa !5
-  %678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %673, <16 x float> %661)
-  %679 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %673, <16 x float> %663)
-  %gep422.2.i = getelementptr i8, ptr %gep435.i, i64 128
-  %681 = load <16 x i32>, ptr %gep422.2.i, align 4, !tbaa !5
-  %682 = shl <16 x i32> %681, splat (i32 16)
-  %683 = bitcast <16 x i32> %682 to <16 x float>
-  %684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %683, <16 x float> %666)
-  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %683, <16 x float> %667)
-  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %683, <16 x float> %668)
-  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %683, <16 x float> %669)
-  %688 = load <16 x float>, ptr %323, align 4, !tbaa !5
-  %689 = and <16 x i32> %671, splat (i32 -65536)
-  %690 = bitcast <16 x i32> %689 to <16 x float>
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %690, <16 x float> %674)
-  %692 = load <16 x float>, ptr %324, align 4, !tbaa !5
-  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %690, <16 x float> %676)
-  %694 = load <16 x float>, ptr %325, align 4, !tbaa !5
-  %695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %690, <16 x float> %678)
-  %696 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %690, <16 x float> %680)
-  %698 = and <16 x i32> %681, splat (i32 -65536)
+  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %663, <16 x float> %665, <16 x float> %649)
+  %667 = and <16 x i32> %650, %93
+  %668 = bitcast <16 x i32> %667 to <16 x float>
+  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %663, <16 x float> %668, <16 x float> %653)
+  %670 = load <16 x float>, ptr %325, align 4, !tbaa !5
+  %671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %665, <16 x float> %655)
+  %672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %668, <16 x float> %656)
+  %673 = load <16 x float>, ptr %326, align 4, !tbaa !5
+  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %665, <16 x float> %658)
+  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %668, <16 x float> %659)
+  %676 = load <16 x float>, ptr %327, align 4, !tbaa !5
+  %677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %676, <16 x float> %665, <16 x float> %661)
+  %678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %676, <16 x float> %668, <16 x float> %662)
+  %679 = load <16 x float>, ptr %328, align 4, !tbaa !5
+  %gep419.2.i = getelementptr i8, ptr %gep432.i, i64 128
+  %680 = load <16 x i32>, ptr %gep419.2.i, align 4, !tbaa !5
+  %681 = shl <16 x i32> %680, splat (i32 16)
+  %682 = bitcast <16 x i32> %681 to <16 x float>
+  %683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %682, <16 x float> %666)
+  %gep421.2.i = getelementptr i8, ptr %gep434.i, i64 128
+  %684 = load <16 x i32>, ptr %gep421.2.i, align 4, !tbaa !5
+  %685 = shl <16 x i32> %684, splat (i32 16)
+  %686 = bitcast <16 x i32> %685 to <16 x float>
+  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %686, <16 x float> %669)
+  %688 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %682, <16 x float> %671)
+  %690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %686, <16 x float> %672)
+  %691 = load <16 x float>, ptr %330, align 4, !tbaa !5
+  %692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %691, <16 x float> %682, <16 x float> %674)
+  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %691, <16 x float> %686, <16 x float> %675)
+  %694 = load <16 x float>, ptr %331, align 4, !tbaa !5
+  %695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %682, <16 x float> %677)
+  %696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %686, <16 x float> %678)
+  %697 = load <16 x float>, ptr %332, align 4, !tbaa !5
+  %698 = and <16 x i32> %680, %93
   %699 = bitcast <16 x i32> %698 to <16 x float>
-  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %699, <16 x float> %684)
-  %701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %699, <16 x float> %685)
-  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %699, <16 x float> %686)
-  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %699, <16 x float> %687)
-  %704 = load <16 x float>, ptr %327, align 4, !tbaa !5
-  %gep420.3.i = getelementptr i8, ptr %gep433.i, i64 192
-  %705 = load <16 x i32>, ptr %gep420.3.i, align 4, !tbaa !5
-  %706 = shl <16 x i32> %705, splat (i32 16)
-  %707 = bitcast <16 x i32> %706 to <16 x float>
-  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %707, <16 x float> %691)
-  %709 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %707, <16 x float> %693)
-  %711 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %707, <16 x float> %695)
-  %713 = load <16 x float>, ptr %330, align 4, !tbaa !5
-  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %707, <16 x float> %697)
-  %gep422.3.i = getelementptr i8, ptr %gep435.i, i64 192
-  %715 = load <16 x i32>, ptr %gep422.3.i, align 4, !tbaa !5
-  %716 = shl <16 x i32> %715, splat (i32 16)
-  %717 = bitcast <16 x i32> %716 to <16 x float>
-  %718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %717, <16 x float> %700)
-  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %717, <16 x float> %701)
-  %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %717, <16 x float> %702)
-  %721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %717, <16 x float> %703)
-  %722 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %723 = and <16 x i32> %705, splat (i32 -65536)
-  %724 = bitcast <16 x i32> %723 to <16 x float>
-  %725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %724, <16 x float> %708)
-  %726 = load <16 x float>, ptr %332, align 4, !tbaa !5
-  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %724, <16 x float> %710)
-  %728 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %724, <16 x float> %712)
-  %730 = load <16 x float>, ptr %334, align 4, !tbaa !5
-  %731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %724, <16 x float> %714)
-  %732 = and <16 x i32> %715, splat (i32 -65536)
+  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %697, <16 x float> %699, <16 x float> %683)
+  %701 = and <16 x i32> %684, %93
+  %702 = bitcast <16 x i32> %701 to <16 x float>
+  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %697, <16 x float> %702, <16 x float> %687)
+  %704 = load <16 x float>, ptr %333, align 4, !tbaa !5
+  %705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %699, <16 x float> %689)
+  %706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %702, <16 x float> %690)
+  %707 = load <16 x float>, ptr %334, align 4, !tbaa !5
+  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %707, <16 x float> %699, <16 x float> %692)
+  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %707, <16 x float> %702, <16 x float> %693)
+  %710 = load <16 x float>, ptr %335, align 4, !tbaa !5
+  %711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %710, <16 x float> %699, <16 x float> %695)
+  %712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %710, <16 x float> %702, <16 x float> %696)
+  %713 = load <16 x float>, ptr %336, align 4, !tbaa !5
+  %gep419.3.i = getelementptr i8, ptr %gep432.i, i64 192
+  %714 = load <16 x i32>, ptr %gep419.3.i, align 4, !tbaa !5
+  %715 = shl <16 x i32> %714, splat (i32 16)
+  %716 = bitcast <16 x i32> %715 to <16 x float>
+  %717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %716, <16 x float> %700)
+  %gep421.3.i = getelementptr i8, ptr %gep434.i, i64 192
+  %718 = load <16 x i32>, ptr %gep421.3.i, align 4, !tbaa !5
+  %719 = shl <16 x i32> %718, splat (i32 16)
+  %720 = bitcast <16 x i32> %719 to <16 x float>
+  %721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %720, <16 x float> %703)
+  %722 = load <16 x float>, ptr %337, align 4, !tbaa !5
+  %723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %716, <16 x float> %705)
+  %724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %720, <16 x float> %706)
+  %725 = load <16 x float>, ptr %338, align 4, !tbaa !5
+  %726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %725, <16 x float> %716, <16 x float> %708)
+  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %725, <16 x float> %720, <16 x float> %709)
+  %728 = load <16 x float>, ptr %339, align 4, !tbaa !5
+  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %716, <16 x float> %711)
+  %730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %720, <16 x float> %712)
+  %731 = load <16 x float>, ptr %340, align 4, !tbaa !5
+  %732 = and <16 x i32> %714, %93
   %733 = bitcast <16 x i32> %732 to <16 x float>
-  %734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %733, <16 x float> %718)
-  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %733, <16 x float> %719)
-  %736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %733, <16 x float> %720)
-  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %733, <16 x float> %721)
-  %.idx1071.i = shl nuw nsw i64 %indvars.iv653.i, 7
-  %738 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx1071.i
-  store <16 x float> %725, ptr %738, align 4, !tbaa !5
-  %739 = getelementptr inbounds nuw i8, ptr %738, i64 64
-  store <16 x float> %734, ptr %739, align 4, !tbaa !5
-  %740 = getelementptr inbounds nuw i8, ptr %738, i64 1024
-  store <16 x float> %727, ptr %740, align 4, !tbaa !5
-  %741 = getelementptr inbounds nuw i8, ptr %738, i64 1088
-  store <16 x float> %735, ptr %741, align 4, !tbaa !5
-  %742 = getelementptr inbounds nuw i8, ptr %738, i64 2048
-  store <16 x float> %729, ptr %742, align 4, !tbaa !5
-  %743 = getelementptr inbounds nuw i8, ptr %738, i64 2112
-  store <16 x float> %736, ptr %743, align 4, !tbaa !5
-  %744 = getelementptr inbounds nuw i8, ptr %738, i64 3072
-  store <16 x float> %731, ptr %744, align 4, !tbaa !5
-  %745 = getelementptr inbounds nuw i8, ptr %738, i64 3136
-  store <16 x float> %737, ptr %745, align 4, !tbaa !5
-  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
-  %exitcond658.not.i = icmp eq i64 %indvars.iv.next654.i, 8
-  br i1 %exitcond658.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
+  %734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %731, <16 x float> %733, <16 x float> %717)
+  %735 = and <16 x i32> %718, %93
+  %736 = bitcast <16 x i32> %735 to <16 x float>
+  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %731, <16 x float> %736, <16 x float> %721)
+  %738 = load <16 x float>, ptr %341, align 4, !tbaa !5
+  %739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %738, <16 x float> %733, <16 x float> %723)
+  %740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %738, <16 x float> %736, <16 x float> %724)
+  %741 = load <16 x float>, ptr %342, align 4, !tbaa !5
+  %742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %741, <16 x float> %733, <16 x float> %726)
+  %743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %741, <16 x float> %736, <16 x float> %727)
+  %744 = load <16 x float>, ptr %343, align 4, !tbaa !5
+  %745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %744, <16 x float> %733, <16 x float> %729)
+  %746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %744, <16 x float> %736, <16 x float> %730)
+  %.idx1070.i = shl nuw nsw i64 %indvars.iv652.i, 7
+  %747 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx1070.i
+  store <16 x float> %734, ptr %747, align 4, !tbaa !5
+  %748 = getelementptr inbounds nuw i8, ptr %747, i64 64
+  store <16 x float> %737, ptr %748, align 4, !tbaa !5
+  %749 = getelementptr inbounds nuw i8, ptr %747, i64 1024
+  store <16 x float> %739, ptr %749, align 4, !tbaa !5
+  %750 = getelementptr inbounds nuw i8, ptr %747, i64 1088
+  store <16 x float> %740, ptr %750, align 4, !tbaa !5
+  %751 = getelementptr inbounds nuw i8, ptr %747, i64 2048
+  store <16 x float> %742, ptr %751, align 4, !tbaa !5
+  %752 = getelementptr inbounds nuw i8, ptr %747, i64 2112
+  store <16 x float> %743, ptr %752, align 4, !tbaa !5
+  %753 = getelementptr inbounds nuw i8, ptr %747, i64 3072
+  store <16 x float> %745, ptr %753, align 4, !tbaa !5
+  %754 = getelementptr inbounds nuw i8, ptr %747, i64 3136
+  store <16 x float> %746, ptr %754, align 4, !tbaa !5
+  %indvars.iv.next653.i = add nuw nsw i64 %indvars.iv652.i, 1
+  %exitcond657.not.i = icmp eq i64 %indvars.iv.next653.i, 8
+  br i1 %exitcond657.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
 
 for_body_r34.preheader.i:                         ; preds = %for_body_n_0_m.i
-  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %576
-  store <16 x float> zeroinitializer, ptr %746, align 4, !tbaa !5
+  %755 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
+  store <16 x float> zeroinitializer, ptr %755, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %747 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %747, align 4, !tbaa !5
-  %748 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %748, align 4, !tbaa !5
-  %749 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %749, align 4, !tbaa !5
-  %750 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %750, align 4, !tbaa !5
-  %751 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %751, align 4, !tbaa !5
-  %752 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %752, align 4, !tbaa !5
-  %753 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %753, align 4, !tbaa !5
-  %754 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %754, align 4, !tbaa !5
-  %755 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %755, align 4, !tbaa !5
-  %756 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %756, align 4, !tbaa !5
-  %757 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %757, align 4, !tbaa !5
-  %758 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %758, align 4, !tbaa !5
-  %759 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %759, align 4, !tbaa !5
-  %760 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %760, align 4, !tbaa !5
-  %761 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %761, align 4, !tbaa !5
-  %762 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %763 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %763, %762
-  %764 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %765 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %765, %764
-  %766 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %767 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %767, %766
-  %768 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %769 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %769, %768
-  %770 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %771 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %771, %770
-  %772 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %773 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %773, %772
-  %774 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %775 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %775, %774
-  %776 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %777 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %777, %776
-  %778 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %779 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %779, %778
-  %780 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %781 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %781, %780
-  %782 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %783 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %783, %782
-  %784 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %785 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %785, %784
-  %786 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %787 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %787, %786
-  %788 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %789 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %789, %788
-  %790 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %791 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %792 = fadd <16 x float> %791, %790
-  %793 = fadd <16 x float> %792, zeroinitializer
-  store <16 x float> %793, ptr %746, align 4, !tbaa !5
-  %794 = getelementptr inbounds nuw i8, ptr %746, i64 512
-  store <16 x float> zeroinitializer, ptr %794, align 4, !tbaa !5
-  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %795, align 4, !tbaa !5
-  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %796, align 4, !tbaa !5
-  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %797, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %798, align 4, !tbaa !5
-  %799 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %799, align 4, !tbaa !5
-  %800 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %800, align 4, !tbaa !5
-  %801 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %801, align 4, !tbaa !5
-  %802 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %802, align 4, !tbaa !5
-  %803 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %803, align 4, !tbaa !5
-  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %804, align 4, !tbaa !5
-  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %805, align 4, !tbaa !5
-  %806 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %806, align 4, !tbaa !5
-  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %807, align 4, !tbaa !5
-  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %808, align 4, !tbaa !5
-  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %809, align 4, !tbaa !5
-  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %810, align 4, !tbaa !5
-  %811 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %812 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %812, %811
-  %813 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %814 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %814, %813
-  %815 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %816 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %816, %815
-  %817 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %818 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %818, %817
-  %819 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %820 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %820, %819
-  %821 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %822 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %822, %821
-  %823 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %824 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %824, %823
-  %825 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %826 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %826, %825
-  %827 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %828 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %828, %827
-  %829 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %830 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %830, %829
-  %831 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %832 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %832, %831
-  %833 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %834 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %834, %833
-  %835 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %836 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %836, %835
-  %837 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %838 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %838, %837
-  %839 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %840 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %841 = fadd <16 x float> %840, %839
-  %842 = fadd <16 x float> %841, zeroinitializer
-  store <16 x float> %842, ptr %794, align 4, !tbaa !5
-  %843 = getelementptr inbounds nuw i8, ptr %746, i64 1024
-  store <16 x float> zeroinitializer, ptr %843, align 4, !tbaa !5
-  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %844, align 4, !tbaa !5
-  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %845, align 4, !tbaa !5
-  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %846, align 4, !tbaa !5
-  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %847, align 4, !tbaa !5
-  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %848, align 4, !tbaa !5
-  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %849, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %850, align 4, !tbaa !5
-  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %851, align 4, !tbaa !5
-  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %852, align 4, !tbaa !5
-  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %853, align 4, !tbaa !5
-  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %854, align 4, !tbaa !5
-  %855 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %855, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %856, align 4, !tbaa !5
-  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %857, align 4, !tbaa !5
-  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %858, align 4, !tbaa !5
-  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %859, align 4, !tbaa !5
-  %860 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %861 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %861, %860
-  %862 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %863 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %863, %862
-  %864 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %865 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %865, %864
-  %866 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %867 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %867, %866
-  %868 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %869 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %869, %868
-  %870 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %871 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %871, %870
-  %872 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %873 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %873, %872
-  %874 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %875 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %875, %874
-  %876 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %877 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %877, %876
-  %878 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %879 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %879, %878
-  %880 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %881 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %881, %880
-  %882 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %883 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %883, %882
-  %884 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %885 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %885, %884
-  %886 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %887 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %887, %886
-  %888 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %889 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %890 = fadd <16 x float> %889, %888
-  %891 = fadd <16 x float> %890, zeroinitializer
-  store <16 x float> %891, ptr %843, align 4, !tbaa !5
-  %892 = getelementptr inbounds nuw i8, ptr %746, i64 1536
-  store <16 x float> zeroinitializer, ptr %892, align 4, !tbaa !5
-  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %893, align 4, !tbaa !5
-  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %894, align 4, !tbaa !5
-  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %895, align 4, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %896, align 4, !tbaa !5
-  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %897, align 4, !tbaa !5
-  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %898, align 4, !tbaa !5
-  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %899, align 4, !tbaa !5
-  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %900, align 4, !tbaa !5
-  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %901, align 4, !tbaa !5
-  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %902, align 4, !tbaa !5
-  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %903, align 4, !tbaa !5
-  %904 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %904, align 4, !tbaa !5
-  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %905, align 4, !tbaa !5
-  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %906, align 4, !tbaa !5
-  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %907, align 4, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %908, align 4, !tbaa !5
-  %909 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %910 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %910, %909
-  %911 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %912 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %912, %911
-  %913 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %914 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %914, %913
-  %915 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %916 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %916, %915
-  %917 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %918 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %918, %917
-  %919 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %920 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %920, %919
-  %921 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %922 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %922, %921
-  %923 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %924 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %924, %923
-  %925 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %926 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %926, %925
-  %927 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %928 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %928, %927
-  %929 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %930 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %930, %929
-  %931 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %932 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %932, %931
-  %933 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %934 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %934, %933
-  %935 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %936 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %936, %935
-  %937 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %938 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %939 = fadd <16 x float> %938, %937
-  %940 = fadd <16 x float> %939, zeroinitializer
-  store <16 x float> %940, ptr %892, align 4, !tbaa !5
-  %941 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %942 = tail call i32 %941(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not257.i = icmp eq i32 %942, 0
-  br i1 %.not257.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
+  %756 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %756, align 4, !tbaa !5
+  %757 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %757, align 4, !tbaa !5
+  %758 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %758, align 4, !tbaa !5
+  %759 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %759, align 4, !tbaa !5
+  %760 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %760, align 4, !tbaa !5
+  %761 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %761, align 4, !tbaa !5
+  %762 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %762, align 4, !tbaa !5
+  %763 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %763, align 4, !tbaa !5
+  %764 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %764, align 4, !tbaa !5
+  %765 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %765, align 4, !tbaa !5
+  %766 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %766, align 4, !tbaa !5
+  %767 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %767, align 4, !tbaa !5
+  %768 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %768, align 4, !tbaa !5
+  %769 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %769, align 4, !tbaa !5
+  %770 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %770, align 4, !tbaa !5
+  %771 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %772 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %772, %771
+  %773 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %774 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %774, %773
+  %775 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %776 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %776, %775
+  %777 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %778 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %778, %777
+  %779 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %780 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %780, %779
+  %781 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %782 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %782, %781
+  %783 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %784 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %784, %783
+  %785 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %786 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %786, %785
+  %787 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %788 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %788, %787
+  %789 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %790 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %790, %789
+  %791 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %792 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %792, %791
+  %793 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %794 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %794, %793
+  %795 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %796 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %796, %795
+  %797 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %798 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %798, %797
+  %799 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %800 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %801 = fadd <16 x float> %800, %799
+  %802 = fadd <16 x float> %801, zeroinitializer
+  store <16 x float> %802, ptr %755, align 4, !tbaa !5
+  %803 = getelementptr inbounds nuw i8, ptr %755, i64 512
+  store <16 x float> zeroinitializer, ptr %803, align 4, !tbaa !5
+  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %804, align 4, !tbaa !5
+  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %805, align 4, !tbaa !5
+  %806 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %806, align 4, !tbaa !5
+  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %807, align 4, !tbaa !5
+  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %808, align 4, !tbaa !5
+  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %809, align 4, !tbaa !5
+  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %810, align 4, !tbaa !5
+  %811 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %811, align 4, !tbaa !5
+  %812 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %812, align 4, !tbaa !5
+  %813 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %813, align 4, !tbaa !5
+  %814 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %814, align 4, !tbaa !5
+  %815 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %815, align 4, !tbaa !5
+  %816 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %816, align 4, !tbaa !5
+  %817 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %817, align 4, !tbaa !5
+  %818 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %818, align 4, !tbaa !5
+  %819 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %819, align 4, !tbaa !5
+  %820 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %821 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %821, %820
+  %822 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %823 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %823, %822
+  %824 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %825 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %825, %824
+  %826 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %827 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %827, %826
+  %828 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %829 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %829, %828
+  %830 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %831 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %831, %830
+  %832 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %833 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %833, %832
+  %834 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %835 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %835, %834
+  %836 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %837 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %837, %836
+  %838 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %839 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %839, %838
+  %840 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %841 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %841, %840
+  %842 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %843 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %843, %842
+  %844 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %845 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %845, %844
+  %846 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %847 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %847, %846
+  %848 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %849 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %850 = fadd <16 x float> %849, %848
+  %851 = fadd <16 x float> %850, zeroinitializer
+  store <16 x float> %851, ptr %803, align 4, !tbaa !5
+  %852 = getelementptr inbounds nuw i8, ptr %755, i64 1024
+  store <16 x float> zeroinitializer, ptr %852, align 4, !tbaa !5
+  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %853, align 4, !tbaa !5
+  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %854, align 4, !tbaa !5
+  %855 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %855, align 4, !tbaa !5
+  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %856, align 4, !tbaa !5
+  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %857, align 4, !tbaa !5
+  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %858, align 4, !tbaa !5
+  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %859, align 4, !tbaa !5
+  %860 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %860, align 4, !tbaa !5
+  %861 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %861, align 4, !tbaa !5
+  %862 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %862, align 4, !tbaa !5
+  %863 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %863, align 4, !tbaa !5
+  %864 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %864, align 4, !tbaa !5
+  %865 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %865, align 4, !tbaa !5
+  %866 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %866, align 4, !tbaa !5
+  %867 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %867, align 4, !tbaa !5
+  %868 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %868, align 4, !tbaa !5
+  %869 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %870 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %870, %869
+  %871 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %872 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %872, %871
+  %873 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %874 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %874, %873
+  %875 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %876 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %876, %875
+  %877 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %878 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %878, %877
+  %879 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %880 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %880, %879
+  %881 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %882 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %882, %881
+  %883 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %884 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %884, %883
+  %885 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %886 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %886, %885
+  %887 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %888 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %888, %887
+  %889 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %890 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %890, %889
+  %891 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %892 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %892, %891
+  %893 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %894 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %894, %893
+  %895 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %896 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %896, %895
+  %897 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %898 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %899 = fadd <16 x float> %898, %897
+  %900 = fadd <16 x float> %899, zeroinitializer
+  store <16 x float> %900, ptr %852, align 4, !tbaa !5
+  %901 = getelementptr inbounds nuw i8, ptr %755, i64 1536
+  store <16 x float> zeroinitializer, ptr %901, align 4, !tbaa !5
+  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %902, align 4, !tbaa !5
+  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %903, align 4, !tbaa !5
+  %904 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %904, align 4, !tbaa !5
+  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %905, align 4, !tbaa !5
+  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %906, align 4, !tbaa !5
+  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %907, align 4, !tbaa !5
+  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %908, align 4, !tbaa !5
+  %909 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %909, align 4, !tbaa !5
+  %910 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %910, align 4, !tbaa !5
+  %911 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %911, align 4, !tbaa !5
+  %912 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %912, align 4, !tbaa !5
+  %913 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %913, align 4, !tbaa !5
+  %914 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %914, align 4, !tbaa !5
+  %915 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %915, align 4, !tbaa !5
+  %916 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %916, align 4, !tbaa !5
+  %917 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %917, align 4, !tbaa !5
+  %918 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %919 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %919, %918
+  %920 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %921 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %921, %920
+  %922 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %923 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %923, %922
+  %924 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %925 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %925, %924
+  %926 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %927 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %927, %926
+  %928 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %929 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %929, %928
+  %930 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %931 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %931, %930
+  %932 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %933 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %933, %932
+  %934 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %935 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %935, %934
+  %936 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %937 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %937, %936
+  %938 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %939 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %939, %938
+  %940 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %941 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %941, %940
+  %942 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %943 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %943, %942
+  %944 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %945 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %945, %944
+  %946 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %947 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %948 = fadd <16 x float> %947, %946
+  %949 = fadd <16 x float> %948, zeroinitializer
+  store <16 x float> %949, ptr %901, align 4, !tbaa !5
+  %950 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %951 = tail call i32 %950(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not256.i = icmp eq i32 %951, 0
+  br i1 %.not256.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.i.preheader
-  %indvars.iv681.i = phi i64 [ %indvars.iv.next682.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.i = phi <16 x float> [ %981, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
+  %indvars.iv680.i = phi i64 [ %indvars.iv.next681.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
+  %peak.rf_global239.sroa.0.0440.i = phi <16 x float> [ %990, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
   %niter188 = phi i64 [ %niter188.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %.idx1072.i = shl nsw i64 %indvars.iv681.i, 6
-  %943 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i
-  %944 = load <16 x float>, ptr %943, align 4, !tbaa !5
-  %945 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i, %944
-  %946 = select <16 x i1> %945, <16 x float> %peak.rf_global240.sroa.0.0441.i, <16 x float> %944
-  %indvars.iv.next682.i = shl i64 %indvars.iv681.i, 6
-  %947 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i
-  %948 = getelementptr inbounds nuw i8, ptr %947, i64 64
-  %949 = load <16 x float>, ptr %948, align 4, !tbaa !5
-  %950 = fcmp ogt <16 x float> %946, %949
-  %951 = select <16 x i1> %950, <16 x float> %946, <16 x float> %949
-  %indvars.iv.next682.i.1 = shl i64 %indvars.iv681.i, 6
-  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.1
-  %953 = getelementptr inbounds nuw i8, ptr %952, i64 128
-  %954 = load <16 x float>, ptr %953, align 4, !tbaa !5
-  %955 = fcmp ogt <16 x float> %951, %954
-  %956 = select <16 x i1> %955, <16 x float> %951, <16 x float> %954
-  %indvars.iv.next682.i.2 = shl i64 %indvars.iv681.i, 6
-  %957 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.2
-  %958 = getelementptr inbounds nuw i8, ptr %957, i64 192
-  %959 = load <16 x float>, ptr %958, align 4, !tbaa !5
-  %960 = fcmp ogt <16 x float> %956, %959
-  %961 = select <16 x i1> %960, <16 x float> %956, <16 x float> %959
-  %indvars.iv.next682.i.3 = shl i64 %indvars.iv681.i, 6
-  %962 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.3
-  %963 = getelementptr inbounds nuw i8, ptr %962, i64 256
-  %964 = load <16 x float>, ptr %963, align 4, !tbaa !5
-  %965 = fcmp ogt <16 x float> %961, %964
-  %966 = select <16 x i1> %965, <16 x float> %961, <16 x float> %964
-  %indvars.iv.next682.i.4 = shl i64 %indvars.iv681.i, 6
-  %967 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.4
-  %968 = getelementptr inbounds nuw i8, ptr %967, i64 320
-  %969 = load <16 x float>, ptr %968, align 4, !tbaa !5
-  %970 = fcmp ogt <16 x float> %966, %969
-  %971 = select <16 x i1> %970, <16 x float> %966, <16 x float> %969
-  %indvars.iv.next682.i.5 = shl i64 %indvars.iv681.i, 6
-  %972 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.5
-  %973 = getelementptr inbounds nuw i8, ptr %972, i64 384
-  %974 = load <16 x float>, ptr %973, align 4, !tbaa !5
-  %975 = fcmp ogt <16 x float> %971, %974
-  %976 = select <16 x i1> %975, <16 x float> %971, <16 x float> %974
-  %indvars.iv.next682.i.6 = shl i64 %indvars.iv681.i, 6
-  %977 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.6
-  %978 = getelementptr inbounds nuw i8, ptr %977, i64 448
-  %979 = load <16 x float>, ptr %978, align 4, !tbaa !5
-  %980 = fcmp ogt <16 x float> %976, %979
-  %981 = select <16 x i1> %980, <16 x float> %976, <16 x float> %979
-  %indvars.iv.next682.i.7 = add nuw nsw i64 %indvars.iv681.i, 8
+  %.idx1071.i = shl nsw i64 %indvars.iv680.i, 6
+  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1071.i
+  %953 = load <16 x float>, ptr %952, align 4, !tbaa !5
+  %954 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.i, %953
+  %955 = select <16 x i1> %954, <16 x float> %peak.rf_global239.sroa.0.0440.i, <16 x float> %953
+  %indvars.iv.next681.i = shl i64 %indvars.iv680.i, 6
+  %956 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next681.i
+  %957 = getelementptr inbounds nuw i8, ptr %956, i64 64
+  %958 = load <16 x float>, ptr %957, align 4, !tbaa !5
+  %959 = fcmp ogt <16 x float> %955, %958
+  %960 = select <16 x i1> %959, <16 x float> %955, <16 x float> %958
+  %indvars.iv.next681.i.1 = shl i64 %indvars.iv680.i, 6
+  %961 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next681.i.1
+  %962 = getelementptr inbounds nuw i8, ptr %961, i64 128
+  %963 = load <16 x float>, ptr %962, align 4, !tbaa !5
+  %964 = fcmp ogt <16 x float> %960, %963
+  %965 = select <16 x i1> %964, <16 x float> %960, <16 x float> %963
+  %indvars.iv.next681.i.2 = shl i64 %indvars.iv680.i, 6
+  %966 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next681.i.2
+  %967 = getelementptr inbounds nuw i8, ptr %966, i64 192
+  %968 = load <16 x float>, ptr %967, align 4, !tbaa !5
+  %969 = fcmp ogt <16 x float> %965, %968
+  %970 = select <16 x i1> %969, <16 x float> %965, <16 x float> %968
+  %indvars.iv.next681.i.3 = shl i64 %indvars.iv680.i, 6
+  %971 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next681.i.3
+  %972 = getelementptr inbounds nuw i8, ptr %971, i64 256
+  %973 = load <16 x float>, ptr %972, align 4, !tbaa !5
+  %974 = fcmp ogt <16 x float> %970, %973
+  %975 = select <16 x i1> %974, <16 x float> %970, <16 x float> %973
+  %indvars.iv.next681.i.4 = shl i64 %indvars.iv680.i, 6
+  %976 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next681.i.4
+  %977 = getelementptr inbounds nuw i8, ptr %976, i64 320
+  %978 = load <16 x float>, ptr %977, align 4, !tbaa !5
+  %979 = fcmp ogt <16 x float> %975, %978
+  %980 = select <16 x i1> %979, <16 x float> %975, <16 x float> %978
+  %indvars.iv.next681.i.5 = shl i64 %indvars.iv680.i, 6
+  %981 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next681.i.5
+  %982 = getelementptr inbounds nuw i8, ptr %981, i64 384
+  %983 = load <16 x float>, ptr %982, align 4, !tbaa !5
+  %984 = fcmp ogt <16 x float> %980, %983
+  %985 = select <16 x i1> %984, <16 x float> %980, <16 x float> %983
+  %indvars.iv.next681.i.6 = shl i64 %indvars.iv680.i, 6
+  %986 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next681.i.6
+  %987 = getelementptr inbounds nuw i8, ptr %986, i64 448
+  %988 = load <16 x float>, ptr %987, align 4, !tbaa !5
+  %989 = fcmp ogt <16 x float> %985, %988
+  %990 = select <16 x i1> %989, <16 x float> %985, <16 x float> %988
+  %indvars.iv.next681.i.7 = add nuw nsw i64 %indvars.iv680.i, 8
   %niter188.next.7 = add i64 %niter188, 8
   %niter188.ncmp.7 = icmp eq i64 %niter188.next.7, %unroll_iter187
   br i1 %niter188.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
@@ -2169,134 +2194,134 @@ for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
   br i1 %lcmp.mod184.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.i.preheader
-  %indvars.iv681.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next682.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %indvars.iv680.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next681.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global239.sroa.0.0440.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %990, %for_end_ax1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod186)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv681.i.epil = phi i64 [ %indvars.iv.next682.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv681.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.i.epil = phi <16 x float> [ %985, %for_body_ax1.i.epil ], [ %peak.rf_global240.sroa.0.0441.i.epil.init, %for_body_ax1.i.epil.preheader ]
+  %indvars.iv680.i.epil = phi i64 [ %indvars.iv.next681.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv680.i.epil.init, %for_body_ax1.i.epil.preheader ]
+  %peak.rf_global239.sroa.0.0440.i.epil = phi <16 x float> [ %994, %for_body_ax1.i.epil ], [ %peak.rf_global239.sroa.0.0440.i.epil.init, %for_body_ax1.i.epil.preheader ]
   %epil.iter183 = phi i64 [ %epil.iter183.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
-  %.idx1072.i.epil = shl nsw i64 %indvars.iv681.i.epil, 6
-  %982 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i.epil
-  %983 = load <16 x float>, ptr %982, align 4, !tbaa !5
-  %984 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, %983
-  %985 = select <16 x i1> %984, <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, <16 x float> %983
-  %indvars.iv.next682.i.epil = add nuw nsw i64 %indvars.iv681.i.epil, 1
+  %.idx1071.i.epil = shl nsw i64 %indvars.iv680.i.epil, 6
+  %991 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1071.i.epil
+  %992 = load <16 x float>, ptr %991, align 4, !tbaa !5
+  %993 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.i.epil, %992
+  %994 = select <16 x i1> %993, <16 x float> %peak.rf_global239.sroa.0.0440.i.epil, <16 x float> %992
+  %indvars.iv.next681.i.epil = add nuw nsw i64 %indvars.iv680.i.epil, 1
   %epil.iter183.next = add i64 %epil.iter183, 1
   %epil.iter183.cmp.not = icmp eq i64 %epil.iter183.next, %xtraiter182
   br i1 %epil.iter183.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled108410861089.i = phi ptr [ %scaled1083.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ], [ %985, %for_body_ax1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 0
-  %986 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %987 = select i1 %986, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.i
-  %peak.rf241.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 1
-  %988 = fcmp ogt float %987, %peak.rf241.sroa.0.4.vec.extract.i
-  %989 = select i1 %988, float %987, float %peak.rf241.sroa.0.4.vec.extract.i
-  %peak.rf241.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 2
-  %990 = fcmp ogt float %989, %peak.rf241.sroa.0.8.vec.extract.i
-  %991 = select i1 %990, float %989, float %peak.rf241.sroa.0.8.vec.extract.i
-  %peak.rf241.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 3
-  %992 = fcmp ogt float %991, %peak.rf241.sroa.0.12.vec.extract.i
-  %993 = select i1 %992, float %991, float %peak.rf241.sroa.0.12.vec.extract.i
-  %peak.rf241.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 4
-  %994 = fcmp ogt float %993, %peak.rf241.sroa.0.16.vec.extract.i
-  %995 = select i1 %994, float %993, float %peak.rf241.sroa.0.16.vec.extract.i
-  %peak.rf241.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 5
-  %996 = fcmp ogt float %995, %peak.rf241.sroa.0.20.vec.extract.i
-  %997 = select i1 %996, float %995, float %peak.rf241.sroa.0.20.vec.extract.i
-  %peak.rf241.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 6
-  %998 = fcmp ogt float %997, %peak.rf241.sroa.0.24.vec.extract.i
-  %999 = select i1 %998, float %997, float %peak.rf241.sroa.0.24.vec.extract.i
-  %peak.rf241.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 7
-  %1000 = fcmp ogt float %999, %peak.rf241.sroa.0.28.vec.extract.i
-  %1001 = select i1 %1000, float %999, float %peak.rf241.sroa.0.28.vec.extract.i
-  %peak.rf241.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 8
-  %1002 = fcmp ogt float %1001, %peak.rf241.sroa.0.32.vec.extract.i
-  %1003 = select i1 %1002, float %1001, float %peak.rf241.sroa.0.32.vec.extract.i
-  %peak.rf241.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 9
-  %1004 = fcmp ogt float %1003, %peak.rf241.sroa.0.36.vec.extract.i
-  %1005 = select i1 %1004, float %1003, float %peak.rf241.sroa.0.36.vec.extract.i
-  %peak.rf241.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 10
-  %1006 = fcmp ogt float %1005, %peak.rf241.sroa.0.40.vec.extract.i
-  %1007 = select i1 %1006, float %1005, float %peak.rf241.sroa.0.40.vec.extract.i
-  %peak.rf241.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 11
-  %1008 = fcmp ogt float %1007, %peak.rf241.sroa.0.44.vec.extract.i
-  %1009 = select i1 %1008, float %1007, float %peak.rf241.sroa.0.44.vec.extract.i
-  %peak.rf241.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 12
-  %1010 = fcmp ogt float %1009, %peak.rf241.sroa.0.48.vec.extract.i
-  %1011 = select i1 %1010, float %1009, float %peak.rf241.sroa.0.48.vec.extract.i
-  %peak.rf241.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 13
-  %1012 = fcmp ogt float %1011, %peak.rf241.sroa.0.52.vec.extract.i
-  %1013 = select i1 %1012, float %1011, float %peak.rf241.sroa.0.52.vec.extract.i
-  %peak.rf241.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 14
-  %1014 = fcmp ogt float %1013, %peak.rf241.sroa.0.56.vec.extract.i
-  %1015 = select i1 %1014, float %1013, float %peak.rf241.sroa.0.56.vec.extract.i
-  %peak.rf241.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 15
-  %1016 = fcmp ogt float %1015, %peak.rf241.sroa.0.60.vec.extract.i
-  %1017 = select i1 %1016, float %1015, float %peak.rf241.sroa.0.60.vec.extract.i
-  br i1 %251, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
+  %scaled108310851088.i = phi ptr [ %scaled1082.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global239.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %990, %for_end_ax1.i.loopexit.unr-lcssa ], [ %994, %for_body_ax1.i.epil ]
+  %peak.rf240.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 0
+  %995 = fcmp olt float %peak.rf240.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %996 = select i1 %995, float 0xC7EFFFFFE0000000, float %peak.rf240.sroa.0.0.vec.extract.i
+  %peak.rf240.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 1
+  %997 = fcmp ogt float %996, %peak.rf240.sroa.0.4.vec.extract.i
+  %998 = select i1 %997, float %996, float %peak.rf240.sroa.0.4.vec.extract.i
+  %peak.rf240.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 2
+  %999 = fcmp ogt float %998, %peak.rf240.sroa.0.8.vec.extract.i
+  %1000 = select i1 %999, float %998, float %peak.rf240.sroa.0.8.vec.extract.i
+  %peak.rf240.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 3
+  %1001 = fcmp ogt float %1000, %peak.rf240.sroa.0.12.vec.extract.i
+  %1002 = select i1 %1001, float %1000, float %peak.rf240.sroa.0.12.vec.extract.i
+  %peak.rf240.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 4
+  %1003 = fcmp ogt float %1002, %peak.rf240.sroa.0.16.vec.extract.i
+  %1004 = select i1 %1003, float %1002, float %peak.rf240.sroa.0.16.vec.extract.i
+  %peak.rf240.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 5
+  %1005 = fcmp ogt float %1004, %peak.rf240.sroa.0.20.vec.extract.i
+  %1006 = select i1 %1005, float %1004, float %peak.rf240.sroa.0.20.vec.extract.i
+  %peak.rf240.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 6
+  %1007 = fcmp ogt float %1006, %peak.rf240.sroa.0.24.vec.extract.i
+  %1008 = select i1 %1007, float %1006, float %peak.rf240.sroa.0.24.vec.extract.i
+  %peak.rf240.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 7
+  %1009 = fcmp ogt float %1008, %peak.rf240.sroa.0.28.vec.extract.i
+  %1010 = select i1 %1009, float %1008, float %peak.rf240.sroa.0.28.vec.extract.i
+  %peak.rf240.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 8
+  %1011 = fcmp ogt float %1010, %peak.rf240.sroa.0.32.vec.extract.i
+  %1012 = select i1 %1011, float %1010, float %peak.rf240.sroa.0.32.vec.extract.i
+  %peak.rf240.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 9
+  %1013 = fcmp ogt float %1012, %peak.rf240.sroa.0.36.vec.extract.i
+  %1014 = select i1 %1013, float %1012, float %peak.rf240.sroa.0.36.vec.extract.i
+  %peak.rf240.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 10
+  %1015 = fcmp ogt float %1014, %peak.rf240.sroa.0.40.vec.extract.i
+  %1016 = select i1 %1015, float %1014, float %peak.rf240.sroa.0.40.vec.extract.i
+  %peak.rf240.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 11
+  %1017 = fcmp ogt float %1016, %peak.rf240.sroa.0.44.vec.extract.i
+  %1018 = select i1 %1017, float %1016, float %peak.rf240.sroa.0.44.vec.extract.i
+  %peak.rf240.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 12
+  %1019 = fcmp ogt float %1018, %peak.rf240.sroa.0.48.vec.extract.i
+  %1020 = select i1 %1019, float %1018, float %peak.rf240.sroa.0.48.vec.extract.i
+  %peak.rf240.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 13
+  %1021 = fcmp ogt float %1020, %peak.rf240.sroa.0.52.vec.extract.i
+  %1022 = select i1 %1021, float %1020, float %peak.rf240.sroa.0.52.vec.extract.i
+  %peak.rf240.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 14
+  %1023 = fcmp ogt float %1022, %peak.rf240.sroa.0.56.vec.extract.i
+  %1024 = select i1 %1023, float %1022, float %peak.rf240.sroa.0.56.vec.extract.i
+  %peak.rf240.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.i, i64 15
+  %1025 = fcmp ogt float %1024, %peak.rf240.sroa.0.60.vec.extract.i
+  %1026 = select i1 %1025, float %1024, float %peak.rf240.sroa.0.60.vec.extract.i
+  br i1 %255, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
 
 for_body_ax1.1.i.preheader:                       ; preds = %for_end_ax1.i
-  br i1 %265, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
+  br i1 %270, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
 
 for_body_ax1.1.i:                                 ; preds = %for_body_ax1.1.i, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i = phi i64 [ %indvars.iv.next682.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i = phi <16 x float> [ %1057, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
+  %indvars.iv680.1.i = phi i64 [ %indvars.iv.next681.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
+  %peak.rf_global239.sroa.0.0440.1.i = phi <16 x float> [ %1066, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
   %niter195 = phi i64 [ %niter195.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %.idx1073.i = shl nsw i64 %indvars.iv681.1.i, 6
-  %1018 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i
-  %1019 = getelementptr inbounds nuw i8, ptr %1018, i64 512
-  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !5
-  %1021 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i, %1020
-  %1022 = select <16 x i1> %1021, <16 x float> %peak.rf_global240.sroa.0.0441.1.i, <16 x float> %1020
-  %indvars.iv.next682.1.i = shl i64 %indvars.iv681.1.i, 6
-  %1023 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i
-  %1024 = getelementptr inbounds nuw i8, ptr %1023, i64 576
-  %1025 = load <16 x float>, ptr %1024, align 4, !tbaa !5
-  %1026 = fcmp ogt <16 x float> %1022, %1025
-  %1027 = select <16 x i1> %1026, <16 x float> %1022, <16 x float> %1025
-  %indvars.iv.next682.1.i.1 = shl i64 %indvars.iv681.1.i, 6
-  %1028 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.1
-  %1029 = getelementptr inbounds nuw i8, ptr %1028, i64 640
-  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !5
-  %1031 = fcmp ogt <16 x float> %1027, %1030
-  %1032 = select <16 x i1> %1031, <16 x float> %1027, <16 x float> %1030
-  %indvars.iv.next682.1.i.2 = shl i64 %indvars.iv681.1.i, 6
-  %1033 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.2
-  %1034 = getelementptr inbounds nuw i8, ptr %1033, i64 704
-  %1035 = load <16 x float>, ptr %1034, align 4, !tbaa !5
-  %1036 = fcmp ogt <16 x float> %1032, %1035
-  %1037 = select <16 x i1> %1036, <16 x float> %1032, <16 x float> %1035
-  %indvars.iv.next682.1.i.3 = shl i64 %indvars.iv681.1.i, 6
-  %1038 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.3
-  %1039 = getelementptr inbounds nuw i8, ptr %1038, i64 768
-  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !5
-  %1041 = fcmp ogt <16 x float> %1037, %1040
-  %1042 = select <16 x i1> %1041, <16 x float> %1037, <16 x float> %1040
-  %indvars.iv.next682.1.i.4 = shl i64 %indvars.iv681.1.i, 6
-  %1043 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.4
-  %1044 = getelementptr inbounds nuw i8, ptr %1043, i64 832
-  %1045 = load <16 x float>, ptr %1044, align 4, !tbaa !5
-  %1046 = fcmp ogt <16 x float> %1042, %1045
-  %1047 = select <16 x i1> %1046, <16 x float> %1042, <16 x float> %1045
-  %indvars.iv.next682.1.i.5 = shl i64 %indvars.iv681.1.i, 6
-  %1048 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.5
-  %1049 = getelementptr inbounds nuw i8, ptr %1048, i64 896
-  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !5
-  %1051 = fcmp ogt <16 x float> %1047, %1050
-  %1052 = select <16 x i1> %1051, <16 x float> %1047, <16 x float> %1050
-  %indvars.iv.next682.1.i.6 = shl i64 %indvars.iv681.1.i, 6
-  %1053 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.6
-  %1054 = getelementptr inbounds nuw i8, ptr %1053, i64 960
-  %1055 = load <16 x float>, ptr %1054, align 4, !tbaa !5
-  %1056 = fcmp ogt <16 x float> %1052, %1055
-  %1057 = select <16 x i1> %1056, <16 x float> %1052, <16 x float> %1055
-  %indvars.iv.next682.1.i.7 = add nuw nsw i64 %indvars.iv681.1.i, 8
+  %.idx1072.i = shl nsw i64 %indvars.iv680.1.i, 6
+  %1027 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %.idx1072.i
+  %1028 = getelementptr inbounds nuw i8, ptr %1027, i64 512
+  %1029 = load <16 x float>, ptr %1028, align 4, !tbaa !5
+  %1030 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.1.i, %1029
+  %1031 = select <16 x i1> %1030, <16 x float> %peak.rf_global239.sroa.0.0440.1.i, <16 x float> %1029
+  %indvars.iv.next681.1.i = shl i64 %indvars.iv680.1.i, 6
+  %1032 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.1.i
+  %1033 = getelementptr inbounds nuw i8, ptr %1032, i64 576
+  %1034 = load <16 x float>, ptr %1033, align 4, !tbaa !5
+  %1035 = fcmp ogt <16 x float> %1031, %1034
+  %1036 = select <16 x i1> %1035, <16 x float> %1031, <16 x float> %1034
+  %indvars.iv.next681.1.i.1 = shl i64 %indvars.iv680.1.i, 6
+  %1037 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.1.i.1
+  %1038 = getelementptr inbounds nuw i8, ptr %1037, i64 640
+  %1039 = load <16 x float>, ptr %1038, align 4, !tbaa !5
+  %1040 = fcmp ogt <16 x float> %1036, %1039
+  %1041 = select <16 x i1> %1040, <16 x float> %1036, <16 x float> %1039
+  %indvars.iv.next681.1.i.2 = shl i64 %indvars.iv680.1.i, 6
+  %1042 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.1.i.2
+  %1043 = getelementptr inbounds nuw i8, ptr %1042, i64 704
+  %1044 = load <16 x float>, ptr %1043, align 4, !tbaa !5
+  %1045 = fcmp ogt <16 x float> %1041, %1044
+  %1046 = select <16 x i1> %1045, <16 x float> %1041, <16 x float> %1044
+  %indvars.iv.next681.1.i.3 = shl i64 %indvars.iv680.1.i, 6
+  %1047 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.1.i.3
+  %1048 = getelementptr inbounds nuw i8, ptr %1047, i64 768
+  %1049 = load <16 x float>, ptr %1048, align 4, !tbaa !5
+  %1050 = fcmp ogt <16 x float> %1046, %1049
+  %1051 = select <16 x i1> %1050, <16 x float> %1046, <16 x float> %1049
+  %indvars.iv.next681.1.i.4 = shl i64 %indvars.iv680.1.i, 6
+  %1052 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.1.i.4
+  %1053 = getelementptr inbounds nuw i8, ptr %1052, i64 832
+  %1054 = load <16 x float>, ptr %1053, align 4, !tbaa !5
+  %1055 = fcmp ogt <16 x float> %1051, %1054
+  %1056 = select <16 x i1> %1055, <16 x float> %1051, <16 x float> %1054
+  %indvars.iv.next681.1.i.5 = shl i64 %indvars.iv680.1.i, 6
+  %1057 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.1.i.5
+  %1058 = getelementptr inbounds nuw i8, ptr %1057, i64 896
+  %1059 = load <16 x float>, ptr %1058, align 4, !tbaa !5
+  %1060 = fcmp ogt <16 x float> %1056, %1059
+  %1061 = select <16 x i1> %1060, <16 x float> %1056, <16 x float> %1059
+  %indvars.iv.next681.1.i.6 = shl i64 %indvars.iv680.1.i, 6
+  %1062 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.1.i.6
+  %1063 = getelementptr inbounds nuw i8, ptr %1062, i64 960
+  %1064 = load <16 x float>, ptr %1063, align 4, !tbaa !5
+  %1065 = fcmp ogt <16 x float> %1061, %1064
+  %1066 = select <16 x i1> %1065, <16 x float> %1061, <16 x float> %1064
+  %indvars.iv.next681.1.i.7 = add nuw nsw i64 %indvars.iv680.1.i, 8
   %niter195.next.7 = add i64 %niter195, 8
   %niter195.ncmp.7 = icmp eq i64 %niter195.next.7, %unroll_iter194
   br i1 %niter195.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
@@ -2305,134 +2330,134 @@ for_end_ax1.1.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.1.i
   br i1 %lcmp.mod191.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
 
 for_body_ax1.1.i.epil.preheader:                  ; preds = %for_end_ax1.1.i.loopexit.unr-lcssa, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next682.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ]
+  %indvars.iv680.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next681.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global239.sroa.0.0440.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1066, %for_end_ax1.1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod193)
   br label %for_body_ax1.1.i.epil
 
 for_body_ax1.1.i.epil:                            ; preds = %for_body_ax1.1.i.epil, %for_body_ax1.1.i.epil.preheader
-  %indvars.iv681.1.i.epil = phi i64 [ %indvars.iv.next682.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv681.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil = phi <16 x float> [ %1062, %for_body_ax1.1.i.epil ], [ %peak.rf_global240.sroa.0.0441.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
+  %indvars.iv680.1.i.epil = phi i64 [ %indvars.iv.next681.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv680.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
+  %peak.rf_global239.sroa.0.0440.1.i.epil = phi <16 x float> [ %1071, %for_body_ax1.1.i.epil ], [ %peak.rf_global239.sroa.0.0440.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
   %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
-  %.idx1073.i.epil = shl nsw i64 %indvars.iv681.1.i.epil, 6
-  %1058 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i.epil
-  %1059 = getelementptr inbounds nuw i8, ptr %1058, i64 512
-  %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !5
-  %1061 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, %1060
-  %1062 = select <16 x i1> %1061, <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, <16 x float> %1060
-  %indvars.iv.next682.1.i.epil = add nuw nsw i64 %indvars.iv681.1.i.epil, 1
+  %.idx1072.i.epil = shl nsw i64 %indvars.iv680.1.i.epil, 6
+  %1067 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %.idx1072.i.epil
+  %1068 = getelementptr inbounds nuw i8, ptr %1067, i64 512
+  %1069 = load <16 x float>, ptr %1068, align 4, !tbaa !5
+  %1070 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.1.i.epil, %1069
+  %1071 = select <16 x i1> %1070, <16 x float> %peak.rf_global239.sroa.0.0440.1.i.epil, <16 x float> %1069
+  %indvars.iv.next681.1.i.epil = add nuw nsw i64 %indvars.iv680.1.i.epil, 1
   %epil.iter190.next = add i64 %epil.iter190, 1
   %epil.iter190.cmp.not = icmp eq i64 %epil.iter190.next, %xtraiter189
   br i1 %epil.iter190.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
 
 for_end_ax1.1.i:                                  ; preds = %for_body_ax1.1.i.epil, %for_end_ax1.1.i.loopexit.unr-lcssa, %for_end_ax1.i
-  %peak.rf_global240.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1062, %for_body_ax1.1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 0
-  %1063 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1064 = select i1 %1063, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.1.i
-  %peak.rf241.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 1
-  %1065 = fcmp ogt float %1064, %peak.rf241.sroa.0.4.vec.extract.1.i
-  %1066 = select i1 %1065, float %1064, float %peak.rf241.sroa.0.4.vec.extract.1.i
-  %peak.rf241.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 2
-  %1067 = fcmp ogt float %1066, %peak.rf241.sroa.0.8.vec.extract.1.i
-  %1068 = select i1 %1067, float %1066, float %peak.rf241.sroa.0.8.vec.extract.1.i
-  %peak.rf241.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 3
-  %1069 = fcmp ogt float %1068, %peak.rf241.sroa.0.12.vec.extract.1.i
-  %1070 = select i1 %1069, float %1068, float %peak.rf241.sroa.0.12.vec.extract.1.i
-  %peak.rf241.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 4
-  %1071 = fcmp ogt float %1070, %peak.rf241.sroa.0.16.vec.extract.1.i
-  %1072 = select i1 %1071, float %1070, float %peak.rf241.sroa.0.16.vec.extract.1.i
-  %peak.rf241.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 5
-  %1073 = fcmp ogt float %1072, %peak.rf241.sroa.0.20.vec.extract.1.i
-  %1074 = select i1 %1073, float %1072, float %peak.rf241.sroa.0.20.vec.extract.1.i
-  %peak.rf241.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 6
-  %1075 = fcmp ogt float %1074, %peak.rf241.sroa.0.24.vec.extract.1.i
-  %1076 = select i1 %1075, float %1074, float %peak.rf241.sroa.0.24.vec.extract.1.i
-  %peak.rf241.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 7
-  %1077 = fcmp ogt float %1076, %peak.rf241.sroa.0.28.vec.extract.1.i
-  %1078 = select i1 %1077, float %1076, float %peak.rf241.sroa.0.28.vec.extract.1.i
-  %peak.rf241.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 8
-  %1079 = fcmp ogt float %1078, %peak.rf241.sroa.0.32.vec.extract.1.i
-  %1080 = select i1 %1079, float %1078, float %peak.rf241.sroa.0.32.vec.extract.1.i
-  %peak.rf241.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 9
-  %1081 = fcmp ogt float %1080, %peak.rf241.sroa.0.36.vec.extract.1.i
-  %1082 = select i1 %1081, float %1080, float %peak.rf241.sroa.0.36.vec.extract.1.i
-  %peak.rf241.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 10
-  %1083 = fcmp ogt float %1082, %peak.rf241.sroa.0.40.vec.extract.1.i
-  %1084 = select i1 %1083, float %1082, float %peak.rf241.sroa.0.40.vec.extract.1.i
-  %peak.rf241.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 11
-  %1085 = fcmp ogt float %1084, %peak.rf241.sroa.0.44.vec.extract.1.i
-  %1086 = select i1 %1085, float %1084, float %peak.rf241.sroa.0.44.vec.extract.1.i
-  %peak.rf241.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 12
-  %1087 = fcmp ogt float %1086, %peak.rf241.sroa.0.48.vec.extract.1.i
-  %1088 = select i1 %1087, float %1086, float %peak.rf241.sroa.0.48.vec.extract.1.i
-  %peak.rf241.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 13
-  %1089 = fcmp ogt float %1088, %peak.rf241.sroa.0.52.vec.extract.1.i
-  %1090 = select i1 %1089, float %1088, float %peak.rf241.sroa.0.52.vec.extract.1.i
-  %peak.rf241.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 14
-  %1091 = fcmp ogt float %1090, %peak.rf241.sroa.0.56.vec.extract.1.i
-  %1092 = select i1 %1091, float %1090, float %peak.rf241.sroa.0.56.vec.extract.1.i
-  %peak.rf241.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 15
-  %1093 = fcmp ogt float %1092, %peak.rf241.sroa.0.60.vec.extract.1.i
-  %1094 = select i1 %1093, float %1092, float %peak.rf241.sroa.0.60.vec.extract.1.i
-  br i1 %251, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
+  %peak.rf_global239.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1066, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1071, %for_body_ax1.1.i.epil ]
+  %peak.rf240.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 0
+  %1072 = fcmp olt float %peak.rf240.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1073 = select i1 %1072, float 0xC7EFFFFFE0000000, float %peak.rf240.sroa.0.0.vec.extract.1.i
+  %peak.rf240.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 1
+  %1074 = fcmp ogt float %1073, %peak.rf240.sroa.0.4.vec.extract.1.i
+  %1075 = select i1 %1074, float %1073, float %peak.rf240.sroa.0.4.vec.extract.1.i
+  %peak.rf240.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 2
+  %1076 = fcmp ogt float %1075, %peak.rf240.sroa.0.8.vec.extract.1.i
+  %1077 = select i1 %1076, float %1075, float %peak.rf240.sroa.0.8.vec.extract.1.i
+  %peak.rf240.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 3
+  %1078 = fcmp ogt float %1077, %peak.rf240.sroa.0.12.vec.extract.1.i
+  %1079 = select i1 %1078, float %1077, float %peak.rf240.sroa.0.12.vec.extract.1.i
+  %peak.rf240.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 4
+  %1080 = fcmp ogt float %1079, %peak.rf240.sroa.0.16.vec.extract.1.i
+  %1081 = select i1 %1080, float %1079, float %peak.rf240.sroa.0.16.vec.extract.1.i
+  %peak.rf240.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 5
+  %1082 = fcmp ogt float %1081, %peak.rf240.sroa.0.20.vec.extract.1.i
+  %1083 = select i1 %1082, float %1081, float %peak.rf240.sroa.0.20.vec.extract.1.i
+  %peak.rf240.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 6
+  %1084 = fcmp ogt float %1083, %peak.rf240.sroa.0.24.vec.extract.1.i
+  %1085 = select i1 %1084, float %1083, float %peak.rf240.sroa.0.24.vec.extract.1.i
+  %peak.rf240.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 7
+  %1086 = fcmp ogt float %1085, %peak.rf240.sroa.0.28.vec.extract.1.i
+  %1087 = select i1 %1086, float %1085, float %peak.rf240.sroa.0.28.vec.extract.1.i
+  %peak.rf240.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 8
+  %1088 = fcmp ogt float %1087, %peak.rf240.sroa.0.32.vec.extract.1.i
+  %1089 = select i1 %1088, float %1087, float %peak.rf240.sroa.0.32.vec.extract.1.i
+  %peak.rf240.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 9
+  %1090 = fcmp ogt float %1089, %peak.rf240.sroa.0.36.vec.extract.1.i
+  %1091 = select i1 %1090, float %1089, float %peak.rf240.sroa.0.36.vec.extract.1.i
+  %peak.rf240.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 10
+  %1092 = fcmp ogt float %1091, %peak.rf240.sroa.0.40.vec.extract.1.i
+  %1093 = select i1 %1092, float %1091, float %peak.rf240.sroa.0.40.vec.extract.1.i
+  %peak.rf240.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 11
+  %1094 = fcmp ogt float %1093, %peak.rf240.sroa.0.44.vec.extract.1.i
+  %1095 = select i1 %1094, float %1093, float %peak.rf240.sroa.0.44.vec.extract.1.i
+  %peak.rf240.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 12
+  %1096 = fcmp ogt float %1095, %peak.rf240.sroa.0.48.vec.extract.1.i
+  %1097 = select i1 %1096, float %1095, float %peak.rf240.sroa.0.48.vec.extract.1.i
+  %peak.rf240.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 13
+  %1098 = fcmp ogt float %1097, %peak.rf240.sroa.0.52.vec.extract.1.i
+  %1099 = select i1 %1098, float %1097, float %peak.rf240.sroa.0.52.vec.extract.1.i
+  %peak.rf240.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 14
+  %1100 = fcmp ogt float %1099, %peak.rf240.sroa.0.56.vec.extract.1.i
+  %1101 = select i1 %1100, float %1099, float %peak.rf240.sroa.0.56.vec.extract.1.i
+  %peak.rf240.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.1.i, i64 15
+  %1102 = fcmp ogt float %1101, %peak.rf240.sroa.0.60.vec.extract.1.i
+  %1103 = select i1 %1102, float %1101, float %peak.rf240.sroa.0.60.vec.extract.1.i
+  br i1 %255, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
 
 for_body_ax1.2.i.preheader:                       ; preds = %for_end_ax1.1.i
-  br i1 %266, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
+  br i1 %271, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
 
 for_body_ax1.2.i:                                 ; preds = %for_body_ax1.2.i, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i = phi i64 [ %indvars.iv.next682.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i = phi <16 x float> [ %1134, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
+  %indvars.iv680.2.i = phi i64 [ %indvars.iv.next681.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
+  %peak.rf_global239.sroa.0.0440.2.i = phi <16 x float> [ %1143, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
   %niter202 = phi i64 [ %niter202.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %.idx1074.i = shl nsw i64 %indvars.iv681.2.i, 6
-  %1095 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i
-  %1096 = getelementptr inbounds nuw i8, ptr %1095, i64 1024
-  %1097 = load <16 x float>, ptr %1096, align 4, !tbaa !5
-  %1098 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i, %1097
-  %1099 = select <16 x i1> %1098, <16 x float> %peak.rf_global240.sroa.0.0441.2.i, <16 x float> %1097
-  %indvars.iv.next682.2.i = shl i64 %indvars.iv681.2.i, 6
-  %1100 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i
-  %1101 = getelementptr inbounds nuw i8, ptr %1100, i64 1088
-  %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !5
-  %1103 = fcmp ogt <16 x float> %1099, %1102
-  %1104 = select <16 x i1> %1103, <16 x float> %1099, <16 x float> %1102
-  %indvars.iv.next682.2.i.1 = shl i64 %indvars.iv681.2.i, 6
-  %1105 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.1
-  %1106 = getelementptr inbounds nuw i8, ptr %1105, i64 1152
-  %1107 = load <16 x float>, ptr %1106, align 4, !tbaa !5
-  %1108 = fcmp ogt <16 x float> %1104, %1107
-  %1109 = select <16 x i1> %1108, <16 x float> %1104, <16 x float> %1107
-  %indvars.iv.next682.2.i.2 = shl i64 %indvars.iv681.2.i, 6
-  %1110 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.2
-  %1111 = getelementptr inbounds nuw i8, ptr %1110, i64 1216
-  %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !5
-  %1113 = fcmp ogt <16 x float> %1109, %1112
-  %1114 = select <16 x i1> %1113, <16 x float> %1109, <16 x float> %1112
-  %indvars.iv.next682.2.i.3 = shl i64 %indvars.iv681.2.i, 6
-  %1115 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.3
-  %1116 = getelementptr inbounds nuw i8, ptr %1115, i64 1280
-  %1117 = load <16 x float>, ptr %1116, align 4, !tbaa !5
-  %1118 = fcmp ogt <16 x float> %1114, %1117
-  %1119 = select <16 x i1> %1118, <16 x float> %1114, <16 x float> %1117
-  %indvars.iv.next682.2.i.4 = shl i64 %indvars.iv681.2.i, 6
-  %1120 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.4
-  %1121 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
-  %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !5
-  %1123 = fcmp ogt <16 x float> %1119, %1122
-  %1124 = select <16 x i1> %1123, <16 x float> %1119, <16 x float> %1122
-  %indvars.iv.next682.2.i.5 = shl i64 %indvars.iv681.2.i, 6
-  %1125 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.5
-  %1126 = getelementptr inbounds nuw i8, ptr %1125, i64 1408
-  %1127 = load <16 x float>, ptr %1126, align 4, !tbaa !5
-  %1128 = fcmp ogt <16 x float> %1124, %1127
-  %1129 = select <16 x i1> %1128, <16 x float> %1124, <16 x float> %1127
-  %indvars.iv.next682.2.i.6 = shl i64 %indvars.iv681.2.i, 6
-  %1130 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.6
-  %1131 = getelementptr inbounds nuw i8, ptr %1130, i64 1472
-  %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !5
-  %1133 = fcmp ogt <16 x float> %1129, %1132
-  %1134 = select <16 x i1> %1133, <16 x float> %1129, <16 x float> %1132
-  %indvars.iv.next682.2.i.7 = add nuw nsw i64 %indvars.iv681.2.i, 8
+  %.idx1073.i = shl nsw i64 %indvars.iv680.2.i, 6
+  %1104 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %.idx1073.i
+  %1105 = getelementptr inbounds nuw i8, ptr %1104, i64 1024
+  %1106 = load <16 x float>, ptr %1105, align 4, !tbaa !5
+  %1107 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.2.i, %1106
+  %1108 = select <16 x i1> %1107, <16 x float> %peak.rf_global239.sroa.0.0440.2.i, <16 x float> %1106
+  %indvars.iv.next681.2.i = shl i64 %indvars.iv680.2.i, 6
+  %1109 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.2.i
+  %1110 = getelementptr inbounds nuw i8, ptr %1109, i64 1088
+  %1111 = load <16 x float>, ptr %1110, align 4, !tbaa !5
+  %1112 = fcmp ogt <16 x float> %1108, %1111
+  %1113 = select <16 x i1> %1112, <16 x float> %1108, <16 x float> %1111
+  %indvars.iv.next681.2.i.1 = shl i64 %indvars.iv680.2.i, 6
+  %1114 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.2.i.1
+  %1115 = getelementptr inbounds nuw i8, ptr %1114, i64 1152
+  %1116 = load <16 x float>, ptr %1115, align 4, !tbaa !5
+  %1117 = fcmp ogt <16 x float> %1113, %1116
+  %1118 = select <16 x i1> %1117, <16 x float> %1113, <16 x float> %1116
+  %indvars.iv.next681.2.i.2 = shl i64 %indvars.iv680.2.i, 6
+  %1119 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.2.i.2
+  %1120 = getelementptr inbounds nuw i8, ptr %1119, i64 1216
+  %1121 = load <16 x float>, ptr %1120, align 4, !tbaa !5
+  %1122 = fcmp ogt <16 x float> %1118, %1121
+  %1123 = select <16 x i1> %1122, <16 x float> %1118, <16 x float> %1121
+  %indvars.iv.next681.2.i.3 = shl i64 %indvars.iv680.2.i, 6
+  %1124 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.2.i.3
+  %1125 = getelementptr inbounds nuw i8, ptr %1124, i64 1280
+  %1126 = load <16 x float>, ptr %1125, align 4, !tbaa !5
+  %1127 = fcmp ogt <16 x float> %1123, %1126
+  %1128 = select <16 x i1> %1127, <16 x float> %1123, <16 x float> %1126
+  %indvars.iv.next681.2.i.4 = shl i64 %indvars.iv680.2.i, 6
+  %1129 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.2.i.4
+  %1130 = getelementptr inbounds nuw i8, ptr %1129, i64 1344
+  %1131 = load <16 x float>, ptr %1130, align 4, !tbaa !5
+  %1132 = fcmp ogt <16 x float> %1128, %1131
+  %1133 = select <16 x i1> %1132, <16 x float> %1128, <16 x float> %1131
+  %indvars.iv.next681.2.i.5 = shl i64 %indvars.iv680.2.i, 6
+  %1134 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.2.i.5
+  %1135 = getelementptr inbounds nuw i8, ptr %1134, i64 1408
+  %1136 = load <16 x float>, ptr %1135, align 4, !tbaa !5
+  %1137 = fcmp ogt <16 x float> %1133, %1136
+  %1138 = select <16 x i1> %1137, <16 x float> %1133, <16 x float> %1136
+  %indvars.iv.next681.2.i.6 = shl i64 %indvars.iv680.2.i, 6
+  %1139 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.2.i.6
+  %1140 = getelementptr inbounds nuw i8, ptr %1139, i64 1472
+  %1141 = load <16 x float>, ptr %1140, align 4, !tbaa !5
+  %1142 = fcmp ogt <16 x float> %1138, %1141
+  %1143 = select <16 x i1> %1142, <16 x float> %1138, <16 x float> %1141
+  %indvars.iv.next681.2.i.7 = add nuw nsw i64 %indvars.iv680.2.i, 8
   %niter202.next.7 = add i64 %niter202, 8
   %niter202.ncmp.7 = icmp eq i64 %niter202.next.7, %unroll_iter201
   br i1 %niter202.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
@@ -2441,134 +2466,134 @@ for_end_ax1.2.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.2.i
   br i1 %lcmp.mod198.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
 
 for_body_ax1.2.i.epil.preheader:                  ; preds = %for_end_ax1.2.i.loopexit.unr-lcssa, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next682.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ]
+  %indvars.iv680.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next681.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global239.sroa.0.0440.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1143, %for_end_ax1.2.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod200)
   br label %for_body_ax1.2.i.epil
 
 for_body_ax1.2.i.epil:                            ; preds = %for_body_ax1.2.i.epil, %for_body_ax1.2.i.epil.preheader
-  %indvars.iv681.2.i.epil = phi i64 [ %indvars.iv.next682.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv681.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil = phi <16 x float> [ %1139, %for_body_ax1.2.i.epil ], [ %peak.rf_global240.sroa.0.0441.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
+  %indvars.iv680.2.i.epil = phi i64 [ %indvars.iv.next681.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv680.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
+  %peak.rf_global239.sroa.0.0440.2.i.epil = phi <16 x float> [ %1148, %for_body_ax1.2.i.epil ], [ %peak.rf_global239.sroa.0.0440.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
   %epil.iter197 = phi i64 [ %epil.iter197.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
-  %.idx1074.i.epil = shl nsw i64 %indvars.iv681.2.i.epil, 6
-  %1135 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i.epil
-  %1136 = getelementptr inbounds nuw i8, ptr %1135, i64 1024
-  %1137 = load <16 x float>, ptr %1136, align 4, !tbaa !5
-  %1138 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, %1137
-  %1139 = select <16 x i1> %1138, <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, <16 x float> %1137
-  %indvars.iv.next682.2.i.epil = add nuw nsw i64 %indvars.iv681.2.i.epil, 1
+  %.idx1073.i.epil = shl nsw i64 %indvars.iv680.2.i.epil, 6
+  %1144 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %.idx1073.i.epil
+  %1145 = getelementptr inbounds nuw i8, ptr %1144, i64 1024
+  %1146 = load <16 x float>, ptr %1145, align 4, !tbaa !5
+  %1147 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.2.i.epil, %1146
+  %1148 = select <16 x i1> %1147, <16 x float> %peak.rf_global239.sroa.0.0440.2.i.epil, <16 x float> %1146
+  %indvars.iv.next681.2.i.epil = add nuw nsw i64 %indvars.iv680.2.i.epil, 1
   %epil.iter197.next = add i64 %epil.iter197, 1
   %epil.iter197.cmp.not = icmp eq i64 %epil.iter197.next, %xtraiter196
   br i1 %epil.iter197.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
 
 for_end_ax1.2.i:                                  ; preds = %for_body_ax1.2.i.epil, %for_end_ax1.2.i.loopexit.unr-lcssa, %for_end_ax1.1.i
-  %peak.rf_global240.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1139, %for_body_ax1.2.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 0
-  %1140 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1141 = select i1 %1140, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.2.i
-  %peak.rf241.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 1
-  %1142 = fcmp ogt float %1141, %peak.rf241.sroa.0.4.vec.extract.2.i
-  %1143 = select i1 %1142, float %1141, float %peak.rf241.sroa.0.4.vec.extract.2.i
-  %peak.rf241.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 2
-  %1144 = fcmp ogt float %1143, %peak.rf241.sroa.0.8.vec.extract.2.i
-  %1145 = select i1 %1144, float %1143, float %peak.rf241.sroa.0.8.vec.extract.2.i
-  %peak.rf241.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 3
-  %1146 = fcmp ogt float %1145, %peak.rf241.sroa.0.12.vec.extract.2.i
-  %1147 = select i1 %1146, float %1145, float %peak.rf241.sroa.0.12.vec.extract.2.i
-  %peak.rf241.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 4
-  %1148 = fcmp ogt float %1147, %peak.rf241.sroa.0.16.vec.extract.2.i
-  %1149 = select i1 %1148, float %1147, float %peak.rf241.sroa.0.16.vec.extract.2.i
-  %peak.rf241.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 5
-  %1150 = fcmp ogt float %1149, %peak.rf241.sroa.0.20.vec.extract.2.i
-  %1151 = select i1 %1150, float %1149, float %peak.rf241.sroa.0.20.vec.extract.2.i
-  %peak.rf241.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 6
-  %1152 = fcmp ogt float %1151, %peak.rf241.sroa.0.24.vec.extract.2.i
-  %1153 = select i1 %1152, float %1151, float %peak.rf241.sroa.0.24.vec.extract.2.i
-  %peak.rf241.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 7
-  %1154 = fcmp ogt float %1153, %peak.rf241.sroa.0.28.vec.extract.2.i
-  %1155 = select i1 %1154, float %1153, float %peak.rf241.sroa.0.28.vec.extract.2.i
-  %peak.rf241.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 8
-  %1156 = fcmp ogt float %1155, %peak.rf241.sroa.0.32.vec.extract.2.i
-  %1157 = select i1 %1156, float %1155, float %peak.rf241.sroa.0.32.vec.extract.2.i
-  %peak.rf241.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 9
-  %1158 = fcmp ogt float %1157, %peak.rf241.sroa.0.36.vec.extract.2.i
-  %1159 = select i1 %1158, float %1157, float %peak.rf241.sroa.0.36.vec.extract.2.i
-  %peak.rf241.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 10
-  %1160 = fcmp ogt float %1159, %peak.rf241.sroa.0.40.vec.extract.2.i
-  %1161 = select i1 %1160, float %1159, float %peak.rf241.sroa.0.40.vec.extract.2.i
-  %peak.rf241.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 11
-  %1162 = fcmp ogt float %1161, %peak.rf241.sroa.0.44.vec.extract.2.i
-  %1163 = select i1 %1162, float %1161, float %peak.rf241.sroa.0.44.vec.extract.2.i
-  %peak.rf241.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 12
-  %1164 = fcmp ogt float %1163, %peak.rf241.sroa.0.48.vec.extract.2.i
-  %1165 = select i1 %1164, float %1163, float %peak.rf241.sroa.0.48.vec.extract.2.i
-  %peak.rf241.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 13
-  %1166 = fcmp ogt float %1165, %peak.rf241.sroa.0.52.vec.extract.2.i
-  %1167 = select i1 %1166, float %1165, float %peak.rf241.sroa.0.52.vec.extract.2.i
-  %peak.rf241.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 14
-  %1168 = fcmp ogt float %1167, %peak.rf241.sroa.0.56.vec.extract.2.i
-  %1169 = select i1 %1168, float %1167, float %peak.rf241.sroa.0.56.vec.extract.2.i
-  %peak.rf241.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 15
-  %1170 = fcmp ogt float %1169, %peak.rf241.sroa.0.60.vec.extract.2.i
-  %1171 = select i1 %1170, float %1169, float %peak.rf241.sroa.0.60.vec.extract.2.i
-  br i1 %251, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
+  %peak.rf_global239.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1143, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1148, %for_body_ax1.2.i.epil ]
+  %peak.rf240.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 0
+  %1149 = fcmp olt float %peak.rf240.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1150 = select i1 %1149, float 0xC7EFFFFFE0000000, float %peak.rf240.sroa.0.0.vec.extract.2.i
+  %peak.rf240.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 1
+  %1151 = fcmp ogt float %1150, %peak.rf240.sroa.0.4.vec.extract.2.i
+  %1152 = select i1 %1151, float %1150, float %peak.rf240.sroa.0.4.vec.extract.2.i
+  %peak.rf240.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 2
+  %1153 = fcmp ogt float %1152, %peak.rf240.sroa.0.8.vec.extract.2.i
+  %1154 = select i1 %1153, float %1152, float %peak.rf240.sroa.0.8.vec.extract.2.i
+  %peak.rf240.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 3
+  %1155 = fcmp ogt float %1154, %peak.rf240.sroa.0.12.vec.extract.2.i
+  %1156 = select i1 %1155, float %1154, float %peak.rf240.sroa.0.12.vec.extract.2.i
+  %peak.rf240.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 4
+  %1157 = fcmp ogt float %1156, %peak.rf240.sroa.0.16.vec.extract.2.i
+  %1158 = select i1 %1157, float %1156, float %peak.rf240.sroa.0.16.vec.extract.2.i
+  %peak.rf240.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 5
+  %1159 = fcmp ogt float %1158, %peak.rf240.sroa.0.20.vec.extract.2.i
+  %1160 = select i1 %1159, float %1158, float %peak.rf240.sroa.0.20.vec.extract.2.i
+  %peak.rf240.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 6
+  %1161 = fcmp ogt float %1160, %peak.rf240.sroa.0.24.vec.extract.2.i
+  %1162 = select i1 %1161, float %1160, float %peak.rf240.sroa.0.24.vec.extract.2.i
+  %peak.rf240.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 7
+  %1163 = fcmp ogt float %1162, %peak.rf240.sroa.0.28.vec.extract.2.i
+  %1164 = select i1 %1163, float %1162, float %peak.rf240.sroa.0.28.vec.extract.2.i
+  %peak.rf240.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 8
+  %1165 = fcmp ogt float %1164, %peak.rf240.sroa.0.32.vec.extract.2.i
+  %1166 = select i1 %1165, float %1164, float %peak.rf240.sroa.0.32.vec.extract.2.i
+  %peak.rf240.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 9
+  %1167 = fcmp ogt float %1166, %peak.rf240.sroa.0.36.vec.extract.2.i
+  %1168 = select i1 %1167, float %1166, float %peak.rf240.sroa.0.36.vec.extract.2.i
+  %peak.rf240.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 10
+  %1169 = fcmp ogt float %1168, %peak.rf240.sroa.0.40.vec.extract.2.i
+  %1170 = select i1 %1169, float %1168, float %peak.rf240.sroa.0.40.vec.extract.2.i
+  %peak.rf240.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 11
+  %1171 = fcmp ogt float %1170, %peak.rf240.sroa.0.44.vec.extract.2.i
+  %1172 = select i1 %1171, float %1170, float %peak.rf240.sroa.0.44.vec.extract.2.i
+  %peak.rf240.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 12
+  %1173 = fcmp ogt float %1172, %peak.rf240.sroa.0.48.vec.extract.2.i
+  %1174 = select i1 %1173, float %1172, float %peak.rf240.sroa.0.48.vec.extract.2.i
+  %peak.rf240.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 13
+  %1175 = fcmp ogt float %1174, %peak.rf240.sroa.0.52.vec.extract.2.i
+  %1176 = select i1 %1175, float %1174, float %peak.rf240.sroa.0.52.vec.extract.2.i
+  %peak.rf240.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 14
+  %1177 = fcmp ogt float %1176, %peak.rf240.sroa.0.56.vec.extract.2.i
+  %1178 = select i1 %1177, float %1176, float %peak.rf240.sroa.0.56.vec.extract.2.i
+  %peak.rf240.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.2.i, i64 15
+  %1179 = fcmp ogt float %1178, %peak.rf240.sroa.0.60.vec.extract.2.i
+  %1180 = select i1 %1179, float %1178, float %peak.rf240.sroa.0.60.vec.extract.2.i
+  br i1 %255, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
 
 for_body_ax1.3.i.preheader:                       ; preds = %for_end_ax1.2.i
-  br i1 %267, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
+  br i1 %272, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
 
 for_body_ax1.3.i:                                 ; preds = %for_body_ax1.3.i, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i = phi i64 [ %indvars.iv.next682.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i = phi <16 x float> [ %1211, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
+  %indvars.iv680.3.i = phi i64 [ %indvars.iv.next681.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
+  %peak.rf_global239.sroa.0.0440.3.i = phi <16 x float> [ %1220, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
   %niter209 = phi i64 [ %niter209.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %.idx1075.i = shl nsw i64 %indvars.iv681.3.i, 6
-  %1172 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i
-  %1173 = getelementptr inbounds nuw i8, ptr %1172, i64 1536
-  %1174 = load <16 x float>, ptr %1173, align 4, !tbaa !5
-  %1175 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i, %1174
-  %1176 = select <16 x i1> %1175, <16 x float> %peak.rf_global240.sroa.0.0441.3.i, <16 x float> %1174
-  %indvars.iv.next682.3.i = shl i64 %indvars.iv681.3.i, 6
-  %1177 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i
-  %1178 = getelementptr inbounds nuw i8, ptr %1177, i64 1600
-  %1179 = load <16 x float>, ptr %1178, align 4, !tbaa !5
-  %1180 = fcmp ogt <16 x float> %1176, %1179
-  %1181 = select <16 x i1> %1180, <16 x float> %1176, <16 x float> %1179
-  %indvars.iv.next682.3.i.1 = shl i64 %indvars.iv681.3.i, 6
-  %1182 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.1
-  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 1664
-  %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !5
-  %1185 = fcmp ogt <16 x float> %1181, %1184
-  %1186 = select <16 x i1> %1185, <16 x float> %1181, <16 x float> %1184
-  %indvars.iv.next682.3.i.2 = shl i64 %indvars.iv681.3.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.2
-  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 1728
-  %1189 = load <16 x float>, ptr %1188, align 4, !tbaa !5
-  %1190 = fcmp ogt <16 x float> %1186, %1189
-  %1191 = select <16 x i1> %1190, <16 x float> %1186, <16 x float> %1189
-  %indvars.iv.next682.3.i.3 = shl i64 %indvars.iv681.3.i, 6
-  %1192 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.3
-  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 1792
-  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
-  %1195 = fcmp ogt <16 x float> %1191, %1194
-  %1196 = select <16 x i1> %1195, <16 x float> %1191, <16 x float> %1194
-  %indvars.iv.next682.3.i.4 = shl i64 %indvars.iv681.3.i, 6
-  %1197 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.4
-  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 1856
-  %1199 = load <16 x float>, ptr %1198, align 4, !tbaa !5
-  %1200 = fcmp ogt <16 x float> %1196, %1199
-  %1201 = select <16 x i1> %1200, <16 x float> %1196, <16 x float> %1199
-  %indvars.iv.next682.3.i.5 = shl i64 %indvars.iv681.3.i, 6
-  %1202 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.5
-  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 1920
-  %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !5
-  %1205 = fcmp ogt <16 x float> %1201, %1204
-  %1206 = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %1204
-  %indvars.iv.next682.3.i.6 = shl i64 %indvars.iv681.3.i, 6
-  %1207 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.6
-  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 1984
-  %1209 = load <16 x float>, ptr %1208, align 4, !tbaa !5
-  %1210 = fcmp ogt <16 x float> %1206, %1209
-  %1211 = select <16 x i1> %1210, <16 x float> %1206, <16 x float> %1209
-  %indvars.iv.next682.3.i.7 = add nuw nsw i64 %indvars.iv681.3.i, 8
+  %.idx1074.i = shl nsw i64 %indvars.iv680.3.i, 6
+  %1181 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %.idx1074.i
+  %1182 = getelementptr inbounds nuw i8, ptr %1181, i64 1536
+  %1183 = load <16 x float>, ptr %1182, align 4, !tbaa !5
+  %1184 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.3.i, %1183
+  %1185 = select <16 x i1> %1184, <16 x float> %peak.rf_global239.sroa.0.0440.3.i, <16 x float> %1183
+  %indvars.iv.next681.3.i = shl i64 %indvars.iv680.3.i, 6
+  %1186 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.3.i
+  %1187 = getelementptr inbounds nuw i8, ptr %1186, i64 1600
+  %1188 = load <16 x float>, ptr %1187, align 4, !tbaa !5
+  %1189 = fcmp ogt <16 x float> %1185, %1188
+  %1190 = select <16 x i1> %1189, <16 x float> %1185, <16 x float> %1188
+  %indvars.iv.next681.3.i.1 = shl i64 %indvars.iv680.3.i, 6
+  %1191 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.3.i.1
+  %1192 = getelementptr inbounds nuw i8, ptr %1191, i64 1664
+  %1193 = load <16 x float>, ptr %1192, align 4, !tbaa !5
+  %1194 = fcmp ogt <16 x float> %1190, %1193
+  %1195 = select <16 x i1> %1194, <16 x float> %1190, <16 x float> %1193
+  %indvars.iv.next681.3.i.2 = shl i64 %indvars.iv680.3.i, 6
+  %1196 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.3.i.2
+  %1197 = getelementptr inbounds nuw i8, ptr %1196, i64 1728
+  %1198 = load <16 x float>, ptr %1197, align 4, !tbaa !5
+  %1199 = fcmp ogt <16 x float> %1195, %1198
+  %1200 = select <16 x i1> %1199, <16 x float> %1195, <16 x float> %1198
+  %indvars.iv.next681.3.i.3 = shl i64 %indvars.iv680.3.i, 6
+  %1201 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.3.i.3
+  %1202 = getelementptr inbounds nuw i8, ptr %1201, i64 1792
+  %1203 = load <16 x float>, ptr %1202, align 4, !tbaa !5
+  %1204 = fcmp ogt <16 x float> %1200, %1203
+  %1205 = select <16 x i1> %1204, <16 x float> %1200, <16 x float> %1203
+  %indvars.iv.next681.3.i.4 = shl i64 %indvars.iv680.3.i, 6
+  %1206 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.3.i.4
+  %1207 = getelementptr inbounds nuw i8, ptr %1206, i64 1856
+  %1208 = load <16 x float>, ptr %1207, align 4, !tbaa !5
+  %1209 = fcmp ogt <16 x float> %1205, %1208
+  %1210 = select <16 x i1> %1209, <16 x float> %1205, <16 x float> %1208
+  %indvars.iv.next681.3.i.5 = shl i64 %indvars.iv680.3.i, 6
+  %1211 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.3.i.5
+  %1212 = getelementptr inbounds nuw i8, ptr %1211, i64 1920
+  %1213 = load <16 x float>, ptr %1212, align 4, !tbaa !5
+  %1214 = fcmp ogt <16 x float> %1210, %1213
+  %1215 = select <16 x i1> %1214, <16 x float> %1210, <16 x float> %1213
+  %indvars.iv.next681.3.i.6 = shl i64 %indvars.iv680.3.i, 6
+  %1216 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %indvars.iv.next681.3.i.6
+  %1217 = getelementptr inbounds nuw i8, ptr %1216, i64 1984
+  %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
+  %1219 = fcmp ogt <16 x float> %1215, %1218
+  %1220 = select <16 x i1> %1219, <16 x float> %1215, <16 x float> %1218
+  %indvars.iv.next681.3.i.7 = add nuw nsw i64 %indvars.iv680.3.i, 8
   %niter209.next.7 = add i64 %niter209, 8
   %niter209.ncmp.7 = icmp eq i64 %niter209.next.7, %unroll_iter208
   br i1 %niter209.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
@@ -2577,2642 +2602,2871 @@ for_end_ax1.3.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.3.i
   br i1 %lcmp.mod205.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
 
 for_body_ax1.3.i.epil.preheader:                  ; preds = %for_end_ax1.3.i.loopexit.unr-lcssa, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next682.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ]
+  %indvars.iv680.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next681.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global239.sroa.0.0440.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1220, %for_end_ax1.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod207)
   br label %for_body_ax1.3.i.epil
 
 for_body_ax1.3.i.epil:                            ; preds = %for_body_ax1.3.i.epil, %for_body_ax1.3.i.epil.preheader
-  %indvars.iv681.3.i.epil = phi i64 [ %indvars.iv.next682.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv681.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil = phi <16 x float> [ %1216, %for_body_ax1.3.i.epil ], [ %peak.rf_global240.sroa.0.0441.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
+  %indvars.iv680.3.i.epil = phi i64 [ %indvars.iv.next681.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv680.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
+  %peak.rf_global239.sroa.0.0440.3.i.epil = phi <16 x float> [ %1225, %for_body_ax1.3.i.epil ], [ %peak.rf_global239.sroa.0.0440.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
   %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
-  %.idx1075.i.epil = shl nsw i64 %indvars.iv681.3.i.epil, 6
-  %1212 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i.epil
-  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 1536
-  %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !5
-  %1215 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, %1214
-  %1216 = select <16 x i1> %1215, <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, <16 x float> %1214
-  %indvars.iv.next682.3.i.epil = add nuw nsw i64 %indvars.iv681.3.i.epil, 1
+  %.idx1074.i.epil = shl nsw i64 %indvars.iv680.3.i.epil, 6
+  %1221 = getelementptr inbounds nuw i8, ptr %scaled108310851088.i, i64 %.idx1074.i.epil
+  %1222 = getelementptr inbounds nuw i8, ptr %1221, i64 1536
+  %1223 = load <16 x float>, ptr %1222, align 4, !tbaa !5
+  %1224 = fcmp ogt <16 x float> %peak.rf_global239.sroa.0.0440.3.i.epil, %1223
+  %1225 = select <16 x i1> %1224, <16 x float> %peak.rf_global239.sroa.0.0440.3.i.epil, <16 x float> %1223
+  %indvars.iv.next681.3.i.epil = add nuw nsw i64 %indvars.iv680.3.i.epil, 1
   %epil.iter204.next = add i64 %epil.iter204, 1
   %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
   br i1 %epil.iter204.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
 
 for_end_ax1.3.i:                                  ; preds = %for_body_ax1.3.i.epil, %for_end_ax1.3.i.loopexit.unr-lcssa, %for_end_ax1.2.i
-  %peak.rf_global240.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1216, %for_body_ax1.3.i.epil ]
-  br i1 %252, label %if_then59.3.i, label %if_end60.3.i
+  %peak.rf_global239.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1220, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1225, %for_body_ax1.3.i.epil ]
+  br i1 %256, label %if_then59.3.i, label %if_end60.3.i
 
 for_begin_to66.preheader.us.preheader.i:          ; preds = %if_end60.3.i
-  %1217 = insertelement <16 x float> poison, float %1361, i64 0
-  %1218 = shufflevector <16 x float> %1217, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.i
+  %1226 = insertelement <16 x float> poison, float %1537, i64 0
+  %1227 = shufflevector <16 x float> %1226, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %273, label %for_body_to67.us.i.epil.preheader, label %for_body_to67.us.i, !prof !4
 
 for_body_to67.us.i:                               ; preds = %for_body_to67.us.i, %for_begin_to66.preheader.us.preheader.i
-  %indvars.iv694.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next695.i, %for_body_to67.us.i ]
-  %1219 = shl nsw i64 %indvars.iv694.i, 4
-  %1220 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1219
-  %1221 = load <16 x float>, ptr %1220, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1221, %1218
-  %cse_v37.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1222 = bitcast <16 x float> %cse_v37.us.i to <16 x i32>
-  %1223 = add nsw <16 x i32> %1222, splat (i32 -1262485504)
-  %1224 = sitofp <16 x i32> %1223 to <16 x float>
-  %1225 = fmul <16 x float> %1224, splat (float 0x3F2BD01060000000)
-  %1226 = fmul <16 x float> %1224, splat (float 0x3FE6300000000000)
-  %1227 = fsub <16 x float> %arg.us.i, %1226
-  %1228 = fadd <16 x float> %1225, %1227
-  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1228, <16 x float> splat (float 0x3F81112100000000))
-  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1228, <16 x float> splat (float 0x3FA5553820000000))
-  %1232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1228, <16 x float> splat (float 0x3FC5555540000000))
-  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1228, <16 x float> splat (float 5.000000e-01))
-  %1234 = fmul <16 x float> %1228, %1233
-  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> %1228, <16 x float> %1228)
-  %1236 = shl <16 x i32> %1222, splat (i32 23)
-  %1237 = add <16 x i32> %1236, splat (i32 1065353216)
-  %1238 = bitcast <16 x i32> %1237 to <16 x float>
-  %1239 = fadd <16 x float> %1235, splat (float 1.000000e+00)
-  %1240 = fmul <16 x float> %1239, %1238
-  %1241 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1242 = select <16 x i1> %1241, <16 x float> zeroinitializer, <16 x float> %1240
-  %1243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1219
-  store <16 x float> %1242, ptr %1243, align 4, !tbaa !5
-  %indvars.iv.next695.i = add nuw nsw i64 %indvars.iv694.i, 1
-  %exitcond699.not.i = icmp eq i64 %indvars.iv.next695.i, %wide.trip.count668.i
-  br i1 %exitcond699.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
+  %indvars.iv693.i = phi i64 [ %indvars.iv.next694.i.1, %for_body_to67.us.i ], [ 0, %for_begin_to66.preheader.us.preheader.i ]
+  %niter215 = phi i64 [ %niter215.next.1, %for_body_to67.us.i ], [ 0, %for_begin_to66.preheader.us.preheader.i ]
+  %1228 = shl nsw i64 %indvars.iv693.i, 4
+  %1229 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1228
+  %1230 = load <16 x float>, ptr %1229, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1230, %1227
+  %cse_v37.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1231 = bitcast <16 x float> %cse_v37.us.i to <16 x i32>
+  %1232 = fadd <16 x float> %cse_v37.us.i, splat (float 0xC168000FE0000000)
+  %1233 = fmul <16 x float> %1232, splat (float 0x3F2BD01060000000)
+  %1234 = fmul <16 x float> %1232, splat (float 0x3FE6300000000000)
+  %1235 = fsub <16 x float> %arg.us.i, %1234
+  %1236 = fadd <16 x float> %1233, %1235
+  %1237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1236, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1237, <16 x float> %1236, <16 x float> splat (float 0x3FA5558F20000000))
+  %1239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1238, <16 x float> %1236, <16 x float> splat (float 0x3FC5554920000000))
+  %1240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1239, <16 x float> %1236, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1241 = fmul <16 x float> %1236, %1236
+  %1242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1240, <16 x float> %1241, <16 x float> %1236)
+  %1243 = shl <16 x i32> %1231, splat (i32 23)
+  %1244 = bitcast <16 x i32> %1243 to <16 x float>
+  %1245 = fadd <16 x float> %1242, splat (float 1.000000e+00)
+  %1246 = fmul <16 x float> %1245, %1244
+  %1247 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1248 = select <16 x i1> %1247, <16 x float> zeroinitializer, <16 x float> %1246
+  %1249 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1228
+  store <16 x float> %1248, ptr %1249, align 4, !tbaa !5
+  %indvars.iv.next694.i = shl i64 %indvars.iv693.i, 4
+  %1250 = or disjoint i64 %indvars.iv.next694.i, 16
+  %1251 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1250
+  %1252 = load <16 x float>, ptr %1251, align 4, !tbaa !5
+  %arg.us.i.1 = fsub <16 x float> %1252, %1227
+  %cse_v37.us.i.1 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1253 = bitcast <16 x float> %cse_v37.us.i.1 to <16 x i32>
+  %1254 = fadd <16 x float> %cse_v37.us.i.1, splat (float 0xC168000FE0000000)
+  %1255 = fmul <16 x float> %1254, splat (float 0x3F2BD01060000000)
+  %1256 = fmul <16 x float> %1254, splat (float 0x3FE6300000000000)
+  %1257 = fsub <16 x float> %arg.us.i.1, %1256
+  %1258 = fadd <16 x float> %1255, %1257
+  %1259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1258, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1258, <16 x float> splat (float 0x3FA5558F20000000))
+  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1258, <16 x float> splat (float 0x3FC5554920000000))
+  %1262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1261, <16 x float> %1258, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1263 = fmul <16 x float> %1258, %1258
+  %1264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1263, <16 x float> %1258)
+  %1265 = shl <16 x i32> %1253, splat (i32 23)
+  %1266 = bitcast <16 x i32> %1265 to <16 x float>
+  %1267 = fadd <16 x float> %1264, splat (float 1.000000e+00)
+  %1268 = fmul <16 x float> %1267, %1266
+  %1269 = fcmp olt <16 x float> %arg.us.i.1, splat (float -8.700000e+01)
+  %1270 = select <16 x i1> %1269, <16 x float> zeroinitializer, <16 x float> %1268
+  %1271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1250
+  store <16 x float> %1270, ptr %1271, align 4, !tbaa !5
+  %indvars.iv.next694.i.1 = add nuw nsw i64 %indvars.iv693.i, 2
+  %niter215.next.1 = add i64 %niter215, 2
+  %niter215.ncmp.1 = icmp eq i64 %niter215.next.1, %unroll_iter214
+  br i1 %niter215.ncmp.1, label %for_begin_to66.for_end_to68_crit_edge.us.i.unr-lcssa, label %for_body_to67.us.i, !prof !9, !llvm.loop !48
 
-for_begin_to66.for_end_to68_crit_edge.us.i:       ; preds = %for_body_to67.us.i
-  %1244 = insertelement <16 x float> poison, float %1362, i64 0
-  %1245 = shufflevector <16 x float> %1244, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.1.i
+for_begin_to66.for_end_to68_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to67.us.i
+  br i1 %lcmp.mod212.not, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i.epil.preheader, !prof !12
+
+for_body_to67.us.i.epil.preheader:                ; preds = %for_begin_to66.for_end_to68_crit_edge.us.i.unr-lcssa, %for_begin_to66.preheader.us.preheader.i
+  %indvars.iv693.i.epil.init = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next694.i.1, %for_begin_to66.for_end_to68_crit_edge.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod213)
+  %1272 = shl nsw i64 %indvars.iv693.i.epil.init, 4
+  %1273 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1272
+  %1274 = load <16 x float>, ptr %1273, align 4, !tbaa !5
+  %arg.us.i.epil = fsub <16 x float> %1274, %1227
+  %cse_v37.us.i.epil = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1275 = bitcast <16 x float> %cse_v37.us.i.epil to <16 x i32>
+  %1276 = fadd <16 x float> %cse_v37.us.i.epil, splat (float 0xC168000FE0000000)
+  %1277 = fmul <16 x float> %1276, splat (float 0x3F2BD01060000000)
+  %1278 = fmul <16 x float> %1276, splat (float 0x3FE6300000000000)
+  %1279 = fsub <16 x float> %arg.us.i.epil, %1278
+  %1280 = fadd <16 x float> %1277, %1279
+  %1281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1281, <16 x float> %1280, <16 x float> splat (float 0x3FA5558F20000000))
+  %1283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1282, <16 x float> %1280, <16 x float> splat (float 0x3FC5554920000000))
+  %1284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1283, <16 x float> %1280, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1285 = fmul <16 x float> %1280, %1280
+  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1284, <16 x float> %1285, <16 x float> %1280)
+  %1287 = shl <16 x i32> %1275, splat (i32 23)
+  %1288 = bitcast <16 x i32> %1287 to <16 x float>
+  %1289 = fadd <16 x float> %1286, splat (float 1.000000e+00)
+  %1290 = fmul <16 x float> %1289, %1288
+  %1291 = fcmp olt <16 x float> %arg.us.i.epil, splat (float -8.700000e+01)
+  %1292 = select <16 x i1> %1291, <16 x float> zeroinitializer, <16 x float> %1290
+  %1293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1272
+  store <16 x float> %1292, ptr %1293, align 4, !tbaa !5
+  br label %for_begin_to66.for_end_to68_crit_edge.us.i
+
+for_begin_to66.for_end_to68_crit_edge.us.i:       ; preds = %for_body_to67.us.i.epil.preheader, %for_begin_to66.for_end_to68_crit_edge.us.i.unr-lcssa
+  %1294 = insertelement <16 x float> poison, float %1538, i64 0
+  %1295 = shufflevector <16 x float> %1294, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %274, label %for_body_to67.us.1.i.epil.preheader, label %for_body_to67.us.1.i, !prof !4
 
 for_body_to67.us.1.i:                             ; preds = %for_body_to67.us.1.i, %for_begin_to66.for_end_to68_crit_edge.us.i
-  %indvars.iv694.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next695.1.i, %for_body_to67.us.1.i ]
-  %1246 = shl nsw i64 %indvars.iv694.1.i, 4
-  %1247 = add nuw nsw i64 %1246, 128
-  %1248 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1247
-  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1249, %1245
-  %cse_v37.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1250 = bitcast <16 x float> %cse_v37.us.1.i to <16 x i32>
-  %1251 = add nsw <16 x i32> %1250, splat (i32 -1262485504)
-  %1252 = sitofp <16 x i32> %1251 to <16 x float>
-  %1253 = fmul <16 x float> %1252, splat (float 0x3F2BD01060000000)
-  %1254 = fmul <16 x float> %1252, splat (float 0x3FE6300000000000)
-  %1255 = fsub <16 x float> %arg.us.1.i, %1254
-  %1256 = fadd <16 x float> %1253, %1255
-  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1256, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1257, <16 x float> %1256, <16 x float> splat (float 0x3F81112100000000))
-  %1259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1258, <16 x float> %1256, <16 x float> splat (float 0x3FA5553820000000))
-  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1256, <16 x float> splat (float 0x3FC5555540000000))
-  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1256, <16 x float> splat (float 5.000000e-01))
-  %1262 = fmul <16 x float> %1256, %1261
-  %1263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1256, <16 x float> %1256)
-  %1264 = shl <16 x i32> %1250, splat (i32 23)
-  %1265 = add <16 x i32> %1264, splat (i32 1065353216)
-  %1266 = bitcast <16 x i32> %1265 to <16 x float>
-  %1267 = fadd <16 x float> %1263, splat (float 1.000000e+00)
-  %1268 = fmul <16 x float> %1267, %1266
-  %1269 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1270 = select <16 x i1> %1269, <16 x float> zeroinitializer, <16 x float> %1268
-  %1271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1247
-  store <16 x float> %1270, ptr %1271, align 4, !tbaa !5
-  %indvars.iv.next695.1.i = add nuw nsw i64 %indvars.iv694.1.i, 1
-  %exitcond699.1.not.i = icmp eq i64 %indvars.iv.next695.1.i, %wide.trip.count668.i
-  br i1 %exitcond699.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
+  %indvars.iv693.1.i = phi i64 [ %indvars.iv.next694.1.i.1, %for_body_to67.us.1.i ], [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ]
+  %niter221 = phi i64 [ %niter221.next.1, %for_body_to67.us.1.i ], [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ]
+  %1296 = shl nsw i64 %indvars.iv693.1.i, 4
+  %1297 = add nuw nsw i64 %1296, 128
+  %1298 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1297
+  %1299 = load <16 x float>, ptr %1298, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1299, %1295
+  %cse_v37.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1300 = bitcast <16 x float> %cse_v37.us.1.i to <16 x i32>
+  %1301 = fadd <16 x float> %cse_v37.us.1.i, splat (float 0xC168000FE0000000)
+  %1302 = fmul <16 x float> %1301, splat (float 0x3F2BD01060000000)
+  %1303 = fmul <16 x float> %1301, splat (float 0x3FE6300000000000)
+  %1304 = fsub <16 x float> %arg.us.1.i, %1303
+  %1305 = fadd <16 x float> %1302, %1304
+  %1306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1305, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1306, <16 x float> %1305, <16 x float> splat (float 0x3FA5558F20000000))
+  %1308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1307, <16 x float> %1305, <16 x float> splat (float 0x3FC5554920000000))
+  %1309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1308, <16 x float> %1305, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1310 = fmul <16 x float> %1305, %1305
+  %1311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1309, <16 x float> %1310, <16 x float> %1305)
+  %1312 = shl <16 x i32> %1300, splat (i32 23)
+  %1313 = bitcast <16 x i32> %1312 to <16 x float>
+  %1314 = fadd <16 x float> %1311, splat (float 1.000000e+00)
+  %1315 = fmul <16 x float> %1314, %1313
+  %1316 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1317 = select <16 x i1> %1316, <16 x float> zeroinitializer, <16 x float> %1315
+  %1318 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1297
+  store <16 x float> %1317, ptr %1318, align 4, !tbaa !5
+  %indvars.iv.next694.1.i = shl i64 %indvars.iv693.1.i, 4
+  %1319 = add nuw nsw i64 %indvars.iv.next694.1.i, 144
+  %1320 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1319
+  %1321 = load <16 x float>, ptr %1320, align 4, !tbaa !5
+  %arg.us.1.i.1 = fsub <16 x float> %1321, %1295
+  %cse_v37.us.1.i.1 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1322 = bitcast <16 x float> %cse_v37.us.1.i.1 to <16 x i32>
+  %1323 = fadd <16 x float> %cse_v37.us.1.i.1, splat (float 0xC168000FE0000000)
+  %1324 = fmul <16 x float> %1323, splat (float 0x3F2BD01060000000)
+  %1325 = fmul <16 x float> %1323, splat (float 0x3FE6300000000000)
+  %1326 = fsub <16 x float> %arg.us.1.i.1, %1325
+  %1327 = fadd <16 x float> %1324, %1326
+  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1327, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1328, <16 x float> %1327, <16 x float> splat (float 0x3FA5558F20000000))
+  %1330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1329, <16 x float> %1327, <16 x float> splat (float 0x3FC5554920000000))
+  %1331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1330, <16 x float> %1327, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1332 = fmul <16 x float> %1327, %1327
+  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1331, <16 x float> %1332, <16 x float> %1327)
+  %1334 = shl <16 x i32> %1322, splat (i32 23)
+  %1335 = bitcast <16 x i32> %1334 to <16 x float>
+  %1336 = fadd <16 x float> %1333, splat (float 1.000000e+00)
+  %1337 = fmul <16 x float> %1336, %1335
+  %1338 = fcmp olt <16 x float> %arg.us.1.i.1, splat (float -8.700000e+01)
+  %1339 = select <16 x i1> %1338, <16 x float> zeroinitializer, <16 x float> %1337
+  %1340 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1319
+  store <16 x float> %1339, ptr %1340, align 4, !tbaa !5
+  %indvars.iv.next694.1.i.1 = add nuw nsw i64 %indvars.iv693.1.i, 2
+  %niter221.next.1 = add i64 %niter221, 2
+  %niter221.ncmp.1 = icmp eq i64 %niter221.next.1, %unroll_iter220
+  br i1 %niter221.ncmp.1, label %for_begin_to66.for_end_to68_crit_edge.us.1.i.unr-lcssa, label %for_body_to67.us.1.i, !prof !9, !llvm.loop !49
 
-for_begin_to66.for_end_to68_crit_edge.us.1.i:     ; preds = %for_body_to67.us.1.i
-  %1272 = insertelement <16 x float> poison, float %1360, i64 0
-  %1273 = shufflevector <16 x float> %1272, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.2.i
+for_begin_to66.for_end_to68_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to67.us.1.i
+  br i1 %lcmp.mod218.not, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i.epil.preheader, !prof !12
+
+for_body_to67.us.1.i.epil.preheader:              ; preds = %for_begin_to66.for_end_to68_crit_edge.us.1.i.unr-lcssa, %for_begin_to66.for_end_to68_crit_edge.us.i
+  %indvars.iv693.1.i.epil.init = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next694.1.i.1, %for_begin_to66.for_end_to68_crit_edge.us.1.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod219)
+  %1341 = shl nsw i64 %indvars.iv693.1.i.epil.init, 4
+  %1342 = add nuw nsw i64 %1341, 128
+  %1343 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1342
+  %1344 = load <16 x float>, ptr %1343, align 4, !tbaa !5
+  %arg.us.1.i.epil = fsub <16 x float> %1344, %1295
+  %cse_v37.us.1.i.epil = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1345 = bitcast <16 x float> %cse_v37.us.1.i.epil to <16 x i32>
+  %1346 = fadd <16 x float> %cse_v37.us.1.i.epil, splat (float 0xC168000FE0000000)
+  %1347 = fmul <16 x float> %1346, splat (float 0x3F2BD01060000000)
+  %1348 = fmul <16 x float> %1346, splat (float 0x3FE6300000000000)
+  %1349 = fsub <16 x float> %arg.us.1.i.epil, %1348
+  %1350 = fadd <16 x float> %1347, %1349
+  %1351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1350, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1351, <16 x float> %1350, <16 x float> splat (float 0x3FA5558F20000000))
+  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1352, <16 x float> %1350, <16 x float> splat (float 0x3FC5554920000000))
+  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1353, <16 x float> %1350, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1355 = fmul <16 x float> %1350, %1350
+  %1356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1354, <16 x float> %1355, <16 x float> %1350)
+  %1357 = shl <16 x i32> %1345, splat (i32 23)
+  %1358 = bitcast <16 x i32> %1357 to <16 x float>
+  %1359 = fadd <16 x float> %1356, splat (float 1.000000e+00)
+  %1360 = fmul <16 x float> %1359, %1358
+  %1361 = fcmp olt <16 x float> %arg.us.1.i.epil, splat (float -8.700000e+01)
+  %1362 = select <16 x i1> %1361, <16 x float> zeroinitializer, <16 x float> %1360
+  %1363 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1342
+  store <16 x float> %1362, ptr %1363, align 4, !tbaa !5
+  br label %for_begin_to66.for_end_to68_crit_edge.us.1.i
+
+for_begin_to66.for_end_to68_crit_edge.us.1.i:     ; preds = %for_body_to67.us.1.i.epil.preheader, %for_begin_to66.for_end_to68_crit_edge.us.1.i.unr-lcssa
+  %1364 = insertelement <16 x float> poison, float %1536, i64 0
+  %1365 = shufflevector <16 x float> %1364, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %275, label %for_body_to67.us.2.i.epil.preheader, label %for_body_to67.us.2.i, !prof !4
 
 for_body_to67.us.2.i:                             ; preds = %for_body_to67.us.2.i, %for_begin_to66.for_end_to68_crit_edge.us.1.i
-  %indvars.iv694.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next695.2.i, %for_body_to67.us.2.i ]
-  %1274 = shl nsw i64 %indvars.iv694.2.i, 4
-  %1275 = add nuw nsw i64 %1274, 256
-  %1276 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1275
-  %1277 = load <16 x float>, ptr %1276, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1277, %1273
-  %cse_v37.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1278 = bitcast <16 x float> %cse_v37.us.2.i to <16 x i32>
-  %1279 = add nsw <16 x i32> %1278, splat (i32 -1262485504)
-  %1280 = sitofp <16 x i32> %1279 to <16 x float>
-  %1281 = fmul <16 x float> %1280, splat (float 0x3F2BD01060000000)
-  %1282 = fmul <16 x float> %1280, splat (float 0x3FE6300000000000)
-  %1283 = fsub <16 x float> %arg.us.2.i, %1282
-  %1284 = fadd <16 x float> %1281, %1283
-  %1285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1284, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1285, <16 x float> %1284, <16 x float> splat (float 0x3F81112100000000))
-  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %1284, <16 x float> splat (float 0x3FA5553820000000))
-  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1284, <16 x float> splat (float 0x3FC5555540000000))
-  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1284, <16 x float> splat (float 5.000000e-01))
-  %1290 = fmul <16 x float> %1284, %1289
-  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1290, <16 x float> %1284, <16 x float> %1284)
-  %1292 = shl <16 x i32> %1278, splat (i32 23)
-  %1293 = add <16 x i32> %1292, splat (i32 1065353216)
-  %1294 = bitcast <16 x i32> %1293 to <16 x float>
-  %1295 = fadd <16 x float> %1291, splat (float 1.000000e+00)
-  %1296 = fmul <16 x float> %1295, %1294
-  %1297 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1298 = select <16 x i1> %1297, <16 x float> zeroinitializer, <16 x float> %1296
-  %1299 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
-  store <16 x float> %1298, ptr %1299, align 4, !tbaa !5
-  %indvars.iv.next695.2.i = add nuw nsw i64 %indvars.iv694.2.i, 1
-  %exitcond699.2.not.i = icmp eq i64 %indvars.iv.next695.2.i, %wide.trip.count668.i
-  br i1 %exitcond699.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
+  %indvars.iv693.2.i = phi i64 [ %indvars.iv.next694.2.i.1, %for_body_to67.us.2.i ], [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ]
+  %niter227 = phi i64 [ %niter227.next.1, %for_body_to67.us.2.i ], [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ]
+  %1366 = shl nsw i64 %indvars.iv693.2.i, 4
+  %1367 = add nuw nsw i64 %1366, 256
+  %1368 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1367
+  %1369 = load <16 x float>, ptr %1368, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1369, %1365
+  %cse_v37.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1370 = bitcast <16 x float> %cse_v37.us.2.i to <16 x i32>
+  %1371 = fadd <16 x float> %cse_v37.us.2.i, splat (float 0xC168000FE0000000)
+  %1372 = fmul <16 x float> %1371, splat (float 0x3F2BD01060000000)
+  %1373 = fmul <16 x float> %1371, splat (float 0x3FE6300000000000)
+  %1374 = fsub <16 x float> %arg.us.2.i, %1373
+  %1375 = fadd <16 x float> %1372, %1374
+  %1376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1375, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1375, <16 x float> splat (float 0x3FA5558F20000000))
+  %1378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1377, <16 x float> %1375, <16 x float> splat (float 0x3FC5554920000000))
+  %1379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1378, <16 x float> %1375, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1380 = fmul <16 x float> %1375, %1375
+  %1381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1379, <16 x float> %1380, <16 x float> %1375)
+  %1382 = shl <16 x i32> %1370, splat (i32 23)
+  %1383 = bitcast <16 x i32> %1382 to <16 x float>
+  %1384 = fadd <16 x float> %1381, splat (float 1.000000e+00)
+  %1385 = fmul <16 x float> %1384, %1383
+  %1386 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1387 = select <16 x i1> %1386, <16 x float> zeroinitializer, <16 x float> %1385
+  %1388 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1367
+  store <16 x float> %1387, ptr %1388, align 4, !tbaa !5
+  %indvars.iv.next694.2.i = shl i64 %indvars.iv693.2.i, 4
+  %1389 = add nuw nsw i64 %indvars.iv.next694.2.i, 272
+  %1390 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1389
+  %1391 = load <16 x float>, ptr %1390, align 4, !tbaa !5
+  %arg.us.2.i.1 = fsub <16 x float> %1391, %1365
+  %cse_v37.us.2.i.1 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1392 = bitcast <16 x float> %cse_v37.us.2.i.1 to <16 x i32>
+  %1393 = fadd <16 x float> %cse_v37.us.2.i.1, splat (float 0xC168000FE0000000)
+  %1394 = fmul <16 x float> %1393, splat (float 0x3F2BD01060000000)
+  %1395 = fmul <16 x float> %1393, splat (float 0x3FE6300000000000)
+  %1396 = fsub <16 x float> %arg.us.2.i.1, %1395
+  %1397 = fadd <16 x float> %1394, %1396
+  %1398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1397, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1398, <16 x float> %1397, <16 x float> splat (float 0x3FA5558F20000000))
+  %1400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1397, <16 x float> splat (float 0x3FC5554920000000))
+  %1401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1400, <16 x float> %1397, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1402 = fmul <16 x float> %1397, %1397
+  %1403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1401, <16 x float> %1402, <16 x float> %1397)
+  %1404 = shl <16 x i32> %1392, splat (i32 23)
+  %1405 = bitcast <16 x i32> %1404 to <16 x float>
+  %1406 = fadd <16 x float> %1403, splat (float 1.000000e+00)
+  %1407 = fmul <16 x float> %1406, %1405
+  %1408 = fcmp olt <16 x float> %arg.us.2.i.1, splat (float -8.700000e+01)
+  %1409 = select <16 x i1> %1408, <16 x float> zeroinitializer, <16 x float> %1407
+  %1410 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1389
+  store <16 x float> %1409, ptr %1410, align 4, !tbaa !5
+  %indvars.iv.next694.2.i.1 = add nuw nsw i64 %indvars.iv693.2.i, 2
+  %niter227.next.1 = add i64 %niter227, 2
+  %niter227.ncmp.1 = icmp eq i64 %niter227.next.1, %unroll_iter226
+  br i1 %niter227.ncmp.1, label %for_begin_to66.for_end_to68_crit_edge.us.2.i.unr-lcssa, label %for_body_to67.us.2.i, !prof !9, !llvm.loop !50
 
-for_begin_to66.for_end_to68_crit_edge.us.2.i:     ; preds = %for_body_to67.us.2.i
-  %1300 = insertelement <16 x float> poison, float %1363, i64 0
-  %1301 = shufflevector <16 x float> %1300, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.3.i
+for_begin_to66.for_end_to68_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to67.us.2.i
+  br i1 %lcmp.mod224.not, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i.epil.preheader, !prof !12
+
+for_body_to67.us.2.i.epil.preheader:              ; preds = %for_begin_to66.for_end_to68_crit_edge.us.2.i.unr-lcssa, %for_begin_to66.for_end_to68_crit_edge.us.1.i
+  %indvars.iv693.2.i.epil.init = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next694.2.i.1, %for_begin_to66.for_end_to68_crit_edge.us.2.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod225)
+  %1411 = shl nsw i64 %indvars.iv693.2.i.epil.init, 4
+  %1412 = add nuw nsw i64 %1411, 256
+  %1413 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1412
+  %1414 = load <16 x float>, ptr %1413, align 4, !tbaa !5
+  %arg.us.2.i.epil = fsub <16 x float> %1414, %1365
+  %cse_v37.us.2.i.epil = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1415 = bitcast <16 x float> %cse_v37.us.2.i.epil to <16 x i32>
+  %1416 = fadd <16 x float> %cse_v37.us.2.i.epil, splat (float 0xC168000FE0000000)
+  %1417 = fmul <16 x float> %1416, splat (float 0x3F2BD01060000000)
+  %1418 = fmul <16 x float> %1416, splat (float 0x3FE6300000000000)
+  %1419 = fsub <16 x float> %arg.us.2.i.epil, %1418
+  %1420 = fadd <16 x float> %1417, %1419
+  %1421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1421, <16 x float> %1420, <16 x float> splat (float 0x3FA5558F20000000))
+  %1423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1422, <16 x float> %1420, <16 x float> splat (float 0x3FC5554920000000))
+  %1424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1420, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1425 = fmul <16 x float> %1420, %1420
+  %1426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1424, <16 x float> %1425, <16 x float> %1420)
+  %1427 = shl <16 x i32> %1415, splat (i32 23)
+  %1428 = bitcast <16 x i32> %1427 to <16 x float>
+  %1429 = fadd <16 x float> %1426, splat (float 1.000000e+00)
+  %1430 = fmul <16 x float> %1429, %1428
+  %1431 = fcmp olt <16 x float> %arg.us.2.i.epil, splat (float -8.700000e+01)
+  %1432 = select <16 x i1> %1431, <16 x float> zeroinitializer, <16 x float> %1430
+  %1433 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1412
+  store <16 x float> %1432, ptr %1433, align 4, !tbaa !5
+  br label %for_begin_to66.for_end_to68_crit_edge.us.2.i
+
+for_begin_to66.for_end_to68_crit_edge.us.2.i:     ; preds = %for_body_to67.us.2.i.epil.preheader, %for_begin_to66.for_end_to68_crit_edge.us.2.i.unr-lcssa
+  %1434 = insertelement <16 x float> poison, float %1539, i64 0
+  %1435 = shufflevector <16 x float> %1434, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %276, label %for_body_to67.us.3.i.epil.preheader, label %for_body_to67.us.3.i, !prof !4
 
 for_body_to67.us.3.i:                             ; preds = %for_body_to67.us.3.i, %for_begin_to66.for_end_to68_crit_edge.us.2.i
-  %indvars.iv694.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next695.3.i, %for_body_to67.us.3.i ]
-  %1302 = shl nsw i64 %indvars.iv694.3.i, 4
-  %1303 = add nuw nsw i64 %1302, 384
-  %1304 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1303
-  %1305 = load <16 x float>, ptr %1304, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1305, %1301
-  %cse_v37.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1306 = bitcast <16 x float> %cse_v37.us.3.i to <16 x i32>
-  %1307 = add nsw <16 x i32> %1306, splat (i32 -1262485504)
-  %1308 = sitofp <16 x i32> %1307 to <16 x float>
-  %1309 = fmul <16 x float> %1308, splat (float 0x3F2BD01060000000)
-  %1310 = fmul <16 x float> %1308, splat (float 0x3FE6300000000000)
-  %1311 = fsub <16 x float> %arg.us.3.i, %1310
-  %1312 = fadd <16 x float> %1309, %1311
-  %1313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1312, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1312, <16 x float> splat (float 0x3F81112100000000))
-  %1315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1314, <16 x float> %1312, <16 x float> splat (float 0x3FA5553820000000))
-  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1315, <16 x float> %1312, <16 x float> splat (float 0x3FC5555540000000))
-  %1317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1316, <16 x float> %1312, <16 x float> splat (float 5.000000e-01))
-  %1318 = fmul <16 x float> %1312, %1317
-  %1319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1318, <16 x float> %1312, <16 x float> %1312)
-  %1320 = shl <16 x i32> %1306, splat (i32 23)
-  %1321 = add <16 x i32> %1320, splat (i32 1065353216)
-  %1322 = bitcast <16 x i32> %1321 to <16 x float>
-  %1323 = fadd <16 x float> %1319, splat (float 1.000000e+00)
-  %1324 = fmul <16 x float> %1323, %1322
-  %1325 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1326 = select <16 x i1> %1325, <16 x float> zeroinitializer, <16 x float> %1324
-  %1327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
-  store <16 x float> %1326, ptr %1327, align 4, !tbaa !5
-  %indvars.iv.next695.3.i = add nuw nsw i64 %indvars.iv694.3.i, 1
-  %exitcond699.3.not.i = icmp eq i64 %indvars.iv.next695.3.i, %wide.trip.count668.i
-  br i1 %exitcond699.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
+  %indvars.iv693.3.i = phi i64 [ %indvars.iv.next694.3.i.1, %for_body_to67.us.3.i ], [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ]
+  %niter233 = phi i64 [ %niter233.next.1, %for_body_to67.us.3.i ], [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ]
+  %1436 = shl nsw i64 %indvars.iv693.3.i, 4
+  %1437 = add nuw nsw i64 %1436, 384
+  %1438 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1437
+  %1439 = load <16 x float>, ptr %1438, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1439, %1435
+  %cse_v37.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1440 = bitcast <16 x float> %cse_v37.us.3.i to <16 x i32>
+  %1441 = fadd <16 x float> %cse_v37.us.3.i, splat (float 0xC168000FE0000000)
+  %1442 = fmul <16 x float> %1441, splat (float 0x3F2BD01060000000)
+  %1443 = fmul <16 x float> %1441, splat (float 0x3FE6300000000000)
+  %1444 = fsub <16 x float> %arg.us.3.i, %1443
+  %1445 = fadd <16 x float> %1442, %1444
+  %1446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1445, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1446, <16 x float> %1445, <16 x float> splat (float 0x3FA5558F20000000))
+  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1447, <16 x float> %1445, <16 x float> splat (float 0x3FC5554920000000))
+  %1449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1448, <16 x float> %1445, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1450 = fmul <16 x float> %1445, %1445
+  %1451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1449, <16 x float> %1450, <16 x float> %1445)
+  %1452 = shl <16 x i32> %1440, splat (i32 23)
+  %1453 = bitcast <16 x i32> %1452 to <16 x float>
+  %1454 = fadd <16 x float> %1451, splat (float 1.000000e+00)
+  %1455 = fmul <16 x float> %1454, %1453
+  %1456 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1457 = select <16 x i1> %1456, <16 x float> zeroinitializer, <16 x float> %1455
+  %1458 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1437
+  store <16 x float> %1457, ptr %1458, align 4, !tbaa !5
+  %indvars.iv.next694.3.i = shl i64 %indvars.iv693.3.i, 4
+  %1459 = add nuw nsw i64 %indvars.iv.next694.3.i, 400
+  %1460 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1459
+  %1461 = load <16 x float>, ptr %1460, align 4, !tbaa !5
+  %arg.us.3.i.1 = fsub <16 x float> %1461, %1435
+  %cse_v37.us.3.i.1 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1462 = bitcast <16 x float> %cse_v37.us.3.i.1 to <16 x i32>
+  %1463 = fadd <16 x float> %cse_v37.us.3.i.1, splat (float 0xC168000FE0000000)
+  %1464 = fmul <16 x float> %1463, splat (float 0x3F2BD01060000000)
+  %1465 = fmul <16 x float> %1463, splat (float 0x3FE6300000000000)
+  %1466 = fsub <16 x float> %arg.us.3.i.1, %1465
+  %1467 = fadd <16 x float> %1464, %1466
+  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1467, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1467, <16 x float> splat (float 0x3FA5558F20000000))
+  %1470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1469, <16 x float> %1467, <16 x float> splat (float 0x3FC5554920000000))
+  %1471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1467, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1472 = fmul <16 x float> %1467, %1467
+  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1471, <16 x float> %1472, <16 x float> %1467)
+  %1474 = shl <16 x i32> %1462, splat (i32 23)
+  %1475 = bitcast <16 x i32> %1474 to <16 x float>
+  %1476 = fadd <16 x float> %1473, splat (float 1.000000e+00)
+  %1477 = fmul <16 x float> %1476, %1475
+  %1478 = fcmp olt <16 x float> %arg.us.3.i.1, splat (float -8.700000e+01)
+  %1479 = select <16 x i1> %1478, <16 x float> zeroinitializer, <16 x float> %1477
+  %1480 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1459
+  store <16 x float> %1479, ptr %1480, align 4, !tbaa !5
+  %indvars.iv.next694.3.i.1 = add nuw nsw i64 %indvars.iv693.3.i, 2
+  %niter233.next.1 = add i64 %niter233, 2
+  %niter233.ncmp.1 = icmp eq i64 %niter233.next.1, %unroll_iter232
+  br i1 %niter233.ncmp.1, label %for_body_ax177.i.preheader.unr-lcssa, label %for_body_to67.us.3.i, !prof !9, !llvm.loop !51
 
-for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i
-  br i1 %268, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
+for_body_ax177.i.preheader.unr-lcssa:             ; preds = %for_body_to67.us.3.i
+  br i1 %lcmp.mod230.not, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i.epil.preheader, !prof !12
+
+for_body_to67.us.3.i.epil.preheader:              ; preds = %for_body_ax177.i.preheader.unr-lcssa, %for_begin_to66.for_end_to68_crit_edge.us.2.i
+  %indvars.iv693.3.i.epil.init = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next694.3.i.1, %for_body_ax177.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod231)
+  %1481 = shl nsw i64 %indvars.iv693.3.i.epil.init, 4
+  %1482 = add nuw nsw i64 %1481, 384
+  %1483 = getelementptr inbounds nuw float, ptr %scaled108310851088.i, i64 %1482
+  %1484 = load <16 x float>, ptr %1483, align 4, !tbaa !5
+  %arg.us.3.i.epil = fsub <16 x float> %1484, %1435
+  %cse_v37.us.3.i.epil = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1485 = bitcast <16 x float> %cse_v37.us.3.i.epil to <16 x i32>
+  %1486 = fadd <16 x float> %cse_v37.us.3.i.epil, splat (float 0xC168000FE0000000)
+  %1487 = fmul <16 x float> %1486, splat (float 0x3F2BD01060000000)
+  %1488 = fmul <16 x float> %1486, splat (float 0x3FE6300000000000)
+  %1489 = fsub <16 x float> %arg.us.3.i.epil, %1488
+  %1490 = fadd <16 x float> %1487, %1489
+  %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1490, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1491, <16 x float> %1490, <16 x float> splat (float 0x3FA5558F20000000))
+  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1490, <16 x float> splat (float 0x3FC5554920000000))
+  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1493, <16 x float> %1490, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1495 = fmul <16 x float> %1490, %1490
+  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1494, <16 x float> %1495, <16 x float> %1490)
+  %1497 = shl <16 x i32> %1485, splat (i32 23)
+  %1498 = bitcast <16 x i32> %1497 to <16 x float>
+  %1499 = fadd <16 x float> %1496, splat (float 1.000000e+00)
+  %1500 = fmul <16 x float> %1499, %1498
+  %1501 = fcmp olt <16 x float> %arg.us.3.i.epil, splat (float -8.700000e+01)
+  %1502 = select <16 x i1> %1501, <16 x float> zeroinitializer, <16 x float> %1500
+  %1503 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1482
+  store <16 x float> %1502, ptr %1503, align 4, !tbaa !5
+  br label %for_body_ax177.i.preheader
+
+for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i.epil.preheader, %for_body_ax177.i.preheader.unr-lcssa
+  br i1 %277, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
 
 if_then59.3.i:                                    ; preds = %for_end_ax1.3.i
-  %peak.rf241.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 0
-  %1328 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1329 = select i1 %1328, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.3.i
-  %peak.rf241.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 1
-  %1330 = fcmp ogt float %1329, %peak.rf241.sroa.0.4.vec.extract.3.i
-  %1331 = select i1 %1330, float %1329, float %peak.rf241.sroa.0.4.vec.extract.3.i
-  %peak.rf241.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 2
-  %1332 = fcmp ogt float %1331, %peak.rf241.sroa.0.8.vec.extract.3.i
-  %1333 = select i1 %1332, float %1331, float %peak.rf241.sroa.0.8.vec.extract.3.i
-  %peak.rf241.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 3
-  %1334 = fcmp ogt float %1333, %peak.rf241.sroa.0.12.vec.extract.3.i
-  %1335 = select i1 %1334, float %1333, float %peak.rf241.sroa.0.12.vec.extract.3.i
-  %peak.rf241.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 4
-  %1336 = fcmp ogt float %1335, %peak.rf241.sroa.0.16.vec.extract.3.i
-  %1337 = select i1 %1336, float %1335, float %peak.rf241.sroa.0.16.vec.extract.3.i
-  %peak.rf241.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 5
-  %1338 = fcmp ogt float %1337, %peak.rf241.sroa.0.20.vec.extract.3.i
-  %1339 = select i1 %1338, float %1337, float %peak.rf241.sroa.0.20.vec.extract.3.i
-  %peak.rf241.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 6
-  %1340 = fcmp ogt float %1339, %peak.rf241.sroa.0.24.vec.extract.3.i
-  %1341 = select i1 %1340, float %1339, float %peak.rf241.sroa.0.24.vec.extract.3.i
-  %peak.rf241.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 7
-  %1342 = fcmp ogt float %1341, %peak.rf241.sroa.0.28.vec.extract.3.i
-  %1343 = select i1 %1342, float %1341, float %peak.rf241.sroa.0.28.vec.extract.3.i
-  %peak.rf241.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 8
-  %1344 = fcmp ogt float %1343, %peak.rf241.sroa.0.32.vec.extract.3.i
-  %1345 = select i1 %1344, float %1343, float %peak.rf241.sroa.0.32.vec.extract.3.i
-  %peak.rf241.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 9
-  %1346 = fcmp ogt float %1345, %peak.rf241.sroa.0.36.vec.extract.3.i
-  %1347 = select i1 %1346, float %1345, float %peak.rf241.sroa.0.36.vec.extract.3.i
-  %peak.rf241.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 10
-  %1348 = fcmp ogt float %1347, %peak.rf241.sroa.0.40.vec.extract.3.i
-  %1349 = select i1 %1348, float %1347, float %peak.rf241.sroa.0.40.vec.extract.3.i
-  %peak.rf241.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 11
-  %1350 = fcmp ogt float %1349, %peak.rf241.sroa.0.44.vec.extract.3.i
-  %1351 = select i1 %1350, float %1349, float %peak.rf241.sroa.0.44.vec.extract.3.i
-  %peak.rf241.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 12
-  %1352 = fcmp ogt float %1351, %peak.rf241.sroa.0.48.vec.extract.3.i
-  %1353 = select i1 %1352, float %1351, float %peak.rf241.sroa.0.48.vec.extract.3.i
-  %peak.rf241.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 13
-  %1354 = fcmp ogt float %1353, %peak.rf241.sroa.0.52.vec.extract.3.i
-  %1355 = select i1 %1354, float %1353, float %peak.rf241.sroa.0.52.vec.extract.3.i
-  %peak.rf241.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 14
-  %1356 = fcmp ogt float %1355, %peak.rf241.sroa.0.56.vec.extract.3.i
-  %1357 = select i1 %1356, float %1355, float %peak.rf241.sroa.0.56.vec.extract.3.i
-  %peak.rf241.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 15
-  %1358 = fcmp ogt float %1357, %peak.rf241.sroa.0.60.vec.extract.3.i
-  %1359 = select i1 %1358, float %1357, float %peak.rf241.sroa.0.60.vec.extract.3.i
-  %tile_max245.sroa.0.0.vec.insert1090.i = insertelement <4 x float> poison, float %1017, i64 0
-  %tile_max245.sroa.0.4.vec.insert1094.i = insertelement <4 x float> %tile_max245.sroa.0.0.vec.insert1090.i, float %1094, i64 1
-  %tile_max245.sroa.0.8.vec.insert1098.i = insertelement <4 x float> %tile_max245.sroa.0.4.vec.insert1094.i, float %1171, i64 2
+  %peak.rf240.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 0
+  %1504 = fcmp olt float %peak.rf240.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1505 = select i1 %1504, float 0xC7EFFFFFE0000000, float %peak.rf240.sroa.0.0.vec.extract.3.i
+  %peak.rf240.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 1
+  %1506 = fcmp ogt float %1505, %peak.rf240.sroa.0.4.vec.extract.3.i
+  %1507 = select i1 %1506, float %1505, float %peak.rf240.sroa.0.4.vec.extract.3.i
+  %peak.rf240.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 2
+  %1508 = fcmp ogt float %1507, %peak.rf240.sroa.0.8.vec.extract.3.i
+  %1509 = select i1 %1508, float %1507, float %peak.rf240.sroa.0.8.vec.extract.3.i
+  %peak.rf240.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 3
+  %1510 = fcmp ogt float %1509, %peak.rf240.sroa.0.12.vec.extract.3.i
+  %1511 = select i1 %1510, float %1509, float %peak.rf240.sroa.0.12.vec.extract.3.i
+  %peak.rf240.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 4
+  %1512 = fcmp ogt float %1511, %peak.rf240.sroa.0.16.vec.extract.3.i
+  %1513 = select i1 %1512, float %1511, float %peak.rf240.sroa.0.16.vec.extract.3.i
+  %peak.rf240.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 5
+  %1514 = fcmp ogt float %1513, %peak.rf240.sroa.0.20.vec.extract.3.i
+  %1515 = select i1 %1514, float %1513, float %peak.rf240.sroa.0.20.vec.extract.3.i
+  %peak.rf240.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 6
+  %1516 = fcmp ogt float %1515, %peak.rf240.sroa.0.24.vec.extract.3.i
+  %1517 = select i1 %1516, float %1515, float %peak.rf240.sroa.0.24.vec.extract.3.i
+  %peak.rf240.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 7
+  %1518 = fcmp ogt float %1517, %peak.rf240.sroa.0.28.vec.extract.3.i
+  %1519 = select i1 %1518, float %1517, float %peak.rf240.sroa.0.28.vec.extract.3.i
+  %peak.rf240.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 8
+  %1520 = fcmp ogt float %1519, %peak.rf240.sroa.0.32.vec.extract.3.i
+  %1521 = select i1 %1520, float %1519, float %peak.rf240.sroa.0.32.vec.extract.3.i
+  %peak.rf240.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 9
+  %1522 = fcmp ogt float %1521, %peak.rf240.sroa.0.36.vec.extract.3.i
+  %1523 = select i1 %1522, float %1521, float %peak.rf240.sroa.0.36.vec.extract.3.i
+  %peak.rf240.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 10
+  %1524 = fcmp ogt float %1523, %peak.rf240.sroa.0.40.vec.extract.3.i
+  %1525 = select i1 %1524, float %1523, float %peak.rf240.sroa.0.40.vec.extract.3.i
+  %peak.rf240.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 11
+  %1526 = fcmp ogt float %1525, %peak.rf240.sroa.0.44.vec.extract.3.i
+  %1527 = select i1 %1526, float %1525, float %peak.rf240.sroa.0.44.vec.extract.3.i
+  %peak.rf240.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 12
+  %1528 = fcmp ogt float %1527, %peak.rf240.sroa.0.48.vec.extract.3.i
+  %1529 = select i1 %1528, float %1527, float %peak.rf240.sroa.0.48.vec.extract.3.i
+  %peak.rf240.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 13
+  %1530 = fcmp ogt float %1529, %peak.rf240.sroa.0.52.vec.extract.3.i
+  %1531 = select i1 %1530, float %1529, float %peak.rf240.sroa.0.52.vec.extract.3.i
+  %peak.rf240.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 14
+  %1532 = fcmp ogt float %1531, %peak.rf240.sroa.0.56.vec.extract.3.i
+  %1533 = select i1 %1532, float %1531, float %peak.rf240.sroa.0.56.vec.extract.3.i
+  %peak.rf240.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global239.sroa.0.0.lcssa.3.i, i64 15
+  %1534 = fcmp ogt float %1533, %peak.rf240.sroa.0.60.vec.extract.3.i
+  %1535 = select i1 %1534, float %1533, float %peak.rf240.sroa.0.60.vec.extract.3.i
+  %tile_max244.sroa.0.0.vec.insert1089.i = insertelement <4 x float> poison, float %1026, i64 0
+  %tile_max244.sroa.0.4.vec.insert1093.i = insertelement <4 x float> %tile_max244.sroa.0.0.vec.insert1089.i, float %1103, i64 1
+  %tile_max244.sroa.0.8.vec.insert1097.i = insertelement <4 x float> %tile_max244.sroa.0.4.vec.insert1093.i, float %1180, i64 2
   br label %if_end60.3.i
 
 if_end60.3.i:                                     ; preds = %if_then59.3.i, %for_end_ax1.3.i
-  %tile_max245.sroa.0.8.vec.insert1099.i = phi <4 x float> [ %tile_max245.sroa.0.8.vec.insert1098.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
-  %1360 = phi float [ %1171, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1361 = phi float [ %1017, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1362 = phi float [ %1094, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1363 = phi float [ %1359, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %tile_max245.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max245.sroa.0.8.vec.insert1099.i, float %1363, i64 3
-  br i1 %251, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
+  %tile_max244.sroa.0.8.vec.insert1098.i = phi <4 x float> [ %tile_max244.sroa.0.8.vec.insert1097.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
+  %1536 = phi float [ %1180, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1537 = phi float [ %1026, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1538 = phi float [ %1103, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1539 = phi float [ %1535, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %tile_max244.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max244.sroa.0.8.vec.insert1098.i, float %1539, i64 3
+  br i1 %255, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
 
 for_begin_d_084.preheader.i:                      ; preds = %for_end_ax178.3.i
-  %invariant.gep533.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1364 = mul nsw i64 %ahead_head.i, %v_head
+  %invariant.gep532.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
+  %1540 = mul nsw i64 %ahead_head.i, %v_head
   br label %for_begin_to89.preheader.i
 
 for_body_ax177.i:                                 ; preds = %for_body_ax177.i, %for_body_ax177.i.preheader
-  %indvars.iv704.i = phi i64 [ %indvars.iv.next705.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i = phi <16 x float> [ %1395, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
-  %niter216 = phi i64 [ %niter216.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %.idx1076.i = shl nsw i64 %indvars.iv704.i, 6
-  %1365 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i
-  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
-  %1367 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i, %1366
-  %indvars.iv.next705.i = shl i64 %indvars.iv704.i, 6
-  %1368 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i
-  %1369 = getelementptr inbounds nuw i8, ptr %1368, i64 64
-  %1370 = load <16 x float>, ptr %1369, align 4, !tbaa !5
-  %1371 = fadd <16 x float> %1367, %1370
-  %indvars.iv.next705.i.1 = shl i64 %indvars.iv704.i, 6
-  %1372 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.1
-  %1373 = getelementptr inbounds nuw i8, ptr %1372, i64 128
-  %1374 = load <16 x float>, ptr %1373, align 4, !tbaa !5
-  %1375 = fadd <16 x float> %1371, %1374
-  %indvars.iv.next705.i.2 = shl i64 %indvars.iv704.i, 6
-  %1376 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.2
-  %1377 = getelementptr inbounds nuw i8, ptr %1376, i64 192
-  %1378 = load <16 x float>, ptr %1377, align 4, !tbaa !5
-  %1379 = fadd <16 x float> %1375, %1378
-  %indvars.iv.next705.i.3 = shl i64 %indvars.iv704.i, 6
-  %1380 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.3
-  %1381 = getelementptr inbounds nuw i8, ptr %1380, i64 256
-  %1382 = load <16 x float>, ptr %1381, align 4, !tbaa !5
-  %1383 = fadd <16 x float> %1379, %1382
-  %indvars.iv.next705.i.4 = shl i64 %indvars.iv704.i, 6
-  %1384 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.4
-  %1385 = getelementptr inbounds nuw i8, ptr %1384, i64 320
-  %1386 = load <16 x float>, ptr %1385, align 4, !tbaa !5
-  %1387 = fadd <16 x float> %1383, %1386
-  %indvars.iv.next705.i.5 = shl i64 %indvars.iv704.i, 6
-  %1388 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.5
-  %1389 = getelementptr inbounds nuw i8, ptr %1388, i64 384
-  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !5
-  %1391 = fadd <16 x float> %1387, %1390
-  %indvars.iv.next705.i.6 = shl i64 %indvars.iv704.i, 6
-  %1392 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.6
-  %1393 = getelementptr inbounds nuw i8, ptr %1392, i64 448
-  %1394 = load <16 x float>, ptr %1393, align 4, !tbaa !5
-  %1395 = fadd <16 x float> %1391, %1394
-  %indvars.iv.next705.i.7 = add nuw nsw i64 %indvars.iv704.i, 8
-  %niter216.next.7 = add i64 %niter216, 8
-  %niter216.ncmp.7 = icmp eq i64 %niter216.next.7, %unroll_iter215
-  br i1 %niter216.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !48
+  %indvars.iv703.i = phi i64 [ %indvars.iv.next704.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.i = phi <16 x float> [ %1571, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
+  %niter240 = phi i64 [ %niter240.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %.idx1075.i = shl nsw i64 %indvars.iv703.i, 6
+  %1541 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1075.i
+  %1542 = load <16 x float>, ptr %1541, align 4, !tbaa !5
+  %1543 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.i, %1542
+  %indvars.iv.next704.i = shl i64 %indvars.iv703.i, 6
+  %1544 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.i
+  %1545 = getelementptr inbounds nuw i8, ptr %1544, i64 64
+  %1546 = load <16 x float>, ptr %1545, align 4, !tbaa !5
+  %1547 = fadd <16 x float> %1543, %1546
+  %indvars.iv.next704.i.1 = shl i64 %indvars.iv703.i, 6
+  %1548 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.i.1
+  %1549 = getelementptr inbounds nuw i8, ptr %1548, i64 128
+  %1550 = load <16 x float>, ptr %1549, align 4, !tbaa !5
+  %1551 = fadd <16 x float> %1547, %1550
+  %indvars.iv.next704.i.2 = shl i64 %indvars.iv703.i, 6
+  %1552 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.i.2
+  %1553 = getelementptr inbounds nuw i8, ptr %1552, i64 192
+  %1554 = load <16 x float>, ptr %1553, align 4, !tbaa !5
+  %1555 = fadd <16 x float> %1551, %1554
+  %indvars.iv.next704.i.3 = shl i64 %indvars.iv703.i, 6
+  %1556 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.i.3
+  %1557 = getelementptr inbounds nuw i8, ptr %1556, i64 256
+  %1558 = load <16 x float>, ptr %1557, align 4, !tbaa !5
+  %1559 = fadd <16 x float> %1555, %1558
+  %indvars.iv.next704.i.4 = shl i64 %indvars.iv703.i, 6
+  %1560 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.i.4
+  %1561 = getelementptr inbounds nuw i8, ptr %1560, i64 320
+  %1562 = load <16 x float>, ptr %1561, align 4, !tbaa !5
+  %1563 = fadd <16 x float> %1559, %1562
+  %indvars.iv.next704.i.5 = shl i64 %indvars.iv703.i, 6
+  %1564 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.i.5
+  %1565 = getelementptr inbounds nuw i8, ptr %1564, i64 384
+  %1566 = load <16 x float>, ptr %1565, align 4, !tbaa !5
+  %1567 = fadd <16 x float> %1563, %1566
+  %indvars.iv.next704.i.6 = shl i64 %indvars.iv703.i, 6
+  %1568 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.i.6
+  %1569 = getelementptr inbounds nuw i8, ptr %1568, i64 448
+  %1570 = load <16 x float>, ptr %1569, align 4, !tbaa !5
+  %1571 = fadd <16 x float> %1567, %1570
+  %indvars.iv.next704.i.7 = add nuw nsw i64 %indvars.iv703.i, 8
+  %niter240.next.7 = add i64 %niter240, 8
+  %niter240.ncmp.7 = icmp eq i64 %niter240.next.7, %unroll_iter239
+  br i1 %niter240.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !52
 
 for_end_ax178.i.loopexit.unr-lcssa:               ; preds = %for_body_ax177.i
-  br i1 %lcmp.mod212.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod236.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
 
 for_body_ax177.i.epil.preheader:                  ; preds = %for_end_ax178.i.loopexit.unr-lcssa, %for_body_ax177.i.preheader
-  %indvars.iv704.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next705.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod214)
+  %indvars.iv703.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next704.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global237.sroa.0.0446.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1571, %for_end_ax178.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod238)
   br label %for_body_ax177.i.epil
 
 for_body_ax177.i.epil:                            ; preds = %for_body_ax177.i.epil, %for_body_ax177.i.epil.preheader
-  %indvars.iv704.i.epil = phi i64 [ %indvars.iv.next705.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv704.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil = phi <16 x float> [ %1398, %for_body_ax177.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
-  %.idx1076.i.epil = shl nsw i64 %indvars.iv704.i.epil, 6
-  %1396 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i.epil
-  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
-  %1398 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i.epil, %1397
-  %indvars.iv.next705.i.epil = add nuw nsw i64 %indvars.iv704.i.epil, 1
-  %epil.iter211.next = add i64 %epil.iter211, 1
-  %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !49
+  %indvars.iv703.i.epil = phi i64 [ %indvars.iv.next704.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv703.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.i.epil = phi <16 x float> [ %1574, %for_body_ax177.i.epil ], [ %tile_sum.rf_global237.sroa.0.0446.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %epil.iter235 = phi i64 [ %epil.iter235.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
+  %.idx1075.i.epil = shl nsw i64 %indvars.iv703.i.epil, 6
+  %1572 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1075.i.epil
+  %1573 = load <16 x float>, ptr %1572, align 4, !tbaa !5
+  %1574 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.i.epil, %1573
+  %indvars.iv.next704.i.epil = add nuw nsw i64 %indvars.iv703.i.epil, 1
+  %epil.iter235.next = add i64 %epil.iter235, 1
+  %epil.iter235.cmp.not = icmp eq i64 %epil.iter235.next, %xtraiter234
+  br i1 %epil.iter235.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !53
 
 for_end_ax178.i:                                  ; preds = %for_body_ax177.i.epil, %for_end_ax178.i.loopexit.unr-lcssa, %if_end60.3.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1398, %for_body_ax177.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 0
-  %1399 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 1
-  %1400 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.i, %1399
-  %tile_sum.rf239.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 2
-  %1401 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.i, %1400
-  %tile_sum.rf239.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 3
-  %1402 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.i, %1401
-  %tile_sum.rf239.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 4
-  %1403 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.i, %1402
-  %tile_sum.rf239.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 5
-  %1404 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.i, %1403
-  %tile_sum.rf239.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 6
-  %1405 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.i, %1404
-  %tile_sum.rf239.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 7
-  %1406 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.i, %1405
-  %tile_sum.rf239.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 8
-  %1407 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.i, %1406
-  %tile_sum.rf239.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 9
-  %1408 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.i, %1407
-  %tile_sum.rf239.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 10
-  %1409 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.i, %1408
-  %tile_sum.rf239.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 11
-  %1410 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.i, %1409
-  %tile_sum.rf239.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 12
-  %1411 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.i, %1410
-  %tile_sum.rf239.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 13
-  %1412 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.i, %1411
-  %tile_sum.rf239.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 14
-  %1413 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.i, %1412
-  %tile_sum.rf239.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 15
-  %1414 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.i, %1413
-  %tile_sum244.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1414, i64 0
-  br i1 %251, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
+  %tile_sum.rf_global237.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1571, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1574, %for_body_ax177.i.epil ]
+  %tile_sum.rf238.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 0
+  %1575 = fadd float %tile_sum.rf238.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf238.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 1
+  %1576 = fadd float %tile_sum.rf238.sroa.0.4.vec.extract.i, %1575
+  %tile_sum.rf238.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 2
+  %1577 = fadd float %tile_sum.rf238.sroa.0.8.vec.extract.i, %1576
+  %tile_sum.rf238.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 3
+  %1578 = fadd float %tile_sum.rf238.sroa.0.12.vec.extract.i, %1577
+  %tile_sum.rf238.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 4
+  %1579 = fadd float %tile_sum.rf238.sroa.0.16.vec.extract.i, %1578
+  %tile_sum.rf238.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 5
+  %1580 = fadd float %tile_sum.rf238.sroa.0.20.vec.extract.i, %1579
+  %tile_sum.rf238.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 6
+  %1581 = fadd float %tile_sum.rf238.sroa.0.24.vec.extract.i, %1580
+  %tile_sum.rf238.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 7
+  %1582 = fadd float %tile_sum.rf238.sroa.0.28.vec.extract.i, %1581
+  %tile_sum.rf238.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 8
+  %1583 = fadd float %tile_sum.rf238.sroa.0.32.vec.extract.i, %1582
+  %tile_sum.rf238.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 9
+  %1584 = fadd float %tile_sum.rf238.sroa.0.36.vec.extract.i, %1583
+  %tile_sum.rf238.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 10
+  %1585 = fadd float %tile_sum.rf238.sroa.0.40.vec.extract.i, %1584
+  %tile_sum.rf238.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 11
+  %1586 = fadd float %tile_sum.rf238.sroa.0.44.vec.extract.i, %1585
+  %tile_sum.rf238.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 12
+  %1587 = fadd float %tile_sum.rf238.sroa.0.48.vec.extract.i, %1586
+  %tile_sum.rf238.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 13
+  %1588 = fadd float %tile_sum.rf238.sroa.0.52.vec.extract.i, %1587
+  %tile_sum.rf238.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 14
+  %1589 = fadd float %tile_sum.rf238.sroa.0.56.vec.extract.i, %1588
+  %tile_sum.rf238.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.i, i64 15
+  %1590 = fadd float %tile_sum.rf238.sroa.0.60.vec.extract.i, %1589
+  %tile_sum243.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1590, i64 0
+  br i1 %255, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
 
 for_body_ax177.1.i.preheader:                     ; preds = %for_end_ax178.i
-  br i1 %269, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
+  br i1 %278, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
 
 for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i = phi i64 [ %indvars.iv.next705.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i = phi <16 x float> [ %1446, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
-  %niter223 = phi i64 [ %niter223.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %.idx1077.i = shl nsw i64 %indvars.iv704.1.i, 6
-  %1415 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i
-  %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 512
-  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !5
-  %1418 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i, %1417
-  %indvars.iv.next705.1.i = shl i64 %indvars.iv704.1.i, 6
-  %1419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i
-  %1420 = getelementptr inbounds nuw i8, ptr %1419, i64 576
-  %1421 = load <16 x float>, ptr %1420, align 4, !tbaa !5
-  %1422 = fadd <16 x float> %1418, %1421
-  %indvars.iv.next705.1.i.1 = shl i64 %indvars.iv704.1.i, 6
-  %1423 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.1
-  %1424 = getelementptr inbounds nuw i8, ptr %1423, i64 640
-  %1425 = load <16 x float>, ptr %1424, align 4, !tbaa !5
-  %1426 = fadd <16 x float> %1422, %1425
-  %indvars.iv.next705.1.i.2 = shl i64 %indvars.iv704.1.i, 6
-  %1427 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.2
-  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 704
-  %1429 = load <16 x float>, ptr %1428, align 4, !tbaa !5
-  %1430 = fadd <16 x float> %1426, %1429
-  %indvars.iv.next705.1.i.3 = shl i64 %indvars.iv704.1.i, 6
-  %1431 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.3
-  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 768
-  %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
-  %1434 = fadd <16 x float> %1430, %1433
-  %indvars.iv.next705.1.i.4 = shl i64 %indvars.iv704.1.i, 6
-  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.4
-  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 832
-  %1437 = load <16 x float>, ptr %1436, align 4, !tbaa !5
-  %1438 = fadd <16 x float> %1434, %1437
-  %indvars.iv.next705.1.i.5 = shl i64 %indvars.iv704.1.i, 6
-  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.5
-  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 896
-  %1441 = load <16 x float>, ptr %1440, align 4, !tbaa !5
-  %1442 = fadd <16 x float> %1438, %1441
-  %indvars.iv.next705.1.i.6 = shl i64 %indvars.iv704.1.i, 6
-  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.6
-  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 960
-  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !5
-  %1446 = fadd <16 x float> %1442, %1445
-  %indvars.iv.next705.1.i.7 = add nuw nsw i64 %indvars.iv704.1.i, 8
-  %niter223.next.7 = add i64 %niter223, 8
-  %niter223.ncmp.7 = icmp eq i64 %niter223.next.7, %unroll_iter222
-  br i1 %niter223.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !50
+  %indvars.iv703.1.i = phi i64 [ %indvars.iv.next704.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.1.i = phi <16 x float> [ %1622, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
+  %niter247 = phi i64 [ %niter247.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %.idx1076.i = shl nsw i64 %indvars.iv703.1.i, 6
+  %1591 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i
+  %1592 = getelementptr inbounds nuw i8, ptr %1591, i64 512
+  %1593 = load <16 x float>, ptr %1592, align 4, !tbaa !5
+  %1594 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.1.i, %1593
+  %indvars.iv.next704.1.i = shl i64 %indvars.iv703.1.i, 6
+  %1595 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.1.i
+  %1596 = getelementptr inbounds nuw i8, ptr %1595, i64 576
+  %1597 = load <16 x float>, ptr %1596, align 4, !tbaa !5
+  %1598 = fadd <16 x float> %1594, %1597
+  %indvars.iv.next704.1.i.1 = shl i64 %indvars.iv703.1.i, 6
+  %1599 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.1.i.1
+  %1600 = getelementptr inbounds nuw i8, ptr %1599, i64 640
+  %1601 = load <16 x float>, ptr %1600, align 4, !tbaa !5
+  %1602 = fadd <16 x float> %1598, %1601
+  %indvars.iv.next704.1.i.2 = shl i64 %indvars.iv703.1.i, 6
+  %1603 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.1.i.2
+  %1604 = getelementptr inbounds nuw i8, ptr %1603, i64 704
+  %1605 = load <16 x float>, ptr %1604, align 4, !tbaa !5
+  %1606 = fadd <16 x float> %1602, %1605
+  %indvars.iv.next704.1.i.3 = shl i64 %indvars.iv703.1.i, 6
+  %1607 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.1.i.3
+  %1608 = getelementptr inbounds nuw i8, ptr %1607, i64 768
+  %1609 = load <16 x float>, ptr %1608, align 4, !tbaa !5
+  %1610 = fadd <16 x float> %1606, %1609
+  %indvars.iv.next704.1.i.4 = shl i64 %indvars.iv703.1.i, 6
+  %1611 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.1.i.4
+  %1612 = getelementptr inbounds nuw i8, ptr %1611, i64 832
+  %1613 = load <16 x float>, ptr %1612, align 4, !tbaa !5
+  %1614 = fadd <16 x float> %1610, %1613
+  %indvars.iv.next704.1.i.5 = shl i64 %indvars.iv703.1.i, 6
+  %1615 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.1.i.5
+  %1616 = getelementptr inbounds nuw i8, ptr %1615, i64 896
+  %1617 = load <16 x float>, ptr %1616, align 4, !tbaa !5
+  %1618 = fadd <16 x float> %1614, %1617
+  %indvars.iv.next704.1.i.6 = shl i64 %indvars.iv703.1.i, 6
+  %1619 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.1.i.6
+  %1620 = getelementptr inbounds nuw i8, ptr %1619, i64 960
+  %1621 = load <16 x float>, ptr %1620, align 4, !tbaa !5
+  %1622 = fadd <16 x float> %1618, %1621
+  %indvars.iv.next704.1.i.7 = add nuw nsw i64 %indvars.iv703.1.i, 8
+  %niter247.next.7 = add i64 %niter247, 8
+  %niter247.ncmp.7 = icmp eq i64 %niter247.next.7, %unroll_iter246
+  br i1 %niter247.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !54
 
 for_end_ax178.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.1.i
-  br i1 %lcmp.mod219.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod243.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
 
 for_body_ax177.1.i.epil.preheader:                ; preds = %for_end_ax178.1.i.loopexit.unr-lcssa, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next705.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod221)
+  %indvars.iv703.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next704.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global237.sroa.0.0446.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1622, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod245)
   br label %for_body_ax177.1.i.epil
 
 for_body_ax177.1.i.epil:                          ; preds = %for_body_ax177.1.i.epil, %for_body_ax177.1.i.epil.preheader
-  %indvars.iv704.1.i.epil = phi i64 [ %indvars.iv.next705.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv704.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil = phi <16 x float> [ %1450, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %epil.iter218 = phi i64 [ %epil.iter218.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
-  %.idx1077.i.epil = shl nsw i64 %indvars.iv704.1.i.epil, 6
-  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i.epil
-  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 512
-  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
-  %1450 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i.epil, %1449
-  %indvars.iv.next705.1.i.epil = add nuw nsw i64 %indvars.iv704.1.i.epil, 1
-  %epil.iter218.next = add i64 %epil.iter218, 1
-  %epil.iter218.cmp.not = icmp eq i64 %epil.iter218.next, %xtraiter217
-  br i1 %epil.iter218.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !51
+  %indvars.iv703.1.i.epil = phi i64 [ %indvars.iv.next704.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv703.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.1.i.epil = phi <16 x float> [ %1626, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global237.sroa.0.0446.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %epil.iter242 = phi i64 [ %epil.iter242.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
+  %.idx1076.i.epil = shl nsw i64 %indvars.iv703.1.i.epil, 6
+  %1623 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i.epil
+  %1624 = getelementptr inbounds nuw i8, ptr %1623, i64 512
+  %1625 = load <16 x float>, ptr %1624, align 4, !tbaa !5
+  %1626 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.1.i.epil, %1625
+  %indvars.iv.next704.1.i.epil = add nuw nsw i64 %indvars.iv703.1.i.epil, 1
+  %epil.iter242.next = add i64 %epil.iter242, 1
+  %epil.iter242.cmp.not = icmp eq i64 %epil.iter242.next, %xtraiter241
+  br i1 %epil.iter242.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !55
 
 for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.epil, %for_end_ax178.1.i.loopexit.unr-lcssa, %for_end_ax178.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1450, %for_body_ax177.1.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 0
-  %1451 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 1
-  %1452 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.1.i, %1451
-  %tile_sum.rf239.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 2
-  %1453 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.1.i, %1452
-  %tile_sum.rf239.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 3
-  %1454 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.1.i, %1453
-  %tile_sum.rf239.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 4
-  %1455 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.1.i, %1454
-  %tile_sum.rf239.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 5
-  %1456 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.1.i, %1455
-  %tile_sum.rf239.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 6
-  %1457 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.1.i, %1456
-  %tile_sum.rf239.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 7
-  %1458 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.1.i, %1457
-  %tile_sum.rf239.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 8
-  %1459 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.1.i, %1458
-  %tile_sum.rf239.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 9
-  %1460 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.1.i, %1459
-  %tile_sum.rf239.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 10
-  %1461 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.1.i, %1460
-  %tile_sum.rf239.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 11
-  %1462 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.1.i, %1461
-  %tile_sum.rf239.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 12
-  %1463 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.1.i, %1462
-  %tile_sum.rf239.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 13
-  %1464 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.1.i, %1463
-  %tile_sum.rf239.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 14
-  %1465 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.1.i, %1464
-  %tile_sum.rf239.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 15
-  %1466 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.1.i, %1465
-  %tile_sum244.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.0.vec.insert.i, float %1466, i64 1
-  br i1 %251, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
+  %tile_sum.rf_global237.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1622, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1626, %for_body_ax177.1.i.epil ]
+  %tile_sum.rf238.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 0
+  %1627 = fadd float %tile_sum.rf238.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf238.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 1
+  %1628 = fadd float %tile_sum.rf238.sroa.0.4.vec.extract.1.i, %1627
+  %tile_sum.rf238.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 2
+  %1629 = fadd float %tile_sum.rf238.sroa.0.8.vec.extract.1.i, %1628
+  %tile_sum.rf238.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 3
+  %1630 = fadd float %tile_sum.rf238.sroa.0.12.vec.extract.1.i, %1629
+  %tile_sum.rf238.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 4
+  %1631 = fadd float %tile_sum.rf238.sroa.0.16.vec.extract.1.i, %1630
+  %tile_sum.rf238.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 5
+  %1632 = fadd float %tile_sum.rf238.sroa.0.20.vec.extract.1.i, %1631
+  %tile_sum.rf238.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 6
+  %1633 = fadd float %tile_sum.rf238.sroa.0.24.vec.extract.1.i, %1632
+  %tile_sum.rf238.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 7
+  %1634 = fadd float %tile_sum.rf238.sroa.0.28.vec.extract.1.i, %1633
+  %tile_sum.rf238.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 8
+  %1635 = fadd float %tile_sum.rf238.sroa.0.32.vec.extract.1.i, %1634
+  %tile_sum.rf238.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 9
+  %1636 = fadd float %tile_sum.rf238.sroa.0.36.vec.extract.1.i, %1635
+  %tile_sum.rf238.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 10
+  %1637 = fadd float %tile_sum.rf238.sroa.0.40.vec.extract.1.i, %1636
+  %tile_sum.rf238.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 11
+  %1638 = fadd float %tile_sum.rf238.sroa.0.44.vec.extract.1.i, %1637
+  %tile_sum.rf238.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 12
+  %1639 = fadd float %tile_sum.rf238.sroa.0.48.vec.extract.1.i, %1638
+  %tile_sum.rf238.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 13
+  %1640 = fadd float %tile_sum.rf238.sroa.0.52.vec.extract.1.i, %1639
+  %tile_sum.rf238.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 14
+  %1641 = fadd float %tile_sum.rf238.sroa.0.56.vec.extract.1.i, %1640
+  %tile_sum.rf238.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.1.i, i64 15
+  %1642 = fadd float %tile_sum.rf238.sroa.0.60.vec.extract.1.i, %1641
+  %tile_sum243.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum243.sroa.0.0.vec.insert.i, float %1642, i64 1
+  br i1 %255, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
 
 for_body_ax177.2.i.preheader:                     ; preds = %for_end_ax178.1.i
-  br i1 %270, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
+  br i1 %279, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
 
 for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i = phi i64 [ %indvars.iv.next705.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i = phi <16 x float> [ %1498, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
-  %niter230 = phi i64 [ %niter230.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %.idx1078.i = shl nsw i64 %indvars.iv704.2.i, 6
-  %1467 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i
-  %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1024
-  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !5
-  %1470 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i, %1469
-  %indvars.iv.next705.2.i = shl i64 %indvars.iv704.2.i, 6
-  %1471 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i
-  %1472 = getelementptr inbounds nuw i8, ptr %1471, i64 1088
-  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !5
-  %1474 = fadd <16 x float> %1470, %1473
-  %indvars.iv.next705.2.i.1 = shl i64 %indvars.iv704.2.i, 6
-  %1475 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.1
-  %1476 = getelementptr inbounds nuw i8, ptr %1475, i64 1152
-  %1477 = load <16 x float>, ptr %1476, align 4, !tbaa !5
-  %1478 = fadd <16 x float> %1474, %1477
-  %indvars.iv.next705.2.i.2 = shl i64 %indvars.iv704.2.i, 6
-  %1479 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.2
-  %1480 = getelementptr inbounds nuw i8, ptr %1479, i64 1216
-  %1481 = load <16 x float>, ptr %1480, align 4, !tbaa !5
-  %1482 = fadd <16 x float> %1478, %1481
-  %indvars.iv.next705.2.i.3 = shl i64 %indvars.iv704.2.i, 6
-  %1483 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.3
-  %1484 = getelementptr inbounds nuw i8, ptr %1483, i64 1280
-  %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
-  %1486 = fadd <16 x float> %1482, %1485
-  %indvars.iv.next705.2.i.4 = shl i64 %indvars.iv704.2.i, 6
-  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.4
-  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1344
-  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
-  %1490 = fadd <16 x float> %1486, %1489
-  %indvars.iv.next705.2.i.5 = shl i64 %indvars.iv704.2.i, 6
-  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.5
-  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1408
-  %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
-  %1494 = fadd <16 x float> %1490, %1493
-  %indvars.iv.next705.2.i.6 = shl i64 %indvars.iv704.2.i, 6
-  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.6
-  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1472
-  %1497 = load <16 x float>, ptr %1496, align 4, !tbaa !5
-  %1498 = fadd <16 x float> %1494, %1497
-  %indvars.iv.next705.2.i.7 = add nuw nsw i64 %indvars.iv704.2.i, 8
-  %niter230.next.7 = add i64 %niter230, 8
-  %niter230.ncmp.7 = icmp eq i64 %niter230.next.7, %unroll_iter229
-  br i1 %niter230.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !52
+  %indvars.iv703.2.i = phi i64 [ %indvars.iv.next704.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.2.i = phi <16 x float> [ %1674, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
+  %niter254 = phi i64 [ %niter254.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %.idx1077.i = shl nsw i64 %indvars.iv703.2.i, 6
+  %1643 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i
+  %1644 = getelementptr inbounds nuw i8, ptr %1643, i64 1024
+  %1645 = load <16 x float>, ptr %1644, align 4, !tbaa !5
+  %1646 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.2.i, %1645
+  %indvars.iv.next704.2.i = shl i64 %indvars.iv703.2.i, 6
+  %1647 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.2.i
+  %1648 = getelementptr inbounds nuw i8, ptr %1647, i64 1088
+  %1649 = load <16 x float>, ptr %1648, align 4, !tbaa !5
+  %1650 = fadd <16 x float> %1646, %1649
+  %indvars.iv.next704.2.i.1 = shl i64 %indvars.iv703.2.i, 6
+  %1651 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.2.i.1
+  %1652 = getelementptr inbounds nuw i8, ptr %1651, i64 1152
+  %1653 = load <16 x float>, ptr %1652, align 4, !tbaa !5
+  %1654 = fadd <16 x float> %1650, %1653
+  %indvars.iv.next704.2.i.2 = shl i64 %indvars.iv703.2.i, 6
+  %1655 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.2.i.2
+  %1656 = getelementptr inbounds nuw i8, ptr %1655, i64 1216
+  %1657 = load <16 x float>, ptr %1656, align 4, !tbaa !5
+  %1658 = fadd <16 x float> %1654, %1657
+  %indvars.iv.next704.2.i.3 = shl i64 %indvars.iv703.2.i, 6
+  %1659 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.2.i.3
+  %1660 = getelementptr inbounds nuw i8, ptr %1659, i64 1280
+  %1661 = load <16 x float>, ptr %1660, align 4, !tbaa !5
+  %1662 = fadd <16 x float> %1658, %1661
+  %indvars.iv.next704.2.i.4 = shl i64 %indvars.iv703.2.i, 6
+  %1663 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.2.i.4
+  %1664 = getelementptr inbounds nuw i8, ptr %1663, i64 1344
+  %1665 = load <16 x float>, ptr %1664, align 4, !tbaa !5
+  %1666 = fadd <16 x float> %1662, %1665
+  %indvars.iv.next704.2.i.5 = shl i64 %indvars.iv703.2.i, 6
+  %1667 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.2.i.5
+  %1668 = getelementptr inbounds nuw i8, ptr %1667, i64 1408
+  %1669 = load <16 x float>, ptr %1668, align 4, !tbaa !5
+  %1670 = fadd <16 x float> %1666, %1669
+  %indvars.iv.next704.2.i.6 = shl i64 %indvars.iv703.2.i, 6
+  %1671 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.2.i.6
+  %1672 = getelementptr inbounds nuw i8, ptr %1671, i64 1472
+  %1673 = load <16 x float>, ptr %1672, align 4, !tbaa !5
+  %1674 = fadd <16 x float> %1670, %1673
+  %indvars.iv.next704.2.i.7 = add nuw nsw i64 %indvars.iv703.2.i, 8
+  %niter254.next.7 = add i64 %niter254, 8
+  %niter254.ncmp.7 = icmp eq i64 %niter254.next.7, %unroll_iter253
+  br i1 %niter254.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !56
 
 for_end_ax178.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.2.i
-  br i1 %lcmp.mod226.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod250.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
 
 for_body_ax177.2.i.epil.preheader:                ; preds = %for_end_ax178.2.i.loopexit.unr-lcssa, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next705.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod228)
+  %indvars.iv703.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next704.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global237.sroa.0.0446.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1674, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod252)
   br label %for_body_ax177.2.i.epil
 
 for_body_ax177.2.i.epil:                          ; preds = %for_body_ax177.2.i.epil, %for_body_ax177.2.i.epil.preheader
-  %indvars.iv704.2.i.epil = phi i64 [ %indvars.iv.next705.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv704.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil = phi <16 x float> [ %1502, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %epil.iter225 = phi i64 [ %epil.iter225.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
-  %.idx1078.i.epil = shl nsw i64 %indvars.iv704.2.i.epil, 6
-  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i.epil
-  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1024
-  %1501 = load <16 x float>, ptr %1500, align 4, !tbaa !5
-  %1502 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i.epil, %1501
-  %indvars.iv.next705.2.i.epil = add nuw nsw i64 %indvars.iv704.2.i.epil, 1
-  %epil.iter225.next = add i64 %epil.iter225, 1
-  %epil.iter225.cmp.not = icmp eq i64 %epil.iter225.next, %xtraiter224
-  br i1 %epil.iter225.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !53
+  %indvars.iv703.2.i.epil = phi i64 [ %indvars.iv.next704.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv703.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.2.i.epil = phi <16 x float> [ %1678, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global237.sroa.0.0446.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %epil.iter249 = phi i64 [ %epil.iter249.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
+  %.idx1077.i.epil = shl nsw i64 %indvars.iv703.2.i.epil, 6
+  %1675 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i.epil
+  %1676 = getelementptr inbounds nuw i8, ptr %1675, i64 1024
+  %1677 = load <16 x float>, ptr %1676, align 4, !tbaa !5
+  %1678 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.2.i.epil, %1677
+  %indvars.iv.next704.2.i.epil = add nuw nsw i64 %indvars.iv703.2.i.epil, 1
+  %epil.iter249.next = add i64 %epil.iter249, 1
+  %epil.iter249.cmp.not = icmp eq i64 %epil.iter249.next, %xtraiter248
+  br i1 %epil.iter249.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !57
 
 for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.epil, %for_end_ax178.2.i.loopexit.unr-lcssa, %for_end_ax178.1.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1502, %for_body_ax177.2.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 0
-  %1503 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 1
-  %1504 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.2.i, %1503
-  %tile_sum.rf239.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 2
-  %1505 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.2.i, %1504
-  %tile_sum.rf239.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 3
-  %1506 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.2.i, %1505
-  %tile_sum.rf239.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 4
-  %1507 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.2.i, %1506
-  %tile_sum.rf239.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 5
-  %1508 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.2.i, %1507
-  %tile_sum.rf239.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 6
-  %1509 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.2.i, %1508
-  %tile_sum.rf239.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 7
-  %1510 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.2.i, %1509
-  %tile_sum.rf239.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 8
-  %1511 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.2.i, %1510
-  %tile_sum.rf239.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 9
-  %1512 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.2.i, %1511
-  %tile_sum.rf239.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 10
-  %1513 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.2.i, %1512
-  %tile_sum.rf239.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 11
-  %1514 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.2.i, %1513
-  %tile_sum.rf239.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 12
-  %1515 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.2.i, %1514
-  %tile_sum.rf239.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 13
-  %1516 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.2.i, %1515
-  %tile_sum.rf239.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 14
-  %1517 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.2.i, %1516
-  %tile_sum.rf239.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 15
-  %1518 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.2.i, %1517
-  %tile_sum244.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.4.vec.insert.i, float %1518, i64 2
-  br i1 %251, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
+  %tile_sum.rf_global237.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1674, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1678, %for_body_ax177.2.i.epil ]
+  %tile_sum.rf238.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 0
+  %1679 = fadd float %tile_sum.rf238.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf238.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 1
+  %1680 = fadd float %tile_sum.rf238.sroa.0.4.vec.extract.2.i, %1679
+  %tile_sum.rf238.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 2
+  %1681 = fadd float %tile_sum.rf238.sroa.0.8.vec.extract.2.i, %1680
+  %tile_sum.rf238.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 3
+  %1682 = fadd float %tile_sum.rf238.sroa.0.12.vec.extract.2.i, %1681
+  %tile_sum.rf238.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 4
+  %1683 = fadd float %tile_sum.rf238.sroa.0.16.vec.extract.2.i, %1682
+  %tile_sum.rf238.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 5
+  %1684 = fadd float %tile_sum.rf238.sroa.0.20.vec.extract.2.i, %1683
+  %tile_sum.rf238.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 6
+  %1685 = fadd float %tile_sum.rf238.sroa.0.24.vec.extract.2.i, %1684
+  %tile_sum.rf238.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 7
+  %1686 = fadd float %tile_sum.rf238.sroa.0.28.vec.extract.2.i, %1685
+  %tile_sum.rf238.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 8
+  %1687 = fadd float %tile_sum.rf238.sroa.0.32.vec.extract.2.i, %1686
+  %tile_sum.rf238.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 9
+  %1688 = fadd float %tile_sum.rf238.sroa.0.36.vec.extract.2.i, %1687
+  %tile_sum.rf238.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 10
+  %1689 = fadd float %tile_sum.rf238.sroa.0.40.vec.extract.2.i, %1688
+  %tile_sum.rf238.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 11
+  %1690 = fadd float %tile_sum.rf238.sroa.0.44.vec.extract.2.i, %1689
+  %tile_sum.rf238.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 12
+  %1691 = fadd float %tile_sum.rf238.sroa.0.48.vec.extract.2.i, %1690
+  %tile_sum.rf238.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 13
+  %1692 = fadd float %tile_sum.rf238.sroa.0.52.vec.extract.2.i, %1691
+  %tile_sum.rf238.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 14
+  %1693 = fadd float %tile_sum.rf238.sroa.0.56.vec.extract.2.i, %1692
+  %tile_sum.rf238.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.2.i, i64 15
+  %1694 = fadd float %tile_sum.rf238.sroa.0.60.vec.extract.2.i, %1693
+  %tile_sum243.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum243.sroa.0.4.vec.insert.i, float %1694, i64 2
+  br i1 %255, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
 
 for_body_ax177.3.i.preheader:                     ; preds = %for_end_ax178.2.i
-  br i1 %271, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
+  br i1 %280, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
 
 for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i = phi i64 [ %indvars.iv.next705.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i = phi <16 x float> [ %1550, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
-  %niter237 = phi i64 [ %niter237.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %.idx1079.i = shl nsw i64 %indvars.iv704.3.i, 6
-  %1519 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i
-  %1520 = getelementptr inbounds nuw i8, ptr %1519, i64 1536
-  %1521 = load <16 x float>, ptr %1520, align 4, !tbaa !5
-  %1522 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i, %1521
-  %indvars.iv.next705.3.i = shl i64 %indvars.iv704.3.i, 6
-  %1523 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i
-  %1524 = getelementptr inbounds nuw i8, ptr %1523, i64 1600
-  %1525 = load <16 x float>, ptr %1524, align 4, !tbaa !5
-  %1526 = fadd <16 x float> %1522, %1525
-  %indvars.iv.next705.3.i.1 = shl i64 %indvars.iv704.3.i, 6
-  %1527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.1
-  %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 1664
-  %1529 = load <16 x float>, ptr %1528, align 4, !tbaa !5
-  %1530 = fadd <16 x float> %1526, %1529
-  %indvars.iv.next705.3.i.2 = shl i64 %indvars.iv704.3.i, 6
-  %1531 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.2
-  %1532 = getelementptr inbounds nuw i8, ptr %1531, i64 1728
-  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !5
-  %1534 = fadd <16 x float> %1530, %1533
-  %indvars.iv.next705.3.i.3 = shl i64 %indvars.iv704.3.i, 6
-  %1535 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.3
-  %1536 = getelementptr inbounds nuw i8, ptr %1535, i64 1792
-  %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
-  %1538 = fadd <16 x float> %1534, %1537
-  %indvars.iv.next705.3.i.4 = shl i64 %indvars.iv704.3.i, 6
-  %1539 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.4
-  %1540 = getelementptr inbounds nuw i8, ptr %1539, i64 1856
-  %1541 = load <16 x float>, ptr %1540, align 4, !tbaa !5
-  %1542 = fadd <16 x float> %1538, %1541
-  %indvars.iv.next705.3.i.5 = shl i64 %indvars.iv704.3.i, 6
-  %1543 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.5
-  %1544 = getelementptr inbounds nuw i8, ptr %1543, i64 1920
-  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
-  %1546 = fadd <16 x float> %1542, %1545
-  %indvars.iv.next705.3.i.6 = shl i64 %indvars.iv704.3.i, 6
-  %1547 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.6
-  %1548 = getelementptr inbounds nuw i8, ptr %1547, i64 1984
-  %1549 = load <16 x float>, ptr %1548, align 4, !tbaa !5
-  %1550 = fadd <16 x float> %1546, %1549
-  %indvars.iv.next705.3.i.7 = add nuw nsw i64 %indvars.iv704.3.i, 8
-  %niter237.next.7 = add i64 %niter237, 8
-  %niter237.ncmp.7 = icmp eq i64 %niter237.next.7, %unroll_iter236
-  br i1 %niter237.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !54
+  %indvars.iv703.3.i = phi i64 [ %indvars.iv.next704.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.3.i = phi <16 x float> [ %1726, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
+  %niter261 = phi i64 [ %niter261.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %.idx1078.i = shl nsw i64 %indvars.iv703.3.i, 6
+  %1695 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i
+  %1696 = getelementptr inbounds nuw i8, ptr %1695, i64 1536
+  %1697 = load <16 x float>, ptr %1696, align 4, !tbaa !5
+  %1698 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.3.i, %1697
+  %indvars.iv.next704.3.i = shl i64 %indvars.iv703.3.i, 6
+  %1699 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.3.i
+  %1700 = getelementptr inbounds nuw i8, ptr %1699, i64 1600
+  %1701 = load <16 x float>, ptr %1700, align 4, !tbaa !5
+  %1702 = fadd <16 x float> %1698, %1701
+  %indvars.iv.next704.3.i.1 = shl i64 %indvars.iv703.3.i, 6
+  %1703 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.3.i.1
+  %1704 = getelementptr inbounds nuw i8, ptr %1703, i64 1664
+  %1705 = load <16 x float>, ptr %1704, align 4, !tbaa !5
+  %1706 = fadd <16 x float> %1702, %1705
+  %indvars.iv.next704.3.i.2 = shl i64 %indvars.iv703.3.i, 6
+  %1707 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.3.i.2
+  %1708 = getelementptr inbounds nuw i8, ptr %1707, i64 1728
+  %1709 = load <16 x float>, ptr %1708, align 4, !tbaa !5
+  %1710 = fadd <16 x float> %1706, %1709
+  %indvars.iv.next704.3.i.3 = shl i64 %indvars.iv703.3.i, 6
+  %1711 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.3.i.3
+  %1712 = getelementptr inbounds nuw i8, ptr %1711, i64 1792
+  %1713 = load <16 x float>, ptr %1712, align 4, !tbaa !5
+  %1714 = fadd <16 x float> %1710, %1713
+  %indvars.iv.next704.3.i.4 = shl i64 %indvars.iv703.3.i, 6
+  %1715 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.3.i.4
+  %1716 = getelementptr inbounds nuw i8, ptr %1715, i64 1856
+  %1717 = load <16 x float>, ptr %1716, align 4, !tbaa !5
+  %1718 = fadd <16 x float> %1714, %1717
+  %indvars.iv.next704.3.i.5 = shl i64 %indvars.iv703.3.i, 6
+  %1719 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.3.i.5
+  %1720 = getelementptr inbounds nuw i8, ptr %1719, i64 1920
+  %1721 = load <16 x float>, ptr %1720, align 4, !tbaa !5
+  %1722 = fadd <16 x float> %1718, %1721
+  %indvars.iv.next704.3.i.6 = shl i64 %indvars.iv703.3.i, 6
+  %1723 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next704.3.i.6
+  %1724 = getelementptr inbounds nuw i8, ptr %1723, i64 1984
+  %1725 = load <16 x float>, ptr %1724, align 4, !tbaa !5
+  %1726 = fadd <16 x float> %1722, %1725
+  %indvars.iv.next704.3.i.7 = add nuw nsw i64 %indvars.iv703.3.i, 8
+  %niter261.next.7 = add i64 %niter261, 8
+  %niter261.ncmp.7 = icmp eq i64 %niter261.next.7, %unroll_iter260
+  br i1 %niter261.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !58
 
 for_end_ax178.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.3.i
-  br i1 %lcmp.mod233.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod257.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
 
 for_body_ax177.3.i.epil.preheader:                ; preds = %for_end_ax178.3.i.loopexit.unr-lcssa, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next705.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod235)
+  %indvars.iv703.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next704.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global237.sroa.0.0446.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1726, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod259)
   br label %for_body_ax177.3.i.epil
 
 for_body_ax177.3.i.epil:                          ; preds = %for_body_ax177.3.i.epil, %for_body_ax177.3.i.epil.preheader
-  %indvars.iv704.3.i.epil = phi i64 [ %indvars.iv.next705.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv704.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil = phi <16 x float> [ %1554, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
-  %.idx1079.i.epil = shl nsw i64 %indvars.iv704.3.i.epil, 6
-  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i.epil
-  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 1536
-  %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !5
-  %1554 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i.epil, %1553
-  %indvars.iv.next705.3.i.epil = add nuw nsw i64 %indvars.iv704.3.i.epil, 1
-  %epil.iter232.next = add i64 %epil.iter232, 1
-  %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !55
+  %indvars.iv703.3.i.epil = phi i64 [ %indvars.iv.next704.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv703.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %tile_sum.rf_global237.sroa.0.0446.3.i.epil = phi <16 x float> [ %1730, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global237.sroa.0.0446.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %epil.iter256 = phi i64 [ %epil.iter256.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
+  %.idx1078.i.epil = shl nsw i64 %indvars.iv703.3.i.epil, 6
+  %1727 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i.epil
+  %1728 = getelementptr inbounds nuw i8, ptr %1727, i64 1536
+  %1729 = load <16 x float>, ptr %1728, align 4, !tbaa !5
+  %1730 = fadd <16 x float> %tile_sum.rf_global237.sroa.0.0446.3.i.epil, %1729
+  %indvars.iv.next704.3.i.epil = add nuw nsw i64 %indvars.iv703.3.i.epil, 1
+  %epil.iter256.next = add i64 %epil.iter256, 1
+  %epil.iter256.cmp.not = icmp eq i64 %epil.iter256.next, %xtraiter255
+  br i1 %epil.iter256.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !59
 
 for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.epil, %for_end_ax178.3.i.loopexit.unr-lcssa, %for_end_ax178.2.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1554, %for_body_ax177.3.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 0
-  %1555 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 1
-  %1556 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.3.i, %1555
-  %tile_sum.rf239.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 2
-  %1557 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.3.i, %1556
-  %tile_sum.rf239.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 3
-  %1558 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.3.i, %1557
-  %tile_sum.rf239.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 4
-  %1559 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.3.i, %1558
-  %tile_sum.rf239.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 5
-  %1560 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.3.i, %1559
-  %tile_sum.rf239.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 6
-  %1561 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.3.i, %1560
-  %tile_sum.rf239.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 7
-  %1562 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.3.i, %1561
-  %tile_sum.rf239.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 8
-  %1563 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.3.i, %1562
-  %tile_sum.rf239.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 9
-  %1564 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.3.i, %1563
-  %tile_sum.rf239.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 10
-  %1565 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.3.i, %1564
-  %tile_sum.rf239.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 11
-  %1566 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.3.i, %1565
-  %tile_sum.rf239.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 12
-  %1567 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.3.i, %1566
-  %tile_sum.rf239.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 13
-  %1568 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.3.i, %1567
-  %tile_sum.rf239.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 14
-  %1569 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.3.i, %1568
-  %tile_sum.rf239.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 15
-  %1570 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.3.i, %1569
-  %tile_sum244.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.8.vec.insert.i, float %1570, i64 3
-  %1571 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %1571(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1572 = icmp eq ptr %full_acc.i, null
-  br i1 %1572, label %fused_decode_compute_.exit, label %for_begin_d_084.preheader.i, !prof !8
+  %tile_sum.rf_global237.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1726, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1730, %for_body_ax177.3.i.epil ]
+  %tile_sum.rf238.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 0
+  %1731 = fadd float %tile_sum.rf238.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf238.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 1
+  %1732 = fadd float %tile_sum.rf238.sroa.0.4.vec.extract.3.i, %1731
+  %tile_sum.rf238.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 2
+  %1733 = fadd float %tile_sum.rf238.sroa.0.8.vec.extract.3.i, %1732
+  %tile_sum.rf238.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 3
+  %1734 = fadd float %tile_sum.rf238.sroa.0.12.vec.extract.3.i, %1733
+  %tile_sum.rf238.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 4
+  %1735 = fadd float %tile_sum.rf238.sroa.0.16.vec.extract.3.i, %1734
+  %tile_sum.rf238.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 5
+  %1736 = fadd float %tile_sum.rf238.sroa.0.20.vec.extract.3.i, %1735
+  %tile_sum.rf238.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 6
+  %1737 = fadd float %tile_sum.rf238.sroa.0.24.vec.extract.3.i, %1736
+  %tile_sum.rf238.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 7
+  %1738 = fadd float %tile_sum.rf238.sroa.0.28.vec.extract.3.i, %1737
+  %tile_sum.rf238.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 8
+  %1739 = fadd float %tile_sum.rf238.sroa.0.32.vec.extract.3.i, %1738
+  %tile_sum.rf238.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 9
+  %1740 = fadd float %tile_sum.rf238.sroa.0.36.vec.extract.3.i, %1739
+  %tile_sum.rf238.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 10
+  %1741 = fadd float %tile_sum.rf238.sroa.0.40.vec.extract.3.i, %1740
+  %tile_sum.rf238.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 11
+  %1742 = fadd float %tile_sum.rf238.sroa.0.44.vec.extract.3.i, %1741
+  %tile_sum.rf238.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 12
+  %1743 = fadd float %tile_sum.rf238.sroa.0.48.vec.extract.3.i, %1742
+  %tile_sum.rf238.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 13
+  %1744 = fadd float %tile_sum.rf238.sroa.0.52.vec.extract.3.i, %1743
+  %tile_sum.rf238.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 14
+  %1745 = fadd float %tile_sum.rf238.sroa.0.56.vec.extract.3.i, %1744
+  %tile_sum.rf238.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global237.sroa.0.0.lcssa.3.i, i64 15
+  %1746 = fadd float %tile_sum.rf238.sroa.0.60.vec.extract.3.i, %1745
+  %tile_sum243.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum243.sroa.0.8.vec.insert.i, float %1746, i64 3
+  %1747 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %full_acc.i = tail call ptr %1747(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1748 = icmp eq ptr %full_acc.i, null
+  br i1 %1748, label %fused_decode_compute_.exit, label %for_begin_d_084.preheader.i, !prof !8
 
 for_begin_to89.preheader.i:                       ; preds = %for_end_to91.i, %for_begin_d_084.preheader.i
-  %indvars.iv735.i = phi i64 [ 0, %for_begin_d_084.preheader.i ], [ %indvars.iv.next736.i, %for_end_to91.i ]
-  br i1 %253, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
+  %indvars.iv734.i = phi i64 [ 0, %for_begin_d_084.preheader.i ], [ %indvars.iv.next735.i, %for_end_to91.i ]
+  br i1 %257, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
 
 for_body_to90.lr.ph.i:                            ; preds = %for_begin_to89.preheader.i
-  %1573 = mul nuw nsw i64 %indvars.iv735.i, %258
-  %gep534.idx.i = shl i64 %indvars.iv735.i, 6
-  %gep534.i = getelementptr i8, ptr %invariant.gep533.i, i64 %gep534.idx.i
+  %1749 = mul nuw nsw i64 %indvars.iv734.i, %262
+  %gep533.idx.i = shl i64 %indvars.iv734.i, 6
+  %gep533.i = getelementptr i8, ptr %invariant.gep532.i, i64 %gep533.idx.i
   br label %for_body_to90.i
 
 for_body_to90.i:                                  ; preds = %for_body_to90.i, %for_body_to90.lr.ph.i
-  %indvars.iv714.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next715.i, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0459.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2130, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0458.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0457.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0456.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0455.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0454.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0453.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.170.0452.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2129, %for_body_to90.i ]
-  %1574 = add nuw nsw i64 %indvars.iv714.i, %1573
-  %1575 = trunc i64 %1574 to i32
-  %1576 = shl i32 %1575, 2
-  %1577 = add i32 %1576, %ahead_t.i
-  %1578 = sext i32 %1577 to i64
-  %1579 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1578
-  %1580 = load i64, ptr %1579, align 8, !tbaa !5
-  %1581 = getelementptr i32, ptr %value_cache, i64 %1580
-  %1582 = getelementptr i32, ptr %1581, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1582, i32 0, i32 2, i32 1)
-  %1583 = getelementptr i8, ptr %1581, i64 64
-  %1584 = getelementptr i32, ptr %1583, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1584, i32 0, i32 2, i32 1)
-  %1585 = getelementptr i8, ptr %1581, i64 128
-  %1586 = getelementptr i32, ptr %1585, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1586, i32 0, i32 2, i32 1)
-  %1587 = getelementptr i8, ptr %1581, i64 192
-  %1588 = getelementptr i32, ptr %1587, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1588, i32 0, i32 2, i32 1)
-  %1589 = getelementptr i8, ptr %1579, i64 8
-  %1590 = load i64, ptr %1589, align 8, !tbaa !5
-  %1591 = getelementptr i32, ptr %value_cache, i64 %1590
-  %1592 = getelementptr i32, ptr %1591, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1592, i32 0, i32 2, i32 1)
-  %1593 = getelementptr i8, ptr %1591, i64 64
-  %1594 = getelementptr i32, ptr %1593, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1594, i32 0, i32 2, i32 1)
-  %1595 = getelementptr i8, ptr %1591, i64 128
-  %1596 = getelementptr i32, ptr %1595, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1596, i32 0, i32 2, i32 1)
-  %1597 = getelementptr i8, ptr %1591, i64 192
-  %1598 = getelementptr i32, ptr %1597, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1598, i32 0, i32 2, i32 1)
-  %1599 = getelementptr i8, ptr %1579, i64 16
-  %1600 = load i64, ptr %1599, align 8, !tbaa !5
-  %1601 = getelementptr i32, ptr %value_cache, i64 %1600
-  %1602 = getelementptr i32, ptr %1601, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1602, i32 0, i32 2, i32 1)
-  %1603 = getelementptr i8, ptr %1601, i64 64
-  %1604 = getelementptr i32, ptr %1603, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1604, i32 0, i32 2, i32 1)
-  %1605 = getelementptr i8, ptr %1601, i64 128
-  %1606 = getelementptr i32, ptr %1605, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1606, i32 0, i32 2, i32 1)
-  %1607 = getelementptr i8, ptr %1601, i64 192
-  %1608 = getelementptr i32, ptr %1607, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1608, i32 0, i32 2, i32 1)
-  %1609 = getelementptr i8, ptr %1579, i64 24
-  %1610 = load i64, ptr %1609, align 8, !tbaa !5
-  %1611 = getelementptr i32, ptr %value_cache, i64 %1610
-  %1612 = getelementptr i32, ptr %1611, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1612, i32 0, i32 2, i32 1)
-  %1613 = getelementptr i8, ptr %1611, i64 64
-  %1614 = getelementptr i32, ptr %1613, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1614, i32 0, i32 2, i32 1)
-  %1615 = getelementptr i8, ptr %1611, i64 128
-  %1616 = getelementptr i32, ptr %1615, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1616, i32 0, i32 2, i32 1)
-  %1617 = getelementptr i8, ptr %1611, i64 192
-  %1618 = getelementptr i32, ptr %1617, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1618, i32 0, i32 2, i32 1)
-  %1619 = shl nsw i64 %indvars.iv714.i, 4
-  %1620 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1619
-  %1621 = load float, ptr %1620, align 4, !tbaa !5
-  %1622 = insertelement <16 x float> poison, float %1621, i64 0
-  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
-  %1624 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1619
-  %1625 = load i64, ptr %1624, align 8, !tbaa !5
-  %gep472.i = getelementptr i32, ptr %gep534.i, i64 %1625
-  %1626 = load <16 x i32>, ptr %gep472.i, align 4, !tbaa !5
-  %1627 = shl <16 x i32> %1626, splat (i32 16)
-  %1628 = bitcast <16 x i32> %1627 to <16 x float>
-  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.0.0457.i)
-  %1630 = getelementptr inbounds nuw i8, ptr %1620, i64 512
-  %1631 = load float, ptr %1630, align 4, !tbaa !5
-  %1632 = insertelement <16 x float> poison, float %1631, i64 0
-  %1633 = shufflevector <16 x float> %1632, <16 x float> poison, <16 x i32> zeroinitializer
-  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.68.0455.i)
-  %1635 = getelementptr inbounds nuw i8, ptr %1620, i64 1024
-  %1636 = load float, ptr %1635, align 4, !tbaa !5
-  %1637 = insertelement <16 x float> poison, float %1636, i64 0
-  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.136.0453.i)
-  %1640 = getelementptr inbounds nuw i8, ptr %1620, i64 1536
-  %1641 = load float, ptr %1640, align 4, !tbaa !5
-  %1642 = insertelement <16 x float> poison, float %1641, i64 0
-  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
-  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.204.0458.i)
-  %1645 = and <16 x i32> %1626, splat (i32 -65536)
-  %1646 = bitcast <16 x i32> %1645 to <16 x float>
-  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.34.0456.i)
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.102.0454.i)
-  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.170.0452.i)
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.238.0459.i)
-  %1651 = or disjoint i64 %1619, 1
-  %1652 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1651
-  %1653 = load float, ptr %1652, align 4, !tbaa !5
-  %1654 = insertelement <16 x float> poison, float %1653, i64 0
-  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
-  %1656 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1651
-  %1657 = load i64, ptr %1656, align 8, !tbaa !5
-  %gep476.i = getelementptr i32, ptr %gep534.i, i64 %1657
-  %1658 = load <16 x i32>, ptr %gep476.i, align 4, !tbaa !5
-  %1659 = shl <16 x i32> %1658, splat (i32 16)
-  %1660 = bitcast <16 x i32> %1659 to <16 x float>
-  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1660, <16 x float> %1629)
-  %1662 = getelementptr inbounds nuw i8, ptr %1620, i64 516
-  %1663 = load float, ptr %1662, align 4, !tbaa !5
-  %1664 = insertelement <16 x float> poison, float %1663, i64 0
-  %1665 = shufflevector <16 x float> %1664, <16 x float> poison, <16 x i32> zeroinitializer
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1660, <16 x float> %1634)
-  %1667 = getelementptr inbounds nuw i8, ptr %1620, i64 1028
-  %1668 = load float, ptr %1667, align 4, !tbaa !5
-  %1669 = insertelement <16 x float> poison, float %1668, i64 0
-  %1670 = shufflevector <16 x float> %1669, <16 x float> poison, <16 x i32> zeroinitializer
-  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1660, <16 x float> %1639)
-  %1672 = getelementptr inbounds nuw i8, ptr %1620, i64 1540
-  %1673 = load float, ptr %1672, align 4, !tbaa !5
-  %1674 = insertelement <16 x float> poison, float %1673, i64 0
-  %1675 = shufflevector <16 x float> %1674, <16 x float> poison, <16 x i32> zeroinitializer
-  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1660, <16 x float> %1644)
-  %1677 = and <16 x i32> %1658, splat (i32 -65536)
-  %1678 = bitcast <16 x i32> %1677 to <16 x float>
-  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1678, <16 x float> %1647)
-  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1678, <16 x float> %1648)
-  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1678, <16 x float> %1649)
-  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1678, <16 x float> %1650)
-  %1683 = or disjoint i64 %1619, 2
-  %1684 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
-  %1685 = load float, ptr %1684, align 4, !tbaa !5
-  %1686 = insertelement <16 x float> poison, float %1685, i64 0
-  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
-  %1688 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1683
-  %1689 = load i64, ptr %1688, align 8, !tbaa !5
-  %gep480.i = getelementptr i32, ptr %gep534.i, i64 %1689
-  %1690 = load <16 x i32>, ptr %gep480.i, align 4, !tbaa !5
-  %1691 = shl <16 x i32> %1690, splat (i32 16)
-  %1692 = bitcast <16 x i32> %1691 to <16 x float>
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1692, <16 x float> %1661)
-  %1694 = getelementptr inbounds nuw i8, ptr %1620, i64 520
-  %1695 = load float, ptr %1694, align 4, !tbaa !5
-  %1696 = insertelement <16 x float> poison, float %1695, i64 0
-  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
-  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1692, <16 x float> %1666)
-  %1699 = getelementptr inbounds nuw i8, ptr %1620, i64 1032
-  %1700 = load float, ptr %1699, align 4, !tbaa !5
-  %1701 = insertelement <16 x float> poison, float %1700, i64 0
-  %1702 = shufflevector <16 x float> %1701, <16 x float> poison, <16 x i32> zeroinitializer
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1692, <16 x float> %1671)
-  %1704 = getelementptr inbounds nuw i8, ptr %1620, i64 1544
-  %1705 = load float, ptr %1704, align 4, !tbaa !5
-  %1706 = insertelement <16 x float> poison, float %1705, i64 0
-  %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1692, <16 x float> %1676)
-  %1709 = and <16 x i32> %1690, splat (i32 -65536)
-  %1710 = bitcast <16 x i32> %1709 to <16 x float>
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1710, <16 x float> %1679)
-  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1710, <16 x float> %1680)
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1710, <16 x float> %1681)
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1710, <16 x float> %1682)
-  %1715 = or disjoint i64 %1619, 3
-  %1716 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1715
-  %1717 = load float, ptr %1716, align 4, !tbaa !5
-  %1718 = insertelement <16 x float> poison, float %1717, i64 0
-  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1715
-  %1721 = load i64, ptr %1720, align 8, !tbaa !5
-  %gep484.i = getelementptr i32, ptr %gep534.i, i64 %1721
-  %1722 = load <16 x i32>, ptr %gep484.i, align 4, !tbaa !5
-  %1723 = shl <16 x i32> %1722, splat (i32 16)
-  %1724 = bitcast <16 x i32> %1723 to <16 x float>
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1724, <16 x float> %1693)
-  %1726 = getelementptr inbounds nuw i8, ptr %1620, i64 524
-  %1727 = load float, ptr %1726, align 4, !tbaa !5
-  %1728 = insertelement <16 x float> poison, float %1727, i64 0
-  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1724, <16 x float> %1698)
-  %1731 = getelementptr inbounds nuw i8, ptr %1620, i64 1036
-  %1732 = load float, ptr %1731, align 4, !tbaa !5
-  %1733 = insertelement <16 x float> poison, float %1732, i64 0
-  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1724, <16 x float> %1703)
-  %1736 = getelementptr inbounds nuw i8, ptr %1620, i64 1548
-  %1737 = load float, ptr %1736, align 4, !tbaa !5
-  %1738 = insertelement <16 x float> poison, float %1737, i64 0
-  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1724, <16 x float> %1708)
-  %1741 = and <16 x i32> %1722, splat (i32 -65536)
-  %1742 = bitcast <16 x i32> %1741 to <16 x float>
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1742, <16 x float> %1711)
-  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1742, <16 x float> %1712)
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1742, <16 x float> %1713)
-  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1742, <16 x float> %1714)
-  %1747 = or disjoint i64 %1619, 4
-  %1748 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1747
-  %1749 = load float, ptr %1748, align 4, !tbaa !5
-  %1750 = insertelement <16 x float> poison, float %1749, i64 0
-  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
-  %1752 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1747
-  %1753 = load i64, ptr %1752, align 8, !tbaa !5
-  %gep488.i = getelementptr i32, ptr %gep534.i, i64 %1753
-  %1754 = load <16 x i32>, ptr %gep488.i, align 4, !tbaa !5
-  %1755 = shl <16 x i32> %1754, splat (i32 16)
-  %1756 = bitcast <16 x i32> %1755 to <16 x float>
-  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1756, <16 x float> %1725)
-  %1758 = getelementptr inbounds nuw i8, ptr %1620, i64 528
-  %1759 = load float, ptr %1758, align 4, !tbaa !5
-  %1760 = insertelement <16 x float> poison, float %1759, i64 0
-  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1756, <16 x float> %1730)
-  %1763 = getelementptr inbounds nuw i8, ptr %1620, i64 1040
-  %1764 = load float, ptr %1763, align 4, !tbaa !5
-  %1765 = insertelement <16 x float> poison, float %1764, i64 0
-  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1756, <16 x float> %1735)
-  %1768 = getelementptr inbounds nuw i8, ptr %1620, i64 1552
-  %1769 = load float, ptr %1768, align 4, !tbaa !5
-  %1770 = insertelement <16 x float> poison, float %1769, i64 0
-  %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1756, <16 x float> %1740)
-  %1773 = and <16 x i32> %1754, splat (i32 -65536)
-  %1774 = bitcast <16 x i32> %1773 to <16 x float>
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1774, <16 x float> %1743)
-  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1774, <16 x float> %1744)
-  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1774, <16 x float> %1745)
-  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1774, <16 x float> %1746)
-  %1779 = or disjoint i64 %1619, 5
-  %1780 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1779
-  %1781 = load float, ptr %1780, align 4, !tbaa !5
-  %1782 = insertelement <16 x float> poison, float %1781, i64 0
-  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
-  %1784 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1779
-  %1785 = load i64, ptr %1784, align 8, !tbaa !5
-  %gep492.i = getelementptr i32, ptr %gep534.i, i64 %1785
-  %1786 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
-  %1787 = shl <16 x i32> %1786, splat (i32 16)
-  %1788 = bitcast <16 x i32> %1787 to <16 x float>
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1788, <16 x float> %1757)
-  %1790 = getelementptr inbounds nuw i8, ptr %1620, i64 532
-  %1791 = load float, ptr %1790, align 4, !tbaa !5
-  %1792 = insertelement <16 x float> poison, float %1791, i64 0
-  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1788, <16 x float> %1762)
-  %1795 = getelementptr inbounds nuw i8, ptr %1620, i64 1044
-  %1796 = load float, ptr %1795, align 4, !tbaa !5
-  %1797 = insertelement <16 x float> poison, float %1796, i64 0
-  %1798 = shufflevector <16 x float> %1797, <16 x float> poison, <16 x i32> zeroinitializer
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1788, <16 x float> %1767)
-  %1800 = getelementptr inbounds nuw i8, ptr %1620, i64 1556
-  %1801 = load float, ptr %1800, align 4, !tbaa !5
-  %1802 = insertelement <16 x float> poison, float %1801, i64 0
-  %1803 = shufflevector <16 x float> %1802, <16 x float> poison, <16 x i32> zeroinitializer
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1788, <16 x float> %1772)
-  %1805 = and <16 x i32> %1786, splat (i32 -65536)
-  %1806 = bitcast <16 x i32> %1805 to <16 x float>
-  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1806, <16 x float> %1775)
-  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1806, <16 x float> %1776)
-  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1806, <16 x float> %1777)
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1806, <16 x float> %1778)
-  %1811 = or disjoint i64 %1619, 6
-  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1811
-  %1813 = load float, ptr %1812, align 4, !tbaa !5
-  %1814 = insertelement <16 x float> poison, float %1813, i64 0
-  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
-  %1816 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1811
-  %1817 = load i64, ptr %1816, align 8, !tbaa !5
-  %gep496.i = getelementptr i32, ptr %gep534.i, i64 %1817
-  %1818 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
-  %1819 = shl <16 x i32> %1818, splat (i32 16)
-  %1820 = bitcast <16 x i32> %1819 to <16 x float>
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1820, <16 x float> %1789)
-  %1822 = getelementptr inbounds nuw i8, ptr %1620, i64 536
-  %1823 = load float, ptr %1822, align 4, !tbaa !5
-  %1824 = insertelement <16 x float> poison, float %1823, i64 0
-  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1820, <16 x float> %1794)
-  %1827 = getelementptr inbounds nuw i8, ptr %1620, i64 1048
-  %1828 = load float, ptr %1827, align 4, !tbaa !5
-  %1829 = insertelement <16 x float> poison, float %1828, i64 0
-  %1830 = shufflevector <16 x float> %1829, <16 x float> poison, <16 x i32> zeroinitializer
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1820, <16 x float> %1799)
-  %1832 = getelementptr inbounds nuw i8, ptr %1620, i64 1560
-  %1833 = load float, ptr %1832, align 4, !tbaa !5
-  %1834 = insertelement <16 x float> poison, float %1833, i64 0
-  %1835 = shufflevector <16 x float> %1834, <16 x float> poison, <16 x i32> zeroinitializer
-  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1820, <16 x float> %1804)
-  %1837 = and <16 x i32> %1818, splat (i32 -65536)
-  %1838 = bitcast <16 x i32> %1837 to <16 x float>
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1838, <16 x float> %1807)
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1838, <16 x float> %1808)
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1838, <16 x float> %1809)
-  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1838, <16 x float> %1810)
-  %1843 = or disjoint i64 %1619, 7
-  %1844 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1843
-  %1845 = load float, ptr %1844, align 4, !tbaa !5
-  %1846 = insertelement <16 x float> poison, float %1845, i64 0
-  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
-  %1848 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1843
-  %1849 = load i64, ptr %1848, align 8, !tbaa !5
-  %gep500.i = getelementptr i32, ptr %gep534.i, i64 %1849
-  %1850 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
-  %1851 = shl <16 x i32> %1850, splat (i32 16)
-  %1852 = bitcast <16 x i32> %1851 to <16 x float>
-  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1852, <16 x float> %1821)
-  %1854 = getelementptr inbounds nuw i8, ptr %1620, i64 540
-  %1855 = load float, ptr %1854, align 4, !tbaa !5
-  %1856 = insertelement <16 x float> poison, float %1855, i64 0
-  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1852, <16 x float> %1826)
-  %1859 = getelementptr inbounds nuw i8, ptr %1620, i64 1052
-  %1860 = load float, ptr %1859, align 4, !tbaa !5
-  %1861 = insertelement <16 x float> poison, float %1860, i64 0
-  %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
-  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1852, <16 x float> %1831)
-  %1864 = getelementptr inbounds nuw i8, ptr %1620, i64 1564
-  %1865 = load float, ptr %1864, align 4, !tbaa !5
-  %1866 = insertelement <16 x float> poison, float %1865, i64 0
-  %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
-  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1852, <16 x float> %1836)
-  %1869 = and <16 x i32> %1850, splat (i32 -65536)
-  %1870 = bitcast <16 x i32> %1869 to <16 x float>
-  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1870, <16 x float> %1839)
-  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1870, <16 x float> %1840)
-  %1873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1870, <16 x float> %1841)
-  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1870, <16 x float> %1842)
-  %1875 = or disjoint i64 %1619, 8
-  %1876 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1875
-  %1877 = load float, ptr %1876, align 4, !tbaa !5
-  %1878 = insertelement <16 x float> poison, float %1877, i64 0
-  %1879 = shufflevector <16 x float> %1878, <16 x float> poison, <16 x i32> zeroinitializer
-  %1880 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1875
-  %1881 = load i64, ptr %1880, align 8, !tbaa !5
-  %gep504.i = getelementptr i32, ptr %gep534.i, i64 %1881
-  %1882 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
-  %1883 = shl <16 x i32> %1882, splat (i32 16)
-  %1884 = bitcast <16 x i32> %1883 to <16 x float>
-  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1884, <16 x float> %1853)
-  %1886 = getelementptr inbounds nuw i8, ptr %1620, i64 544
-  %1887 = load float, ptr %1886, align 4, !tbaa !5
-  %1888 = insertelement <16 x float> poison, float %1887, i64 0
-  %1889 = shufflevector <16 x float> %1888, <16 x float> poison, <16 x i32> zeroinitializer
-  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1884, <16 x float> %1858)
-  %1891 = getelementptr inbounds nuw i8, ptr %1620, i64 1056
-  %1892 = load float, ptr %1891, align 4, !tbaa !5
-  %1893 = insertelement <16 x float> poison, float %1892, i64 0
-  %1894 = shufflevector <16 x float> %1893, <16 x float> poison, <16 x i32> zeroinitializer
-  %1895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1884, <16 x float> %1863)
-  %1896 = getelementptr inbounds nuw i8, ptr %1620, i64 1568
-  %1897 = load float, ptr %1896, align 4, !tbaa !5
-  %1898 = insertelement <16 x float> poison, float %1897, i64 0
-  %1899 = shufflevector <16 x float> %1898, <16 x float> poison, <16 x i32> zeroinitializer
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1884, <16 x float> %1868)
-  %1901 = and <16 x i32> %1882, splat (i32 -65536)
-  %1902 = bitcast <16 x i32> %1901 to <16 x float>
-  %1903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1902, <16 x float> %1871)
-  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1902, <16 x float> %1872)
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1902, <16 x float> %1873)
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1902, <16 x float> %1874)
-  %1907 = or disjoint i64 %1619, 9
-  %1908 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1907
-  %1909 = load float, ptr %1908, align 4, !tbaa !5
-  %1910 = insertelement <16 x float> poison, float %1909, i64 0
-  %1911 = shufflevector <16 x float> %1910, <16 x float> poison, <16 x i32> zeroinitializer
-  %1912 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1907
-  %1913 = load i64, ptr %1912, align 8, !tbaa !5
-  %gep508.i = getelementptr i32, ptr %gep534.i, i64 %1913
-  %1914 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
-  %1915 = shl <16 x i32> %1914, splat (i32 16)
-  %1916 = bitcast <16 x i32> %1915 to <16 x float>
-  %1917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1916, <16 x float> %1885)
-  %1918 = getelementptr inbounds nuw i8, ptr %1620, i64 548
-  %1919 = load float, ptr %1918, align 4, !tbaa !5
-  %1920 = insertelement <16 x float> poison, float %1919, i64 0
-  %1921 = shufflevector <16 x float> %1920, <16 x float> poison, <16 x i32> zeroinitializer
-  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1916, <16 x float> %1890)
-  %1923 = getelementptr inbounds nuw i8, ptr %1620, i64 1060
-  %1924 = load float, ptr %1923, align 4, !tbaa !5
-  %1925 = insertelement <16 x float> poison, float %1924, i64 0
-  %1926 = shufflevector <16 x float> %1925, <16 x float> poison, <16 x i32> zeroinitializer
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1916, <16 x float> %1895)
-  %1928 = getelementptr inbounds nuw i8, ptr %1620, i64 1572
-  %1929 = load float, ptr %1928, align 4, !tbaa !5
-  %1930 = insertelement <16 x float> poison, float %1929, i64 0
-  %1931 = shufflevector <16 x float> %1930, <16 x float> poison, <16 x i32> zeroinitializer
-  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1916, <16 x float> %1900)
-  %1933 = and <16 x i32> %1914, splat (i32 -65536)
-  %1934 = bitcast <16 x i32> %1933 to <16 x float>
-  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1934, <16 x float> %1903)
-  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1934, <16 x float> %1904)
-  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1934, <16 x float> %1905)
-  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1934, <16 x float> %1906)
-  %1939 = or disjoint i64 %1619, 10
-  %1940 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1939
-  %1941 = load float, ptr %1940, align 4, !tbaa !5
-  %1942 = insertelement <16 x float> poison, float %1941, i64 0
-  %1943 = shufflevector <16 x float> %1942, <16 x float> poison, <16 x i32> zeroinitializer
-  %1944 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1939
-  %1945 = load i64, ptr %1944, align 8, !tbaa !5
-  %gep512.i = getelementptr i32, ptr %gep534.i, i64 %1945
-  %1946 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
-  %1947 = shl <16 x i32> %1946, splat (i32 16)
-  %1948 = bitcast <16 x i32> %1947 to <16 x float>
-  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1948, <16 x float> %1917)
-  %1950 = getelementptr inbounds nuw i8, ptr %1620, i64 552
-  %1951 = load float, ptr %1950, align 4, !tbaa !5
-  %1952 = insertelement <16 x float> poison, float %1951, i64 0
-  %1953 = shufflevector <16 x float> %1952, <16 x float> poison, <16 x i32> zeroinitializer
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1948, <16 x float> %1922)
-  %1955 = getelementptr inbounds nuw i8, ptr %1620, i64 1064
-  %1956 = load float, ptr %1955, align 4, !tbaa !5
-  %1957 = insertelement <16 x float> poison, float %1956, i64 0
-  %1958 = shufflevector <16 x float> %1957, <16 x float> poison, <16 x i32> zeroinitializer
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1948, <16 x float> %1927)
-  %1960 = getelementptr inbounds nuw i8, ptr %1620, i64 1576
-  %1961 = load float, ptr %1960, align 4, !tbaa !5
-  %1962 = insertelement <16 x float> poison, float %1961, i64 0
-  %1963 = shufflevector <16 x float> %1962, <16 x float> poison, <16 x i32> zeroinitializer
-  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1948, <16 x float> %1932)
-  %1965 = and <16 x i32> %1946, splat (i32 -65536)
-  %1966 = bitcast <16 x i32> %1965 to <16 x float>
-  %1967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1966, <16 x float> %1935)
-  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1966, <16 x float> %1936)
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1966, <16 x float> %1937)
-  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1966, <16 x float> %1938)
-  %1971 = or disjoint i64 %1619, 11
-  %1972 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1971
-  %1973 = load float, ptr %1972, align 4, !tbaa !5
-  %1974 = insertelement <16 x float> poison, float %1973, i64 0
-  %1975 = shufflevector <16 x float> %1974, <16 x float> poison, <16 x i32> zeroinitializer
-  %1976 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1971
-  %1977 = load i64, ptr %1976, align 8, !tbaa !5
-  %gep516.i = getelementptr i32, ptr %gep534.i, i64 %1977
-  %1978 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
-  %1979 = shl <16 x i32> %1978, splat (i32 16)
-  %1980 = bitcast <16 x i32> %1979 to <16 x float>
-  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1980, <16 x float> %1949)
-  %1982 = getelementptr inbounds nuw i8, ptr %1620, i64 556
-  %1983 = load float, ptr %1982, align 4, !tbaa !5
-  %1984 = insertelement <16 x float> poison, float %1983, i64 0
-  %1985 = shufflevector <16 x float> %1984, <16 x float> poison, <16 x i32> zeroinitializer
-  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1980, <16 x float> %1954)
-  %1987 = getelementptr inbounds nuw i8, ptr %1620, i64 1068
-  %1988 = load float, ptr %1987, align 4, !tbaa !5
-  %1989 = insertelement <16 x float> poison, float %1988, i64 0
-  %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
-  %1991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1980, <16 x float> %1959)
-  %1992 = getelementptr inbounds nuw i8, ptr %1620, i64 1580
-  %1993 = load float, ptr %1992, align 4, !tbaa !5
-  %1994 = insertelement <16 x float> poison, float %1993, i64 0
-  %1995 = shufflevector <16 x float> %1994, <16 x float> poison, <16 x i32> zeroinitializer
-  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1980, <16 x float> %1964)
-  %1997 = and <16 x i32> %1978, splat (i32 -65536)
-  %1998 = bitcast <16 x i32> %1997 to <16 x float>
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1998, <16 x float> %1967)
-  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1998, <16 x float> %1968)
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1998, <16 x float> %1969)
-  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1998, <16 x float> %1970)
-  %2003 = or disjoint i64 %1619, 12
-  %2004 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2003
-  %2005 = load float, ptr %2004, align 4, !tbaa !5
-  %2006 = insertelement <16 x float> poison, float %2005, i64 0
-  %2007 = shufflevector <16 x float> %2006, <16 x float> poison, <16 x i32> zeroinitializer
-  %2008 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2003
-  %2009 = load i64, ptr %2008, align 8, !tbaa !5
-  %gep520.i = getelementptr i32, ptr %gep534.i, i64 %2009
-  %2010 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
-  %2011 = shl <16 x i32> %2010, splat (i32 16)
-  %2012 = bitcast <16 x i32> %2011 to <16 x float>
-  %2013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2012, <16 x float> %1981)
-  %2014 = getelementptr inbounds nuw i8, ptr %1620, i64 560
-  %2015 = load float, ptr %2014, align 4, !tbaa !5
-  %2016 = insertelement <16 x float> poison, float %2015, i64 0
-  %2017 = shufflevector <16 x float> %2016, <16 x float> poison, <16 x i32> zeroinitializer
-  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2012, <16 x float> %1986)
-  %2019 = getelementptr inbounds nuw i8, ptr %1620, i64 1072
-  %2020 = load float, ptr %2019, align 4, !tbaa !5
-  %2021 = insertelement <16 x float> poison, float %2020, i64 0
-  %2022 = shufflevector <16 x float> %2021, <16 x float> poison, <16 x i32> zeroinitializer
-  %2023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2012, <16 x float> %1991)
-  %2024 = getelementptr inbounds nuw i8, ptr %1620, i64 1584
-  %2025 = load float, ptr %2024, align 4, !tbaa !5
-  %2026 = insertelement <16 x float> poison, float %2025, i64 0
-  %2027 = shufflevector <16 x float> %2026, <16 x float> poison, <16 x i32> zeroinitializer
-  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2012, <16 x float> %1996)
-  %2029 = and <16 x i32> %2010, splat (i32 -65536)
-  %2030 = bitcast <16 x i32> %2029 to <16 x float>
-  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2030, <16 x float> %1999)
-  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2030, <16 x float> %2000)
-  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2030, <16 x float> %2001)
-  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2030, <16 x float> %2002)
-  %2035 = or disjoint i64 %1619, 13
-  %2036 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2035
-  %2037 = load float, ptr %2036, align 4, !tbaa !5
-  %2038 = insertelement <16 x float> poison, float %2037, i64 0
-  %2039 = shufflevector <16 x float> %2038, <16 x float> poison, <16 x i32> zeroinitializer
-  %2040 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2035
-  %2041 = load i64, ptr %2040, align 8, !tbaa !5
-  %gep524.i = getelementptr i32, ptr %gep534.i, i64 %2041
-  %2042 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
-  %2043 = shl <16 x i32> %2042, splat (i32 16)
-  %2044 = bitcast <16 x i32> %2043 to <16 x float>
-  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2044, <16 x float> %2013)
-  %2046 = getelementptr inbounds nuw i8, ptr %1620, i64 564
-  %2047 = load float, ptr %2046, align 4, !tbaa !5
-  %2048 = insertelement <16 x float> poison, float %2047, i64 0
-  %2049 = shufflevector <16 x float> %2048, <16 x float> poison, <16 x i32> zeroinitializer
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2044, <16 x float> %2018)
-  %2051 = getelementptr inbounds nuw i8, ptr %1620, i64 1076
-  %2052 = load float, ptr %2051, align 4, !tbaa !5
-  %2053 = insertelement <16 x float> poison, float %2052, i64 0
-  %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
-  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2044, <16 x float> %2023)
-  %2056 = getelementptr inbounds nuw i8, ptr %1620, i64 1588
-  %2057 = load float, ptr %2056, align 4, !tbaa !5
-  %2058 = insertelement <16 x float> poison, float %2057, i64 0
-  %2059 = shufflevector <16 x float> %2058, <16 x float> poison, <16 x i32> zeroinitializer
-  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2044, <16 x float> %2028)
-  %2061 = and <16 x i32> %2042, splat (i32 -65536)
-  %2062 = bitcast <16 x i32> %2061 to <16 x float>
-  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2062, <16 x float> %2031)
-  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2062, <16 x float> %2032)
-  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2062, <16 x float> %2033)
-  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2062, <16 x float> %2034)
-  %2067 = or disjoint i64 %1619, 14
-  %2068 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2067
-  %2069 = load float, ptr %2068, align 4, !tbaa !5
-  %2070 = insertelement <16 x float> poison, float %2069, i64 0
-  %2071 = shufflevector <16 x float> %2070, <16 x float> poison, <16 x i32> zeroinitializer
-  %2072 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2067
-  %2073 = load i64, ptr %2072, align 8, !tbaa !5
-  %gep528.i = getelementptr i32, ptr %gep534.i, i64 %2073
-  %2074 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
-  %2075 = shl <16 x i32> %2074, splat (i32 16)
-  %2076 = bitcast <16 x i32> %2075 to <16 x float>
-  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2076, <16 x float> %2045)
-  %2078 = getelementptr inbounds nuw i8, ptr %1620, i64 568
-  %2079 = load float, ptr %2078, align 4, !tbaa !5
-  %2080 = insertelement <16 x float> poison, float %2079, i64 0
-  %2081 = shufflevector <16 x float> %2080, <16 x float> poison, <16 x i32> zeroinitializer
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2076, <16 x float> %2050)
-  %2083 = getelementptr inbounds nuw i8, ptr %1620, i64 1080
-  %2084 = load float, ptr %2083, align 4, !tbaa !5
-  %2085 = insertelement <16 x float> poison, float %2084, i64 0
-  %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2076, <16 x float> %2055)
-  %2088 = getelementptr inbounds nuw i8, ptr %1620, i64 1592
-  %2089 = load float, ptr %2088, align 4, !tbaa !5
-  %2090 = insertelement <16 x float> poison, float %2089, i64 0
-  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2076, <16 x float> %2060)
-  %2093 = and <16 x i32> %2074, splat (i32 -65536)
-  %2094 = bitcast <16 x i32> %2093 to <16 x float>
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2094, <16 x float> %2063)
-  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2094, <16 x float> %2064)
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2094, <16 x float> %2065)
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2094, <16 x float> %2066)
-  %2099 = or disjoint i64 %1619, 15
-  %2100 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2099
-  %2101 = load float, ptr %2100, align 4, !tbaa !5
-  %2102 = insertelement <16 x float> poison, float %2101, i64 0
-  %2103 = shufflevector <16 x float> %2102, <16 x float> poison, <16 x i32> zeroinitializer
-  %2104 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2099
-  %2105 = load i64, ptr %2104, align 8, !tbaa !5
-  %gep532.i = getelementptr i32, ptr %gep534.i, i64 %2105
-  %2106 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
-  %2107 = shl <16 x i32> %2106, splat (i32 16)
-  %2108 = bitcast <16 x i32> %2107 to <16 x float>
-  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2108, <16 x float> %2077)
-  %2110 = getelementptr inbounds nuw i8, ptr %1620, i64 572
-  %2111 = load float, ptr %2110, align 4, !tbaa !5
-  %2112 = insertelement <16 x float> poison, float %2111, i64 0
-  %2113 = shufflevector <16 x float> %2112, <16 x float> poison, <16 x i32> zeroinitializer
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2108, <16 x float> %2082)
-  %2115 = getelementptr inbounds nuw i8, ptr %1620, i64 1084
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
-  %2117 = insertelement <16 x float> poison, float %2116, i64 0
-  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2108, <16 x float> %2087)
-  %2120 = getelementptr inbounds nuw i8, ptr %1620, i64 1596
-  %2121 = load float, ptr %2120, align 4, !tbaa !5
-  %2122 = insertelement <16 x float> poison, float %2121, i64 0
-  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2108, <16 x float> %2092)
-  %2125 = and <16 x i32> %2106, splat (i32 -65536)
-  %2126 = bitcast <16 x i32> %2125 to <16 x float>
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2126, <16 x float> %2095)
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2126, <16 x float> %2096)
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2126, <16 x float> %2097)
-  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2126, <16 x float> %2098)
-  %indvars.iv.next715.i = add nuw nsw i64 %indvars.iv714.i, 1
-  %exitcond734.not.i = icmp eq i64 %indvars.iv.next715.i, %258
-  br i1 %exitcond734.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
+  %indvars.iv713.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next714.i, %for_body_to90.i ]
+  %full_acc_global236.sroa.238.0458.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2306, %for_body_to90.i ]
+  %full_acc_global236.sroa.204.0457.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2305, %for_body_to90.i ]
+  %full_acc_global236.sroa.0.0456.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2285, %for_body_to90.i ]
+  %full_acc_global236.sroa.34.0455.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2288, %for_body_to90.i ]
+  %full_acc_global236.sroa.68.0454.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2293, %for_body_to90.i ]
+  %full_acc_global236.sroa.102.0453.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2294, %for_body_to90.i ]
+  %full_acc_global236.sroa.136.0452.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2299, %for_body_to90.i ]
+  %full_acc_global236.sroa.170.0451.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2300, %for_body_to90.i ]
+  %1750 = add nuw nsw i64 %indvars.iv713.i, %1749
+  %1751 = trunc i64 %1750 to i32
+  %1752 = shl i32 %1751, 2
+  %1753 = add i32 %1752, %ahead_t.i
+  %1754 = sext i32 %1753 to i64
+  %1755 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1754
+  %1756 = load i64, ptr %1755, align 8, !tbaa !5
+  %1757 = getelementptr i32, ptr %value_cache, i64 %1756
+  %1758 = getelementptr i32, ptr %1757, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1758, i32 0, i32 2, i32 1)
+  %1759 = getelementptr i8, ptr %1757, i64 64
+  %1760 = getelementptr i32, ptr %1759, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1760, i32 0, i32 2, i32 1)
+  %1761 = getelementptr i8, ptr %1757, i64 128
+  %1762 = getelementptr i32, ptr %1761, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1762, i32 0, i32 2, i32 1)
+  %1763 = getelementptr i8, ptr %1757, i64 192
+  %1764 = getelementptr i32, ptr %1763, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1764, i32 0, i32 2, i32 1)
+  %1765 = getelementptr i8, ptr %1755, i64 8
+  %1766 = load i64, ptr %1765, align 8, !tbaa !5
+  %1767 = getelementptr i32, ptr %value_cache, i64 %1766
+  %1768 = getelementptr i32, ptr %1767, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1768, i32 0, i32 2, i32 1)
+  %1769 = getelementptr i8, ptr %1767, i64 64
+  %1770 = getelementptr i32, ptr %1769, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1770, i32 0, i32 2, i32 1)
+  %1771 = getelementptr i8, ptr %1767, i64 128
+  %1772 = getelementptr i32, ptr %1771, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1772, i32 0, i32 2, i32 1)
+  %1773 = getelementptr i8, ptr %1767, i64 192
+  %1774 = getelementptr i32, ptr %1773, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1774, i32 0, i32 2, i32 1)
+  %1775 = getelementptr i8, ptr %1755, i64 16
+  %1776 = load i64, ptr %1775, align 8, !tbaa !5
+  %1777 = getelementptr i32, ptr %value_cache, i64 %1776
+  %1778 = getelementptr i32, ptr %1777, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1778, i32 0, i32 2, i32 1)
+  %1779 = getelementptr i8, ptr %1777, i64 64
+  %1780 = getelementptr i32, ptr %1779, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1780, i32 0, i32 2, i32 1)
+  %1781 = getelementptr i8, ptr %1777, i64 128
+  %1782 = getelementptr i32, ptr %1781, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1782, i32 0, i32 2, i32 1)
+  %1783 = getelementptr i8, ptr %1777, i64 192
+  %1784 = getelementptr i32, ptr %1783, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1784, i32 0, i32 2, i32 1)
+  %1785 = getelementptr i8, ptr %1755, i64 24
+  %1786 = load i64, ptr %1785, align 8, !tbaa !5
+  %1787 = getelementptr i32, ptr %value_cache, i64 %1786
+  %1788 = getelementptr i32, ptr %1787, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1788, i32 0, i32 2, i32 1)
+  %1789 = getelementptr i8, ptr %1787, i64 64
+  %1790 = getelementptr i32, ptr %1789, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1790, i32 0, i32 2, i32 1)
+  %1791 = getelementptr i8, ptr %1787, i64 128
+  %1792 = getelementptr i32, ptr %1791, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1792, i32 0, i32 2, i32 1)
+  %1793 = getelementptr i8, ptr %1787, i64 192
+  %1794 = getelementptr i32, ptr %1793, i64 %1540
+  tail call void @llvm.prefetch.p0(ptr readonly %1794, i32 0, i32 2, i32 1)
+  %1795 = shl nsw i64 %indvars.iv713.i, 4
+  %1796 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1795
+  %1797 = load float, ptr %1796, align 4, !tbaa !5
+  %1798 = insertelement <16 x float> poison, float %1797, i64 0
+  %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
+  %1800 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1795
+  %1801 = load i64, ptr %1800, align 8, !tbaa !5
+  %gep471.i = getelementptr i32, ptr %gep533.i, i64 %1801
+  %1802 = load <16 x i32>, ptr %gep471.i, align 4, !tbaa !5
+  %1803 = shl <16 x i32> %1802, splat (i32 16)
+  %1804 = bitcast <16 x i32> %1803 to <16 x float>
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1804, <16 x float> %full_acc_global236.sroa.0.0456.i)
+  %1806 = and <16 x i32> %1802, %93
+  %1807 = bitcast <16 x i32> %1806 to <16 x float>
+  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1807, <16 x float> %full_acc_global236.sroa.34.0455.i)
+  %1809 = getelementptr inbounds nuw i8, ptr %1796, i64 512
+  %1810 = load float, ptr %1809, align 4, !tbaa !5
+  %1811 = insertelement <16 x float> poison, float %1810, i64 0
+  %1812 = shufflevector <16 x float> %1811, <16 x float> poison, <16 x i32> zeroinitializer
+  %1813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1812, <16 x float> %1804, <16 x float> %full_acc_global236.sroa.68.0454.i)
+  %1814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1812, <16 x float> %1807, <16 x float> %full_acc_global236.sroa.102.0453.i)
+  %1815 = getelementptr inbounds nuw i8, ptr %1796, i64 1024
+  %1816 = load float, ptr %1815, align 4, !tbaa !5
+  %1817 = insertelement <16 x float> poison, float %1816, i64 0
+  %1818 = shufflevector <16 x float> %1817, <16 x float> poison, <16 x i32> zeroinitializer
+  %1819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1818, <16 x float> %1804, <16 x float> %full_acc_global236.sroa.136.0452.i)
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1818, <16 x float> %1807, <16 x float> %full_acc_global236.sroa.170.0451.i)
+  %1821 = getelementptr inbounds nuw i8, ptr %1796, i64 1536
+  %1822 = load float, ptr %1821, align 4, !tbaa !5
+  %1823 = insertelement <16 x float> poison, float %1822, i64 0
+  %1824 = shufflevector <16 x float> %1823, <16 x float> poison, <16 x i32> zeroinitializer
+  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1804, <16 x float> %full_acc_global236.sroa.204.0457.i)
+  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1807, <16 x float> %full_acc_global236.sroa.238.0458.i)
+  %1827 = or disjoint i64 %1795, 1
+  %1828 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1827
+  %1829 = load float, ptr %1828, align 4, !tbaa !5
+  %1830 = insertelement <16 x float> poison, float %1829, i64 0
+  %1831 = shufflevector <16 x float> %1830, <16 x float> poison, <16 x i32> zeroinitializer
+  %1832 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1827
+  %1833 = load i64, ptr %1832, align 8, !tbaa !5
+  %gep475.i = getelementptr i32, ptr %gep533.i, i64 %1833
+  %1834 = load <16 x i32>, ptr %gep475.i, align 4, !tbaa !5
+  %1835 = shl <16 x i32> %1834, splat (i32 16)
+  %1836 = bitcast <16 x i32> %1835 to <16 x float>
+  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %1836, <16 x float> %1805)
+  %1838 = and <16 x i32> %1834, %93
+  %1839 = bitcast <16 x i32> %1838 to <16 x float>
+  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %1839, <16 x float> %1808)
+  %1841 = getelementptr inbounds nuw i8, ptr %1796, i64 516
+  %1842 = load float, ptr %1841, align 4, !tbaa !5
+  %1843 = insertelement <16 x float> poison, float %1842, i64 0
+  %1844 = shufflevector <16 x float> %1843, <16 x float> poison, <16 x i32> zeroinitializer
+  %1845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1836, <16 x float> %1813)
+  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1839, <16 x float> %1814)
+  %1847 = getelementptr inbounds nuw i8, ptr %1796, i64 1028
+  %1848 = load float, ptr %1847, align 4, !tbaa !5
+  %1849 = insertelement <16 x float> poison, float %1848, i64 0
+  %1850 = shufflevector <16 x float> %1849, <16 x float> poison, <16 x i32> zeroinitializer
+  %1851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1850, <16 x float> %1836, <16 x float> %1819)
+  %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1850, <16 x float> %1839, <16 x float> %1820)
+  %1853 = getelementptr inbounds nuw i8, ptr %1796, i64 1540
+  %1854 = load float, ptr %1853, align 4, !tbaa !5
+  %1855 = insertelement <16 x float> poison, float %1854, i64 0
+  %1856 = shufflevector <16 x float> %1855, <16 x float> poison, <16 x i32> zeroinitializer
+  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1856, <16 x float> %1836, <16 x float> %1825)
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1856, <16 x float> %1839, <16 x float> %1826)
+  %1859 = or disjoint i64 %1795, 2
+  %1860 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1859
+  %1861 = load float, ptr %1860, align 4, !tbaa !5
+  %1862 = insertelement <16 x float> poison, float %1861, i64 0
+  %1863 = shufflevector <16 x float> %1862, <16 x float> poison, <16 x i32> zeroinitializer
+  %1864 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1859
+  %1865 = load i64, ptr %1864, align 8, !tbaa !5
+  %gep479.i = getelementptr i32, ptr %gep533.i, i64 %1865
+  %1866 = load <16 x i32>, ptr %gep479.i, align 4, !tbaa !5
+  %1867 = shl <16 x i32> %1866, splat (i32 16)
+  %1868 = bitcast <16 x i32> %1867 to <16 x float>
+  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> %1868, <16 x float> %1837)
+  %1870 = and <16 x i32> %1866, %93
+  %1871 = bitcast <16 x i32> %1870 to <16 x float>
+  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> %1871, <16 x float> %1840)
+  %1873 = getelementptr inbounds nuw i8, ptr %1796, i64 520
+  %1874 = load float, ptr %1873, align 4, !tbaa !5
+  %1875 = insertelement <16 x float> poison, float %1874, i64 0
+  %1876 = shufflevector <16 x float> %1875, <16 x float> poison, <16 x i32> zeroinitializer
+  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1868, <16 x float> %1845)
+  %1878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1871, <16 x float> %1846)
+  %1879 = getelementptr inbounds nuw i8, ptr %1796, i64 1032
+  %1880 = load float, ptr %1879, align 4, !tbaa !5
+  %1881 = insertelement <16 x float> poison, float %1880, i64 0
+  %1882 = shufflevector <16 x float> %1881, <16 x float> poison, <16 x i32> zeroinitializer
+  %1883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1882, <16 x float> %1868, <16 x float> %1851)
+  %1884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1882, <16 x float> %1871, <16 x float> %1852)
+  %1885 = getelementptr inbounds nuw i8, ptr %1796, i64 1544
+  %1886 = load float, ptr %1885, align 4, !tbaa !5
+  %1887 = insertelement <16 x float> poison, float %1886, i64 0
+  %1888 = shufflevector <16 x float> %1887, <16 x float> poison, <16 x i32> zeroinitializer
+  %1889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1888, <16 x float> %1868, <16 x float> %1857)
+  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1888, <16 x float> %1871, <16 x float> %1858)
+  %1891 = or disjoint i64 %1795, 3
+  %1892 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1891
+  %1893 = load float, ptr %1892, align 4, !tbaa !5
+  %1894 = insertelement <16 x float> poison, float %1893, i64 0
+  %1895 = shufflevector <16 x float> %1894, <16 x float> poison, <16 x i32> zeroinitializer
+  %1896 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1891
+  %1897 = load i64, ptr %1896, align 8, !tbaa !5
+  %gep483.i = getelementptr i32, ptr %gep533.i, i64 %1897
+  %1898 = load <16 x i32>, ptr %gep483.i, align 4, !tbaa !5
+  %1899 = shl <16 x i32> %1898, splat (i32 16)
+  %1900 = bitcast <16 x i32> %1899 to <16 x float>
+  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1895, <16 x float> %1900, <16 x float> %1869)
+  %1902 = and <16 x i32> %1898, %93
+  %1903 = bitcast <16 x i32> %1902 to <16 x float>
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1895, <16 x float> %1903, <16 x float> %1872)
+  %1905 = getelementptr inbounds nuw i8, ptr %1796, i64 524
+  %1906 = load float, ptr %1905, align 4, !tbaa !5
+  %1907 = insertelement <16 x float> poison, float %1906, i64 0
+  %1908 = shufflevector <16 x float> %1907, <16 x float> poison, <16 x i32> zeroinitializer
+  %1909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1900, <16 x float> %1877)
+  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1903, <16 x float> %1878)
+  %1911 = getelementptr inbounds nuw i8, ptr %1796, i64 1036
+  %1912 = load float, ptr %1911, align 4, !tbaa !5
+  %1913 = insertelement <16 x float> poison, float %1912, i64 0
+  %1914 = shufflevector <16 x float> %1913, <16 x float> poison, <16 x i32> zeroinitializer
+  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1900, <16 x float> %1883)
+  %1916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1903, <16 x float> %1884)
+  %1917 = getelementptr inbounds nuw i8, ptr %1796, i64 1548
+  %1918 = load float, ptr %1917, align 4, !tbaa !5
+  %1919 = insertelement <16 x float> poison, float %1918, i64 0
+  %1920 = shufflevector <16 x float> %1919, <16 x float> poison, <16 x i32> zeroinitializer
+  %1921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1920, <16 x float> %1900, <16 x float> %1889)
+  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1920, <16 x float> %1903, <16 x float> %1890)
+  %1923 = or disjoint i64 %1795, 4
+  %1924 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1923
+  %1925 = load float, ptr %1924, align 4, !tbaa !5
+  %1926 = insertelement <16 x float> poison, float %1925, i64 0
+  %1927 = shufflevector <16 x float> %1926, <16 x float> poison, <16 x i32> zeroinitializer
+  %1928 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1923
+  %1929 = load i64, ptr %1928, align 8, !tbaa !5
+  %gep487.i = getelementptr i32, ptr %gep533.i, i64 %1929
+  %1930 = load <16 x i32>, ptr %gep487.i, align 4, !tbaa !5
+  %1931 = shl <16 x i32> %1930, splat (i32 16)
+  %1932 = bitcast <16 x i32> %1931 to <16 x float>
+  %1933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1927, <16 x float> %1932, <16 x float> %1901)
+  %1934 = and <16 x i32> %1930, %93
+  %1935 = bitcast <16 x i32> %1934 to <16 x float>
+  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1927, <16 x float> %1935, <16 x float> %1904)
+  %1937 = getelementptr inbounds nuw i8, ptr %1796, i64 528
+  %1938 = load float, ptr %1937, align 4, !tbaa !5
+  %1939 = insertelement <16 x float> poison, float %1938, i64 0
+  %1940 = shufflevector <16 x float> %1939, <16 x float> poison, <16 x i32> zeroinitializer
+  %1941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1932, <16 x float> %1909)
+  %1942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1935, <16 x float> %1910)
+  %1943 = getelementptr inbounds nuw i8, ptr %1796, i64 1040
+  %1944 = load float, ptr %1943, align 4, !tbaa !5
+  %1945 = insertelement <16 x float> poison, float %1944, i64 0
+  %1946 = shufflevector <16 x float> %1945, <16 x float> poison, <16 x i32> zeroinitializer
+  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1932, <16 x float> %1915)
+  %1948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1935, <16 x float> %1916)
+  %1949 = getelementptr inbounds nuw i8, ptr %1796, i64 1552
+  %1950 = load float, ptr %1949, align 4, !tbaa !5
+  %1951 = insertelement <16 x float> poison, float %1950, i64 0
+  %1952 = shufflevector <16 x float> %1951, <16 x float> poison, <16 x i32> zeroinitializer
+  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> %1932, <16 x float> %1921)
+  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> %1935, <16 x float> %1922)
+  %1955 = or disjoint i64 %1795, 5
+  %1956 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1955
+  %1957 = load float, ptr %1956, align 4, !tbaa !5
+  %1958 = insertelement <16 x float> poison, float %1957, i64 0
+  %1959 = shufflevector <16 x float> %1958, <16 x float> poison, <16 x i32> zeroinitializer
+  %1960 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1955
+  %1961 = load i64, ptr %1960, align 8, !tbaa !5
+  %gep491.i = getelementptr i32, ptr %gep533.i, i64 %1961
+  %1962 = load <16 x i32>, ptr %gep491.i, align 4, !tbaa !5
+  %1963 = shl <16 x i32> %1962, splat (i32 16)
+  %1964 = bitcast <16 x i32> %1963 to <16 x float>
+  %1965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1964, <16 x float> %1933)
+  %1966 = and <16 x i32> %1962, %93
+  %1967 = bitcast <16 x i32> %1966 to <16 x float>
+  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1967, <16 x float> %1936)
+  %1969 = getelementptr inbounds nuw i8, ptr %1796, i64 532
+  %1970 = load float, ptr %1969, align 4, !tbaa !5
+  %1971 = insertelement <16 x float> poison, float %1970, i64 0
+  %1972 = shufflevector <16 x float> %1971, <16 x float> poison, <16 x i32> zeroinitializer
+  %1973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1972, <16 x float> %1964, <16 x float> %1941)
+  %1974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1972, <16 x float> %1967, <16 x float> %1942)
+  %1975 = getelementptr inbounds nuw i8, ptr %1796, i64 1044
+  %1976 = load float, ptr %1975, align 4, !tbaa !5
+  %1977 = insertelement <16 x float> poison, float %1976, i64 0
+  %1978 = shufflevector <16 x float> %1977, <16 x float> poison, <16 x i32> zeroinitializer
+  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1964, <16 x float> %1947)
+  %1980 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1967, <16 x float> %1948)
+  %1981 = getelementptr inbounds nuw i8, ptr %1796, i64 1556
+  %1982 = load float, ptr %1981, align 4, !tbaa !5
+  %1983 = insertelement <16 x float> poison, float %1982, i64 0
+  %1984 = shufflevector <16 x float> %1983, <16 x float> poison, <16 x i32> zeroinitializer
+  %1985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1984, <16 x float> %1964, <16 x float> %1953)
+  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1984, <16 x float> %1967, <16 x float> %1954)
+  %1987 = or disjoint i64 %1795, 6
+  %1988 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1987
+  %1989 = load float, ptr %1988, align 4, !tbaa !5
+  %1990 = insertelement <16 x float> poison, float %1989, i64 0
+  %1991 = shufflevector <16 x float> %1990, <16 x float> poison, <16 x i32> zeroinitializer
+  %1992 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1987
+  %1993 = load i64, ptr %1992, align 8, !tbaa !5
+  %gep495.i = getelementptr i32, ptr %gep533.i, i64 %1993
+  %1994 = load <16 x i32>, ptr %gep495.i, align 4, !tbaa !5
+  %1995 = shl <16 x i32> %1994, splat (i32 16)
+  %1996 = bitcast <16 x i32> %1995 to <16 x float>
+  %1997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1991, <16 x float> %1996, <16 x float> %1965)
+  %1998 = and <16 x i32> %1994, %93
+  %1999 = bitcast <16 x i32> %1998 to <16 x float>
+  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1991, <16 x float> %1999, <16 x float> %1968)
+  %2001 = getelementptr inbounds nuw i8, ptr %1796, i64 536
+  %2002 = load float, ptr %2001, align 4, !tbaa !5
+  %2003 = insertelement <16 x float> poison, float %2002, i64 0
+  %2004 = shufflevector <16 x float> %2003, <16 x float> poison, <16 x i32> zeroinitializer
+  %2005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2004, <16 x float> %1996, <16 x float> %1973)
+  %2006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2004, <16 x float> %1999, <16 x float> %1974)
+  %2007 = getelementptr inbounds nuw i8, ptr %1796, i64 1048
+  %2008 = load float, ptr %2007, align 4, !tbaa !5
+  %2009 = insertelement <16 x float> poison, float %2008, i64 0
+  %2010 = shufflevector <16 x float> %2009, <16 x float> poison, <16 x i32> zeroinitializer
+  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %1996, <16 x float> %1979)
+  %2012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %1999, <16 x float> %1980)
+  %2013 = getelementptr inbounds nuw i8, ptr %1796, i64 1560
+  %2014 = load float, ptr %2013, align 4, !tbaa !5
+  %2015 = insertelement <16 x float> poison, float %2014, i64 0
+  %2016 = shufflevector <16 x float> %2015, <16 x float> poison, <16 x i32> zeroinitializer
+  %2017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2016, <16 x float> %1996, <16 x float> %1985)
+  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2016, <16 x float> %1999, <16 x float> %1986)
+  %2019 = or disjoint i64 %1795, 7
+  %2020 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2019
+  %2021 = load float, ptr %2020, align 4, !tbaa !5
+  %2022 = insertelement <16 x float> poison, float %2021, i64 0
+  %2023 = shufflevector <16 x float> %2022, <16 x float> poison, <16 x i32> zeroinitializer
+  %2024 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2019
+  %2025 = load i64, ptr %2024, align 8, !tbaa !5
+  %gep499.i = getelementptr i32, ptr %gep533.i, i64 %2025
+  %2026 = load <16 x i32>, ptr %gep499.i, align 4, !tbaa !5
+  %2027 = shl <16 x i32> %2026, splat (i32 16)
+  %2028 = bitcast <16 x i32> %2027 to <16 x float>
+  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> %2028, <16 x float> %1997)
+  %2030 = and <16 x i32> %2026, %93
+  %2031 = bitcast <16 x i32> %2030 to <16 x float>
+  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> %2031, <16 x float> %2000)
+  %2033 = getelementptr inbounds nuw i8, ptr %1796, i64 540
+  %2034 = load float, ptr %2033, align 4, !tbaa !5
+  %2035 = insertelement <16 x float> poison, float %2034, i64 0
+  %2036 = shufflevector <16 x float> %2035, <16 x float> poison, <16 x i32> zeroinitializer
+  %2037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2028, <16 x float> %2005)
+  %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2031, <16 x float> %2006)
+  %2039 = getelementptr inbounds nuw i8, ptr %1796, i64 1052
+  %2040 = load float, ptr %2039, align 4, !tbaa !5
+  %2041 = insertelement <16 x float> poison, float %2040, i64 0
+  %2042 = shufflevector <16 x float> %2041, <16 x float> poison, <16 x i32> zeroinitializer
+  %2043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2028, <16 x float> %2011)
+  %2044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2031, <16 x float> %2012)
+  %2045 = getelementptr inbounds nuw i8, ptr %1796, i64 1564
+  %2046 = load float, ptr %2045, align 4, !tbaa !5
+  %2047 = insertelement <16 x float> poison, float %2046, i64 0
+  %2048 = shufflevector <16 x float> %2047, <16 x float> poison, <16 x i32> zeroinitializer
+  %2049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> %2028, <16 x float> %2017)
+  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> %2031, <16 x float> %2018)
+  %2051 = or disjoint i64 %1795, 8
+  %2052 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2051
+  %2053 = load float, ptr %2052, align 4, !tbaa !5
+  %2054 = insertelement <16 x float> poison, float %2053, i64 0
+  %2055 = shufflevector <16 x float> %2054, <16 x float> poison, <16 x i32> zeroinitializer
+  %2056 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2051
+  %2057 = load i64, ptr %2056, align 8, !tbaa !5
+  %gep503.i = getelementptr i32, ptr %gep533.i, i64 %2057
+  %2058 = load <16 x i32>, ptr %gep503.i, align 4, !tbaa !5
+  %2059 = shl <16 x i32> %2058, splat (i32 16)
+  %2060 = bitcast <16 x i32> %2059 to <16 x float>
+  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2060, <16 x float> %2029)
+  %2062 = and <16 x i32> %2058, %93
+  %2063 = bitcast <16 x i32> %2062 to <16 x float>
+  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2063, <16 x float> %2032)
+  %2065 = getelementptr inbounds nuw i8, ptr %1796, i64 544
+  %2066 = load float, ptr %2065, align 4, !tbaa !5
+  %2067 = insertelement <16 x float> poison, float %2066, i64 0
+  %2068 = shufflevector <16 x float> %2067, <16 x float> poison, <16 x i32> zeroinitializer
+  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2068, <16 x float> %2060, <16 x float> %2037)
+  %2070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2068, <16 x float> %2063, <16 x float> %2038)
+  %2071 = getelementptr inbounds nuw i8, ptr %1796, i64 1056
+  %2072 = load float, ptr %2071, align 4, !tbaa !5
+  %2073 = insertelement <16 x float> poison, float %2072, i64 0
+  %2074 = shufflevector <16 x float> %2073, <16 x float> poison, <16 x i32> zeroinitializer
+  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2060, <16 x float> %2043)
+  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2063, <16 x float> %2044)
+  %2077 = getelementptr inbounds nuw i8, ptr %1796, i64 1568
+  %2078 = load float, ptr %2077, align 4, !tbaa !5
+  %2079 = insertelement <16 x float> poison, float %2078, i64 0
+  %2080 = shufflevector <16 x float> %2079, <16 x float> poison, <16 x i32> zeroinitializer
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2060, <16 x float> %2049)
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2063, <16 x float> %2050)
+  %2083 = or disjoint i64 %1795, 9
+  %2084 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2083
+  %2085 = load float, ptr %2084, align 4, !tbaa !5
+  %2086 = insertelement <16 x float> poison, float %2085, i64 0
+  %2087 = shufflevector <16 x float> %2086, <16 x float> poison, <16 x i32> zeroinitializer
+  %2088 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2083
+  %2089 = load i64, ptr %2088, align 8, !tbaa !5
+  %gep507.i = getelementptr i32, ptr %gep533.i, i64 %2089
+  %2090 = load <16 x i32>, ptr %gep507.i, align 4, !tbaa !5
+  %2091 = shl <16 x i32> %2090, splat (i32 16)
+  %2092 = bitcast <16 x i32> %2091 to <16 x float>
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2087, <16 x float> %2092, <16 x float> %2061)
+  %2094 = and <16 x i32> %2090, %93
+  %2095 = bitcast <16 x i32> %2094 to <16 x float>
+  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2087, <16 x float> %2095, <16 x float> %2064)
+  %2097 = getelementptr inbounds nuw i8, ptr %1796, i64 548
+  %2098 = load float, ptr %2097, align 4, !tbaa !5
+  %2099 = insertelement <16 x float> poison, float %2098, i64 0
+  %2100 = shufflevector <16 x float> %2099, <16 x float> poison, <16 x i32> zeroinitializer
+  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2092, <16 x float> %2069)
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2095, <16 x float> %2070)
+  %2103 = getelementptr inbounds nuw i8, ptr %1796, i64 1060
+  %2104 = load float, ptr %2103, align 4, !tbaa !5
+  %2105 = insertelement <16 x float> poison, float %2104, i64 0
+  %2106 = shufflevector <16 x float> %2105, <16 x float> poison, <16 x i32> zeroinitializer
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2092, <16 x float> %2075)
+  %2108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2095, <16 x float> %2076)
+  %2109 = getelementptr inbounds nuw i8, ptr %1796, i64 1572
+  %2110 = load float, ptr %2109, align 4, !tbaa !5
+  %2111 = insertelement <16 x float> poison, float %2110, i64 0
+  %2112 = shufflevector <16 x float> %2111, <16 x float> poison, <16 x i32> zeroinitializer
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %2092, <16 x float> %2081)
+  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %2095, <16 x float> %2082)
+  %2115 = or disjoint i64 %1795, 10
+  %2116 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2115
+  %2117 = load float, ptr %2116, align 4, !tbaa !5
+  %2118 = insertelement <16 x float> poison, float %2117, i64 0
+  %2119 = shufflevector <16 x float> %2118, <16 x float> poison, <16 x i32> zeroinitializer
+  %2120 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2115
+  %2121 = load i64, ptr %2120, align 8, !tbaa !5
+  %gep511.i = getelementptr i32, ptr %gep533.i, i64 %2121
+  %2122 = load <16 x i32>, ptr %gep511.i, align 4, !tbaa !5
+  %2123 = shl <16 x i32> %2122, splat (i32 16)
+  %2124 = bitcast <16 x i32> %2123 to <16 x float>
+  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2119, <16 x float> %2124, <16 x float> %2093)
+  %2126 = and <16 x i32> %2122, %93
+  %2127 = bitcast <16 x i32> %2126 to <16 x float>
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2119, <16 x float> %2127, <16 x float> %2096)
+  %2129 = getelementptr inbounds nuw i8, ptr %1796, i64 552
+  %2130 = load float, ptr %2129, align 4, !tbaa !5
+  %2131 = insertelement <16 x float> poison, float %2130, i64 0
+  %2132 = shufflevector <16 x float> %2131, <16 x float> poison, <16 x i32> zeroinitializer
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2124, <16 x float> %2101)
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2127, <16 x float> %2102)
+  %2135 = getelementptr inbounds nuw i8, ptr %1796, i64 1064
+  %2136 = load float, ptr %2135, align 4, !tbaa !5
+  %2137 = insertelement <16 x float> poison, float %2136, i64 0
+  %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2124, <16 x float> %2107)
+  %2140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2127, <16 x float> %2108)
+  %2141 = getelementptr inbounds nuw i8, ptr %1796, i64 1576
+  %2142 = load float, ptr %2141, align 4, !tbaa !5
+  %2143 = insertelement <16 x float> poison, float %2142, i64 0
+  %2144 = shufflevector <16 x float> %2143, <16 x float> poison, <16 x i32> zeroinitializer
+  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %2124, <16 x float> %2113)
+  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %2127, <16 x float> %2114)
+  %2147 = or disjoint i64 %1795, 11
+  %2148 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2147
+  %2149 = load float, ptr %2148, align 4, !tbaa !5
+  %2150 = insertelement <16 x float> poison, float %2149, i64 0
+  %2151 = shufflevector <16 x float> %2150, <16 x float> poison, <16 x i32> zeroinitializer
+  %2152 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2147
+  %2153 = load i64, ptr %2152, align 8, !tbaa !5
+  %gep515.i = getelementptr i32, ptr %gep533.i, i64 %2153
+  %2154 = load <16 x i32>, ptr %gep515.i, align 4, !tbaa !5
+  %2155 = shl <16 x i32> %2154, splat (i32 16)
+  %2156 = bitcast <16 x i32> %2155 to <16 x float>
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %2156, <16 x float> %2125)
+  %2158 = and <16 x i32> %2154, %93
+  %2159 = bitcast <16 x i32> %2158 to <16 x float>
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %2159, <16 x float> %2128)
+  %2161 = getelementptr inbounds nuw i8, ptr %1796, i64 556
+  %2162 = load float, ptr %2161, align 4, !tbaa !5
+  %2163 = insertelement <16 x float> poison, float %2162, i64 0
+  %2164 = shufflevector <16 x float> %2163, <16 x float> poison, <16 x i32> zeroinitializer
+  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> %2156, <16 x float> %2133)
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> %2159, <16 x float> %2134)
+  %2167 = getelementptr inbounds nuw i8, ptr %1796, i64 1068
+  %2168 = load float, ptr %2167, align 4, !tbaa !5
+  %2169 = insertelement <16 x float> poison, float %2168, i64 0
+  %2170 = shufflevector <16 x float> %2169, <16 x float> poison, <16 x i32> zeroinitializer
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2156, <16 x float> %2139)
+  %2172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2159, <16 x float> %2140)
+  %2173 = getelementptr inbounds nuw i8, ptr %1796, i64 1580
+  %2174 = load float, ptr %2173, align 4, !tbaa !5
+  %2175 = insertelement <16 x float> poison, float %2174, i64 0
+  %2176 = shufflevector <16 x float> %2175, <16 x float> poison, <16 x i32> zeroinitializer
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2156, <16 x float> %2145)
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2159, <16 x float> %2146)
+  %2179 = or disjoint i64 %1795, 12
+  %2180 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2179
+  %2181 = load float, ptr %2180, align 4, !tbaa !5
+  %2182 = insertelement <16 x float> poison, float %2181, i64 0
+  %2183 = shufflevector <16 x float> %2182, <16 x float> poison, <16 x i32> zeroinitializer
+  %2184 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2179
+  %2185 = load i64, ptr %2184, align 8, !tbaa !5
+  %gep519.i = getelementptr i32, ptr %gep533.i, i64 %2185
+  %2186 = load <16 x i32>, ptr %gep519.i, align 4, !tbaa !5
+  %2187 = shl <16 x i32> %2186, splat (i32 16)
+  %2188 = bitcast <16 x i32> %2187 to <16 x float>
+  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2183, <16 x float> %2188, <16 x float> %2157)
+  %2190 = and <16 x i32> %2186, %93
+  %2191 = bitcast <16 x i32> %2190 to <16 x float>
+  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2183, <16 x float> %2191, <16 x float> %2160)
+  %2193 = getelementptr inbounds nuw i8, ptr %1796, i64 560
+  %2194 = load float, ptr %2193, align 4, !tbaa !5
+  %2195 = insertelement <16 x float> poison, float %2194, i64 0
+  %2196 = shufflevector <16 x float> %2195, <16 x float> poison, <16 x i32> zeroinitializer
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2188, <16 x float> %2165)
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2191, <16 x float> %2166)
+  %2199 = getelementptr inbounds nuw i8, ptr %1796, i64 1072
+  %2200 = load float, ptr %2199, align 4, !tbaa !5
+  %2201 = insertelement <16 x float> poison, float %2200, i64 0
+  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
+  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2188, <16 x float> %2171)
+  %2204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2191, <16 x float> %2172)
+  %2205 = getelementptr inbounds nuw i8, ptr %1796, i64 1584
+  %2206 = load float, ptr %2205, align 4, !tbaa !5
+  %2207 = insertelement <16 x float> poison, float %2206, i64 0
+  %2208 = shufflevector <16 x float> %2207, <16 x float> poison, <16 x i32> zeroinitializer
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2188, <16 x float> %2177)
+  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2191, <16 x float> %2178)
+  %2211 = or disjoint i64 %1795, 13
+  %2212 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2211
+  %2213 = load float, ptr %2212, align 4, !tbaa !5
+  %2214 = insertelement <16 x float> poison, float %2213, i64 0
+  %2215 = shufflevector <16 x float> %2214, <16 x float> poison, <16 x i32> zeroinitializer
+  %2216 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2211
+  %2217 = load i64, ptr %2216, align 8, !tbaa !5
+  %gep523.i = getelementptr i32, ptr %gep533.i, i64 %2217
+  %2218 = load <16 x i32>, ptr %gep523.i, align 4, !tbaa !5
+  %2219 = shl <16 x i32> %2218, splat (i32 16)
+  %2220 = bitcast <16 x i32> %2219 to <16 x float>
+  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> %2220, <16 x float> %2189)
+  %2222 = and <16 x i32> %2218, %93
+  %2223 = bitcast <16 x i32> %2222 to <16 x float>
+  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> %2223, <16 x float> %2192)
+  %2225 = getelementptr inbounds nuw i8, ptr %1796, i64 564
+  %2226 = load float, ptr %2225, align 4, !tbaa !5
+  %2227 = insertelement <16 x float> poison, float %2226, i64 0
+  %2228 = shufflevector <16 x float> %2227, <16 x float> poison, <16 x i32> zeroinitializer
+  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2220, <16 x float> %2197)
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2223, <16 x float> %2198)
+  %2231 = getelementptr inbounds nuw i8, ptr %1796, i64 1076
+  %2232 = load float, ptr %2231, align 4, !tbaa !5
+  %2233 = insertelement <16 x float> poison, float %2232, i64 0
+  %2234 = shufflevector <16 x float> %2233, <16 x float> poison, <16 x i32> zeroinitializer
+  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2220, <16 x float> %2203)
+  %2236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2223, <16 x float> %2204)
+  %2237 = getelementptr inbounds nuw i8, ptr %1796, i64 1588
+  %2238 = load float, ptr %2237, align 4, !tbaa !5
+  %2239 = insertelement <16 x float> poison, float %2238, i64 0
+  %2240 = shufflevector <16 x float> %2239, <16 x float> poison, <16 x i32> zeroinitializer
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2220, <16 x float> %2209)
+  %2242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2223, <16 x float> %2210)
+  %2243 = or disjoint i64 %1795, 14
+  %2244 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2243
+  %2245 = load float, ptr %2244, align 4, !tbaa !5
+  %2246 = insertelement <16 x float> poison, float %2245, i64 0
+  %2247 = shufflevector <16 x float> %2246, <16 x float> poison, <16 x i32> zeroinitializer
+  %2248 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2243
+  %2249 = load i64, ptr %2248, align 8, !tbaa !5
+  %gep527.i = getelementptr i32, ptr %gep533.i, i64 %2249
+  %2250 = load <16 x i32>, ptr %gep527.i, align 4, !tbaa !5
+  %2251 = shl <16 x i32> %2250, splat (i32 16)
+  %2252 = bitcast <16 x i32> %2251 to <16 x float>
+  %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2247, <16 x float> %2252, <16 x float> %2221)
+  %2254 = and <16 x i32> %2250, %93
+  %2255 = bitcast <16 x i32> %2254 to <16 x float>
+  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2247, <16 x float> %2255, <16 x float> %2224)
+  %2257 = getelementptr inbounds nuw i8, ptr %1796, i64 568
+  %2258 = load float, ptr %2257, align 4, !tbaa !5
+  %2259 = insertelement <16 x float> poison, float %2258, i64 0
+  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2252, <16 x float> %2229)
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2255, <16 x float> %2230)
+  %2263 = getelementptr inbounds nuw i8, ptr %1796, i64 1080
+  %2264 = load float, ptr %2263, align 4, !tbaa !5
+  %2265 = insertelement <16 x float> poison, float %2264, i64 0
+  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
+  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2252, <16 x float> %2235)
+  %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2255, <16 x float> %2236)
+  %2269 = getelementptr inbounds nuw i8, ptr %1796, i64 1592
+  %2270 = load float, ptr %2269, align 4, !tbaa !5
+  %2271 = insertelement <16 x float> poison, float %2270, i64 0
+  %2272 = shufflevector <16 x float> %2271, <16 x float> poison, <16 x i32> zeroinitializer
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> %2252, <16 x float> %2241)
+  %2274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> %2255, <16 x float> %2242)
+  %2275 = or disjoint i64 %1795, 15
+  %2276 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2275
+  %2277 = load float, ptr %2276, align 4, !tbaa !5
+  %2278 = insertelement <16 x float> poison, float %2277, i64 0
+  %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
+  %2280 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2275
+  %2281 = load i64, ptr %2280, align 8, !tbaa !5
+  %gep531.i = getelementptr i32, ptr %gep533.i, i64 %2281
+  %2282 = load <16 x i32>, ptr %gep531.i, align 4, !tbaa !5
+  %2283 = shl <16 x i32> %2282, splat (i32 16)
+  %2284 = bitcast <16 x i32> %2283 to <16 x float>
+  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> %2284, <16 x float> %2253)
+  %2286 = and <16 x i32> %2282, %93
+  %2287 = bitcast <16 x i32> %2286 to <16 x float>
+  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> %2287, <16 x float> %2256)
+  %2289 = getelementptr inbounds nuw i8, ptr %1796, i64 572
+  %2290 = load float, ptr %2289, align 4, !tbaa !5
+  %2291 = insertelement <16 x float> poison, float %2290, i64 0
+  %2292 = shufflevector <16 x float> %2291, <16 x float> poison, <16 x i32> zeroinitializer
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2284, <16 x float> %2261)
+  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2287, <16 x float> %2262)
+  %2295 = getelementptr inbounds nuw i8, ptr %1796, i64 1084
+  %2296 = load float, ptr %2295, align 4, !tbaa !5
+  %2297 = insertelement <16 x float> poison, float %2296, i64 0
+  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
+  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2284, <16 x float> %2267)
+  %2300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2287, <16 x float> %2268)
+  %2301 = getelementptr inbounds nuw i8, ptr %1796, i64 1596
+  %2302 = load float, ptr %2301, align 4, !tbaa !5
+  %2303 = insertelement <16 x float> poison, float %2302, i64 0
+  %2304 = shufflevector <16 x float> %2303, <16 x float> poison, <16 x i32> zeroinitializer
+  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2304, <16 x float> %2284, <16 x float> %2273)
+  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2304, <16 x float> %2287, <16 x float> %2274)
+  %indvars.iv.next714.i = add nuw nsw i64 %indvars.iv713.i, 1
+  %exitcond733.not.i = icmp eq i64 %indvars.iv.next714.i, %262
+  br i1 %exitcond733.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
 
 for_end_to91.i:                                   ; preds = %for_body_to90.i, %for_begin_to89.preheader.i
-  %full_acc_global237.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2129, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2130, %for_body_to90.i ]
-  %.idx1080.i = shl nuw nsw i64 %indvars.iv735.i, 7
-  %2131 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx1080.i
-  store <16 x float> %full_acc_global237.sroa.0.0.lcssa.i, ptr %2131, align 4, !tbaa !5
-  %2132 = getelementptr inbounds nuw i8, ptr %2131, i64 64
-  store <16 x float> %full_acc_global237.sroa.34.0.lcssa.i, ptr %2132, align 4, !tbaa !5
-  %2133 = getelementptr inbounds nuw i8, ptr %2131, i64 512
-  store <16 x float> %full_acc_global237.sroa.68.0.lcssa.i, ptr %2133, align 4, !tbaa !5
-  %2134 = getelementptr inbounds nuw i8, ptr %2131, i64 576
-  store <16 x float> %full_acc_global237.sroa.102.0.lcssa.i, ptr %2134, align 4, !tbaa !5
-  %2135 = getelementptr inbounds nuw i8, ptr %2131, i64 1024
-  store <16 x float> %full_acc_global237.sroa.136.0.lcssa.i, ptr %2135, align 4, !tbaa !5
-  %2136 = getelementptr inbounds nuw i8, ptr %2131, i64 1088
-  store <16 x float> %full_acc_global237.sroa.170.0.lcssa.i, ptr %2136, align 4, !tbaa !5
-  %2137 = getelementptr inbounds nuw i8, ptr %2131, i64 1536
-  store <16 x float> %full_acc_global237.sroa.204.0.lcssa.i, ptr %2137, align 4, !tbaa !5
-  %2138 = getelementptr inbounds nuw i8, ptr %2131, i64 1600
-  store <16 x float> %full_acc_global237.sroa.238.0.lcssa.i, ptr %2138, align 4, !tbaa !5
-  %indvars.iv.next736.i = add nuw nsw i64 %indvars.iv735.i, 1
-  %exitcond740.not.i = icmp eq i64 %indvars.iv.next736.i, 4
-  br i1 %exitcond740.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
+  %full_acc_global236.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2300, %for_body_to90.i ]
+  %full_acc_global236.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2299, %for_body_to90.i ]
+  %full_acc_global236.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2294, %for_body_to90.i ]
+  %full_acc_global236.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2293, %for_body_to90.i ]
+  %full_acc_global236.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2288, %for_body_to90.i ]
+  %full_acc_global236.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2285, %for_body_to90.i ]
+  %full_acc_global236.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2305, %for_body_to90.i ]
+  %full_acc_global236.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2306, %for_body_to90.i ]
+  %.idx1079.i = shl nuw nsw i64 %indvars.iv734.i, 7
+  %2307 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx1079.i
+  store <16 x float> %full_acc_global236.sroa.0.0.lcssa.i, ptr %2307, align 4, !tbaa !5
+  %2308 = getelementptr inbounds nuw i8, ptr %2307, i64 64
+  store <16 x float> %full_acc_global236.sroa.34.0.lcssa.i, ptr %2308, align 4, !tbaa !5
+  %2309 = getelementptr inbounds nuw i8, ptr %2307, i64 512
+  store <16 x float> %full_acc_global236.sroa.68.0.lcssa.i, ptr %2309, align 4, !tbaa !5
+  %2310 = getelementptr inbounds nuw i8, ptr %2307, i64 576
+  store <16 x float> %full_acc_global236.sroa.102.0.lcssa.i, ptr %2310, align 4, !tbaa !5
+  %2311 = getelementptr inbounds nuw i8, ptr %2307, i64 1024
+  store <16 x float> %full_acc_global236.sroa.136.0.lcssa.i, ptr %2311, align 4, !tbaa !5
+  %2312 = getelementptr inbounds nuw i8, ptr %2307, i64 1088
+  store <16 x float> %full_acc_global236.sroa.170.0.lcssa.i, ptr %2312, align 4, !tbaa !5
+  %2313 = getelementptr inbounds nuw i8, ptr %2307, i64 1536
+  store <16 x float> %full_acc_global236.sroa.204.0.lcssa.i, ptr %2313, align 4, !tbaa !5
+  %2314 = getelementptr inbounds nuw i8, ptr %2307, i64 1600
+  store <16 x float> %full_acc_global236.sroa.238.0.lcssa.i, ptr %2314, align 4, !tbaa !5
+  %indvars.iv.next735.i = add nuw nsw i64 %indvars.iv734.i, 1
+  %exitcond739.not.i = icmp eq i64 %indvars.iv.next735.i, 4
+  br i1 %exitcond739.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
 
 for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to91.i
-  %2139 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
-  store <16 x float> %2139, ptr %tile_acc.i, align 4, !tbaa !5
-  %2140 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2141 = load <16 x float>, ptr %2140, align 4, !tbaa !5
-  %2142 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2141, ptr %2142, align 4, !tbaa !5
-  %2143 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2144 = load <16 x float>, ptr %2143, align 4, !tbaa !5
-  %2145 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
-  %2146 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !5
-  %2148 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2147, ptr %2148, align 4, !tbaa !5
-  %2149 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2150 = load <16 x float>, ptr %2149, align 4, !tbaa !5
-  %2151 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2150, ptr %2151, align 4, !tbaa !5
-  %2152 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2153 = load <16 x float>, ptr %2152, align 4, !tbaa !5
-  %2154 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2153, ptr %2154, align 4, !tbaa !5
-  %2155 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
-  %2157 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2156, ptr %2157, align 4, !tbaa !5
-  %2158 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
-  %2160 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2159, ptr %2160, align 4, !tbaa !5
-  %2161 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2162 = load <16 x float>, ptr %2161, align 4, !tbaa !5
-  %2163 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2162, ptr %2163, align 4, !tbaa !5
-  %2164 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2165 = load <16 x float>, ptr %2164, align 4, !tbaa !5
-  %2166 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
-  %2167 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
-  %2169 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2168, ptr %2169, align 4, !tbaa !5
-  %2170 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !5
-  %2172 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2171, ptr %2172, align 4, !tbaa !5
-  %2173 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !5
-  %2175 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2174, ptr %2175, align 4, !tbaa !5
-  %2176 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2177 = load <16 x float>, ptr %2176, align 4, !tbaa !5
-  %2178 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2177, ptr %2178, align 4, !tbaa !5
-  %2179 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
-  %2181 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2180, ptr %2181, align 4, !tbaa !5
-  %2182 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2183 = load <16 x float>, ptr %2182, align 4, !tbaa !5
-  %2184 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2183, ptr %2184, align 4, !tbaa !5
-  %2185 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
-  %2187 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
-  %2188 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !5
-  %2190 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2189, ptr %2190, align 4, !tbaa !5
-  %2191 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2192 = load <16 x float>, ptr %2191, align 4, !tbaa !5
-  %2193 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2192, ptr %2193, align 4, !tbaa !5
-  %2194 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !5
-  %2196 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2195, ptr %2196, align 4, !tbaa !5
-  %2197 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !5
-  %2199 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2198, ptr %2199, align 4, !tbaa !5
-  %2200 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
-  %2202 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2201, ptr %2202, align 4, !tbaa !5
-  %2203 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !5
-  %2205 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2204, ptr %2205, align 4, !tbaa !5
-  %2206 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !5
-  %2208 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
-  %2209 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
-  %2211 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2210, ptr %2211, align 4, !tbaa !5
-  %2212 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !5
-  %2214 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2213, ptr %2214, align 4, !tbaa !5
-  %2215 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !5
-  %2217 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2216, ptr %2217, align 4, !tbaa !5
-  %2218 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !5
-  %2220 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2219, ptr %2220, align 4, !tbaa !5
-  %2221 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
-  %2223 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2222, ptr %2223, align 4, !tbaa !5
-  %2224 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !5
-  %2226 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2225, ptr %2226, align 4, !tbaa !5
-  %2227 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
-  %2229 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
-  %2230 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2231 = load <16 x float>, ptr %2230, align 4, !tbaa !5
-  %2232 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2231, ptr %2232, align 4, !tbaa !5
-  br i1 %.not601.i, label %for_end_ti.i, label %for_begin_r101.preheader.lr.ph.i, !prof !56
+  %2315 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
+  store <16 x float> %2315, ptr %tile_acc.i, align 4, !tbaa !5
+  %2316 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
+  %2317 = load <16 x float>, ptr %2316, align 4, !tbaa !5
+  %2318 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
+  store <16 x float> %2317, ptr %2318, align 4, !tbaa !5
+  %2319 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
+  %2320 = load <16 x float>, ptr %2319, align 4, !tbaa !5
+  %2321 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
+  store <16 x float> %2320, ptr %2321, align 4, !tbaa !5
+  %2322 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
+  %2323 = load <16 x float>, ptr %2322, align 4, !tbaa !5
+  %2324 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
+  store <16 x float> %2323, ptr %2324, align 4, !tbaa !5
+  %2325 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
+  %2326 = load <16 x float>, ptr %2325, align 4, !tbaa !5
+  %2327 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
+  store <16 x float> %2326, ptr %2327, align 4, !tbaa !5
+  %2328 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
+  %2329 = load <16 x float>, ptr %2328, align 4, !tbaa !5
+  %2330 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
+  store <16 x float> %2329, ptr %2330, align 4, !tbaa !5
+  %2331 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
+  %2332 = load <16 x float>, ptr %2331, align 4, !tbaa !5
+  %2333 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
+  store <16 x float> %2332, ptr %2333, align 4, !tbaa !5
+  %2334 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
+  %2335 = load <16 x float>, ptr %2334, align 4, !tbaa !5
+  %2336 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
+  store <16 x float> %2335, ptr %2336, align 4, !tbaa !5
+  %2337 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
+  %2338 = load <16 x float>, ptr %2337, align 4, !tbaa !5
+  %2339 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
+  store <16 x float> %2338, ptr %2339, align 4, !tbaa !5
+  %2340 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
+  %2341 = load <16 x float>, ptr %2340, align 4, !tbaa !5
+  %2342 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
+  store <16 x float> %2341, ptr %2342, align 4, !tbaa !5
+  %2343 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
+  %2344 = load <16 x float>, ptr %2343, align 4, !tbaa !5
+  %2345 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
+  store <16 x float> %2344, ptr %2345, align 4, !tbaa !5
+  %2346 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
+  %2347 = load <16 x float>, ptr %2346, align 4, !tbaa !5
+  %2348 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
+  store <16 x float> %2347, ptr %2348, align 4, !tbaa !5
+  %2349 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
+  %2350 = load <16 x float>, ptr %2349, align 4, !tbaa !5
+  %2351 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
+  store <16 x float> %2350, ptr %2351, align 4, !tbaa !5
+  %2352 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
+  %2353 = load <16 x float>, ptr %2352, align 4, !tbaa !5
+  %2354 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
+  store <16 x float> %2353, ptr %2354, align 4, !tbaa !5
+  %2355 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
+  %2356 = load <16 x float>, ptr %2355, align 4, !tbaa !5
+  %2357 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
+  store <16 x float> %2356, ptr %2357, align 4, !tbaa !5
+  %2358 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
+  %2359 = load <16 x float>, ptr %2358, align 4, !tbaa !5
+  %2360 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
+  store <16 x float> %2359, ptr %2360, align 4, !tbaa !5
+  %2361 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
+  %2362 = load <16 x float>, ptr %2361, align 4, !tbaa !5
+  %2363 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
+  store <16 x float> %2362, ptr %2363, align 4, !tbaa !5
+  %2364 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
+  %2365 = load <16 x float>, ptr %2364, align 4, !tbaa !5
+  %2366 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
+  store <16 x float> %2365, ptr %2366, align 4, !tbaa !5
+  %2367 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
+  %2368 = load <16 x float>, ptr %2367, align 4, !tbaa !5
+  %2369 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
+  store <16 x float> %2368, ptr %2369, align 4, !tbaa !5
+  %2370 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
+  %2371 = load <16 x float>, ptr %2370, align 4, !tbaa !5
+  %2372 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
+  store <16 x float> %2371, ptr %2372, align 4, !tbaa !5
+  %2373 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
+  %2374 = load <16 x float>, ptr %2373, align 4, !tbaa !5
+  %2375 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
+  store <16 x float> %2374, ptr %2375, align 4, !tbaa !5
+  %2376 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
+  %2377 = load <16 x float>, ptr %2376, align 4, !tbaa !5
+  %2378 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
+  store <16 x float> %2377, ptr %2378, align 4, !tbaa !5
+  %2379 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
+  %2380 = load <16 x float>, ptr %2379, align 4, !tbaa !5
+  %2381 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
+  store <16 x float> %2380, ptr %2381, align 4, !tbaa !5
+  %2382 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
+  %2383 = load <16 x float>, ptr %2382, align 4, !tbaa !5
+  %2384 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
+  store <16 x float> %2383, ptr %2384, align 4, !tbaa !5
+  %2385 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
+  %2386 = load <16 x float>, ptr %2385, align 4, !tbaa !5
+  %2387 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
+  store <16 x float> %2386, ptr %2387, align 4, !tbaa !5
+  %2388 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
+  %2389 = load <16 x float>, ptr %2388, align 4, !tbaa !5
+  %2390 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
+  store <16 x float> %2389, ptr %2390, align 4, !tbaa !5
+  %2391 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
+  %2392 = load <16 x float>, ptr %2391, align 4, !tbaa !5
+  %2393 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
+  store <16 x float> %2392, ptr %2393, align 4, !tbaa !5
+  %2394 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
+  %2395 = load <16 x float>, ptr %2394, align 4, !tbaa !5
+  %2396 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
+  store <16 x float> %2395, ptr %2396, align 4, !tbaa !5
+  %2397 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
+  %2398 = load <16 x float>, ptr %2397, align 4, !tbaa !5
+  %2399 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
+  store <16 x float> %2398, ptr %2399, align 4, !tbaa !5
+  %2400 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
+  %2401 = load <16 x float>, ptr %2400, align 4, !tbaa !5
+  %2402 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
+  store <16 x float> %2401, ptr %2402, align 4, !tbaa !5
+  %2403 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
+  %2404 = load <16 x float>, ptr %2403, align 4, !tbaa !5
+  %2405 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
+  store <16 x float> %2404, ptr %2405, align 4, !tbaa !5
+  %2406 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
+  %2407 = load <16 x float>, ptr %2406, align 4, !tbaa !5
+  %2408 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
+  store <16 x float> %2407, ptr %2408, align 4, !tbaa !5
+  br i1 %.not600.i, label %for_end_ti.i, label %for_begin_r96.preheader.lr.ph.i, !prof !60
 
-for_begin_r101.preheader.lr.ph.i:                 ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %gep576.1.i = getelementptr i8, ptr %invariant.gep533.i, i64 64
-  %gep576.2.i = getelementptr i8, ptr %invariant.gep533.i, i64 128
-  %gep576.3.i = getelementptr i8, ptr %invariant.gep533.i, i64 192
-  br label %for_begin_r101.preheader.i
+for_begin_r96.preheader.lr.ph.i:                  ; preds = %for_begin_d_0_init.preheader.preheader.i
+  %gep575.1.i = getelementptr i8, ptr %invariant.gep532.i, i64 64
+  %gep575.2.i = getelementptr i8, ptr %invariant.gep532.i, i64 128
+  %gep575.3.i = getelementptr i8, ptr %invariant.gep532.i, i64 192
+  br label %for_begin_r96.preheader.i
 
-for_begin_r101.preheader.i:                       ; preds = %for_begin_r101.preheader.i, %for_begin_r101.preheader.lr.ph.i
-  %2233 = phi <16 x float> [ %2231, %for_begin_r101.preheader.lr.ph.i ], [ %2530, %for_begin_r101.preheader.i ]
-  %2234 = phi <16 x float> [ %2228, %for_begin_r101.preheader.lr.ph.i ], [ %2522, %for_begin_r101.preheader.i ]
-  %2235 = phi <16 x float> [ %2225, %for_begin_r101.preheader.lr.ph.i ], [ %2514, %for_begin_r101.preheader.i ]
-  %2236 = phi <16 x float> [ %2222, %for_begin_r101.preheader.lr.ph.i ], [ %2506, %for_begin_r101.preheader.i ]
-  %2237 = phi <16 x float> [ %2219, %for_begin_r101.preheader.lr.ph.i ], [ %2498, %for_begin_r101.preheader.i ]
-  %2238 = phi <16 x float> [ %2216, %for_begin_r101.preheader.lr.ph.i ], [ %2490, %for_begin_r101.preheader.i ]
-  %2239 = phi <16 x float> [ %2213, %for_begin_r101.preheader.lr.ph.i ], [ %2482, %for_begin_r101.preheader.i ]
-  %2240 = phi <16 x float> [ %2210, %for_begin_r101.preheader.lr.ph.i ], [ %2474, %for_begin_r101.preheader.i ]
-  %2241 = phi <16 x float> [ %2207, %for_begin_r101.preheader.lr.ph.i ], [ %2464, %for_begin_r101.preheader.i ]
-  %2242 = phi <16 x float> [ %2204, %for_begin_r101.preheader.lr.ph.i ], [ %2456, %for_begin_r101.preheader.i ]
-  %2243 = phi <16 x float> [ %2201, %for_begin_r101.preheader.lr.ph.i ], [ %2448, %for_begin_r101.preheader.i ]
-  %2244 = phi <16 x float> [ %2198, %for_begin_r101.preheader.lr.ph.i ], [ %2440, %for_begin_r101.preheader.i ]
-  %2245 = phi <16 x float> [ %2195, %for_begin_r101.preheader.lr.ph.i ], [ %2432, %for_begin_r101.preheader.i ]
-  %2246 = phi <16 x float> [ %2192, %for_begin_r101.preheader.lr.ph.i ], [ %2424, %for_begin_r101.preheader.i ]
-  %2247 = phi <16 x float> [ %2189, %for_begin_r101.preheader.lr.ph.i ], [ %2416, %for_begin_r101.preheader.i ]
-  %2248 = phi <16 x float> [ %2186, %for_begin_r101.preheader.lr.ph.i ], [ %2408, %for_begin_r101.preheader.i ]
-  %2249 = phi <16 x float> [ %2183, %for_begin_r101.preheader.lr.ph.i ], [ %2398, %for_begin_r101.preheader.i ]
-  %2250 = phi <16 x float> [ %2180, %for_begin_r101.preheader.lr.ph.i ], [ %2390, %for_begin_r101.preheader.i ]
-  %2251 = phi <16 x float> [ %2177, %for_begin_r101.preheader.lr.ph.i ], [ %2382, %for_begin_r101.preheader.i ]
-  %2252 = phi <16 x float> [ %2174, %for_begin_r101.preheader.lr.ph.i ], [ %2374, %for_begin_r101.preheader.i ]
-  %2253 = phi <16 x float> [ %2171, %for_begin_r101.preheader.lr.ph.i ], [ %2366, %for_begin_r101.preheader.i ]
-  %2254 = phi <16 x float> [ %2168, %for_begin_r101.preheader.lr.ph.i ], [ %2358, %for_begin_r101.preheader.i ]
-  %2255 = phi <16 x float> [ %2165, %for_begin_r101.preheader.lr.ph.i ], [ %2350, %for_begin_r101.preheader.i ]
-  %2256 = phi <16 x float> [ %2162, %for_begin_r101.preheader.lr.ph.i ], [ %2342, %for_begin_r101.preheader.i ]
-  %2257 = phi <16 x float> [ %2159, %for_begin_r101.preheader.lr.ph.i ], [ %2331, %for_begin_r101.preheader.i ]
-  %2258 = phi <16 x float> [ %2156, %for_begin_r101.preheader.lr.ph.i ], [ %2323, %for_begin_r101.preheader.i ]
-  %2259 = phi <16 x float> [ %2153, %for_begin_r101.preheader.lr.ph.i ], [ %2315, %for_begin_r101.preheader.i ]
-  %2260 = phi <16 x float> [ %2150, %for_begin_r101.preheader.lr.ph.i ], [ %2307, %for_begin_r101.preheader.i ]
-  %2261 = phi <16 x float> [ %2147, %for_begin_r101.preheader.lr.ph.i ], [ %2299, %for_begin_r101.preheader.i ]
-  %2262 = phi <16 x float> [ %2144, %for_begin_r101.preheader.lr.ph.i ], [ %2291, %for_begin_r101.preheader.i ]
-  %2263 = phi <16 x float> [ %2141, %for_begin_r101.preheader.lr.ph.i ], [ %2283, %for_begin_r101.preheader.i ]
-  %2264 = phi <16 x float> [ %2139, %for_begin_r101.preheader.lr.ph.i ], [ %2275, %for_begin_r101.preheader.i ]
-  %indvars.iv783.i = phi i64 [ 0, %for_begin_r101.preheader.lr.ph.i ], [ %indvars.iv.next784.i, %for_begin_r101.preheader.i ]
-  %2265 = add nuw nsw i64 %indvars.iv783.i, %259
-  %2266 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2265
-  %2267 = getelementptr inbounds float, ptr %probs.i, i64 %2265
-  %2268 = load float, ptr %2267, align 4, !tbaa !5
-  %2269 = insertelement <16 x float> poison, float %2268, i64 0
-  %2270 = shufflevector <16 x float> %2269, <16 x float> poison, <16 x i32> zeroinitializer
-  %2271 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2271
-  %2272 = load <16 x i32>, ptr %gep573.i, align 4, !tbaa !5
-  %2273 = shl <16 x i32> %2272, splat (i32 16)
-  %2274 = bitcast <16 x i32> %2273 to <16 x float>
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2264)
-  store <16 x float> %2275, ptr %tile_acc.i, align 4, !tbaa !5
-  %2276 = load float, ptr %2267, align 4, !tbaa !5
-  %2277 = insertelement <16 x float> poison, float %2276, i64 0
-  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
-  %2279 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2279
-  %2280 = load <16 x i32>, ptr %gep573.1.i, align 4, !tbaa !5
-  %2281 = and <16 x i32> %2280, splat (i32 -65536)
-  %2282 = bitcast <16 x i32> %2281 to <16 x float>
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2282, <16 x float> %2263)
-  store <16 x float> %2283, ptr %2142, align 4, !tbaa !5
-  %2284 = load float, ptr %2267, align 4, !tbaa !5
-  %2285 = insertelement <16 x float> poison, float %2284, i64 0
-  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
-  %2287 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.i = getelementptr i32, ptr %gep576.1.i, i64 %2287
-  %2288 = load <16 x i32>, ptr %gep573.1768.i, align 4, !tbaa !5
-  %2289 = shl <16 x i32> %2288, splat (i32 16)
-  %2290 = bitcast <16 x i32> %2289 to <16 x float>
-  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> %2290, <16 x float> %2262)
-  store <16 x float> %2291, ptr %2145, align 4, !tbaa !5
-  %2292 = load float, ptr %2267, align 4, !tbaa !5
-  %2293 = insertelement <16 x float> poison, float %2292, i64 0
-  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
-  %2295 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2295
-  %2296 = load <16 x i32>, ptr %gep573.1.1.i, align 4, !tbaa !5
-  %2297 = and <16 x i32> %2296, splat (i32 -65536)
-  %2298 = bitcast <16 x i32> %2297 to <16 x float>
-  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2298, <16 x float> %2261)
-  store <16 x float> %2299, ptr %2148, align 4, !tbaa !5
-  %2300 = load float, ptr %2267, align 4, !tbaa !5
-  %2301 = insertelement <16 x float> poison, float %2300, i64 0
-  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
-  %2303 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2303
-  %2304 = load <16 x i32>, ptr %gep573.2.i, align 4, !tbaa !5
-  %2305 = shl <16 x i32> %2304, splat (i32 16)
-  %2306 = bitcast <16 x i32> %2305 to <16 x float>
-  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2306, <16 x float> %2260)
-  store <16 x float> %2307, ptr %2151, align 4, !tbaa !5
-  %2308 = load float, ptr %2267, align 4, !tbaa !5
-  %2309 = insertelement <16 x float> poison, float %2308, i64 0
-  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2311
-  %2312 = load <16 x i32>, ptr %gep573.1.2.i, align 4, !tbaa !5
-  %2313 = and <16 x i32> %2312, splat (i32 -65536)
-  %2314 = bitcast <16 x i32> %2313 to <16 x float>
-  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2314, <16 x float> %2259)
-  store <16 x float> %2315, ptr %2154, align 4, !tbaa !5
-  %2316 = load float, ptr %2267, align 4, !tbaa !5
-  %2317 = insertelement <16 x float> poison, float %2316, i64 0
-  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
-  %2319 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2319
-  %2320 = load <16 x i32>, ptr %gep573.3.i, align 4, !tbaa !5
-  %2321 = shl <16 x i32> %2320, splat (i32 16)
-  %2322 = bitcast <16 x i32> %2321 to <16 x float>
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2322, <16 x float> %2258)
-  store <16 x float> %2323, ptr %2157, align 4, !tbaa !5
-  %2324 = load float, ptr %2267, align 4, !tbaa !5
-  %2325 = insertelement <16 x float> poison, float %2324, i64 0
-  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
-  %2327 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2327
-  %2328 = load <16 x i32>, ptr %gep573.1.3.i, align 4, !tbaa !5
-  %2329 = and <16 x i32> %2328, splat (i32 -65536)
-  %2330 = bitcast <16 x i32> %2329 to <16 x float>
-  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2330, <16 x float> %2257)
-  store <16 x float> %2331, ptr %2160, align 4, !tbaa !5
-  %2332 = shl i64 %2265, 32
-  %sext.i = add i64 %2332, 549755813888
-  %2333 = ashr exact i64 %sext.i, 30
-  %2334 = getelementptr inbounds i8, ptr %probs.i, i64 %2333
-  %2335 = load float, ptr %2334, align 4, !tbaa !5
-  %2336 = insertelement <16 x float> poison, float %2335, i64 0
-  %2337 = shufflevector <16 x float> %2336, <16 x float> poison, <16 x i32> zeroinitializer
-  %2338 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1774.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2338
-  %2339 = load <16 x i32>, ptr %gep573.1774.i, align 4, !tbaa !5
-  %2340 = shl <16 x i32> %2339, splat (i32 16)
-  %2341 = bitcast <16 x i32> %2340 to <16 x float>
-  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2337, <16 x float> %2341, <16 x float> %2256)
-  store <16 x float> %2342, ptr %2163, align 4, !tbaa !5
-  %2343 = load float, ptr %2334, align 4, !tbaa !5
-  %2344 = insertelement <16 x float> poison, float %2343, i64 0
-  %2345 = shufflevector <16 x float> %2344, <16 x float> poison, <16 x i32> zeroinitializer
-  %2346 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1775.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2346
-  %2347 = load <16 x i32>, ptr %gep573.1.1775.i, align 4, !tbaa !5
-  %2348 = and <16 x i32> %2347, splat (i32 -65536)
-  %2349 = bitcast <16 x i32> %2348 to <16 x float>
-  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2349, <16 x float> %2255)
-  store <16 x float> %2350, ptr %2166, align 4, !tbaa !5
-  %2351 = load float, ptr %2334, align 4, !tbaa !5
-  %2352 = insertelement <16 x float> poison, float %2351, i64 0
-  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2354
-  %2355 = load <16 x i32>, ptr %gep573.1768.1.i, align 4, !tbaa !5
-  %2356 = shl <16 x i32> %2355, splat (i32 16)
-  %2357 = bitcast <16 x i32> %2356 to <16 x float>
-  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2357, <16 x float> %2254)
-  store <16 x float> %2358, ptr %2169, align 4, !tbaa !5
-  %2359 = load float, ptr %2334, align 4, !tbaa !5
-  %2360 = insertelement <16 x float> poison, float %2359, i64 0
-  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
-  %2362 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2362
-  %2363 = load <16 x i32>, ptr %gep573.1.1.1.i, align 4, !tbaa !5
-  %2364 = and <16 x i32> %2363, splat (i32 -65536)
-  %2365 = bitcast <16 x i32> %2364 to <16 x float>
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2365, <16 x float> %2253)
-  store <16 x float> %2366, ptr %2172, align 4, !tbaa !5
-  %2367 = load float, ptr %2334, align 4, !tbaa !5
-  %2368 = insertelement <16 x float> poison, float %2367, i64 0
-  %2369 = shufflevector <16 x float> %2368, <16 x float> poison, <16 x i32> zeroinitializer
-  %2370 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2370
-  %2371 = load <16 x i32>, ptr %gep573.2.1.i, align 4, !tbaa !5
-  %2372 = shl <16 x i32> %2371, splat (i32 16)
-  %2373 = bitcast <16 x i32> %2372 to <16 x float>
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2369, <16 x float> %2373, <16 x float> %2252)
-  store <16 x float> %2374, ptr %2175, align 4, !tbaa !5
-  %2375 = load float, ptr %2334, align 4, !tbaa !5
-  %2376 = insertelement <16 x float> poison, float %2375, i64 0
-  %2377 = shufflevector <16 x float> %2376, <16 x float> poison, <16 x i32> zeroinitializer
-  %2378 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2378
-  %2379 = load <16 x i32>, ptr %gep573.1.2.1.i, align 4, !tbaa !5
-  %2380 = and <16 x i32> %2379, splat (i32 -65536)
-  %2381 = bitcast <16 x i32> %2380 to <16 x float>
-  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2377, <16 x float> %2381, <16 x float> %2251)
-  store <16 x float> %2382, ptr %2178, align 4, !tbaa !5
-  %2383 = load float, ptr %2334, align 4, !tbaa !5
-  %2384 = insertelement <16 x float> poison, float %2383, i64 0
-  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
-  %2386 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2386
-  %2387 = load <16 x i32>, ptr %gep573.3.1.i, align 4, !tbaa !5
-  %2388 = shl <16 x i32> %2387, splat (i32 16)
-  %2389 = bitcast <16 x i32> %2388 to <16 x float>
-  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2389, <16 x float> %2250)
-  store <16 x float> %2390, ptr %2181, align 4, !tbaa !5
-  %2391 = load float, ptr %2334, align 4, !tbaa !5
-  %2392 = insertelement <16 x float> poison, float %2391, i64 0
-  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
-  %2394 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2394
-  %2395 = load <16 x i32>, ptr %gep573.1.3.1.i, align 4, !tbaa !5
-  %2396 = and <16 x i32> %2395, splat (i32 -65536)
-  %2397 = bitcast <16 x i32> %2396 to <16 x float>
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2397, <16 x float> %2249)
-  store <16 x float> %2398, ptr %2184, align 4, !tbaa !5
-  %sext1081.i = add i64 %2332, 1099511627776
-  %2399 = ashr exact i64 %sext1081.i, 30
-  %2400 = getelementptr inbounds i8, ptr %probs.i, i64 %2399
-  %2401 = load float, ptr %2400, align 4, !tbaa !5
-  %2402 = insertelement <16 x float> poison, float %2401, i64 0
-  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
-  %2404 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2777.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2404
-  %2405 = load <16 x i32>, ptr %gep573.2777.i, align 4, !tbaa !5
-  %2406 = shl <16 x i32> %2405, splat (i32 16)
-  %2407 = bitcast <16 x i32> %2406 to <16 x float>
-  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2407, <16 x float> %2248)
-  store <16 x float> %2408, ptr %2187, align 4, !tbaa !5
-  %2409 = load float, ptr %2400, align 4, !tbaa !5
-  %2410 = insertelement <16 x float> poison, float %2409, i64 0
-  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
-  %2412 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2778.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2412
-  %2413 = load <16 x i32>, ptr %gep573.1.2778.i, align 4, !tbaa !5
-  %2414 = and <16 x i32> %2413, splat (i32 -65536)
-  %2415 = bitcast <16 x i32> %2414 to <16 x float>
-  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2415, <16 x float> %2247)
-  store <16 x float> %2416, ptr %2190, align 4, !tbaa !5
-  %2417 = load float, ptr %2400, align 4, !tbaa !5
-  %2418 = insertelement <16 x float> poison, float %2417, i64 0
-  %2419 = shufflevector <16 x float> %2418, <16 x float> poison, <16 x i32> zeroinitializer
-  %2420 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2420
-  %2421 = load <16 x i32>, ptr %gep573.1768.2.i, align 4, !tbaa !5
-  %2422 = shl <16 x i32> %2421, splat (i32 16)
-  %2423 = bitcast <16 x i32> %2422 to <16 x float>
-  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2423, <16 x float> %2246)
-  store <16 x float> %2424, ptr %2193, align 4, !tbaa !5
-  %2425 = load float, ptr %2400, align 4, !tbaa !5
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %2428 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2428
-  %2429 = load <16 x i32>, ptr %gep573.1.1.2.i, align 4, !tbaa !5
-  %2430 = and <16 x i32> %2429, splat (i32 -65536)
-  %2431 = bitcast <16 x i32> %2430 to <16 x float>
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2431, <16 x float> %2245)
-  store <16 x float> %2432, ptr %2196, align 4, !tbaa !5
-  %2433 = load float, ptr %2400, align 4, !tbaa !5
-  %2434 = insertelement <16 x float> poison, float %2433, i64 0
-  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
-  %2436 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2436
-  %2437 = load <16 x i32>, ptr %gep573.2.2.i, align 4, !tbaa !5
-  %2438 = shl <16 x i32> %2437, splat (i32 16)
-  %2439 = bitcast <16 x i32> %2438 to <16 x float>
-  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %2439, <16 x float> %2244)
-  store <16 x float> %2440, ptr %2199, align 4, !tbaa !5
-  %2441 = load float, ptr %2400, align 4, !tbaa !5
-  %2442 = insertelement <16 x float> poison, float %2441, i64 0
-  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
-  %2444 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2444
-  %2445 = load <16 x i32>, ptr %gep573.1.2.2.i, align 4, !tbaa !5
-  %2446 = and <16 x i32> %2445, splat (i32 -65536)
-  %2447 = bitcast <16 x i32> %2446 to <16 x float>
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2447, <16 x float> %2243)
-  store <16 x float> %2448, ptr %2202, align 4, !tbaa !5
-  %2449 = load float, ptr %2400, align 4, !tbaa !5
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2452
-  %2453 = load <16 x i32>, ptr %gep573.3.2.i, align 4, !tbaa !5
-  %2454 = shl <16 x i32> %2453, splat (i32 16)
-  %2455 = bitcast <16 x i32> %2454 to <16 x float>
-  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2455, <16 x float> %2242)
-  store <16 x float> %2456, ptr %2205, align 4, !tbaa !5
-  %2457 = load float, ptr %2400, align 4, !tbaa !5
-  %2458 = insertelement <16 x float> poison, float %2457, i64 0
-  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
-  %2460 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2460
-  %2461 = load <16 x i32>, ptr %gep573.1.3.2.i, align 4, !tbaa !5
-  %2462 = and <16 x i32> %2461, splat (i32 -65536)
-  %2463 = bitcast <16 x i32> %2462 to <16 x float>
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2463, <16 x float> %2241)
-  store <16 x float> %2464, ptr %2208, align 4, !tbaa !5
-  %sext1082.i = add i64 %2332, 1649267441664
-  %2465 = ashr exact i64 %sext1082.i, 30
-  %2466 = getelementptr inbounds i8, ptr %probs.i, i64 %2465
-  %2467 = load float, ptr %2466, align 4, !tbaa !5
-  %2468 = insertelement <16 x float> poison, float %2467, i64 0
-  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
-  %2470 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3780.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2470
-  %2471 = load <16 x i32>, ptr %gep573.3780.i, align 4, !tbaa !5
-  %2472 = shl <16 x i32> %2471, splat (i32 16)
-  %2473 = bitcast <16 x i32> %2472 to <16 x float>
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2473, <16 x float> %2240)
-  store <16 x float> %2474, ptr %2211, align 4, !tbaa !5
-  %2475 = load float, ptr %2466, align 4, !tbaa !5
-  %2476 = insertelement <16 x float> poison, float %2475, i64 0
-  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %2478 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3781.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2478
-  %2479 = load <16 x i32>, ptr %gep573.1.3781.i, align 4, !tbaa !5
-  %2480 = and <16 x i32> %2479, splat (i32 -65536)
-  %2481 = bitcast <16 x i32> %2480 to <16 x float>
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2481, <16 x float> %2239)
-  store <16 x float> %2482, ptr %2214, align 4, !tbaa !5
-  %2483 = load float, ptr %2466, align 4, !tbaa !5
-  %2484 = insertelement <16 x float> poison, float %2483, i64 0
-  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
-  %2486 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2486
-  %2487 = load <16 x i32>, ptr %gep573.1768.3.i, align 4, !tbaa !5
-  %2488 = shl <16 x i32> %2487, splat (i32 16)
-  %2489 = bitcast <16 x i32> %2488 to <16 x float>
-  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2485, <16 x float> %2489, <16 x float> %2238)
-  store <16 x float> %2490, ptr %2217, align 4, !tbaa !5
-  %2491 = load float, ptr %2466, align 4, !tbaa !5
-  %2492 = insertelement <16 x float> poison, float %2491, i64 0
-  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
-  %2494 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2494
-  %2495 = load <16 x i32>, ptr %gep573.1.1.3.i, align 4, !tbaa !5
-  %2496 = and <16 x i32> %2495, splat (i32 -65536)
-  %2497 = bitcast <16 x i32> %2496 to <16 x float>
-  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2493, <16 x float> %2497, <16 x float> %2237)
-  store <16 x float> %2498, ptr %2220, align 4, !tbaa !5
-  %2499 = load float, ptr %2466, align 4, !tbaa !5
-  %2500 = insertelement <16 x float> poison, float %2499, i64 0
-  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
-  %2502 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2502
-  %2503 = load <16 x i32>, ptr %gep573.2.3.i, align 4, !tbaa !5
-  %2504 = shl <16 x i32> %2503, splat (i32 16)
-  %2505 = bitcast <16 x i32> %2504 to <16 x float>
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2505, <16 x float> %2236)
-  store <16 x float> %2506, ptr %2223, align 4, !tbaa !5
-  %2507 = load float, ptr %2466, align 4, !tbaa !5
-  %2508 = insertelement <16 x float> poison, float %2507, i64 0
-  %2509 = shufflevector <16 x float> %2508, <16 x float> poison, <16 x i32> zeroinitializer
-  %2510 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2510
-  %2511 = load <16 x i32>, ptr %gep573.1.2.3.i, align 4, !tbaa !5
-  %2512 = and <16 x i32> %2511, splat (i32 -65536)
-  %2513 = bitcast <16 x i32> %2512 to <16 x float>
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2509, <16 x float> %2513, <16 x float> %2235)
-  store <16 x float> %2514, ptr %2226, align 4, !tbaa !5
-  %2515 = load float, ptr %2466, align 4, !tbaa !5
-  %2516 = insertelement <16 x float> poison, float %2515, i64 0
-  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
-  %2518 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2518
-  %2519 = load <16 x i32>, ptr %gep573.3.3.i, align 4, !tbaa !5
-  %2520 = shl <16 x i32> %2519, splat (i32 16)
-  %2521 = bitcast <16 x i32> %2520 to <16 x float>
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2517, <16 x float> %2521, <16 x float> %2234)
-  store <16 x float> %2522, ptr %2229, align 4, !tbaa !5
-  %2523 = load float, ptr %2466, align 4, !tbaa !5
-  %2524 = insertelement <16 x float> poison, float %2523, i64 0
-  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
-  %2526 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2526
-  %2527 = load <16 x i32>, ptr %gep573.1.3.3.i, align 4, !tbaa !5
-  %2528 = and <16 x i32> %2527, splat (i32 -65536)
-  %2529 = bitcast <16 x i32> %2528 to <16 x float>
-  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2529, <16 x float> %2233)
-  store <16 x float> %2530, ptr %2232, align 4, !tbaa !5
-  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next784.i, %213
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r101.preheader.i, !prof !13
+for_begin_r96.preheader.i:                        ; preds = %for_begin_r96.preheader.i, %for_begin_r96.preheader.lr.ph.i
+  %2409 = phi <16 x float> [ %2407, %for_begin_r96.preheader.lr.ph.i ], [ %2706, %for_begin_r96.preheader.i ]
+  %2410 = phi <16 x float> [ %2404, %for_begin_r96.preheader.lr.ph.i ], [ %2698, %for_begin_r96.preheader.i ]
+  %2411 = phi <16 x float> [ %2401, %for_begin_r96.preheader.lr.ph.i ], [ %2690, %for_begin_r96.preheader.i ]
+  %2412 = phi <16 x float> [ %2398, %for_begin_r96.preheader.lr.ph.i ], [ %2682, %for_begin_r96.preheader.i ]
+  %2413 = phi <16 x float> [ %2395, %for_begin_r96.preheader.lr.ph.i ], [ %2674, %for_begin_r96.preheader.i ]
+  %2414 = phi <16 x float> [ %2392, %for_begin_r96.preheader.lr.ph.i ], [ %2666, %for_begin_r96.preheader.i ]
+  %2415 = phi <16 x float> [ %2389, %for_begin_r96.preheader.lr.ph.i ], [ %2658, %for_begin_r96.preheader.i ]
+  %2416 = phi <16 x float> [ %2386, %for_begin_r96.preheader.lr.ph.i ], [ %2650, %for_begin_r96.preheader.i ]
+  %2417 = phi <16 x float> [ %2383, %for_begin_r96.preheader.lr.ph.i ], [ %2640, %for_begin_r96.preheader.i ]
+  %2418 = phi <16 x float> [ %2380, %for_begin_r96.preheader.lr.ph.i ], [ %2632, %for_begin_r96.preheader.i ]
+  %2419 = phi <16 x float> [ %2377, %for_begin_r96.preheader.lr.ph.i ], [ %2624, %for_begin_r96.preheader.i ]
+  %2420 = phi <16 x float> [ %2374, %for_begin_r96.preheader.lr.ph.i ], [ %2616, %for_begin_r96.preheader.i ]
+  %2421 = phi <16 x float> [ %2371, %for_begin_r96.preheader.lr.ph.i ], [ %2608, %for_begin_r96.preheader.i ]
+  %2422 = phi <16 x float> [ %2368, %for_begin_r96.preheader.lr.ph.i ], [ %2600, %for_begin_r96.preheader.i ]
+  %2423 = phi <16 x float> [ %2365, %for_begin_r96.preheader.lr.ph.i ], [ %2592, %for_begin_r96.preheader.i ]
+  %2424 = phi <16 x float> [ %2362, %for_begin_r96.preheader.lr.ph.i ], [ %2584, %for_begin_r96.preheader.i ]
+  %2425 = phi <16 x float> [ %2359, %for_begin_r96.preheader.lr.ph.i ], [ %2574, %for_begin_r96.preheader.i ]
+  %2426 = phi <16 x float> [ %2356, %for_begin_r96.preheader.lr.ph.i ], [ %2566, %for_begin_r96.preheader.i ]
+  %2427 = phi <16 x float> [ %2353, %for_begin_r96.preheader.lr.ph.i ], [ %2558, %for_begin_r96.preheader.i ]
+  %2428 = phi <16 x float> [ %2350, %for_begin_r96.preheader.lr.ph.i ], [ %2550, %for_begin_r96.preheader.i ]
+  %2429 = phi <16 x float> [ %2347, %for_begin_r96.preheader.lr.ph.i ], [ %2542, %for_begin_r96.preheader.i ]
+  %2430 = phi <16 x float> [ %2344, %for_begin_r96.preheader.lr.ph.i ], [ %2534, %for_begin_r96.preheader.i ]
+  %2431 = phi <16 x float> [ %2341, %for_begin_r96.preheader.lr.ph.i ], [ %2526, %for_begin_r96.preheader.i ]
+  %2432 = phi <16 x float> [ %2338, %for_begin_r96.preheader.lr.ph.i ], [ %2518, %for_begin_r96.preheader.i ]
+  %2433 = phi <16 x float> [ %2335, %for_begin_r96.preheader.lr.ph.i ], [ %2507, %for_begin_r96.preheader.i ]
+  %2434 = phi <16 x float> [ %2332, %for_begin_r96.preheader.lr.ph.i ], [ %2499, %for_begin_r96.preheader.i ]
+  %2435 = phi <16 x float> [ %2329, %for_begin_r96.preheader.lr.ph.i ], [ %2491, %for_begin_r96.preheader.i ]
+  %2436 = phi <16 x float> [ %2326, %for_begin_r96.preheader.lr.ph.i ], [ %2483, %for_begin_r96.preheader.i ]
+  %2437 = phi <16 x float> [ %2323, %for_begin_r96.preheader.lr.ph.i ], [ %2475, %for_begin_r96.preheader.i ]
+  %2438 = phi <16 x float> [ %2320, %for_begin_r96.preheader.lr.ph.i ], [ %2467, %for_begin_r96.preheader.i ]
+  %2439 = phi <16 x float> [ %2317, %for_begin_r96.preheader.lr.ph.i ], [ %2459, %for_begin_r96.preheader.i ]
+  %2440 = phi <16 x float> [ %2315, %for_begin_r96.preheader.lr.ph.i ], [ %2451, %for_begin_r96.preheader.i ]
+  %indvars.iv782.i = phi i64 [ 0, %for_begin_r96.preheader.lr.ph.i ], [ %indvars.iv.next783.i, %for_begin_r96.preheader.i ]
+  %2441 = add nuw nsw i64 %indvars.iv782.i, %263
+  %2442 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2441
+  %2443 = getelementptr inbounds float, ptr %probs.i, i64 %2441
+  %2444 = load float, ptr %2443, align 4, !tbaa !5
+  %2445 = insertelement <16 x float> poison, float %2444, i64 0
+  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
+  %2447 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2447
+  %2448 = load <16 x i32>, ptr %gep572.i, align 4, !tbaa !5
+  %2449 = shl <16 x i32> %2448, splat (i32 16)
+  %2450 = bitcast <16 x i32> %2449 to <16 x float>
+  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2450, <16 x float> %2440)
+  store <16 x float> %2451, ptr %tile_acc.i, align 4, !tbaa !5
+  %2452 = load float, ptr %2443, align 4, !tbaa !5
+  %2453 = insertelement <16 x float> poison, float %2452, i64 0
+  %2454 = shufflevector <16 x float> %2453, <16 x float> poison, <16 x i32> zeroinitializer
+  %2455 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2455
+  %2456 = load <16 x i32>, ptr %gep572.1.i, align 4, !tbaa !5
+  %2457 = and <16 x i32> %2456, %93
+  %2458 = bitcast <16 x i32> %2457 to <16 x float>
+  %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2458, <16 x float> %2439)
+  store <16 x float> %2459, ptr %2318, align 4, !tbaa !5
+  %2460 = load float, ptr %2443, align 4, !tbaa !5
+  %2461 = insertelement <16 x float> poison, float %2460, i64 0
+  %2462 = shufflevector <16 x float> %2461, <16 x float> poison, <16 x i32> zeroinitializer
+  %2463 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1767.i = getelementptr i32, ptr %gep575.1.i, i64 %2463
+  %2464 = load <16 x i32>, ptr %gep572.1767.i, align 4, !tbaa !5
+  %2465 = shl <16 x i32> %2464, splat (i32 16)
+  %2466 = bitcast <16 x i32> %2465 to <16 x float>
+  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2466, <16 x float> %2438)
+  store <16 x float> %2467, ptr %2321, align 4, !tbaa !5
+  %2468 = load float, ptr %2443, align 4, !tbaa !5
+  %2469 = insertelement <16 x float> poison, float %2468, i64 0
+  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
+  %2471 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.1.i = getelementptr i32, ptr %gep575.1.i, i64 %2471
+  %2472 = load <16 x i32>, ptr %gep572.1.1.i, align 4, !tbaa !5
+  %2473 = and <16 x i32> %2472, %93
+  %2474 = bitcast <16 x i32> %2473 to <16 x float>
+  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2474, <16 x float> %2437)
+  store <16 x float> %2475, ptr %2324, align 4, !tbaa !5
+  %2476 = load float, ptr %2443, align 4, !tbaa !5
+  %2477 = insertelement <16 x float> poison, float %2476, i64 0
+  %2478 = shufflevector <16 x float> %2477, <16 x float> poison, <16 x i32> zeroinitializer
+  %2479 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.2.i = getelementptr i32, ptr %gep575.2.i, i64 %2479
+  %2480 = load <16 x i32>, ptr %gep572.2.i, align 4, !tbaa !5
+  %2481 = shl <16 x i32> %2480, splat (i32 16)
+  %2482 = bitcast <16 x i32> %2481 to <16 x float>
+  %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2482, <16 x float> %2436)
+  store <16 x float> %2483, ptr %2327, align 4, !tbaa !5
+  %2484 = load float, ptr %2443, align 4, !tbaa !5
+  %2485 = insertelement <16 x float> poison, float %2484, i64 0
+  %2486 = shufflevector <16 x float> %2485, <16 x float> poison, <16 x i32> zeroinitializer
+  %2487 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.2.i = getelementptr i32, ptr %gep575.2.i, i64 %2487
+  %2488 = load <16 x i32>, ptr %gep572.1.2.i, align 4, !tbaa !5
+  %2489 = and <16 x i32> %2488, %93
+  %2490 = bitcast <16 x i32> %2489 to <16 x float>
+  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2486, <16 x float> %2490, <16 x float> %2435)
+  store <16 x float> %2491, ptr %2330, align 4, !tbaa !5
+  %2492 = load float, ptr %2443, align 4, !tbaa !5
+  %2493 = insertelement <16 x float> poison, float %2492, i64 0
+  %2494 = shufflevector <16 x float> %2493, <16 x float> poison, <16 x i32> zeroinitializer
+  %2495 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.3.i = getelementptr i32, ptr %gep575.3.i, i64 %2495
+  %2496 = load <16 x i32>, ptr %gep572.3.i, align 4, !tbaa !5
+  %2497 = shl <16 x i32> %2496, splat (i32 16)
+  %2498 = bitcast <16 x i32> %2497 to <16 x float>
+  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2494, <16 x float> %2498, <16 x float> %2434)
+  store <16 x float> %2499, ptr %2333, align 4, !tbaa !5
+  %2500 = load float, ptr %2443, align 4, !tbaa !5
+  %2501 = insertelement <16 x float> poison, float %2500, i64 0
+  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
+  %2503 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.3.i = getelementptr i32, ptr %gep575.3.i, i64 %2503
+  %2504 = load <16 x i32>, ptr %gep572.1.3.i, align 4, !tbaa !5
+  %2505 = and <16 x i32> %2504, %93
+  %2506 = bitcast <16 x i32> %2505 to <16 x float>
+  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2506, <16 x float> %2433)
+  store <16 x float> %2507, ptr %2336, align 4, !tbaa !5
+  %2508 = shl i64 %2441, 32
+  %sext.i = add i64 %2508, 549755813888
+  %2509 = ashr exact i64 %sext.i, 30
+  %2510 = getelementptr inbounds i8, ptr %probs.i, i64 %2509
+  %2511 = load float, ptr %2510, align 4, !tbaa !5
+  %2512 = insertelement <16 x float> poison, float %2511, i64 0
+  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
+  %2514 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1773.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2514
+  %2515 = load <16 x i32>, ptr %gep572.1773.i, align 4, !tbaa !5
+  %2516 = shl <16 x i32> %2515, splat (i32 16)
+  %2517 = bitcast <16 x i32> %2516 to <16 x float>
+  %2518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2513, <16 x float> %2517, <16 x float> %2432)
+  store <16 x float> %2518, ptr %2339, align 4, !tbaa !5
+  %2519 = load float, ptr %2510, align 4, !tbaa !5
+  %2520 = insertelement <16 x float> poison, float %2519, i64 0
+  %2521 = shufflevector <16 x float> %2520, <16 x float> poison, <16 x i32> zeroinitializer
+  %2522 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.1774.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2522
+  %2523 = load <16 x i32>, ptr %gep572.1.1774.i, align 4, !tbaa !5
+  %2524 = and <16 x i32> %2523, %93
+  %2525 = bitcast <16 x i32> %2524 to <16 x float>
+  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2521, <16 x float> %2525, <16 x float> %2431)
+  store <16 x float> %2526, ptr %2342, align 4, !tbaa !5
+  %2527 = load float, ptr %2510, align 4, !tbaa !5
+  %2528 = insertelement <16 x float> poison, float %2527, i64 0
+  %2529 = shufflevector <16 x float> %2528, <16 x float> poison, <16 x i32> zeroinitializer
+  %2530 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1767.1.i = getelementptr i32, ptr %gep575.1.i, i64 %2530
+  %2531 = load <16 x i32>, ptr %gep572.1767.1.i, align 4, !tbaa !5
+  %2532 = shl <16 x i32> %2531, splat (i32 16)
+  %2533 = bitcast <16 x i32> %2532 to <16 x float>
+  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2529, <16 x float> %2533, <16 x float> %2430)
+  store <16 x float> %2534, ptr %2345, align 4, !tbaa !5
+  %2535 = load float, ptr %2510, align 4, !tbaa !5
+  %2536 = insertelement <16 x float> poison, float %2535, i64 0
+  %2537 = shufflevector <16 x float> %2536, <16 x float> poison, <16 x i32> zeroinitializer
+  %2538 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.1.1.i = getelementptr i32, ptr %gep575.1.i, i64 %2538
+  %2539 = load <16 x i32>, ptr %gep572.1.1.1.i, align 4, !tbaa !5
+  %2540 = and <16 x i32> %2539, %93
+  %2541 = bitcast <16 x i32> %2540 to <16 x float>
+  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2541, <16 x float> %2429)
+  store <16 x float> %2542, ptr %2348, align 4, !tbaa !5
+  %2543 = load float, ptr %2510, align 4, !tbaa !5
+  %2544 = insertelement <16 x float> poison, float %2543, i64 0
+  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
+  %2546 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.2.1.i = getelementptr i32, ptr %gep575.2.i, i64 %2546
+  %2547 = load <16 x i32>, ptr %gep572.2.1.i, align 4, !tbaa !5
+  %2548 = shl <16 x i32> %2547, splat (i32 16)
+  %2549 = bitcast <16 x i32> %2548 to <16 x float>
+  %2550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2549, <16 x float> %2428)
+  store <16 x float> %2550, ptr %2351, align 4, !tbaa !5
+  %2551 = load float, ptr %2510, align 4, !tbaa !5
+  %2552 = insertelement <16 x float> poison, float %2551, i64 0
+  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
+  %2554 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.2.1.i = getelementptr i32, ptr %gep575.2.i, i64 %2554
+  %2555 = load <16 x i32>, ptr %gep572.1.2.1.i, align 4, !tbaa !5
+  %2556 = and <16 x i32> %2555, %93
+  %2557 = bitcast <16 x i32> %2556 to <16 x float>
+  %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2557, <16 x float> %2427)
+  store <16 x float> %2558, ptr %2354, align 4, !tbaa !5
+  %2559 = load float, ptr %2510, align 4, !tbaa !5
+  %2560 = insertelement <16 x float> poison, float %2559, i64 0
+  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
+  %2562 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.3.1.i = getelementptr i32, ptr %gep575.3.i, i64 %2562
+  %2563 = load <16 x i32>, ptr %gep572.3.1.i, align 4, !tbaa !5
+  %2564 = shl <16 x i32> %2563, splat (i32 16)
+  %2565 = bitcast <16 x i32> %2564 to <16 x float>
+  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2565, <16 x float> %2426)
+  store <16 x float> %2566, ptr %2357, align 4, !tbaa !5
+  %2567 = load float, ptr %2510, align 4, !tbaa !5
+  %2568 = insertelement <16 x float> poison, float %2567, i64 0
+  %2569 = shufflevector <16 x float> %2568, <16 x float> poison, <16 x i32> zeroinitializer
+  %2570 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.3.1.i = getelementptr i32, ptr %gep575.3.i, i64 %2570
+  %2571 = load <16 x i32>, ptr %gep572.1.3.1.i, align 4, !tbaa !5
+  %2572 = and <16 x i32> %2571, %93
+  %2573 = bitcast <16 x i32> %2572 to <16 x float>
+  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2573, <16 x float> %2425)
+  store <16 x float> %2574, ptr %2360, align 4, !tbaa !5
+  %sext1080.i = add i64 %2508, 1099511627776
+  %2575 = ashr exact i64 %sext1080.i, 30
+  %2576 = getelementptr inbounds i8, ptr %probs.i, i64 %2575
+  %2577 = load float, ptr %2576, align 4, !tbaa !5
+  %2578 = insertelement <16 x float> poison, float %2577, i64 0
+  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
+  %2580 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.2776.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2580
+  %2581 = load <16 x i32>, ptr %gep572.2776.i, align 4, !tbaa !5
+  %2582 = shl <16 x i32> %2581, splat (i32 16)
+  %2583 = bitcast <16 x i32> %2582 to <16 x float>
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2583, <16 x float> %2424)
+  store <16 x float> %2584, ptr %2363, align 4, !tbaa !5
+  %2585 = load float, ptr %2576, align 4, !tbaa !5
+  %2586 = insertelement <16 x float> poison, float %2585, i64 0
+  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
+  %2588 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.2777.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2588
+  %2589 = load <16 x i32>, ptr %gep572.1.2777.i, align 4, !tbaa !5
+  %2590 = and <16 x i32> %2589, %93
+  %2591 = bitcast <16 x i32> %2590 to <16 x float>
+  %2592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2591, <16 x float> %2423)
+  store <16 x float> %2592, ptr %2366, align 4, !tbaa !5
+  %2593 = load float, ptr %2576, align 4, !tbaa !5
+  %2594 = insertelement <16 x float> poison, float %2593, i64 0
+  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
+  %2596 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1767.2.i = getelementptr i32, ptr %gep575.1.i, i64 %2596
+  %2597 = load <16 x i32>, ptr %gep572.1767.2.i, align 4, !tbaa !5
+  %2598 = shl <16 x i32> %2597, splat (i32 16)
+  %2599 = bitcast <16 x i32> %2598 to <16 x float>
+  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2599, <16 x float> %2422)
+  store <16 x float> %2600, ptr %2369, align 4, !tbaa !5
+  %2601 = load float, ptr %2576, align 4, !tbaa !5
+  %2602 = insertelement <16 x float> poison, float %2601, i64 0
+  %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
+  %2604 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.1.2.i = getelementptr i32, ptr %gep575.1.i, i64 %2604
+  %2605 = load <16 x i32>, ptr %gep572.1.1.2.i, align 4, !tbaa !5
+  %2606 = and <16 x i32> %2605, %93
+  %2607 = bitcast <16 x i32> %2606 to <16 x float>
+  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2607, <16 x float> %2421)
+  store <16 x float> %2608, ptr %2372, align 4, !tbaa !5
+  %2609 = load float, ptr %2576, align 4, !tbaa !5
+  %2610 = insertelement <16 x float> poison, float %2609, i64 0
+  %2611 = shufflevector <16 x float> %2610, <16 x float> poison, <16 x i32> zeroinitializer
+  %2612 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.2.2.i = getelementptr i32, ptr %gep575.2.i, i64 %2612
+  %2613 = load <16 x i32>, ptr %gep572.2.2.i, align 4, !tbaa !5
+  %2614 = shl <16 x i32> %2613, splat (i32 16)
+  %2615 = bitcast <16 x i32> %2614 to <16 x float>
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2615, <16 x float> %2420)
+  store <16 x float> %2616, ptr %2375, align 4, !tbaa !5
+  %2617 = load float, ptr %2576, align 4, !tbaa !5
+  %2618 = insertelement <16 x float> poison, float %2617, i64 0
+  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
+  %2620 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.2.2.i = getelementptr i32, ptr %gep575.2.i, i64 %2620
+  %2621 = load <16 x i32>, ptr %gep572.1.2.2.i, align 4, !tbaa !5
+  %2622 = and <16 x i32> %2621, %93
+  %2623 = bitcast <16 x i32> %2622 to <16 x float>
+  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2619, <16 x float> %2623, <16 x float> %2419)
+  store <16 x float> %2624, ptr %2378, align 4, !tbaa !5
+  %2625 = load float, ptr %2576, align 4, !tbaa !5
+  %2626 = insertelement <16 x float> poison, float %2625, i64 0
+  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
+  %2628 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.3.2.i = getelementptr i32, ptr %gep575.3.i, i64 %2628
+  %2629 = load <16 x i32>, ptr %gep572.3.2.i, align 4, !tbaa !5
+  %2630 = shl <16 x i32> %2629, splat (i32 16)
+  %2631 = bitcast <16 x i32> %2630 to <16 x float>
+  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2631, <16 x float> %2418)
+  store <16 x float> %2632, ptr %2381, align 4, !tbaa !5
+  %2633 = load float, ptr %2576, align 4, !tbaa !5
+  %2634 = insertelement <16 x float> poison, float %2633, i64 0
+  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
+  %2636 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.3.2.i = getelementptr i32, ptr %gep575.3.i, i64 %2636
+  %2637 = load <16 x i32>, ptr %gep572.1.3.2.i, align 4, !tbaa !5
+  %2638 = and <16 x i32> %2637, %93
+  %2639 = bitcast <16 x i32> %2638 to <16 x float>
+  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2635, <16 x float> %2639, <16 x float> %2417)
+  store <16 x float> %2640, ptr %2384, align 4, !tbaa !5
+  %sext1081.i = add i64 %2508, 1649267441664
+  %2641 = ashr exact i64 %sext1081.i, 30
+  %2642 = getelementptr inbounds i8, ptr %probs.i, i64 %2641
+  %2643 = load float, ptr %2642, align 4, !tbaa !5
+  %2644 = insertelement <16 x float> poison, float %2643, i64 0
+  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
+  %2646 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.3779.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2646
+  %2647 = load <16 x i32>, ptr %gep572.3779.i, align 4, !tbaa !5
+  %2648 = shl <16 x i32> %2647, splat (i32 16)
+  %2649 = bitcast <16 x i32> %2648 to <16 x float>
+  %2650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2649, <16 x float> %2416)
+  store <16 x float> %2650, ptr %2387, align 4, !tbaa !5
+  %2651 = load float, ptr %2642, align 4, !tbaa !5
+  %2652 = insertelement <16 x float> poison, float %2651, i64 0
+  %2653 = shufflevector <16 x float> %2652, <16 x float> poison, <16 x i32> zeroinitializer
+  %2654 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.3780.i = getelementptr i32, ptr %invariant.gep532.i, i64 %2654
+  %2655 = load <16 x i32>, ptr %gep572.1.3780.i, align 4, !tbaa !5
+  %2656 = and <16 x i32> %2655, %93
+  %2657 = bitcast <16 x i32> %2656 to <16 x float>
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2657, <16 x float> %2415)
+  store <16 x float> %2658, ptr %2390, align 4, !tbaa !5
+  %2659 = load float, ptr %2642, align 4, !tbaa !5
+  %2660 = insertelement <16 x float> poison, float %2659, i64 0
+  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
+  %2662 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1767.3.i = getelementptr i32, ptr %gep575.1.i, i64 %2662
+  %2663 = load <16 x i32>, ptr %gep572.1767.3.i, align 4, !tbaa !5
+  %2664 = shl <16 x i32> %2663, splat (i32 16)
+  %2665 = bitcast <16 x i32> %2664 to <16 x float>
+  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2661, <16 x float> %2665, <16 x float> %2414)
+  store <16 x float> %2666, ptr %2393, align 4, !tbaa !5
+  %2667 = load float, ptr %2642, align 4, !tbaa !5
+  %2668 = insertelement <16 x float> poison, float %2667, i64 0
+  %2669 = shufflevector <16 x float> %2668, <16 x float> poison, <16 x i32> zeroinitializer
+  %2670 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.1.3.i = getelementptr i32, ptr %gep575.1.i, i64 %2670
+  %2671 = load <16 x i32>, ptr %gep572.1.1.3.i, align 4, !tbaa !5
+  %2672 = and <16 x i32> %2671, %93
+  %2673 = bitcast <16 x i32> %2672 to <16 x float>
+  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2673, <16 x float> %2413)
+  store <16 x float> %2674, ptr %2396, align 4, !tbaa !5
+  %2675 = load float, ptr %2642, align 4, !tbaa !5
+  %2676 = insertelement <16 x float> poison, float %2675, i64 0
+  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
+  %2678 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.2.3.i = getelementptr i32, ptr %gep575.2.i, i64 %2678
+  %2679 = load <16 x i32>, ptr %gep572.2.3.i, align 4, !tbaa !5
+  %2680 = shl <16 x i32> %2679, splat (i32 16)
+  %2681 = bitcast <16 x i32> %2680 to <16 x float>
+  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2681, <16 x float> %2412)
+  store <16 x float> %2682, ptr %2399, align 4, !tbaa !5
+  %2683 = load float, ptr %2642, align 4, !tbaa !5
+  %2684 = insertelement <16 x float> poison, float %2683, i64 0
+  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
+  %2686 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.2.3.i = getelementptr i32, ptr %gep575.2.i, i64 %2686
+  %2687 = load <16 x i32>, ptr %gep572.1.2.3.i, align 4, !tbaa !5
+  %2688 = and <16 x i32> %2687, %93
+  %2689 = bitcast <16 x i32> %2688 to <16 x float>
+  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2685, <16 x float> %2689, <16 x float> %2411)
+  store <16 x float> %2690, ptr %2402, align 4, !tbaa !5
+  %2691 = load float, ptr %2642, align 4, !tbaa !5
+  %2692 = insertelement <16 x float> poison, float %2691, i64 0
+  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
+  %2694 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.3.3.i = getelementptr i32, ptr %gep575.3.i, i64 %2694
+  %2695 = load <16 x i32>, ptr %gep572.3.3.i, align 4, !tbaa !5
+  %2696 = shl <16 x i32> %2695, splat (i32 16)
+  %2697 = bitcast <16 x i32> %2696 to <16 x float>
+  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2693, <16 x float> %2697, <16 x float> %2410)
+  store <16 x float> %2698, ptr %2405, align 4, !tbaa !5
+  %2699 = load float, ptr %2642, align 4, !tbaa !5
+  %2700 = insertelement <16 x float> poison, float %2699, i64 0
+  %2701 = shufflevector <16 x float> %2700, <16 x float> poison, <16 x i32> zeroinitializer
+  %2702 = load i64, ptr %2442, align 8, !tbaa !5
+  %gep572.1.3.3.i = getelementptr i32, ptr %gep575.3.i, i64 %2702
+  %2703 = load <16 x i32>, ptr %gep572.1.3.3.i, align 4, !tbaa !5
+  %2704 = and <16 x i32> %2703, %93
+  %2705 = bitcast <16 x i32> %2704 to <16 x float>
+  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2701, <16 x float> %2705, <16 x float> %2409)
+  store <16 x float> %2706, ptr %2408, align 4, !tbaa !5
+  %indvars.iv.next783.i = add nuw nsw i64 %indvars.iv782.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next783.i, %217
+  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r96.preheader.i, !prof !13
 
-for_end_ti.i:                                     ; preds = %for_begin_r101.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2531 = shl nuw nsw i64 %indvars.iv821.i, 2
-  %2532 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2531
-  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !57
-  %old_max.i = select <4 x i1> %257, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2533
-  %2534 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2531
-  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !59
-  %old_sum.i = select <4 x i1> %257, <4 x float> zeroinitializer, <4 x float> %2535
-  %2536 = fcmp ogt <4 x float> %old_max.i, %tile_max245.sroa.0.12.vec.insert.i
-  %2537 = fcmp oeq <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
-  %2538 = select <4 x i1> %2537, <4 x i1> splat (i1 true), <4 x i1> %2536
-  %old_or_both.i = select <4 x i1> %2538, <4 x float> %old_max.i, <4 x float> %tile_max245.sroa.0.12.vec.insert.i
-  %2539 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2539, <4 x float> %tile_max245.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
-  %arg117.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v122.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2540 = bitcast <4 x float> %cse_v122.i to <4 x i32>
-  %2541 = add nsw <4 x i32> %2540, splat (i32 -1262485504)
-  %2542 = sitofp <4 x i32> %2541 to <4 x float>
-  %2543 = fmul <4 x float> %2542, splat (float 0x3F2BD01060000000)
-  %2544 = fmul <4 x float> %2542, splat (float 0x3FE6300000000000)
-  %2545 = fsub <4 x float> %arg117.i, %2544
-  %2546 = fadd <4 x float> %2543, %2545
-  %2547 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2546, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2548 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2547, <4 x float> %2546, <4 x float> splat (float 0x3F81112100000000))
-  %2549 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2548, <4 x float> %2546, <4 x float> splat (float 0x3FA5553820000000))
-  %2550 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2549, <4 x float> %2546, <4 x float> splat (float 0x3FC5555540000000))
-  %2551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2550, <4 x float> %2546, <4 x float> splat (float 5.000000e-01))
-  %2552 = fmul <4 x float> %2546, %2551
-  %2553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2552, <4 x float> %2546, <4 x float> %2546)
-  %2554 = shl <4 x i32> %2540, splat (i32 23)
-  %2555 = add <4 x i32> %2554, splat (i32 1065353216)
-  %2556 = bitcast <4 x i32> %2555 to <4 x float>
-  %2557 = fadd <4 x float> %2553, splat (float 1.000000e+00)
-  %2558 = fmul <4 x float> %2557, %2556
-  %2559 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
-  %2560 = select <4 x i1> %2559, <4 x float> zeroinitializer, <4 x float> %2558
-  %2561 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2562 = select <4 x i1> %2561, <4 x float> %2560, <4 x float> zeroinitializer
-  store <4 x float> %2562, ptr %alpha234.i, align 16, !tbaa !61
-  %arg131.i = fsub <4 x float> %tile_max245.sroa.0.12.vec.insert.i, %m.i
-  %cse_v103.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg131.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2563 = bitcast <4 x float> %cse_v103.i to <4 x i32>
-  %2564 = add nsw <4 x i32> %2563, splat (i32 -1262485504)
-  %2565 = sitofp <4 x i32> %2564 to <4 x float>
-  %2566 = fmul <4 x float> %2565, splat (float 0x3F2BD01060000000)
-  %2567 = fmul <4 x float> %2565, splat (float 0x3FE6300000000000)
-  %2568 = fsub <4 x float> %arg131.i, %2567
-  %2569 = fadd <4 x float> %2566, %2568
-  %2570 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2569, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2571 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2569, <4 x float> splat (float 0x3F81112100000000))
-  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2571, <4 x float> %2569, <4 x float> splat (float 0x3FA5553820000000))
-  %2573 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2572, <4 x float> %2569, <4 x float> splat (float 0x3FC5555540000000))
-  %2574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2573, <4 x float> %2569, <4 x float> splat (float 5.000000e-01))
-  %2575 = fmul <4 x float> %2569, %2574
-  %2576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2575, <4 x float> %2569, <4 x float> %2569)
-  %2577 = shl <4 x i32> %2563, splat (i32 23)
-  %2578 = add <4 x i32> %2577, splat (i32 1065353216)
-  %2579 = bitcast <4 x i32> %2578 to <4 x float>
-  %2580 = fadd <4 x float> %2576, splat (float 1.000000e+00)
-  %2581 = fmul <4 x float> %2580, %2579
-  %2582 = fcmp olt <4 x float> %arg131.i, splat (float -8.700000e+01)
-  %2583 = select <4 x i1> %2582, <4 x float> zeroinitializer, <4 x float> %2581
-  %2584 = fcmp one <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
-  %2585 = select <4 x i1> %2584, <4 x float> %2583, <4 x float> zeroinitializer
-  store <4 x float> %2585, ptr %beta233.i, align 16, !tbaa !70
-  %2586 = fmul <4 x float> %old_sum.i, %2562
-  %2587 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2585, <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, <4 x float> %2586)
-  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !57
-  store <4 x float> %2587, ptr %2534, align 16, !tbaa !59
-  %invariant.gep82 = getelementptr inbounds nuw float, ptr %acc.i, i64 %300
-  br label %for_begin_d_0149.preheader.i
+for_end_ti.i:                                     ; preds = %for_begin_r96.preheader.i, %for_begin_d_0_init.preheader.preheader.i
+  %2707 = shl nuw nsw i64 %indvars.iv820.i, 2
+  %2708 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %2707
+  %2709 = load <4 x float>, ptr %2708, align 16, !tbaa !61
+  %old_max.i = select <4 x i1> %261, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2709
+  %2710 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %2707
+  %2711 = load <4 x float>, ptr %2710, align 16, !tbaa !63
+  %old_sum.i = select <4 x i1> %261, <4 x float> zeroinitializer, <4 x float> %2711
+  %2712 = fcmp ogt <4 x float> %old_max.i, %tile_max244.sroa.0.12.vec.insert.i
+  %2713 = fcmp oeq <4 x float> %tile_sum243.sroa.0.12.vec.insert.i, zeroinitializer
+  %2714 = select <4 x i1> %2713, <4 x i1> splat (i1 true), <4 x i1> %2712
+  %old_or_both.i = select <4 x i1> %2714, <4 x float> %old_max.i, <4 x float> %tile_max244.sroa.0.12.vec.insert.i
+  %2715 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2715, <4 x float> %tile_max244.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
+  %arg112.i = fsub <4 x float> %old_max.i, %m.i
+  %cse_v122.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg112.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2716 = bitcast <4 x float> %cse_v122.i to <4 x i32>
+  %2717 = fadd <4 x float> %cse_v122.i, splat (float 0xC168000FE0000000)
+  %2718 = fmul <4 x float> %2717, splat (float 0x3F2BD01060000000)
+  %2719 = fmul <4 x float> %2717, splat (float 0x3FE6300000000000)
+  %2720 = fsub <4 x float> %arg112.i, %2719
+  %2721 = fadd <4 x float> %2718, %2720
+  %2722 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2721, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2723 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2722, <4 x float> %2721, <4 x float> splat (float 0x3FA5558F20000000))
+  %2724 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2723, <4 x float> %2721, <4 x float> splat (float 0x3FC5554920000000))
+  %2725 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2724, <4 x float> %2721, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2726 = fmul <4 x float> %2721, %2721
+  %2727 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2725, <4 x float> %2726, <4 x float> %2721)
+  %2728 = shl <4 x i32> %2716, splat (i32 23)
+  %2729 = bitcast <4 x i32> %2728 to <4 x float>
+  %2730 = fadd <4 x float> %2727, splat (float 1.000000e+00)
+  %2731 = fmul <4 x float> %2730, %2729
+  %2732 = fcmp olt <4 x float> %arg112.i, splat (float -8.700000e+01)
+  %2733 = select <4 x i1> %2732, <4 x float> zeroinitializer, <4 x float> %2731
+  %2734 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2735 = select <4 x i1> %2734, <4 x float> %2733, <4 x float> zeroinitializer
+  store <4 x float> %2735, ptr %alpha233.i, align 16, !tbaa !65
+  %arg128.i = fsub <4 x float> %tile_max244.sroa.0.12.vec.insert.i, %m.i
+  %cse_v103.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg128.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2736 = bitcast <4 x float> %cse_v103.i to <4 x i32>
+  %2737 = fadd <4 x float> %cse_v103.i, splat (float 0xC168000FE0000000)
+  %2738 = fmul <4 x float> %2737, splat (float 0x3F2BD01060000000)
+  %2739 = fmul <4 x float> %2737, splat (float 0x3FE6300000000000)
+  %2740 = fsub <4 x float> %arg128.i, %2739
+  %2741 = fadd <4 x float> %2738, %2740
+  %2742 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2741, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2743 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2742, <4 x float> %2741, <4 x float> splat (float 0x3FA5558F20000000))
+  %2744 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2743, <4 x float> %2741, <4 x float> splat (float 0x3FC5554920000000))
+  %2745 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2744, <4 x float> %2741, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2746 = fmul <4 x float> %2741, %2741
+  %2747 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2745, <4 x float> %2746, <4 x float> %2741)
+  %2748 = shl <4 x i32> %2736, splat (i32 23)
+  %2749 = bitcast <4 x i32> %2748 to <4 x float>
+  %2750 = fadd <4 x float> %2747, splat (float 1.000000e+00)
+  %2751 = fmul <4 x float> %2750, %2749
+  %2752 = fcmp olt <4 x float> %arg128.i, splat (float -8.700000e+01)
+  %2753 = select <4 x i1> %2752, <4 x float> zeroinitializer, <4 x float> %2751
+  %2754 = fcmp one <4 x float> %tile_sum243.sroa.0.12.vec.insert.i, zeroinitializer
+  %2755 = select <4 x i1> %2754, <4 x float> %2753, <4 x float> zeroinitializer
+  store <4 x float> %2755, ptr %beta232.i, align 16, !tbaa !74
+  %2756 = fmul <4 x float> %old_sum.i, %2735
+  %2757 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2755, <4 x float> %tile_sum243.sroa.0.12.vec.insert.i, <4 x float> %2756)
+  store <4 x float> %m.i, ptr %2708, align 16, !tbaa !61
+  store <4 x float> %2757, ptr %2710, align 16, !tbaa !63
+  %invariant.gep82 = getelementptr inbounds nuw float, ptr %acc.i, i64 %309
+  br label %for_begin_d_0148.preheader.i
 
-for_begin_d_0149.preheader.i:                     ; preds = %for_end_d_0151.i, %for_end_ti.i
-  %indvars.iv815.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next816.i, %for_end_d_0151.i ]
-  %2588 = shl nuw nsw i64 %indvars.iv815.i, 7
-  %2589 = getelementptr inbounds nuw float, ptr %beta233.i, i64 %indvars.iv815.i
-  %2590 = load float, ptr %2589, align 4, !tbaa !79
-  %2591 = insertelement <32 x float> poison, float %2590, i64 0
-  %2592 = shufflevector <32 x float> %2591, <32 x float> poison, <32 x i32> zeroinitializer
-  %2593 = getelementptr inbounds nuw float, ptr %alpha234.i, i64 %indvars.iv815.i
-  %2594 = load float, ptr %2593, align 4, !tbaa !80
-  %2595 = insertelement <32 x float> poison, float %2594, i64 0
-  %2596 = shufflevector <32 x float> %2595, <32 x float> poison, <32 x i32> zeroinitializer
-  %2597 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2588
-  %2598 = load <4 x float>, ptr %2597, align 4, !tbaa !5
-  %2599 = getelementptr inbounds nuw i8, ptr %2597, i64 64
-  %2600 = load <4 x float>, ptr %2599, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend932.i = shufflevector <4 x float> %2598, <4 x float> %2600, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2601 = getelementptr inbounds nuw i8, ptr %2597, i64 16
-  %2602 = load <4 x float>, ptr %2601, align 4, !tbaa !5
-  %2603 = getelementptr inbounds nuw i8, ptr %2597, i64 80
-  %2604 = load <4 x float>, ptr %2603, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand952.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend953.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend932.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand952.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand973.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend974.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend953.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand973.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2605 = getelementptr inbounds nuw i8, ptr %2597, i64 32
-  %2606 = load <4 x float>, ptr %2605, align 4, !tbaa !5
-  %2607 = getelementptr inbounds nuw i8, ptr %2597, i64 96
-  %2608 = load <4 x float>, ptr %2607, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand994.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend995.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend974.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand994.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1015.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1016.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend995.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1015.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2609 = getelementptr inbounds nuw i8, ptr %2597, i64 48
-  %2610 = load <4 x float>, ptr %2609, align 4, !tbaa !5
-  %2611 = getelementptr inbounds nuw i8, ptr %2597, i64 112
-  %2612 = load <4 x float>, ptr %2611, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1036.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1037.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1016.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1036.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1057.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1058.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1037.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1057.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %gep83 = getelementptr inbounds nuw float, ptr %invariant.gep82, i64 %2588
-  br i1 %255, label %for_body_d_0150.us.preheader.i, label %for_body_d_0150.preheader.i, !prof !8
+for_begin_d_0148.preheader.i:                     ; preds = %for_end_d_0150.i, %for_end_ti.i
+  %indvars.iv814.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next815.i, %for_end_d_0150.i ]
+  %2758 = shl nuw nsw i64 %indvars.iv814.i, 7
+  %2759 = getelementptr inbounds nuw float, ptr %beta232.i, i64 %indvars.iv814.i
+  %2760 = load float, ptr %2759, align 4, !tbaa !83
+  %2761 = insertelement <32 x float> poison, float %2760, i64 0
+  %2762 = shufflevector <32 x float> %2761, <32 x float> poison, <32 x i32> zeroinitializer
+  %2763 = getelementptr inbounds nuw float, ptr %alpha233.i, i64 %indvars.iv814.i
+  %2764 = load float, ptr %2763, align 4, !tbaa !84
+  %2765 = insertelement <32 x float> poison, float %2764, i64 0
+  %2766 = shufflevector <32 x float> %2765, <32 x float> poison, <32 x i32> zeroinitializer
+  %2767 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2758
+  %2768 = load <4 x float>, ptr %2767, align 4, !tbaa !5
+  %2769 = getelementptr inbounds nuw i8, ptr %2767, i64 64
+  %2770 = load <4 x float>, ptr %2769, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.16.vecblend931.i = shufflevector <4 x float> %2768, <4 x float> %2770, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2771 = getelementptr inbounds nuw i8, ptr %2767, i64 16
+  %2772 = load <4 x float>, ptr %2771, align 4, !tbaa !5
+  %2773 = getelementptr inbounds nuw i8, ptr %2767, i64 80
+  %2774 = load <4 x float>, ptr %2773, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.32.vec.expand951.i = shufflevector <4 x float> %2772, <4 x float> %2774, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.32.vecblend952.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.16.vecblend931.i, <32 x float> %tile_acc_global231.sroa.0.32.vec.expand951.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vec.expand972.i = shufflevector <4 x float> %2772, <4 x float> %2774, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vecblend973.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.32.vecblend952.i, <32 x float> %tile_acc_global231.sroa.0.48.vec.expand972.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2775 = getelementptr inbounds nuw i8, ptr %2767, i64 32
+  %2776 = load <4 x float>, ptr %2775, align 4, !tbaa !5
+  %2777 = getelementptr inbounds nuw i8, ptr %2767, i64 96
+  %2778 = load <4 x float>, ptr %2777, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.64.vec.expand993.i = shufflevector <4 x float> %2776, <4 x float> %2778, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.64.vecblend994.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.48.vecblend973.i, <32 x float> %tile_acc_global231.sroa.0.64.vec.expand993.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vec.expand1014.i = shufflevector <4 x float> %2776, <4 x float> %2778, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vecblend1015.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.64.vecblend994.i, <32 x float> %tile_acc_global231.sroa.0.80.vec.expand1014.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2779 = getelementptr inbounds nuw i8, ptr %2767, i64 48
+  %2780 = load <4 x float>, ptr %2779, align 4, !tbaa !5
+  %2781 = getelementptr inbounds nuw i8, ptr %2767, i64 112
+  %2782 = load <4 x float>, ptr %2781, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.96.vec.expand1035.i = shufflevector <4 x float> %2780, <4 x float> %2782, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.96.vecblend1036.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.80.vecblend1015.i, <32 x float> %tile_acc_global231.sroa.0.96.vec.expand1035.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.112.vec.expand1056.i = shufflevector <4 x float> %2780, <4 x float> %2782, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global231.sroa.0.112.vecblend1057.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.96.vecblend1036.i, <32 x float> %tile_acc_global231.sroa.0.112.vec.expand1056.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %gep83 = getelementptr inbounds nuw float, ptr %invariant.gep82, i64 %2758
+  br i1 %259, label %for_body_d_0149.us.preheader.i, label %for_body_d_0149.preheader.i, !prof !8
 
-for_body_d_0150.preheader.i:                      ; preds = %for_begin_d_0149.preheader.i
-  %2613 = load <32 x float>, ptr %gep83, align 4, !tbaa !5
-  %2614 = fmul <32 x float> %2596, %2613
-  %2615 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2614)
-  store <32 x float> %2615, ptr %gep83, align 4, !tbaa !5
-  %2616 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2617 = load <4 x float>, ptr %2616, align 4, !tbaa !5
-  %2618 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2619 = load <4 x float>, ptr %2618, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend923.i = shufflevector <4 x float> %2617, <4 x float> %2619, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2620 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2621 = load <4 x float>, ptr %2620, align 4, !tbaa !5
-  %2622 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2623 = load <4 x float>, ptr %2622, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand943.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend944.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend923.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand943.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand964.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend965.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend944.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand964.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2624 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2625 = load <4 x float>, ptr %2624, align 4, !tbaa !5
-  %2626 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2627 = load <4 x float>, ptr %2626, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand985.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend986.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend965.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand985.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1006.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1007.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend986.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1006.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2628 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2629 = load <4 x float>, ptr %2628, align 4, !tbaa !5
-  %2630 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2631 = load <4 x float>, ptr %2630, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1027.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1028.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1007.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1027.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1048.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1049.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1028.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1048.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2632 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2633 = load <32 x float>, ptr %2632, align 4, !tbaa !5
-  %2634 = fmul <32 x float> %2596, %2633
-  %2635 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1049.i, <32 x float> %2634)
-  store <32 x float> %2635, ptr %2632, align 4, !tbaa !5
-  %2636 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2637 = load <4 x float>, ptr %2636, align 4, !tbaa !5
-  %2638 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2639 = load <4 x float>, ptr %2638, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend926.i = shufflevector <4 x float> %2637, <4 x float> %2639, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2640 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2641 = load <4 x float>, ptr %2640, align 4, !tbaa !5
-  %2642 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2643 = load <4 x float>, ptr %2642, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand946.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend947.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend926.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand946.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand967.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend968.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend947.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand967.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2644 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2645 = load <4 x float>, ptr %2644, align 4, !tbaa !5
-  %2646 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2647 = load <4 x float>, ptr %2646, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand988.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend989.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend968.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand988.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1009.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1010.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend989.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1009.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2648 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2649 = load <4 x float>, ptr %2648, align 4, !tbaa !5
-  %2650 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2651 = load <4 x float>, ptr %2650, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1030.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1031.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1010.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1030.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1051.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1052.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1031.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1051.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2652 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2653 = load <32 x float>, ptr %2652, align 4, !tbaa !5
-  %2654 = fmul <32 x float> %2596, %2653
-  %2655 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1052.i, <32 x float> %2654)
-  store <32 x float> %2655, ptr %2652, align 4, !tbaa !5
-  %2656 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2657 = load <4 x float>, ptr %2656, align 4, !tbaa !5
-  %2658 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2659 = load <4 x float>, ptr %2658, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend929.i = shufflevector <4 x float> %2657, <4 x float> %2659, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2660 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2661 = load <4 x float>, ptr %2660, align 4, !tbaa !5
-  %2662 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2663 = load <4 x float>, ptr %2662, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand949.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend950.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend929.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand949.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand970.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend971.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend950.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand970.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2664 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2665 = load <4 x float>, ptr %2664, align 4, !tbaa !5
-  %2666 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2667 = load <4 x float>, ptr %2666, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand991.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend992.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend971.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand991.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1012.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1013.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend992.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1012.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2668 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2669 = load <4 x float>, ptr %2668, align 4, !tbaa !5
-  %2670 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2671 = load <4 x float>, ptr %2670, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1033.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1034.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1013.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1033.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1054.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1055.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1034.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1054.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2672 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2673 = load <32 x float>, ptr %2672, align 4, !tbaa !5
-  %2674 = fmul <32 x float> %2596, %2673
-  %2675 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1055.i, <32 x float> %2674)
-  store <32 x float> %2675, ptr %2672, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+for_body_d_0149.preheader.i:                      ; preds = %for_begin_d_0148.preheader.i
+  %2783 = load <32 x float>, ptr %gep83, align 4, !tbaa !5
+  %2784 = fmul <32 x float> %2766, %2783
+  %2785 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1057.i, <32 x float> %2784)
+  store <32 x float> %2785, ptr %gep83, align 4, !tbaa !5
+  %2786 = getelementptr inbounds nuw i8, ptr %2767, i64 128
+  %2787 = load <4 x float>, ptr %2786, align 4, !tbaa !5
+  %2788 = getelementptr inbounds nuw i8, ptr %2767, i64 192
+  %2789 = load <4 x float>, ptr %2788, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.16.vecblend922.i = shufflevector <4 x float> %2787, <4 x float> %2789, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2790 = getelementptr inbounds nuw i8, ptr %2767, i64 144
+  %2791 = load <4 x float>, ptr %2790, align 4, !tbaa !5
+  %2792 = getelementptr inbounds nuw i8, ptr %2767, i64 208
+  %2793 = load <4 x float>, ptr %2792, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.32.vec.expand942.i = shufflevector <4 x float> %2791, <4 x float> %2793, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.32.vecblend943.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.16.vecblend922.i, <32 x float> %tile_acc_global231.sroa.0.32.vec.expand942.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vec.expand963.i = shufflevector <4 x float> %2791, <4 x float> %2793, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vecblend964.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.32.vecblend943.i, <32 x float> %tile_acc_global231.sroa.0.48.vec.expand963.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2794 = getelementptr inbounds nuw i8, ptr %2767, i64 160
+  %2795 = load <4 x float>, ptr %2794, align 4, !tbaa !5
+  %2796 = getelementptr inbounds nuw i8, ptr %2767, i64 224
+  %2797 = load <4 x float>, ptr %2796, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.64.vec.expand984.i = shufflevector <4 x float> %2795, <4 x float> %2797, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.64.vecblend985.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.48.vecblend964.i, <32 x float> %tile_acc_global231.sroa.0.64.vec.expand984.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vec.expand1005.i = shufflevector <4 x float> %2795, <4 x float> %2797, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vecblend1006.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.64.vecblend985.i, <32 x float> %tile_acc_global231.sroa.0.80.vec.expand1005.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2798 = getelementptr inbounds nuw i8, ptr %2767, i64 176
+  %2799 = load <4 x float>, ptr %2798, align 4, !tbaa !5
+  %2800 = getelementptr inbounds nuw i8, ptr %2767, i64 240
+  %2801 = load <4 x float>, ptr %2800, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.96.vec.expand1026.i = shufflevector <4 x float> %2799, <4 x float> %2801, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.96.vecblend1027.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.80.vecblend1006.i, <32 x float> %tile_acc_global231.sroa.0.96.vec.expand1026.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.112.vec.expand1047.i = shufflevector <4 x float> %2799, <4 x float> %2801, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global231.sroa.0.112.vecblend1048.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.96.vecblend1027.i, <32 x float> %tile_acc_global231.sroa.0.112.vec.expand1047.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2802 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
+  %2803 = load <32 x float>, ptr %2802, align 4, !tbaa !5
+  %2804 = fmul <32 x float> %2766, %2803
+  %2805 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1048.i, <32 x float> %2804)
+  store <32 x float> %2805, ptr %2802, align 4, !tbaa !5
+  %2806 = getelementptr inbounds nuw i8, ptr %2767, i64 256
+  %2807 = load <4 x float>, ptr %2806, align 4, !tbaa !5
+  %2808 = getelementptr inbounds nuw i8, ptr %2767, i64 320
+  %2809 = load <4 x float>, ptr %2808, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.16.vecblend925.i = shufflevector <4 x float> %2807, <4 x float> %2809, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2810 = getelementptr inbounds nuw i8, ptr %2767, i64 272
+  %2811 = load <4 x float>, ptr %2810, align 4, !tbaa !5
+  %2812 = getelementptr inbounds nuw i8, ptr %2767, i64 336
+  %2813 = load <4 x float>, ptr %2812, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.32.vec.expand945.i = shufflevector <4 x float> %2811, <4 x float> %2813, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.32.vecblend946.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.16.vecblend925.i, <32 x float> %tile_acc_global231.sroa.0.32.vec.expand945.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vec.expand966.i = shufflevector <4 x float> %2811, <4 x float> %2813, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vecblend967.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.32.vecblend946.i, <32 x float> %tile_acc_global231.sroa.0.48.vec.expand966.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2814 = getelementptr inbounds nuw i8, ptr %2767, i64 288
+  %2815 = load <4 x float>, ptr %2814, align 4, !tbaa !5
+  %2816 = getelementptr inbounds nuw i8, ptr %2767, i64 352
+  %2817 = load <4 x float>, ptr %2816, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.64.vec.expand987.i = shufflevector <4 x float> %2815, <4 x float> %2817, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.64.vecblend988.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.48.vecblend967.i, <32 x float> %tile_acc_global231.sroa.0.64.vec.expand987.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vec.expand1008.i = shufflevector <4 x float> %2815, <4 x float> %2817, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vecblend1009.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.64.vecblend988.i, <32 x float> %tile_acc_global231.sroa.0.80.vec.expand1008.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2818 = getelementptr inbounds nuw i8, ptr %2767, i64 304
+  %2819 = load <4 x float>, ptr %2818, align 4, !tbaa !5
+  %2820 = getelementptr inbounds nuw i8, ptr %2767, i64 368
+  %2821 = load <4 x float>, ptr %2820, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.96.vec.expand1029.i = shufflevector <4 x float> %2819, <4 x float> %2821, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.96.vecblend1030.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.80.vecblend1009.i, <32 x float> %tile_acc_global231.sroa.0.96.vec.expand1029.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.112.vec.expand1050.i = shufflevector <4 x float> %2819, <4 x float> %2821, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global231.sroa.0.112.vecblend1051.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.96.vecblend1030.i, <32 x float> %tile_acc_global231.sroa.0.112.vec.expand1050.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2822 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
+  %2823 = load <32 x float>, ptr %2822, align 4, !tbaa !5
+  %2824 = fmul <32 x float> %2766, %2823
+  %2825 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1051.i, <32 x float> %2824)
+  store <32 x float> %2825, ptr %2822, align 4, !tbaa !5
+  %2826 = getelementptr inbounds nuw i8, ptr %2767, i64 384
+  %2827 = load <4 x float>, ptr %2826, align 4, !tbaa !5
+  %2828 = getelementptr inbounds nuw i8, ptr %2767, i64 448
+  %2829 = load <4 x float>, ptr %2828, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.16.vecblend928.i = shufflevector <4 x float> %2827, <4 x float> %2829, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2830 = getelementptr inbounds nuw i8, ptr %2767, i64 400
+  %2831 = load <4 x float>, ptr %2830, align 4, !tbaa !5
+  %2832 = getelementptr inbounds nuw i8, ptr %2767, i64 464
+  %2833 = load <4 x float>, ptr %2832, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.32.vec.expand948.i = shufflevector <4 x float> %2831, <4 x float> %2833, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.32.vecblend949.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.16.vecblend928.i, <32 x float> %tile_acc_global231.sroa.0.32.vec.expand948.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vec.expand969.i = shufflevector <4 x float> %2831, <4 x float> %2833, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vecblend970.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.32.vecblend949.i, <32 x float> %tile_acc_global231.sroa.0.48.vec.expand969.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2834 = getelementptr inbounds nuw i8, ptr %2767, i64 416
+  %2835 = load <4 x float>, ptr %2834, align 4, !tbaa !5
+  %2836 = getelementptr inbounds nuw i8, ptr %2767, i64 480
+  %2837 = load <4 x float>, ptr %2836, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.64.vec.expand990.i = shufflevector <4 x float> %2835, <4 x float> %2837, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.64.vecblend991.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.48.vecblend970.i, <32 x float> %tile_acc_global231.sroa.0.64.vec.expand990.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vec.expand1011.i = shufflevector <4 x float> %2835, <4 x float> %2837, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vecblend1012.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.64.vecblend991.i, <32 x float> %tile_acc_global231.sroa.0.80.vec.expand1011.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2838 = getelementptr inbounds nuw i8, ptr %2767, i64 432
+  %2839 = load <4 x float>, ptr %2838, align 4, !tbaa !5
+  %2840 = getelementptr inbounds nuw i8, ptr %2767, i64 496
+  %2841 = load <4 x float>, ptr %2840, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.96.vec.expand1032.i = shufflevector <4 x float> %2839, <4 x float> %2841, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.96.vecblend1033.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.80.vecblend1012.i, <32 x float> %tile_acc_global231.sroa.0.96.vec.expand1032.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.112.vec.expand1053.i = shufflevector <4 x float> %2839, <4 x float> %2841, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global231.sroa.0.112.vecblend1054.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.96.vecblend1033.i, <32 x float> %tile_acc_global231.sroa.0.112.vec.expand1053.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2842 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
+  %2843 = load <32 x float>, ptr %2842, align 4, !tbaa !5
+  %2844 = fmul <32 x float> %2766, %2843
+  %2845 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1054.i, <32 x float> %2844)
+  store <32 x float> %2845, ptr %2842, align 4, !tbaa !5
+  br label %for_end_d_0150.i
 
-for_body_d_0150.us.preheader.i:                   ; preds = %for_begin_d_0149.preheader.i
-  %2676 = fmul <32 x float> %2596, zeroinitializer
-  %2677 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2676)
-  store <32 x float> %2677, ptr %gep83, align 4, !tbaa !5
-  %2678 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2679 = load <4 x float>, ptr %2678, align 4, !tbaa !5
-  %2680 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2681 = load <4 x float>, ptr %2680, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend935.i = shufflevector <4 x float> %2679, <4 x float> %2681, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2682 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2683 = load <4 x float>, ptr %2682, align 4, !tbaa !5
-  %2684 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2685 = load <4 x float>, ptr %2684, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand955.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend956.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend935.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand955.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand976.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend977.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend956.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand976.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2686 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2687 = load <4 x float>, ptr %2686, align 4, !tbaa !5
-  %2688 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2689 = load <4 x float>, ptr %2688, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand997.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend998.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend977.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand997.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1018.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1019.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend998.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1018.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2690 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2691 = load <4 x float>, ptr %2690, align 4, !tbaa !5
-  %2692 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2693 = load <4 x float>, ptr %2692, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1039.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1040.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1019.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1039.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1060.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1061.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1040.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1060.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2694 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1061.i, <32 x float> %2676)
-  store <32 x float> %2695, ptr %2694, align 4, !tbaa !5
-  %2696 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2697 = load <4 x float>, ptr %2696, align 4, !tbaa !5
-  %2698 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2699 = load <4 x float>, ptr %2698, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend938.i = shufflevector <4 x float> %2697, <4 x float> %2699, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2700 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2701 = load <4 x float>, ptr %2700, align 4, !tbaa !5
-  %2702 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2703 = load <4 x float>, ptr %2702, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand958.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend959.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend938.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand958.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand979.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend980.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend959.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand979.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2704 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2705 = load <4 x float>, ptr %2704, align 4, !tbaa !5
-  %2706 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2707 = load <4 x float>, ptr %2706, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1000.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1001.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend980.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1000.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1021.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1022.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1001.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1021.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2708 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2709 = load <4 x float>, ptr %2708, align 4, !tbaa !5
-  %2710 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2711 = load <4 x float>, ptr %2710, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1042.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1043.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1022.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1042.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1063.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1064.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1043.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1063.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2712 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2713 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1064.i, <32 x float> %2676)
-  store <32 x float> %2713, ptr %2712, align 4, !tbaa !5
-  %2714 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2715 = load <4 x float>, ptr %2714, align 4, !tbaa !5
-  %2716 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2717 = load <4 x float>, ptr %2716, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend941.i = shufflevector <4 x float> %2715, <4 x float> %2717, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2718 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2719 = load <4 x float>, ptr %2718, align 4, !tbaa !5
-  %2720 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2721 = load <4 x float>, ptr %2720, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand961.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend962.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend941.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand961.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand982.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend983.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend962.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand982.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2722 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2723 = load <4 x float>, ptr %2722, align 4, !tbaa !5
-  %2724 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2725 = load <4 x float>, ptr %2724, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1003.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1004.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend983.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1003.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1024.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1025.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1004.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1024.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2726 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2727 = load <4 x float>, ptr %2726, align 4, !tbaa !5
-  %2728 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2729 = load <4 x float>, ptr %2728, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1045.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1046.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1025.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1045.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1066.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1067.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1046.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1066.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2730 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2731 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1067.i, <32 x float> %2676)
-  store <32 x float> %2731, ptr %2730, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+for_body_d_0149.us.preheader.i:                   ; preds = %for_begin_d_0148.preheader.i
+  %2846 = fmul <32 x float> %2766, zeroinitializer
+  %2847 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1057.i, <32 x float> %2846)
+  store <32 x float> %2847, ptr %gep83, align 4, !tbaa !5
+  %2848 = getelementptr inbounds nuw i8, ptr %2767, i64 128
+  %2849 = load <4 x float>, ptr %2848, align 4, !tbaa !5
+  %2850 = getelementptr inbounds nuw i8, ptr %2767, i64 192
+  %2851 = load <4 x float>, ptr %2850, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.16.vecblend934.i = shufflevector <4 x float> %2849, <4 x float> %2851, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2852 = getelementptr inbounds nuw i8, ptr %2767, i64 144
+  %2853 = load <4 x float>, ptr %2852, align 4, !tbaa !5
+  %2854 = getelementptr inbounds nuw i8, ptr %2767, i64 208
+  %2855 = load <4 x float>, ptr %2854, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.32.vec.expand954.i = shufflevector <4 x float> %2853, <4 x float> %2855, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.32.vecblend955.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.16.vecblend934.i, <32 x float> %tile_acc_global231.sroa.0.32.vec.expand954.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vec.expand975.i = shufflevector <4 x float> %2853, <4 x float> %2855, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vecblend976.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.32.vecblend955.i, <32 x float> %tile_acc_global231.sroa.0.48.vec.expand975.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2856 = getelementptr inbounds nuw i8, ptr %2767, i64 160
+  %2857 = load <4 x float>, ptr %2856, align 4, !tbaa !5
+  %2858 = getelementptr inbounds nuw i8, ptr %2767, i64 224
+  %2859 = load <4 x float>, ptr %2858, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.64.vec.expand996.i = shufflevector <4 x float> %2857, <4 x float> %2859, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.64.vecblend997.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.48.vecblend976.i, <32 x float> %tile_acc_global231.sroa.0.64.vec.expand996.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vec.expand1017.i = shufflevector <4 x float> %2857, <4 x float> %2859, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vecblend1018.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.64.vecblend997.i, <32 x float> %tile_acc_global231.sroa.0.80.vec.expand1017.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2860 = getelementptr inbounds nuw i8, ptr %2767, i64 176
+  %2861 = load <4 x float>, ptr %2860, align 4, !tbaa !5
+  %2862 = getelementptr inbounds nuw i8, ptr %2767, i64 240
+  %2863 = load <4 x float>, ptr %2862, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.96.vec.expand1038.i = shufflevector <4 x float> %2861, <4 x float> %2863, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.96.vecblend1039.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.80.vecblend1018.i, <32 x float> %tile_acc_global231.sroa.0.96.vec.expand1038.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.112.vec.expand1059.i = shufflevector <4 x float> %2861, <4 x float> %2863, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global231.sroa.0.112.vecblend1060.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.96.vecblend1039.i, <32 x float> %tile_acc_global231.sroa.0.112.vec.expand1059.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2864 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
+  %2865 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1060.i, <32 x float> %2846)
+  store <32 x float> %2865, ptr %2864, align 4, !tbaa !5
+  %2866 = getelementptr inbounds nuw i8, ptr %2767, i64 256
+  %2867 = load <4 x float>, ptr %2866, align 4, !tbaa !5
+  %2868 = getelementptr inbounds nuw i8, ptr %2767, i64 320
+  %2869 = load <4 x float>, ptr %2868, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.16.vecblend937.i = shufflevector <4 x float> %2867, <4 x float> %2869, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2870 = getelementptr inbounds nuw i8, ptr %2767, i64 272
+  %2871 = load <4 x float>, ptr %2870, align 4, !tbaa !5
+  %2872 = getelementptr inbounds nuw i8, ptr %2767, i64 336
+  %2873 = load <4 x float>, ptr %2872, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.32.vec.expand957.i = shufflevector <4 x float> %2871, <4 x float> %2873, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.32.vecblend958.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.16.vecblend937.i, <32 x float> %tile_acc_global231.sroa.0.32.vec.expand957.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vec.expand978.i = shufflevector <4 x float> %2871, <4 x float> %2873, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vecblend979.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.32.vecblend958.i, <32 x float> %tile_acc_global231.sroa.0.48.vec.expand978.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2874 = getelementptr inbounds nuw i8, ptr %2767, i64 288
+  %2875 = load <4 x float>, ptr %2874, align 4, !tbaa !5
+  %2876 = getelementptr inbounds nuw i8, ptr %2767, i64 352
+  %2877 = load <4 x float>, ptr %2876, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.64.vec.expand999.i = shufflevector <4 x float> %2875, <4 x float> %2877, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.64.vecblend1000.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.48.vecblend979.i, <32 x float> %tile_acc_global231.sroa.0.64.vec.expand999.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vec.expand1020.i = shufflevector <4 x float> %2875, <4 x float> %2877, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vecblend1021.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.64.vecblend1000.i, <32 x float> %tile_acc_global231.sroa.0.80.vec.expand1020.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2878 = getelementptr inbounds nuw i8, ptr %2767, i64 304
+  %2879 = load <4 x float>, ptr %2878, align 4, !tbaa !5
+  %2880 = getelementptr inbounds nuw i8, ptr %2767, i64 368
+  %2881 = load <4 x float>, ptr %2880, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.96.vec.expand1041.i = shufflevector <4 x float> %2879, <4 x float> %2881, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.96.vecblend1042.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.80.vecblend1021.i, <32 x float> %tile_acc_global231.sroa.0.96.vec.expand1041.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.112.vec.expand1062.i = shufflevector <4 x float> %2879, <4 x float> %2881, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global231.sroa.0.112.vecblend1063.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.96.vecblend1042.i, <32 x float> %tile_acc_global231.sroa.0.112.vec.expand1062.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2882 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
+  %2883 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1063.i, <32 x float> %2846)
+  store <32 x float> %2883, ptr %2882, align 4, !tbaa !5
+  %2884 = getelementptr inbounds nuw i8, ptr %2767, i64 384
+  %2885 = load <4 x float>, ptr %2884, align 4, !tbaa !5
+  %2886 = getelementptr inbounds nuw i8, ptr %2767, i64 448
+  %2887 = load <4 x float>, ptr %2886, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.16.vecblend940.i = shufflevector <4 x float> %2885, <4 x float> %2887, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2888 = getelementptr inbounds nuw i8, ptr %2767, i64 400
+  %2889 = load <4 x float>, ptr %2888, align 4, !tbaa !5
+  %2890 = getelementptr inbounds nuw i8, ptr %2767, i64 464
+  %2891 = load <4 x float>, ptr %2890, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.32.vec.expand960.i = shufflevector <4 x float> %2889, <4 x float> %2891, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.32.vecblend961.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.16.vecblend940.i, <32 x float> %tile_acc_global231.sroa.0.32.vec.expand960.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vec.expand981.i = shufflevector <4 x float> %2889, <4 x float> %2891, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.48.vecblend982.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.32.vecblend961.i, <32 x float> %tile_acc_global231.sroa.0.48.vec.expand981.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2892 = getelementptr inbounds nuw i8, ptr %2767, i64 416
+  %2893 = load <4 x float>, ptr %2892, align 4, !tbaa !5
+  %2894 = getelementptr inbounds nuw i8, ptr %2767, i64 480
+  %2895 = load <4 x float>, ptr %2894, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.64.vec.expand1002.i = shufflevector <4 x float> %2893, <4 x float> %2895, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.64.vecblend1003.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.48.vecblend982.i, <32 x float> %tile_acc_global231.sroa.0.64.vec.expand1002.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vec.expand1023.i = shufflevector <4 x float> %2893, <4 x float> %2895, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.80.vecblend1024.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.64.vecblend1003.i, <32 x float> %tile_acc_global231.sroa.0.80.vec.expand1023.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2896 = getelementptr inbounds nuw i8, ptr %2767, i64 432
+  %2897 = load <4 x float>, ptr %2896, align 4, !tbaa !5
+  %2898 = getelementptr inbounds nuw i8, ptr %2767, i64 496
+  %2899 = load <4 x float>, ptr %2898, align 4, !tbaa !5
+  %tile_acc_global231.sroa.0.96.vec.expand1044.i = shufflevector <4 x float> %2897, <4 x float> %2899, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.96.vecblend1045.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.80.vecblend1024.i, <32 x float> %tile_acc_global231.sroa.0.96.vec.expand1044.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global231.sroa.0.112.vec.expand1065.i = shufflevector <4 x float> %2897, <4 x float> %2899, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global231.sroa.0.112.vecblend1066.i = shufflevector <32 x float> %tile_acc_global231.sroa.0.96.vecblend1045.i, <32 x float> %tile_acc_global231.sroa.0.112.vec.expand1065.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2900 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
+  %2901 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2762, <32 x float> %tile_acc_global231.sroa.0.112.vecblend1066.i, <32 x float> %2846)
+  store <32 x float> %2901, ptr %2900, align 4, !tbaa !5
+  br label %for_end_d_0150.i
 
-for_end_r146.i:                                   ; preds = %for_end_d_0151.i
-  %2732 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2733 = tail call i32 %2732(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not252.i = icmp eq i32 %2733, 0
-  br i1 %.not252.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !18
+for_end_r145.i:                                   ; preds = %for_end_d_0150.i
+  %2902 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2903 = tail call i32 %2902(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not251.i = icmp eq i32 %2903, 0
+  br i1 %.not251.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !18
 
-for_end_d_0151.i:                                 ; preds = %for_body_d_0150.us.preheader.i, %for_body_d_0150.preheader.i
-  %indvars.iv.next816.i = add nuw nsw i64 %indvars.iv815.i, 1
-  %exitcond820.not.i = icmp eq i64 %indvars.iv.next816.i, 4
-  br i1 %exitcond820.not.i, label %for_end_r146.i, label %for_begin_d_0149.preheader.i, !prof !17
+for_end_d_0150.i:                                 ; preds = %for_body_d_0149.us.preheader.i, %for_body_d_0149.preheader.i
+  %indvars.iv.next815.i = add nuw nsw i64 %indvars.iv814.i, 1
+  %exitcond819.not.i = icmp eq i64 %indvars.iv.next815.i, 4
+  br i1 %exitcond819.not.i, label %for_end_r145.i, label %for_begin_d_0148.preheader.i, !prof !17
 
-if_end157.i:                                      ; preds = %for_end_r146.i
-  %2734 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2735 = tail call i32 %2734(i32 1, i32 %dev_id, ptr nonnull %scaled108410861089.i)
-  %.not253.i = icmp eq i32 %2735, 0
-  br i1 %.not253.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !18
+if_end156.i:                                      ; preds = %for_end_r145.i
+  %2904 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2905 = tail call i32 %2904(i32 1, i32 %dev_id, ptr nonnull %scaled108310851088.i)
+  %.not252.i = icmp eq i32 %2905, 0
+  br i1 %.not252.i, label %if_end159.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end160.i:                                      ; preds = %if_end157.i
-  %2736 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2737 = tail call i32 %2736(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not254.i = icmp eq i32 %2737, 0
-  br i1 %.not254.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !18
+if_end159.i:                                      ; preds = %if_end156.i
+  %2906 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2907 = tail call i32 %2906(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not253.i = icmp eq i32 %2907, 0
+  br i1 %.not253.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end163.i:                                      ; preds = %if_end160.i
-  %2738 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2739 = tail call i32 %2738(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not255.i = icmp eq i32 %2739, 0
-  br i1 %.not255.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !18
+if_end162.i:                                      ; preds = %if_end159.i
+  %2908 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2909 = tail call i32 %2908(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not254.i = icmp eq i32 %2909, 0
+  br i1 %.not254.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end166.i:                                      ; preds = %if_end163.i
-  %2740 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2741 = tail call i32 %2740(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not256.i = icmp eq i32 %2741, 0
-  br i1 %.not256.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+if_end165.i:                                      ; preds = %if_end162.i
+  %2910 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2911 = tail call i32 %2910(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not255.i = icmp eq i32 %2911, 0
+  br i1 %.not255.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end172.i:                                      ; preds = %for_end_kv_head.i
-  %2742 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2743 = tail call i32 %2742(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not251.i = icmp eq i32 %2743, 0
+if_end171.i:                                      ; preds = %for_end_kv_head.i
+  %2912 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2913 = tail call i32 %2912(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not250.i = icmp eq i32 %2913, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not251.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not250.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end178.i:                                      ; preds = %for_body_tile204.i, %if_end202.3.i
-  %2744 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2745 = tail call i32 %2744(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2745, 0
-  br i1 %.not.i, label %if_end226.i, label %fused_decode_compute_.exit, !prof !18
+if_end177.i:                                      ; preds = %for_body_tile203.i, %if_end201.3.i
+  %2914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2915 = tail call i32 %2914(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2915, 0
+  br i1 %.not.i, label %if_end225.i, label %fused_decode_compute_.exit, !prof !18
 
-for_body_tile181.i:                               ; preds = %if_end202.3.i, %for_begin_tile180.preheader.i
-  %indvars.iv876.i = phi i64 [ 0, %for_begin_tile180.preheader.i ], [ %indvars.iv.next877.i, %if_end202.3.i ]
-  %2746 = shl nuw nsw i64 %indvars.iv876.i, 2
-  %2747 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2746
-  %total.i = load <4 x float>, ptr %2747, align 16, !tbaa !59
-  %2748 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2749 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2750 = select <4 x i1> %2749, <4 x float> zeroinitializer, <4 x float> %2748
-  %2751 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> zeroinitializer
-  %2752 = mul nsw i64 %2746, %out_head
-  %invariant.gep589.i = getelementptr i16, ptr %220, i64 %2752
-  %.idx60 = shl nuw nsw i64 %indvars.iv876.i, 11
-  %2753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2754 = load <32 x float>, ptr %2753, align 4, !tbaa !5
-  %2755 = fmul <32 x float> %2754, %2751
-  %2756 = bitcast <32 x float> %2755 to <32 x i32>
-  %2757 = lshr <32 x i32> %2756, splat (i32 16)
-  %2758 = and <32 x i32> %2757, splat (i32 1)
-  %2759 = add nuw <32 x i32> %2756, splat (i32 32767)
-  %2760 = add nuw <32 x i32> %2759, %2758
-  %2761 = lshr <32 x i32> %2760, splat (i32 16)
-  %2762 = trunc nuw <32 x i32> %2761 to <32 x i16>
-  store <32 x i16> %2762, ptr %invariant.gep589.i, align 2, !tbaa !5
-  %2763 = getelementptr inbounds nuw i8, ptr %2753, i64 128
-  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !5
-  %2765 = fmul <32 x float> %2764, %2751
-  %2766 = bitcast <32 x float> %2765 to <32 x i32>
-  %2767 = lshr <32 x i32> %2766, splat (i32 16)
-  %2768 = and <32 x i32> %2767, splat (i32 1)
-  %2769 = add nuw <32 x i32> %2766, splat (i32 32767)
-  %2770 = add nuw <32 x i32> %2769, %2768
-  %2771 = lshr <32 x i32> %2770, splat (i32 16)
-  %2772 = trunc nuw <32 x i32> %2771 to <32 x i16>
-  %gep590.1.i = getelementptr i8, ptr %invariant.gep589.i, i64 64
-  store <32 x i16> %2772, ptr %gep590.1.i, align 2, !tbaa !5
-  %2773 = getelementptr inbounds nuw i8, ptr %2753, i64 256
-  %2774 = load <32 x float>, ptr %2773, align 4, !tbaa !5
-  %2775 = fmul <32 x float> %2751, %2774
-  %2776 = bitcast <32 x float> %2775 to <32 x i32>
-  %2777 = lshr <32 x i32> %2776, splat (i32 16)
-  %2778 = and <32 x i32> %2777, splat (i32 1)
-  %2779 = add nuw <32 x i32> %2776, splat (i32 32767)
-  %2780 = add nuw <32 x i32> %2779, %2778
-  %2781 = lshr <32 x i32> %2780, splat (i32 16)
-  %2782 = trunc nuw <32 x i32> %2781 to <32 x i16>
-  %gep590.2.i = getelementptr i8, ptr %invariant.gep589.i, i64 128
-  store <32 x i16> %2782, ptr %gep590.2.i, align 2, !tbaa !5
-  %2783 = getelementptr inbounds nuw i8, ptr %2753, i64 384
-  %2784 = load <32 x float>, ptr %2783, align 4, !tbaa !5
-  %2785 = fmul <32 x float> %2751, %2784
-  %2786 = bitcast <32 x float> %2785 to <32 x i32>
-  %2787 = lshr <32 x i32> %2786, splat (i32 16)
-  %2788 = and <32 x i32> %2787, splat (i32 1)
-  %2789 = add nuw <32 x i32> %2786, splat (i32 32767)
-  %2790 = add nuw <32 x i32> %2789, %2788
-  %2791 = lshr <32 x i32> %2790, splat (i32 16)
-  %2792 = trunc nuw <32 x i32> %2791 to <32 x i16>
-  %gep590.3.i = getelementptr i8, ptr %invariant.gep589.i, i64 192
-  store <32 x i16> %2792, ptr %gep590.3.i, align 2, !tbaa !5
-  %2793 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2794 = or disjoint i64 %2746, 1
-  %2795 = mul nsw i64 %2794, %out_head
-  %invariant.gep589.1.i = getelementptr i16, ptr %220, i64 %2795
-  %2796 = getelementptr inbounds nuw i8, ptr %2753, i64 512
-  %2797 = load <32 x float>, ptr %2796, align 4, !tbaa !5
-  %2798 = fmul <32 x float> %2793, %2797
-  %2799 = bitcast <32 x float> %2798 to <32 x i32>
-  %2800 = lshr <32 x i32> %2799, splat (i32 16)
-  %2801 = and <32 x i32> %2800, splat (i32 1)
-  %2802 = add nuw <32 x i32> %2799, splat (i32 32767)
-  %2803 = add nuw <32 x i32> %2802, %2801
-  %2804 = lshr <32 x i32> %2803, splat (i32 16)
-  %2805 = trunc nuw <32 x i32> %2804 to <32 x i16>
-  store <32 x i16> %2805, ptr %invariant.gep589.1.i, align 2, !tbaa !5
-  %2806 = getelementptr inbounds nuw i8, ptr %2753, i64 640
-  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !5
-  %2808 = fmul <32 x float> %2793, %2807
-  %2809 = bitcast <32 x float> %2808 to <32 x i32>
-  %2810 = lshr <32 x i32> %2809, splat (i32 16)
-  %2811 = and <32 x i32> %2810, splat (i32 1)
-  %2812 = add nuw <32 x i32> %2809, splat (i32 32767)
-  %2813 = add nuw <32 x i32> %2812, %2811
-  %2814 = lshr <32 x i32> %2813, splat (i32 16)
-  %2815 = trunc nuw <32 x i32> %2814 to <32 x i16>
-  %gep590.1.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 64
-  store <32 x i16> %2815, ptr %gep590.1.1.i, align 2, !tbaa !5
-  %2816 = getelementptr inbounds nuw i8, ptr %2753, i64 768
-  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !5
-  %2818 = fmul <32 x float> %2793, %2817
-  %2819 = bitcast <32 x float> %2818 to <32 x i32>
-  %2820 = lshr <32 x i32> %2819, splat (i32 16)
-  %2821 = and <32 x i32> %2820, splat (i32 1)
-  %2822 = add nuw <32 x i32> %2819, splat (i32 32767)
-  %2823 = add nuw <32 x i32> %2822, %2821
-  %2824 = lshr <32 x i32> %2823, splat (i32 16)
-  %2825 = trunc nuw <32 x i32> %2824 to <32 x i16>
-  %gep590.2.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 128
-  store <32 x i16> %2825, ptr %gep590.2.1.i, align 2, !tbaa !5
-  %2826 = getelementptr inbounds nuw i8, ptr %2753, i64 896
-  %2827 = load <32 x float>, ptr %2826, align 4, !tbaa !5
-  %2828 = fmul <32 x float> %2793, %2827
-  %2829 = bitcast <32 x float> %2828 to <32 x i32>
-  %2830 = lshr <32 x i32> %2829, splat (i32 16)
-  %2831 = and <32 x i32> %2830, splat (i32 1)
-  %2832 = add nuw <32 x i32> %2829, splat (i32 32767)
-  %2833 = add nuw <32 x i32> %2832, %2831
-  %2834 = lshr <32 x i32> %2833, splat (i32 16)
-  %2835 = trunc nuw <32 x i32> %2834 to <32 x i16>
-  %gep590.3.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 192
-  store <32 x i16> %2835, ptr %gep590.3.1.i, align 2, !tbaa !5
-  %2836 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2837 = or disjoint i64 %2746, 2
-  %2838 = mul nsw i64 %2837, %out_head
-  %invariant.gep589.2.i = getelementptr i16, ptr %220, i64 %2838
-  %2839 = getelementptr inbounds nuw i8, ptr %2753, i64 1024
-  %2840 = load <32 x float>, ptr %2839, align 4, !tbaa !5
-  %2841 = fmul <32 x float> %2836, %2840
-  %2842 = bitcast <32 x float> %2841 to <32 x i32>
-  %2843 = lshr <32 x i32> %2842, splat (i32 16)
-  %2844 = and <32 x i32> %2843, splat (i32 1)
-  %2845 = add nuw <32 x i32> %2842, splat (i32 32767)
-  %2846 = add nuw <32 x i32> %2845, %2844
-  %2847 = lshr <32 x i32> %2846, splat (i32 16)
-  %2848 = trunc nuw <32 x i32> %2847 to <32 x i16>
-  store <32 x i16> %2848, ptr %invariant.gep589.2.i, align 2, !tbaa !5
-  %2849 = getelementptr inbounds nuw i8, ptr %2753, i64 1152
-  %2850 = load <32 x float>, ptr %2849, align 4, !tbaa !5
-  %2851 = fmul <32 x float> %2836, %2850
-  %2852 = bitcast <32 x float> %2851 to <32 x i32>
-  %2853 = lshr <32 x i32> %2852, splat (i32 16)
-  %2854 = and <32 x i32> %2853, splat (i32 1)
-  %2855 = add nuw <32 x i32> %2852, splat (i32 32767)
-  %2856 = add nuw <32 x i32> %2855, %2854
-  %2857 = lshr <32 x i32> %2856, splat (i32 16)
-  %2858 = trunc nuw <32 x i32> %2857 to <32 x i16>
-  %gep590.1.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 64
-  store <32 x i16> %2858, ptr %gep590.1.2.i, align 2, !tbaa !5
-  %2859 = getelementptr inbounds nuw i8, ptr %2753, i64 1280
-  %2860 = load <32 x float>, ptr %2859, align 4, !tbaa !5
-  %2861 = fmul <32 x float> %2836, %2860
-  %2862 = bitcast <32 x float> %2861 to <32 x i32>
-  %2863 = lshr <32 x i32> %2862, splat (i32 16)
-  %2864 = and <32 x i32> %2863, splat (i32 1)
-  %2865 = add nuw <32 x i32> %2862, splat (i32 32767)
-  %2866 = add nuw <32 x i32> %2865, %2864
-  %2867 = lshr <32 x i32> %2866, splat (i32 16)
-  %2868 = trunc nuw <32 x i32> %2867 to <32 x i16>
-  %gep590.2.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 128
-  store <32 x i16> %2868, ptr %gep590.2.2.i, align 2, !tbaa !5
-  %2869 = getelementptr inbounds nuw i8, ptr %2753, i64 1408
-  %2870 = load <32 x float>, ptr %2869, align 4, !tbaa !5
-  %2871 = fmul <32 x float> %2836, %2870
-  %2872 = bitcast <32 x float> %2871 to <32 x i32>
-  %2873 = lshr <32 x i32> %2872, splat (i32 16)
-  %2874 = and <32 x i32> %2873, splat (i32 1)
-  %2875 = add nuw <32 x i32> %2872, splat (i32 32767)
-  %2876 = add nuw <32 x i32> %2875, %2874
-  %2877 = lshr <32 x i32> %2876, splat (i32 16)
-  %2878 = trunc nuw <32 x i32> %2877 to <32 x i16>
-  %gep590.3.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 192
-  store <32 x i16> %2878, ptr %gep590.3.2.i, align 2, !tbaa !5
-  %2879 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2880 = or disjoint i64 %2746, 3
-  %2881 = mul nsw i64 %2880, %out_head
-  %invariant.gep589.3.i = getelementptr i16, ptr %220, i64 %2881
-  %2882 = getelementptr inbounds nuw i8, ptr %2753, i64 1536
-  %2883 = load <32 x float>, ptr %2882, align 4, !tbaa !5
-  %2884 = fmul <32 x float> %2879, %2883
-  %2885 = bitcast <32 x float> %2884 to <32 x i32>
-  %2886 = lshr <32 x i32> %2885, splat (i32 16)
-  %2887 = and <32 x i32> %2886, splat (i32 1)
-  %2888 = add nuw <32 x i32> %2885, splat (i32 32767)
-  %2889 = add nuw <32 x i32> %2888, %2887
-  %2890 = lshr <32 x i32> %2889, splat (i32 16)
-  %2891 = trunc nuw <32 x i32> %2890 to <32 x i16>
-  store <32 x i16> %2891, ptr %invariant.gep589.3.i, align 2, !tbaa !5
-  %2892 = getelementptr inbounds nuw i8, ptr %2753, i64 1664
-  %2893 = load <32 x float>, ptr %2892, align 4, !tbaa !5
-  %2894 = fmul <32 x float> %2879, %2893
-  %2895 = bitcast <32 x float> %2894 to <32 x i32>
-  %2896 = lshr <32 x i32> %2895, splat (i32 16)
-  %2897 = and <32 x i32> %2896, splat (i32 1)
-  %2898 = add nuw <32 x i32> %2895, splat (i32 32767)
-  %2899 = add nuw <32 x i32> %2898, %2897
-  %2900 = lshr <32 x i32> %2899, splat (i32 16)
-  %2901 = trunc nuw <32 x i32> %2900 to <32 x i16>
-  %gep590.1.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 64
-  store <32 x i16> %2901, ptr %gep590.1.3.i, align 2, !tbaa !5
-  %2902 = getelementptr inbounds nuw i8, ptr %2753, i64 1792
-  %2903 = load <32 x float>, ptr %2902, align 4, !tbaa !5
-  %2904 = fmul <32 x float> %2879, %2903
-  %2905 = bitcast <32 x float> %2904 to <32 x i32>
-  %2906 = lshr <32 x i32> %2905, splat (i32 16)
-  %2907 = and <32 x i32> %2906, splat (i32 1)
-  %2908 = add nuw <32 x i32> %2905, splat (i32 32767)
-  %2909 = add nuw <32 x i32> %2908, %2907
-  %2910 = lshr <32 x i32> %2909, splat (i32 16)
-  %2911 = trunc nuw <32 x i32> %2910 to <32 x i16>
-  %gep590.2.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 128
-  store <32 x i16> %2911, ptr %gep590.2.3.i, align 2, !tbaa !5
-  %2912 = getelementptr inbounds nuw i8, ptr %2753, i64 1920
-  %2913 = load <32 x float>, ptr %2912, align 4, !tbaa !5
-  %2914 = fmul <32 x float> %2879, %2913
-  %2915 = bitcast <32 x float> %2914 to <32 x i32>
-  %2916 = lshr <32 x i32> %2915, splat (i32 16)
-  %2917 = and <32 x i32> %2916, splat (i32 1)
-  %2918 = add nuw <32 x i32> %2915, splat (i32 32767)
-  %2919 = add nuw <32 x i32> %2918, %2917
-  %2920 = lshr <32 x i32> %2919, splat (i32 16)
-  %2921 = trunc nuw <32 x i32> %2920 to <32 x i16>
-  %gep590.3.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 192
-  store <32 x i16> %2921, ptr %gep590.3.3.i, align 2, !tbaa !5
-  %2922 = getelementptr float, ptr %222, i64 %2746
-  %2923 = load float, ptr %2747, align 16, !tbaa !59
-  %2924 = fcmp oeq float %2923, 0.000000e+00
-  br i1 %2924, label %if_end202.i, label %if_else201.i
-
-if_else201.i:                                     ; preds = %for_body_tile181.i
-  %2925 = tail call float @llvm.log.f32(float %2923)
-  %2926 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2746
-  %2927 = load float, ptr %2926, align 16, !tbaa !57
-  %2928 = fadd float %2925, %2927
-  br label %if_end202.i
-
-if_end202.i:                                      ; preds = %if_else201.i, %for_body_tile181.i
-  %2929 = phi float [ %2928, %if_else201.i ], [ 0xFFF0000000000000, %for_body_tile181.i ]
-  store float %2929, ptr %2922, align 4, !tbaa !5
-  %2930 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2794
-  %2931 = load float, ptr %2930, align 4, !tbaa !59
-  %2932 = fcmp oeq float %2931, 0.000000e+00
-  br i1 %2932, label %if_end202.1.i, label %if_else201.1.i
-
-if_else201.1.i:                                   ; preds = %if_end202.i
-  %2933 = tail call float @llvm.log.f32(float %2931)
-  %2934 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2794
-  %2935 = load float, ptr %2934, align 4, !tbaa !57
-  %2936 = fadd float %2933, %2935
-  br label %if_end202.1.i
-
-if_end202.1.i:                                    ; preds = %if_else201.1.i, %if_end202.i
-  %2937 = phi float [ %2936, %if_else201.1.i ], [ 0xFFF0000000000000, %if_end202.i ]
-  %2938 = getelementptr i8, ptr %2922, i64 4
-  store float %2937, ptr %2938, align 4, !tbaa !5
-  %2939 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2837
-  %2940 = load float, ptr %2939, align 8, !tbaa !59
-  %2941 = fcmp oeq float %2940, 0.000000e+00
-  br i1 %2941, label %if_end202.2.i, label %if_else201.2.i
-
-if_else201.2.i:                                   ; preds = %if_end202.1.i
-  %2942 = tail call float @llvm.log.f32(float %2940)
-  %2943 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2837
-  %2944 = load float, ptr %2943, align 8, !tbaa !57
-  %2945 = fadd float %2942, %2944
-  br label %if_end202.2.i
-
-if_end202.2.i:                                    ; preds = %if_else201.2.i, %if_end202.1.i
-  %2946 = phi float [ %2945, %if_else201.2.i ], [ 0xFFF0000000000000, %if_end202.1.i ]
-  %2947 = getelementptr i8, ptr %2922, i64 8
-  store float %2946, ptr %2947, align 4, !tbaa !5
-  %2948 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2880
-  %2949 = load float, ptr %2948, align 4, !tbaa !59
-  %2950 = fcmp oeq float %2949, 0.000000e+00
-  br i1 %2950, label %if_end202.3.i, label %if_else201.3.i
-
-if_else201.3.i:                                   ; preds = %if_end202.2.i
-  %2951 = tail call float @llvm.log.f32(float %2949)
-  %2952 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2880
-  %2953 = load float, ptr %2952, align 4, !tbaa !57
-  %2954 = fadd float %2951, %2953
-  br label %if_end202.3.i
-
-if_end202.3.i:                                    ; preds = %if_else201.3.i, %if_end202.2.i
-  %2955 = phi float [ %2954, %if_else201.3.i ], [ 0xFFF0000000000000, %if_end202.2.i ]
-  %2956 = getelementptr i8, ptr %2922, i64 12
-  store float %2955, ptr %2956, align 4, !tbaa !5
-  %indvars.iv.next877.i = add nuw nsw i64 %indvars.iv876.i, 1
-  %exitcond880.not.i = icmp eq i64 %indvars.iv.next877.i, 8
-  br i1 %exitcond880.not.i, label %if_end178.i, label %for_body_tile181.i, !prof !17
-
-for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
-  %indvars.iv857.i = phi i64 [ 0, %for_begin_tile203.preheader.i ], [ %indvars.iv.next858.i, %for_body_tile204.i ]
-  %2957 = shl nuw nsw i64 %indvars.iv857.i, 2
-  %2958 = add nuw nsw i64 %2957, %217
-  %2959 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2957
-  %2960 = load float, ptr %2959, align 16, !tbaa !57
-  %2961 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2958
-  store float %2960, ptr %2961, align 4, !tbaa !5
-  %2962 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2957
-  %2963 = load float, ptr %2962, align 16, !tbaa !59
-  %2964 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2958
-  store float %2963, ptr %2964, align 4, !tbaa !5
-  %2965 = or disjoint i64 %2957, 1
-  %cse_v135.1.i = or disjoint i64 %2958, 1
-  %2966 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2965
-  %2967 = load float, ptr %2966, align 4, !tbaa !57
-  %2968 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.1.i
-  store float %2967, ptr %2968, align 4, !tbaa !5
-  %2969 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2965
-  %2970 = load float, ptr %2969, align 4, !tbaa !59
-  %2971 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.1.i
-  store float %2970, ptr %2971, align 4, !tbaa !5
-  %2972 = or disjoint i64 %2957, 2
-  %cse_v135.2.i = or disjoint i64 %2958, 2
-  %2973 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2972
-  %2974 = load float, ptr %2973, align 8, !tbaa !57
-  %2975 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.2.i
-  store float %2974, ptr %2975, align 4, !tbaa !5
-  %2976 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2972
-  %2977 = load float, ptr %2976, align 8, !tbaa !59
-  %2978 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.2.i
-  store float %2977, ptr %2978, align 4, !tbaa !5
-  %2979 = or disjoint i64 %2957, 3
-  %cse_v135.3.i = or disjoint i64 %2958, 3
-  %2980 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2979
-  %2981 = load float, ptr %2980, align 4, !tbaa !57
-  %2982 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.3.i
-  store float %2981, ptr %2982, align 4, !tbaa !5
-  %2983 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2979
-  %2984 = load float, ptr %2983, align 4, !tbaa !59
-  %2985 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.3.i
-  store float %2984, ptr %2985, align 4, !tbaa !5
-  %.idx248.i = shl nuw nsw i64 %indvars.iv857.i, 11
-  %2986 = getelementptr inbounds nuw i8, ptr %218, i64 %.idx248.i
-  %2987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx248.i
-  %2988 = load <32 x float>, ptr %2987, align 4, !tbaa !5
-  store <32 x float> %2988, ptr %2986, align 4, !tbaa !5
-  %2989 = getelementptr inbounds nuw i8, ptr %2987, i64 128
-  %2990 = load <32 x float>, ptr %2989, align 4, !tbaa !5
-  %2991 = getelementptr inbounds nuw i8, ptr %2986, i64 128
-  store <32 x float> %2990, ptr %2991, align 4, !tbaa !5
-  %2992 = getelementptr inbounds nuw i8, ptr %2987, i64 256
-  %2993 = load <32 x float>, ptr %2992, align 4, !tbaa !5
-  %2994 = getelementptr inbounds nuw i8, ptr %2986, i64 256
-  store <32 x float> %2993, ptr %2994, align 4, !tbaa !5
-  %2995 = getelementptr inbounds nuw i8, ptr %2987, i64 384
-  %2996 = load <32 x float>, ptr %2995, align 4, !tbaa !5
-  %2997 = getelementptr inbounds nuw i8, ptr %2986, i64 384
-  store <32 x float> %2996, ptr %2997, align 4, !tbaa !5
-  %2998 = getelementptr inbounds nuw i8, ptr %2986, i64 512
-  %2999 = getelementptr inbounds nuw i8, ptr %2987, i64 512
-  %3000 = load <32 x float>, ptr %2999, align 4, !tbaa !5
-  store <32 x float> %3000, ptr %2998, align 4, !tbaa !5
-  %3001 = getelementptr inbounds nuw i8, ptr %2987, i64 640
-  %3002 = load <32 x float>, ptr %3001, align 4, !tbaa !5
-  %3003 = getelementptr inbounds nuw i8, ptr %2986, i64 640
-  store <32 x float> %3002, ptr %3003, align 4, !tbaa !5
-  %3004 = getelementptr inbounds nuw i8, ptr %2987, i64 768
-  %3005 = load <32 x float>, ptr %3004, align 4, !tbaa !5
-  %3006 = getelementptr inbounds nuw i8, ptr %2986, i64 768
-  store <32 x float> %3005, ptr %3006, align 4, !tbaa !5
-  %3007 = getelementptr inbounds nuw i8, ptr %2987, i64 896
-  %3008 = load <32 x float>, ptr %3007, align 4, !tbaa !5
-  %3009 = getelementptr inbounds nuw i8, ptr %2986, i64 896
-  store <32 x float> %3008, ptr %3009, align 4, !tbaa !5
-  %3010 = getelementptr inbounds nuw i8, ptr %2986, i64 1024
-  %3011 = getelementptr inbounds nuw i8, ptr %2987, i64 1024
-  %3012 = load <32 x float>, ptr %3011, align 4, !tbaa !5
-  store <32 x float> %3012, ptr %3010, align 4, !tbaa !5
-  %3013 = getelementptr inbounds nuw i8, ptr %2987, i64 1152
-  %3014 = load <32 x float>, ptr %3013, align 4, !tbaa !5
-  %3015 = getelementptr inbounds nuw i8, ptr %2986, i64 1152
-  store <32 x float> %3014, ptr %3015, align 4, !tbaa !5
-  %3016 = getelementptr inbounds nuw i8, ptr %2987, i64 1280
-  %3017 = load <32 x float>, ptr %3016, align 4, !tbaa !5
-  %3018 = getelementptr inbounds nuw i8, ptr %2986, i64 1280
-  store <32 x float> %3017, ptr %3018, align 4, !tbaa !5
-  %3019 = getelementptr inbounds nuw i8, ptr %2987, i64 1408
+for_body_tile180.i:                               ; preds = %if_end201.3.i, %for_begin_tile179.preheader.i
+  %indvars.iv875.i = phi i64 [ 0, %for_begin_tile179.preheader.i ], [ %indvars.iv.next876.i, %if_end201.3.i ]
+  %2916 = shl nuw nsw i64 %indvars.iv875.i, 2
+  %2917 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %2916
+  %total.i = load <4 x float>, ptr %2917, align 16, !tbaa !63
+  %2918 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
+  %2919 = fcmp oeq <4 x float> %total.i, zeroinitializer
+  %2920 = select <4 x i1> %2919, <4 x float> zeroinitializer, <4 x float> %2918
+  %2921 = shufflevector <4 x float> %2920, <4 x float> poison, <32 x i32> zeroinitializer
+  %2922 = mul nsw i64 %2916, %out_head
+  %invariant.gep588.i = getelementptr i16, ptr %224, i64 %2922
+  %.idx60 = shl nuw nsw i64 %indvars.iv875.i, 11
+  %2923 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %2924 = load <32 x float>, ptr %2923, align 4, !tbaa !5
+  %2925 = fmul <32 x float> %2924, %2921
+  %2926 = bitcast <32 x float> %2925 to <32 x i32>
+  %2927 = lshr <32 x i32> %2926, splat (i32 16)
+  %2928 = and <32 x i32> %2927, splat (i32 1)
+  %2929 = add nuw <32 x i32> %2926, splat (i32 32767)
+  %2930 = add nuw <32 x i32> %2929, %2928
+  %2931 = lshr <32 x i32> %2930, splat (i32 16)
+  %2932 = trunc nuw <32 x i32> %2931 to <32 x i16>
+  store <32 x i16> %2932, ptr %invariant.gep588.i, align 2, !tbaa !5
+  %2933 = getelementptr inbounds nuw i8, ptr %2923, i64 128
+  %2934 = load <32 x float>, ptr %2933, align 4, !tbaa !5
+  %2935 = fmul <32 x float> %2934, %2921
+  %2936 = bitcast <32 x float> %2935 to <32 x i32>
+  %2937 = lshr <32 x i32> %2936, splat (i32 16)
+  %2938 = and <32 x i32> %2937, splat (i32 1)
+  %2939 = add nuw <32 x i32> %2936, splat (i32 32767)
+  %2940 = add nuw <32 x i32> %2939, %2938
+  %2941 = lshr <32 x i32> %2940, splat (i32 16)
+  %2942 = trunc nuw <32 x i32> %2941 to <32 x i16>
+  %gep589.1.i = getelementptr i8, ptr %invariant.gep588.i, i64 64
+  store <32 x i16> %2942, ptr %gep589.1.i, align 2, !tbaa !5
+  %2943 = getelementptr inbounds nuw i8, ptr %2923, i64 256
+  %2944 = load <32 x float>, ptr %2943, align 4, !tbaa !5
+  %2945 = fmul <32 x float> %2921, %2944
+  %2946 = bitcast <32 x float> %2945 to <32 x i32>
+  %2947 = lshr <32 x i32> %2946, splat (i32 16)
+  %2948 = and <32 x i32> %2947, splat (i32 1)
+  %2949 = add nuw <32 x i32> %2946, splat (i32 32767)
+  %2950 = add nuw <32 x i32> %2949, %2948
+  %2951 = lshr <32 x i32> %2950, splat (i32 16)
+  %2952 = trunc nuw <32 x i32> %2951 to <32 x i16>
+  %gep589.2.i = getelementptr i8, ptr %invariant.gep588.i, i64 128
+  store <32 x i16> %2952, ptr %gep589.2.i, align 2, !tbaa !5
+  %2953 = getelementptr inbounds nuw i8, ptr %2923, i64 384
+  %2954 = load <32 x float>, ptr %2953, align 4, !tbaa !5
+  %2955 = fmul <32 x float> %2921, %2954
+  %2956 = bitcast <32 x float> %2955 to <32 x i32>
+  %2957 = lshr <32 x i32> %2956, splat (i32 16)
+  %2958 = and <32 x i32> %2957, splat (i32 1)
+  %2959 = add nuw <32 x i32> %2956, splat (i32 32767)
+  %2960 = add nuw <32 x i32> %2959, %2958
+  %2961 = lshr <32 x i32> %2960, splat (i32 16)
+  %2962 = trunc nuw <32 x i32> %2961 to <32 x i16>
+  %gep589.3.i = getelementptr i8, ptr %invariant.gep588.i, i64 192
+  store <32 x i16> %2962, ptr %gep589.3.i, align 2, !tbaa !5
+  %2963 = shufflevector <4 x float> %2920, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2964 = or disjoint i64 %2916, 1
+  %2965 = mul nsw i64 %2964, %out_head
+  %invariant.gep588.1.i = getelementptr i16, ptr %224, i64 %2965
+  %2966 = getelementptr inbounds nuw i8, ptr %2923, i64 512
+  %2967 = load <32 x float>, ptr %2966, align 4, !tbaa !5
+  %2968 = fmul <32 x float> %2963, %2967
+  %2969 = bitcast <32 x float> %2968 to <32 x i32>
+  %2970 = lshr <32 x i32> %2969, splat (i32 16)
+  %2971 = and <32 x i32> %2970, splat (i32 1)
+  %2972 = add nuw <32 x i32> %2969, splat (i32 32767)
+  %2973 = add nuw <32 x i32> %2972, %2971
+  %2974 = lshr <32 x i32> %2973, splat (i32 16)
+  %2975 = trunc nuw <32 x i32> %2974 to <32 x i16>
+  store <32 x i16> %2975, ptr %invariant.gep588.1.i, align 2, !tbaa !5
+  %2976 = getelementptr inbounds nuw i8, ptr %2923, i64 640
+  %2977 = load <32 x float>, ptr %2976, align 4, !tbaa !5
+  %2978 = fmul <32 x float> %2963, %2977
+  %2979 = bitcast <32 x float> %2978 to <32 x i32>
+  %2980 = lshr <32 x i32> %2979, splat (i32 16)
+  %2981 = and <32 x i32> %2980, splat (i32 1)
+  %2982 = add nuw <32 x i32> %2979, splat (i32 32767)
+  %2983 = add nuw <32 x i32> %2982, %2981
+  %2984 = lshr <32 x i32> %2983, splat (i32 16)
+  %2985 = trunc nuw <32 x i32> %2984 to <32 x i16>
+  %gep589.1.1.i = getelementptr i8, ptr %invariant.gep588.1.i, i64 64
+  store <32 x i16> %2985, ptr %gep589.1.1.i, align 2, !tbaa !5
+  %2986 = getelementptr inbounds nuw i8, ptr %2923, i64 768
+  %2987 = load <32 x float>, ptr %2986, align 4, !tbaa !5
+  %2988 = fmul <32 x float> %2963, %2987
+  %2989 = bitcast <32 x float> %2988 to <32 x i32>
+  %2990 = lshr <32 x i32> %2989, splat (i32 16)
+  %2991 = and <32 x i32> %2990, splat (i32 1)
+  %2992 = add nuw <32 x i32> %2989, splat (i32 32767)
+  %2993 = add nuw <32 x i32> %2992, %2991
+  %2994 = lshr <32 x i32> %2993, splat (i32 16)
+  %2995 = trunc nuw <32 x i32> %2994 to <32 x i16>
+  %gep589.2.1.i = getelementptr i8, ptr %invariant.gep588.1.i, i64 128
+  store <32 x i16> %2995, ptr %gep589.2.1.i, align 2, !tbaa !5
+  %2996 = getelementptr inbounds nuw i8, ptr %2923, i64 896
+  %2997 = load <32 x float>, ptr %2996, align 4, !tbaa !5
+  %2998 = fmul <32 x float> %2963, %2997
+  %2999 = bitcast <32 x float> %2998 to <32 x i32>
+  %3000 = lshr <32 x i32> %2999, splat (i32 16)
+  %3001 = and <32 x i32> %3000, splat (i32 1)
+  %3002 = add nuw <32 x i32> %2999, splat (i32 32767)
+  %3003 = add nuw <32 x i32> %3002, %3001
+  %3004 = lshr <32 x i32> %3003, splat (i32 16)
+  %3005 = trunc nuw <32 x i32> %3004 to <32 x i16>
+  %gep589.3.1.i = getelementptr i8, ptr %invariant.gep588.1.i, i64 192
+  store <32 x i16> %3005, ptr %gep589.3.1.i, align 2, !tbaa !5
+  %3006 = shufflevector <4 x float> %2920, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %3007 = or disjoint i64 %2916, 2
+  %3008 = mul nsw i64 %3007, %out_head
+  %invariant.gep588.2.i = getelementptr i16, ptr %224, i64 %3008
+  %3009 = getelementptr inbounds nuw i8, ptr %2923, i64 1024
+  %3010 = load <32 x float>, ptr %3009, align 4, !tbaa !5
+  %3011 = fmul <32 x float> %3006, %3010
+  %3012 = bitcast <32 x float> %3011 to <32 x i32>
+  %3013 = lshr <32 x i32> %3012, splat (i32 16)
+  %3014 = and <32 x i32> %3013, splat (i32 1)
+  %3015 = add nuw <32 x i32> %3012, splat (i32 32767)
+  %3016 = add nuw <32 x i32> %3015, %3014
+  %3017 = lshr <32 x i32> %3016, splat (i32 16)
+  %3018 = trunc nuw <32 x i32> %3017 to <32 x i16>
+  store <32 x i16> %3018, ptr %invariant.gep588.2.i, align 2, !tbaa !5
+  %3019 = getelementptr inbounds nuw i8, ptr %2923, i64 1152
   %3020 = load <32 x float>, ptr %3019, align 4, !tbaa !5
-  %3021 = getelementptr inbounds nuw i8, ptr %2986, i64 1408
-  store <32 x float> %3020, ptr %3021, align 4, !tbaa !5
-  %3022 = getelementptr inbounds nuw i8, ptr %2986, i64 1536
-  %3023 = getelementptr inbounds nuw i8, ptr %2987, i64 1536
-  %3024 = load <32 x float>, ptr %3023, align 4, !tbaa !5
-  store <32 x float> %3024, ptr %3022, align 4, !tbaa !5
-  %3025 = getelementptr inbounds nuw i8, ptr %2987, i64 1664
-  %3026 = load <32 x float>, ptr %3025, align 4, !tbaa !5
-  %3027 = getelementptr inbounds nuw i8, ptr %2986, i64 1664
-  store <32 x float> %3026, ptr %3027, align 4, !tbaa !5
-  %3028 = getelementptr inbounds nuw i8, ptr %2987, i64 1792
-  %3029 = load <32 x float>, ptr %3028, align 4, !tbaa !5
-  %3030 = getelementptr inbounds nuw i8, ptr %2986, i64 1792
-  store <32 x float> %3029, ptr %3030, align 4, !tbaa !5
-  %3031 = getelementptr inbounds nuw i8, ptr %2987, i64 1920
-  %3032 = load <32 x float>, ptr %3031, align 4, !tbaa !5
-  %3033 = getelementptr inbounds nuw i8, ptr %2986, i64 1920
-  store <32 x float> %3032, ptr %3033, align 4, !tbaa !5
-  %indvars.iv.next858.i = add nuw nsw i64 %indvars.iv857.i, 1
-  %exitcond861.not.i = icmp eq i64 %indvars.iv.next858.i, 8
-  br i1 %exitcond861.not.i, label %if_end178.i, label %for_body_tile204.i, !prof !17
+  %3021 = fmul <32 x float> %3006, %3020
+  %3022 = bitcast <32 x float> %3021 to <32 x i32>
+  %3023 = lshr <32 x i32> %3022, splat (i32 16)
+  %3024 = and <32 x i32> %3023, splat (i32 1)
+  %3025 = add nuw <32 x i32> %3022, splat (i32 32767)
+  %3026 = add nuw <32 x i32> %3025, %3024
+  %3027 = lshr <32 x i32> %3026, splat (i32 16)
+  %3028 = trunc nuw <32 x i32> %3027 to <32 x i16>
+  %gep589.1.2.i = getelementptr i8, ptr %invariant.gep588.2.i, i64 64
+  store <32 x i16> %3028, ptr %gep589.1.2.i, align 2, !tbaa !5
+  %3029 = getelementptr inbounds nuw i8, ptr %2923, i64 1280
+  %3030 = load <32 x float>, ptr %3029, align 4, !tbaa !5
+  %3031 = fmul <32 x float> %3006, %3030
+  %3032 = bitcast <32 x float> %3031 to <32 x i32>
+  %3033 = lshr <32 x i32> %3032, splat (i32 16)
+  %3034 = and <32 x i32> %3033, splat (i32 1)
+  %3035 = add nuw <32 x i32> %3032, splat (i32 32767)
+  %3036 = add nuw <32 x i32> %3035, %3034
+  %3037 = lshr <32 x i32> %3036, splat (i32 16)
+  %3038 = trunc nuw <32 x i32> %3037 to <32 x i16>
+  %gep589.2.2.i = getelementptr i8, ptr %invariant.gep588.2.i, i64 128
+  store <32 x i16> %3038, ptr %gep589.2.2.i, align 2, !tbaa !5
+  %3039 = getelementptr inbounds nuw i8, ptr %2923, i64 1408
+  %3040 = load <32 x float>, ptr %3039, align 4, !tbaa !5
+  %3041 = fmul <32 x float> %3006, %3040
+  %3042 = bitcast <32 x float> %3041 to <32 x i32>
+  %3043 = lshr <32 x i32> %3042, splat (i32 16)
+  %3044 = and <32 x i32> %3043, splat (i32 1)
+  %3045 = add nuw <32 x i32> %3042, splat (i32 32767)
+  %3046 = add nuw <32 x i32> %3045, %3044
+  %3047 = lshr <32 x i32> %3046, splat (i32 16)
+  %3048 = trunc nuw <32 x i32> %3047 to <32 x i16>
+  %gep589.3.2.i = getelementptr i8, ptr %invariant.gep588.2.i, i64 192
+  store <32 x i16> %3048, ptr %gep589.3.2.i, align 2, !tbaa !5
+  %3049 = shufflevector <4 x float> %2920, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %3050 = or disjoint i64 %2916, 3
+  %3051 = mul nsw i64 %3050, %out_head
+  %invariant.gep588.3.i = getelementptr i16, ptr %224, i64 %3051
+  %3052 = getelementptr inbounds nuw i8, ptr %2923, i64 1536
+  %3053 = load <32 x float>, ptr %3052, align 4, !tbaa !5
+  %3054 = fmul <32 x float> %3049, %3053
+  %3055 = bitcast <32 x float> %3054 to <32 x i32>
+  %3056 = lshr <32 x i32> %3055, splat (i32 16)
+  %3057 = and <32 x i32> %3056, splat (i32 1)
+  %3058 = add nuw <32 x i32> %3055, splat (i32 32767)
+  %3059 = add nuw <32 x i32> %3058, %3057
+  %3060 = lshr <32 x i32> %3059, splat (i32 16)
+  %3061 = trunc nuw <32 x i32> %3060 to <32 x i16>
+  store <32 x i16> %3061, ptr %invariant.gep588.3.i, align 2, !tbaa !5
+  %3062 = getelementptr inbounds nuw i8, ptr %2923, i64 1664
+  %3063 = load <32 x float>, ptr %3062, align 4, !tbaa !5
+  %3064 = fmul <32 x float> %3049, %3063
+  %3065 = bitcast <32 x float> %3064 to <32 x i32>
+  %3066 = lshr <32 x i32> %3065, splat (i32 16)
+  %3067 = and <32 x i32> %3066, splat (i32 1)
+  %3068 = add nuw <32 x i32> %3065, splat (i32 32767)
+  %3069 = add nuw <32 x i32> %3068, %3067
+  %3070 = lshr <32 x i32> %3069, splat (i32 16)
+  %3071 = trunc nuw <32 x i32> %3070 to <32 x i16>
+  %gep589.1.3.i = getelementptr i8, ptr %invariant.gep588.3.i, i64 64
+  store <32 x i16> %3071, ptr %gep589.1.3.i, align 2, !tbaa !5
+  %3072 = getelementptr inbounds nuw i8, ptr %2923, i64 1792
+  %3073 = load <32 x float>, ptr %3072, align 4, !tbaa !5
+  %3074 = fmul <32 x float> %3049, %3073
+  %3075 = bitcast <32 x float> %3074 to <32 x i32>
+  %3076 = lshr <32 x i32> %3075, splat (i32 16)
+  %3077 = and <32 x i32> %3076, splat (i32 1)
+  %3078 = add nuw <32 x i32> %3075, splat (i32 32767)
+  %3079 = add nuw <32 x i32> %3078, %3077
+  %3080 = lshr <32 x i32> %3079, splat (i32 16)
+  %3081 = trunc nuw <32 x i32> %3080 to <32 x i16>
+  %gep589.2.3.i = getelementptr i8, ptr %invariant.gep588.3.i, i64 128
+  store <32 x i16> %3081, ptr %gep589.2.3.i, align 2, !tbaa !5
+  %3082 = getelementptr inbounds nuw i8, ptr %2923, i64 1920
+  %3083 = load <32 x float>, ptr %3082, align 4, !tbaa !5
+  %3084 = fmul <32 x float> %3049, %3083
+  %3085 = bitcast <32 x float> %3084 to <32 x i32>
+  %3086 = lshr <32 x i32> %3085, splat (i32 16)
+  %3087 = and <32 x i32> %3086, splat (i32 1)
+  %3088 = add nuw <32 x i32> %3085, splat (i32 32767)
+  %3089 = add nuw <32 x i32> %3088, %3087
+  %3090 = lshr <32 x i32> %3089, splat (i32 16)
+  %3091 = trunc nuw <32 x i32> %3090 to <32 x i16>
+  %gep589.3.3.i = getelementptr i8, ptr %invariant.gep588.3.i, i64 192
+  store <32 x i16> %3091, ptr %gep589.3.3.i, align 2, !tbaa !5
+  %3092 = getelementptr float, ptr %226, i64 %2916
+  %3093 = load float, ptr %2917, align 16, !tbaa !63
+  %3094 = fcmp oeq float %3093, 0.000000e+00
+  br i1 %3094, label %if_end201.i, label %if_else200.i
 
-if_end226.i:                                      ; preds = %if_end178.i
-  %3034 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %3035 = tail call i32 %3034(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not249.i = icmp eq i32 %3035, 0
-  br i1 %.not249.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
+if_else200.i:                                     ; preds = %for_body_tile180.i
+  %3095 = tail call float @llvm.log.f32(float %3093)
+  %3096 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %2916
+  %3097 = load float, ptr %3096, align 16, !tbaa !61
+  %3098 = fadd float %3095, %3097
+  br label %if_end201.i
 
-fused_decode_compute_.exit:                       ; preds = %if_end226.i, %if_end178.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_r146.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_r146.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end178.i ], [ 0, %for_begin_s.i ], [ -1, %if_end226.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max247.i)
+if_end201.i:                                      ; preds = %if_else200.i, %for_body_tile180.i
+  %3099 = phi float [ %3098, %if_else200.i ], [ 0xFFF0000000000000, %for_body_tile180.i ]
+  store float %3099, ptr %3092, align 4, !tbaa !5
+  %3100 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %2964
+  %3101 = load float, ptr %3100, align 4, !tbaa !63
+  %3102 = fcmp oeq float %3101, 0.000000e+00
+  br i1 %3102, label %if_end201.1.i, label %if_else200.1.i
+
+if_else200.1.i:                                   ; preds = %if_end201.i
+  %3103 = tail call float @llvm.log.f32(float %3101)
+  %3104 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %2964
+  %3105 = load float, ptr %3104, align 4, !tbaa !61
+  %3106 = fadd float %3103, %3105
+  br label %if_end201.1.i
+
+if_end201.1.i:                                    ; preds = %if_else200.1.i, %if_end201.i
+  %3107 = phi float [ %3106, %if_else200.1.i ], [ 0xFFF0000000000000, %if_end201.i ]
+  %3108 = getelementptr i8, ptr %3092, i64 4
+  store float %3107, ptr %3108, align 4, !tbaa !5
+  %3109 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %3007
+  %3110 = load float, ptr %3109, align 8, !tbaa !63
+  %3111 = fcmp oeq float %3110, 0.000000e+00
+  br i1 %3111, label %if_end201.2.i, label %if_else200.2.i
+
+if_else200.2.i:                                   ; preds = %if_end201.1.i
+  %3112 = tail call float @llvm.log.f32(float %3110)
+  %3113 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %3007
+  %3114 = load float, ptr %3113, align 8, !tbaa !61
+  %3115 = fadd float %3112, %3114
+  br label %if_end201.2.i
+
+if_end201.2.i:                                    ; preds = %if_else200.2.i, %if_end201.1.i
+  %3116 = phi float [ %3115, %if_else200.2.i ], [ 0xFFF0000000000000, %if_end201.1.i ]
+  %3117 = getelementptr i8, ptr %3092, i64 8
+  store float %3116, ptr %3117, align 4, !tbaa !5
+  %3118 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %3050
+  %3119 = load float, ptr %3118, align 4, !tbaa !63
+  %3120 = fcmp oeq float %3119, 0.000000e+00
+  br i1 %3120, label %if_end201.3.i, label %if_else200.3.i
+
+if_else200.3.i:                                   ; preds = %if_end201.2.i
+  %3121 = tail call float @llvm.log.f32(float %3119)
+  %3122 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %3050
+  %3123 = load float, ptr %3122, align 4, !tbaa !61
+  %3124 = fadd float %3121, %3123
+  br label %if_end201.3.i
+
+if_end201.3.i:                                    ; preds = %if_else200.3.i, %if_end201.2.i
+  %3125 = phi float [ %3124, %if_else200.3.i ], [ 0xFFF0000000000000, %if_end201.2.i ]
+  %3126 = getelementptr i8, ptr %3092, i64 12
+  store float %3125, ptr %3126, align 4, !tbaa !5
+  %indvars.iv.next876.i = add nuw nsw i64 %indvars.iv875.i, 1
+  %exitcond879.not.i = icmp eq i64 %indvars.iv.next876.i, 8
+  br i1 %exitcond879.not.i, label %if_end177.i, label %for_body_tile180.i, !prof !17
+
+for_body_tile203.i:                               ; preds = %for_body_tile203.i, %for_begin_tile202.preheader.i
+  %indvars.iv856.i = phi i64 [ 0, %for_begin_tile202.preheader.i ], [ %indvars.iv.next857.i, %for_body_tile203.i ]
+  %3127 = shl nuw nsw i64 %indvars.iv856.i, 2
+  %3128 = add nuw nsw i64 %3127, %221
+  %3129 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %3127
+  %3130 = load float, ptr %3129, align 16, !tbaa !61
+  %3131 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3128
+  store float %3130, ptr %3131, align 4, !tbaa !5
+  %3132 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %3127
+  %3133 = load float, ptr %3132, align 16, !tbaa !63
+  %3134 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3128
+  store float %3133, ptr %3134, align 4, !tbaa !5
+  %3135 = or disjoint i64 %3127, 1
+  %cse_v135.1.i = or disjoint i64 %3128, 1
+  %3136 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %3135
+  %3137 = load float, ptr %3136, align 4, !tbaa !61
+  %3138 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.1.i
+  store float %3137, ptr %3138, align 4, !tbaa !5
+  %3139 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %3135
+  %3140 = load float, ptr %3139, align 4, !tbaa !63
+  %3141 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.1.i
+  store float %3140, ptr %3141, align 4, !tbaa !5
+  %3142 = or disjoint i64 %3127, 2
+  %cse_v135.2.i = or disjoint i64 %3128, 2
+  %3143 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %3142
+  %3144 = load float, ptr %3143, align 8, !tbaa !61
+  %3145 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.2.i
+  store float %3144, ptr %3145, align 4, !tbaa !5
+  %3146 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %3142
+  %3147 = load float, ptr %3146, align 8, !tbaa !63
+  %3148 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.2.i
+  store float %3147, ptr %3148, align 4, !tbaa !5
+  %3149 = or disjoint i64 %3127, 3
+  %cse_v135.3.i = or disjoint i64 %3128, 3
+  %3150 = getelementptr inbounds nuw float, ptr %row_max246.i, i64 %3149
+  %3151 = load float, ptr %3150, align 4, !tbaa !61
+  %3152 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.3.i
+  store float %3151, ptr %3152, align 4, !tbaa !5
+  %3153 = getelementptr inbounds nuw float, ptr %row_sum245.i, i64 %3149
+  %3154 = load float, ptr %3153, align 4, !tbaa !63
+  %3155 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.3.i
+  store float %3154, ptr %3155, align 4, !tbaa !5
+  %.idx247.i = shl nuw nsw i64 %indvars.iv856.i, 11
+  %3156 = getelementptr inbounds nuw i8, ptr %222, i64 %.idx247.i
+  %3157 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx247.i
+  %3158 = load <32 x float>, ptr %3157, align 4, !tbaa !5
+  store <32 x float> %3158, ptr %3156, align 4, !tbaa !5
+  %3159 = getelementptr inbounds nuw i8, ptr %3157, i64 128
+  %3160 = load <32 x float>, ptr %3159, align 4, !tbaa !5
+  %3161 = getelementptr inbounds nuw i8, ptr %3156, i64 128
+  store <32 x float> %3160, ptr %3161, align 4, !tbaa !5
+  %3162 = getelementptr inbounds nuw i8, ptr %3157, i64 256
+  %3163 = load <32 x float>, ptr %3162, align 4, !tbaa !5
+  %3164 = getelementptr inbounds nuw i8, ptr %3156, i64 256
+  store <32 x float> %3163, ptr %3164, align 4, !tbaa !5
+  %3165 = getelementptr inbounds nuw i8, ptr %3157, i64 384
+  %3166 = load <32 x float>, ptr %3165, align 4, !tbaa !5
+  %3167 = getelementptr inbounds nuw i8, ptr %3156, i64 384
+  store <32 x float> %3166, ptr %3167, align 4, !tbaa !5
+  %3168 = getelementptr inbounds nuw i8, ptr %3156, i64 512
+  %3169 = getelementptr inbounds nuw i8, ptr %3157, i64 512
+  %3170 = load <32 x float>, ptr %3169, align 4, !tbaa !5
+  store <32 x float> %3170, ptr %3168, align 4, !tbaa !5
+  %3171 = getelementptr inbounds nuw i8, ptr %3157, i64 640
+  %3172 = load <32 x float>, ptr %3171, align 4, !tbaa !5
+  %3173 = getelementptr inbounds nuw i8, ptr %3156, i64 640
+  store <32 x float> %3172, ptr %3173, align 4, !tbaa !5
+  %3174 = getelementptr inbounds nuw i8, ptr %3157, i64 768
+  %3175 = load <32 x float>, ptr %3174, align 4, !tbaa !5
+  %3176 = getelementptr inbounds nuw i8, ptr %3156, i64 768
+  store <32 x float> %3175, ptr %3176, align 4, !tbaa !5
+  %3177 = getelementptr inbounds nuw i8, ptr %3157, i64 896
+  %3178 = load <32 x float>, ptr %3177, align 4, !tbaa !5
+  %3179 = getelementptr inbounds nuw i8, ptr %3156, i64 896
+  store <32 x float> %3178, ptr %3179, align 4, !tbaa !5
+  %3180 = getelementptr inbounds nuw i8, ptr %3156, i64 1024
+  %3181 = getelementptr inbounds nuw i8, ptr %3157, i64 1024
+  %3182 = load <32 x float>, ptr %3181, align 4, !tbaa !5
+  store <32 x float> %3182, ptr %3180, align 4, !tbaa !5
+  %3183 = getelementptr inbounds nuw i8, ptr %3157, i64 1152
+  %3184 = load <32 x float>, ptr %3183, align 4, !tbaa !5
+  %3185 = getelementptr inbounds nuw i8, ptr %3156, i64 1152
+  store <32 x float> %3184, ptr %3185, align 4, !tbaa !5
+  %3186 = getelementptr inbounds nuw i8, ptr %3157, i64 1280
+  %3187 = load <32 x float>, ptr %3186, align 4, !tbaa !5
+  %3188 = getelementptr inbounds nuw i8, ptr %3156, i64 1280
+  store <32 x float> %3187, ptr %3188, align 4, !tbaa !5
+  %3189 = getelementptr inbounds nuw i8, ptr %3157, i64 1408
+  %3190 = load <32 x float>, ptr %3189, align 4, !tbaa !5
+  %3191 = getelementptr inbounds nuw i8, ptr %3156, i64 1408
+  store <32 x float> %3190, ptr %3191, align 4, !tbaa !5
+  %3192 = getelementptr inbounds nuw i8, ptr %3156, i64 1536
+  %3193 = getelementptr inbounds nuw i8, ptr %3157, i64 1536
+  %3194 = load <32 x float>, ptr %3193, align 4, !tbaa !5
+  store <32 x float> %3194, ptr %3192, align 4, !tbaa !5
+  %3195 = getelementptr inbounds nuw i8, ptr %3157, i64 1664
+  %3196 = load <32 x float>, ptr %3195, align 4, !tbaa !5
+  %3197 = getelementptr inbounds nuw i8, ptr %3156, i64 1664
+  store <32 x float> %3196, ptr %3197, align 4, !tbaa !5
+  %3198 = getelementptr inbounds nuw i8, ptr %3157, i64 1792
+  %3199 = load <32 x float>, ptr %3198, align 4, !tbaa !5
+  %3200 = getelementptr inbounds nuw i8, ptr %3156, i64 1792
+  store <32 x float> %3199, ptr %3200, align 4, !tbaa !5
+  %3201 = getelementptr inbounds nuw i8, ptr %3157, i64 1920
+  %3202 = load <32 x float>, ptr %3201, align 4, !tbaa !5
+  %3203 = getelementptr inbounds nuw i8, ptr %3156, i64 1920
+  store <32 x float> %3202, ptr %3203, align 4, !tbaa !5
+  %indvars.iv.next857.i = add nuw nsw i64 %indvars.iv856.i, 1
+  %exitcond860.not.i = icmp eq i64 %indvars.iv.next857.i, 8
+  br i1 %exitcond860.not.i, label %if_end177.i, label %for_body_tile203.i, !prof !17
+
+if_end225.i:                                      ; preds = %if_end177.i
+  %3204 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %3205 = tail call i32 %3204(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not248.i = icmp eq i32 %3205, 0
+  br i1 %.not248.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
+
+fused_decode_compute_.exit:                       ; preds = %if_end225.i, %if_end177.i, %if_end171.i, %if_end165.i, %if_end162.i, %if_end159.i, %if_end156.i, %for_end_r145.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end159.i ], [ -1, %if_end156.i ], [ -1, %for_end_r145.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end171.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end177.i ], [ 0, %for_begin_s.i ], [ -1, %if_end225.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta232.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha233.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum245.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max246.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [32 x float], align 16
-  %beta38.i = alloca [32 x float], align 16
-  %alpha39.i = alloca [32 x float], align 16
-  %row_sum42.i = alloca [32 x float], align 16
-  %row_max43.i = alloca [32 x float], align 16
+  %factor39.i = alloca [32 x float], align 16
+  %beta40.i = alloca [32 x float], align 16
+  %alpha41.i = alloca [32 x float], align 16
+  %row_sum44.i = alloca [32 x float], align 16
+  %row_max45.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5303,11 +5557,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta40.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha41.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum44.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max45.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -5330,15 +5584,15 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
+  %indvars.iv71.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next72.i, %for_end_r.i ]
   %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
+  %total4650.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %97, %for_end_r.i ]
+  %44 = icmp eq i64 %indvars.iv71.i, 0
   %45 = insertelement <32 x i1> poison, i1 %44, i64 0
   %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
+  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4650.i
+  %47 = add nsw i64 %indvars.iv71.i, %cse_v2.i
   %cse_v9.i = shl nsw i64 %47, 5
   %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
   %49 = load <32 x float>, ptr %48, align 4, !tbaa !5
@@ -5351,418 +5605,412 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
   %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
   %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
-  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <32 x i32> %57 to <32 x float>
-  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <32 x float> %arg.i, %60
-  %62 = fadd <32 x float> %59, %61
-  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
-  %68 = fmul <32 x float> %62, %67
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
-  %70 = shl <32 x i32> %56, splat (i32 23)
-  %71 = add <32 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <32 x i32> %71 to <32 x float>
-  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <32 x float> %73, %72
-  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
-  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !81
+  %57 = fadd <32 x float> %cse_v10.i, splat (float 0xC168000FE0000000)
+  %58 = fmul <32 x float> %57, splat (float 0x3F2BD01060000000)
+  %59 = fmul <32 x float> %57, splat (float 0x3FE6300000000000)
+  %60 = fsub <32 x float> %arg.i, %59
+  %61 = fadd <32 x float> %58, %60
+  %62 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %61, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> %61, <32 x float> splat (float 0x3FA5558F20000000))
+  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %61, <32 x float> splat (float 0x3FC5554920000000))
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %61, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %66 = fmul <32 x float> %61, %61
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %66, <32 x float> %61)
+  %68 = shl <32 x i32> %56, splat (i32 23)
+  %69 = bitcast <32 x i32> %68 to <32 x float>
+  %70 = fadd <32 x float> %67, splat (float 1.000000e+00)
+  %71 = fmul <32 x float> %70, %69
+  %72 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
+  %73 = select <32 x i1> %72, <32 x float> zeroinitializer, <32 x float> %71
+  %74 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %75 = select <32 x i1> %74, <32 x float> %73, <32 x float> zeroinitializer
+  store <32 x float> %75, ptr %alpha41.i, align 16, !tbaa !85
   %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
-  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <32 x i32> %80 to <32 x float>
-  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <32 x float> %arg2.i, %83
-  %85 = fadd <32 x float> %82, %84
-  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
-  %91 = fmul <32 x float> %85, %90
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
-  %93 = shl <32 x i32> %79, splat (i32 23)
-  %94 = add <32 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <32 x i32> %94 to <32 x float>
-  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <32 x float> %96, %95
-  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
-  %100 = fcmp one <32 x float> %52, zeroinitializer
-  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !87
-  %102 = fmul <32 x float> %old_sum.i, %78
-  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
+  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %76 = bitcast <32 x float> %cse_v6.i to <32 x i32>
+  %77 = fadd <32 x float> %cse_v6.i, splat (float 0xC168000FE0000000)
+  %78 = fmul <32 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <32 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <32 x float> %arg2.i, %79
+  %81 = fadd <32 x float> %78, %80
+  %82 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %81, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %82, <32 x float> %81, <32 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %83, <32 x float> %81, <32 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %84, <32 x float> %81, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <32 x float> %81, %81
+  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> %86, <32 x float> %81)
+  %88 = shl <32 x i32> %76, splat (i32 23)
+  %89 = bitcast <32 x i32> %88 to <32 x float>
+  %90 = fadd <32 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <32 x float> %90, %89
+  %92 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %93 = select <32 x i1> %92, <32 x float> zeroinitializer, <32 x float> %91
+  %94 = fcmp one <32 x float> %52, zeroinitializer
+  %95 = select <32 x i1> %94, <32 x float> %93, <32 x float> zeroinitializer
+  store <32 x float> %95, ptr %beta40.i, align 16, !tbaa !91
+  %96 = fmul <32 x float> %old_sum.i, %75
+  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %95, <32 x float> %52, <32 x float> %96)
   %.idx.i = shl nsw i64 %47, 14
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %98 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !93
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !94
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !5
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !5
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !5
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !5
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !5
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !5
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !5
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
+  %indvars.iv67.i = phi i64 [ %indvars.iv.next68.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %99 = shl nuw nsw i64 %indvars.iv67.i, 7
+  %100 = getelementptr inbounds nuw float, ptr %beta40.i, i64 %indvars.iv67.i
+  %101 = load float, ptr %100, align 4, !tbaa !97
+  %102 = insertelement <16 x float> poison, float %101, i64 0
+  %103 = shufflevector <16 x float> %102, <16 x float> poison, <16 x i32> zeroinitializer
+  %104 = getelementptr float, ptr %98, i64 %99
+  %105 = getelementptr inbounds nuw float, ptr %alpha41.i, i64 %indvars.iv67.i
+  %106 = load float, ptr %105, align 4, !tbaa !98
+  %107 = getelementptr inbounds nuw float, ptr %acc.i, i64 %99
+  store <16 x float> zeroinitializer, ptr %107, align 4, !tbaa !5
+  %108 = load <16 x float>, ptr %104, align 4, !tbaa !5
+  %.scalar = fmul float %106, 0.000000e+00
+  %109 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %108, <16 x float> %110)
+  store <16 x float> %111, ptr %107, align 4, !tbaa !5
+  %112 = getelementptr inbounds nuw i8, ptr %107, i64 64
+  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !5
+  %113 = getelementptr i8, ptr %104, i64 64
+  %114 = load <16 x float>, ptr %113, align 4, !tbaa !5
+  %115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %114, <16 x float> %110)
+  store <16 x float> %115, ptr %112, align 4, !tbaa !5
+  %116 = getelementptr inbounds nuw i8, ptr %107, i64 128
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
+  %117 = getelementptr i8, ptr %104, i64 128
+  %118 = load <16 x float>, ptr %117, align 4, !tbaa !5
+  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %118, <16 x float> %110)
+  store <16 x float> %119, ptr %116, align 4, !tbaa !5
+  %120 = getelementptr inbounds nuw i8, ptr %107, i64 192
+  store <16 x float> zeroinitializer, ptr %120, align 4, !tbaa !5
+  %121 = getelementptr i8, ptr %104, i64 192
+  %122 = load <16 x float>, ptr %121, align 4, !tbaa !5
+  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %122, <16 x float> %110)
+  store <16 x float> %123, ptr %120, align 4, !tbaa !5
+  %124 = getelementptr inbounds nuw i8, ptr %107, i64 256
+  store <16 x float> zeroinitializer, ptr %124, align 4, !tbaa !5
+  %125 = getelementptr i8, ptr %104, i64 256
+  %126 = load <16 x float>, ptr %125, align 4, !tbaa !5
+  %127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %126, <16 x float> %110)
+  store <16 x float> %127, ptr %124, align 4, !tbaa !5
+  %128 = getelementptr inbounds nuw i8, ptr %107, i64 320
+  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !5
+  %129 = getelementptr i8, ptr %104, i64 320
+  %130 = load <16 x float>, ptr %129, align 4, !tbaa !5
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %130, <16 x float> %110)
+  store <16 x float> %131, ptr %128, align 4, !tbaa !5
+  %132 = getelementptr inbounds nuw i8, ptr %107, i64 384
+  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !5
+  %133 = getelementptr i8, ptr %104, i64 384
+  %134 = load <16 x float>, ptr %133, align 4, !tbaa !5
+  %135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %134, <16 x float> %110)
+  store <16 x float> %135, ptr %132, align 4, !tbaa !5
+  %136 = getelementptr inbounds nuw i8, ptr %107, i64 448
+  store <16 x float> zeroinitializer, ptr %136, align 4, !tbaa !5
+  %137 = getelementptr i8, ptr %104, i64 448
+  %138 = load <16 x float>, ptr %137, align 4, !tbaa !5
+  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %138, <16 x float> %110)
+  store <16 x float> %139, ptr %136, align 4, !tbaa !5
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, 32
+  br i1 %exitcond70.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
-  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
-  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !95
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %97, %for_end_r.i ]
+  %m49.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
+  store <32 x float> %m49.lcssa.i, ptr %row_max45.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum44.i, align 16
+  %140 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %141 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %142 = select <32 x i1> %141, <32 x float> zeroinitializer, <32 x float> %140
+  store <32 x float> %142, ptr %factor39.i, align 16, !tbaa !99
   %sext28 = shl i64 %20, 32
   %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr i16, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %143 = mul nsw i64 %out_batch, %cse_v5.i
+  %144 = getelementptr i16, ptr %out, i64 %143
+  br label %for_begin_d_024.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !93
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !94
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+  %145 = shl nuw nsw i64 %indvars.iv.i, 7
+  %146 = getelementptr inbounds nuw float, ptr %beta40.i, i64 %indvars.iv.i
+  %147 = load float, ptr %146, align 4, !tbaa !97
+  %148 = insertelement <16 x float> poison, float %147, i64 0
+  %149 = shufflevector <16 x float> %148, <16 x float> poison, <16 x i32> zeroinitializer
+  %150 = getelementptr float, ptr %98, i64 %145
+  %151 = getelementptr inbounds nuw float, ptr %alpha41.i, i64 %indvars.iv.i
+  %152 = load float, ptr %151, align 4, !tbaa !98
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = load <16 x float>, ptr %150, align 4, !tbaa !5
+  %156 = getelementptr inbounds nuw float, ptr %acc.i, i64 %145
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %158 = fmul <16 x float> %157, %154
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %155, <16 x float> %158)
+  store <16 x float> %159, ptr %156, align 4, !tbaa !5
+  %160 = getelementptr i8, ptr %150, i64 64
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
+  %162 = getelementptr inbounds nuw i8, ptr %156, i64 64
   %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  %164 = fmul <16 x float> %154, %163
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %161, <16 x float> %164)
   store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
+  %166 = getelementptr i8, ptr %150, i64 128
   %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %168 = getelementptr inbounds nuw i8, ptr %156, i64 128
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
+  %170 = fmul <16 x float> %154, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %167, <16 x float> %170)
   store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
+  %172 = getelementptr i8, ptr %150, i64 192
   %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %174 = getelementptr inbounds nuw i8, ptr %156, i64 192
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
+  %176 = fmul <16 x float> %154, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %173, <16 x float> %176)
   store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
+  %178 = getelementptr i8, ptr %150, i64 256
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %180 = getelementptr inbounds nuw i8, ptr %156, i64 256
   %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
+  %182 = fmul <16 x float> %154, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %179, <16 x float> %182)
   store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
+  %184 = getelementptr i8, ptr %150, i64 320
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %186 = getelementptr inbounds nuw i8, ptr %156, i64 320
   %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
+  %188 = fmul <16 x float> %154, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %185, <16 x float> %188)
   store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
+  %190 = getelementptr i8, ptr %150, i64 384
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %192 = getelementptr inbounds nuw i8, ptr %156, i64 384
   %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
+  %194 = fmul <16 x float> %154, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %191, <16 x float> %194)
   store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
+  %196 = getelementptr i8, ptr %150, i64 448
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %198 = getelementptr inbounds nuw i8, ptr %156, i64 448
   %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
+  %200 = fmul <16 x float> %154, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %197, <16 x float> %200)
   store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
+  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, %wide.trip.count.i
+  br i1 %exitcond74.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
-  %209 = load float, ptr %208, align 4, !tbaa !101
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv78.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
+for_begin_d_024.preheader.i:                      ; preds = %for_begin_d_024.preheader.i, %for_end_step.i
+  %indvars.iv80.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next81.i, %for_begin_d_024.preheader.i ]
+  %202 = getelementptr inbounds nuw float, ptr %factor39.i, i64 %indvars.iv80.i
+  %203 = load float, ptr %202, align 4, !tbaa !105
+  %204 = insertelement <16 x float> poison, float %203, i64 0
+  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
+  %206 = mul nsw i64 %indvars.iv80.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %144, i64 %206
+  %.idx = shl nuw nsw i64 %indvars.iv80.i, 9
+  %207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %208 = load <16 x float>, ptr %207, align 4, !tbaa !5
+  %209 = fmul <16 x float> %208, %205
+  %210 = bitcast <16 x float> %209 to <16 x i32>
+  %211 = lshr <16 x i32> %210, splat (i32 16)
+  %212 = and <16 x i32> %211, splat (i32 1)
+  %213 = add nuw <16 x i32> %210, splat (i32 32767)
+  %214 = add nuw <16 x i32> %213, %212
+  %215 = lshr <16 x i32> %214, splat (i32 16)
+  %216 = trunc nuw <16 x i32> %215 to <16 x i16>
+  store <16 x i16> %216, ptr %invariant.gep.i, align 2, !tbaa !5
+  %217 = getelementptr inbounds nuw i8, ptr %207, i64 64
+  %218 = load <16 x float>, ptr %217, align 4, !tbaa !5
+  %219 = fmul <16 x float> %205, %218
+  %220 = bitcast <16 x float> %219 to <16 x i32>
   %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
+  %222 = and <16 x i32> %221, splat (i32 1)
+  %223 = add nuw <16 x i32> %220, splat (i32 32767)
+  %224 = add nuw <16 x i32> %223, %222
+  %225 = lshr <16 x i32> %224, splat (i32 16)
+  %226 = trunc nuw <16 x i32> %225 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !5
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !5
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
+  store <16 x i16> %226, ptr %gep.1.i, align 2, !tbaa !5
+  %227 = getelementptr inbounds nuw i8, ptr %207, i64 128
+  %228 = load <16 x float>, ptr %227, align 4, !tbaa !5
+  %229 = fmul <16 x float> %205, %228
+  %230 = bitcast <16 x float> %229 to <16 x i32>
+  %231 = lshr <16 x i32> %230, splat (i32 16)
+  %232 = and <16 x i32> %231, splat (i32 1)
+  %233 = add nuw <16 x i32> %230, splat (i32 32767)
+  %234 = add nuw <16 x i32> %233, %232
+  %235 = lshr <16 x i32> %234, splat (i32 16)
+  %236 = trunc nuw <16 x i32> %235 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !5
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
+  store <16 x i16> %236, ptr %gep.2.i, align 2, !tbaa !5
+  %237 = getelementptr inbounds nuw i8, ptr %207, i64 192
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
+  %239 = fmul <16 x float> %205, %238
+  %240 = bitcast <16 x float> %239 to <16 x i32>
+  %241 = lshr <16 x i32> %240, splat (i32 16)
+  %242 = and <16 x i32> %241, splat (i32 1)
+  %243 = add nuw <16 x i32> %240, splat (i32 32767)
+  %244 = add nuw <16 x i32> %243, %242
+  %245 = lshr <16 x i32> %244, splat (i32 16)
+  %246 = trunc nuw <16 x i32> %245 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !5
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !5
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
+  store <16 x i16> %246, ptr %gep.3.i, align 2, !tbaa !5
+  %247 = getelementptr inbounds nuw i8, ptr %207, i64 256
+  %248 = load <16 x float>, ptr %247, align 4, !tbaa !5
+  %249 = fmul <16 x float> %205, %248
+  %250 = bitcast <16 x float> %249 to <16 x i32>
+  %251 = lshr <16 x i32> %250, splat (i32 16)
+  %252 = and <16 x i32> %251, splat (i32 1)
+  %253 = add nuw <16 x i32> %250, splat (i32 32767)
+  %254 = add nuw <16 x i32> %253, %252
+  %255 = lshr <16 x i32> %254, splat (i32 16)
+  %256 = trunc nuw <16 x i32> %255 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !5
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
+  store <16 x i16> %256, ptr %gep.4.i, align 2, !tbaa !5
+  %257 = getelementptr inbounds nuw i8, ptr %207, i64 320
+  %258 = load <16 x float>, ptr %257, align 4, !tbaa !5
+  %259 = fmul <16 x float> %205, %258
+  %260 = bitcast <16 x float> %259 to <16 x i32>
+  %261 = lshr <16 x i32> %260, splat (i32 16)
+  %262 = and <16 x i32> %261, splat (i32 1)
+  %263 = add nuw <16 x i32> %260, splat (i32 32767)
+  %264 = add nuw <16 x i32> %263, %262
+  %265 = lshr <16 x i32> %264, splat (i32 16)
+  %266 = trunc nuw <16 x i32> %265 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !5
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !5
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
+  store <16 x i16> %266, ptr %gep.5.i, align 2, !tbaa !5
+  %267 = getelementptr inbounds nuw i8, ptr %207, i64 384
+  %268 = load <16 x float>, ptr %267, align 4, !tbaa !5
+  %269 = fmul <16 x float> %205, %268
+  %270 = bitcast <16 x float> %269 to <16 x i32>
+  %271 = lshr <16 x i32> %270, splat (i32 16)
+  %272 = and <16 x i32> %271, splat (i32 1)
+  %273 = add nuw <16 x i32> %270, splat (i32 32767)
+  %274 = add nuw <16 x i32> %273, %272
+  %275 = lshr <16 x i32> %274, splat (i32 16)
+  %276 = trunc nuw <16 x i32> %275 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !5
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  store <16 x i16> %276, ptr %gep.6.i, align 2, !tbaa !5
+  %277 = getelementptr inbounds nuw i8, ptr %207, i64 448
+  %278 = load <16 x float>, ptr %277, align 4, !tbaa !5
+  %279 = fmul <16 x float> %205, %278
+  %280 = bitcast <16 x float> %279 to <16 x i32>
+  %281 = lshr <16 x i32> %280, splat (i32 16)
+  %282 = and <16 x i32> %281, splat (i32 1)
+  %283 = add nuw <16 x i32> %280, splat (i32 32767)
+  %284 = add nuw <16 x i32> %283, %282
+  %285 = lshr <16 x i32> %284, splat (i32 16)
+  %286 = trunc nuw <16 x i32> %285 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
-  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
+  store <16 x i16> %286, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
+  %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 32
+  br i1 %exitcond83.not.i, label %for_begin_r29.preheader.i, label %for_begin_d_024.preheader.i, !prof !17
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %293 = mul nsw i64 %lse_batch, %cse_v5.i
-  %294 = getelementptr float, ptr %lse, i64 %293
-  br label %for_body_r28.i
+for_begin_r29.preheader.i:                        ; preds = %for_begin_d_024.preheader.i
+  %287 = mul nsw i64 %lse_batch, %cse_v5.i
+  %288 = getelementptr float, ptr %lse, i64 %287
+  br label %for_body_r30.i
 
-for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
-  %296 = load float, ptr %295, align 16, !tbaa !102
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end33.i, label %if_else.i
+for_body_r30.i:                                   ; preds = %if_end35.i.3, %for_begin_r29.preheader.i
+  %indvars.iv84.i = phi i64 [ 0, %for_begin_r29.preheader.i ], [ %indvars.iv.next85.i.3, %if_end35.i.3 ]
+  %289 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv84.i
+  %290 = load float, ptr %289, align 16, !tbaa !106
+  %291 = fcmp oeq float %290, 0.000000e+00
+  br i1 %291, label %if_end35.i, label %if_else.i
 
-for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+for_end_r31.i:                                    ; preds = %if_end35.i.3
+  %292 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %293 = tail call i32 %292(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %293, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r28.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
-  %302 = load float, ptr %301, align 16, !tbaa !104
-  %303 = fadd float %300, %302
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_body_r30.i
+  %294 = tail call float @llvm.log.f32(float %290)
+  %295 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv84.i
+  %296 = load float, ptr %295, align 16, !tbaa !108
+  %297 = fadd float %294, %296
+  br label %if_end35.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
-  store float %304, ptr %305, align 4, !tbaa !5
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
-  %307 = load float, ptr %306, align 4, !tbaa !102
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end33.i.1, label %if_else.i.1
+if_end35.i:                                       ; preds = %if_else.i, %for_body_r30.i
+  %298 = phi float [ %297, %if_else.i ], [ 0xFFF0000000000000, %for_body_r30.i ]
+  %299 = getelementptr float, ptr %288, i64 %indvars.iv84.i
+  store float %298, ptr %299, align 4, !tbaa !5
+  %indvars.iv.next85.i = or disjoint i64 %indvars.iv84.i, 1
+  %300 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv.next85.i
+  %301 = load float, ptr %300, align 4, !tbaa !106
+  %302 = fcmp oeq float %301, 0.000000e+00
+  br i1 %302, label %if_end35.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end33.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
-  %311 = load float, ptr %310, align 4, !tbaa !104
-  %312 = fadd float %309, %311
-  br label %if_end33.i.1
+if_else.i.1:                                      ; preds = %if_end35.i
+  %303 = tail call float @llvm.log.f32(float %301)
+  %304 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv.next85.i
+  %305 = load float, ptr %304, align 4, !tbaa !108
+  %306 = fadd float %303, %305
+  br label %if_end35.i.1
 
-if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
-  store float %313, ptr %314, align 4, !tbaa !5
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !102
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end33.i.2, label %if_else.i.2
+if_end35.i.1:                                     ; preds = %if_else.i.1, %if_end35.i
+  %307 = phi float [ %306, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end35.i ]
+  %308 = getelementptr float, ptr %288, i64 %indvars.iv.next85.i
+  store float %307, ptr %308, align 4, !tbaa !5
+  %indvars.iv.next85.i.1 = or disjoint i64 %indvars.iv84.i, 2
+  %309 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv.next85.i.1
+  %310 = load float, ptr %309, align 8, !tbaa !106
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end35.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end33.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !104
-  %321 = fadd float %318, %320
-  br label %if_end33.i.2
+if_else.i.2:                                      ; preds = %if_end35.i.1
+  %312 = tail call float @llvm.log.f32(float %310)
+  %313 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv.next85.i.1
+  %314 = load float, ptr %313, align 8, !tbaa !108
+  %315 = fadd float %312, %314
+  br label %if_end35.i.2
 
-if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
-  store float %322, ptr %323, align 4, !tbaa !5
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !102
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end33.i.3, label %if_else.i.3
+if_end35.i.2:                                     ; preds = %if_else.i.2, %if_end35.i.1
+  %316 = phi float [ %315, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end35.i.1 ]
+  %317 = getelementptr float, ptr %288, i64 %indvars.iv.next85.i.1
+  store float %316, ptr %317, align 4, !tbaa !5
+  %indvars.iv.next85.i.2 = or disjoint i64 %indvars.iv84.i, 3
+  %318 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv.next85.i.2
+  %319 = load float, ptr %318, align 4, !tbaa !106
+  %320 = fcmp oeq float %319, 0.000000e+00
+  br i1 %320, label %if_end35.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end33.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !104
-  %330 = fadd float %327, %329
-  br label %if_end33.i.3
+if_else.i.3:                                      ; preds = %if_end35.i.2
+  %321 = tail call float @llvm.log.f32(float %319)
+  %322 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv.next85.i.2
+  %323 = load float, ptr %322, align 4, !tbaa !108
+  %324 = fadd float %321, %323
+  br label %if_end35.i.3
 
-if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
-  store float %331, ptr %332, align 4, !tbaa !5
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
-  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
-  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !17, !llvm.loop !106
+if_end35.i.3:                                     ; preds = %if_else.i.3, %if_end35.i.2
+  %325 = phi float [ %324, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end35.i.2 ]
+  %326 = getelementptr float, ptr %288, i64 %indvars.iv.next85.i.2
+  store float %325, ptr %326, align 4, !tbaa !5
+  %indvars.iv.next85.i.3 = add nuw nsw i64 %indvars.iv84.i, 4
+  %exitcond87.not.i.3 = icmp eq i64 %indvars.iv.next85.i.3, 32
+  br i1 %exitcond87.not.i.3, label %for_end_r31.i, label %for_body_r30.i, !prof !17, !llvm.loop !110
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r31.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r31.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta40.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha41.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum44.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max45.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5771,6 +6019,9 @@ declare void @llvm.assume(i1 noundef) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
 declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
@@ -6021,63 +6272,67 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !45 = distinct !{!45, !28, !29}
 !46 = distinct !{!46, !39}
 !47 = distinct !{!47, !28, !29}
-!48 = distinct !{!48, !39}
-!49 = distinct !{!49, !28, !29}
-!50 = distinct !{!50, !39}
-!51 = distinct !{!51, !28, !29}
+!48 = distinct !{!48, !11}
+!49 = distinct !{!49, !11}
+!50 = distinct !{!50, !11}
+!51 = distinct !{!51, !11}
 !52 = distinct !{!52, !39}
 !53 = distinct !{!53, !28, !29}
 !54 = distinct !{!54, !39}
 !55 = distinct !{!55, !28, !29}
-!56 = !{!"branch_weights", i32 1, i32 127}
-!57 = !{!58, !58, i64 0}
-!58 = !{!"buffer0", !7, i64 0}
-!59 = !{!60, !60, i64 0}
-!60 = !{!"buffer1", !7, i64 0}
+!56 = distinct !{!56, !39}
+!57 = distinct !{!57, !28, !29}
+!58 = distinct !{!58, !39}
+!59 = distinct !{!59, !28, !29}
+!60 = !{!"branch_weights", i32 1, i32 127}
 !61 = !{!62, !62, i64 0}
-!62 = !{!"buffer2.w16.b0", !63, i64 0}
-!63 = !{!"buffer2.w32.b0", !64, i64 0}
-!64 = !{!"buffer2.w64.b0", !65, i64 0}
-!65 = !{!"buffer2.w128.b0", !66, i64 0}
-!66 = !{!"buffer2.w256.b0", !67, i64 0}
-!67 = !{!"buffer2.w512.b0", !68, i64 0}
-!68 = !{!"buffer2.w1024.b0", !69, i64 0}
-!69 = !{!"buffer2", !7, i64 0}
-!70 = !{!71, !71, i64 0}
-!71 = !{!"buffer3.w16.b0", !72, i64 0}
-!72 = !{!"buffer3.w32.b0", !73, i64 0}
-!73 = !{!"buffer3.w64.b0", !74, i64 0}
-!74 = !{!"buffer3.w128.b0", !75, i64 0}
-!75 = !{!"buffer3.w256.b0", !76, i64 0}
-!76 = !{!"buffer3.w512.b0", !77, i64 0}
-!77 = !{!"buffer3.w1024.b0", !78, i64 0}
-!78 = !{!"buffer3", !7, i64 0}
-!79 = !{!78, !78, i64 0}
-!80 = !{!69, !69, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer4.w128.b0", !83, i64 0}
-!83 = !{!"buffer4.w256.b0", !84, i64 0}
-!84 = !{!"buffer4.w512.b0", !85, i64 0}
-!85 = !{!"buffer4.w1024.b0", !86, i64 0}
-!86 = !{!"buffer4", !7, i64 0}
-!87 = !{!88, !88, i64 0}
-!88 = !{!"buffer5.w128.b0", !89, i64 0}
-!89 = !{!"buffer5.w256.b0", !90, i64 0}
-!90 = !{!"buffer5.w512.b0", !91, i64 0}
-!91 = !{!"buffer5.w1024.b0", !92, i64 0}
-!92 = !{!"buffer5", !7, i64 0}
-!93 = !{!92, !92, i64 0}
-!94 = !{!86, !86, i64 0}
-!95 = !{!96, !96, i64 0}
-!96 = !{!"buffer6.w128.b0", !97, i64 0}
-!97 = !{!"buffer6.w256.b0", !98, i64 0}
-!98 = !{!"buffer6.w512.b0", !99, i64 0}
-!99 = !{!"buffer6.w1024.b0", !100, i64 0}
-!100 = !{!"buffer6", !7, i64 0}
-!101 = !{!100, !100, i64 0}
-!102 = !{!103, !103, i64 0}
-!103 = !{!"buffer7", !7, i64 0}
-!104 = !{!105, !105, i64 0}
-!105 = !{!"buffer8", !7, i64 0}
-!106 = distinct !{!106, !107}
-!107 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!62 = !{!"buffer0", !7, i64 0}
+!63 = !{!64, !64, i64 0}
+!64 = !{!"buffer1", !7, i64 0}
+!65 = !{!66, !66, i64 0}
+!66 = !{!"buffer2.w16.b0", !67, i64 0}
+!67 = !{!"buffer2.w32.b0", !68, i64 0}
+!68 = !{!"buffer2.w64.b0", !69, i64 0}
+!69 = !{!"buffer2.w128.b0", !70, i64 0}
+!70 = !{!"buffer2.w256.b0", !71, i64 0}
+!71 = !{!"buffer2.w512.b0", !72, i64 0}
+!72 = !{!"buffer2.w1024.b0", !73, i64 0}
+!73 = !{!"buffer2", !7, i64 0}
+!74 = !{!75, !75, i64 0}
+!75 = !{!"buffer3.w16.b0", !76, i64 0}
+!76 = !{!"buffer3.w32.b0", !77, i64 0}
+!77 = !{!"buffer3.w64.b0", !78, i64 0}
+!78 = !{!"buffer3.w128.b0", !79, i64 0}
+!79 = !{!"buffer3.w256.b0", !80, i64 0}
+!80 = !{!"buffer3.w512.b0", !81, i64 0}
+!81 = !{!"buffer3.w1024.b0", !82, i64 0}
+!82 = !{!"buffer3", !7, i64 0}
+!83 = !{!82, !82, i64 0}
+!84 = !{!73, !73, i64 0}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer4.w128.b0", !87, i64 0}
+!87 = !{!"buffer4.w256.b0", !88, i64 0}
+!88 = !{!"buffer4.w512.b0", !89, i64 0}
+!89 = !{!"buffer4.w1024.b0", !90, i64 0}
+!90 = !{!"buffer4", !7, i64 0}
+!91 = !{!92, !92, i64 0}
+!92 = !{!"buffer5.w128.b0", !93, i64 0}
+!93 = !{!"buffer5.w256.b0", !94, i64 0}
+!94 = !{!"buffer5.w512.b0", !95, i64 0}
+!95 = !{!"buffer5.w1024.b0", !96, i64 0}
+!96 = !{!"buffer5", !7, i64 0}
+!97 = !{!96, !96, i64 0}
+!98 = !{!90, !90, i64 0}
+!99 = !{!100, !100, i64 0}
+!100 = !{!"buffer6.w128.b0", !101, i64 0}
+!101 = !{!"buffer6.w256.b0", !102, i64 0}
+!102 = !{!"buffer6.w512.b0", !103, i64 0}
+!103 = !{!"buffer6.w1024.b0", !104, i64 0}
+!104 = !{!"buffer6", !7, i64 0}
+!105 = !{!104, !104, i64 0}
+!106 = !{!107, !107, i64 0}
+!107 = !{!"buffer7", !7, i64 0}
+!108 = !{!109, !109, i64 0}
+!109 = !{!"buffer8", !7, i64 0}
+!110 = distinct !{!110, !111}
+!111 = !{!"llvm.loop.estimated_trip_count", i32 262144}

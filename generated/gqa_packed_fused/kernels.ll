@@ -1135,12 +1135,12 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta243.i = alloca [4 x float], align 16
-  %alpha244.i = alloca [4 x float], align 16
-  %peak252.i = alloca [4 x float], align 16
-  %tile_sum254.i = alloca [4 x float], align 16
-  %row_sum256.i = alloca [32 x float], align 16
-  %row_max257.i = alloca [32 x float], align 16
+  %beta242.i = alloca [4 x float], align 16
+  %alpha243.i = alloca [4 x float], align 16
+  %peak251.i = alloca [4 x float], align 16
+  %tile_sum253.i = alloca [4 x float], align 16
+  %row_sum255.i = alloca [32 x float], align 16
+  %row_max256.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1323,12 +1323,12 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta243.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha244.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak252.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum254.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum256.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max257.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta242.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha243.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak251.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum253.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum255.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max256.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1361,7 +1361,7 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %.not = icmp eq i64 %92, 0
   %cse_v21.i = and i64 %50, 4294967295
   %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count1288.i = and i64 %44, 2147483647
+  %wide.trip.count1287.i = and i64 %44, 2147483647
   %94 = mul i64 %q_batch, %87
   %95 = shl i64 %94, 1
   %96 = shl i64 %q_batch, 1
@@ -1374,14 +1374,14 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %stride.check = icmp ne i64 %.mask, 0
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end237.i
-  %indvars.iv.next1286.i = add nuw nsw i64 %indvars.iv1285.i, 1
-  %exitcond1289.not.i = icmp eq i64 %indvars.iv.next1286.i, %wide.trip.count1288.i
-  br i1 %exitcond1289.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end236.i
+  %indvars.iv.next1285.i = add nuw nsw i64 %indvars.iv1284.i, 1
+  %exitcond1288.not.i = icmp eq i64 %indvars.iv.next1285.i, %wide.trip.count1287.i
+  br i1 %exitcond1288.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1285.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1286.i, %for_begin_s.i ]
-  %102 = mul i64 %96, %indvars.iv1285.i
+  %indvars.iv1284.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1285.i, %for_begin_s.i ]
+  %102 = mul i64 %96, %indvars.iv1284.i
   %scevgep88 = getelementptr i8, ptr %98, i64 %102
   %scevgep89 = getelementptr i8, ptr %101, i64 %102
   %103 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -1396,7 +1396,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %106, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v23.i = add nsw i64 %indvars.iv1285.i, %87
+  %cse_v23.i = add nsw i64 %indvars.iv1284.i, %87
   %107 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v23.i
   %108 = load i32, ptr %107, align 4, !tbaa !4
   %109 = mul nsw i64 %cse_v23.i, %q_batch
@@ -1420,16 +1420,16 @@ for_begin_step.preheader.i:                       ; preds = %for_end_d.i
   %115 = getelementptr i32, ptr %block_table, i64 %cse_v124.i
   %116 = zext nneg i32 %cse_v24.i to i64
   %117 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1237.i = zext nneg i32 %num_steps.i to i64
+  %wide.trip.count1236.i = zext nneg i32 %num_steps.i to i64
   br label %for_begin_step.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv1065.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1066.i, %for_end_d.i ]
-  %118 = shl nuw nsw i64 %indvars.iv1065.i, 2
+  %indvars.iv1064.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1065.i, %for_end_d.i ]
+  %118 = shl nuw nsw i64 %indvars.iv1064.i, 2
   %119 = mul nsw i64 %118, %q_head
   %invariant.gep.i = getelementptr i16, ptr %110, i64 %119
-  %invariant.gep1327.i.idx = shl nuw nsw i64 %indvars.iv1065.i, 10
-  %invariant.gep1327.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1327.i.idx
+  %invariant.gep1326.i.idx = shl nuw nsw i64 %indvars.iv1064.i, 10
+  %invariant.gep1326.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1326.i.idx
   br i1 %111, label %for_body_d.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %for_begin_r.preheader.i
@@ -1440,10 +1440,10 @@ vector.body:                                      ; preds = %for_begin_r.prehead
   %wide.load90 = load <8 x i32>, ptr %120, align 2, !alias.scope !12
   %wide.load91 = load <8 x i32>, ptr %121, align 2, !alias.scope !12
   %wide.load92 = load <8 x i32>, ptr %122, align 2, !alias.scope !12
-  %123 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 32
-  %124 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 64
-  %125 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 96
-  store <8 x i32> %wide.load, ptr %invariant.gep1327.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %123 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 32
+  %124 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 64
+  %125 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 96
+  store <8 x i32> %wide.load, ptr %invariant.gep1326.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load90, ptr %123, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load91, ptr %124, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load92, ptr %125, align 4, !tbaa !4, !alias.scope !15, !noalias !12
@@ -1455,10 +1455,10 @@ vector.body:                                      ; preds = %for_begin_r.prehead
   %wide.load90.1 = load <8 x i32>, ptr %127, align 2, !alias.scope !12
   %wide.load91.1 = load <8 x i32>, ptr %128, align 2, !alias.scope !12
   %wide.load92.1 = load <8 x i32>, ptr %129, align 2, !alias.scope !12
-  %130 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 128
-  %131 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 160
-  %132 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 192
-  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 224
+  %130 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 128
+  %131 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 160
+  %132 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 192
+  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 224
   store <8 x i32> %wide.load.1, ptr %130, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load90.1, ptr %131, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load91.1, ptr %132, align 4, !tbaa !4, !alias.scope !15, !noalias !12
@@ -1470,50 +1470,50 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
   %134 = load i32, ptr %gep.i, align 2
-  %gep1328.i = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.i
-  store i32 %134, ptr %gep1328.i, align 4, !tbaa !4
+  %gep1327.i = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.i
+  store i32 %134, ptr %gep1327.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
   %135 = load i32, ptr %gep.i.1, align 2
-  %gep1328.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i
-  store i32 %135, ptr %gep1328.i.1, align 4, !tbaa !4
+  %gep1327.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.next.i
+  store i32 %135, ptr %gep1327.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
   %136 = load i32, ptr %gep.i.2, align 2
-  %gep1328.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.1
-  store i32 %136, ptr %gep1328.i.2, align 4, !tbaa !4
+  %gep1327.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.next.i.1
+  store i32 %136, ptr %gep1327.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
   %137 = load i32, ptr %gep.i.3, align 2
-  %gep1328.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.2
-  store i32 %137, ptr %gep1328.i.3, align 4, !tbaa !4
+  %gep1327.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.next.i.2
+  store i32 %137, ptr %gep1327.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = or disjoint i64 %indvars.iv.i, 4
   %gep.idx.i.4 = shl i64 %indvars.iv.next.i.3, 2
   %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.4
   %138 = load i32, ptr %gep.i.4, align 2
-  %gep1328.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.3
-  store i32 %138, ptr %gep1328.i.4, align 4, !tbaa !4
+  %gep1327.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.next.i.3
+  store i32 %138, ptr %gep1327.i.4, align 4, !tbaa !4
   %indvars.iv.next.i.4 = or disjoint i64 %indvars.iv.i, 5
   %gep.idx.i.5 = shl i64 %indvars.iv.next.i.4, 2
   %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.5
   %139 = load i32, ptr %gep.i.5, align 2
-  %gep1328.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.4
-  store i32 %139, ptr %gep1328.i.5, align 4, !tbaa !4
+  %gep1327.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.next.i.4
+  store i32 %139, ptr %gep1327.i.5, align 4, !tbaa !4
   %indvars.iv.next.i.5 = or disjoint i64 %indvars.iv.i, 6
   %gep.idx.i.6 = shl i64 %indvars.iv.next.i.5, 2
   %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.6
   %140 = load i32, ptr %gep.i.6, align 2
-  %gep1328.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.5
-  store i32 %140, ptr %gep1328.i.6, align 4, !tbaa !4
+  %gep1327.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.next.i.5
+  store i32 %140, ptr %gep1327.i.6, align 4, !tbaa !4
   %indvars.iv.next.i.6 = or disjoint i64 %indvars.iv.i, 7
   %gep.idx.i.7 = shl i64 %indvars.iv.next.i.6, 2
   %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.7
   %141 = load i32, ptr %gep.i.7, align 2
-  %gep1328.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.6
-  store i32 %141, ptr %gep1328.i.7, align 4, !tbaa !4
+  %gep1327.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1326.i, i64 %indvars.iv.next.i.6
+  store i32 %141, ptr %gep1327.i.7, align 4, !tbaa !4
   %indvars.iv.next.i.7 = add nuw nsw i64 %indvars.iv.i, 8
   %exitcond.not.i.7 = icmp eq i64 %indvars.iv.next.i.7, 64
   br i1 %exitcond.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
@@ -1523,790 +1523,790 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   %143 = mul nsw i64 %142, %q_head
   %invariant.gep.1.i = getelementptr i16, ptr %110, i64 %143
   %144 = load i32, ptr %invariant.gep.1.i, align 2
-  %145 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 256
+  %145 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 256
   store i32 %144, ptr %145, align 4, !tbaa !4
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 4
   %146 = load i32, ptr %gep.1.i.1, align 2
-  %147 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 260
+  %147 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 260
   store i32 %146, ptr %147, align 4, !tbaa !4
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 8
   %148 = load i32, ptr %gep.1.i.2, align 2
-  %149 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 264
+  %149 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 264
   store i32 %148, ptr %149, align 4, !tbaa !4
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 12
   %150 = load i32, ptr %gep.1.i.3, align 2
-  %151 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 268
+  %151 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 268
   store i32 %150, ptr %151, align 4, !tbaa !4
   %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 16
   %152 = load i32, ptr %gep.1.i.4, align 2
-  %153 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 272
+  %153 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 272
   store i32 %152, ptr %153, align 4, !tbaa !4
   %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 20
   %154 = load i32, ptr %gep.1.i.5, align 2
-  %155 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 276
+  %155 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 276
   store i32 %154, ptr %155, align 4, !tbaa !4
   %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 24
   %156 = load i32, ptr %gep.1.i.6, align 2
-  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 280
+  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 280
   store i32 %156, ptr %157, align 4, !tbaa !4
   %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 28
   %158 = load i32, ptr %gep.1.i.7, align 2
-  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 284
+  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 284
   store i32 %158, ptr %159, align 4, !tbaa !4
   %gep.1.i.8 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %160 = load i32, ptr %gep.1.i.8, align 2
-  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 288
+  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 288
   store i32 %160, ptr %161, align 4, !tbaa !4
   %gep.1.i.9 = getelementptr i8, ptr %invariant.gep.1.i, i64 36
   %162 = load i32, ptr %gep.1.i.9, align 2
-  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 292
+  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 292
   store i32 %162, ptr %163, align 4, !tbaa !4
   %gep.1.i.10 = getelementptr i8, ptr %invariant.gep.1.i, i64 40
   %164 = load i32, ptr %gep.1.i.10, align 2
-  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 296
+  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 296
   store i32 %164, ptr %165, align 4, !tbaa !4
   %gep.1.i.11 = getelementptr i8, ptr %invariant.gep.1.i, i64 44
   %166 = load i32, ptr %gep.1.i.11, align 2
-  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 300
+  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 300
   store i32 %166, ptr %167, align 4, !tbaa !4
   %gep.1.i.12 = getelementptr i8, ptr %invariant.gep.1.i, i64 48
   %168 = load i32, ptr %gep.1.i.12, align 2
-  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 304
+  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 304
   store i32 %168, ptr %169, align 4, !tbaa !4
   %gep.1.i.13 = getelementptr i8, ptr %invariant.gep.1.i, i64 52
   %170 = load i32, ptr %gep.1.i.13, align 2
-  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 308
+  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 308
   store i32 %170, ptr %171, align 4, !tbaa !4
   %gep.1.i.14 = getelementptr i8, ptr %invariant.gep.1.i, i64 56
   %172 = load i32, ptr %gep.1.i.14, align 2
-  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 312
+  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 312
   store i32 %172, ptr %173, align 4, !tbaa !4
   %gep.1.i.15 = getelementptr i8, ptr %invariant.gep.1.i, i64 60
   %174 = load i32, ptr %gep.1.i.15, align 2
-  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 316
+  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 316
   store i32 %174, ptr %175, align 4, !tbaa !4
   %gep.1.i.16 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %176 = load i32, ptr %gep.1.i.16, align 2
-  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 320
+  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 320
   store i32 %176, ptr %177, align 4, !tbaa !4
   %gep.1.i.17 = getelementptr i8, ptr %invariant.gep.1.i, i64 68
   %178 = load i32, ptr %gep.1.i.17, align 2
-  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 324
+  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 324
   store i32 %178, ptr %179, align 4, !tbaa !4
   %gep.1.i.18 = getelementptr i8, ptr %invariant.gep.1.i, i64 72
   %180 = load i32, ptr %gep.1.i.18, align 2
-  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 328
+  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 328
   store i32 %180, ptr %181, align 4, !tbaa !4
   %gep.1.i.19 = getelementptr i8, ptr %invariant.gep.1.i, i64 76
   %182 = load i32, ptr %gep.1.i.19, align 2
-  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 332
+  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 332
   store i32 %182, ptr %183, align 4, !tbaa !4
   %gep.1.i.20 = getelementptr i8, ptr %invariant.gep.1.i, i64 80
   %184 = load i32, ptr %gep.1.i.20, align 2
-  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 336
+  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 336
   store i32 %184, ptr %185, align 4, !tbaa !4
   %gep.1.i.21 = getelementptr i8, ptr %invariant.gep.1.i, i64 84
   %186 = load i32, ptr %gep.1.i.21, align 2
-  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 340
+  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 340
   store i32 %186, ptr %187, align 4, !tbaa !4
   %gep.1.i.22 = getelementptr i8, ptr %invariant.gep.1.i, i64 88
   %188 = load i32, ptr %gep.1.i.22, align 2
-  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 344
+  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 344
   store i32 %188, ptr %189, align 4, !tbaa !4
   %gep.1.i.23 = getelementptr i8, ptr %invariant.gep.1.i, i64 92
   %190 = load i32, ptr %gep.1.i.23, align 2
-  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 348
+  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 348
   store i32 %190, ptr %191, align 4, !tbaa !4
   %gep.1.i.24 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
   %192 = load i32, ptr %gep.1.i.24, align 2
-  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 352
+  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 352
   store i32 %192, ptr %193, align 4, !tbaa !4
   %gep.1.i.25 = getelementptr i8, ptr %invariant.gep.1.i, i64 100
   %194 = load i32, ptr %gep.1.i.25, align 2
-  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 356
+  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 356
   store i32 %194, ptr %195, align 4, !tbaa !4
   %gep.1.i.26 = getelementptr i8, ptr %invariant.gep.1.i, i64 104
   %196 = load i32, ptr %gep.1.i.26, align 2
-  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 360
+  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 360
   store i32 %196, ptr %197, align 4, !tbaa !4
   %gep.1.i.27 = getelementptr i8, ptr %invariant.gep.1.i, i64 108
   %198 = load i32, ptr %gep.1.i.27, align 2
-  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 364
+  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 364
   store i32 %198, ptr %199, align 4, !tbaa !4
   %gep.1.i.28 = getelementptr i8, ptr %invariant.gep.1.i, i64 112
   %200 = load i32, ptr %gep.1.i.28, align 2
-  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 368
+  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 368
   store i32 %200, ptr %201, align 4, !tbaa !4
   %gep.1.i.29 = getelementptr i8, ptr %invariant.gep.1.i, i64 116
   %202 = load i32, ptr %gep.1.i.29, align 2
-  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 372
+  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 372
   store i32 %202, ptr %203, align 4, !tbaa !4
   %gep.1.i.30 = getelementptr i8, ptr %invariant.gep.1.i, i64 120
   %204 = load i32, ptr %gep.1.i.30, align 2
-  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 376
+  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 376
   store i32 %204, ptr %205, align 4, !tbaa !4
   %gep.1.i.31 = getelementptr i8, ptr %invariant.gep.1.i, i64 124
   %206 = load i32, ptr %gep.1.i.31, align 2
-  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 380
+  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 380
   store i32 %206, ptr %207, align 4, !tbaa !4
   %gep.1.i.32 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %208 = load i32, ptr %gep.1.i.32, align 2
-  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 384
+  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 384
   store i32 %208, ptr %209, align 4, !tbaa !4
   %gep.1.i.33 = getelementptr i8, ptr %invariant.gep.1.i, i64 132
   %210 = load i32, ptr %gep.1.i.33, align 2
-  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 388
+  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 388
   store i32 %210, ptr %211, align 4, !tbaa !4
   %gep.1.i.34 = getelementptr i8, ptr %invariant.gep.1.i, i64 136
   %212 = load i32, ptr %gep.1.i.34, align 2
-  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 392
+  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 392
   store i32 %212, ptr %213, align 4, !tbaa !4
   %gep.1.i.35 = getelementptr i8, ptr %invariant.gep.1.i, i64 140
   %214 = load i32, ptr %gep.1.i.35, align 2
-  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 396
+  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 396
   store i32 %214, ptr %215, align 4, !tbaa !4
   %gep.1.i.36 = getelementptr i8, ptr %invariant.gep.1.i, i64 144
   %216 = load i32, ptr %gep.1.i.36, align 2
-  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 400
+  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 400
   store i32 %216, ptr %217, align 4, !tbaa !4
   %gep.1.i.37 = getelementptr i8, ptr %invariant.gep.1.i, i64 148
   %218 = load i32, ptr %gep.1.i.37, align 2
-  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 404
+  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 404
   store i32 %218, ptr %219, align 4, !tbaa !4
   %gep.1.i.38 = getelementptr i8, ptr %invariant.gep.1.i, i64 152
   %220 = load i32, ptr %gep.1.i.38, align 2
-  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 408
+  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 408
   store i32 %220, ptr %221, align 4, !tbaa !4
   %gep.1.i.39 = getelementptr i8, ptr %invariant.gep.1.i, i64 156
   %222 = load i32, ptr %gep.1.i.39, align 2
-  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 412
+  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 412
   store i32 %222, ptr %223, align 4, !tbaa !4
   %gep.1.i.40 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %224 = load i32, ptr %gep.1.i.40, align 2
-  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 416
+  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 416
   store i32 %224, ptr %225, align 4, !tbaa !4
   %gep.1.i.41 = getelementptr i8, ptr %invariant.gep.1.i, i64 164
   %226 = load i32, ptr %gep.1.i.41, align 2
-  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 420
+  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 420
   store i32 %226, ptr %227, align 4, !tbaa !4
   %gep.1.i.42 = getelementptr i8, ptr %invariant.gep.1.i, i64 168
   %228 = load i32, ptr %gep.1.i.42, align 2
-  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 424
+  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 424
   store i32 %228, ptr %229, align 4, !tbaa !4
   %gep.1.i.43 = getelementptr i8, ptr %invariant.gep.1.i, i64 172
   %230 = load i32, ptr %gep.1.i.43, align 2
-  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 428
+  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 428
   store i32 %230, ptr %231, align 4, !tbaa !4
   %gep.1.i.44 = getelementptr i8, ptr %invariant.gep.1.i, i64 176
   %232 = load i32, ptr %gep.1.i.44, align 2
-  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 432
+  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 432
   store i32 %232, ptr %233, align 4, !tbaa !4
   %gep.1.i.45 = getelementptr i8, ptr %invariant.gep.1.i, i64 180
   %234 = load i32, ptr %gep.1.i.45, align 2
-  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 436
+  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 436
   store i32 %234, ptr %235, align 4, !tbaa !4
   %gep.1.i.46 = getelementptr i8, ptr %invariant.gep.1.i, i64 184
   %236 = load i32, ptr %gep.1.i.46, align 2
-  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 440
+  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 440
   store i32 %236, ptr %237, align 4, !tbaa !4
   %gep.1.i.47 = getelementptr i8, ptr %invariant.gep.1.i, i64 188
   %238 = load i32, ptr %gep.1.i.47, align 2
-  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 444
+  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 444
   store i32 %238, ptr %239, align 4, !tbaa !4
   %gep.1.i.48 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %240 = load i32, ptr %gep.1.i.48, align 2
-  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 448
+  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 448
   store i32 %240, ptr %241, align 4, !tbaa !4
   %gep.1.i.49 = getelementptr i8, ptr %invariant.gep.1.i, i64 196
   %242 = load i32, ptr %gep.1.i.49, align 2
-  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 452
+  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 452
   store i32 %242, ptr %243, align 4, !tbaa !4
   %gep.1.i.50 = getelementptr i8, ptr %invariant.gep.1.i, i64 200
   %244 = load i32, ptr %gep.1.i.50, align 2
-  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 456
+  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 456
   store i32 %244, ptr %245, align 4, !tbaa !4
   %gep.1.i.51 = getelementptr i8, ptr %invariant.gep.1.i, i64 204
   %246 = load i32, ptr %gep.1.i.51, align 2
-  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 460
+  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 460
   store i32 %246, ptr %247, align 4, !tbaa !4
   %gep.1.i.52 = getelementptr i8, ptr %invariant.gep.1.i, i64 208
   %248 = load i32, ptr %gep.1.i.52, align 2
-  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 464
+  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 464
   store i32 %248, ptr %249, align 4, !tbaa !4
   %gep.1.i.53 = getelementptr i8, ptr %invariant.gep.1.i, i64 212
   %250 = load i32, ptr %gep.1.i.53, align 2
-  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 468
+  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 468
   store i32 %250, ptr %251, align 4, !tbaa !4
   %gep.1.i.54 = getelementptr i8, ptr %invariant.gep.1.i, i64 216
   %252 = load i32, ptr %gep.1.i.54, align 2
-  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 472
+  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 472
   store i32 %252, ptr %253, align 4, !tbaa !4
   %gep.1.i.55 = getelementptr i8, ptr %invariant.gep.1.i, i64 220
   %254 = load i32, ptr %gep.1.i.55, align 2
-  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 476
+  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 476
   store i32 %254, ptr %255, align 4, !tbaa !4
   %gep.1.i.56 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
   %256 = load i32, ptr %gep.1.i.56, align 2
-  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 480
+  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 480
   store i32 %256, ptr %257, align 4, !tbaa !4
   %gep.1.i.57 = getelementptr i8, ptr %invariant.gep.1.i, i64 228
   %258 = load i32, ptr %gep.1.i.57, align 2
-  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 484
+  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 484
   store i32 %258, ptr %259, align 4, !tbaa !4
   %gep.1.i.58 = getelementptr i8, ptr %invariant.gep.1.i, i64 232
   %260 = load i32, ptr %gep.1.i.58, align 2
-  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 488
+  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 488
   store i32 %260, ptr %261, align 4, !tbaa !4
   %gep.1.i.59 = getelementptr i8, ptr %invariant.gep.1.i, i64 236
   %262 = load i32, ptr %gep.1.i.59, align 2
-  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 492
+  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 492
   store i32 %262, ptr %263, align 4, !tbaa !4
   %gep.1.i.60 = getelementptr i8, ptr %invariant.gep.1.i, i64 240
   %264 = load i32, ptr %gep.1.i.60, align 2
-  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 496
+  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 496
   store i32 %264, ptr %265, align 4, !tbaa !4
   %gep.1.i.61 = getelementptr i8, ptr %invariant.gep.1.i, i64 244
   %266 = load i32, ptr %gep.1.i.61, align 2
-  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 500
+  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 500
   store i32 %266, ptr %267, align 4, !tbaa !4
   %gep.1.i.62 = getelementptr i8, ptr %invariant.gep.1.i, i64 248
   %268 = load i32, ptr %gep.1.i.62, align 2
-  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 504
+  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 504
   store i32 %268, ptr %269, align 4, !tbaa !4
   %gep.1.i.63 = getelementptr i8, ptr %invariant.gep.1.i, i64 252
   %270 = load i32, ptr %gep.1.i.63, align 2
-  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 508
+  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 508
   store i32 %270, ptr %271, align 4, !tbaa !4
   %272 = or disjoint i64 %118, 2
   %273 = mul nsw i64 %272, %q_head
   %invariant.gep.2.i = getelementptr i16, ptr %110, i64 %273
   %274 = load i32, ptr %invariant.gep.2.i, align 2
-  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 512
+  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 512
   store i32 %274, ptr %275, align 4, !tbaa !4
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 4
   %276 = load i32, ptr %gep.2.i.1, align 2
-  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 516
+  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 516
   store i32 %276, ptr %277, align 4, !tbaa !4
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 8
   %278 = load i32, ptr %gep.2.i.2, align 2
-  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 520
+  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 520
   store i32 %278, ptr %279, align 4, !tbaa !4
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 12
   %280 = load i32, ptr %gep.2.i.3, align 2
-  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 524
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 524
   store i32 %280, ptr %281, align 4, !tbaa !4
   %gep.2.i.4 = getelementptr i8, ptr %invariant.gep.2.i, i64 16
   %282 = load i32, ptr %gep.2.i.4, align 2
-  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 528
+  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 528
   store i32 %282, ptr %283, align 4, !tbaa !4
   %gep.2.i.5 = getelementptr i8, ptr %invariant.gep.2.i, i64 20
   %284 = load i32, ptr %gep.2.i.5, align 2
-  %285 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 532
+  %285 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 532
   store i32 %284, ptr %285, align 4, !tbaa !4
   %gep.2.i.6 = getelementptr i8, ptr %invariant.gep.2.i, i64 24
   %286 = load i32, ptr %gep.2.i.6, align 2
-  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 536
+  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 536
   store i32 %286, ptr %287, align 4, !tbaa !4
   %gep.2.i.7 = getelementptr i8, ptr %invariant.gep.2.i, i64 28
   %288 = load i32, ptr %gep.2.i.7, align 2
-  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 540
+  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 540
   store i32 %288, ptr %289, align 4, !tbaa !4
   %gep.2.i.8 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %290 = load i32, ptr %gep.2.i.8, align 2
-  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 544
+  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 544
   store i32 %290, ptr %291, align 4, !tbaa !4
   %gep.2.i.9 = getelementptr i8, ptr %invariant.gep.2.i, i64 36
   %292 = load i32, ptr %gep.2.i.9, align 2
-  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 548
+  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 548
   store i32 %292, ptr %293, align 4, !tbaa !4
   %gep.2.i.10 = getelementptr i8, ptr %invariant.gep.2.i, i64 40
   %294 = load i32, ptr %gep.2.i.10, align 2
-  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 552
+  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 552
   store i32 %294, ptr %295, align 4, !tbaa !4
   %gep.2.i.11 = getelementptr i8, ptr %invariant.gep.2.i, i64 44
   %296 = load i32, ptr %gep.2.i.11, align 2
-  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 556
+  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 556
   store i32 %296, ptr %297, align 4, !tbaa !4
   %gep.2.i.12 = getelementptr i8, ptr %invariant.gep.2.i, i64 48
   %298 = load i32, ptr %gep.2.i.12, align 2
-  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 560
+  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 560
   store i32 %298, ptr %299, align 4, !tbaa !4
   %gep.2.i.13 = getelementptr i8, ptr %invariant.gep.2.i, i64 52
   %300 = load i32, ptr %gep.2.i.13, align 2
-  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 564
+  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 564
   store i32 %300, ptr %301, align 4, !tbaa !4
   %gep.2.i.14 = getelementptr i8, ptr %invariant.gep.2.i, i64 56
   %302 = load i32, ptr %gep.2.i.14, align 2
-  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 568
+  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 568
   store i32 %302, ptr %303, align 4, !tbaa !4
   %gep.2.i.15 = getelementptr i8, ptr %invariant.gep.2.i, i64 60
   %304 = load i32, ptr %gep.2.i.15, align 2
-  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 572
+  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 572
   store i32 %304, ptr %305, align 4, !tbaa !4
   %gep.2.i.16 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %306 = load i32, ptr %gep.2.i.16, align 2
-  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 576
+  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 576
   store i32 %306, ptr %307, align 4, !tbaa !4
   %gep.2.i.17 = getelementptr i8, ptr %invariant.gep.2.i, i64 68
   %308 = load i32, ptr %gep.2.i.17, align 2
-  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 580
+  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 580
   store i32 %308, ptr %309, align 4, !tbaa !4
   %gep.2.i.18 = getelementptr i8, ptr %invariant.gep.2.i, i64 72
   %310 = load i32, ptr %gep.2.i.18, align 2
-  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 584
+  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 584
   store i32 %310, ptr %311, align 4, !tbaa !4
   %gep.2.i.19 = getelementptr i8, ptr %invariant.gep.2.i, i64 76
   %312 = load i32, ptr %gep.2.i.19, align 2
-  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 588
+  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 588
   store i32 %312, ptr %313, align 4, !tbaa !4
   %gep.2.i.20 = getelementptr i8, ptr %invariant.gep.2.i, i64 80
   %314 = load i32, ptr %gep.2.i.20, align 2
-  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 592
+  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 592
   store i32 %314, ptr %315, align 4, !tbaa !4
   %gep.2.i.21 = getelementptr i8, ptr %invariant.gep.2.i, i64 84
   %316 = load i32, ptr %gep.2.i.21, align 2
-  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 596
+  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 596
   store i32 %316, ptr %317, align 4, !tbaa !4
   %gep.2.i.22 = getelementptr i8, ptr %invariant.gep.2.i, i64 88
   %318 = load i32, ptr %gep.2.i.22, align 2
-  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 600
+  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 600
   store i32 %318, ptr %319, align 4, !tbaa !4
   %gep.2.i.23 = getelementptr i8, ptr %invariant.gep.2.i, i64 92
   %320 = load i32, ptr %gep.2.i.23, align 2
-  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 604
+  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 604
   store i32 %320, ptr %321, align 4, !tbaa !4
   %gep.2.i.24 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
   %322 = load i32, ptr %gep.2.i.24, align 2
-  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 608
+  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 608
   store i32 %322, ptr %323, align 4, !tbaa !4
   %gep.2.i.25 = getelementptr i8, ptr %invariant.gep.2.i, i64 100
   %324 = load i32, ptr %gep.2.i.25, align 2
-  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 612
+  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 612
   store i32 %324, ptr %325, align 4, !tbaa !4
   %gep.2.i.26 = getelementptr i8, ptr %invariant.gep.2.i, i64 104
   %326 = load i32, ptr %gep.2.i.26, align 2
-  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 616
+  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 616
   store i32 %326, ptr %327, align 4, !tbaa !4
   %gep.2.i.27 = getelementptr i8, ptr %invariant.gep.2.i, i64 108
   %328 = load i32, ptr %gep.2.i.27, align 2
-  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 620
+  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 620
   store i32 %328, ptr %329, align 4, !tbaa !4
   %gep.2.i.28 = getelementptr i8, ptr %invariant.gep.2.i, i64 112
   %330 = load i32, ptr %gep.2.i.28, align 2
-  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 624
+  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 624
   store i32 %330, ptr %331, align 4, !tbaa !4
   %gep.2.i.29 = getelementptr i8, ptr %invariant.gep.2.i, i64 116
   %332 = load i32, ptr %gep.2.i.29, align 2
-  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 628
+  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 628
   store i32 %332, ptr %333, align 4, !tbaa !4
   %gep.2.i.30 = getelementptr i8, ptr %invariant.gep.2.i, i64 120
   %334 = load i32, ptr %gep.2.i.30, align 2
-  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 632
+  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 632
   store i32 %334, ptr %335, align 4, !tbaa !4
   %gep.2.i.31 = getelementptr i8, ptr %invariant.gep.2.i, i64 124
   %336 = load i32, ptr %gep.2.i.31, align 2
-  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 636
+  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 636
   store i32 %336, ptr %337, align 4, !tbaa !4
   %gep.2.i.32 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %338 = load i32, ptr %gep.2.i.32, align 2
-  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 640
+  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 640
   store i32 %338, ptr %339, align 4, !tbaa !4
   %gep.2.i.33 = getelementptr i8, ptr %invariant.gep.2.i, i64 132
   %340 = load i32, ptr %gep.2.i.33, align 2
-  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 644
+  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 644
   store i32 %340, ptr %341, align 4, !tbaa !4
   %gep.2.i.34 = getelementptr i8, ptr %invariant.gep.2.i, i64 136
   %342 = load i32, ptr %gep.2.i.34, align 2
-  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 648
+  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 648
   store i32 %342, ptr %343, align 4, !tbaa !4
   %gep.2.i.35 = getelementptr i8, ptr %invariant.gep.2.i, i64 140
   %344 = load i32, ptr %gep.2.i.35, align 2
-  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 652
+  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 652
   store i32 %344, ptr %345, align 4, !tbaa !4
   %gep.2.i.36 = getelementptr i8, ptr %invariant.gep.2.i, i64 144
   %346 = load i32, ptr %gep.2.i.36, align 2
-  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 656
+  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 656
   store i32 %346, ptr %347, align 4, !tbaa !4
   %gep.2.i.37 = getelementptr i8, ptr %invariant.gep.2.i, i64 148
   %348 = load i32, ptr %gep.2.i.37, align 2
-  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 660
+  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 660
   store i32 %348, ptr %349, align 4, !tbaa !4
   %gep.2.i.38 = getelementptr i8, ptr %invariant.gep.2.i, i64 152
   %350 = load i32, ptr %gep.2.i.38, align 2
-  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 664
+  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 664
   store i32 %350, ptr %351, align 4, !tbaa !4
   %gep.2.i.39 = getelementptr i8, ptr %invariant.gep.2.i, i64 156
   %352 = load i32, ptr %gep.2.i.39, align 2
-  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 668
+  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 668
   store i32 %352, ptr %353, align 4, !tbaa !4
   %gep.2.i.40 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %354 = load i32, ptr %gep.2.i.40, align 2
-  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 672
+  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 672
   store i32 %354, ptr %355, align 4, !tbaa !4
   %gep.2.i.41 = getelementptr i8, ptr %invariant.gep.2.i, i64 164
   %356 = load i32, ptr %gep.2.i.41, align 2
-  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 676
+  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 676
   store i32 %356, ptr %357, align 4, !tbaa !4
   %gep.2.i.42 = getelementptr i8, ptr %invariant.gep.2.i, i64 168
   %358 = load i32, ptr %gep.2.i.42, align 2
-  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 680
+  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 680
   store i32 %358, ptr %359, align 4, !tbaa !4
   %gep.2.i.43 = getelementptr i8, ptr %invariant.gep.2.i, i64 172
   %360 = load i32, ptr %gep.2.i.43, align 2
-  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 684
+  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 684
   store i32 %360, ptr %361, align 4, !tbaa !4
   %gep.2.i.44 = getelementptr i8, ptr %invariant.gep.2.i, i64 176
   %362 = load i32, ptr %gep.2.i.44, align 2
-  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 688
+  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 688
   store i32 %362, ptr %363, align 4, !tbaa !4
   %gep.2.i.45 = getelementptr i8, ptr %invariant.gep.2.i, i64 180
   %364 = load i32, ptr %gep.2.i.45, align 2
-  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 692
+  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 692
   store i32 %364, ptr %365, align 4, !tbaa !4
   %gep.2.i.46 = getelementptr i8, ptr %invariant.gep.2.i, i64 184
   %366 = load i32, ptr %gep.2.i.46, align 2
-  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 696
+  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 696
   store i32 %366, ptr %367, align 4, !tbaa !4
   %gep.2.i.47 = getelementptr i8, ptr %invariant.gep.2.i, i64 188
   %368 = load i32, ptr %gep.2.i.47, align 2
-  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 700
+  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 700
   store i32 %368, ptr %369, align 4, !tbaa !4
   %gep.2.i.48 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %370 = load i32, ptr %gep.2.i.48, align 2
-  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 704
+  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 704
   store i32 %370, ptr %371, align 4, !tbaa !4
   %gep.2.i.49 = getelementptr i8, ptr %invariant.gep.2.i, i64 196
   %372 = load i32, ptr %gep.2.i.49, align 2
-  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 708
+  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 708
   store i32 %372, ptr %373, align 4, !tbaa !4
   %gep.2.i.50 = getelementptr i8, ptr %invariant.gep.2.i, i64 200
   %374 = load i32, ptr %gep.2.i.50, align 2
-  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 712
+  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 712
   store i32 %374, ptr %375, align 4, !tbaa !4
   %gep.2.i.51 = getelementptr i8, ptr %invariant.gep.2.i, i64 204
   %376 = load i32, ptr %gep.2.i.51, align 2
-  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 716
+  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 716
   store i32 %376, ptr %377, align 4, !tbaa !4
   %gep.2.i.52 = getelementptr i8, ptr %invariant.gep.2.i, i64 208
   %378 = load i32, ptr %gep.2.i.52, align 2
-  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 720
+  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 720
   store i32 %378, ptr %379, align 4, !tbaa !4
   %gep.2.i.53 = getelementptr i8, ptr %invariant.gep.2.i, i64 212
   %380 = load i32, ptr %gep.2.i.53, align 2
-  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 724
+  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 724
   store i32 %380, ptr %381, align 4, !tbaa !4
   %gep.2.i.54 = getelementptr i8, ptr %invariant.gep.2.i, i64 216
   %382 = load i32, ptr %gep.2.i.54, align 2
-  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 728
+  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 728
   store i32 %382, ptr %383, align 4, !tbaa !4
   %gep.2.i.55 = getelementptr i8, ptr %invariant.gep.2.i, i64 220
   %384 = load i32, ptr %gep.2.i.55, align 2
-  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 732
+  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 732
   store i32 %384, ptr %385, align 4, !tbaa !4
   %gep.2.i.56 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
   %386 = load i32, ptr %gep.2.i.56, align 2
-  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 736
+  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 736
   store i32 %386, ptr %387, align 4, !tbaa !4
   %gep.2.i.57 = getelementptr i8, ptr %invariant.gep.2.i, i64 228
   %388 = load i32, ptr %gep.2.i.57, align 2
-  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 740
+  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 740
   store i32 %388, ptr %389, align 4, !tbaa !4
   %gep.2.i.58 = getelementptr i8, ptr %invariant.gep.2.i, i64 232
   %390 = load i32, ptr %gep.2.i.58, align 2
-  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 744
+  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 744
   store i32 %390, ptr %391, align 4, !tbaa !4
   %gep.2.i.59 = getelementptr i8, ptr %invariant.gep.2.i, i64 236
   %392 = load i32, ptr %gep.2.i.59, align 2
-  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 748
+  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 748
   store i32 %392, ptr %393, align 4, !tbaa !4
   %gep.2.i.60 = getelementptr i8, ptr %invariant.gep.2.i, i64 240
   %394 = load i32, ptr %gep.2.i.60, align 2
-  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 752
+  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 752
   store i32 %394, ptr %395, align 4, !tbaa !4
   %gep.2.i.61 = getelementptr i8, ptr %invariant.gep.2.i, i64 244
   %396 = load i32, ptr %gep.2.i.61, align 2
-  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 756
+  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 756
   store i32 %396, ptr %397, align 4, !tbaa !4
   %gep.2.i.62 = getelementptr i8, ptr %invariant.gep.2.i, i64 248
   %398 = load i32, ptr %gep.2.i.62, align 2
-  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 760
+  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 760
   store i32 %398, ptr %399, align 4, !tbaa !4
   %gep.2.i.63 = getelementptr i8, ptr %invariant.gep.2.i, i64 252
   %400 = load i32, ptr %gep.2.i.63, align 2
-  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 764
+  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 764
   store i32 %400, ptr %401, align 4, !tbaa !4
   %402 = or disjoint i64 %118, 3
   %403 = mul nsw i64 %402, %q_head
   %invariant.gep.3.i = getelementptr i16, ptr %110, i64 %403
   %404 = load i32, ptr %invariant.gep.3.i, align 2
-  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 768
+  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 768
   store i32 %404, ptr %405, align 4, !tbaa !4
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 4
   %406 = load i32, ptr %gep.3.i.1, align 2
-  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 772
+  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 772
   store i32 %406, ptr %407, align 4, !tbaa !4
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 8
   %408 = load i32, ptr %gep.3.i.2, align 2
-  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 776
+  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 776
   store i32 %408, ptr %409, align 4, !tbaa !4
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 12
   %410 = load i32, ptr %gep.3.i.3, align 2
-  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 780
+  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 780
   store i32 %410, ptr %411, align 4, !tbaa !4
   %gep.3.i.4 = getelementptr i8, ptr %invariant.gep.3.i, i64 16
   %412 = load i32, ptr %gep.3.i.4, align 2
-  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 784
+  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 784
   store i32 %412, ptr %413, align 4, !tbaa !4
   %gep.3.i.5 = getelementptr i8, ptr %invariant.gep.3.i, i64 20
   %414 = load i32, ptr %gep.3.i.5, align 2
-  %415 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 788
+  %415 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 788
   store i32 %414, ptr %415, align 4, !tbaa !4
   %gep.3.i.6 = getelementptr i8, ptr %invariant.gep.3.i, i64 24
   %416 = load i32, ptr %gep.3.i.6, align 2
-  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 792
+  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 792
   store i32 %416, ptr %417, align 4, !tbaa !4
   %gep.3.i.7 = getelementptr i8, ptr %invariant.gep.3.i, i64 28
   %418 = load i32, ptr %gep.3.i.7, align 2
-  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 796
+  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 796
   store i32 %418, ptr %419, align 4, !tbaa !4
   %gep.3.i.8 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %420 = load i32, ptr %gep.3.i.8, align 2
-  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 800
+  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 800
   store i32 %420, ptr %421, align 4, !tbaa !4
   %gep.3.i.9 = getelementptr i8, ptr %invariant.gep.3.i, i64 36
   %422 = load i32, ptr %gep.3.i.9, align 2
-  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 804
+  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 804
   store i32 %422, ptr %423, align 4, !tbaa !4
   %gep.3.i.10 = getelementptr i8, ptr %invariant.gep.3.i, i64 40
   %424 = load i32, ptr %gep.3.i.10, align 2
-  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 808
+  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 808
   store i32 %424, ptr %425, align 4, !tbaa !4
   %gep.3.i.11 = getelementptr i8, ptr %invariant.gep.3.i, i64 44
   %426 = load i32, ptr %gep.3.i.11, align 2
-  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 812
+  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 812
   store i32 %426, ptr %427, align 4, !tbaa !4
   %gep.3.i.12 = getelementptr i8, ptr %invariant.gep.3.i, i64 48
   %428 = load i32, ptr %gep.3.i.12, align 2
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 816
+  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 816
   store i32 %428, ptr %429, align 4, !tbaa !4
   %gep.3.i.13 = getelementptr i8, ptr %invariant.gep.3.i, i64 52
   %430 = load i32, ptr %gep.3.i.13, align 2
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 820
+  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 820
   store i32 %430, ptr %431, align 4, !tbaa !4
   %gep.3.i.14 = getelementptr i8, ptr %invariant.gep.3.i, i64 56
   %432 = load i32, ptr %gep.3.i.14, align 2
-  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 824
+  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 824
   store i32 %432, ptr %433, align 4, !tbaa !4
   %gep.3.i.15 = getelementptr i8, ptr %invariant.gep.3.i, i64 60
   %434 = load i32, ptr %gep.3.i.15, align 2
-  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 828
+  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 828
   store i32 %434, ptr %435, align 4, !tbaa !4
   %gep.3.i.16 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %436 = load i32, ptr %gep.3.i.16, align 2
-  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 832
+  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 832
   store i32 %436, ptr %437, align 4, !tbaa !4
   %gep.3.i.17 = getelementptr i8, ptr %invariant.gep.3.i, i64 68
   %438 = load i32, ptr %gep.3.i.17, align 2
-  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 836
+  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 836
   store i32 %438, ptr %439, align 4, !tbaa !4
   %gep.3.i.18 = getelementptr i8, ptr %invariant.gep.3.i, i64 72
   %440 = load i32, ptr %gep.3.i.18, align 2
-  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 840
+  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 840
   store i32 %440, ptr %441, align 4, !tbaa !4
   %gep.3.i.19 = getelementptr i8, ptr %invariant.gep.3.i, i64 76
   %442 = load i32, ptr %gep.3.i.19, align 2
-  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 844
+  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 844
   store i32 %442, ptr %443, align 4, !tbaa !4
   %gep.3.i.20 = getelementptr i8, ptr %invariant.gep.3.i, i64 80
   %444 = load i32, ptr %gep.3.i.20, align 2
-  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 848
+  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 848
   store i32 %444, ptr %445, align 4, !tbaa !4
   %gep.3.i.21 = getelementptr i8, ptr %invariant.gep.3.i, i64 84
   %446 = load i32, ptr %gep.3.i.21, align 2
-  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 852
+  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 852
   store i32 %446, ptr %447, align 4, !tbaa !4
   %gep.3.i.22 = getelementptr i8, ptr %invariant.gep.3.i, i64 88
   %448 = load i32, ptr %gep.3.i.22, align 2
-  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 856
+  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 856
   store i32 %448, ptr %449, align 4, !tbaa !4
   %gep.3.i.23 = getelementptr i8, ptr %invariant.gep.3.i, i64 92
   %450 = load i32, ptr %gep.3.i.23, align 2
-  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 860
+  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 860
   store i32 %450, ptr %451, align 4, !tbaa !4
   %gep.3.i.24 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
   %452 = load i32, ptr %gep.3.i.24, align 2
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 864
+  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 864
   store i32 %452, ptr %453, align 4, !tbaa !4
   %gep.3.i.25 = getelementptr i8, ptr %invariant.gep.3.i, i64 100
   %454 = load i32, ptr %gep.3.i.25, align 2
-  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 868
+  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 868
   store i32 %454, ptr %455, align 4, !tbaa !4
   %gep.3.i.26 = getelementptr i8, ptr %invariant.gep.3.i, i64 104
   %456 = load i32, ptr %gep.3.i.26, align 2
-  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 872
+  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 872
   store i32 %456, ptr %457, align 4, !tbaa !4
   %gep.3.i.27 = getelementptr i8, ptr %invariant.gep.3.i, i64 108
   %458 = load i32, ptr %gep.3.i.27, align 2
-  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 876
+  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 876
   store i32 %458, ptr %459, align 4, !tbaa !4
   %gep.3.i.28 = getelementptr i8, ptr %invariant.gep.3.i, i64 112
   %460 = load i32, ptr %gep.3.i.28, align 2
-  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 880
+  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 880
   store i32 %460, ptr %461, align 4, !tbaa !4
   %gep.3.i.29 = getelementptr i8, ptr %invariant.gep.3.i, i64 116
   %462 = load i32, ptr %gep.3.i.29, align 2
-  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 884
+  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 884
   store i32 %462, ptr %463, align 4, !tbaa !4
   %gep.3.i.30 = getelementptr i8, ptr %invariant.gep.3.i, i64 120
   %464 = load i32, ptr %gep.3.i.30, align 2
-  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 888
+  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 888
   store i32 %464, ptr %465, align 4, !tbaa !4
   %gep.3.i.31 = getelementptr i8, ptr %invariant.gep.3.i, i64 124
   %466 = load i32, ptr %gep.3.i.31, align 2
-  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 892
+  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 892
   store i32 %466, ptr %467, align 4, !tbaa !4
   %gep.3.i.32 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %468 = load i32, ptr %gep.3.i.32, align 2
-  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 896
+  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 896
   store i32 %468, ptr %469, align 4, !tbaa !4
   %gep.3.i.33 = getelementptr i8, ptr %invariant.gep.3.i, i64 132
   %470 = load i32, ptr %gep.3.i.33, align 2
-  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 900
+  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 900
   store i32 %470, ptr %471, align 4, !tbaa !4
   %gep.3.i.34 = getelementptr i8, ptr %invariant.gep.3.i, i64 136
   %472 = load i32, ptr %gep.3.i.34, align 2
-  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 904
+  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 904
   store i32 %472, ptr %473, align 4, !tbaa !4
   %gep.3.i.35 = getelementptr i8, ptr %invariant.gep.3.i, i64 140
   %474 = load i32, ptr %gep.3.i.35, align 2
-  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 908
+  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 908
   store i32 %474, ptr %475, align 4, !tbaa !4
   %gep.3.i.36 = getelementptr i8, ptr %invariant.gep.3.i, i64 144
   %476 = load i32, ptr %gep.3.i.36, align 2
-  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 912
+  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 912
   store i32 %476, ptr %477, align 4, !tbaa !4
   %gep.3.i.37 = getelementptr i8, ptr %invariant.gep.3.i, i64 148
   %478 = load i32, ptr %gep.3.i.37, align 2
-  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 916
+  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 916
   store i32 %478, ptr %479, align 4, !tbaa !4
   %gep.3.i.38 = getelementptr i8, ptr %invariant.gep.3.i, i64 152
   %480 = load i32, ptr %gep.3.i.38, align 2
-  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 920
+  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 920
   store i32 %480, ptr %481, align 4, !tbaa !4
   %gep.3.i.39 = getelementptr i8, ptr %invariant.gep.3.i, i64 156
   %482 = load i32, ptr %gep.3.i.39, align 2
-  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 924
+  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 924
   store i32 %482, ptr %483, align 4, !tbaa !4
   %gep.3.i.40 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %484 = load i32, ptr %gep.3.i.40, align 2
-  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 928
+  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 928
   store i32 %484, ptr %485, align 4, !tbaa !4
   %gep.3.i.41 = getelementptr i8, ptr %invariant.gep.3.i, i64 164
   %486 = load i32, ptr %gep.3.i.41, align 2
-  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 932
+  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 932
   store i32 %486, ptr %487, align 4, !tbaa !4
   %gep.3.i.42 = getelementptr i8, ptr %invariant.gep.3.i, i64 168
   %488 = load i32, ptr %gep.3.i.42, align 2
-  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 936
+  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 936
   store i32 %488, ptr %489, align 4, !tbaa !4
   %gep.3.i.43 = getelementptr i8, ptr %invariant.gep.3.i, i64 172
   %490 = load i32, ptr %gep.3.i.43, align 2
-  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 940
+  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 940
   store i32 %490, ptr %491, align 4, !tbaa !4
   %gep.3.i.44 = getelementptr i8, ptr %invariant.gep.3.i, i64 176
   %492 = load i32, ptr %gep.3.i.44, align 2
-  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 944
+  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 944
   store i32 %492, ptr %493, align 4, !tbaa !4
   %gep.3.i.45 = getelementptr i8, ptr %invariant.gep.3.i, i64 180
   %494 = load i32, ptr %gep.3.i.45, align 2
-  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 948
+  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 948
   store i32 %494, ptr %495, align 4, !tbaa !4
   %gep.3.i.46 = getelementptr i8, ptr %invariant.gep.3.i, i64 184
   %496 = load i32, ptr %gep.3.i.46, align 2
-  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 952
+  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 952
   store i32 %496, ptr %497, align 4, !tbaa !4
   %gep.3.i.47 = getelementptr i8, ptr %invariant.gep.3.i, i64 188
   %498 = load i32, ptr %gep.3.i.47, align 2
-  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 956
+  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 956
   store i32 %498, ptr %499, align 4, !tbaa !4
   %gep.3.i.48 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %500 = load i32, ptr %gep.3.i.48, align 2
-  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 960
+  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 960
   store i32 %500, ptr %501, align 4, !tbaa !4
   %gep.3.i.49 = getelementptr i8, ptr %invariant.gep.3.i, i64 196
   %502 = load i32, ptr %gep.3.i.49, align 2
-  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 964
+  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 964
   store i32 %502, ptr %503, align 4, !tbaa !4
   %gep.3.i.50 = getelementptr i8, ptr %invariant.gep.3.i, i64 200
   %504 = load i32, ptr %gep.3.i.50, align 2
-  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 968
+  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 968
   store i32 %504, ptr %505, align 4, !tbaa !4
   %gep.3.i.51 = getelementptr i8, ptr %invariant.gep.3.i, i64 204
   %506 = load i32, ptr %gep.3.i.51, align 2
-  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 972
+  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 972
   store i32 %506, ptr %507, align 4, !tbaa !4
   %gep.3.i.52 = getelementptr i8, ptr %invariant.gep.3.i, i64 208
   %508 = load i32, ptr %gep.3.i.52, align 2
-  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 976
+  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 976
   store i32 %508, ptr %509, align 4, !tbaa !4
   %gep.3.i.53 = getelementptr i8, ptr %invariant.gep.3.i, i64 212
   %510 = load i32, ptr %gep.3.i.53, align 2
-  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 980
+  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 980
   store i32 %510, ptr %511, align 4, !tbaa !4
   %gep.3.i.54 = getelementptr i8, ptr %invariant.gep.3.i, i64 216
   %512 = load i32, ptr %gep.3.i.54, align 2
-  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 984
+  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 984
   store i32 %512, ptr %513, align 4, !tbaa !4
   %gep.3.i.55 = getelementptr i8, ptr %invariant.gep.3.i, i64 220
   %514 = load i32, ptr %gep.3.i.55, align 2
-  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 988
+  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 988
   store i32 %514, ptr %515, align 4, !tbaa !4
   %gep.3.i.56 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
   %516 = load i32, ptr %gep.3.i.56, align 2
-  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 992
+  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 992
   store i32 %516, ptr %517, align 4, !tbaa !4
   %gep.3.i.57 = getelementptr i8, ptr %invariant.gep.3.i, i64 228
   %518 = load i32, ptr %gep.3.i.57, align 2
-  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 996
+  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 996
   store i32 %518, ptr %519, align 4, !tbaa !4
   %gep.3.i.58 = getelementptr i8, ptr %invariant.gep.3.i, i64 232
   %520 = load i32, ptr %gep.3.i.58, align 2
-  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1000
+  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 1000
   store i32 %520, ptr %521, align 4, !tbaa !4
   %gep.3.i.59 = getelementptr i8, ptr %invariant.gep.3.i, i64 236
   %522 = load i32, ptr %gep.3.i.59, align 2
-  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1004
+  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 1004
   store i32 %522, ptr %523, align 4, !tbaa !4
   %gep.3.i.60 = getelementptr i8, ptr %invariant.gep.3.i, i64 240
   %524 = load i32, ptr %gep.3.i.60, align 2
-  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1008
+  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 1008
   store i32 %524, ptr %525, align 4, !tbaa !4
   %gep.3.i.61 = getelementptr i8, ptr %invariant.gep.3.i, i64 244
   %526 = load i32, ptr %gep.3.i.61, align 2
-  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1012
+  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 1012
   store i32 %526, ptr %527, align 4, !tbaa !4
   %gep.3.i.62 = getelementptr i8, ptr %invariant.gep.3.i, i64 248
   %528 = load i32, ptr %gep.3.i.62, align 2
-  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1016
+  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 1016
   store i32 %528, ptr %529, align 4, !tbaa !4
   %gep.3.i.63 = getelementptr i8, ptr %invariant.gep.3.i, i64 252
   %530 = load i32, ptr %gep.3.i.63, align 2
-  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1020
+  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1326.i, i64 1020
   store i32 %530, ptr %531, align 4, !tbaa !4
-  %indvars.iv.next1066.i = add nuw nsw i64 %indvars.iv1065.i, 1
-  %exitcond1068.not.i = icmp eq i64 %indvars.iv.next1066.i, 8
-  br i1 %exitcond1068.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !21
+  %indvars.iv.next1065.i = add nuw nsw i64 %indvars.iv1064.i, 1
+  %exitcond1067.not.i = icmp eq i64 %indvars.iv.next1065.i, 8
+  br i1 %exitcond1067.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !21
 
-for_begin_step.i:                                 ; preds = %if_end183.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end183.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv1231.i = phi i64 [ %indvars.iv.next1232.i, %if_end183.i ], [ 0, %for_begin_step.preheader.i ]
+for_begin_step.i:                                 ; preds = %if_end182.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end182.i ], [ %range_len.i, %for_begin_step.preheader.i ]
+  %indvars.iv1230.i = phi i64 [ %indvars.iv.next1231.i, %if_end182.i ], [ 0, %for_begin_step.preheader.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %532 = and i32 %smin, 31
   %narrow = add nuw nsw i32 %532, 1
   %533 = lshr i32 %narrow, 1
   %534 = zext nneg i32 %533 to i64
-  %exitcond1238.not.i = icmp eq i64 %indvars.iv1231.i, %wide.trip.count1237.i
-  br i1 %exitcond1238.not.i, label %for_end_step.i, label %for_body_step.i, !prof !22
+  %exitcond1237.not.i = icmp eq i64 %indvars.iv1230.i, %wide.trip.count1236.i
+  br i1 %exitcond1237.not.i, label %for_end_step.i, label %for_body_step.i, !prof !22
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %535 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2315,21 +2315,21 @@ for_body_step.i:                                  ; preds = %for_begin_step.i
   br i1 %536, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile214.preheader.i, label %for_begin_tile191.preheader.i
+  br i1 %.not, label %for_begin_tile213.preheader.i, label %for_begin_tile190.preheader.i
 
-for_begin_tile214.preheader.i:                    ; preds = %for_end_step.i
-  %537 = add nuw nsw i64 %indvars.iv1285.i, %cse_v21.i
+for_begin_tile213.preheader.i:                    ; preds = %for_end_step.i
+  %537 = add nuw nsw i64 %indvars.iv1284.i, %cse_v21.i
   %538 = shl nuw nsw i64 %537, 5
   %.idx.i = shl nuw nsw i64 %537, 14
   %539 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile215.i
+  br label %for_body_tile214.i
 
-for_begin_tile191.preheader.i:                    ; preds = %for_end_step.i
+for_begin_tile190.preheader.i:                    ; preds = %for_end_step.i
   %540 = mul nsw i64 %cse_v23.i, %out_batch
   %541 = getelementptr i16, ptr %out, i64 %540
   %542 = mul nsw i64 %cse_v23.i, %lse_batch
   %543 = getelementptr float, ptr %lse, i64 %542
-  br label %for_body_tile192.i
+  br label %for_body_tile191.i
 
 if_end5.i:                                        ; preds = %for_body_step.i
   %544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2338,16 +2338,16 @@ if_end5.i:                                        ; preds = %for_body_step.i
   br i1 %545, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %546 = shl nsw i64 %indvars.iv1231.i, 7
+  %546 = shl nsw i64 %indvars.iv1230.i, 7
   %547 = add nuw nsw i64 %546, %93
   %548 = sub nsw i64 %117, %546
   %549 = trunc nsw i64 %548 to i32
   %valid_len.i = tail call i32 @llvm.smin.i32(i32 %549, i32 128)
   %550 = add nsw i32 %valid_len.i, 31
   %num_groups.i = ashr i32 %550, 5
-  %indvars.iv.next1232.i = add nuw nsw i64 %indvars.iv1231.i, 1
+  %indvars.iv.next1231.i = add nuw nsw i64 %indvars.iv1230.i, 1
   %551 = and i32 %550, -32
-  %552 = icmp samesign ult i64 %indvars.iv.next1232.i, %116
+  %552 = icmp samesign ult i64 %indvars.iv.next1231.i, %116
   %num_offsets.i = select i1 %552, i32 256, i32 %551
   %553 = icmp sgt i32 %num_offsets.i, 0
   br i1 %553, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
@@ -2357,8 +2357,8 @@ for_body_t.preheader.i:                           ; preds = %if_end8.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv1069.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1070.i.3, %for_body_t.i ]
-  %554 = add nuw nsw i64 %indvars.iv1069.i, %547
+  %indvars.iv1068.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1069.i.3, %for_body_t.i ]
+  %554 = add nuw nsw i64 %indvars.iv1068.i, %547
   %555 = trunc i64 %554 to i32
   %token.i = tail call i32 @llvm.smin.i32(i32 %555, i32 %last_token.i)
   %556 = ashr i32 %token.i, 4
@@ -2367,10 +2367,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %559 = load i32, ptr %558, align 4, !tbaa !4
   %block.i = sext i32 %559 to i64
   %560 = mul nsw i64 %k_block, %block.i
-  %561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1069.i
+  %561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1068.i
   store i64 %560, ptr %561, align 8, !tbaa !4
-  %indvars.iv.next1070.i = or disjoint i64 %indvars.iv1069.i, 1
-  %562 = add nuw nsw i64 %indvars.iv.next1070.i, %547
+  %indvars.iv.next1069.i = or disjoint i64 %indvars.iv1068.i, 1
+  %562 = add nuw nsw i64 %indvars.iv.next1069.i, %547
   %563 = trunc i64 %562 to i32
   %token.i.1 = tail call i32 @llvm.smin.i32(i32 %563, i32 %last_token.i)
   %564 = ashr i32 %token.i.1, 4
@@ -2379,10 +2379,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %567 = load i32, ptr %566, align 4, !tbaa !4
   %block.i.1 = sext i32 %567 to i64
   %568 = mul nsw i64 %k_block, %block.i.1
-  %569 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i
+  %569 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1069.i
   store i64 %568, ptr %569, align 8, !tbaa !4
-  %indvars.iv.next1070.i.1 = or disjoint i64 %indvars.iv1069.i, 2
-  %570 = add nuw nsw i64 %indvars.iv.next1070.i.1, %547
+  %indvars.iv.next1069.i.1 = or disjoint i64 %indvars.iv1068.i, 2
+  %570 = add nuw nsw i64 %indvars.iv.next1069.i.1, %547
   %571 = trunc i64 %570 to i32
   %token.i.2 = tail call i32 @llvm.smin.i32(i32 %571, i32 %last_token.i)
   %572 = ashr i32 %token.i.2, 4
@@ -2391,10 +2391,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %575 = load i32, ptr %574, align 4, !tbaa !4
   %block.i.2 = sext i32 %575 to i64
   %576 = mul nsw i64 %k_block, %block.i.2
-  %577 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.1
+  %577 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1069.i.1
   store i64 %576, ptr %577, align 8, !tbaa !4
-  %indvars.iv.next1070.i.2 = or disjoint i64 %indvars.iv1069.i, 3
-  %578 = add nuw nsw i64 %indvars.iv.next1070.i.2, %547
+  %indvars.iv.next1069.i.2 = or disjoint i64 %indvars.iv1068.i, 3
+  %578 = add nuw nsw i64 %indvars.iv.next1069.i.2, %547
   %579 = trunc i64 %578 to i32
   %token.i.3 = tail call i32 @llvm.smin.i32(i32 %579, i32 %last_token.i)
   %580 = ashr i32 %token.i.3, 4
@@ -2403,11 +2403,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %583 = load i32, ptr %582, align 4, !tbaa !4
   %block.i.3 = sext i32 %583 to i64
   %584 = mul nsw i64 %k_block, %block.i.3
-  %585 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.2
+  %585 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1069.i.2
   store i64 %584, ptr %585, align 8, !tbaa !4
-  %indvars.iv.next1070.i.3 = add nuw nsw i64 %indvars.iv1069.i, 4
-  %exitcond1072.not.i.3 = icmp eq i64 %indvars.iv.next1070.i.3, %wide.trip.count.i
-  br i1 %exitcond1072.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !23
+  %indvars.iv.next1069.i.3 = add nuw nsw i64 %indvars.iv1068.i, 4
+  %exitcond1071.not.i.3 = icmp eq i64 %indvars.iv.next1069.i.3, %wide.trip.count.i
+  br i1 %exitcond1071.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !23
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %586 = icmp sgt i32 %num_groups.i, 0
@@ -2415,170 +2415,170 @@ for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if
   %num_full.i = ashr i32 %valid_len.i, 5
   %588 = icmp sgt i32 %num_full.i, 0
   %589 = and i32 %valid_len.i, 31
-  %.not1037.i = icmp eq i32 %589, 0
+  %.not1036.i = icmp eq i32 %589, 0
   %590 = and i32 %valid_len.i, -32
   %591 = shl nsw i32 %num_full.i, 4
-  %592 = icmp eq i64 %indvars.iv1231.i, 0
+  %592 = icmp eq i64 %indvars.iv1230.i, 0
   %593 = insertelement <4 x i1> poison, i1 %592, i64 0
   %594 = shufflevector <4 x i1> %593, <4 x i1> poison, <4 x i32> zeroinitializer
   %595 = zext i32 %num_full.i to i64
   %596 = sext i32 %591 to i64
   %597 = sext i32 %590 to i64
-  %wide.trip.count1096.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count1096.i, 3
+  %wide.trip.count1095.i = zext i32 %num_groups.i to i64
+  %xtraiter = and i64 %wide.trip.count1095.i, 3
   %598 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod98 = icmp ne i64 %xtraiter, 0
-  %xtraiter99 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter99 = and i64 %wide.trip.count1095.i, 3
   %599 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter103 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter103 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod101.not = icmp eq i64 %xtraiter99, 0
   %lcmp.mod102 = icmp ne i64 %xtraiter99, 0
-  %xtraiter105 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter105 = and i64 %wide.trip.count1095.i, 3
   %600 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter109 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter109 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod107.not = icmp eq i64 %xtraiter105, 0
   %lcmp.mod108 = icmp ne i64 %xtraiter105, 0
-  %xtraiter111 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter111 = and i64 %wide.trip.count1095.i, 3
   %601 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter115 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter115 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod113.not = icmp eq i64 %xtraiter111, 0
   %lcmp.mod114 = icmp ne i64 %xtraiter111, 0
-  %xtraiter117 = and i64 %wide.trip.count1096.i, 7
+  %xtraiter117 = and i64 %wide.trip.count1095.i, 7
   %602 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter122 = and i64 %wide.trip.count1096.i, 2147483640
+  %unroll_iter122 = and i64 %wide.trip.count1095.i, 2147483640
   %lcmp.mod119.not = icmp eq i64 %xtraiter117, 0
   %lcmp.mod121 = icmp ne i64 %xtraiter117, 0
-  %xtraiter124 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter124 = and i64 %wide.trip.count1095.i, 3
   %603 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter128 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter128 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod126.not = icmp eq i64 %xtraiter124, 0
   %lcmp.mod127 = icmp ne i64 %xtraiter124, 0
-  %xtraiter130 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter130 = and i64 %wide.trip.count1095.i, 3
   %604 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter134 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter134 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod132.not = icmp eq i64 %xtraiter130, 0
   %lcmp.mod133 = icmp ne i64 %xtraiter130, 0
-  %xtraiter136 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter136 = and i64 %wide.trip.count1095.i, 3
   %605 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter140 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter140 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod138.not = icmp eq i64 %xtraiter136, 0
   %lcmp.mod139 = icmp ne i64 %xtraiter136, 0
-  %xtraiter142 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter142 = and i64 %wide.trip.count1095.i, 3
   %606 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter146 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter146 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod144.not = icmp eq i64 %xtraiter142, 0
   %lcmp.mod145 = icmp ne i64 %xtraiter142, 0
-  %xtraiter148 = and i64 %wide.trip.count1096.i, 7
+  %xtraiter148 = and i64 %wide.trip.count1095.i, 7
   %607 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter153 = and i64 %wide.trip.count1096.i, 2147483640
+  %unroll_iter153 = and i64 %wide.trip.count1095.i, 2147483640
   %lcmp.mod150.not = icmp eq i64 %xtraiter148, 0
   %lcmp.mod152 = icmp ne i64 %xtraiter148, 0
-  %xtraiter155 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter155 = and i64 %wide.trip.count1095.i, 3
   %608 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter159 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter159 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod157.not = icmp eq i64 %xtraiter155, 0
   %lcmp.mod158 = icmp ne i64 %xtraiter155, 0
-  %xtraiter161 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter161 = and i64 %wide.trip.count1095.i, 3
   %609 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter165 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter165 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod163.not = icmp eq i64 %xtraiter161, 0
   %lcmp.mod164 = icmp ne i64 %xtraiter161, 0
-  %xtraiter167 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter167 = and i64 %wide.trip.count1095.i, 3
   %610 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter171 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter171 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod169.not = icmp eq i64 %xtraiter167, 0
   %lcmp.mod170 = icmp ne i64 %xtraiter167, 0
-  %xtraiter173 = and i64 %wide.trip.count1096.i, 3
+  %xtraiter173 = and i64 %wide.trip.count1095.i, 3
   %611 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter177 = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter177 = and i64 %wide.trip.count1095.i, 2147483644
   %lcmp.mod175.not = icmp eq i64 %xtraiter173, 0
   %lcmp.mod176 = icmp ne i64 %xtraiter173, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1073.i = phi i64 [ %indvars.iv.next1074.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %612 = add nuw nsw i64 %indvars.iv1073.i, %547
+  %indvars.iv1072.i = phi i64 [ %indvars.iv.next1073.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %612 = add nuw nsw i64 %indvars.iv1072.i, %547
   %613 = trunc i64 %612 to i32
   %token16.i = tail call i32 @llvm.smin.i32(i32 %613, i32 %last_token.i)
   %cse_v145.i = sext i32 %token16.i to i64
   %614 = ashr i64 %cse_v145.i, 4
-  %gep855.i = getelementptr i32, ptr %115, i64 %614
-  %615 = load i32, ptr %gep855.i, align 4, !tbaa !4
+  %gep854.i = getelementptr i32, ptr %115, i64 %614
+  %615 = load i32, ptr %gep854.i, align 4, !tbaa !4
   %block18.i = sext i32 %615 to i64
   %616 = lshr i64 %cse_v145.i, 1
   %617 = and i64 %616, 7
   %618 = mul nsw i64 %617, %v_row
   %619 = mul nsw i64 %v_block, %block18.i
   %620 = add nsw i64 %618, %619
-  %621 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1073.i
+  %621 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1072.i
   store i64 %620, ptr %621, align 8, !tbaa !4
-  %indvars.iv.next1074.i = or disjoint i64 %indvars.iv1073.i, 1
-  %622 = add nuw nsw i64 %indvars.iv.next1074.i, %547
+  %indvars.iv.next1073.i = or disjoint i64 %indvars.iv1072.i, 1
+  %622 = add nuw nsw i64 %indvars.iv.next1073.i, %547
   %623 = trunc i64 %622 to i32
   %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %623, i32 %last_token.i)
   %cse_v145.i.1 = sext i32 %token16.i.1 to i64
   %624 = ashr i64 %cse_v145.i.1, 4
-  %gep855.i.1 = getelementptr i32, ptr %115, i64 %624
-  %625 = load i32, ptr %gep855.i.1, align 4, !tbaa !4
+  %gep854.i.1 = getelementptr i32, ptr %115, i64 %624
+  %625 = load i32, ptr %gep854.i.1, align 4, !tbaa !4
   %block18.i.1 = sext i32 %625 to i64
   %626 = lshr i64 %cse_v145.i.1, 1
   %627 = and i64 %626, 7
   %628 = mul nsw i64 %627, %v_row
   %629 = mul nsw i64 %v_block, %block18.i.1
   %630 = add nsw i64 %628, %629
-  %631 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i
+  %631 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1073.i
   store i64 %630, ptr %631, align 8, !tbaa !4
-  %indvars.iv.next1074.i.1 = or disjoint i64 %indvars.iv1073.i, 2
-  %632 = add nuw nsw i64 %indvars.iv.next1074.i.1, %547
+  %indvars.iv.next1073.i.1 = or disjoint i64 %indvars.iv1072.i, 2
+  %632 = add nuw nsw i64 %indvars.iv.next1073.i.1, %547
   %633 = trunc i64 %632 to i32
   %token16.i.2 = tail call i32 @llvm.smin.i32(i32 %633, i32 %last_token.i)
   %cse_v145.i.2 = sext i32 %token16.i.2 to i64
   %634 = ashr i64 %cse_v145.i.2, 4
-  %gep855.i.2 = getelementptr i32, ptr %115, i64 %634
-  %635 = load i32, ptr %gep855.i.2, align 4, !tbaa !4
+  %gep854.i.2 = getelementptr i32, ptr %115, i64 %634
+  %635 = load i32, ptr %gep854.i.2, align 4, !tbaa !4
   %block18.i.2 = sext i32 %635 to i64
   %636 = lshr i64 %cse_v145.i.2, 1
   %637 = and i64 %636, 7
   %638 = mul nsw i64 %637, %v_row
   %639 = mul nsw i64 %v_block, %block18.i.2
   %640 = add nsw i64 %638, %639
-  %641 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.1
+  %641 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1073.i.1
   store i64 %640, ptr %641, align 8, !tbaa !4
-  %indvars.iv.next1074.i.2 = or disjoint i64 %indvars.iv1073.i, 3
-  %642 = add nuw nsw i64 %indvars.iv.next1074.i.2, %547
+  %indvars.iv.next1073.i.2 = or disjoint i64 %indvars.iv1072.i, 3
+  %642 = add nuw nsw i64 %indvars.iv.next1073.i.2, %547
   %643 = trunc i64 %642 to i32
   %token16.i.3 = tail call i32 @llvm.smin.i32(i32 %643, i32 %last_token.i)
   %cse_v145.i.3 = sext i32 %token16.i.3 to i64
   %644 = ashr i64 %cse_v145.i.3, 4
-  %gep855.i.3 = getelementptr i32, ptr %115, i64 %644
-  %645 = load i32, ptr %gep855.i.3, align 4, !tbaa !4
+  %gep854.i.3 = getelementptr i32, ptr %115, i64 %644
+  %645 = load i32, ptr %gep854.i.3, align 4, !tbaa !4
   %block18.i.3 = sext i32 %645 to i64
   %646 = lshr i64 %cse_v145.i.3, 1
   %647 = and i64 %646, 7
   %648 = mul nsw i64 %647, %v_row
   %649 = mul nsw i64 %v_block, %block18.i.3
   %650 = add nsw i64 %648, %649
-  %651 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.2
+  %651 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1073.i.2
   store i64 %650, ptr %651, align 8, !tbaa !4
-  %indvars.iv.next1074.i.3 = add nuw nsw i64 %indvars.iv1073.i, 4
-  %exitcond1077.not.i.3 = icmp eq i64 %indvars.iv.next1074.i.3, %wide.trip.count.i
-  br i1 %exitcond1077.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !25
+  %indvars.iv.next1073.i.3 = add nuw nsw i64 %indvars.iv1072.i, 4
+  %exitcond1076.not.i.3 = icmp eq i64 %indvars.iv.next1073.i.3, %wide.trip.count.i
+  br i1 %exitcond1076.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !25
 
-for_begin_kv_head.i:                              ; preds = %if_end177.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1226.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1227.i, %if_end177.i ]
-  %exitcond1230.not.i = icmp eq i64 %indvars.iv1226.i, 8
-  br i1 %exitcond1230.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
+for_begin_kv_head.i:                              ; preds = %if_end176.i, %for_begin_kv_head.preheader.i
+  %indvars.iv1225.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1226.i, %if_end176.i ]
+  %exitcond1229.not.i = icmp eq i64 %indvars.iv1225.i, 8
+  br i1 %exitcond1229.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %652 = icmp eq i64 %indvars.iv1226.i, 7
+  %652 = icmp eq i64 %indvars.iv1225.i, 7
   %653 = and i1 %552, %652
   %ahead_t.i = select i1 %653, i32 128, i32 0
-  %indvars.iv.next1227.i = add nuw nsw i64 %indvars.iv1226.i, 1
-  %ahead_head.i = select i1 %652, i64 0, i64 %indvars.iv.next1227.i
-  %k_now.i = mul nsw i64 %indvars.iv1226.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv1226.i, %v_head
+  %indvars.iv.next1226.i = add nuw nsw i64 %indvars.iv1225.i, 1
+  %ahead_head.i = select i1 %652, i64 0, i64 %indvars.iv.next1226.i
+  %k_now.i = mul nsw i64 %indvars.iv1225.i, %k_head
+  %v_now.i = mul nsw i64 %indvars.iv1225.i, %v_head
   %654 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %scores.i = tail call ptr %654(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %655 = icmp eq ptr %scores.i, null
@@ -2587,8 +2587,8 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %657 = tail call i32 %656(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not260.i = icmp eq i32 %657, 0
-  br i1 %.not260.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !22
+  %.not259.i = icmp eq i32 %657, 0
+  br i1 %.not259.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
   %658 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2603,241 +2603,241 @@ if_end25.i:                                       ; preds = %if_end22.i
   br i1 %661, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
 
 for_begin___m.preheader.i:                        ; preds = %if_end25.i
-  %invariant.gep878.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
+  %invariant.gep877.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
   %662 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep867.i = getelementptr i32, ptr %key_cache, i64 %662
+  %invariant.gep866.i = getelementptr i32, ptr %key_cache, i64 %662
   br i1 %586, label %for_body_to_m.us.i.preheader, label %for_end___m.i, !prof !3
 
 for_body_to_m.us.i.preheader:                     ; preds = %for_begin___m.preheader.i
-  %.idx = shl nuw nsw i64 %indvars.iv1226.i, 10
+  %.idx = shl nuw nsw i64 %indvars.iv1225.i, 10
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
   br label %for_body_to_m.us.i
 
 for_body_to_m.us.i:                               ; preds = %for_end_n_1_m.us.i, %for_body_to_m.us.i.preheader
-  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %for_end_n_1_m.us.i ], [ 0, %for_body_to_m.us.i.preheader ]
-  %663 = shl nsw i64 %indvars.iv1091.i, 5
+  %indvars.iv1090.i = phi i64 [ %indvars.iv.next1091.i, %for_end_n_1_m.us.i ], [ 0, %for_body_to_m.us.i.preheader ]
+  %663 = shl nsw i64 %indvars.iv1090.i, 5
   %664 = or disjoint i64 %663, 16
   %665 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %663
   %666 = load i64, ptr %665, align 8, !tbaa !4
-  %gep879.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %666
+  %gep878.us.i = getelementptr i32, ptr %invariant.gep877.i, i64 %666
   %667 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %664
   %668 = load i64, ptr %667, align 8, !tbaa !4
-  %gep881.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %668
+  %gep880.us.i = getelementptr i32, ptr %invariant.gep877.i, i64 %668
   %669 = trunc i64 %663 to i32
   %670 = add i32 %ahead_t.i, %669
   br label %for_body_n_1_m.us.i
 
 for_end_n_1_m.us.i:                               ; preds = %for_body_n_1_m.us.i
   %671 = getelementptr inbounds nuw float, ptr %scores.i, i64 %663
-  store <16 x float> %r.i292.us.1.i, ptr %671, align 4, !tbaa !4
+  store <16 x float> %r.i291.us.1.i, ptr %671, align 4, !tbaa !4
   %672 = getelementptr inbounds nuw float, ptr %scores.i, i64 %664
-  store <16 x float> %r.i295.us.1.i, ptr %672, align 4, !tbaa !4
+  store <16 x float> %r.i294.us.1.i, ptr %672, align 4, !tbaa !4
   %673 = getelementptr inbounds nuw i8, ptr %671, i64 512
-  store <16 x float> %r.i298.us.1.i, ptr %673, align 4, !tbaa !4
+  store <16 x float> %r.i297.us.1.i, ptr %673, align 4, !tbaa !4
   %674 = getelementptr inbounds nuw i8, ptr %671, i64 576
-  store <16 x float> %r.i301.us.1.i, ptr %674, align 4, !tbaa !4
+  store <16 x float> %r.i300.us.1.i, ptr %674, align 4, !tbaa !4
   %675 = getelementptr inbounds nuw i8, ptr %671, i64 1024
-  store <16 x float> %r.i304.us.1.i, ptr %675, align 4, !tbaa !4
+  store <16 x float> %r.i303.us.1.i, ptr %675, align 4, !tbaa !4
   %676 = getelementptr inbounds nuw i8, ptr %671, i64 1088
-  store <16 x float> %r.i307.us.1.i, ptr %676, align 4, !tbaa !4
+  store <16 x float> %r.i306.us.1.i, ptr %676, align 4, !tbaa !4
   %677 = getelementptr inbounds nuw i8, ptr %671, i64 1536
-  store <16 x float> %r.i310.us.1.i, ptr %677, align 4, !tbaa !4
+  store <16 x float> %r.i309.us.1.i, ptr %677, align 4, !tbaa !4
   %678 = getelementptr inbounds nuw i8, ptr %671, i64 1600
-  store <16 x float> %r.i313.us.1.i, ptr %678, align 4, !tbaa !4
-  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
-  %exitcond1097.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1096.i
-  br i1 %exitcond1097.not.i, label %for_end___m.i, label %for_body_to_m.us.i, !prof !8
+  store <16 x float> %r.i312.us.1.i, ptr %678, align 4, !tbaa !4
+  %indvars.iv.next1091.i = add nuw nsw i64 %indvars.iv1090.i, 1
+  %exitcond1096.not.i = icmp eq i64 %indvars.iv.next1091.i, %wide.trip.count1095.i
+  br i1 %exitcond1096.not.i, label %for_end___m.i, label %for_body_to_m.us.i, !prof !8
 
 for_body_n_1_m.us.i:                              ; preds = %for_body_n_1_m.us.i, %for_body_to_m.us.i
-  %indvars.iv1086.i = phi i64 [ %indvars.iv.next1087.i, %for_body_n_1_m.us.i ], [ 0, %for_body_to_m.us.i ]
-  %scores_global253.sroa.0.0876.us.i = phi <16 x float> [ %r.i292.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.6.0875.us.i = phi <16 x float> [ %r.i295.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.12.0874.us.i = phi <16 x float> [ %r.i298.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.18.0873.us.i = phi <16 x float> [ %r.i301.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.24.0872.us.i = phi <16 x float> [ %r.i304.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.30.0871.us.i = phi <16 x float> [ %r.i307.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.36.0870.us.i = phi <16 x float> [ %r.i310.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.42.0869.us.i = phi <16 x float> [ %r.i313.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %679 = shl nuw nsw i64 %indvars.iv1086.i, 3
+  %indvars.iv1085.i = phi i64 [ %indvars.iv.next1086.i, %for_body_n_1_m.us.i ], [ 0, %for_body_to_m.us.i ]
+  %scores_global252.sroa.0.0875.us.i = phi <16 x float> [ %r.i291.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global252.sroa.6.0874.us.i = phi <16 x float> [ %r.i294.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global252.sroa.12.0873.us.i = phi <16 x float> [ %r.i297.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global252.sroa.18.0872.us.i = phi <16 x float> [ %r.i300.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global252.sroa.24.0871.us.i = phi <16 x float> [ %r.i303.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global252.sroa.30.0870.us.i = phi <16 x float> [ %r.i306.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global252.sroa.36.0869.us.i = phi <16 x float> [ %r.i309.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global252.sroa.42.0868.us.i = phi <16 x float> [ %r.i312.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %679 = shl nuw nsw i64 %indvars.iv1085.i, 3
   %.masked.us.i = and i64 %679, 56
-  %indvars.iv1086.tr.i = trunc i64 %indvars.iv1086.i to i32
-  %680 = shl i32 %indvars.iv1086.tr.i, 1
+  %indvars.iv1085.tr.i = trunc i64 %indvars.iv1085.i to i32
+  %680 = shl i32 %indvars.iv1085.tr.i, 1
   %cse_v8.masked.us.i = and i32 %680, 16
   %681 = or disjoint i32 %cse_v8.masked.us.i, %670
   %682 = zext nneg i32 %681 to i64
   %683 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %682
   %684 = load i64, ptr %683, align 8, !tbaa !4
-  %gep868.us.i = getelementptr i32, ptr %invariant.gep867.i, i64 %684
+  %gep867.us.i = getelementptr i32, ptr %invariant.gep866.i, i64 %684
   %685 = mul nsw i64 %.masked.us.i, %k_row
-  %686 = getelementptr i32, ptr %gep868.us.i, i64 %685
+  %686 = getelementptr i32, ptr %gep867.us.i, i64 %685
   tail call void @llvm.prefetch.p0(ptr readonly %686, i32 0, i32 2, i32 1)
   %687 = or disjoint i64 %.masked.us.i, 1
   %688 = mul nsw i64 %687, %k_row
-  %689 = getelementptr i32, ptr %gep868.us.i, i64 %688
+  %689 = getelementptr i32, ptr %gep867.us.i, i64 %688
   tail call void @llvm.prefetch.p0(ptr readonly %689, i32 0, i32 2, i32 1)
   %690 = or disjoint i64 %.masked.us.i, 2
   %691 = mul nsw i64 %690, %k_row
-  %692 = getelementptr i32, ptr %gep868.us.i, i64 %691
+  %692 = getelementptr i32, ptr %gep867.us.i, i64 %691
   tail call void @llvm.prefetch.p0(ptr readonly %692, i32 0, i32 2, i32 1)
   %693 = or disjoint i64 %.masked.us.i, 3
   %694 = mul nsw i64 %693, %k_row
-  %695 = getelementptr i32, ptr %gep868.us.i, i64 %694
+  %695 = getelementptr i32, ptr %gep867.us.i, i64 %694
   tail call void @llvm.prefetch.p0(ptr readonly %695, i32 0, i32 2, i32 1)
   %696 = or disjoint i64 %.masked.us.i, 4
   %697 = mul nsw i64 %696, %k_row
-  %698 = getelementptr i32, ptr %gep868.us.i, i64 %697
+  %698 = getelementptr i32, ptr %gep867.us.i, i64 %697
   tail call void @llvm.prefetch.p0(ptr readonly %698, i32 0, i32 2, i32 1)
   %699 = or disjoint i64 %.masked.us.i, 5
   %700 = mul nsw i64 %699, %k_row
-  %701 = getelementptr i32, ptr %gep868.us.i, i64 %700
+  %701 = getelementptr i32, ptr %gep867.us.i, i64 %700
   tail call void @llvm.prefetch.p0(ptr readonly %701, i32 0, i32 2, i32 1)
   %702 = or disjoint i64 %.masked.us.i, 6
   %703 = mul nsw i64 %702, %k_row
-  %704 = getelementptr i32, ptr %gep868.us.i, i64 %703
+  %704 = getelementptr i32, ptr %gep867.us.i, i64 %703
   tail call void @llvm.prefetch.p0(ptr readonly %704, i32 0, i32 2, i32 1)
   %705 = or disjoint i64 %.masked.us.i, 7
   %706 = mul nsw i64 %705, %k_row
-  %707 = getelementptr i32, ptr %gep868.us.i, i64 %706
+  %707 = getelementptr i32, ptr %gep867.us.i, i64 %706
   tail call void @llvm.prefetch.p0(ptr readonly %707, i32 0, i32 2, i32 1)
-  %708 = shl nuw nsw i64 %indvars.iv1086.i, 2
+  %708 = shl nuw nsw i64 %indvars.iv1085.i, 2
   %cse_v134.us.i = mul nsw i64 %708, %k_row
   %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %708
   %709 = load i32, ptr %gep, align 4, !tbaa !4
   %710 = insertelement <16 x i32> poison, i32 %709, i64 0
   %711 = shufflevector <16 x i32> %710, <16 x i32> poison, <16 x i32> zeroinitializer
-  %712 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.i
+  %712 = getelementptr i32, ptr %gep878.us.i, i64 %cse_v134.us.i
   %713 = load <32 x bfloat>, ptr %712, align 4, !tbaa !4
   %x.i.us.i = bitcast <16 x i32> %711 to <32 x bfloat>
-  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.0.0876.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %713)
-  %714 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.i
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.0.0875.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %713)
+  %714 = getelementptr i32, ptr %gep880.us.i, i64 %cse_v134.us.i
   %715 = load <32 x bfloat>, ptr %714, align 4, !tbaa !4
-  %r.i271.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.6.0875.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %715)
+  %r.i270.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.6.0874.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %715)
   %716 = getelementptr inbounds nuw i8, ptr %gep, i64 256
   %717 = load i32, ptr %716, align 4, !tbaa !4
   %718 = insertelement <16 x i32> poison, i32 %717, i64 0
   %719 = shufflevector <16 x i32> %718, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i272.us.i = bitcast <16 x i32> %719 to <32 x bfloat>
-  %r.i274.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.12.0874.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %713)
-  %r.i277.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.18.0873.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %715)
+  %x.i271.us.i = bitcast <16 x i32> %719 to <32 x bfloat>
+  %r.i273.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.12.0873.us.i, <32 x bfloat> %x.i271.us.i, <32 x bfloat> %713)
+  %r.i276.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.18.0872.us.i, <32 x bfloat> %x.i271.us.i, <32 x bfloat> %715)
   %720 = getelementptr inbounds nuw i8, ptr %gep, i64 512
   %721 = load i32, ptr %720, align 4, !tbaa !4
   %722 = insertelement <16 x i32> poison, i32 %721, i64 0
   %723 = shufflevector <16 x i32> %722, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i278.us.i = bitcast <16 x i32> %723 to <32 x bfloat>
-  %r.i280.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.24.0872.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %713)
-  %r.i283.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.30.0871.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %715)
+  %x.i277.us.i = bitcast <16 x i32> %723 to <32 x bfloat>
+  %r.i279.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.24.0871.us.i, <32 x bfloat> %x.i277.us.i, <32 x bfloat> %713)
+  %r.i282.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.30.0870.us.i, <32 x bfloat> %x.i277.us.i, <32 x bfloat> %715)
   %724 = getelementptr inbounds nuw i8, ptr %gep, i64 768
   %725 = load i32, ptr %724, align 4, !tbaa !4
   %726 = insertelement <16 x i32> poison, i32 %725, i64 0
   %727 = shufflevector <16 x i32> %726, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i284.us.i = bitcast <16 x i32> %727 to <32 x bfloat>
-  %r.i286.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.36.0870.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %713)
-  %r.i289.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.42.0869.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %715)
+  %x.i283.us.i = bitcast <16 x i32> %727 to <32 x bfloat>
+  %r.i285.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.36.0869.us.i, <32 x bfloat> %x.i283.us.i, <32 x bfloat> %713)
+  %r.i288.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global252.sroa.42.0868.us.i, <32 x bfloat> %x.i283.us.i, <32 x bfloat> %715)
   %728 = or disjoint i64 %708, 1
   %cse_v146.us.i = mul nsw i64 %728, %k_row
   %729 = getelementptr inbounds nuw i8, ptr %gep, i64 4
   %730 = load i32, ptr %729, align 4, !tbaa !4
   %731 = insertelement <16 x i32> poison, i32 %730, i64 0
   %732 = shufflevector <16 x i32> %731, <16 x i32> poison, <16 x i32> zeroinitializer
-  %733 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.i
+  %733 = getelementptr i32, ptr %gep878.us.i, i64 %cse_v146.us.i
   %734 = load <32 x bfloat>, ptr %733, align 4, !tbaa !4
-  %x.i290.us.i = bitcast <16 x i32> %732 to <32 x bfloat>
-  %r.i292.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %734)
-  %735 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.i
+  %x.i289.us.i = bitcast <16 x i32> %732 to <32 x bfloat>
+  %r.i291.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i289.us.i, <32 x bfloat> %734)
+  %735 = getelementptr i32, ptr %gep880.us.i, i64 %cse_v146.us.i
   %736 = load <32 x bfloat>, ptr %735, align 4, !tbaa !4
-  %r.i295.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %736)
+  %r.i294.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i270.us.i, <32 x bfloat> %x.i289.us.i, <32 x bfloat> %736)
   %737 = getelementptr inbounds nuw i8, ptr %gep, i64 260
   %738 = load i32, ptr %737, align 4, !tbaa !4
   %739 = insertelement <16 x i32> poison, i32 %738, i64 0
   %740 = shufflevector <16 x i32> %739, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i296.us.i = bitcast <16 x i32> %740 to <32 x bfloat>
-  %r.i298.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %734)
-  %r.i301.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %736)
+  %x.i295.us.i = bitcast <16 x i32> %740 to <32 x bfloat>
+  %r.i297.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i273.us.i, <32 x bfloat> %x.i295.us.i, <32 x bfloat> %734)
+  %r.i300.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i276.us.i, <32 x bfloat> %x.i295.us.i, <32 x bfloat> %736)
   %741 = getelementptr inbounds nuw i8, ptr %gep, i64 516
   %742 = load i32, ptr %741, align 4, !tbaa !4
   %743 = insertelement <16 x i32> poison, i32 %742, i64 0
   %744 = shufflevector <16 x i32> %743, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i302.us.i = bitcast <16 x i32> %744 to <32 x bfloat>
-  %r.i304.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %734)
-  %r.i307.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %736)
+  %x.i301.us.i = bitcast <16 x i32> %744 to <32 x bfloat>
+  %r.i303.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i279.us.i, <32 x bfloat> %x.i301.us.i, <32 x bfloat> %734)
+  %r.i306.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i282.us.i, <32 x bfloat> %x.i301.us.i, <32 x bfloat> %736)
   %745 = getelementptr inbounds nuw i8, ptr %gep, i64 772
   %746 = load i32, ptr %745, align 4, !tbaa !4
   %747 = insertelement <16 x i32> poison, i32 %746, i64 0
   %748 = shufflevector <16 x i32> %747, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i308.us.i = bitcast <16 x i32> %748 to <32 x bfloat>
-  %r.i310.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %734)
-  %r.i313.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %736)
+  %x.i307.us.i = bitcast <16 x i32> %748 to <32 x bfloat>
+  %r.i309.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i285.us.i, <32 x bfloat> %x.i307.us.i, <32 x bfloat> %734)
+  %r.i312.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i288.us.i, <32 x bfloat> %x.i307.us.i, <32 x bfloat> %736)
   %cse_v128.us.1.i = or disjoint i64 %708, 2
   %cse_v134.us.1.i = mul nsw i64 %cse_v128.us.1.i, %k_row
   %749 = getelementptr inbounds nuw i8, ptr %gep, i64 8
   %750 = load i32, ptr %749, align 4, !tbaa !4
   %751 = insertelement <16 x i32> poison, i32 %750, i64 0
   %752 = shufflevector <16 x i32> %751, <16 x i32> poison, <16 x i32> zeroinitializer
-  %753 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.1.i
+  %753 = getelementptr i32, ptr %gep878.us.i, i64 %cse_v134.us.1.i
   %754 = load <32 x bfloat>, ptr %753, align 4, !tbaa !4
   %x.i.us.1.i = bitcast <16 x i32> %752 to <32 x bfloat>
-  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i292.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %754)
-  %755 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.1.i
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i291.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %754)
+  %755 = getelementptr i32, ptr %gep880.us.i, i64 %cse_v134.us.1.i
   %756 = load <32 x bfloat>, ptr %755, align 4, !tbaa !4
-  %r.i271.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i295.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %756)
+  %r.i270.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i294.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %756)
   %757 = getelementptr inbounds nuw i8, ptr %gep, i64 264
   %758 = load i32, ptr %757, align 4, !tbaa !4
   %759 = insertelement <16 x i32> poison, i32 %758, i64 0
   %760 = shufflevector <16 x i32> %759, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i272.us.1.i = bitcast <16 x i32> %760 to <32 x bfloat>
-  %r.i274.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i298.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %754)
-  %r.i277.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i301.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %756)
+  %x.i271.us.1.i = bitcast <16 x i32> %760 to <32 x bfloat>
+  %r.i273.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i297.us.i, <32 x bfloat> %x.i271.us.1.i, <32 x bfloat> %754)
+  %r.i276.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i300.us.i, <32 x bfloat> %x.i271.us.1.i, <32 x bfloat> %756)
   %761 = getelementptr inbounds nuw i8, ptr %gep, i64 520
   %762 = load i32, ptr %761, align 4, !tbaa !4
   %763 = insertelement <16 x i32> poison, i32 %762, i64 0
   %764 = shufflevector <16 x i32> %763, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i278.us.1.i = bitcast <16 x i32> %764 to <32 x bfloat>
-  %r.i280.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i304.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %754)
-  %r.i283.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i307.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %756)
+  %x.i277.us.1.i = bitcast <16 x i32> %764 to <32 x bfloat>
+  %r.i279.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i303.us.i, <32 x bfloat> %x.i277.us.1.i, <32 x bfloat> %754)
+  %r.i282.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i306.us.i, <32 x bfloat> %x.i277.us.1.i, <32 x bfloat> %756)
   %765 = getelementptr inbounds nuw i8, ptr %gep, i64 776
   %766 = load i32, ptr %765, align 4, !tbaa !4
   %767 = insertelement <16 x i32> poison, i32 %766, i64 0
   %768 = shufflevector <16 x i32> %767, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i284.us.1.i = bitcast <16 x i32> %768 to <32 x bfloat>
-  %r.i286.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i310.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %754)
-  %r.i289.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i313.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %756)
+  %x.i283.us.1.i = bitcast <16 x i32> %768 to <32 x bfloat>
+  %r.i285.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i309.us.i, <32 x bfloat> %x.i283.us.1.i, <32 x bfloat> %754)
+  %r.i288.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i312.us.i, <32 x bfloat> %x.i283.us.1.i, <32 x bfloat> %756)
   %769 = or disjoint i64 %708, 3
   %cse_v146.us.1.i = mul nsw i64 %769, %k_row
   %770 = getelementptr inbounds nuw i8, ptr %gep, i64 12
   %771 = load i32, ptr %770, align 4, !tbaa !4
   %772 = insertelement <16 x i32> poison, i32 %771, i64 0
   %773 = shufflevector <16 x i32> %772, <16 x i32> poison, <16 x i32> zeroinitializer
-  %774 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.1.i
+  %774 = getelementptr i32, ptr %gep878.us.i, i64 %cse_v146.us.1.i
   %775 = load <32 x bfloat>, ptr %774, align 4, !tbaa !4
-  %x.i290.us.1.i = bitcast <16 x i32> %773 to <32 x bfloat>
-  %r.i292.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %775)
-  %776 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.1.i
+  %x.i289.us.1.i = bitcast <16 x i32> %773 to <32 x bfloat>
+  %r.i291.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i289.us.1.i, <32 x bfloat> %775)
+  %776 = getelementptr i32, ptr %gep880.us.i, i64 %cse_v146.us.1.i
   %777 = load <32 x bfloat>, ptr %776, align 4, !tbaa !4
-  %r.i295.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %777)
+  %r.i294.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i270.us.1.i, <32 x bfloat> %x.i289.us.1.i, <32 x bfloat> %777)
   %778 = getelementptr inbounds nuw i8, ptr %gep, i64 268
   %779 = load i32, ptr %778, align 4, !tbaa !4
   %780 = insertelement <16 x i32> poison, i32 %779, i64 0
   %781 = shufflevector <16 x i32> %780, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i296.us.1.i = bitcast <16 x i32> %781 to <32 x bfloat>
-  %r.i298.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %775)
-  %r.i301.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %777)
+  %x.i295.us.1.i = bitcast <16 x i32> %781 to <32 x bfloat>
+  %r.i297.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i273.us.1.i, <32 x bfloat> %x.i295.us.1.i, <32 x bfloat> %775)
+  %r.i300.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i276.us.1.i, <32 x bfloat> %x.i295.us.1.i, <32 x bfloat> %777)
   %782 = getelementptr inbounds nuw i8, ptr %gep, i64 524
   %783 = load i32, ptr %782, align 4, !tbaa !4
   %784 = insertelement <16 x i32> poison, i32 %783, i64 0
   %785 = shufflevector <16 x i32> %784, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i302.us.1.i = bitcast <16 x i32> %785 to <32 x bfloat>
-  %r.i304.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %775)
-  %r.i307.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %777)
+  %x.i301.us.1.i = bitcast <16 x i32> %785 to <32 x bfloat>
+  %r.i303.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i279.us.1.i, <32 x bfloat> %x.i301.us.1.i, <32 x bfloat> %775)
+  %r.i306.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i282.us.1.i, <32 x bfloat> %x.i301.us.1.i, <32 x bfloat> %777)
   %786 = getelementptr inbounds nuw i8, ptr %gep, i64 780
   %787 = load i32, ptr %786, align 4, !tbaa !4
   %788 = insertelement <16 x i32> poison, i32 %787, i64 0
   %789 = shufflevector <16 x i32> %788, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i308.us.1.i = bitcast <16 x i32> %789 to <32 x bfloat>
-  %r.i310.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %775)
-  %r.i313.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %777)
-  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
-  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, 16
-  br i1 %exitcond1090.not.i, label %for_end_n_1_m.us.i, label %for_body_n_1_m.us.i, !prof !21
+  %x.i307.us.1.i = bitcast <16 x i32> %789 to <32 x bfloat>
+  %r.i309.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i285.us.1.i, <32 x bfloat> %x.i307.us.1.i, <32 x bfloat> %775)
+  %r.i312.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i288.us.1.i, <32 x bfloat> %x.i307.us.1.i, <32 x bfloat> %777)
+  %indvars.iv.next1086.i = add nuw nsw i64 %indvars.iv1085.i, 1
+  %exitcond1089.not.i = icmp eq i64 %indvars.iv.next1086.i, 16
+  br i1 %exitcond1089.not.i, label %for_end_n_1_m.us.i, label %for_body_n_1_m.us.i, !prof !21
 
 for_end___m.i:                                    ; preds = %for_end_n_1_m.us.i, %for_begin___m.preheader.i
   %790 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2864,9 +2864,9 @@ for_body_to.i.preheader:                          ; preds = %for_begin_to.prehea
   br i1 %598, label %for_body_to.i.epil.preheader, label %for_body_to.i, !prof !26
 
 for_body_to.i:                                    ; preds = %for_body_to.i, %for_body_to.i.preheader
-  %indvars.iv1098.i = phi i64 [ %indvars.iv.next1099.i.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
+  %indvars.iv1097.i = phi i64 [ %indvars.iv.next1098.i.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
-  %796 = shl nsw i64 %indvars.iv1098.i, 5
+  %796 = shl nsw i64 %indvars.iv1097.i, 5
   %797 = getelementptr inbounds nuw float, ptr %scores.i, i64 %796
   %798 = load <32 x float>, ptr %797, align 4, !tbaa !4
   %799 = fmul <32 x float> %91, %798
@@ -2878,8 +2878,8 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %805 = select <32 x i1> %804, <32 x float> %799, <32 x float> splat (float 0xFFF0000000000000)
   %806 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %796
   store <32 x float> %805, ptr %806, align 4, !tbaa !4
-  %indvars.iv.next1099.i = shl i64 %indvars.iv1098.i, 5
-  %807 = or disjoint i64 %indvars.iv.next1099.i, 32
+  %indvars.iv.next1098.i = shl i64 %indvars.iv1097.i, 5
+  %807 = or disjoint i64 %indvars.iv.next1098.i, 32
   %808 = getelementptr inbounds nuw float, ptr %scores.i, i64 %807
   %809 = load <32 x float>, ptr %808, align 4, !tbaa !4
   %810 = fmul <32 x float> %91, %809
@@ -2891,8 +2891,8 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %816 = select <32 x i1> %815, <32 x float> %810, <32 x float> splat (float 0xFFF0000000000000)
   %817 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %807
   store <32 x float> %816, ptr %817, align 4, !tbaa !4
-  %indvars.iv.next1099.i.1 = shl i64 %indvars.iv1098.i, 5
-  %818 = or disjoint i64 %indvars.iv.next1099.i.1, 64
+  %indvars.iv.next1098.i.1 = shl i64 %indvars.iv1097.i, 5
+  %818 = or disjoint i64 %indvars.iv.next1098.i.1, 64
   %819 = getelementptr inbounds nuw float, ptr %scores.i, i64 %818
   %820 = load <32 x float>, ptr %819, align 4, !tbaa !4
   %821 = fmul <32 x float> %91, %820
@@ -2904,8 +2904,8 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %827 = select <32 x i1> %826, <32 x float> %821, <32 x float> splat (float 0xFFF0000000000000)
   %828 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %818
   store <32 x float> %827, ptr %828, align 4, !tbaa !4
-  %indvars.iv.next1099.i.2 = shl i64 %indvars.iv1098.i, 5
-  %829 = or disjoint i64 %indvars.iv.next1099.i.2, 96
+  %indvars.iv.next1098.i.2 = shl i64 %indvars.iv1097.i, 5
+  %829 = or disjoint i64 %indvars.iv.next1098.i.2, 96
   %830 = getelementptr inbounds nuw float, ptr %scores.i, i64 %829
   %831 = load <32 x float>, ptr %830, align 4, !tbaa !4
   %832 = fmul <32 x float> %91, %831
@@ -2917,7 +2917,7 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %838 = select <32 x i1> %837, <32 x float> %832, <32 x float> splat (float 0xFFF0000000000000)
   %839 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %829
   store <32 x float> %838, ptr %839, align 4, !tbaa !4
-  %indvars.iv.next1099.i.3 = add nuw nsw i64 %indvars.iv1098.i, 4
+  %indvars.iv.next1098.i.3 = add nuw nsw i64 %indvars.iv1097.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.1.i.preheader.unr-lcssa, label %for_body_to.i, !prof !27, !llvm.loop !28
@@ -2926,14 +2926,14 @@ for_body_to.1.i.preheader.unr-lcssa:              ; preds = %for_body_to.i
   br i1 %lcmp.mod.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil.preheader, !prof !30
 
 for_body_to.i.epil.preheader:                     ; preds = %for_body_to.1.i.preheader.unr-lcssa, %for_body_to.i.preheader
-  %indvars.iv1098.i.epil.init = phi i64 [ 0, %for_body_to.i.preheader ], [ %indvars.iv.next1099.i.3, %for_body_to.1.i.preheader.unr-lcssa ]
+  %indvars.iv1097.i.epil.init = phi i64 [ 0, %for_body_to.i.preheader ], [ %indvars.iv.next1098.i.3, %for_body_to.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod98)
   br label %for_body_to.i.epil
 
 for_body_to.i.epil:                               ; preds = %for_body_to.i.epil, %for_body_to.i.epil.preheader
-  %indvars.iv1098.i.epil = phi i64 [ %indvars.iv.next1099.i.epil, %for_body_to.i.epil ], [ %indvars.iv1098.i.epil.init, %for_body_to.i.epil.preheader ]
+  %indvars.iv1097.i.epil = phi i64 [ %indvars.iv.next1098.i.epil, %for_body_to.i.epil ], [ %indvars.iv1097.i.epil.init, %for_body_to.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.i.epil ], [ 0, %for_body_to.i.epil.preheader ]
-  %840 = shl nsw i64 %indvars.iv1098.i.epil, 5
+  %840 = shl nsw i64 %indvars.iv1097.i.epil, 5
   %841 = getelementptr inbounds nuw float, ptr %scores.i, i64 %840
   %842 = load <32 x float>, ptr %841, align 4, !tbaa !4
   %843 = fmul <32 x float> %91, %842
@@ -2945,7 +2945,7 @@ for_body_to.i.epil:                               ; preds = %for_body_to.i.epil,
   %849 = select <32 x i1> %848, <32 x float> %843, <32 x float> splat (float 0xFFF0000000000000)
   %850 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %840
   store <32 x float> %849, ptr %850, align 4, !tbaa !4
-  %indvars.iv.next1099.i.epil = add nuw nsw i64 %indvars.iv1098.i.epil, 1
+  %indvars.iv.next1098.i.epil = add nuw nsw i64 %indvars.iv1097.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil, !prof !31, !llvm.loop !32
@@ -2954,9 +2954,9 @@ for_body_to.1.i.preheader:                        ; preds = %for_body_to.i.epil,
   br i1 %599, label %for_body_to.1.i.epil.preheader, label %for_body_to.1.i, !prof !26
 
 for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %for_body_to.1.i.preheader
-  %indvars.iv1098.1.i = phi i64 [ %indvars.iv.next1099.1.i.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
+  %indvars.iv1097.1.i = phi i64 [ %indvars.iv.next1098.1.i.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
   %niter104 = phi i64 [ %niter104.next.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
-  %851 = shl nsw i64 %indvars.iv1098.1.i, 5
+  %851 = shl nsw i64 %indvars.iv1097.1.i, 5
   %852 = add nuw nsw i64 %851, 128
   %853 = getelementptr inbounds nuw float, ptr %scores.i, i64 %852
   %854 = load <32 x float>, ptr %853, align 4, !tbaa !4
@@ -2969,12 +2969,12 @@ for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %f
   %861 = select <32 x i1> %860, <32 x float> %855, <32 x float> splat (float 0xFFF0000000000000)
   %862 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %852
   store <32 x float> %861, ptr %862, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i = shl i64 %indvars.iv1098.1.i, 5
-  %863 = add nuw nsw i64 %indvars.iv.next1099.1.i, 160
+  %indvars.iv.next1098.1.i = shl i64 %indvars.iv1097.1.i, 5
+  %863 = add nuw nsw i64 %indvars.iv.next1098.1.i, 160
   %864 = getelementptr inbounds nuw float, ptr %scores.i, i64 %863
   %865 = load <32 x float>, ptr %864, align 4, !tbaa !4
   %866 = fmul <32 x float> %91, %865
-  %867 = trunc i64 %indvars.iv.next1099.1.i to i32
+  %867 = trunc i64 %indvars.iv.next1098.1.i to i32
   %868 = or disjoint i32 %867, 32
   %869 = sub i32 %valid_len.i, %868
   %870 = insertelement <32 x i32> poison, i32 %869, i64 0
@@ -2983,12 +2983,12 @@ for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %f
   %873 = select <32 x i1> %872, <32 x float> %866, <32 x float> splat (float 0xFFF0000000000000)
   %874 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %863
   store <32 x float> %873, ptr %874, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.1 = shl i64 %indvars.iv1098.1.i, 5
-  %875 = add nuw nsw i64 %indvars.iv.next1099.1.i.1, 192
+  %indvars.iv.next1098.1.i.1 = shl i64 %indvars.iv1097.1.i, 5
+  %875 = add nuw nsw i64 %indvars.iv.next1098.1.i.1, 192
   %876 = getelementptr inbounds nuw float, ptr %scores.i, i64 %875
   %877 = load <32 x float>, ptr %876, align 4, !tbaa !4
   %878 = fmul <32 x float> %91, %877
-  %879 = trunc i64 %indvars.iv.next1099.1.i.1 to i32
+  %879 = trunc i64 %indvars.iv.next1098.1.i.1 to i32
   %880 = or disjoint i32 %879, 64
   %881 = sub i32 %valid_len.i, %880
   %882 = insertelement <32 x i32> poison, i32 %881, i64 0
@@ -2997,12 +2997,12 @@ for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %f
   %885 = select <32 x i1> %884, <32 x float> %878, <32 x float> splat (float 0xFFF0000000000000)
   %886 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %875
   store <32 x float> %885, ptr %886, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.2 = shl i64 %indvars.iv1098.1.i, 5
-  %887 = add nuw nsw i64 %indvars.iv.next1099.1.i.2, 224
+  %indvars.iv.next1098.1.i.2 = shl i64 %indvars.iv1097.1.i, 5
+  %887 = add nuw nsw i64 %indvars.iv.next1098.1.i.2, 224
   %888 = getelementptr inbounds nuw float, ptr %scores.i, i64 %887
   %889 = load <32 x float>, ptr %888, align 4, !tbaa !4
   %890 = fmul <32 x float> %91, %889
-  %891 = trunc i64 %indvars.iv.next1099.1.i.2 to i32
+  %891 = trunc i64 %indvars.iv.next1098.1.i.2 to i32
   %892 = or disjoint i32 %891, 96
   %893 = sub i32 %valid_len.i, %892
   %894 = insertelement <32 x i32> poison, i32 %893, i64 0
@@ -3011,7 +3011,7 @@ for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %f
   %897 = select <32 x i1> %896, <32 x float> %890, <32 x float> splat (float 0xFFF0000000000000)
   %898 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %887
   store <32 x float> %897, ptr %898, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.3 = add nuw nsw i64 %indvars.iv1098.1.i, 4
+  %indvars.iv.next1098.1.i.3 = add nuw nsw i64 %indvars.iv1097.1.i, 4
   %niter104.next.3 = add i64 %niter104, 4
   %niter104.ncmp.3 = icmp eq i64 %niter104.next.3, %unroll_iter103
   br i1 %niter104.ncmp.3, label %for_body_to.2.i.preheader.unr-lcssa, label %for_body_to.1.i, !prof !27, !llvm.loop !35
@@ -3020,14 +3020,14 @@ for_body_to.2.i.preheader.unr-lcssa:              ; preds = %for_body_to.1.i
   br i1 %lcmp.mod101.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil.preheader, !prof !30
 
 for_body_to.1.i.epil.preheader:                   ; preds = %for_body_to.2.i.preheader.unr-lcssa, %for_body_to.1.i.preheader
-  %indvars.iv1098.1.i.epil.init = phi i64 [ 0, %for_body_to.1.i.preheader ], [ %indvars.iv.next1099.1.i.3, %for_body_to.2.i.preheader.unr-lcssa ]
+  %indvars.iv1097.1.i.epil.init = phi i64 [ 0, %for_body_to.1.i.preheader ], [ %indvars.iv.next1098.1.i.3, %for_body_to.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod102)
   br label %for_body_to.1.i.epil
 
 for_body_to.1.i.epil:                             ; preds = %for_body_to.1.i.epil, %for_body_to.1.i.epil.preheader
-  %indvars.iv1098.1.i.epil = phi i64 [ %indvars.iv.next1099.1.i.epil, %for_body_to.1.i.epil ], [ %indvars.iv1098.1.i.epil.init, %for_body_to.1.i.epil.preheader ]
+  %indvars.iv1097.1.i.epil = phi i64 [ %indvars.iv.next1098.1.i.epil, %for_body_to.1.i.epil ], [ %indvars.iv1097.1.i.epil.init, %for_body_to.1.i.epil.preheader ]
   %epil.iter100 = phi i64 [ %epil.iter100.next, %for_body_to.1.i.epil ], [ 0, %for_body_to.1.i.epil.preheader ]
-  %899 = shl nsw i64 %indvars.iv1098.1.i.epil, 5
+  %899 = shl nsw i64 %indvars.iv1097.1.i.epil, 5
   %900 = add nuw nsw i64 %899, 128
   %901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %900
   %902 = load <32 x float>, ptr %901, align 4, !tbaa !4
@@ -3040,7 +3040,7 @@ for_body_to.1.i.epil:                             ; preds = %for_body_to.1.i.epi
   %909 = select <32 x i1> %908, <32 x float> %903, <32 x float> splat (float 0xFFF0000000000000)
   %910 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %900
   store <32 x float> %909, ptr %910, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.epil = add nuw nsw i64 %indvars.iv1098.1.i.epil, 1
+  %indvars.iv.next1098.1.i.epil = add nuw nsw i64 %indvars.iv1097.1.i.epil, 1
   %epil.iter100.next = add i64 %epil.iter100, 1
   %epil.iter100.cmp.not = icmp eq i64 %epil.iter100.next, %xtraiter99
   br i1 %epil.iter100.cmp.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil, !prof !31, !llvm.loop !36
@@ -3049,9 +3049,9 @@ for_body_to.2.i.preheader:                        ; preds = %for_body_to.1.i.epi
   br i1 %600, label %for_body_to.2.i.epil.preheader, label %for_body_to.2.i, !prof !26
 
 for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %for_body_to.2.i.preheader
-  %indvars.iv1098.2.i = phi i64 [ %indvars.iv.next1099.2.i.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
+  %indvars.iv1097.2.i = phi i64 [ %indvars.iv.next1098.2.i.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
   %niter110 = phi i64 [ %niter110.next.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
-  %911 = shl nsw i64 %indvars.iv1098.2.i, 5
+  %911 = shl nsw i64 %indvars.iv1097.2.i, 5
   %912 = add nuw nsw i64 %911, 256
   %913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %912
   %914 = load <32 x float>, ptr %913, align 4, !tbaa !4
@@ -3064,12 +3064,12 @@ for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %f
   %921 = select <32 x i1> %920, <32 x float> %915, <32 x float> splat (float 0xFFF0000000000000)
   %922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %912
   store <32 x float> %921, ptr %922, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i = shl i64 %indvars.iv1098.2.i, 5
-  %923 = add nuw nsw i64 %indvars.iv.next1099.2.i, 288
+  %indvars.iv.next1098.2.i = shl i64 %indvars.iv1097.2.i, 5
+  %923 = add nuw nsw i64 %indvars.iv.next1098.2.i, 288
   %924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %923
   %925 = load <32 x float>, ptr %924, align 4, !tbaa !4
   %926 = fmul <32 x float> %91, %925
-  %927 = trunc i64 %indvars.iv.next1099.2.i to i32
+  %927 = trunc i64 %indvars.iv.next1098.2.i to i32
   %928 = or disjoint i32 %927, 32
   %929 = sub i32 %valid_len.i, %928
   %930 = insertelement <32 x i32> poison, i32 %929, i64 0
@@ -3078,12 +3078,12 @@ for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %f
   %933 = select <32 x i1> %932, <32 x float> %926, <32 x float> splat (float 0xFFF0000000000000)
   %934 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %923
   store <32 x float> %933, ptr %934, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.1 = shl i64 %indvars.iv1098.2.i, 5
-  %935 = add nuw nsw i64 %indvars.iv.next1099.2.i.1, 320
+  %indvars.iv.next1098.2.i.1 = shl i64 %indvars.iv1097.2.i, 5
+  %935 = add nuw nsw i64 %indvars.iv.next1098.2.i.1, 320
   %936 = getelementptr inbounds nuw float, ptr %scores.i, i64 %935
   %937 = load <32 x float>, ptr %936, align 4, !tbaa !4
   %938 = fmul <32 x float> %91, %937
-  %939 = trunc i64 %indvars.iv.next1099.2.i.1 to i32
+  %939 = trunc i64 %indvars.iv.next1098.2.i.1 to i32
   %940 = or disjoint i32 %939, 64
   %941 = sub i32 %valid_len.i, %940
   %942 = insertelement <32 x i32> poison, i32 %941, i64 0
@@ -3092,12 +3092,12 @@ for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %f
   %945 = select <32 x i1> %944, <32 x float> %938, <32 x float> splat (float 0xFFF0000000000000)
   %946 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %935
   store <32 x float> %945, ptr %946, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.2 = shl i64 %indvars.iv1098.2.i, 5
-  %947 = add nuw nsw i64 %indvars.iv.next1099.2.i.2, 352
+  %indvars.iv.next1098.2.i.2 = shl i64 %indvars.iv1097.2.i, 5
+  %947 = add nuw nsw i64 %indvars.iv.next1098.2.i.2, 352
   %948 = getelementptr inbounds nuw float, ptr %scores.i, i64 %947
   %949 = load <32 x float>, ptr %948, align 4, !tbaa !4
   %950 = fmul <32 x float> %91, %949
-  %951 = trunc i64 %indvars.iv.next1099.2.i.2 to i32
+  %951 = trunc i64 %indvars.iv.next1098.2.i.2 to i32
   %952 = or disjoint i32 %951, 96
   %953 = sub i32 %valid_len.i, %952
   %954 = insertelement <32 x i32> poison, i32 %953, i64 0
@@ -3106,7 +3106,7 @@ for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %f
   %957 = select <32 x i1> %956, <32 x float> %950, <32 x float> splat (float 0xFFF0000000000000)
   %958 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %947
   store <32 x float> %957, ptr %958, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.3 = add nuw nsw i64 %indvars.iv1098.2.i, 4
+  %indvars.iv.next1098.2.i.3 = add nuw nsw i64 %indvars.iv1097.2.i, 4
   %niter110.next.3 = add i64 %niter110, 4
   %niter110.ncmp.3 = icmp eq i64 %niter110.next.3, %unroll_iter109
   br i1 %niter110.ncmp.3, label %for_body_to.3.i.preheader.unr-lcssa, label %for_body_to.2.i, !prof !27, !llvm.loop !37
@@ -3115,14 +3115,14 @@ for_body_to.3.i.preheader.unr-lcssa:              ; preds = %for_body_to.2.i
   br i1 %lcmp.mod107.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil.preheader, !prof !30
 
 for_body_to.2.i.epil.preheader:                   ; preds = %for_body_to.3.i.preheader.unr-lcssa, %for_body_to.2.i.preheader
-  %indvars.iv1098.2.i.epil.init = phi i64 [ 0, %for_body_to.2.i.preheader ], [ %indvars.iv.next1099.2.i.3, %for_body_to.3.i.preheader.unr-lcssa ]
+  %indvars.iv1097.2.i.epil.init = phi i64 [ 0, %for_body_to.2.i.preheader ], [ %indvars.iv.next1098.2.i.3, %for_body_to.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod108)
   br label %for_body_to.2.i.epil
 
 for_body_to.2.i.epil:                             ; preds = %for_body_to.2.i.epil, %for_body_to.2.i.epil.preheader
-  %indvars.iv1098.2.i.epil = phi i64 [ %indvars.iv.next1099.2.i.epil, %for_body_to.2.i.epil ], [ %indvars.iv1098.2.i.epil.init, %for_body_to.2.i.epil.preheader ]
+  %indvars.iv1097.2.i.epil = phi i64 [ %indvars.iv.next1098.2.i.epil, %for_body_to.2.i.epil ], [ %indvars.iv1097.2.i.epil.init, %for_body_to.2.i.epil.preheader ]
   %epil.iter106 = phi i64 [ %epil.iter106.next, %for_body_to.2.i.epil ], [ 0, %for_body_to.2.i.epil.preheader ]
-  %959 = shl nsw i64 %indvars.iv1098.2.i.epil, 5
+  %959 = shl nsw i64 %indvars.iv1097.2.i.epil, 5
   %960 = add nuw nsw i64 %959, 256
   %961 = getelementptr inbounds nuw float, ptr %scores.i, i64 %960
   %962 = load <32 x float>, ptr %961, align 4, !tbaa !4
@@ -3135,7 +3135,7 @@ for_body_to.2.i.epil:                             ; preds = %for_body_to.2.i.epi
   %969 = select <32 x i1> %968, <32 x float> %963, <32 x float> splat (float 0xFFF0000000000000)
   %970 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %960
   store <32 x float> %969, ptr %970, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.epil = add nuw nsw i64 %indvars.iv1098.2.i.epil, 1
+  %indvars.iv.next1098.2.i.epil = add nuw nsw i64 %indvars.iv1097.2.i.epil, 1
   %epil.iter106.next = add i64 %epil.iter106, 1
   %epil.iter106.cmp.not = icmp eq i64 %epil.iter106.next, %xtraiter105
   br i1 %epil.iter106.cmp.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil, !prof !31, !llvm.loop !38
@@ -3144,9 +3144,9 @@ for_body_to.3.i.preheader:                        ; preds = %for_body_to.2.i.epi
   br i1 %601, label %for_body_to.3.i.epil.preheader, label %for_body_to.3.i, !prof !26
 
 for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %for_body_to.3.i.preheader
-  %indvars.iv1098.3.i = phi i64 [ %indvars.iv.next1099.3.i.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
+  %indvars.iv1097.3.i = phi i64 [ %indvars.iv.next1098.3.i.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
   %niter116 = phi i64 [ %niter116.next.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
-  %971 = shl nsw i64 %indvars.iv1098.3.i, 5
+  %971 = shl nsw i64 %indvars.iv1097.3.i, 5
   %972 = add nuw nsw i64 %971, 384
   %973 = getelementptr inbounds nuw float, ptr %scores.i, i64 %972
   %974 = load <32 x float>, ptr %973, align 4, !tbaa !4
@@ -3159,12 +3159,12 @@ for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %f
   %981 = select <32 x i1> %980, <32 x float> %975, <32 x float> splat (float 0xFFF0000000000000)
   %982 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %972
   store <32 x float> %981, ptr %982, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i = shl i64 %indvars.iv1098.3.i, 5
-  %983 = add nuw nsw i64 %indvars.iv.next1099.3.i, 416
+  %indvars.iv.next1098.3.i = shl i64 %indvars.iv1097.3.i, 5
+  %983 = add nuw nsw i64 %indvars.iv.next1098.3.i, 416
   %984 = getelementptr inbounds nuw float, ptr %scores.i, i64 %983
   %985 = load <32 x float>, ptr %984, align 4, !tbaa !4
   %986 = fmul <32 x float> %91, %985
-  %987 = trunc i64 %indvars.iv.next1099.3.i to i32
+  %987 = trunc i64 %indvars.iv.next1098.3.i to i32
   %988 = or disjoint i32 %987, 32
   %989 = sub i32 %valid_len.i, %988
   %990 = insertelement <32 x i32> poison, i32 %989, i64 0
@@ -3173,12 +3173,12 @@ for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %f
   %993 = select <32 x i1> %992, <32 x float> %986, <32 x float> splat (float 0xFFF0000000000000)
   %994 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %983
   store <32 x float> %993, ptr %994, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.1 = shl i64 %indvars.iv1098.3.i, 5
-  %995 = add nuw nsw i64 %indvars.iv.next1099.3.i.1, 448
+  %indvars.iv.next1098.3.i.1 = shl i64 %indvars.iv1097.3.i, 5
+  %995 = add nuw nsw i64 %indvars.iv.next1098.3.i.1, 448
   %996 = getelementptr inbounds nuw float, ptr %scores.i, i64 %995
   %997 = load <32 x float>, ptr %996, align 4, !tbaa !4
   %998 = fmul <32 x float> %91, %997
-  %999 = trunc i64 %indvars.iv.next1099.3.i.1 to i32
+  %999 = trunc i64 %indvars.iv.next1098.3.i.1 to i32
   %1000 = or disjoint i32 %999, 64
   %1001 = sub i32 %valid_len.i, %1000
   %1002 = insertelement <32 x i32> poison, i32 %1001, i64 0
@@ -3187,12 +3187,12 @@ for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %f
   %1005 = select <32 x i1> %1004, <32 x float> %998, <32 x float> splat (float 0xFFF0000000000000)
   %1006 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %995
   store <32 x float> %1005, ptr %1006, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.2 = shl i64 %indvars.iv1098.3.i, 5
-  %1007 = add nuw nsw i64 %indvars.iv.next1099.3.i.2, 480
+  %indvars.iv.next1098.3.i.2 = shl i64 %indvars.iv1097.3.i, 5
+  %1007 = add nuw nsw i64 %indvars.iv.next1098.3.i.2, 480
   %1008 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1007
   %1009 = load <32 x float>, ptr %1008, align 4, !tbaa !4
   %1010 = fmul <32 x float> %91, %1009
-  %1011 = trunc i64 %indvars.iv.next1099.3.i.2 to i32
+  %1011 = trunc i64 %indvars.iv.next1098.3.i.2 to i32
   %1012 = or disjoint i32 %1011, 96
   %1013 = sub i32 %valid_len.i, %1012
   %1014 = insertelement <32 x i32> poison, i32 %1013, i64 0
@@ -3201,7 +3201,7 @@ for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %f
   %1017 = select <32 x i1> %1016, <32 x float> %1010, <32 x float> splat (float 0xFFF0000000000000)
   %1018 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1007
   store <32 x float> %1017, ptr %1018, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.3 = add nuw nsw i64 %indvars.iv1098.3.i, 4
+  %indvars.iv.next1098.3.i.3 = add nuw nsw i64 %indvars.iv1097.3.i, 4
   %niter116.next.3 = add i64 %niter116, 4
   %niter116.ncmp.3 = icmp eq i64 %niter116.next.3, %unroll_iter115
   br i1 %niter116.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.3.i, !prof !27, !llvm.loop !39
@@ -3210,14 +3210,14 @@ for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.3
   br i1 %lcmp.mod113.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil.preheader, !prof !30
 
 for_body_to.3.i.epil.preheader:                   ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.3.i.preheader
-  %indvars.iv1098.3.i.epil.init = phi i64 [ 0, %for_body_to.3.i.preheader ], [ %indvars.iv.next1099.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+  %indvars.iv1097.3.i.epil.init = phi i64 [ 0, %for_body_to.3.i.preheader ], [ %indvars.iv.next1098.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod114)
   br label %for_body_to.3.i.epil
 
 for_body_to.3.i.epil:                             ; preds = %for_body_to.3.i.epil, %for_body_to.3.i.epil.preheader
-  %indvars.iv1098.3.i.epil = phi i64 [ %indvars.iv.next1099.3.i.epil, %for_body_to.3.i.epil ], [ %indvars.iv1098.3.i.epil.init, %for_body_to.3.i.epil.preheader ]
+  %indvars.iv1097.3.i.epil = phi i64 [ %indvars.iv.next1098.3.i.epil, %for_body_to.3.i.epil ], [ %indvars.iv1097.3.i.epil.init, %for_body_to.3.i.epil.preheader ]
   %epil.iter112 = phi i64 [ %epil.iter112.next, %for_body_to.3.i.epil ], [ 0, %for_body_to.3.i.epil.preheader ]
-  %1019 = shl nsw i64 %indvars.iv1098.3.i.epil, 5
+  %1019 = shl nsw i64 %indvars.iv1097.3.i.epil, 5
   %1020 = add nuw nsw i64 %1019, 384
   %1021 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1020
   %1022 = load <32 x float>, ptr %1021, align 4, !tbaa !4
@@ -3230,7 +3230,7 @@ for_body_to.3.i.epil:                             ; preds = %for_body_to.3.i.epi
   %1029 = select <32 x i1> %1028, <32 x float> %1023, <32 x float> splat (float 0xFFF0000000000000)
   %1030 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1020
   store <32 x float> %1029, ptr %1030, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.epil = add nuw nsw i64 %indvars.iv1098.3.i.epil, 1
+  %indvars.iv.next1098.3.i.epil = add nuw nsw i64 %indvars.iv1097.3.i.epil, 1
   %epil.iter112.next = add i64 %epil.iter112, 1
   %epil.iter112.cmp.not = icmp eq i64 %epil.iter112.next, %xtraiter111
   br i1 %epil.iter112.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil, !prof !31, !llvm.loop !40
@@ -3239,66 +3239,66 @@ for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.3.i.epi
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1114.i = phi i64 [ %indvars.iv.next1115.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  %indvars.iv1113.i = phi i64 [ %indvars.iv.next1114.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
   br i1 %586, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1299.i = shl nuw nsw i64 %indvars.iv1114.i, 9
-  %invariant.gep1335.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1299.i
+  %.idx1298.i = shl nuw nsw i64 %indvars.iv1113.i, 9
+  %invariant.gep1334.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1298.i
   br i1 %602, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !41
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global250.sroa.0.0885.i = phi <32 x float> [ %1061, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %indvars.iv1108.i = phi i64 [ %indvars.iv.next1109.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global249.sroa.0.0884.i = phi <32 x float> [ %1061, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
   %niter123 = phi i64 [ %niter123.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1298.i = shl nsw i64 %indvars.iv1109.i, 7
-  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i
-  %1031 = load <32 x float>, ptr %gep1336.i, align 4, !tbaa !4
-  %1032 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i, %1031
-  %1033 = select <32 x i1> %1032, <32 x float> %peak.rf_global250.sroa.0.0885.i, <32 x float> %1031
-  %indvars.iv.next1110.i = shl i64 %indvars.iv1109.i, 7
-  %1034 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i
-  %gep1336.i.1 = getelementptr inbounds nuw i8, ptr %1034, i64 128
-  %1035 = load <32 x float>, ptr %gep1336.i.1, align 4, !tbaa !4
+  %.idx1297.i = shl nsw i64 %indvars.iv1108.i, 7
+  %gep1335.i = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %.idx1297.i
+  %1031 = load <32 x float>, ptr %gep1335.i, align 4, !tbaa !4
+  %1032 = fcmp ogt <32 x float> %peak.rf_global249.sroa.0.0884.i, %1031
+  %1033 = select <32 x i1> %1032, <32 x float> %peak.rf_global249.sroa.0.0884.i, <32 x float> %1031
+  %indvars.iv.next1109.i = shl i64 %indvars.iv1108.i, 7
+  %1034 = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %indvars.iv.next1109.i
+  %gep1335.i.1 = getelementptr inbounds nuw i8, ptr %1034, i64 128
+  %1035 = load <32 x float>, ptr %gep1335.i.1, align 4, !tbaa !4
   %1036 = fcmp ogt <32 x float> %1033, %1035
   %1037 = select <32 x i1> %1036, <32 x float> %1033, <32 x float> %1035
-  %indvars.iv.next1110.i.1 = shl i64 %indvars.iv1109.i, 7
-  %1038 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.1
-  %gep1336.i.2 = getelementptr inbounds nuw i8, ptr %1038, i64 256
-  %1039 = load <32 x float>, ptr %gep1336.i.2, align 4, !tbaa !4
+  %indvars.iv.next1109.i.1 = shl i64 %indvars.iv1108.i, 7
+  %1038 = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %indvars.iv.next1109.i.1
+  %gep1335.i.2 = getelementptr inbounds nuw i8, ptr %1038, i64 256
+  %1039 = load <32 x float>, ptr %gep1335.i.2, align 4, !tbaa !4
   %1040 = fcmp ogt <32 x float> %1037, %1039
   %1041 = select <32 x i1> %1040, <32 x float> %1037, <32 x float> %1039
-  %indvars.iv.next1110.i.2 = shl i64 %indvars.iv1109.i, 7
-  %1042 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.2
-  %gep1336.i.3 = getelementptr inbounds nuw i8, ptr %1042, i64 384
-  %1043 = load <32 x float>, ptr %gep1336.i.3, align 4, !tbaa !4
+  %indvars.iv.next1109.i.2 = shl i64 %indvars.iv1108.i, 7
+  %1042 = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %indvars.iv.next1109.i.2
+  %gep1335.i.3 = getelementptr inbounds nuw i8, ptr %1042, i64 384
+  %1043 = load <32 x float>, ptr %gep1335.i.3, align 4, !tbaa !4
   %1044 = fcmp ogt <32 x float> %1041, %1043
   %1045 = select <32 x i1> %1044, <32 x float> %1041, <32 x float> %1043
-  %indvars.iv.next1110.i.3 = shl i64 %indvars.iv1109.i, 7
-  %1046 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.3
-  %gep1336.i.4 = getelementptr inbounds nuw i8, ptr %1046, i64 512
-  %1047 = load <32 x float>, ptr %gep1336.i.4, align 4, !tbaa !4
+  %indvars.iv.next1109.i.3 = shl i64 %indvars.iv1108.i, 7
+  %1046 = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %indvars.iv.next1109.i.3
+  %gep1335.i.4 = getelementptr inbounds nuw i8, ptr %1046, i64 512
+  %1047 = load <32 x float>, ptr %gep1335.i.4, align 4, !tbaa !4
   %1048 = fcmp ogt <32 x float> %1045, %1047
   %1049 = select <32 x i1> %1048, <32 x float> %1045, <32 x float> %1047
-  %indvars.iv.next1110.i.4 = shl i64 %indvars.iv1109.i, 7
-  %1050 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.4
-  %gep1336.i.5 = getelementptr inbounds nuw i8, ptr %1050, i64 640
-  %1051 = load <32 x float>, ptr %gep1336.i.5, align 4, !tbaa !4
+  %indvars.iv.next1109.i.4 = shl i64 %indvars.iv1108.i, 7
+  %1050 = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %indvars.iv.next1109.i.4
+  %gep1335.i.5 = getelementptr inbounds nuw i8, ptr %1050, i64 640
+  %1051 = load <32 x float>, ptr %gep1335.i.5, align 4, !tbaa !4
   %1052 = fcmp ogt <32 x float> %1049, %1051
   %1053 = select <32 x i1> %1052, <32 x float> %1049, <32 x float> %1051
-  %indvars.iv.next1110.i.5 = shl i64 %indvars.iv1109.i, 7
-  %1054 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.5
-  %gep1336.i.6 = getelementptr inbounds nuw i8, ptr %1054, i64 768
-  %1055 = load <32 x float>, ptr %gep1336.i.6, align 4, !tbaa !4
+  %indvars.iv.next1109.i.5 = shl i64 %indvars.iv1108.i, 7
+  %1054 = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %indvars.iv.next1109.i.5
+  %gep1335.i.6 = getelementptr inbounds nuw i8, ptr %1054, i64 768
+  %1055 = load <32 x float>, ptr %gep1335.i.6, align 4, !tbaa !4
   %1056 = fcmp ogt <32 x float> %1053, %1055
   %1057 = select <32 x i1> %1056, <32 x float> %1053, <32 x float> %1055
-  %indvars.iv.next1110.i.6 = shl i64 %indvars.iv1109.i, 7
-  %1058 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.6
-  %gep1336.i.7 = getelementptr inbounds nuw i8, ptr %1058, i64 896
-  %1059 = load <32 x float>, ptr %gep1336.i.7, align 4, !tbaa !4
+  %indvars.iv.next1109.i.6 = shl i64 %indvars.iv1108.i, 7
+  %1058 = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %indvars.iv.next1109.i.6
+  %gep1335.i.7 = getelementptr inbounds nuw i8, ptr %1058, i64 896
+  %1059 = load <32 x float>, ptr %gep1335.i.7, align 4, !tbaa !4
   %1060 = fcmp ogt <32 x float> %1057, %1059
   %1061 = select <32 x i1> %1060, <32 x float> %1057, <32 x float> %1059
-  %indvars.iv.next1110.i.7 = add nuw nsw i64 %indvars.iv1109.i, 8
+  %indvars.iv.next1109.i.7 = add nuw nsw i64 %indvars.iv1108.i, 8
   %niter123.next.7 = add i64 %niter123, 8
   %niter123.ncmp.7 = icmp eq i64 %niter123.next.7, %unroll_iter122
   br i1 %niter123.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !42, !llvm.loop !43
@@ -3307,131 +3307,131 @@ for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
   br i1 %lcmp.mod119.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !45
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1109.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1110.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global250.sroa.0.0885.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %indvars.iv1108.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1109.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global249.sroa.0.0884.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod121)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1109.i.epil = phi i64 [ %indvars.iv1109.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1110.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global250.sroa.0.0885.i.epil = phi <32 x float> [ %peak.rf_global250.sroa.0.0885.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1064, %for_body_ax1.i.epil ]
+  %indvars.iv1108.i.epil = phi i64 [ %indvars.iv1108.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1109.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global249.sroa.0.0884.i.epil = phi <32 x float> [ %peak.rf_global249.sroa.0.0884.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1064, %for_body_ax1.i.epil ]
   %epil.iter118 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter118.next, %for_body_ax1.i.epil ]
-  %.idx1298.i.epil = shl nsw i64 %indvars.iv1109.i.epil, 7
-  %gep1336.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i.epil
-  %1062 = load <32 x float>, ptr %gep1336.i.epil, align 4, !tbaa !4
-  %1063 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, %1062
-  %1064 = select <32 x i1> %1063, <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, <32 x float> %1062
-  %indvars.iv.next1110.i.epil = add nuw nsw i64 %indvars.iv1109.i.epil, 1
+  %.idx1297.i.epil = shl nsw i64 %indvars.iv1108.i.epil, 7
+  %gep1335.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1334.i, i64 %.idx1297.i.epil
+  %1062 = load <32 x float>, ptr %gep1335.i.epil, align 4, !tbaa !4
+  %1063 = fcmp ogt <32 x float> %peak.rf_global249.sroa.0.0884.i.epil, %1062
+  %1064 = select <32 x i1> %1063, <32 x float> %peak.rf_global249.sroa.0.0884.i.epil, <32 x float> %1062
+  %indvars.iv.next1109.i.epil = add nuw nsw i64 %indvars.iv1108.i.epil, 1
   %epil.iter118.next = add i64 %epil.iter118, 1
   %epil.iter118.cmp.not = icmp eq i64 %epil.iter118.next, %xtraiter117
   br i1 %epil.iter118.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !30, !llvm.loop !46
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global250.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1064, %for_body_ax1.i.epil ]
-  %1065 = getelementptr inbounds nuw float, ptr %peak252.i, i64 %indvars.iv1114.i
-  %peak.rf251.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 0
-  %1066 = fcmp olt float %peak.rf251.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1067 = select i1 %1066, float 0xC7EFFFFFE0000000, float %peak.rf251.sroa.0.0.vec.extract.i
-  %peak.rf251.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 1
-  %1068 = fcmp ogt float %1067, %peak.rf251.sroa.0.4.vec.extract.i
-  %1069 = select i1 %1068, float %1067, float %peak.rf251.sroa.0.4.vec.extract.i
-  %peak.rf251.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 2
-  %1070 = fcmp ogt float %1069, %peak.rf251.sroa.0.8.vec.extract.i
-  %1071 = select i1 %1070, float %1069, float %peak.rf251.sroa.0.8.vec.extract.i
-  %peak.rf251.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 3
-  %1072 = fcmp ogt float %1071, %peak.rf251.sroa.0.12.vec.extract.i
-  %1073 = select i1 %1072, float %1071, float %peak.rf251.sroa.0.12.vec.extract.i
-  %peak.rf251.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 4
-  %1074 = fcmp ogt float %1073, %peak.rf251.sroa.0.16.vec.extract.i
-  %1075 = select i1 %1074, float %1073, float %peak.rf251.sroa.0.16.vec.extract.i
-  %peak.rf251.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 5
-  %1076 = fcmp ogt float %1075, %peak.rf251.sroa.0.20.vec.extract.i
-  %1077 = select i1 %1076, float %1075, float %peak.rf251.sroa.0.20.vec.extract.i
-  %peak.rf251.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 6
-  %1078 = fcmp ogt float %1077, %peak.rf251.sroa.0.24.vec.extract.i
-  %1079 = select i1 %1078, float %1077, float %peak.rf251.sroa.0.24.vec.extract.i
-  %peak.rf251.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 7
-  %1080 = fcmp ogt float %1079, %peak.rf251.sroa.0.28.vec.extract.i
-  %1081 = select i1 %1080, float %1079, float %peak.rf251.sroa.0.28.vec.extract.i
-  %peak.rf251.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 8
-  %1082 = fcmp ogt float %1081, %peak.rf251.sroa.0.32.vec.extract.i
-  %1083 = select i1 %1082, float %1081, float %peak.rf251.sroa.0.32.vec.extract.i
-  %peak.rf251.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 9
-  %1084 = fcmp ogt float %1083, %peak.rf251.sroa.0.36.vec.extract.i
-  %1085 = select i1 %1084, float %1083, float %peak.rf251.sroa.0.36.vec.extract.i
-  %peak.rf251.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 10
-  %1086 = fcmp ogt float %1085, %peak.rf251.sroa.0.40.vec.extract.i
-  %1087 = select i1 %1086, float %1085, float %peak.rf251.sroa.0.40.vec.extract.i
-  %peak.rf251.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 11
-  %1088 = fcmp ogt float %1087, %peak.rf251.sroa.0.44.vec.extract.i
-  %1089 = select i1 %1088, float %1087, float %peak.rf251.sroa.0.44.vec.extract.i
-  %peak.rf251.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 12
-  %1090 = fcmp ogt float %1089, %peak.rf251.sroa.0.48.vec.extract.i
-  %1091 = select i1 %1090, float %1089, float %peak.rf251.sroa.0.48.vec.extract.i
-  %peak.rf251.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 13
-  %1092 = fcmp ogt float %1091, %peak.rf251.sroa.0.52.vec.extract.i
-  %1093 = select i1 %1092, float %1091, float %peak.rf251.sroa.0.52.vec.extract.i
-  %peak.rf251.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 14
-  %1094 = fcmp ogt float %1093, %peak.rf251.sroa.0.56.vec.extract.i
-  %1095 = select i1 %1094, float %1093, float %peak.rf251.sroa.0.56.vec.extract.i
-  %peak.rf251.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 15
-  %1096 = fcmp ogt float %1095, %peak.rf251.sroa.0.60.vec.extract.i
-  %1097 = select i1 %1096, float %1095, float %peak.rf251.sroa.0.60.vec.extract.i
-  %peak.rf251.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 16
-  %1098 = fcmp ogt float %1097, %peak.rf251.sroa.0.64.vec.extract.i
-  %1099 = select i1 %1098, float %1097, float %peak.rf251.sroa.0.64.vec.extract.i
-  %peak.rf251.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 17
-  %1100 = fcmp ogt float %1099, %peak.rf251.sroa.0.68.vec.extract.i
-  %1101 = select i1 %1100, float %1099, float %peak.rf251.sroa.0.68.vec.extract.i
-  %peak.rf251.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 18
-  %1102 = fcmp ogt float %1101, %peak.rf251.sroa.0.72.vec.extract.i
-  %1103 = select i1 %1102, float %1101, float %peak.rf251.sroa.0.72.vec.extract.i
-  %peak.rf251.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 19
-  %1104 = fcmp ogt float %1103, %peak.rf251.sroa.0.76.vec.extract.i
-  %1105 = select i1 %1104, float %1103, float %peak.rf251.sroa.0.76.vec.extract.i
-  %peak.rf251.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 20
-  %1106 = fcmp ogt float %1105, %peak.rf251.sroa.0.80.vec.extract.i
-  %1107 = select i1 %1106, float %1105, float %peak.rf251.sroa.0.80.vec.extract.i
-  %peak.rf251.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 21
-  %1108 = fcmp ogt float %1107, %peak.rf251.sroa.0.84.vec.extract.i
-  %1109 = select i1 %1108, float %1107, float %peak.rf251.sroa.0.84.vec.extract.i
-  %peak.rf251.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 22
-  %1110 = fcmp ogt float %1109, %peak.rf251.sroa.0.88.vec.extract.i
-  %1111 = select i1 %1110, float %1109, float %peak.rf251.sroa.0.88.vec.extract.i
-  %peak.rf251.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 23
-  %1112 = fcmp ogt float %1111, %peak.rf251.sroa.0.92.vec.extract.i
-  %1113 = select i1 %1112, float %1111, float %peak.rf251.sroa.0.92.vec.extract.i
-  %peak.rf251.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 24
-  %1114 = fcmp ogt float %1113, %peak.rf251.sroa.0.96.vec.extract.i
-  %1115 = select i1 %1114, float %1113, float %peak.rf251.sroa.0.96.vec.extract.i
-  %peak.rf251.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 25
-  %1116 = fcmp ogt float %1115, %peak.rf251.sroa.0.100.vec.extract.i
-  %1117 = select i1 %1116, float %1115, float %peak.rf251.sroa.0.100.vec.extract.i
-  %peak.rf251.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 26
-  %1118 = fcmp ogt float %1117, %peak.rf251.sroa.0.104.vec.extract.i
-  %1119 = select i1 %1118, float %1117, float %peak.rf251.sroa.0.104.vec.extract.i
-  %peak.rf251.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 27
-  %1120 = fcmp ogt float %1119, %peak.rf251.sroa.0.108.vec.extract.i
-  %1121 = select i1 %1120, float %1119, float %peak.rf251.sroa.0.108.vec.extract.i
-  %peak.rf251.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 28
-  %1122 = fcmp ogt float %1121, %peak.rf251.sroa.0.112.vec.extract.i
-  %1123 = select i1 %1122, float %1121, float %peak.rf251.sroa.0.112.vec.extract.i
-  %peak.rf251.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 29
-  %1124 = fcmp ogt float %1123, %peak.rf251.sroa.0.116.vec.extract.i
-  %1125 = select i1 %1124, float %1123, float %peak.rf251.sroa.0.116.vec.extract.i
-  %peak.rf251.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 30
-  %1126 = fcmp ogt float %1125, %peak.rf251.sroa.0.120.vec.extract.i
-  %1127 = select i1 %1126, float %1125, float %peak.rf251.sroa.0.120.vec.extract.i
-  %peak.rf251.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 31
-  %1128 = fcmp ogt float %1127, %peak.rf251.sroa.0.124.vec.extract.i
-  %1129 = select i1 %1128, float %1127, float %peak.rf251.sroa.0.124.vec.extract.i
+  %peak.rf_global249.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1064, %for_body_ax1.i.epil ]
+  %1065 = getelementptr inbounds nuw float, ptr %peak251.i, i64 %indvars.iv1113.i
+  %peak.rf250.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 0
+  %1066 = fcmp olt float %peak.rf250.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1067 = select i1 %1066, float 0xC7EFFFFFE0000000, float %peak.rf250.sroa.0.0.vec.extract.i
+  %peak.rf250.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 1
+  %1068 = fcmp ogt float %1067, %peak.rf250.sroa.0.4.vec.extract.i
+  %1069 = select i1 %1068, float %1067, float %peak.rf250.sroa.0.4.vec.extract.i
+  %peak.rf250.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 2
+  %1070 = fcmp ogt float %1069, %peak.rf250.sroa.0.8.vec.extract.i
+  %1071 = select i1 %1070, float %1069, float %peak.rf250.sroa.0.8.vec.extract.i
+  %peak.rf250.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 3
+  %1072 = fcmp ogt float %1071, %peak.rf250.sroa.0.12.vec.extract.i
+  %1073 = select i1 %1072, float %1071, float %peak.rf250.sroa.0.12.vec.extract.i
+  %peak.rf250.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 4
+  %1074 = fcmp ogt float %1073, %peak.rf250.sroa.0.16.vec.extract.i
+  %1075 = select i1 %1074, float %1073, float %peak.rf250.sroa.0.16.vec.extract.i
+  %peak.rf250.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 5
+  %1076 = fcmp ogt float %1075, %peak.rf250.sroa.0.20.vec.extract.i
+  %1077 = select i1 %1076, float %1075, float %peak.rf250.sroa.0.20.vec.extract.i
+  %peak.rf250.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 6
+  %1078 = fcmp ogt float %1077, %peak.rf250.sroa.0.24.vec.extract.i
+  %1079 = select i1 %1078, float %1077, float %peak.rf250.sroa.0.24.vec.extract.i
+  %peak.rf250.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 7
+  %1080 = fcmp ogt float %1079, %peak.rf250.sroa.0.28.vec.extract.i
+  %1081 = select i1 %1080, float %1079, float %peak.rf250.sroa.0.28.vec.extract.i
+  %peak.rf250.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 8
+  %1082 = fcmp ogt float %1081, %peak.rf250.sroa.0.32.vec.extract.i
+  %1083 = select i1 %1082, float %1081, float %peak.rf250.sroa.0.32.vec.extract.i
+  %peak.rf250.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 9
+  %1084 = fcmp ogt float %1083, %peak.rf250.sroa.0.36.vec.extract.i
+  %1085 = select i1 %1084, float %1083, float %peak.rf250.sroa.0.36.vec.extract.i
+  %peak.rf250.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 10
+  %1086 = fcmp ogt float %1085, %peak.rf250.sroa.0.40.vec.extract.i
+  %1087 = select i1 %1086, float %1085, float %peak.rf250.sroa.0.40.vec.extract.i
+  %peak.rf250.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 11
+  %1088 = fcmp ogt float %1087, %peak.rf250.sroa.0.44.vec.extract.i
+  %1089 = select i1 %1088, float %1087, float %peak.rf250.sroa.0.44.vec.extract.i
+  %peak.rf250.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 12
+  %1090 = fcmp ogt float %1089, %peak.rf250.sroa.0.48.vec.extract.i
+  %1091 = select i1 %1090, float %1089, float %peak.rf250.sroa.0.48.vec.extract.i
+  %peak.rf250.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 13
+  %1092 = fcmp ogt float %1091, %peak.rf250.sroa.0.52.vec.extract.i
+  %1093 = select i1 %1092, float %1091, float %peak.rf250.sroa.0.52.vec.extract.i
+  %peak.rf250.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 14
+  %1094 = fcmp ogt float %1093, %peak.rf250.sroa.0.56.vec.extract.i
+  %1095 = select i1 %1094, float %1093, float %peak.rf250.sroa.0.56.vec.extract.i
+  %peak.rf250.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 15
+  %1096 = fcmp ogt float %1095, %peak.rf250.sroa.0.60.vec.extract.i
+  %1097 = select i1 %1096, float %1095, float %peak.rf250.sroa.0.60.vec.extract.i
+  %peak.rf250.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 16
+  %1098 = fcmp ogt float %1097, %peak.rf250.sroa.0.64.vec.extract.i
+  %1099 = select i1 %1098, float %1097, float %peak.rf250.sroa.0.64.vec.extract.i
+  %peak.rf250.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 17
+  %1100 = fcmp ogt float %1099, %peak.rf250.sroa.0.68.vec.extract.i
+  %1101 = select i1 %1100, float %1099, float %peak.rf250.sroa.0.68.vec.extract.i
+  %peak.rf250.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 18
+  %1102 = fcmp ogt float %1101, %peak.rf250.sroa.0.72.vec.extract.i
+  %1103 = select i1 %1102, float %1101, float %peak.rf250.sroa.0.72.vec.extract.i
+  %peak.rf250.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 19
+  %1104 = fcmp ogt float %1103, %peak.rf250.sroa.0.76.vec.extract.i
+  %1105 = select i1 %1104, float %1103, float %peak.rf250.sroa.0.76.vec.extract.i
+  %peak.rf250.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 20
+  %1106 = fcmp ogt float %1105, %peak.rf250.sroa.0.80.vec.extract.i
+  %1107 = select i1 %1106, float %1105, float %peak.rf250.sroa.0.80.vec.extract.i
+  %peak.rf250.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 21
+  %1108 = fcmp ogt float %1107, %peak.rf250.sroa.0.84.vec.extract.i
+  %1109 = select i1 %1108, float %1107, float %peak.rf250.sroa.0.84.vec.extract.i
+  %peak.rf250.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 22
+  %1110 = fcmp ogt float %1109, %peak.rf250.sroa.0.88.vec.extract.i
+  %1111 = select i1 %1110, float %1109, float %peak.rf250.sroa.0.88.vec.extract.i
+  %peak.rf250.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 23
+  %1112 = fcmp ogt float %1111, %peak.rf250.sroa.0.92.vec.extract.i
+  %1113 = select i1 %1112, float %1111, float %peak.rf250.sroa.0.92.vec.extract.i
+  %peak.rf250.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 24
+  %1114 = fcmp ogt float %1113, %peak.rf250.sroa.0.96.vec.extract.i
+  %1115 = select i1 %1114, float %1113, float %peak.rf250.sroa.0.96.vec.extract.i
+  %peak.rf250.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 25
+  %1116 = fcmp ogt float %1115, %peak.rf250.sroa.0.100.vec.extract.i
+  %1117 = select i1 %1116, float %1115, float %peak.rf250.sroa.0.100.vec.extract.i
+  %peak.rf250.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 26
+  %1118 = fcmp ogt float %1117, %peak.rf250.sroa.0.104.vec.extract.i
+  %1119 = select i1 %1118, float %1117, float %peak.rf250.sroa.0.104.vec.extract.i
+  %peak.rf250.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 27
+  %1120 = fcmp ogt float %1119, %peak.rf250.sroa.0.108.vec.extract.i
+  %1121 = select i1 %1120, float %1119, float %peak.rf250.sroa.0.108.vec.extract.i
+  %peak.rf250.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 28
+  %1122 = fcmp ogt float %1121, %peak.rf250.sroa.0.112.vec.extract.i
+  %1123 = select i1 %1122, float %1121, float %peak.rf250.sroa.0.112.vec.extract.i
+  %peak.rf250.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 29
+  %1124 = fcmp ogt float %1123, %peak.rf250.sroa.0.116.vec.extract.i
+  %1125 = select i1 %1124, float %1123, float %peak.rf250.sroa.0.116.vec.extract.i
+  %peak.rf250.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 30
+  %1126 = fcmp ogt float %1125, %peak.rf250.sroa.0.120.vec.extract.i
+  %1127 = select i1 %1126, float %1125, float %peak.rf250.sroa.0.120.vec.extract.i
+  %peak.rf250.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global249.sroa.0.0.lcssa.i, i64 31
+  %1128 = fcmp ogt float %1127, %peak.rf250.sroa.0.124.vec.extract.i
+  %1129 = select i1 %1128, float %1127, float %peak.rf250.sroa.0.124.vec.extract.i
   store float %1129, ptr %1065, align 4, !tbaa !47
-  %indvars.iv.next1115.i = add nuw nsw i64 %indvars.iv1114.i, 1
-  %exitcond1117.not.i = icmp eq i64 %indvars.iv.next1115.i, 4
-  br i1 %exitcond1117.not.i, label %for_body_r50.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
+  %indvars.iv.next1114.i = add nuw nsw i64 %indvars.iv1113.i, 1
+  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1114.i, 4
+  br i1 %exitcond1116.not.i, label %for_body_r50.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
 
 for_body_r50.preheader.i:                         ; preds = %for_end_ax1.i
-  %1130 = load <4 x float>, ptr %peak252.i, align 16
+  %1130 = load <4 x float>, ptr %peak251.i, align 16
   %spec.select = select i1 %587, <4 x float> %1130, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
   %spec.select183 = select i1 %587, <4 x float> %1130, <4 x float> splat (float 0xC6293E5940000000)
   %1131 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select183, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
@@ -3442,206 +3442,194 @@ for_body_to62.lr.ph.i:                            ; preds = %for_body_r50.prehea
   br label %for_body_to62.i
 
 for_body_to62.i:                                  ; preds = %for_body_to62.i, %for_body_to62.lr.ph.i
-  %indvars.iv1122.i = phi i64 [ 0, %for_body_to62.lr.ph.i ], [ %indvars.iv.next1123.i, %for_body_to62.i ]
-  %1133 = shl nsw i64 %indvars.iv1122.i, 5
+  %indvars.iv1121.i = phi i64 [ 0, %for_body_to62.lr.ph.i ], [ %indvars.iv.next1122.i, %for_body_to62.i ]
+  %1133 = shl nsw i64 %indvars.iv1121.i, 5
   %1134 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1133
   %1135 = load <32 x float>, ptr %1134, align 4, !tbaa !4
   %arg.i = fsub <32 x float> %1135, %1132
-  %cse_v33.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %cse_v33.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %1136 = bitcast <32 x float> %cse_v33.i to <32 x i32>
-  %1137 = add nsw <32 x i32> %1136, splat (i32 -1262485504)
-  %1138 = sitofp <32 x i32> %1137 to <32 x float>
-  %1139 = fmul <32 x float> %1138, splat (float 0x3F2BD01060000000)
-  %1140 = fmul <32 x float> %1138, splat (float 0x3FE6300000000000)
-  %1141 = fsub <32 x float> %arg.i, %1140
-  %1142 = fadd <32 x float> %1139, %1141
-  %1143 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1142, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1143, <32 x float> %1142, <32 x float> splat (float 0x3F81112100000000))
-  %1145 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1144, <32 x float> %1142, <32 x float> splat (float 0x3FA5553820000000))
-  %1146 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1145, <32 x float> %1142, <32 x float> splat (float 0x3FC5555540000000))
-  %1147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1146, <32 x float> %1142, <32 x float> splat (float 5.000000e-01))
-  %1148 = fmul <32 x float> %1142, %1147
-  %1149 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1148, <32 x float> %1142, <32 x float> %1142)
-  %1150 = shl <32 x i32> %1136, splat (i32 23)
-  %1151 = add <32 x i32> %1150, splat (i32 1065353216)
-  %1152 = bitcast <32 x i32> %1151 to <32 x float>
-  %1153 = fadd <32 x float> %1149, splat (float 1.000000e+00)
-  %1154 = fmul <32 x float> %1153, %1152
-  %1155 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %1156 = select <32 x i1> %1155, <32 x float> zeroinitializer, <32 x float> %1154
-  %1157 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1133
-  store <32 x float> %1156, ptr %1157, align 4, !tbaa !4
-  %indvars.iv.next1123.i = add nuw nsw i64 %indvars.iv1122.i, 1
-  %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1123.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.not.i, label %for_body_to62.lr.ph.1.i, label %for_body_to62.i, !prof !8
+  %1137 = fadd <32 x float> %cse_v33.i, splat (float 0xC168000FE0000000)
+  %1138 = fmul <32 x float> %1137, splat (float 0x3F2BD01060000000)
+  %1139 = fmul <32 x float> %1137, splat (float 0x3FE6300000000000)
+  %1140 = fsub <32 x float> %arg.i, %1139
+  %1141 = fadd <32 x float> %1138, %1140
+  %1142 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1141, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1143 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1142, <32 x float> %1141, <32 x float> splat (float 0x3FA5558F20000000))
+  %1144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1143, <32 x float> %1141, <32 x float> splat (float 0x3FC5554920000000))
+  %1145 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1144, <32 x float> %1141, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1146 = fmul <32 x float> %1141, %1141
+  %1147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1145, <32 x float> %1146, <32 x float> %1141)
+  %1148 = shl <32 x i32> %1136, splat (i32 23)
+  %1149 = bitcast <32 x i32> %1148 to <32 x float>
+  %1150 = fadd <32 x float> %1147, splat (float 1.000000e+00)
+  %1151 = fmul <32 x float> %1150, %1149
+  %1152 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
+  %1153 = select <32 x i1> %1152, <32 x float> zeroinitializer, <32 x float> %1151
+  %1154 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1133
+  store <32 x float> %1153, ptr %1154, align 4, !tbaa !4
+  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
+  %exitcond1126.not.i = icmp eq i64 %indvars.iv.next1122.i, %wide.trip.count1095.i
+  br i1 %exitcond1126.not.i, label %for_body_to62.lr.ph.1.i, label %for_body_to62.i, !prof !8
 
 for_body_to62.lr.ph.1.i:                          ; preds = %for_body_to62.i
-  %1158 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1155 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   br label %for_body_to62.1.i
 
 for_body_to62.1.i:                                ; preds = %for_body_to62.1.i, %for_body_to62.lr.ph.1.i
-  %indvars.iv1122.1.i = phi i64 [ 0, %for_body_to62.lr.ph.1.i ], [ %indvars.iv.next1123.1.i, %for_body_to62.1.i ]
-  %1159 = shl nsw i64 %indvars.iv1122.1.i, 5
-  %1160 = add nuw nsw i64 %1159, 128
-  %1161 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1160
-  %1162 = load <32 x float>, ptr %1161, align 4, !tbaa !4
-  %arg.1.i = fsub <32 x float> %1162, %1158
-  %cse_v33.1.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1163 = bitcast <32 x float> %cse_v33.1.i to <32 x i32>
-  %1164 = add nsw <32 x i32> %1163, splat (i32 -1262485504)
-  %1165 = sitofp <32 x i32> %1164 to <32 x float>
-  %1166 = fmul <32 x float> %1165, splat (float 0x3F2BD01060000000)
-  %1167 = fmul <32 x float> %1165, splat (float 0x3FE6300000000000)
-  %1168 = fsub <32 x float> %arg.1.i, %1167
-  %1169 = fadd <32 x float> %1166, %1168
-  %1170 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1169, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1171 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1170, <32 x float> %1169, <32 x float> splat (float 0x3F81112100000000))
-  %1172 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1171, <32 x float> %1169, <32 x float> splat (float 0x3FA5553820000000))
-  %1173 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1172, <32 x float> %1169, <32 x float> splat (float 0x3FC5555540000000))
-  %1174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1173, <32 x float> %1169, <32 x float> splat (float 5.000000e-01))
-  %1175 = fmul <32 x float> %1169, %1174
-  %1176 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1175, <32 x float> %1169, <32 x float> %1169)
-  %1177 = shl <32 x i32> %1163, splat (i32 23)
-  %1178 = add <32 x i32> %1177, splat (i32 1065353216)
-  %1179 = bitcast <32 x i32> %1178 to <32 x float>
-  %1180 = fadd <32 x float> %1176, splat (float 1.000000e+00)
-  %1181 = fmul <32 x float> %1180, %1179
-  %1182 = fcmp olt <32 x float> %arg.1.i, splat (float -8.700000e+01)
-  %1183 = select <32 x i1> %1182, <32 x float> zeroinitializer, <32 x float> %1181
-  %1184 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1160
-  store <32 x float> %1183, ptr %1184, align 4, !tbaa !4
-  %indvars.iv.next1123.1.i = add nuw nsw i64 %indvars.iv1122.1.i, 1
-  %exitcond1127.1.not.i = icmp eq i64 %indvars.iv.next1123.1.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.1.not.i, label %for_body_to62.lr.ph.2.i, label %for_body_to62.1.i, !prof !8
+  %indvars.iv1121.1.i = phi i64 [ 0, %for_body_to62.lr.ph.1.i ], [ %indvars.iv.next1122.1.i, %for_body_to62.1.i ]
+  %1156 = shl nsw i64 %indvars.iv1121.1.i, 5
+  %1157 = add nuw nsw i64 %1156, 128
+  %1158 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1157
+  %1159 = load <32 x float>, ptr %1158, align 4, !tbaa !4
+  %arg.1.i = fsub <32 x float> %1159, %1155
+  %cse_v33.1.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1160 = bitcast <32 x float> %cse_v33.1.i to <32 x i32>
+  %1161 = fadd <32 x float> %cse_v33.1.i, splat (float 0xC168000FE0000000)
+  %1162 = fmul <32 x float> %1161, splat (float 0x3F2BD01060000000)
+  %1163 = fmul <32 x float> %1161, splat (float 0x3FE6300000000000)
+  %1164 = fsub <32 x float> %arg.1.i, %1163
+  %1165 = fadd <32 x float> %1162, %1164
+  %1166 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1165, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1167 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1166, <32 x float> %1165, <32 x float> splat (float 0x3FA5558F20000000))
+  %1168 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1167, <32 x float> %1165, <32 x float> splat (float 0x3FC5554920000000))
+  %1169 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1168, <32 x float> %1165, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1170 = fmul <32 x float> %1165, %1165
+  %1171 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1169, <32 x float> %1170, <32 x float> %1165)
+  %1172 = shl <32 x i32> %1160, splat (i32 23)
+  %1173 = bitcast <32 x i32> %1172 to <32 x float>
+  %1174 = fadd <32 x float> %1171, splat (float 1.000000e+00)
+  %1175 = fmul <32 x float> %1174, %1173
+  %1176 = fcmp olt <32 x float> %arg.1.i, splat (float -8.700000e+01)
+  %1177 = select <32 x i1> %1176, <32 x float> zeroinitializer, <32 x float> %1175
+  %1178 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1157
+  store <32 x float> %1177, ptr %1178, align 4, !tbaa !4
+  %indvars.iv.next1122.1.i = add nuw nsw i64 %indvars.iv1121.1.i, 1
+  %exitcond1126.1.not.i = icmp eq i64 %indvars.iv.next1122.1.i, %wide.trip.count1095.i
+  br i1 %exitcond1126.1.not.i, label %for_body_to62.lr.ph.2.i, label %for_body_to62.1.i, !prof !8
 
 for_body_to62.lr.ph.2.i:                          ; preds = %for_body_to62.1.i
-  %1185 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1179 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   br label %for_body_to62.2.i
 
 for_body_to62.2.i:                                ; preds = %for_body_to62.2.i, %for_body_to62.lr.ph.2.i
-  %indvars.iv1122.2.i = phi i64 [ 0, %for_body_to62.lr.ph.2.i ], [ %indvars.iv.next1123.2.i, %for_body_to62.2.i ]
-  %1186 = shl nsw i64 %indvars.iv1122.2.i, 5
-  %1187 = add nuw nsw i64 %1186, 256
-  %1188 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1187
-  %1189 = load <32 x float>, ptr %1188, align 4, !tbaa !4
-  %arg.2.i = fsub <32 x float> %1189, %1185
-  %cse_v33.2.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1190 = bitcast <32 x float> %cse_v33.2.i to <32 x i32>
-  %1191 = add nsw <32 x i32> %1190, splat (i32 -1262485504)
-  %1192 = sitofp <32 x i32> %1191 to <32 x float>
-  %1193 = fmul <32 x float> %1192, splat (float 0x3F2BD01060000000)
-  %1194 = fmul <32 x float> %1192, splat (float 0x3FE6300000000000)
-  %1195 = fsub <32 x float> %arg.2.i, %1194
-  %1196 = fadd <32 x float> %1193, %1195
-  %1197 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1196, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1198 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1197, <32 x float> %1196, <32 x float> splat (float 0x3F81112100000000))
-  %1199 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1198, <32 x float> %1196, <32 x float> splat (float 0x3FA5553820000000))
-  %1200 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1199, <32 x float> %1196, <32 x float> splat (float 0x3FC5555540000000))
-  %1201 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1200, <32 x float> %1196, <32 x float> splat (float 5.000000e-01))
-  %1202 = fmul <32 x float> %1196, %1201
-  %1203 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1202, <32 x float> %1196, <32 x float> %1196)
-  %1204 = shl <32 x i32> %1190, splat (i32 23)
-  %1205 = add <32 x i32> %1204, splat (i32 1065353216)
-  %1206 = bitcast <32 x i32> %1205 to <32 x float>
-  %1207 = fadd <32 x float> %1203, splat (float 1.000000e+00)
-  %1208 = fmul <32 x float> %1207, %1206
-  %1209 = fcmp olt <32 x float> %arg.2.i, splat (float -8.700000e+01)
-  %1210 = select <32 x i1> %1209, <32 x float> zeroinitializer, <32 x float> %1208
-  %1211 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1187
-  store <32 x float> %1210, ptr %1211, align 4, !tbaa !4
-  %indvars.iv.next1123.2.i = add nuw nsw i64 %indvars.iv1122.2.i, 1
-  %exitcond1127.2.not.i = icmp eq i64 %indvars.iv.next1123.2.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.2.not.i, label %for_body_to62.lr.ph.3.i, label %for_body_to62.2.i, !prof !8
+  %indvars.iv1121.2.i = phi i64 [ 0, %for_body_to62.lr.ph.2.i ], [ %indvars.iv.next1122.2.i, %for_body_to62.2.i ]
+  %1180 = shl nsw i64 %indvars.iv1121.2.i, 5
+  %1181 = add nuw nsw i64 %1180, 256
+  %1182 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1181
+  %1183 = load <32 x float>, ptr %1182, align 4, !tbaa !4
+  %arg.2.i = fsub <32 x float> %1183, %1179
+  %cse_v33.2.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1184 = bitcast <32 x float> %cse_v33.2.i to <32 x i32>
+  %1185 = fadd <32 x float> %cse_v33.2.i, splat (float 0xC168000FE0000000)
+  %1186 = fmul <32 x float> %1185, splat (float 0x3F2BD01060000000)
+  %1187 = fmul <32 x float> %1185, splat (float 0x3FE6300000000000)
+  %1188 = fsub <32 x float> %arg.2.i, %1187
+  %1189 = fadd <32 x float> %1186, %1188
+  %1190 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1189, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1191 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1190, <32 x float> %1189, <32 x float> splat (float 0x3FA5558F20000000))
+  %1192 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1191, <32 x float> %1189, <32 x float> splat (float 0x3FC5554920000000))
+  %1193 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1192, <32 x float> %1189, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1194 = fmul <32 x float> %1189, %1189
+  %1195 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1193, <32 x float> %1194, <32 x float> %1189)
+  %1196 = shl <32 x i32> %1184, splat (i32 23)
+  %1197 = bitcast <32 x i32> %1196 to <32 x float>
+  %1198 = fadd <32 x float> %1195, splat (float 1.000000e+00)
+  %1199 = fmul <32 x float> %1198, %1197
+  %1200 = fcmp olt <32 x float> %arg.2.i, splat (float -8.700000e+01)
+  %1201 = select <32 x i1> %1200, <32 x float> zeroinitializer, <32 x float> %1199
+  %1202 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1181
+  store <32 x float> %1201, ptr %1202, align 4, !tbaa !4
+  %indvars.iv.next1122.2.i = add nuw nsw i64 %indvars.iv1121.2.i, 1
+  %exitcond1126.2.not.i = icmp eq i64 %indvars.iv.next1122.2.i, %wide.trip.count1095.i
+  br i1 %exitcond1126.2.not.i, label %for_body_to62.lr.ph.3.i, label %for_body_to62.2.i, !prof !8
 
 for_body_to62.lr.ph.3.i:                          ; preds = %for_body_to62.2.i
-  %1212 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1203 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   br label %for_body_to62.3.i
 
 for_body_to62.3.i:                                ; preds = %for_body_to62.3.i, %for_body_to62.lr.ph.3.i
-  %indvars.iv1122.3.i = phi i64 [ 0, %for_body_to62.lr.ph.3.i ], [ %indvars.iv.next1123.3.i, %for_body_to62.3.i ]
-  %1213 = shl nsw i64 %indvars.iv1122.3.i, 5
-  %1214 = add nuw nsw i64 %1213, 384
-  %1215 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1214
-  %1216 = load <32 x float>, ptr %1215, align 4, !tbaa !4
-  %arg.3.i = fsub <32 x float> %1216, %1212
-  %cse_v33.3.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1217 = bitcast <32 x float> %cse_v33.3.i to <32 x i32>
-  %1218 = add nsw <32 x i32> %1217, splat (i32 -1262485504)
-  %1219 = sitofp <32 x i32> %1218 to <32 x float>
-  %1220 = fmul <32 x float> %1219, splat (float 0x3F2BD01060000000)
-  %1221 = fmul <32 x float> %1219, splat (float 0x3FE6300000000000)
-  %1222 = fsub <32 x float> %arg.3.i, %1221
-  %1223 = fadd <32 x float> %1220, %1222
-  %1224 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1223, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1225 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1224, <32 x float> %1223, <32 x float> splat (float 0x3F81112100000000))
-  %1226 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1225, <32 x float> %1223, <32 x float> splat (float 0x3FA5553820000000))
-  %1227 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1226, <32 x float> %1223, <32 x float> splat (float 0x3FC5555540000000))
-  %1228 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1227, <32 x float> %1223, <32 x float> splat (float 5.000000e-01))
-  %1229 = fmul <32 x float> %1223, %1228
-  %1230 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1229, <32 x float> %1223, <32 x float> %1223)
-  %1231 = shl <32 x i32> %1217, splat (i32 23)
-  %1232 = add <32 x i32> %1231, splat (i32 1065353216)
-  %1233 = bitcast <32 x i32> %1232 to <32 x float>
-  %1234 = fadd <32 x float> %1230, splat (float 1.000000e+00)
-  %1235 = fmul <32 x float> %1234, %1233
-  %1236 = fcmp olt <32 x float> %arg.3.i, splat (float -8.700000e+01)
-  %1237 = select <32 x i1> %1236, <32 x float> zeroinitializer, <32 x float> %1235
-  %1238 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1214
-  store <32 x float> %1237, ptr %1238, align 4, !tbaa !4
-  %indvars.iv.next1123.3.i = add nuw nsw i64 %indvars.iv1122.3.i, 1
-  %exitcond1127.3.not.i = icmp eq i64 %indvars.iv.next1123.3.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.3.not.i, label %for_body_to72.i.preheader, label %for_body_to62.3.i, !prof !8
+  %indvars.iv1121.3.i = phi i64 [ 0, %for_body_to62.lr.ph.3.i ], [ %indvars.iv.next1122.3.i, %for_body_to62.3.i ]
+  %1204 = shl nsw i64 %indvars.iv1121.3.i, 5
+  %1205 = add nuw nsw i64 %1204, 384
+  %1206 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1205
+  %1207 = load <32 x float>, ptr %1206, align 4, !tbaa !4
+  %arg.3.i = fsub <32 x float> %1207, %1203
+  %cse_v33.3.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1208 = bitcast <32 x float> %cse_v33.3.i to <32 x i32>
+  %1209 = fadd <32 x float> %cse_v33.3.i, splat (float 0xC168000FE0000000)
+  %1210 = fmul <32 x float> %1209, splat (float 0x3F2BD01060000000)
+  %1211 = fmul <32 x float> %1209, splat (float 0x3FE6300000000000)
+  %1212 = fsub <32 x float> %arg.3.i, %1211
+  %1213 = fadd <32 x float> %1210, %1212
+  %1214 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1213, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1215 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1214, <32 x float> %1213, <32 x float> splat (float 0x3FA5558F20000000))
+  %1216 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1215, <32 x float> %1213, <32 x float> splat (float 0x3FC5554920000000))
+  %1217 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1216, <32 x float> %1213, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1218 = fmul <32 x float> %1213, %1213
+  %1219 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1217, <32 x float> %1218, <32 x float> %1213)
+  %1220 = shl <32 x i32> %1208, splat (i32 23)
+  %1221 = bitcast <32 x i32> %1220 to <32 x float>
+  %1222 = fadd <32 x float> %1219, splat (float 1.000000e+00)
+  %1223 = fmul <32 x float> %1222, %1221
+  %1224 = fcmp olt <32 x float> %arg.3.i, splat (float -8.700000e+01)
+  %1225 = select <32 x i1> %1224, <32 x float> zeroinitializer, <32 x float> %1223
+  %1226 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1205
+  store <32 x float> %1225, ptr %1226, align 4, !tbaa !4
+  %indvars.iv.next1122.3.i = add nuw nsw i64 %indvars.iv1121.3.i, 1
+  %exitcond1126.3.not.i = icmp eq i64 %indvars.iv.next1122.3.i, %wide.trip.count1095.i
+  br i1 %exitcond1126.3.not.i, label %for_body_to72.i.preheader, label %for_body_to62.3.i, !prof !8
 
 for_body_to72.i.preheader:                        ; preds = %for_body_to62.3.i
   br i1 %603, label %for_body_to72.i.epil.preheader, label %for_body_to72.i, !prof !26
 
 for_body_to72.i:                                  ; preds = %for_body_to72.i, %for_body_to72.i.preheader
-  %indvars.iv1132.i = phi i64 [ %indvars.iv.next1133.i.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
+  %indvars.iv1131.i = phi i64 [ %indvars.iv.next1132.i.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
   %niter129 = phi i64 [ %niter129.next.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
-  %1239 = shl nsw i64 %indvars.iv1132.i, 5
-  %1240 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1239
-  %1241 = load <32 x i32>, ptr %1240, align 4, !tbaa !4
-  %1242 = lshr <32 x i32> %1241, splat (i32 16)
-  %1243 = and <32 x i32> %1242, splat (i32 1)
-  %1244 = add <32 x i32> %1241, splat (i32 32767)
-  %1245 = add <32 x i32> %1244, %1243
-  %1246 = and <32 x i32> %1245, splat (i32 -65536)
-  %1247 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1239
-  store <32 x i32> %1246, ptr %1247, align 4, !tbaa !4
-  %indvars.iv.next1133.i = shl i64 %indvars.iv1132.i, 5
-  %1248 = or disjoint i64 %indvars.iv.next1133.i, 32
-  %1249 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1248
-  %1250 = load <32 x i32>, ptr %1249, align 4, !tbaa !4
-  %1251 = lshr <32 x i32> %1250, splat (i32 16)
-  %1252 = and <32 x i32> %1251, splat (i32 1)
-  %1253 = add <32 x i32> %1250, splat (i32 32767)
-  %1254 = add <32 x i32> %1253, %1252
-  %1255 = and <32 x i32> %1254, splat (i32 -65536)
-  %1256 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1248
-  store <32 x i32> %1255, ptr %1256, align 4, !tbaa !4
-  %indvars.iv.next1133.i.1 = shl i64 %indvars.iv1132.i, 5
-  %1257 = or disjoint i64 %indvars.iv.next1133.i.1, 64
-  %1258 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1257
-  %1259 = load <32 x i32>, ptr %1258, align 4, !tbaa !4
-  %1260 = lshr <32 x i32> %1259, splat (i32 16)
-  %1261 = and <32 x i32> %1260, splat (i32 1)
-  %1262 = add <32 x i32> %1259, splat (i32 32767)
-  %1263 = add <32 x i32> %1262, %1261
-  %1264 = and <32 x i32> %1263, splat (i32 -65536)
-  %1265 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1257
-  store <32 x i32> %1264, ptr %1265, align 4, !tbaa !4
-  %indvars.iv.next1133.i.2 = shl i64 %indvars.iv1132.i, 5
-  %1266 = or disjoint i64 %indvars.iv.next1133.i.2, 96
-  %1267 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1266
-  %1268 = load <32 x i32>, ptr %1267, align 4, !tbaa !4
-  %1269 = lshr <32 x i32> %1268, splat (i32 16)
-  %1270 = and <32 x i32> %1269, splat (i32 1)
-  %1271 = add <32 x i32> %1268, splat (i32 32767)
-  %1272 = add <32 x i32> %1271, %1270
-  %1273 = and <32 x i32> %1272, splat (i32 -65536)
-  %1274 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1266
-  store <32 x i32> %1273, ptr %1274, align 4, !tbaa !4
-  %indvars.iv.next1133.i.3 = add nuw nsw i64 %indvars.iv1132.i, 4
+  %1227 = shl nsw i64 %indvars.iv1131.i, 5
+  %1228 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1227
+  %1229 = load <32 x i32>, ptr %1228, align 4, !tbaa !4
+  %1230 = lshr <32 x i32> %1229, splat (i32 16)
+  %1231 = and <32 x i32> %1230, splat (i32 1)
+  %1232 = add <32 x i32> %1229, splat (i32 32767)
+  %1233 = add <32 x i32> %1232, %1231
+  %1234 = and <32 x i32> %1233, splat (i32 -65536)
+  %1235 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1227
+  store <32 x i32> %1234, ptr %1235, align 4, !tbaa !4
+  %indvars.iv.next1132.i = shl i64 %indvars.iv1131.i, 5
+  %1236 = or disjoint i64 %indvars.iv.next1132.i, 32
+  %1237 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1236
+  %1238 = load <32 x i32>, ptr %1237, align 4, !tbaa !4
+  %1239 = lshr <32 x i32> %1238, splat (i32 16)
+  %1240 = and <32 x i32> %1239, splat (i32 1)
+  %1241 = add <32 x i32> %1238, splat (i32 32767)
+  %1242 = add <32 x i32> %1241, %1240
+  %1243 = and <32 x i32> %1242, splat (i32 -65536)
+  %1244 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1236
+  store <32 x i32> %1243, ptr %1244, align 4, !tbaa !4
+  %indvars.iv.next1132.i.1 = shl i64 %indvars.iv1131.i, 5
+  %1245 = or disjoint i64 %indvars.iv.next1132.i.1, 64
+  %1246 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1245
+  %1247 = load <32 x i32>, ptr %1246, align 4, !tbaa !4
+  %1248 = lshr <32 x i32> %1247, splat (i32 16)
+  %1249 = and <32 x i32> %1248, splat (i32 1)
+  %1250 = add <32 x i32> %1247, splat (i32 32767)
+  %1251 = add <32 x i32> %1250, %1249
+  %1252 = and <32 x i32> %1251, splat (i32 -65536)
+  %1253 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1245
+  store <32 x i32> %1252, ptr %1253, align 4, !tbaa !4
+  %indvars.iv.next1132.i.2 = shl i64 %indvars.iv1131.i, 5
+  %1254 = or disjoint i64 %indvars.iv.next1132.i.2, 96
+  %1255 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1254
+  %1256 = load <32 x i32>, ptr %1255, align 4, !tbaa !4
+  %1257 = lshr <32 x i32> %1256, splat (i32 16)
+  %1258 = and <32 x i32> %1257, splat (i32 1)
+  %1259 = add <32 x i32> %1256, splat (i32 32767)
+  %1260 = add <32 x i32> %1259, %1258
+  %1261 = and <32 x i32> %1260, splat (i32 -65536)
+  %1262 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1254
+  store <32 x i32> %1261, ptr %1262, align 4, !tbaa !4
+  %indvars.iv.next1132.i.3 = add nuw nsw i64 %indvars.iv1131.i, 4
   %niter129.next.3 = add i64 %niter129, 4
   %niter129.ncmp.3 = icmp eq i64 %niter129.next.3, %unroll_iter128
   br i1 %niter129.ncmp.3, label %for_body_to72.1.i.preheader.unr-lcssa, label %for_body_to72.i, !prof !27, !llvm.loop !49
@@ -3650,24 +3638,24 @@ for_body_to72.1.i.preheader.unr-lcssa:            ; preds = %for_body_to72.i
   br i1 %lcmp.mod126.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil.preheader, !prof !30
 
 for_body_to72.i.epil.preheader:                   ; preds = %for_body_to72.1.i.preheader.unr-lcssa, %for_body_to72.i.preheader
-  %indvars.iv1132.i.epil.init = phi i64 [ 0, %for_body_to72.i.preheader ], [ %indvars.iv.next1133.i.3, %for_body_to72.1.i.preheader.unr-lcssa ]
+  %indvars.iv1131.i.epil.init = phi i64 [ 0, %for_body_to72.i.preheader ], [ %indvars.iv.next1132.i.3, %for_body_to72.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod127)
   br label %for_body_to72.i.epil
 
 for_body_to72.i.epil:                             ; preds = %for_body_to72.i.epil, %for_body_to72.i.epil.preheader
-  %indvars.iv1132.i.epil = phi i64 [ %indvars.iv.next1133.i.epil, %for_body_to72.i.epil ], [ %indvars.iv1132.i.epil.init, %for_body_to72.i.epil.preheader ]
+  %indvars.iv1131.i.epil = phi i64 [ %indvars.iv.next1132.i.epil, %for_body_to72.i.epil ], [ %indvars.iv1131.i.epil.init, %for_body_to72.i.epil.preheader ]
   %epil.iter125 = phi i64 [ %epil.iter125.next, %for_body_to72.i.epil ], [ 0, %for_body_to72.i.epil.preheader ]
-  %1275 = shl nsw i64 %indvars.iv1132.i.epil, 5
-  %1276 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1275
-  %1277 = load <32 x i32>, ptr %1276, align 4, !tbaa !4
-  %1278 = lshr <32 x i32> %1277, splat (i32 16)
-  %1279 = and <32 x i32> %1278, splat (i32 1)
-  %1280 = add <32 x i32> %1277, splat (i32 32767)
-  %1281 = add <32 x i32> %1280, %1279
-  %1282 = and <32 x i32> %1281, splat (i32 -65536)
-  %1283 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
-  store <32 x i32> %1282, ptr %1283, align 4, !tbaa !4
-  %indvars.iv.next1133.i.epil = add nuw nsw i64 %indvars.iv1132.i.epil, 1
+  %1263 = shl nsw i64 %indvars.iv1131.i.epil, 5
+  %1264 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1263
+  %1265 = load <32 x i32>, ptr %1264, align 4, !tbaa !4
+  %1266 = lshr <32 x i32> %1265, splat (i32 16)
+  %1267 = and <32 x i32> %1266, splat (i32 1)
+  %1268 = add <32 x i32> %1265, splat (i32 32767)
+  %1269 = add <32 x i32> %1268, %1267
+  %1270 = and <32 x i32> %1269, splat (i32 -65536)
+  %1271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1263
+  store <32 x i32> %1270, ptr %1271, align 4, !tbaa !4
+  %indvars.iv.next1132.i.epil = add nuw nsw i64 %indvars.iv1131.i.epil, 1
   %epil.iter125.next = add i64 %epil.iter125, 1
   %epil.iter125.cmp.not = icmp eq i64 %epil.iter125.next, %xtraiter124
   br i1 %epil.iter125.cmp.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil, !prof !31, !llvm.loop !50
@@ -3676,53 +3664,53 @@ for_body_to72.1.i.preheader:                      ; preds = %for_body_to72.i.epi
   br i1 %604, label %for_body_to72.1.i.epil.preheader, label %for_body_to72.1.i, !prof !26
 
 for_body_to72.1.i:                                ; preds = %for_body_to72.1.i, %for_body_to72.1.i.preheader
-  %indvars.iv1132.1.i = phi i64 [ %indvars.iv.next1133.1.i.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
+  %indvars.iv1131.1.i = phi i64 [ %indvars.iv.next1132.1.i.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
   %niter135 = phi i64 [ %niter135.next.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
-  %1284 = shl nsw i64 %indvars.iv1132.1.i, 5
-  %1285 = add nuw nsw i64 %1284, 128
-  %1286 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1285
-  %1287 = load <32 x i32>, ptr %1286, align 4, !tbaa !4
-  %1288 = lshr <32 x i32> %1287, splat (i32 16)
-  %1289 = and <32 x i32> %1288, splat (i32 1)
-  %1290 = add <32 x i32> %1287, splat (i32 32767)
-  %1291 = add <32 x i32> %1290, %1289
-  %1292 = and <32 x i32> %1291, splat (i32 -65536)
-  %1293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1285
-  store <32 x i32> %1292, ptr %1293, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i = shl i64 %indvars.iv1132.1.i, 5
-  %1294 = add nuw nsw i64 %indvars.iv.next1133.1.i, 160
-  %1295 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1294
-  %1296 = load <32 x i32>, ptr %1295, align 4, !tbaa !4
-  %1297 = lshr <32 x i32> %1296, splat (i32 16)
-  %1298 = and <32 x i32> %1297, splat (i32 1)
-  %1299 = add <32 x i32> %1296, splat (i32 32767)
-  %1300 = add <32 x i32> %1299, %1298
-  %1301 = and <32 x i32> %1300, splat (i32 -65536)
-  %1302 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1294
-  store <32 x i32> %1301, ptr %1302, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.1 = shl i64 %indvars.iv1132.1.i, 5
-  %1303 = add nuw nsw i64 %indvars.iv.next1133.1.i.1, 192
-  %1304 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1303
-  %1305 = load <32 x i32>, ptr %1304, align 4, !tbaa !4
-  %1306 = lshr <32 x i32> %1305, splat (i32 16)
-  %1307 = and <32 x i32> %1306, splat (i32 1)
-  %1308 = add <32 x i32> %1305, splat (i32 32767)
-  %1309 = add <32 x i32> %1308, %1307
-  %1310 = and <32 x i32> %1309, splat (i32 -65536)
-  %1311 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
-  store <32 x i32> %1310, ptr %1311, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.2 = shl i64 %indvars.iv1132.1.i, 5
-  %1312 = add nuw nsw i64 %indvars.iv.next1133.1.i.2, 224
-  %1313 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1312
-  %1314 = load <32 x i32>, ptr %1313, align 4, !tbaa !4
-  %1315 = lshr <32 x i32> %1314, splat (i32 16)
-  %1316 = and <32 x i32> %1315, splat (i32 1)
-  %1317 = add <32 x i32> %1314, splat (i32 32767)
-  %1318 = add <32 x i32> %1317, %1316
-  %1319 = and <32 x i32> %1318, splat (i32 -65536)
-  %1320 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1312
-  store <32 x i32> %1319, ptr %1320, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.3 = add nuw nsw i64 %indvars.iv1132.1.i, 4
+  %1272 = shl nsw i64 %indvars.iv1131.1.i, 5
+  %1273 = add nuw nsw i64 %1272, 128
+  %1274 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1273
+  %1275 = load <32 x i32>, ptr %1274, align 4, !tbaa !4
+  %1276 = lshr <32 x i32> %1275, splat (i32 16)
+  %1277 = and <32 x i32> %1276, splat (i32 1)
+  %1278 = add <32 x i32> %1275, splat (i32 32767)
+  %1279 = add <32 x i32> %1278, %1277
+  %1280 = and <32 x i32> %1279, splat (i32 -65536)
+  %1281 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1273
+  store <32 x i32> %1280, ptr %1281, align 4, !tbaa !4
+  %indvars.iv.next1132.1.i = shl i64 %indvars.iv1131.1.i, 5
+  %1282 = add nuw nsw i64 %indvars.iv.next1132.1.i, 160
+  %1283 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1282
+  %1284 = load <32 x i32>, ptr %1283, align 4, !tbaa !4
+  %1285 = lshr <32 x i32> %1284, splat (i32 16)
+  %1286 = and <32 x i32> %1285, splat (i32 1)
+  %1287 = add <32 x i32> %1284, splat (i32 32767)
+  %1288 = add <32 x i32> %1287, %1286
+  %1289 = and <32 x i32> %1288, splat (i32 -65536)
+  %1290 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1282
+  store <32 x i32> %1289, ptr %1290, align 4, !tbaa !4
+  %indvars.iv.next1132.1.i.1 = shl i64 %indvars.iv1131.1.i, 5
+  %1291 = add nuw nsw i64 %indvars.iv.next1132.1.i.1, 192
+  %1292 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1291
+  %1293 = load <32 x i32>, ptr %1292, align 4, !tbaa !4
+  %1294 = lshr <32 x i32> %1293, splat (i32 16)
+  %1295 = and <32 x i32> %1294, splat (i32 1)
+  %1296 = add <32 x i32> %1293, splat (i32 32767)
+  %1297 = add <32 x i32> %1296, %1295
+  %1298 = and <32 x i32> %1297, splat (i32 -65536)
+  %1299 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1291
+  store <32 x i32> %1298, ptr %1299, align 4, !tbaa !4
+  %indvars.iv.next1132.1.i.2 = shl i64 %indvars.iv1131.1.i, 5
+  %1300 = add nuw nsw i64 %indvars.iv.next1132.1.i.2, 224
+  %1301 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1300
+  %1302 = load <32 x i32>, ptr %1301, align 4, !tbaa !4
+  %1303 = lshr <32 x i32> %1302, splat (i32 16)
+  %1304 = and <32 x i32> %1303, splat (i32 1)
+  %1305 = add <32 x i32> %1302, splat (i32 32767)
+  %1306 = add <32 x i32> %1305, %1304
+  %1307 = and <32 x i32> %1306, splat (i32 -65536)
+  %1308 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1300
+  store <32 x i32> %1307, ptr %1308, align 4, !tbaa !4
+  %indvars.iv.next1132.1.i.3 = add nuw nsw i64 %indvars.iv1131.1.i, 4
   %niter135.next.3 = add i64 %niter135, 4
   %niter135.ncmp.3 = icmp eq i64 %niter135.next.3, %unroll_iter134
   br i1 %niter135.ncmp.3, label %for_body_to72.2.i.preheader.unr-lcssa, label %for_body_to72.1.i, !prof !27, !llvm.loop !51
@@ -3731,25 +3719,25 @@ for_body_to72.2.i.preheader.unr-lcssa:            ; preds = %for_body_to72.1.i
   br i1 %lcmp.mod132.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil.preheader, !prof !30
 
 for_body_to72.1.i.epil.preheader:                 ; preds = %for_body_to72.2.i.preheader.unr-lcssa, %for_body_to72.1.i.preheader
-  %indvars.iv1132.1.i.epil.init = phi i64 [ 0, %for_body_to72.1.i.preheader ], [ %indvars.iv.next1133.1.i.3, %for_body_to72.2.i.preheader.unr-lcssa ]
+  %indvars.iv1131.1.i.epil.init = phi i64 [ 0, %for_body_to72.1.i.preheader ], [ %indvars.iv.next1132.1.i.3, %for_body_to72.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod133)
   br label %for_body_to72.1.i.epil
 
 for_body_to72.1.i.epil:                           ; preds = %for_body_to72.1.i.epil, %for_body_to72.1.i.epil.preheader
-  %indvars.iv1132.1.i.epil = phi i64 [ %indvars.iv.next1133.1.i.epil, %for_body_to72.1.i.epil ], [ %indvars.iv1132.1.i.epil.init, %for_body_to72.1.i.epil.preheader ]
+  %indvars.iv1131.1.i.epil = phi i64 [ %indvars.iv.next1132.1.i.epil, %for_body_to72.1.i.epil ], [ %indvars.iv1131.1.i.epil.init, %for_body_to72.1.i.epil.preheader ]
   %epil.iter131 = phi i64 [ %epil.iter131.next, %for_body_to72.1.i.epil ], [ 0, %for_body_to72.1.i.epil.preheader ]
-  %1321 = shl nsw i64 %indvars.iv1132.1.i.epil, 5
-  %1322 = add nuw nsw i64 %1321, 128
-  %1323 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1322
-  %1324 = load <32 x i32>, ptr %1323, align 4, !tbaa !4
-  %1325 = lshr <32 x i32> %1324, splat (i32 16)
-  %1326 = and <32 x i32> %1325, splat (i32 1)
-  %1327 = add <32 x i32> %1324, splat (i32 32767)
-  %1328 = add <32 x i32> %1327, %1326
-  %1329 = and <32 x i32> %1328, splat (i32 -65536)
-  %1330 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1322
-  store <32 x i32> %1329, ptr %1330, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.epil = add nuw nsw i64 %indvars.iv1132.1.i.epil, 1
+  %1309 = shl nsw i64 %indvars.iv1131.1.i.epil, 5
+  %1310 = add nuw nsw i64 %1309, 128
+  %1311 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1310
+  %1312 = load <32 x i32>, ptr %1311, align 4, !tbaa !4
+  %1313 = lshr <32 x i32> %1312, splat (i32 16)
+  %1314 = and <32 x i32> %1313, splat (i32 1)
+  %1315 = add <32 x i32> %1312, splat (i32 32767)
+  %1316 = add <32 x i32> %1315, %1314
+  %1317 = and <32 x i32> %1316, splat (i32 -65536)
+  %1318 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1310
+  store <32 x i32> %1317, ptr %1318, align 4, !tbaa !4
+  %indvars.iv.next1132.1.i.epil = add nuw nsw i64 %indvars.iv1131.1.i.epil, 1
   %epil.iter131.next = add i64 %epil.iter131, 1
   %epil.iter131.cmp.not = icmp eq i64 %epil.iter131.next, %xtraiter130
   br i1 %epil.iter131.cmp.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil, !prof !31, !llvm.loop !52
@@ -3758,53 +3746,53 @@ for_body_to72.2.i.preheader:                      ; preds = %for_body_to72.1.i.e
   br i1 %605, label %for_body_to72.2.i.epil.preheader, label %for_body_to72.2.i, !prof !26
 
 for_body_to72.2.i:                                ; preds = %for_body_to72.2.i, %for_body_to72.2.i.preheader
-  %indvars.iv1132.2.i = phi i64 [ %indvars.iv.next1133.2.i.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
+  %indvars.iv1131.2.i = phi i64 [ %indvars.iv.next1132.2.i.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
   %niter141 = phi i64 [ %niter141.next.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
-  %1331 = shl nsw i64 %indvars.iv1132.2.i, 5
-  %1332 = add nuw nsw i64 %1331, 256
-  %1333 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1332
-  %1334 = load <32 x i32>, ptr %1333, align 4, !tbaa !4
-  %1335 = lshr <32 x i32> %1334, splat (i32 16)
-  %1336 = and <32 x i32> %1335, splat (i32 1)
-  %1337 = add <32 x i32> %1334, splat (i32 32767)
-  %1338 = add <32 x i32> %1337, %1336
-  %1339 = and <32 x i32> %1338, splat (i32 -65536)
-  %1340 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1332
-  store <32 x i32> %1339, ptr %1340, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i = shl i64 %indvars.iv1132.2.i, 5
-  %1341 = add nuw nsw i64 %indvars.iv.next1133.2.i, 288
-  %1342 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1341
-  %1343 = load <32 x i32>, ptr %1342, align 4, !tbaa !4
-  %1344 = lshr <32 x i32> %1343, splat (i32 16)
-  %1345 = and <32 x i32> %1344, splat (i32 1)
-  %1346 = add <32 x i32> %1343, splat (i32 32767)
-  %1347 = add <32 x i32> %1346, %1345
-  %1348 = and <32 x i32> %1347, splat (i32 -65536)
-  %1349 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1341
-  store <32 x i32> %1348, ptr %1349, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.1 = shl i64 %indvars.iv1132.2.i, 5
-  %1350 = add nuw nsw i64 %indvars.iv.next1133.2.i.1, 320
-  %1351 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1350
-  %1352 = load <32 x i32>, ptr %1351, align 4, !tbaa !4
-  %1353 = lshr <32 x i32> %1352, splat (i32 16)
-  %1354 = and <32 x i32> %1353, splat (i32 1)
-  %1355 = add <32 x i32> %1352, splat (i32 32767)
-  %1356 = add <32 x i32> %1355, %1354
-  %1357 = and <32 x i32> %1356, splat (i32 -65536)
-  %1358 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1350
-  store <32 x i32> %1357, ptr %1358, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.2 = shl i64 %indvars.iv1132.2.i, 5
-  %1359 = add nuw nsw i64 %indvars.iv.next1133.2.i.2, 352
-  %1360 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1359
-  %1361 = load <32 x i32>, ptr %1360, align 4, !tbaa !4
-  %1362 = lshr <32 x i32> %1361, splat (i32 16)
-  %1363 = and <32 x i32> %1362, splat (i32 1)
-  %1364 = add <32 x i32> %1361, splat (i32 32767)
-  %1365 = add <32 x i32> %1364, %1363
-  %1366 = and <32 x i32> %1365, splat (i32 -65536)
-  %1367 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1359
-  store <32 x i32> %1366, ptr %1367, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.3 = add nuw nsw i64 %indvars.iv1132.2.i, 4
+  %1319 = shl nsw i64 %indvars.iv1131.2.i, 5
+  %1320 = add nuw nsw i64 %1319, 256
+  %1321 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1320
+  %1322 = load <32 x i32>, ptr %1321, align 4, !tbaa !4
+  %1323 = lshr <32 x i32> %1322, splat (i32 16)
+  %1324 = and <32 x i32> %1323, splat (i32 1)
+  %1325 = add <32 x i32> %1322, splat (i32 32767)
+  %1326 = add <32 x i32> %1325, %1324
+  %1327 = and <32 x i32> %1326, splat (i32 -65536)
+  %1328 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1320
+  store <32 x i32> %1327, ptr %1328, align 4, !tbaa !4
+  %indvars.iv.next1132.2.i = shl i64 %indvars.iv1131.2.i, 5
+  %1329 = add nuw nsw i64 %indvars.iv.next1132.2.i, 288
+  %1330 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1329
+  %1331 = load <32 x i32>, ptr %1330, align 4, !tbaa !4
+  %1332 = lshr <32 x i32> %1331, splat (i32 16)
+  %1333 = and <32 x i32> %1332, splat (i32 1)
+  %1334 = add <32 x i32> %1331, splat (i32 32767)
+  %1335 = add <32 x i32> %1334, %1333
+  %1336 = and <32 x i32> %1335, splat (i32 -65536)
+  %1337 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1329
+  store <32 x i32> %1336, ptr %1337, align 4, !tbaa !4
+  %indvars.iv.next1132.2.i.1 = shl i64 %indvars.iv1131.2.i, 5
+  %1338 = add nuw nsw i64 %indvars.iv.next1132.2.i.1, 320
+  %1339 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1338
+  %1340 = load <32 x i32>, ptr %1339, align 4, !tbaa !4
+  %1341 = lshr <32 x i32> %1340, splat (i32 16)
+  %1342 = and <32 x i32> %1341, splat (i32 1)
+  %1343 = add <32 x i32> %1340, splat (i32 32767)
+  %1344 = add <32 x i32> %1343, %1342
+  %1345 = and <32 x i32> %1344, splat (i32 -65536)
+  %1346 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1338
+  store <32 x i32> %1345, ptr %1346, align 4, !tbaa !4
+  %indvars.iv.next1132.2.i.2 = shl i64 %indvars.iv1131.2.i, 5
+  %1347 = add nuw nsw i64 %indvars.iv.next1132.2.i.2, 352
+  %1348 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1347
+  %1349 = load <32 x i32>, ptr %1348, align 4, !tbaa !4
+  %1350 = lshr <32 x i32> %1349, splat (i32 16)
+  %1351 = and <32 x i32> %1350, splat (i32 1)
+  %1352 = add <32 x i32> %1349, splat (i32 32767)
+  %1353 = add <32 x i32> %1352, %1351
+  %1354 = and <32 x i32> %1353, splat (i32 -65536)
+  %1355 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1347
+  store <32 x i32> %1354, ptr %1355, align 4, !tbaa !4
+  %indvars.iv.next1132.2.i.3 = add nuw nsw i64 %indvars.iv1131.2.i, 4
   %niter141.next.3 = add i64 %niter141, 4
   %niter141.ncmp.3 = icmp eq i64 %niter141.next.3, %unroll_iter140
   br i1 %niter141.ncmp.3, label %for_body_to72.3.i.preheader.unr-lcssa, label %for_body_to72.2.i, !prof !27, !llvm.loop !53
@@ -3813,25 +3801,25 @@ for_body_to72.3.i.preheader.unr-lcssa:            ; preds = %for_body_to72.2.i
   br i1 %lcmp.mod138.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil.preheader, !prof !30
 
 for_body_to72.2.i.epil.preheader:                 ; preds = %for_body_to72.3.i.preheader.unr-lcssa, %for_body_to72.2.i.preheader
-  %indvars.iv1132.2.i.epil.init = phi i64 [ 0, %for_body_to72.2.i.preheader ], [ %indvars.iv.next1133.2.i.3, %for_body_to72.3.i.preheader.unr-lcssa ]
+  %indvars.iv1131.2.i.epil.init = phi i64 [ 0, %for_body_to72.2.i.preheader ], [ %indvars.iv.next1132.2.i.3, %for_body_to72.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod139)
   br label %for_body_to72.2.i.epil
 
 for_body_to72.2.i.epil:                           ; preds = %for_body_to72.2.i.epil, %for_body_to72.2.i.epil.preheader
-  %indvars.iv1132.2.i.epil = phi i64 [ %indvars.iv.next1133.2.i.epil, %for_body_to72.2.i.epil ], [ %indvars.iv1132.2.i.epil.init, %for_body_to72.2.i.epil.preheader ]
+  %indvars.iv1131.2.i.epil = phi i64 [ %indvars.iv.next1132.2.i.epil, %for_body_to72.2.i.epil ], [ %indvars.iv1131.2.i.epil.init, %for_body_to72.2.i.epil.preheader ]
   %epil.iter137 = phi i64 [ %epil.iter137.next, %for_body_to72.2.i.epil ], [ 0, %for_body_to72.2.i.epil.preheader ]
-  %1368 = shl nsw i64 %indvars.iv1132.2.i.epil, 5
-  %1369 = add nuw nsw i64 %1368, 256
-  %1370 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1369
-  %1371 = load <32 x i32>, ptr %1370, align 4, !tbaa !4
-  %1372 = lshr <32 x i32> %1371, splat (i32 16)
-  %1373 = and <32 x i32> %1372, splat (i32 1)
-  %1374 = add <32 x i32> %1371, splat (i32 32767)
-  %1375 = add <32 x i32> %1374, %1373
-  %1376 = and <32 x i32> %1375, splat (i32 -65536)
-  %1377 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1369
-  store <32 x i32> %1376, ptr %1377, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.epil = add nuw nsw i64 %indvars.iv1132.2.i.epil, 1
+  %1356 = shl nsw i64 %indvars.iv1131.2.i.epil, 5
+  %1357 = add nuw nsw i64 %1356, 256
+  %1358 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1357
+  %1359 = load <32 x i32>, ptr %1358, align 4, !tbaa !4
+  %1360 = lshr <32 x i32> %1359, splat (i32 16)
+  %1361 = and <32 x i32> %1360, splat (i32 1)
+  %1362 = add <32 x i32> %1359, splat (i32 32767)
+  %1363 = add <32 x i32> %1362, %1361
+  %1364 = and <32 x i32> %1363, splat (i32 -65536)
+  %1365 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1357
+  store <32 x i32> %1364, ptr %1365, align 4, !tbaa !4
+  %indvars.iv.next1132.2.i.epil = add nuw nsw i64 %indvars.iv1131.2.i.epil, 1
   %epil.iter137.next = add i64 %epil.iter137, 1
   %epil.iter137.cmp.not = icmp eq i64 %epil.iter137.next, %xtraiter136
   br i1 %epil.iter137.cmp.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil, !prof !31, !llvm.loop !54
@@ -3840,53 +3828,53 @@ for_body_to72.3.i.preheader:                      ; preds = %for_body_to72.2.i.e
   br i1 %606, label %for_body_to72.3.i.epil.preheader, label %for_body_to72.3.i, !prof !26
 
 for_body_to72.3.i:                                ; preds = %for_body_to72.3.i, %for_body_to72.3.i.preheader
-  %indvars.iv1132.3.i = phi i64 [ %indvars.iv.next1133.3.i.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
+  %indvars.iv1131.3.i = phi i64 [ %indvars.iv.next1132.3.i.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
   %niter147 = phi i64 [ %niter147.next.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
-  %1378 = shl nsw i64 %indvars.iv1132.3.i, 5
-  %1379 = add nuw nsw i64 %1378, 384
-  %1380 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1379
-  %1381 = load <32 x i32>, ptr %1380, align 4, !tbaa !4
-  %1382 = lshr <32 x i32> %1381, splat (i32 16)
-  %1383 = and <32 x i32> %1382, splat (i32 1)
-  %1384 = add <32 x i32> %1381, splat (i32 32767)
-  %1385 = add <32 x i32> %1384, %1383
-  %1386 = and <32 x i32> %1385, splat (i32 -65536)
-  %1387 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1379
-  store <32 x i32> %1386, ptr %1387, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i = shl i64 %indvars.iv1132.3.i, 5
-  %1388 = add nuw nsw i64 %indvars.iv.next1133.3.i, 416
-  %1389 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1388
-  %1390 = load <32 x i32>, ptr %1389, align 4, !tbaa !4
-  %1391 = lshr <32 x i32> %1390, splat (i32 16)
-  %1392 = and <32 x i32> %1391, splat (i32 1)
-  %1393 = add <32 x i32> %1390, splat (i32 32767)
-  %1394 = add <32 x i32> %1393, %1392
-  %1395 = and <32 x i32> %1394, splat (i32 -65536)
-  %1396 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1388
-  store <32 x i32> %1395, ptr %1396, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.1 = shl i64 %indvars.iv1132.3.i, 5
-  %1397 = add nuw nsw i64 %indvars.iv.next1133.3.i.1, 448
-  %1398 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1397
-  %1399 = load <32 x i32>, ptr %1398, align 4, !tbaa !4
-  %1400 = lshr <32 x i32> %1399, splat (i32 16)
-  %1401 = and <32 x i32> %1400, splat (i32 1)
-  %1402 = add <32 x i32> %1399, splat (i32 32767)
-  %1403 = add <32 x i32> %1402, %1401
-  %1404 = and <32 x i32> %1403, splat (i32 -65536)
-  %1405 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1397
-  store <32 x i32> %1404, ptr %1405, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.2 = shl i64 %indvars.iv1132.3.i, 5
-  %1406 = add nuw nsw i64 %indvars.iv.next1133.3.i.2, 480
-  %1407 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1406
-  %1408 = load <32 x i32>, ptr %1407, align 4, !tbaa !4
-  %1409 = lshr <32 x i32> %1408, splat (i32 16)
-  %1410 = and <32 x i32> %1409, splat (i32 1)
-  %1411 = add <32 x i32> %1408, splat (i32 32767)
-  %1412 = add <32 x i32> %1411, %1410
-  %1413 = and <32 x i32> %1412, splat (i32 -65536)
-  %1414 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1406
-  store <32 x i32> %1413, ptr %1414, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.3 = add nuw nsw i64 %indvars.iv1132.3.i, 4
+  %1366 = shl nsw i64 %indvars.iv1131.3.i, 5
+  %1367 = add nuw nsw i64 %1366, 384
+  %1368 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1367
+  %1369 = load <32 x i32>, ptr %1368, align 4, !tbaa !4
+  %1370 = lshr <32 x i32> %1369, splat (i32 16)
+  %1371 = and <32 x i32> %1370, splat (i32 1)
+  %1372 = add <32 x i32> %1369, splat (i32 32767)
+  %1373 = add <32 x i32> %1372, %1371
+  %1374 = and <32 x i32> %1373, splat (i32 -65536)
+  %1375 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1367
+  store <32 x i32> %1374, ptr %1375, align 4, !tbaa !4
+  %indvars.iv.next1132.3.i = shl i64 %indvars.iv1131.3.i, 5
+  %1376 = add nuw nsw i64 %indvars.iv.next1132.3.i, 416
+  %1377 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1376
+  %1378 = load <32 x i32>, ptr %1377, align 4, !tbaa !4
+  %1379 = lshr <32 x i32> %1378, splat (i32 16)
+  %1380 = and <32 x i32> %1379, splat (i32 1)
+  %1381 = add <32 x i32> %1378, splat (i32 32767)
+  %1382 = add <32 x i32> %1381, %1380
+  %1383 = and <32 x i32> %1382, splat (i32 -65536)
+  %1384 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1376
+  store <32 x i32> %1383, ptr %1384, align 4, !tbaa !4
+  %indvars.iv.next1132.3.i.1 = shl i64 %indvars.iv1131.3.i, 5
+  %1385 = add nuw nsw i64 %indvars.iv.next1132.3.i.1, 448
+  %1386 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1385
+  %1387 = load <32 x i32>, ptr %1386, align 4, !tbaa !4
+  %1388 = lshr <32 x i32> %1387, splat (i32 16)
+  %1389 = and <32 x i32> %1388, splat (i32 1)
+  %1390 = add <32 x i32> %1387, splat (i32 32767)
+  %1391 = add <32 x i32> %1390, %1389
+  %1392 = and <32 x i32> %1391, splat (i32 -65536)
+  %1393 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1385
+  store <32 x i32> %1392, ptr %1393, align 4, !tbaa !4
+  %indvars.iv.next1132.3.i.2 = shl i64 %indvars.iv1131.3.i, 5
+  %1394 = add nuw nsw i64 %indvars.iv.next1132.3.i.2, 480
+  %1395 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1394
+  %1396 = load <32 x i32>, ptr %1395, align 4, !tbaa !4
+  %1397 = lshr <32 x i32> %1396, splat (i32 16)
+  %1398 = and <32 x i32> %1397, splat (i32 1)
+  %1399 = add <32 x i32> %1396, splat (i32 32767)
+  %1400 = add <32 x i32> %1399, %1398
+  %1401 = and <32 x i32> %1400, splat (i32 -65536)
+  %1402 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1394
+  store <32 x i32> %1401, ptr %1402, align 4, !tbaa !4
+  %indvars.iv.next1132.3.i.3 = add nuw nsw i64 %indvars.iv1131.3.i, 4
   %niter147.next.3 = add i64 %niter147, 4
   %niter147.ncmp.3 = icmp eq i64 %niter147.next.3, %unroll_iter146
   br i1 %niter147.ncmp.3, label %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to72.3.i, !prof !27, !llvm.loop !55
@@ -3895,25 +3883,25 @@ for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to
   br i1 %lcmp.mod144.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil.preheader, !prof !30
 
 for_body_to72.3.i.epil.preheader:                 ; preds = %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to72.3.i.preheader
-  %indvars.iv1132.3.i.epil.init = phi i64 [ 0, %for_body_to72.3.i.preheader ], [ %indvars.iv.next1133.3.i.3, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa ]
+  %indvars.iv1131.3.i.epil.init = phi i64 [ 0, %for_body_to72.3.i.preheader ], [ %indvars.iv.next1132.3.i.3, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod145)
   br label %for_body_to72.3.i.epil
 
 for_body_to72.3.i.epil:                           ; preds = %for_body_to72.3.i.epil, %for_body_to72.3.i.epil.preheader
-  %indvars.iv1132.3.i.epil = phi i64 [ %indvars.iv.next1133.3.i.epil, %for_body_to72.3.i.epil ], [ %indvars.iv1132.3.i.epil.init, %for_body_to72.3.i.epil.preheader ]
+  %indvars.iv1131.3.i.epil = phi i64 [ %indvars.iv.next1132.3.i.epil, %for_body_to72.3.i.epil ], [ %indvars.iv1131.3.i.epil.init, %for_body_to72.3.i.epil.preheader ]
   %epil.iter143 = phi i64 [ %epil.iter143.next, %for_body_to72.3.i.epil ], [ 0, %for_body_to72.3.i.epil.preheader ]
-  %1415 = shl nsw i64 %indvars.iv1132.3.i.epil, 5
-  %1416 = add nuw nsw i64 %1415, 384
-  %1417 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1416
-  %1418 = load <32 x i32>, ptr %1417, align 4, !tbaa !4
-  %1419 = lshr <32 x i32> %1418, splat (i32 16)
-  %1420 = and <32 x i32> %1419, splat (i32 1)
-  %1421 = add <32 x i32> %1418, splat (i32 32767)
-  %1422 = add <32 x i32> %1421, %1420
-  %1423 = and <32 x i32> %1422, splat (i32 -65536)
-  %1424 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1416
-  store <32 x i32> %1423, ptr %1424, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.epil = add nuw nsw i64 %indvars.iv1132.3.i.epil, 1
+  %1403 = shl nsw i64 %indvars.iv1131.3.i.epil, 5
+  %1404 = add nuw nsw i64 %1403, 384
+  %1405 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1404
+  %1406 = load <32 x i32>, ptr %1405, align 4, !tbaa !4
+  %1407 = lshr <32 x i32> %1406, splat (i32 16)
+  %1408 = and <32 x i32> %1407, splat (i32 1)
+  %1409 = add <32 x i32> %1406, splat (i32 32767)
+  %1410 = add <32 x i32> %1409, %1408
+  %1411 = and <32 x i32> %1410, splat (i32 -65536)
+  %1412 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1404
+  store <32 x i32> %1411, ptr %1412, align 4, !tbaa !4
+  %indvars.iv.next1132.3.i.epil = add nuw nsw i64 %indvars.iv1131.3.i.epil, 1
   %epil.iter143.next = add i64 %epil.iter143, 1
   %epil.iter143.cmp.not = icmp eq i64 %epil.iter143.next, %xtraiter142
   br i1 %epil.iter143.cmp.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil, !prof !31, !llvm.loop !56
@@ -3922,58 +3910,58 @@ for_begin_ax181.preheader.i.preheader:            ; preds = %for_body_to72.3.i.e
   br label %for_begin_ax181.preheader.i
 
 for_begin_ax181.preheader.i:                      ; preds = %for_end_ax183.i, %for_begin_ax181.preheader.i.preheader
-  %indvars.iv1147.i = phi i64 [ %indvars.iv.next1148.i, %for_end_ax183.i ], [ 0, %for_begin_ax181.preheader.i.preheader ]
+  %indvars.iv1146.i = phi i64 [ %indvars.iv.next1147.i, %for_end_ax183.i ], [ 0, %for_begin_ax181.preheader.i.preheader ]
   br i1 %586, label %for_body_ax182.lr.ph.i, label %for_end_ax183.i, !prof !3
 
 for_body_ax182.lr.ph.i:                           ; preds = %for_begin_ax181.preheader.i
-  %.idx1301.i = shl nuw nsw i64 %indvars.iv1147.i, 9
-  %invariant.gep1337.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i
+  %.idx1300.i = shl nuw nsw i64 %indvars.iv1146.i, 9
+  %invariant.gep1336.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1300.i
   br i1 %607, label %for_body_ax182.i.epil.preheader, label %for_body_ax182.i, !prof !41
 
 for_body_ax182.i:                                 ; preds = %for_body_ax182.i, %for_body_ax182.lr.ph.i
-  %indvars.iv1142.i = phi i64 [ %indvars.iv.next1143.i.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %tile_sum.rf_global248.sroa.0.0893.i = phi <32 x float> [ %1447, %for_body_ax182.i ], [ zeroinitializer, %for_body_ax182.lr.ph.i ]
+  %indvars.iv1141.i = phi i64 [ %indvars.iv.next1142.i.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
+  %tile_sum.rf_global247.sroa.0.0892.i = phi <32 x float> [ %1435, %for_body_ax182.i ], [ zeroinitializer, %for_body_ax182.lr.ph.i ]
   %niter154 = phi i64 [ %niter154.next.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %.idx1300.i = shl nsw i64 %indvars.iv1142.i, 7
-  %gep1338.i = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i
-  %1425 = load <32 x float>, ptr %gep1338.i, align 4, !tbaa !4
-  %1426 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i, %1425
-  %indvars.iv.next1143.i = shl i64 %indvars.iv1142.i, 7
-  %1427 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i
-  %gep1338.i.1 = getelementptr inbounds nuw i8, ptr %1427, i64 128
-  %1428 = load <32 x float>, ptr %gep1338.i.1, align 4, !tbaa !4
+  %.idx1299.i = shl nsw i64 %indvars.iv1141.i, 7
+  %gep1337.i = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %.idx1299.i
+  %1413 = load <32 x float>, ptr %gep1337.i, align 4, !tbaa !4
+  %1414 = fadd <32 x float> %tile_sum.rf_global247.sroa.0.0892.i, %1413
+  %indvars.iv.next1142.i = shl i64 %indvars.iv1141.i, 7
+  %1415 = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %indvars.iv.next1142.i
+  %gep1337.i.1 = getelementptr inbounds nuw i8, ptr %1415, i64 128
+  %1416 = load <32 x float>, ptr %gep1337.i.1, align 4, !tbaa !4
+  %1417 = fadd <32 x float> %1414, %1416
+  %indvars.iv.next1142.i.1 = shl i64 %indvars.iv1141.i, 7
+  %1418 = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %indvars.iv.next1142.i.1
+  %gep1337.i.2 = getelementptr inbounds nuw i8, ptr %1418, i64 256
+  %1419 = load <32 x float>, ptr %gep1337.i.2, align 4, !tbaa !4
+  %1420 = fadd <32 x float> %1417, %1419
+  %indvars.iv.next1142.i.2 = shl i64 %indvars.iv1141.i, 7
+  %1421 = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %indvars.iv.next1142.i.2
+  %gep1337.i.3 = getelementptr inbounds nuw i8, ptr %1421, i64 384
+  %1422 = load <32 x float>, ptr %gep1337.i.3, align 4, !tbaa !4
+  %1423 = fadd <32 x float> %1420, %1422
+  %indvars.iv.next1142.i.3 = shl i64 %indvars.iv1141.i, 7
+  %1424 = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %indvars.iv.next1142.i.3
+  %gep1337.i.4 = getelementptr inbounds nuw i8, ptr %1424, i64 512
+  %1425 = load <32 x float>, ptr %gep1337.i.4, align 4, !tbaa !4
+  %1426 = fadd <32 x float> %1423, %1425
+  %indvars.iv.next1142.i.4 = shl i64 %indvars.iv1141.i, 7
+  %1427 = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %indvars.iv.next1142.i.4
+  %gep1337.i.5 = getelementptr inbounds nuw i8, ptr %1427, i64 640
+  %1428 = load <32 x float>, ptr %gep1337.i.5, align 4, !tbaa !4
   %1429 = fadd <32 x float> %1426, %1428
-  %indvars.iv.next1143.i.1 = shl i64 %indvars.iv1142.i, 7
-  %1430 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.1
-  %gep1338.i.2 = getelementptr inbounds nuw i8, ptr %1430, i64 256
-  %1431 = load <32 x float>, ptr %gep1338.i.2, align 4, !tbaa !4
+  %indvars.iv.next1142.i.5 = shl i64 %indvars.iv1141.i, 7
+  %1430 = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %indvars.iv.next1142.i.5
+  %gep1337.i.6 = getelementptr inbounds nuw i8, ptr %1430, i64 768
+  %1431 = load <32 x float>, ptr %gep1337.i.6, align 4, !tbaa !4
   %1432 = fadd <32 x float> %1429, %1431
-  %indvars.iv.next1143.i.2 = shl i64 %indvars.iv1142.i, 7
-  %1433 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.2
-  %gep1338.i.3 = getelementptr inbounds nuw i8, ptr %1433, i64 384
-  %1434 = load <32 x float>, ptr %gep1338.i.3, align 4, !tbaa !4
+  %indvars.iv.next1142.i.6 = shl i64 %indvars.iv1141.i, 7
+  %1433 = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %indvars.iv.next1142.i.6
+  %gep1337.i.7 = getelementptr inbounds nuw i8, ptr %1433, i64 896
+  %1434 = load <32 x float>, ptr %gep1337.i.7, align 4, !tbaa !4
   %1435 = fadd <32 x float> %1432, %1434
-  %indvars.iv.next1143.i.3 = shl i64 %indvars.iv1142.i, 7
-  %1436 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.3
-  %gep1338.i.4 = getelementptr inbounds nuw i8, ptr %1436, i64 512
-  %1437 = load <32 x float>, ptr %gep1338.i.4, align 4, !tbaa !4
-  %1438 = fadd <32 x float> %1435, %1437
-  %indvars.iv.next1143.i.4 = shl i64 %indvars.iv1142.i, 7
-  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.4
-  %gep1338.i.5 = getelementptr inbounds nuw i8, ptr %1439, i64 640
-  %1440 = load <32 x float>, ptr %gep1338.i.5, align 4, !tbaa !4
-  %1441 = fadd <32 x float> %1438, %1440
-  %indvars.iv.next1143.i.5 = shl i64 %indvars.iv1142.i, 7
-  %1442 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.5
-  %gep1338.i.6 = getelementptr inbounds nuw i8, ptr %1442, i64 768
-  %1443 = load <32 x float>, ptr %gep1338.i.6, align 4, !tbaa !4
-  %1444 = fadd <32 x float> %1441, %1443
-  %indvars.iv.next1143.i.6 = shl i64 %indvars.iv1142.i, 7
-  %1445 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.6
-  %gep1338.i.7 = getelementptr inbounds nuw i8, ptr %1445, i64 896
-  %1446 = load <32 x float>, ptr %gep1338.i.7, align 4, !tbaa !4
-  %1447 = fadd <32 x float> %1444, %1446
-  %indvars.iv.next1143.i.7 = add nuw nsw i64 %indvars.iv1142.i, 8
+  %indvars.iv.next1142.i.7 = add nuw nsw i64 %indvars.iv1141.i, 8
   %niter154.next.7 = add i64 %niter154, 8
   %niter154.ncmp.7 = icmp eq i64 %niter154.next.7, %unroll_iter153
   br i1 %niter154.ncmp.7, label %for_end_ax183.i.loopexit.unr-lcssa, label %for_body_ax182.i, !prof !42, !llvm.loop !57
@@ -3982,95 +3970,95 @@ for_end_ax183.i.loopexit.unr-lcssa:               ; preds = %for_body_ax182.i
   br i1 %lcmp.mod150.not, label %for_end_ax183.i, label %for_body_ax182.i.epil.preheader, !prof !45
 
 for_body_ax182.i.epil.preheader:                  ; preds = %for_end_ax183.i.loopexit.unr-lcssa, %for_body_ax182.lr.ph.i
-  %indvars.iv1142.i.epil.init = phi i64 [ 0, %for_body_ax182.lr.ph.i ], [ %indvars.iv.next1143.i.7, %for_end_ax183.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global248.sroa.0.0893.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax182.lr.ph.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ]
+  %indvars.iv1141.i.epil.init = phi i64 [ 0, %for_body_ax182.lr.ph.i ], [ %indvars.iv.next1142.i.7, %for_end_ax183.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global247.sroa.0.0892.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax182.lr.ph.i ], [ %1435, %for_end_ax183.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod152)
   br label %for_body_ax182.i.epil
 
 for_body_ax182.i.epil:                            ; preds = %for_body_ax182.i.epil, %for_body_ax182.i.epil.preheader
-  %indvars.iv1142.i.epil = phi i64 [ %indvars.iv1142.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %indvars.iv.next1143.i.epil, %for_body_ax182.i.epil ]
-  %tile_sum.rf_global248.sroa.0.0893.i.epil = phi <32 x float> [ %tile_sum.rf_global248.sroa.0.0893.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %1449, %for_body_ax182.i.epil ]
+  %indvars.iv1141.i.epil = phi i64 [ %indvars.iv1141.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %indvars.iv.next1142.i.epil, %for_body_ax182.i.epil ]
+  %tile_sum.rf_global247.sroa.0.0892.i.epil = phi <32 x float> [ %tile_sum.rf_global247.sroa.0.0892.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %1437, %for_body_ax182.i.epil ]
   %epil.iter149 = phi i64 [ 0, %for_body_ax182.i.epil.preheader ], [ %epil.iter149.next, %for_body_ax182.i.epil ]
-  %.idx1300.i.epil = shl nsw i64 %indvars.iv1142.i.epil, 7
-  %gep1338.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i.epil
-  %1448 = load <32 x float>, ptr %gep1338.i.epil, align 4, !tbaa !4
-  %1449 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i.epil, %1448
-  %indvars.iv.next1143.i.epil = add nuw nsw i64 %indvars.iv1142.i.epil, 1
+  %.idx1299.i.epil = shl nsw i64 %indvars.iv1141.i.epil, 7
+  %gep1337.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1336.i, i64 %.idx1299.i.epil
+  %1436 = load <32 x float>, ptr %gep1337.i.epil, align 4, !tbaa !4
+  %1437 = fadd <32 x float> %tile_sum.rf_global247.sroa.0.0892.i.epil, %1436
+  %indvars.iv.next1142.i.epil = add nuw nsw i64 %indvars.iv1141.i.epil, 1
   %epil.iter149.next = add i64 %epil.iter149, 1
   %epil.iter149.cmp.not = icmp eq i64 %epil.iter149.next, %xtraiter148
   br i1 %epil.iter149.cmp.not, label %for_end_ax183.i, label %for_body_ax182.i.epil, !prof !30, !llvm.loop !58
 
 for_end_ax183.i:                                  ; preds = %for_body_ax182.i.epil, %for_end_ax183.i.loopexit.unr-lcssa, %for_begin_ax181.preheader.i
-  %tile_sum.rf_global248.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax181.preheader.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ], [ %1449, %for_body_ax182.i.epil ]
-  %1450 = getelementptr inbounds nuw float, ptr %tile_sum254.i, i64 %indvars.iv1147.i
-  %tile_sum.rf249.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 0
-  %1451 = fadd float %tile_sum.rf249.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf249.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 1
-  %1452 = fadd float %tile_sum.rf249.sroa.0.4.vec.extract.i, %1451
-  %tile_sum.rf249.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 2
-  %1453 = fadd float %tile_sum.rf249.sroa.0.8.vec.extract.i, %1452
-  %tile_sum.rf249.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 3
-  %1454 = fadd float %tile_sum.rf249.sroa.0.12.vec.extract.i, %1453
-  %tile_sum.rf249.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 4
-  %1455 = fadd float %tile_sum.rf249.sroa.0.16.vec.extract.i, %1454
-  %tile_sum.rf249.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 5
-  %1456 = fadd float %tile_sum.rf249.sroa.0.20.vec.extract.i, %1455
-  %tile_sum.rf249.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 6
-  %1457 = fadd float %tile_sum.rf249.sroa.0.24.vec.extract.i, %1456
-  %tile_sum.rf249.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 7
-  %1458 = fadd float %tile_sum.rf249.sroa.0.28.vec.extract.i, %1457
-  %tile_sum.rf249.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 8
-  %1459 = fadd float %tile_sum.rf249.sroa.0.32.vec.extract.i, %1458
-  %tile_sum.rf249.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 9
-  %1460 = fadd float %tile_sum.rf249.sroa.0.36.vec.extract.i, %1459
-  %tile_sum.rf249.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 10
-  %1461 = fadd float %tile_sum.rf249.sroa.0.40.vec.extract.i, %1460
-  %tile_sum.rf249.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 11
-  %1462 = fadd float %tile_sum.rf249.sroa.0.44.vec.extract.i, %1461
-  %tile_sum.rf249.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 12
-  %1463 = fadd float %tile_sum.rf249.sroa.0.48.vec.extract.i, %1462
-  %tile_sum.rf249.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 13
-  %1464 = fadd float %tile_sum.rf249.sroa.0.52.vec.extract.i, %1463
-  %tile_sum.rf249.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 14
-  %1465 = fadd float %tile_sum.rf249.sroa.0.56.vec.extract.i, %1464
-  %tile_sum.rf249.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 15
-  %1466 = fadd float %tile_sum.rf249.sroa.0.60.vec.extract.i, %1465
-  %tile_sum.rf249.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 16
-  %1467 = fadd float %tile_sum.rf249.sroa.0.64.vec.extract.i, %1466
-  %tile_sum.rf249.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 17
-  %1468 = fadd float %tile_sum.rf249.sroa.0.68.vec.extract.i, %1467
-  %tile_sum.rf249.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 18
-  %1469 = fadd float %tile_sum.rf249.sroa.0.72.vec.extract.i, %1468
-  %tile_sum.rf249.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 19
-  %1470 = fadd float %tile_sum.rf249.sroa.0.76.vec.extract.i, %1469
-  %tile_sum.rf249.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 20
-  %1471 = fadd float %tile_sum.rf249.sroa.0.80.vec.extract.i, %1470
-  %tile_sum.rf249.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 21
-  %1472 = fadd float %tile_sum.rf249.sroa.0.84.vec.extract.i, %1471
-  %tile_sum.rf249.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 22
-  %1473 = fadd float %tile_sum.rf249.sroa.0.88.vec.extract.i, %1472
-  %tile_sum.rf249.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 23
-  %1474 = fadd float %tile_sum.rf249.sroa.0.92.vec.extract.i, %1473
-  %tile_sum.rf249.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 24
-  %1475 = fadd float %tile_sum.rf249.sroa.0.96.vec.extract.i, %1474
-  %tile_sum.rf249.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 25
-  %1476 = fadd float %tile_sum.rf249.sroa.0.100.vec.extract.i, %1475
-  %tile_sum.rf249.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 26
-  %1477 = fadd float %tile_sum.rf249.sroa.0.104.vec.extract.i, %1476
-  %tile_sum.rf249.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 27
-  %1478 = fadd float %tile_sum.rf249.sroa.0.108.vec.extract.i, %1477
-  %tile_sum.rf249.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 28
-  %1479 = fadd float %tile_sum.rf249.sroa.0.112.vec.extract.i, %1478
-  %tile_sum.rf249.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 29
-  %1480 = fadd float %tile_sum.rf249.sroa.0.116.vec.extract.i, %1479
-  %tile_sum.rf249.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 30
-  %1481 = fadd float %tile_sum.rf249.sroa.0.120.vec.extract.i, %1480
-  %tile_sum.rf249.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 31
-  %1482 = fadd float %tile_sum.rf249.sroa.0.124.vec.extract.i, %1481
-  store float %1482, ptr %1450, align 4, !tbaa !59
-  %indvars.iv.next1148.i = add nuw nsw i64 %indvars.iv1147.i, 1
-  %exitcond1150.not.i = icmp eq i64 %indvars.iv.next1148.i, 4
-  br i1 %exitcond1150.not.i, label %for_begin_to91.preheader.preheader.i, label %for_begin_ax181.preheader.i, !prof !21
+  %tile_sum.rf_global247.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax181.preheader.i ], [ %1435, %for_end_ax183.i.loopexit.unr-lcssa ], [ %1437, %for_body_ax182.i.epil ]
+  %1438 = getelementptr inbounds nuw float, ptr %tile_sum253.i, i64 %indvars.iv1146.i
+  %tile_sum.rf248.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 0
+  %1439 = fadd float %tile_sum.rf248.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf248.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 1
+  %1440 = fadd float %tile_sum.rf248.sroa.0.4.vec.extract.i, %1439
+  %tile_sum.rf248.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 2
+  %1441 = fadd float %tile_sum.rf248.sroa.0.8.vec.extract.i, %1440
+  %tile_sum.rf248.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 3
+  %1442 = fadd float %tile_sum.rf248.sroa.0.12.vec.extract.i, %1441
+  %tile_sum.rf248.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 4
+  %1443 = fadd float %tile_sum.rf248.sroa.0.16.vec.extract.i, %1442
+  %tile_sum.rf248.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 5
+  %1444 = fadd float %tile_sum.rf248.sroa.0.20.vec.extract.i, %1443
+  %tile_sum.rf248.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 6
+  %1445 = fadd float %tile_sum.rf248.sroa.0.24.vec.extract.i, %1444
+  %tile_sum.rf248.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 7
+  %1446 = fadd float %tile_sum.rf248.sroa.0.28.vec.extract.i, %1445
+  %tile_sum.rf248.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 8
+  %1447 = fadd float %tile_sum.rf248.sroa.0.32.vec.extract.i, %1446
+  %tile_sum.rf248.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 9
+  %1448 = fadd float %tile_sum.rf248.sroa.0.36.vec.extract.i, %1447
+  %tile_sum.rf248.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 10
+  %1449 = fadd float %tile_sum.rf248.sroa.0.40.vec.extract.i, %1448
+  %tile_sum.rf248.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 11
+  %1450 = fadd float %tile_sum.rf248.sroa.0.44.vec.extract.i, %1449
+  %tile_sum.rf248.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 12
+  %1451 = fadd float %tile_sum.rf248.sroa.0.48.vec.extract.i, %1450
+  %tile_sum.rf248.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 13
+  %1452 = fadd float %tile_sum.rf248.sroa.0.52.vec.extract.i, %1451
+  %tile_sum.rf248.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 14
+  %1453 = fadd float %tile_sum.rf248.sroa.0.56.vec.extract.i, %1452
+  %tile_sum.rf248.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 15
+  %1454 = fadd float %tile_sum.rf248.sroa.0.60.vec.extract.i, %1453
+  %tile_sum.rf248.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 16
+  %1455 = fadd float %tile_sum.rf248.sroa.0.64.vec.extract.i, %1454
+  %tile_sum.rf248.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 17
+  %1456 = fadd float %tile_sum.rf248.sroa.0.68.vec.extract.i, %1455
+  %tile_sum.rf248.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 18
+  %1457 = fadd float %tile_sum.rf248.sroa.0.72.vec.extract.i, %1456
+  %tile_sum.rf248.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 19
+  %1458 = fadd float %tile_sum.rf248.sroa.0.76.vec.extract.i, %1457
+  %tile_sum.rf248.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 20
+  %1459 = fadd float %tile_sum.rf248.sroa.0.80.vec.extract.i, %1458
+  %tile_sum.rf248.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 21
+  %1460 = fadd float %tile_sum.rf248.sroa.0.84.vec.extract.i, %1459
+  %tile_sum.rf248.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 22
+  %1461 = fadd float %tile_sum.rf248.sroa.0.88.vec.extract.i, %1460
+  %tile_sum.rf248.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 23
+  %1462 = fadd float %tile_sum.rf248.sroa.0.92.vec.extract.i, %1461
+  %tile_sum.rf248.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 24
+  %1463 = fadd float %tile_sum.rf248.sroa.0.96.vec.extract.i, %1462
+  %tile_sum.rf248.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 25
+  %1464 = fadd float %tile_sum.rf248.sroa.0.100.vec.extract.i, %1463
+  %tile_sum.rf248.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 26
+  %1465 = fadd float %tile_sum.rf248.sroa.0.104.vec.extract.i, %1464
+  %tile_sum.rf248.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 27
+  %1466 = fadd float %tile_sum.rf248.sroa.0.108.vec.extract.i, %1465
+  %tile_sum.rf248.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 28
+  %1467 = fadd float %tile_sum.rf248.sroa.0.112.vec.extract.i, %1466
+  %tile_sum.rf248.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 29
+  %1468 = fadd float %tile_sum.rf248.sroa.0.116.vec.extract.i, %1467
+  %tile_sum.rf248.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 30
+  %1469 = fadd float %tile_sum.rf248.sroa.0.120.vec.extract.i, %1468
+  %tile_sum.rf248.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global247.sroa.0.0.lcssa.i, i64 31
+  %1470 = fadd float %tile_sum.rf248.sroa.0.124.vec.extract.i, %1469
+  store float %1470, ptr %1438, align 4, !tbaa !59
+  %indvars.iv.next1147.i = add nuw nsw i64 %indvars.iv1146.i, 1
+  %exitcond1149.not.i = icmp eq i64 %indvars.iv.next1147.i, 4
+  br i1 %exitcond1149.not.i, label %for_begin_to91.preheader.preheader.i, label %for_begin_ax181.preheader.i, !prof !21
 
 for_begin_to91.preheader.preheader.i:             ; preds = %for_end_ax183.i
   br i1 %586, label %for_body_to92.i.preheader, label %for_end_to93.3.i, !prof !3
@@ -4079,65 +4067,65 @@ for_body_to92.i.preheader:                        ; preds = %for_begin_to91.preh
   br i1 %608, label %for_body_to92.i.epil.preheader, label %for_body_to92.i, !prof !26
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_to93.3.i
-  %invariant.gep981.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1483 = mul nsw i64 %ahead_head.i, %v_head
+  %invariant.gep980.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
+  %1471 = mul nsw i64 %ahead_head.i, %v_head
   br label %for_begin_to99.preheader.i
 
 for_body_to92.i:                                  ; preds = %for_body_to92.i, %for_body_to92.i.preheader
-  %indvars.iv1151.i = phi i64 [ %indvars.iv.next1152.i.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
+  %indvars.iv1150.i = phi i64 [ %indvars.iv.next1151.i.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
   %niter160 = phi i64 [ %niter160.next.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
-  %.idx1302.i = shl nsw i64 %indvars.iv1151.i, 7
-  %1484 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i
-  %1485 = load <32 x float>, ptr %1484, align 4, !tbaa !4
-  %1486 = bitcast <32 x float> %1485 to <32 x i32>
-  %1487 = shufflevector <32 x i32> %1486, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1488 = lshr <16 x i32> %1487, splat (i32 16)
-  %1489 = bitcast <32 x float> %1485 to <32 x i32>
-  %1490 = shufflevector <32 x i32> %1489, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1491 = or <16 x i32> %1488, %1490
-  %.idx1303.i = shl nsw i64 %indvars.iv1151.i, 6
-  %1492 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i
-  store <16 x i32> %1491, ptr %1492, align 4, !tbaa !4
-  %indvars.iv.next1152.i = or disjoint i64 %indvars.iv1151.i, 1
-  %.idx1302.i.1 = shl nsw i64 %indvars.iv.next1152.i, 7
-  %1493 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.1
-  %1494 = load <32 x float>, ptr %1493, align 4, !tbaa !4
-  %1495 = bitcast <32 x float> %1494 to <32 x i32>
-  %1496 = shufflevector <32 x i32> %1495, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1497 = lshr <16 x i32> %1496, splat (i32 16)
-  %1498 = bitcast <32 x float> %1494 to <32 x i32>
-  %1499 = shufflevector <32 x i32> %1498, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1500 = or <16 x i32> %1497, %1499
-  %.idx1303.i.1 = shl nsw i64 %indvars.iv.next1152.i, 6
-  %1501 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.1
-  store <16 x i32> %1500, ptr %1501, align 4, !tbaa !4
-  %indvars.iv.next1152.i.1 = or disjoint i64 %indvars.iv1151.i, 2
-  %.idx1302.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 7
-  %1502 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.2
-  %1503 = load <32 x float>, ptr %1502, align 4, !tbaa !4
-  %1504 = bitcast <32 x float> %1503 to <32 x i32>
-  %1505 = shufflevector <32 x i32> %1504, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1506 = lshr <16 x i32> %1505, splat (i32 16)
-  %1507 = bitcast <32 x float> %1503 to <32 x i32>
-  %1508 = shufflevector <32 x i32> %1507, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1509 = or <16 x i32> %1506, %1508
-  %.idx1303.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 6
-  %1510 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.2
-  store <16 x i32> %1509, ptr %1510, align 4, !tbaa !4
-  %indvars.iv.next1152.i.2 = or disjoint i64 %indvars.iv1151.i, 3
-  %.idx1302.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 7
-  %1511 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.3
-  %1512 = load <32 x float>, ptr %1511, align 4, !tbaa !4
-  %1513 = bitcast <32 x float> %1512 to <32 x i32>
-  %1514 = shufflevector <32 x i32> %1513, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1515 = lshr <16 x i32> %1514, splat (i32 16)
-  %1516 = bitcast <32 x float> %1512 to <32 x i32>
-  %1517 = shufflevector <32 x i32> %1516, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1518 = or <16 x i32> %1515, %1517
-  %.idx1303.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 6
-  %1519 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.3
-  store <16 x i32> %1518, ptr %1519, align 4, !tbaa !4
-  %indvars.iv.next1152.i.3 = add nuw nsw i64 %indvars.iv1151.i, 4
+  %.idx1301.i = shl nsw i64 %indvars.iv1150.i, 7
+  %1472 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i
+  %1473 = load <32 x float>, ptr %1472, align 4, !tbaa !4
+  %1474 = bitcast <32 x float> %1473 to <32 x i32>
+  %1475 = shufflevector <32 x i32> %1474, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1476 = lshr <16 x i32> %1475, splat (i32 16)
+  %1477 = bitcast <32 x float> %1473 to <32 x i32>
+  %1478 = shufflevector <32 x i32> %1477, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1479 = or <16 x i32> %1476, %1478
+  %.idx1302.i = shl nsw i64 %indvars.iv1150.i, 6
+  %1480 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1302.i
+  store <16 x i32> %1479, ptr %1480, align 4, !tbaa !4
+  %indvars.iv.next1151.i = or disjoint i64 %indvars.iv1150.i, 1
+  %.idx1301.i.1 = shl nsw i64 %indvars.iv.next1151.i, 7
+  %1481 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i.1
+  %1482 = load <32 x float>, ptr %1481, align 4, !tbaa !4
+  %1483 = bitcast <32 x float> %1482 to <32 x i32>
+  %1484 = shufflevector <32 x i32> %1483, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1485 = lshr <16 x i32> %1484, splat (i32 16)
+  %1486 = bitcast <32 x float> %1482 to <32 x i32>
+  %1487 = shufflevector <32 x i32> %1486, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1488 = or <16 x i32> %1485, %1487
+  %.idx1302.i.1 = shl nsw i64 %indvars.iv.next1151.i, 6
+  %1489 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1302.i.1
+  store <16 x i32> %1488, ptr %1489, align 4, !tbaa !4
+  %indvars.iv.next1151.i.1 = or disjoint i64 %indvars.iv1150.i, 2
+  %.idx1301.i.2 = shl nsw i64 %indvars.iv.next1151.i.1, 7
+  %1490 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i.2
+  %1491 = load <32 x float>, ptr %1490, align 4, !tbaa !4
+  %1492 = bitcast <32 x float> %1491 to <32 x i32>
+  %1493 = shufflevector <32 x i32> %1492, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1494 = lshr <16 x i32> %1493, splat (i32 16)
+  %1495 = bitcast <32 x float> %1491 to <32 x i32>
+  %1496 = shufflevector <32 x i32> %1495, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1497 = or <16 x i32> %1494, %1496
+  %.idx1302.i.2 = shl nsw i64 %indvars.iv.next1151.i.1, 6
+  %1498 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1302.i.2
+  store <16 x i32> %1497, ptr %1498, align 4, !tbaa !4
+  %indvars.iv.next1151.i.2 = or disjoint i64 %indvars.iv1150.i, 3
+  %.idx1301.i.3 = shl nsw i64 %indvars.iv.next1151.i.2, 7
+  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i.3
+  %1500 = load <32 x float>, ptr %1499, align 4, !tbaa !4
+  %1501 = bitcast <32 x float> %1500 to <32 x i32>
+  %1502 = shufflevector <32 x i32> %1501, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1503 = lshr <16 x i32> %1502, splat (i32 16)
+  %1504 = bitcast <32 x float> %1500 to <32 x i32>
+  %1505 = shufflevector <32 x i32> %1504, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1506 = or <16 x i32> %1503, %1505
+  %.idx1302.i.3 = shl nsw i64 %indvars.iv.next1151.i.2, 6
+  %1507 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1302.i.3
+  store <16 x i32> %1506, ptr %1507, align 4, !tbaa !4
+  %indvars.iv.next1151.i.3 = add nuw nsw i64 %indvars.iv1150.i, 4
   %niter160.next.3 = add i64 %niter160, 4
   %niter160.ncmp.3 = icmp eq i64 %niter160.next.3, %unroll_iter159
   br i1 %niter160.ncmp.3, label %for_body_to92.1.i.preheader.unr-lcssa, label %for_body_to92.i, !prof !27, !llvm.loop !61
@@ -4146,26 +4134,26 @@ for_body_to92.1.i.preheader.unr-lcssa:            ; preds = %for_body_to92.i
   br i1 %lcmp.mod157.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil.preheader, !prof !30
 
 for_body_to92.i.epil.preheader:                   ; preds = %for_body_to92.1.i.preheader.unr-lcssa, %for_body_to92.i.preheader
-  %indvars.iv1151.i.epil.init = phi i64 [ 0, %for_body_to92.i.preheader ], [ %indvars.iv.next1152.i.3, %for_body_to92.1.i.preheader.unr-lcssa ]
+  %indvars.iv1150.i.epil.init = phi i64 [ 0, %for_body_to92.i.preheader ], [ %indvars.iv.next1151.i.3, %for_body_to92.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod158)
   br label %for_body_to92.i.epil
 
 for_body_to92.i.epil:                             ; preds = %for_body_to92.i.epil, %for_body_to92.i.epil.preheader
-  %indvars.iv1151.i.epil = phi i64 [ %indvars.iv.next1152.i.epil, %for_body_to92.i.epil ], [ %indvars.iv1151.i.epil.init, %for_body_to92.i.epil.preheader ]
+  %indvars.iv1150.i.epil = phi i64 [ %indvars.iv.next1151.i.epil, %for_body_to92.i.epil ], [ %indvars.iv1150.i.epil.init, %for_body_to92.i.epil.preheader ]
   %epil.iter156 = phi i64 [ %epil.iter156.next, %for_body_to92.i.epil ], [ 0, %for_body_to92.i.epil.preheader ]
-  %.idx1302.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 7
-  %1520 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.epil
-  %1521 = load <32 x float>, ptr %1520, align 4, !tbaa !4
-  %1522 = bitcast <32 x float> %1521 to <32 x i32>
-  %1523 = shufflevector <32 x i32> %1522, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1524 = lshr <16 x i32> %1523, splat (i32 16)
-  %1525 = bitcast <32 x float> %1521 to <32 x i32>
-  %1526 = shufflevector <32 x i32> %1525, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1527 = or <16 x i32> %1524, %1526
-  %.idx1303.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 6
-  %1528 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.epil
-  store <16 x i32> %1527, ptr %1528, align 4, !tbaa !4
-  %indvars.iv.next1152.i.epil = add nuw nsw i64 %indvars.iv1151.i.epil, 1
+  %.idx1301.i.epil = shl nsw i64 %indvars.iv1150.i.epil, 7
+  %1508 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i.epil
+  %1509 = load <32 x float>, ptr %1508, align 4, !tbaa !4
+  %1510 = bitcast <32 x float> %1509 to <32 x i32>
+  %1511 = shufflevector <32 x i32> %1510, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1512 = lshr <16 x i32> %1511, splat (i32 16)
+  %1513 = bitcast <32 x float> %1509 to <32 x i32>
+  %1514 = shufflevector <32 x i32> %1513, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1515 = or <16 x i32> %1512, %1514
+  %.idx1302.i.epil = shl nsw i64 %indvars.iv1150.i.epil, 6
+  %1516 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1302.i.epil
+  store <16 x i32> %1515, ptr %1516, align 4, !tbaa !4
+  %indvars.iv.next1151.i.epil = add nuw nsw i64 %indvars.iv1150.i.epil, 1
   %epil.iter156.next = add i64 %epil.iter156, 1
   %epil.iter156.cmp.not = icmp eq i64 %epil.iter156.next, %xtraiter155
   br i1 %epil.iter156.cmp.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil, !prof !31, !llvm.loop !62
@@ -4174,68 +4162,68 @@ for_body_to92.1.i.preheader:                      ; preds = %for_body_to92.i.epi
   br i1 %609, label %for_body_to92.1.i.epil.preheader, label %for_body_to92.1.i, !prof !26
 
 for_body_to92.1.i:                                ; preds = %for_body_to92.1.i, %for_body_to92.1.i.preheader
-  %indvars.iv1151.1.i = phi i64 [ %indvars.iv.next1152.1.i.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
+  %indvars.iv1150.1.i = phi i64 [ %indvars.iv.next1151.1.i.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
   %niter166 = phi i64 [ %niter166.next.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
-  %.idx1304.i = shl nsw i64 %indvars.iv1151.1.i, 7
-  %1529 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i
-  %1530 = getelementptr inbounds nuw i8, ptr %1529, i64 512
-  %1531 = load <32 x float>, ptr %1530, align 4, !tbaa !4
-  %1532 = bitcast <32 x float> %1531 to <32 x i32>
-  %1533 = shufflevector <32 x i32> %1532, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1534 = lshr <16 x i32> %1533, splat (i32 16)
-  %1535 = bitcast <32 x float> %1531 to <32 x i32>
-  %1536 = shufflevector <32 x i32> %1535, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1537 = or <16 x i32> %1534, %1536
-  %.idx1305.i = shl nsw i64 %indvars.iv1151.1.i, 6
-  %1538 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i
-  %1539 = getelementptr inbounds nuw i8, ptr %1538, i64 256
-  store <16 x i32> %1537, ptr %1539, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i = or disjoint i64 %indvars.iv1151.1.i, 1
-  %.idx1304.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 7
-  %1540 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.1
-  %1541 = getelementptr inbounds nuw i8, ptr %1540, i64 512
-  %1542 = load <32 x float>, ptr %1541, align 4, !tbaa !4
-  %1543 = bitcast <32 x float> %1542 to <32 x i32>
-  %1544 = shufflevector <32 x i32> %1543, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1545 = lshr <16 x i32> %1544, splat (i32 16)
-  %1546 = bitcast <32 x float> %1542 to <32 x i32>
-  %1547 = shufflevector <32 x i32> %1546, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1548 = or <16 x i32> %1545, %1547
-  %.idx1305.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 6
-  %1549 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.1
-  %1550 = getelementptr inbounds nuw i8, ptr %1549, i64 256
-  store <16 x i32> %1548, ptr %1550, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.1 = or disjoint i64 %indvars.iv1151.1.i, 2
-  %.idx1304.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 7
-  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.2
-  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 512
-  %1553 = load <32 x float>, ptr %1552, align 4, !tbaa !4
-  %1554 = bitcast <32 x float> %1553 to <32 x i32>
-  %1555 = shufflevector <32 x i32> %1554, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1556 = lshr <16 x i32> %1555, splat (i32 16)
-  %1557 = bitcast <32 x float> %1553 to <32 x i32>
-  %1558 = shufflevector <32 x i32> %1557, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1559 = or <16 x i32> %1556, %1558
-  %.idx1305.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 6
-  %1560 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.2
-  %1561 = getelementptr inbounds nuw i8, ptr %1560, i64 256
-  store <16 x i32> %1559, ptr %1561, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.2 = or disjoint i64 %indvars.iv1151.1.i, 3
-  %.idx1304.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 7
-  %1562 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.3
-  %1563 = getelementptr inbounds nuw i8, ptr %1562, i64 512
-  %1564 = load <32 x float>, ptr %1563, align 4, !tbaa !4
-  %1565 = bitcast <32 x float> %1564 to <32 x i32>
-  %1566 = shufflevector <32 x i32> %1565, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1567 = lshr <16 x i32> %1566, splat (i32 16)
-  %1568 = bitcast <32 x float> %1564 to <32 x i32>
-  %1569 = shufflevector <32 x i32> %1568, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1570 = or <16 x i32> %1567, %1569
-  %.idx1305.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 6
-  %1571 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.3
-  %1572 = getelementptr inbounds nuw i8, ptr %1571, i64 256
-  store <16 x i32> %1570, ptr %1572, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.3 = add nuw nsw i64 %indvars.iv1151.1.i, 4
+  %.idx1303.i = shl nsw i64 %indvars.iv1150.1.i, 7
+  %1517 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1303.i
+  %1518 = getelementptr inbounds nuw i8, ptr %1517, i64 512
+  %1519 = load <32 x float>, ptr %1518, align 4, !tbaa !4
+  %1520 = bitcast <32 x float> %1519 to <32 x i32>
+  %1521 = shufflevector <32 x i32> %1520, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1522 = lshr <16 x i32> %1521, splat (i32 16)
+  %1523 = bitcast <32 x float> %1519 to <32 x i32>
+  %1524 = shufflevector <32 x i32> %1523, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1525 = or <16 x i32> %1522, %1524
+  %.idx1304.i = shl nsw i64 %indvars.iv1150.1.i, 6
+  %1526 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1304.i
+  %1527 = getelementptr inbounds nuw i8, ptr %1526, i64 256
+  store <16 x i32> %1525, ptr %1527, align 4, !tbaa !4
+  %indvars.iv.next1151.1.i = or disjoint i64 %indvars.iv1150.1.i, 1
+  %.idx1303.i.1 = shl nsw i64 %indvars.iv.next1151.1.i, 7
+  %1528 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1303.i.1
+  %1529 = getelementptr inbounds nuw i8, ptr %1528, i64 512
+  %1530 = load <32 x float>, ptr %1529, align 4, !tbaa !4
+  %1531 = bitcast <32 x float> %1530 to <32 x i32>
+  %1532 = shufflevector <32 x i32> %1531, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1533 = lshr <16 x i32> %1532, splat (i32 16)
+  %1534 = bitcast <32 x float> %1530 to <32 x i32>
+  %1535 = shufflevector <32 x i32> %1534, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1536 = or <16 x i32> %1533, %1535
+  %.idx1304.i.1 = shl nsw i64 %indvars.iv.next1151.1.i, 6
+  %1537 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1304.i.1
+  %1538 = getelementptr inbounds nuw i8, ptr %1537, i64 256
+  store <16 x i32> %1536, ptr %1538, align 4, !tbaa !4
+  %indvars.iv.next1151.1.i.1 = or disjoint i64 %indvars.iv1150.1.i, 2
+  %.idx1303.i.2 = shl nsw i64 %indvars.iv.next1151.1.i.1, 7
+  %1539 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1303.i.2
+  %1540 = getelementptr inbounds nuw i8, ptr %1539, i64 512
+  %1541 = load <32 x float>, ptr %1540, align 4, !tbaa !4
+  %1542 = bitcast <32 x float> %1541 to <32 x i32>
+  %1543 = shufflevector <32 x i32> %1542, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1544 = lshr <16 x i32> %1543, splat (i32 16)
+  %1545 = bitcast <32 x float> %1541 to <32 x i32>
+  %1546 = shufflevector <32 x i32> %1545, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1547 = or <16 x i32> %1544, %1546
+  %.idx1304.i.2 = shl nsw i64 %indvars.iv.next1151.1.i.1, 6
+  %1548 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1304.i.2
+  %1549 = getelementptr inbounds nuw i8, ptr %1548, i64 256
+  store <16 x i32> %1547, ptr %1549, align 4, !tbaa !4
+  %indvars.iv.next1151.1.i.2 = or disjoint i64 %indvars.iv1150.1.i, 3
+  %.idx1303.i.3 = shl nsw i64 %indvars.iv.next1151.1.i.2, 7
+  %1550 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1303.i.3
+  %1551 = getelementptr inbounds nuw i8, ptr %1550, i64 512
+  %1552 = load <32 x float>, ptr %1551, align 4, !tbaa !4
+  %1553 = bitcast <32 x float> %1552 to <32 x i32>
+  %1554 = shufflevector <32 x i32> %1553, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1555 = lshr <16 x i32> %1554, splat (i32 16)
+  %1556 = bitcast <32 x float> %1552 to <32 x i32>
+  %1557 = shufflevector <32 x i32> %1556, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1558 = or <16 x i32> %1555, %1557
+  %.idx1304.i.3 = shl nsw i64 %indvars.iv.next1151.1.i.2, 6
+  %1559 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1304.i.3
+  %1560 = getelementptr inbounds nuw i8, ptr %1559, i64 256
+  store <16 x i32> %1558, ptr %1560, align 4, !tbaa !4
+  %indvars.iv.next1151.1.i.3 = add nuw nsw i64 %indvars.iv1150.1.i, 4
   %niter166.next.3 = add i64 %niter166, 4
   %niter166.ncmp.3 = icmp eq i64 %niter166.next.3, %unroll_iter165
   br i1 %niter166.ncmp.3, label %for_body_to92.2.i.preheader.unr-lcssa, label %for_body_to92.1.i, !prof !27, !llvm.loop !63
@@ -4244,28 +4232,28 @@ for_body_to92.2.i.preheader.unr-lcssa:            ; preds = %for_body_to92.1.i
   br i1 %lcmp.mod163.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil.preheader, !prof !30
 
 for_body_to92.1.i.epil.preheader:                 ; preds = %for_body_to92.2.i.preheader.unr-lcssa, %for_body_to92.1.i.preheader
-  %indvars.iv1151.1.i.epil.init = phi i64 [ 0, %for_body_to92.1.i.preheader ], [ %indvars.iv.next1152.1.i.3, %for_body_to92.2.i.preheader.unr-lcssa ]
+  %indvars.iv1150.1.i.epil.init = phi i64 [ 0, %for_body_to92.1.i.preheader ], [ %indvars.iv.next1151.1.i.3, %for_body_to92.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod164)
   br label %for_body_to92.1.i.epil
 
 for_body_to92.1.i.epil:                           ; preds = %for_body_to92.1.i.epil, %for_body_to92.1.i.epil.preheader
-  %indvars.iv1151.1.i.epil = phi i64 [ %indvars.iv.next1152.1.i.epil, %for_body_to92.1.i.epil ], [ %indvars.iv1151.1.i.epil.init, %for_body_to92.1.i.epil.preheader ]
+  %indvars.iv1150.1.i.epil = phi i64 [ %indvars.iv.next1151.1.i.epil, %for_body_to92.1.i.epil ], [ %indvars.iv1150.1.i.epil.init, %for_body_to92.1.i.epil.preheader ]
   %epil.iter162 = phi i64 [ %epil.iter162.next, %for_body_to92.1.i.epil ], [ 0, %for_body_to92.1.i.epil.preheader ]
-  %.idx1304.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 7
-  %1573 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.epil
-  %1574 = getelementptr inbounds nuw i8, ptr %1573, i64 512
-  %1575 = load <32 x float>, ptr %1574, align 4, !tbaa !4
-  %1576 = bitcast <32 x float> %1575 to <32 x i32>
-  %1577 = shufflevector <32 x i32> %1576, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1578 = lshr <16 x i32> %1577, splat (i32 16)
-  %1579 = bitcast <32 x float> %1575 to <32 x i32>
-  %1580 = shufflevector <32 x i32> %1579, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1581 = or <16 x i32> %1578, %1580
-  %.idx1305.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 6
-  %1582 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.epil
-  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 256
-  store <16 x i32> %1581, ptr %1583, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.epil = add nuw nsw i64 %indvars.iv1151.1.i.epil, 1
+  %.idx1303.i.epil = shl nsw i64 %indvars.iv1150.1.i.epil, 7
+  %1561 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1303.i.epil
+  %1562 = getelementptr inbounds nuw i8, ptr %1561, i64 512
+  %1563 = load <32 x float>, ptr %1562, align 4, !tbaa !4
+  %1564 = bitcast <32 x float> %1563 to <32 x i32>
+  %1565 = shufflevector <32 x i32> %1564, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1566 = lshr <16 x i32> %1565, splat (i32 16)
+  %1567 = bitcast <32 x float> %1563 to <32 x i32>
+  %1568 = shufflevector <32 x i32> %1567, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1569 = or <16 x i32> %1566, %1568
+  %.idx1304.i.epil = shl nsw i64 %indvars.iv1150.1.i.epil, 6
+  %1570 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1304.i.epil
+  %1571 = getelementptr inbounds nuw i8, ptr %1570, i64 256
+  store <16 x i32> %1569, ptr %1571, align 4, !tbaa !4
+  %indvars.iv.next1151.1.i.epil = add nuw nsw i64 %indvars.iv1150.1.i.epil, 1
   %epil.iter162.next = add i64 %epil.iter162, 1
   %epil.iter162.cmp.not = icmp eq i64 %epil.iter162.next, %xtraiter161
   br i1 %epil.iter162.cmp.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil, !prof !31, !llvm.loop !64
@@ -4274,68 +4262,68 @@ for_body_to92.2.i.preheader:                      ; preds = %for_body_to92.1.i.e
   br i1 %610, label %for_body_to92.2.i.epil.preheader, label %for_body_to92.2.i, !prof !26
 
 for_body_to92.2.i:                                ; preds = %for_body_to92.2.i, %for_body_to92.2.i.preheader
-  %indvars.iv1151.2.i = phi i64 [ %indvars.iv.next1152.2.i.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
+  %indvars.iv1150.2.i = phi i64 [ %indvars.iv.next1151.2.i.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
   %niter172 = phi i64 [ %niter172.next.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
-  %.idx1306.i = shl nsw i64 %indvars.iv1151.2.i, 7
-  %1584 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i
-  %1585 = getelementptr inbounds nuw i8, ptr %1584, i64 1024
-  %1586 = load <32 x float>, ptr %1585, align 4, !tbaa !4
-  %1587 = bitcast <32 x float> %1586 to <32 x i32>
-  %1588 = shufflevector <32 x i32> %1587, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1589 = lshr <16 x i32> %1588, splat (i32 16)
-  %1590 = bitcast <32 x float> %1586 to <32 x i32>
-  %1591 = shufflevector <32 x i32> %1590, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1592 = or <16 x i32> %1589, %1591
-  %.idx1307.i = shl nsw i64 %indvars.iv1151.2.i, 6
-  %1593 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i
-  %1594 = getelementptr inbounds nuw i8, ptr %1593, i64 512
-  store <16 x i32> %1592, ptr %1594, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i = or disjoint i64 %indvars.iv1151.2.i, 1
-  %.idx1306.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 7
-  %1595 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.1
-  %1596 = getelementptr inbounds nuw i8, ptr %1595, i64 1024
-  %1597 = load <32 x float>, ptr %1596, align 4, !tbaa !4
-  %1598 = bitcast <32 x float> %1597 to <32 x i32>
-  %1599 = shufflevector <32 x i32> %1598, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1600 = lshr <16 x i32> %1599, splat (i32 16)
-  %1601 = bitcast <32 x float> %1597 to <32 x i32>
-  %1602 = shufflevector <32 x i32> %1601, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1603 = or <16 x i32> %1600, %1602
-  %.idx1307.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 6
-  %1604 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.1
-  %1605 = getelementptr inbounds nuw i8, ptr %1604, i64 512
-  store <16 x i32> %1603, ptr %1605, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.1 = or disjoint i64 %indvars.iv1151.2.i, 2
-  %.idx1306.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 7
-  %1606 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.2
-  %1607 = getelementptr inbounds nuw i8, ptr %1606, i64 1024
-  %1608 = load <32 x float>, ptr %1607, align 4, !tbaa !4
-  %1609 = bitcast <32 x float> %1608 to <32 x i32>
-  %1610 = shufflevector <32 x i32> %1609, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1611 = lshr <16 x i32> %1610, splat (i32 16)
-  %1612 = bitcast <32 x float> %1608 to <32 x i32>
-  %1613 = shufflevector <32 x i32> %1612, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1614 = or <16 x i32> %1611, %1613
-  %.idx1307.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 6
-  %1615 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.2
-  %1616 = getelementptr inbounds nuw i8, ptr %1615, i64 512
-  store <16 x i32> %1614, ptr %1616, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.2 = or disjoint i64 %indvars.iv1151.2.i, 3
-  %.idx1306.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 7
-  %1617 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.3
-  %1618 = getelementptr inbounds nuw i8, ptr %1617, i64 1024
-  %1619 = load <32 x float>, ptr %1618, align 4, !tbaa !4
-  %1620 = bitcast <32 x float> %1619 to <32 x i32>
-  %1621 = shufflevector <32 x i32> %1620, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1622 = lshr <16 x i32> %1621, splat (i32 16)
-  %1623 = bitcast <32 x float> %1619 to <32 x i32>
-  %1624 = shufflevector <32 x i32> %1623, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1625 = or <16 x i32> %1622, %1624
-  %.idx1307.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 6
-  %1626 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.3
-  %1627 = getelementptr inbounds nuw i8, ptr %1626, i64 512
-  store <16 x i32> %1625, ptr %1627, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.3 = add nuw nsw i64 %indvars.iv1151.2.i, 4
+  %.idx1305.i = shl nsw i64 %indvars.iv1150.2.i, 7
+  %1572 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1305.i
+  %1573 = getelementptr inbounds nuw i8, ptr %1572, i64 1024
+  %1574 = load <32 x float>, ptr %1573, align 4, !tbaa !4
+  %1575 = bitcast <32 x float> %1574 to <32 x i32>
+  %1576 = shufflevector <32 x i32> %1575, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1577 = lshr <16 x i32> %1576, splat (i32 16)
+  %1578 = bitcast <32 x float> %1574 to <32 x i32>
+  %1579 = shufflevector <32 x i32> %1578, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1580 = or <16 x i32> %1577, %1579
+  %.idx1306.i = shl nsw i64 %indvars.iv1150.2.i, 6
+  %1581 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1306.i
+  %1582 = getelementptr inbounds nuw i8, ptr %1581, i64 512
+  store <16 x i32> %1580, ptr %1582, align 4, !tbaa !4
+  %indvars.iv.next1151.2.i = or disjoint i64 %indvars.iv1150.2.i, 1
+  %.idx1305.i.1 = shl nsw i64 %indvars.iv.next1151.2.i, 7
+  %1583 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1305.i.1
+  %1584 = getelementptr inbounds nuw i8, ptr %1583, i64 1024
+  %1585 = load <32 x float>, ptr %1584, align 4, !tbaa !4
+  %1586 = bitcast <32 x float> %1585 to <32 x i32>
+  %1587 = shufflevector <32 x i32> %1586, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1588 = lshr <16 x i32> %1587, splat (i32 16)
+  %1589 = bitcast <32 x float> %1585 to <32 x i32>
+  %1590 = shufflevector <32 x i32> %1589, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1591 = or <16 x i32> %1588, %1590
+  %.idx1306.i.1 = shl nsw i64 %indvars.iv.next1151.2.i, 6
+  %1592 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1306.i.1
+  %1593 = getelementptr inbounds nuw i8, ptr %1592, i64 512
+  store <16 x i32> %1591, ptr %1593, align 4, !tbaa !4
+  %indvars.iv.next1151.2.i.1 = or disjoint i64 %indvars.iv1150.2.i, 2
+  %.idx1305.i.2 = shl nsw i64 %indvars.iv.next1151.2.i.1, 7
+  %1594 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1305.i.2
+  %1595 = getelementptr inbounds nuw i8, ptr %1594, i64 1024
+  %1596 = load <32 x float>, ptr %1595, align 4, !tbaa !4
+  %1597 = bitcast <32 x float> %1596 to <32 x i32>
+  %1598 = shufflevector <32 x i32> %1597, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1599 = lshr <16 x i32> %1598, splat (i32 16)
+  %1600 = bitcast <32 x float> %1596 to <32 x i32>
+  %1601 = shufflevector <32 x i32> %1600, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1602 = or <16 x i32> %1599, %1601
+  %.idx1306.i.2 = shl nsw i64 %indvars.iv.next1151.2.i.1, 6
+  %1603 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1306.i.2
+  %1604 = getelementptr inbounds nuw i8, ptr %1603, i64 512
+  store <16 x i32> %1602, ptr %1604, align 4, !tbaa !4
+  %indvars.iv.next1151.2.i.2 = or disjoint i64 %indvars.iv1150.2.i, 3
+  %.idx1305.i.3 = shl nsw i64 %indvars.iv.next1151.2.i.2, 7
+  %1605 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1305.i.3
+  %1606 = getelementptr inbounds nuw i8, ptr %1605, i64 1024
+  %1607 = load <32 x float>, ptr %1606, align 4, !tbaa !4
+  %1608 = bitcast <32 x float> %1607 to <32 x i32>
+  %1609 = shufflevector <32 x i32> %1608, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1610 = lshr <16 x i32> %1609, splat (i32 16)
+  %1611 = bitcast <32 x float> %1607 to <32 x i32>
+  %1612 = shufflevector <32 x i32> %1611, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1613 = or <16 x i32> %1610, %1612
+  %.idx1306.i.3 = shl nsw i64 %indvars.iv.next1151.2.i.2, 6
+  %1614 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1306.i.3
+  %1615 = getelementptr inbounds nuw i8, ptr %1614, i64 512
+  store <16 x i32> %1613, ptr %1615, align 4, !tbaa !4
+  %indvars.iv.next1151.2.i.3 = add nuw nsw i64 %indvars.iv1150.2.i, 4
   %niter172.next.3 = add i64 %niter172, 4
   %niter172.ncmp.3 = icmp eq i64 %niter172.next.3, %unroll_iter171
   br i1 %niter172.ncmp.3, label %for_body_to92.3.i.preheader.unr-lcssa, label %for_body_to92.2.i, !prof !27, !llvm.loop !65
@@ -4344,28 +4332,28 @@ for_body_to92.3.i.preheader.unr-lcssa:            ; preds = %for_body_to92.2.i
   br i1 %lcmp.mod169.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil.preheader, !prof !30
 
 for_body_to92.2.i.epil.preheader:                 ; preds = %for_body_to92.3.i.preheader.unr-lcssa, %for_body_to92.2.i.preheader
-  %indvars.iv1151.2.i.epil.init = phi i64 [ 0, %for_body_to92.2.i.preheader ], [ %indvars.iv.next1152.2.i.3, %for_body_to92.3.i.preheader.unr-lcssa ]
+  %indvars.iv1150.2.i.epil.init = phi i64 [ 0, %for_body_to92.2.i.preheader ], [ %indvars.iv.next1151.2.i.3, %for_body_to92.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod170)
   br label %for_body_to92.2.i.epil
 
 for_body_to92.2.i.epil:                           ; preds = %for_body_to92.2.i.epil, %for_body_to92.2.i.epil.preheader
-  %indvars.iv1151.2.i.epil = phi i64 [ %indvars.iv.next1152.2.i.epil, %for_body_to92.2.i.epil ], [ %indvars.iv1151.2.i.epil.init, %for_body_to92.2.i.epil.preheader ]
+  %indvars.iv1150.2.i.epil = phi i64 [ %indvars.iv.next1151.2.i.epil, %for_body_to92.2.i.epil ], [ %indvars.iv1150.2.i.epil.init, %for_body_to92.2.i.epil.preheader ]
   %epil.iter168 = phi i64 [ %epil.iter168.next, %for_body_to92.2.i.epil ], [ 0, %for_body_to92.2.i.epil.preheader ]
-  %.idx1306.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 7
-  %1628 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.epil
-  %1629 = getelementptr inbounds nuw i8, ptr %1628, i64 1024
-  %1630 = load <32 x float>, ptr %1629, align 4, !tbaa !4
-  %1631 = bitcast <32 x float> %1630 to <32 x i32>
-  %1632 = shufflevector <32 x i32> %1631, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1633 = lshr <16 x i32> %1632, splat (i32 16)
-  %1634 = bitcast <32 x float> %1630 to <32 x i32>
-  %1635 = shufflevector <32 x i32> %1634, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1636 = or <16 x i32> %1633, %1635
-  %.idx1307.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 6
-  %1637 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.epil
-  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 512
-  store <16 x i32> %1636, ptr %1638, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.epil = add nuw nsw i64 %indvars.iv1151.2.i.epil, 1
+  %.idx1305.i.epil = shl nsw i64 %indvars.iv1150.2.i.epil, 7
+  %1616 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1305.i.epil
+  %1617 = getelementptr inbounds nuw i8, ptr %1616, i64 1024
+  %1618 = load <32 x float>, ptr %1617, align 4, !tbaa !4
+  %1619 = bitcast <32 x float> %1618 to <32 x i32>
+  %1620 = shufflevector <32 x i32> %1619, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1621 = lshr <16 x i32> %1620, splat (i32 16)
+  %1622 = bitcast <32 x float> %1618 to <32 x i32>
+  %1623 = shufflevector <32 x i32> %1622, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1624 = or <16 x i32> %1621, %1623
+  %.idx1306.i.epil = shl nsw i64 %indvars.iv1150.2.i.epil, 6
+  %1625 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1306.i.epil
+  %1626 = getelementptr inbounds nuw i8, ptr %1625, i64 512
+  store <16 x i32> %1624, ptr %1626, align 4, !tbaa !4
+  %indvars.iv.next1151.2.i.epil = add nuw nsw i64 %indvars.iv1150.2.i.epil, 1
   %epil.iter168.next = add i64 %epil.iter168, 1
   %epil.iter168.cmp.not = icmp eq i64 %epil.iter168.next, %xtraiter167
   br i1 %epil.iter168.cmp.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil, !prof !31, !llvm.loop !66
@@ -4374,68 +4362,68 @@ for_body_to92.3.i.preheader:                      ; preds = %for_body_to92.2.i.e
   br i1 %611, label %for_body_to92.3.i.epil.preheader, label %for_body_to92.3.i, !prof !26
 
 for_body_to92.3.i:                                ; preds = %for_body_to92.3.i, %for_body_to92.3.i.preheader
-  %indvars.iv1151.3.i = phi i64 [ %indvars.iv.next1152.3.i.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
+  %indvars.iv1150.3.i = phi i64 [ %indvars.iv.next1151.3.i.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
   %niter178 = phi i64 [ %niter178.next.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
-  %.idx1308.i = shl nsw i64 %indvars.iv1151.3.i, 7
-  %1639 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i
-  %1640 = getelementptr inbounds nuw i8, ptr %1639, i64 1536
-  %1641 = load <32 x float>, ptr %1640, align 4, !tbaa !4
-  %1642 = bitcast <32 x float> %1641 to <32 x i32>
-  %1643 = shufflevector <32 x i32> %1642, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1644 = lshr <16 x i32> %1643, splat (i32 16)
-  %1645 = bitcast <32 x float> %1641 to <32 x i32>
-  %1646 = shufflevector <32 x i32> %1645, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1647 = or <16 x i32> %1644, %1646
-  %.idx1309.i = shl nsw i64 %indvars.iv1151.3.i, 6
-  %1648 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i
-  %1649 = getelementptr inbounds nuw i8, ptr %1648, i64 768
-  store <16 x i32> %1647, ptr %1649, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i = or disjoint i64 %indvars.iv1151.3.i, 1
-  %.idx1308.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 7
-  %1650 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.1
-  %1651 = getelementptr inbounds nuw i8, ptr %1650, i64 1536
-  %1652 = load <32 x float>, ptr %1651, align 4, !tbaa !4
-  %1653 = bitcast <32 x float> %1652 to <32 x i32>
-  %1654 = shufflevector <32 x i32> %1653, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1655 = lshr <16 x i32> %1654, splat (i32 16)
-  %1656 = bitcast <32 x float> %1652 to <32 x i32>
-  %1657 = shufflevector <32 x i32> %1656, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1658 = or <16 x i32> %1655, %1657
-  %.idx1309.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 6
-  %1659 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.1
-  %1660 = getelementptr inbounds nuw i8, ptr %1659, i64 768
-  store <16 x i32> %1658, ptr %1660, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.1 = or disjoint i64 %indvars.iv1151.3.i, 2
-  %.idx1308.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 7
-  %1661 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.2
-  %1662 = getelementptr inbounds nuw i8, ptr %1661, i64 1536
-  %1663 = load <32 x float>, ptr %1662, align 4, !tbaa !4
-  %1664 = bitcast <32 x float> %1663 to <32 x i32>
-  %1665 = shufflevector <32 x i32> %1664, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1666 = lshr <16 x i32> %1665, splat (i32 16)
-  %1667 = bitcast <32 x float> %1663 to <32 x i32>
-  %1668 = shufflevector <32 x i32> %1667, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1669 = or <16 x i32> %1666, %1668
-  %.idx1309.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 6
-  %1670 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.2
-  %1671 = getelementptr inbounds nuw i8, ptr %1670, i64 768
-  store <16 x i32> %1669, ptr %1671, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.2 = or disjoint i64 %indvars.iv1151.3.i, 3
-  %.idx1308.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 7
-  %1672 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.3
-  %1673 = getelementptr inbounds nuw i8, ptr %1672, i64 1536
-  %1674 = load <32 x float>, ptr %1673, align 4, !tbaa !4
-  %1675 = bitcast <32 x float> %1674 to <32 x i32>
-  %1676 = shufflevector <32 x i32> %1675, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1677 = lshr <16 x i32> %1676, splat (i32 16)
-  %1678 = bitcast <32 x float> %1674 to <32 x i32>
-  %1679 = shufflevector <32 x i32> %1678, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1680 = or <16 x i32> %1677, %1679
-  %.idx1309.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 6
-  %1681 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.3
-  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 768
-  store <16 x i32> %1680, ptr %1682, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.3 = add nuw nsw i64 %indvars.iv1151.3.i, 4
+  %.idx1307.i = shl nsw i64 %indvars.iv1150.3.i, 7
+  %1627 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1307.i
+  %1628 = getelementptr inbounds nuw i8, ptr %1627, i64 1536
+  %1629 = load <32 x float>, ptr %1628, align 4, !tbaa !4
+  %1630 = bitcast <32 x float> %1629 to <32 x i32>
+  %1631 = shufflevector <32 x i32> %1630, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1632 = lshr <16 x i32> %1631, splat (i32 16)
+  %1633 = bitcast <32 x float> %1629 to <32 x i32>
+  %1634 = shufflevector <32 x i32> %1633, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1635 = or <16 x i32> %1632, %1634
+  %.idx1308.i = shl nsw i64 %indvars.iv1150.3.i, 6
+  %1636 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1308.i
+  %1637 = getelementptr inbounds nuw i8, ptr %1636, i64 768
+  store <16 x i32> %1635, ptr %1637, align 4, !tbaa !4
+  %indvars.iv.next1151.3.i = or disjoint i64 %indvars.iv1150.3.i, 1
+  %.idx1307.i.1 = shl nsw i64 %indvars.iv.next1151.3.i, 7
+  %1638 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1307.i.1
+  %1639 = getelementptr inbounds nuw i8, ptr %1638, i64 1536
+  %1640 = load <32 x float>, ptr %1639, align 4, !tbaa !4
+  %1641 = bitcast <32 x float> %1640 to <32 x i32>
+  %1642 = shufflevector <32 x i32> %1641, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1643 = lshr <16 x i32> %1642, splat (i32 16)
+  %1644 = bitcast <32 x float> %1640 to <32 x i32>
+  %1645 = shufflevector <32 x i32> %1644, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1646 = or <16 x i32> %1643, %1645
+  %.idx1308.i.1 = shl nsw i64 %indvars.iv.next1151.3.i, 6
+  %1647 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1308.i.1
+  %1648 = getelementptr inbounds nuw i8, ptr %1647, i64 768
+  store <16 x i32> %1646, ptr %1648, align 4, !tbaa !4
+  %indvars.iv.next1151.3.i.1 = or disjoint i64 %indvars.iv1150.3.i, 2
+  %.idx1307.i.2 = shl nsw i64 %indvars.iv.next1151.3.i.1, 7
+  %1649 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1307.i.2
+  %1650 = getelementptr inbounds nuw i8, ptr %1649, i64 1536
+  %1651 = load <32 x float>, ptr %1650, align 4, !tbaa !4
+  %1652 = bitcast <32 x float> %1651 to <32 x i32>
+  %1653 = shufflevector <32 x i32> %1652, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1654 = lshr <16 x i32> %1653, splat (i32 16)
+  %1655 = bitcast <32 x float> %1651 to <32 x i32>
+  %1656 = shufflevector <32 x i32> %1655, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1657 = or <16 x i32> %1654, %1656
+  %.idx1308.i.2 = shl nsw i64 %indvars.iv.next1151.3.i.1, 6
+  %1658 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1308.i.2
+  %1659 = getelementptr inbounds nuw i8, ptr %1658, i64 768
+  store <16 x i32> %1657, ptr %1659, align 4, !tbaa !4
+  %indvars.iv.next1151.3.i.2 = or disjoint i64 %indvars.iv1150.3.i, 3
+  %.idx1307.i.3 = shl nsw i64 %indvars.iv.next1151.3.i.2, 7
+  %1660 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1307.i.3
+  %1661 = getelementptr inbounds nuw i8, ptr %1660, i64 1536
+  %1662 = load <32 x float>, ptr %1661, align 4, !tbaa !4
+  %1663 = bitcast <32 x float> %1662 to <32 x i32>
+  %1664 = shufflevector <32 x i32> %1663, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1665 = lshr <16 x i32> %1664, splat (i32 16)
+  %1666 = bitcast <32 x float> %1662 to <32 x i32>
+  %1667 = shufflevector <32 x i32> %1666, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1668 = or <16 x i32> %1665, %1667
+  %.idx1308.i.3 = shl nsw i64 %indvars.iv.next1151.3.i.2, 6
+  %1669 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1308.i.3
+  %1670 = getelementptr inbounds nuw i8, ptr %1669, i64 768
+  store <16 x i32> %1668, ptr %1670, align 4, !tbaa !4
+  %indvars.iv.next1151.3.i.3 = add nuw nsw i64 %indvars.iv1150.3.i, 4
   %niter178.next.3 = add i64 %niter178, 4
   %niter178.ncmp.3 = icmp eq i64 %niter178.next.3, %unroll_iter177
   br i1 %niter178.ncmp.3, label %for_end_to93.3.i.loopexit.unr-lcssa, label %for_body_to92.3.i, !prof !27, !llvm.loop !67
@@ -4444,2288 +4432,2282 @@ for_end_to93.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to92.3.i
   br i1 %lcmp.mod175.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil.preheader, !prof !30
 
 for_body_to92.3.i.epil.preheader:                 ; preds = %for_end_to93.3.i.loopexit.unr-lcssa, %for_body_to92.3.i.preheader
-  %indvars.iv1151.3.i.epil.init = phi i64 [ 0, %for_body_to92.3.i.preheader ], [ %indvars.iv.next1152.3.i.3, %for_end_to93.3.i.loopexit.unr-lcssa ]
+  %indvars.iv1150.3.i.epil.init = phi i64 [ 0, %for_body_to92.3.i.preheader ], [ %indvars.iv.next1151.3.i.3, %for_end_to93.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod176)
   br label %for_body_to92.3.i.epil
 
 for_body_to92.3.i.epil:                           ; preds = %for_body_to92.3.i.epil, %for_body_to92.3.i.epil.preheader
-  %indvars.iv1151.3.i.epil = phi i64 [ %indvars.iv.next1152.3.i.epil, %for_body_to92.3.i.epil ], [ %indvars.iv1151.3.i.epil.init, %for_body_to92.3.i.epil.preheader ]
+  %indvars.iv1150.3.i.epil = phi i64 [ %indvars.iv.next1151.3.i.epil, %for_body_to92.3.i.epil ], [ %indvars.iv1150.3.i.epil.init, %for_body_to92.3.i.epil.preheader ]
   %epil.iter174 = phi i64 [ %epil.iter174.next, %for_body_to92.3.i.epil ], [ 0, %for_body_to92.3.i.epil.preheader ]
-  %.idx1308.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 7
-  %1683 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.epil
-  %1684 = getelementptr inbounds nuw i8, ptr %1683, i64 1536
-  %1685 = load <32 x float>, ptr %1684, align 4, !tbaa !4
-  %1686 = bitcast <32 x float> %1685 to <32 x i32>
-  %1687 = shufflevector <32 x i32> %1686, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1688 = lshr <16 x i32> %1687, splat (i32 16)
-  %1689 = bitcast <32 x float> %1685 to <32 x i32>
-  %1690 = shufflevector <32 x i32> %1689, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1691 = or <16 x i32> %1688, %1690
-  %.idx1309.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 6
-  %1692 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.epil
-  %1693 = getelementptr inbounds nuw i8, ptr %1692, i64 768
-  store <16 x i32> %1691, ptr %1693, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.epil = add nuw nsw i64 %indvars.iv1151.3.i.epil, 1
+  %.idx1307.i.epil = shl nsw i64 %indvars.iv1150.3.i.epil, 7
+  %1671 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1307.i.epil
+  %1672 = getelementptr inbounds nuw i8, ptr %1671, i64 1536
+  %1673 = load <32 x float>, ptr %1672, align 4, !tbaa !4
+  %1674 = bitcast <32 x float> %1673 to <32 x i32>
+  %1675 = shufflevector <32 x i32> %1674, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1676 = lshr <16 x i32> %1675, splat (i32 16)
+  %1677 = bitcast <32 x float> %1673 to <32 x i32>
+  %1678 = shufflevector <32 x i32> %1677, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1679 = or <16 x i32> %1676, %1678
+  %.idx1308.i.epil = shl nsw i64 %indvars.iv1150.3.i.epil, 6
+  %1680 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1308.i.epil
+  %1681 = getelementptr inbounds nuw i8, ptr %1680, i64 768
+  store <16 x i32> %1679, ptr %1681, align 4, !tbaa !4
+  %indvars.iv.next1151.3.i.epil = add nuw nsw i64 %indvars.iv1150.3.i.epil, 1
   %epil.iter174.next = add i64 %epil.iter174, 1
   %epil.iter174.cmp.not = icmp eq i64 %epil.iter174.next, %xtraiter173
   br i1 %epil.iter174.cmp.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil, !prof !31, !llvm.loop !68
 
 for_end_to93.3.i:                                 ; preds = %for_body_to92.3.i.epil, %for_end_to93.3.i.loopexit.unr-lcssa, %for_begin_to91.preheader.preheader.i
-  %1694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %full_acc.i = tail call ptr %1694(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1695 = icmp eq ptr %full_acc.i, null
-  br i1 %1695, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !7
+  %1682 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %full_acc.i = tail call ptr %1682(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1683 = icmp eq ptr %full_acc.i, null
+  br i1 %1683, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !7
 
 for_begin_to99.preheader.i:                       ; preds = %for_end_to101.i, %for_begin_d_0.preheader.i
-  %indvars.iv1169.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next1170.i, %for_end_to101.i ]
+  %indvars.iv1168.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next1169.i, %for_end_to101.i ]
   br i1 %588, label %for_body_to100.lr.ph.i, label %for_begin_to99.preheader.for_end_to101_crit_edge.i, !prof !3
 
 for_begin_to99.preheader.for_end_to101_crit_edge.i: ; preds = %for_begin_to99.preheader.i
-  %.pre.i = shl nuw nsw i64 %indvars.iv1169.i, 5
+  %.pre.i = shl nuw nsw i64 %indvars.iv1168.i, 5
   br label %for_end_to101.i
 
 for_body_to100.lr.ph.i:                           ; preds = %for_begin_to99.preheader.i
-  %1696 = mul nuw nsw i64 %indvars.iv1169.i, %595
-  %1697 = shl nuw nsw i64 %indvars.iv1169.i, 5
-  %gep982.i = getelementptr i32, ptr %invariant.gep981.i, i64 %1697
+  %1684 = mul nuw nsw i64 %indvars.iv1168.i, %595
+  %1685 = shl nuw nsw i64 %indvars.iv1168.i, 5
+  %gep981.i = getelementptr i32, ptr %invariant.gep980.i, i64 %1685
   br label %for_body_to100.i
 
 for_body_to100.i:                                 ; preds = %for_body_to100.i, %for_body_to100.lr.ph.i
-  %indvars.iv1162.i = phi i64 [ 0, %for_body_to100.lr.ph.i ], [ %indvars.iv.next1163.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.238.0907.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i697.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.204.0906.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i685.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.0.0905.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i676.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.34.0904.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i688.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.68.0903.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i679.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.102.0902.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i691.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.136.0901.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i682.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.170.0900.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i694.i, %for_body_to100.i ]
-  %1698 = add nuw nsw i64 %indvars.iv1162.i, %1696
-  %1699 = trunc i64 %1698 to i32
-  %1700 = shl i32 %1699, 3
-  %1701 = add i32 %1700, %ahead_t.i
-  %1702 = sext i32 %1701 to i64
-  %1703 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1702
-  %1704 = load i64, ptr %1703, align 8, !tbaa !4
-  %1705 = getelementptr i32, ptr %value_cache, i64 %1704
-  %1706 = getelementptr i32, ptr %1705, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1706, i32 0, i32 2, i32 1)
-  %1707 = getelementptr i8, ptr %1705, i64 64
-  %1708 = getelementptr i32, ptr %1707, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1708, i32 0, i32 2, i32 1)
-  %1709 = getelementptr i8, ptr %1705, i64 128
-  %1710 = getelementptr i32, ptr %1709, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1710, i32 0, i32 2, i32 1)
-  %1711 = getelementptr i8, ptr %1705, i64 192
-  %1712 = getelementptr i32, ptr %1711, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1712, i32 0, i32 2, i32 1)
-  %1713 = getelementptr i8, ptr %1703, i64 8
-  %1714 = load i64, ptr %1713, align 8, !tbaa !4
-  %1715 = getelementptr i32, ptr %value_cache, i64 %1714
-  %1716 = getelementptr i8, ptr %1715, i64 256
-  %1717 = getelementptr i32, ptr %1716, i64 %1483
+  %indvars.iv1161.i = phi i64 [ 0, %for_body_to100.lr.ph.i ], [ %indvars.iv.next1162.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.238.0906.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i696.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.204.0905.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i693.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.0.0904.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i675.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.34.0903.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i678.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.68.0902.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i681.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.102.0901.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i684.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.136.0900.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i687.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.170.0899.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i690.i, %for_body_to100.i ]
+  %1686 = add nuw nsw i64 %indvars.iv1161.i, %1684
+  %1687 = trunc i64 %1686 to i32
+  %1688 = shl i32 %1687, 3
+  %1689 = add i32 %1688, %ahead_t.i
+  %1690 = sext i32 %1689 to i64
+  %1691 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1690
+  %1692 = load i64, ptr %1691, align 8, !tbaa !4
+  %1693 = getelementptr i32, ptr %value_cache, i64 %1692
+  %1694 = getelementptr i32, ptr %1693, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1694, i32 0, i32 2, i32 1)
+  %1695 = getelementptr i8, ptr %1693, i64 64
+  %1696 = getelementptr i32, ptr %1695, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1696, i32 0, i32 2, i32 1)
+  %1697 = getelementptr i8, ptr %1693, i64 128
+  %1698 = getelementptr i32, ptr %1697, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1698, i32 0, i32 2, i32 1)
+  %1699 = getelementptr i8, ptr %1693, i64 192
+  %1700 = getelementptr i32, ptr %1699, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1700, i32 0, i32 2, i32 1)
+  %1701 = getelementptr i8, ptr %1691, i64 8
+  %1702 = load i64, ptr %1701, align 8, !tbaa !4
+  %1703 = getelementptr i32, ptr %value_cache, i64 %1702
+  %1704 = getelementptr i8, ptr %1703, i64 256
+  %1705 = getelementptr i32, ptr %1704, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1705, i32 0, i32 2, i32 1)
+  %1706 = getelementptr i8, ptr %1703, i64 320
+  %1707 = getelementptr i32, ptr %1706, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1707, i32 0, i32 2, i32 1)
+  %1708 = getelementptr i8, ptr %1703, i64 384
+  %1709 = getelementptr i32, ptr %1708, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1709, i32 0, i32 2, i32 1)
+  %1710 = getelementptr i8, ptr %1703, i64 448
+  %1711 = getelementptr i32, ptr %1710, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1711, i32 0, i32 2, i32 1)
+  %1712 = getelementptr i8, ptr %1691, i64 16
+  %1713 = load i64, ptr %1712, align 8, !tbaa !4
+  %1714 = getelementptr i32, ptr %value_cache, i64 %1713
+  %1715 = getelementptr i32, ptr %1714, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1715, i32 0, i32 2, i32 1)
+  %1716 = getelementptr i8, ptr %1714, i64 64
+  %1717 = getelementptr i32, ptr %1716, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1717, i32 0, i32 2, i32 1)
-  %1718 = getelementptr i8, ptr %1715, i64 320
-  %1719 = getelementptr i32, ptr %1718, i64 %1483
+  %1718 = getelementptr i8, ptr %1714, i64 128
+  %1719 = getelementptr i32, ptr %1718, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1719, i32 0, i32 2, i32 1)
-  %1720 = getelementptr i8, ptr %1715, i64 384
-  %1721 = getelementptr i32, ptr %1720, i64 %1483
+  %1720 = getelementptr i8, ptr %1714, i64 192
+  %1721 = getelementptr i32, ptr %1720, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1721, i32 0, i32 2, i32 1)
-  %1722 = getelementptr i8, ptr %1715, i64 448
-  %1723 = getelementptr i32, ptr %1722, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1723, i32 0, i32 2, i32 1)
-  %1724 = getelementptr i8, ptr %1703, i64 16
-  %1725 = load i64, ptr %1724, align 8, !tbaa !4
-  %1726 = getelementptr i32, ptr %value_cache, i64 %1725
-  %1727 = getelementptr i32, ptr %1726, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1727, i32 0, i32 2, i32 1)
-  %1728 = getelementptr i8, ptr %1726, i64 64
-  %1729 = getelementptr i32, ptr %1728, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1729, i32 0, i32 2, i32 1)
-  %1730 = getelementptr i8, ptr %1726, i64 128
-  %1731 = getelementptr i32, ptr %1730, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1731, i32 0, i32 2, i32 1)
-  %1732 = getelementptr i8, ptr %1726, i64 192
-  %1733 = getelementptr i32, ptr %1732, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1733, i32 0, i32 2, i32 1)
-  %1734 = getelementptr i8, ptr %1703, i64 24
-  %1735 = load i64, ptr %1734, align 8, !tbaa !4
-  %1736 = getelementptr i32, ptr %value_cache, i64 %1735
-  %1737 = getelementptr i8, ptr %1736, i64 256
-  %1738 = getelementptr i32, ptr %1737, i64 %1483
+  %1722 = getelementptr i8, ptr %1691, i64 24
+  %1723 = load i64, ptr %1722, align 8, !tbaa !4
+  %1724 = getelementptr i32, ptr %value_cache, i64 %1723
+  %1725 = getelementptr i8, ptr %1724, i64 256
+  %1726 = getelementptr i32, ptr %1725, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1726, i32 0, i32 2, i32 1)
+  %1727 = getelementptr i8, ptr %1724, i64 320
+  %1728 = getelementptr i32, ptr %1727, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1728, i32 0, i32 2, i32 1)
+  %1729 = getelementptr i8, ptr %1724, i64 384
+  %1730 = getelementptr i32, ptr %1729, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1730, i32 0, i32 2, i32 1)
+  %1731 = getelementptr i8, ptr %1724, i64 448
+  %1732 = getelementptr i32, ptr %1731, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1732, i32 0, i32 2, i32 1)
+  %1733 = getelementptr i8, ptr %1691, i64 32
+  %1734 = load i64, ptr %1733, align 8, !tbaa !4
+  %1735 = getelementptr i32, ptr %value_cache, i64 %1734
+  %1736 = getelementptr i32, ptr %1735, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1736, i32 0, i32 2, i32 1)
+  %1737 = getelementptr i8, ptr %1735, i64 64
+  %1738 = getelementptr i32, ptr %1737, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1738, i32 0, i32 2, i32 1)
-  %1739 = getelementptr i8, ptr %1736, i64 320
-  %1740 = getelementptr i32, ptr %1739, i64 %1483
+  %1739 = getelementptr i8, ptr %1735, i64 128
+  %1740 = getelementptr i32, ptr %1739, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1740, i32 0, i32 2, i32 1)
-  %1741 = getelementptr i8, ptr %1736, i64 384
-  %1742 = getelementptr i32, ptr %1741, i64 %1483
+  %1741 = getelementptr i8, ptr %1735, i64 192
+  %1742 = getelementptr i32, ptr %1741, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1742, i32 0, i32 2, i32 1)
-  %1743 = getelementptr i8, ptr %1736, i64 448
-  %1744 = getelementptr i32, ptr %1743, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1744, i32 0, i32 2, i32 1)
-  %1745 = getelementptr i8, ptr %1703, i64 32
-  %1746 = load i64, ptr %1745, align 8, !tbaa !4
-  %1747 = getelementptr i32, ptr %value_cache, i64 %1746
-  %1748 = getelementptr i32, ptr %1747, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1748, i32 0, i32 2, i32 1)
-  %1749 = getelementptr i8, ptr %1747, i64 64
-  %1750 = getelementptr i32, ptr %1749, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1750, i32 0, i32 2, i32 1)
-  %1751 = getelementptr i8, ptr %1747, i64 128
-  %1752 = getelementptr i32, ptr %1751, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1752, i32 0, i32 2, i32 1)
-  %1753 = getelementptr i8, ptr %1747, i64 192
-  %1754 = getelementptr i32, ptr %1753, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1754, i32 0, i32 2, i32 1)
-  %1755 = getelementptr i8, ptr %1703, i64 40
-  %1756 = load i64, ptr %1755, align 8, !tbaa !4
-  %1757 = getelementptr i32, ptr %value_cache, i64 %1756
-  %1758 = getelementptr i8, ptr %1757, i64 256
-  %1759 = getelementptr i32, ptr %1758, i64 %1483
+  %1743 = getelementptr i8, ptr %1691, i64 40
+  %1744 = load i64, ptr %1743, align 8, !tbaa !4
+  %1745 = getelementptr i32, ptr %value_cache, i64 %1744
+  %1746 = getelementptr i8, ptr %1745, i64 256
+  %1747 = getelementptr i32, ptr %1746, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1747, i32 0, i32 2, i32 1)
+  %1748 = getelementptr i8, ptr %1745, i64 320
+  %1749 = getelementptr i32, ptr %1748, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1749, i32 0, i32 2, i32 1)
+  %1750 = getelementptr i8, ptr %1745, i64 384
+  %1751 = getelementptr i32, ptr %1750, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1751, i32 0, i32 2, i32 1)
+  %1752 = getelementptr i8, ptr %1745, i64 448
+  %1753 = getelementptr i32, ptr %1752, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1753, i32 0, i32 2, i32 1)
+  %1754 = getelementptr i8, ptr %1691, i64 48
+  %1755 = load i64, ptr %1754, align 8, !tbaa !4
+  %1756 = getelementptr i32, ptr %value_cache, i64 %1755
+  %1757 = getelementptr i32, ptr %1756, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1757, i32 0, i32 2, i32 1)
+  %1758 = getelementptr i8, ptr %1756, i64 64
+  %1759 = getelementptr i32, ptr %1758, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1759, i32 0, i32 2, i32 1)
-  %1760 = getelementptr i8, ptr %1757, i64 320
-  %1761 = getelementptr i32, ptr %1760, i64 %1483
+  %1760 = getelementptr i8, ptr %1756, i64 128
+  %1761 = getelementptr i32, ptr %1760, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1761, i32 0, i32 2, i32 1)
-  %1762 = getelementptr i8, ptr %1757, i64 384
-  %1763 = getelementptr i32, ptr %1762, i64 %1483
+  %1762 = getelementptr i8, ptr %1756, i64 192
+  %1763 = getelementptr i32, ptr %1762, i64 %1471
   tail call void @llvm.prefetch.p0(ptr readonly %1763, i32 0, i32 2, i32 1)
-  %1764 = getelementptr i8, ptr %1757, i64 448
-  %1765 = getelementptr i32, ptr %1764, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1765, i32 0, i32 2, i32 1)
-  %1766 = getelementptr i8, ptr %1703, i64 48
-  %1767 = load i64, ptr %1766, align 8, !tbaa !4
-  %1768 = getelementptr i32, ptr %value_cache, i64 %1767
-  %1769 = getelementptr i32, ptr %1768, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1769, i32 0, i32 2, i32 1)
-  %1770 = getelementptr i8, ptr %1768, i64 64
-  %1771 = getelementptr i32, ptr %1770, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1771, i32 0, i32 2, i32 1)
-  %1772 = getelementptr i8, ptr %1768, i64 128
-  %1773 = getelementptr i32, ptr %1772, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1773, i32 0, i32 2, i32 1)
-  %1774 = getelementptr i8, ptr %1768, i64 192
-  %1775 = getelementptr i32, ptr %1774, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1775, i32 0, i32 2, i32 1)
-  %1776 = getelementptr i8, ptr %1703, i64 56
-  %1777 = load i64, ptr %1776, align 8, !tbaa !4
-  %1778 = getelementptr i32, ptr %value_cache, i64 %1777
-  %1779 = getelementptr i8, ptr %1778, i64 256
-  %1780 = getelementptr i32, ptr %1779, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1780, i32 0, i32 2, i32 1)
-  %1781 = getelementptr i8, ptr %1778, i64 320
-  %1782 = getelementptr i32, ptr %1781, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1782, i32 0, i32 2, i32 1)
-  %1783 = getelementptr i8, ptr %1778, i64 384
-  %1784 = getelementptr i32, ptr %1783, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1784, i32 0, i32 2, i32 1)
-  %1785 = getelementptr i8, ptr %1778, i64 448
-  %1786 = getelementptr i32, ptr %1785, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1786, i32 0, i32 2, i32 1)
-  %.idx1310.i = shl nsw i64 %indvars.iv1162.i, 6
-  %1787 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1310.i
-  %1788 = load i32, ptr %1787, align 4, !tbaa !4
-  %1789 = insertelement <16 x i32> poison, i32 %1788, i64 0
-  %1790 = shufflevector <16 x i32> %1789, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1311.i = shl nsw i64 %indvars.iv1162.i, 8
-  %1791 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1311.i
-  %1792 = load i64, ptr %1791, align 8, !tbaa !4
-  %gep920.i = getelementptr i32, ptr %gep982.i, i64 %1792
-  %1793 = load <32 x bfloat>, ptr %gep920.i, align 4, !tbaa !4
-  %x.i314.i = bitcast <16 x i32> %1790 to <32 x bfloat>
-  %r.i316.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.0.0905.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1793)
-  %1794 = getelementptr inbounds nuw i8, ptr %1787, i64 256
-  %1795 = load i32, ptr %1794, align 4, !tbaa !4
-  %1796 = insertelement <16 x i32> poison, i32 %1795, i64 0
-  %1797 = shufflevector <16 x i32> %1796, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i317.i = bitcast <16 x i32> %1797 to <32 x bfloat>
-  %r.i319.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.68.0903.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1793)
-  %1798 = getelementptr inbounds nuw i8, ptr %1787, i64 512
-  %1799 = load i32, ptr %1798, align 4, !tbaa !4
-  %1800 = insertelement <16 x i32> poison, i32 %1799, i64 0
-  %1801 = shufflevector <16 x i32> %1800, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i320.i = bitcast <16 x i32> %1801 to <32 x bfloat>
-  %r.i322.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.136.0901.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1793)
-  %1802 = getelementptr inbounds nuw i8, ptr %1787, i64 768
-  %1803 = load i32, ptr %1802, align 4, !tbaa !4
-  %1804 = insertelement <16 x i32> poison, i32 %1803, i64 0
-  %1805 = shufflevector <16 x i32> %1804, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i323.i = bitcast <16 x i32> %1805 to <32 x bfloat>
-  %r.i325.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.204.0906.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1793)
-  %1806 = getelementptr i8, ptr %gep920.i, i64 64
-  %1807 = load <32 x bfloat>, ptr %1806, align 4, !tbaa !4
-  %r.i328.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.34.0904.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1807)
-  %r.i331.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.102.0902.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1807)
-  %r.i334.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.170.0900.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1807)
-  %r.i337.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.238.0907.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1807)
-  %1808 = getelementptr inbounds nuw i8, ptr %1787, i64 4
-  %1809 = load i32, ptr %1808, align 4, !tbaa !4
-  %1810 = insertelement <16 x i32> poison, i32 %1809, i64 0
-  %1811 = shufflevector <16 x i32> %1810, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1812 = getelementptr inbounds nuw i8, ptr %1791, i64 16
-  %1813 = load i64, ptr %1812, align 8, !tbaa !4
-  %gep924.i = getelementptr i32, ptr %gep982.i, i64 %1813
-  %1814 = load <32 x bfloat>, ptr %gep924.i, align 4, !tbaa !4
-  %x.i338.i = bitcast <16 x i32> %1811 to <32 x bfloat>
-  %r.i340.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i316.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1814)
-  %1815 = getelementptr inbounds nuw i8, ptr %1787, i64 260
-  %1816 = load i32, ptr %1815, align 4, !tbaa !4
-  %1817 = insertelement <16 x i32> poison, i32 %1816, i64 0
-  %1818 = shufflevector <16 x i32> %1817, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i341.i = bitcast <16 x i32> %1818 to <32 x bfloat>
-  %r.i343.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i319.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1814)
-  %1819 = getelementptr inbounds nuw i8, ptr %1787, i64 516
-  %1820 = load i32, ptr %1819, align 4, !tbaa !4
-  %1821 = insertelement <16 x i32> poison, i32 %1820, i64 0
-  %1822 = shufflevector <16 x i32> %1821, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i344.i = bitcast <16 x i32> %1822 to <32 x bfloat>
-  %r.i346.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i322.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1814)
-  %1823 = getelementptr inbounds nuw i8, ptr %1787, i64 772
-  %1824 = load i32, ptr %1823, align 4, !tbaa !4
-  %1825 = insertelement <16 x i32> poison, i32 %1824, i64 0
-  %1826 = shufflevector <16 x i32> %1825, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i347.i = bitcast <16 x i32> %1826 to <32 x bfloat>
-  %r.i349.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i325.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1814)
-  %1827 = getelementptr i8, ptr %gep924.i, i64 64
-  %1828 = load <32 x bfloat>, ptr %1827, align 4, !tbaa !4
-  %r.i352.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i328.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1828)
-  %r.i355.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i331.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1828)
-  %r.i358.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i334.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1828)
-  %r.i361.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i337.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1828)
-  %1829 = getelementptr inbounds nuw i8, ptr %1787, i64 8
-  %1830 = load i32, ptr %1829, align 4, !tbaa !4
-  %1831 = insertelement <16 x i32> poison, i32 %1830, i64 0
-  %1832 = shufflevector <16 x i32> %1831, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1833 = getelementptr inbounds nuw i8, ptr %1791, i64 32
-  %1834 = load i64, ptr %1833, align 8, !tbaa !4
-  %gep928.i = getelementptr i32, ptr %gep982.i, i64 %1834
-  %1835 = load <32 x bfloat>, ptr %gep928.i, align 4, !tbaa !4
-  %x.i362.i = bitcast <16 x i32> %1832 to <32 x bfloat>
-  %r.i364.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i340.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1835)
-  %1836 = getelementptr inbounds nuw i8, ptr %1787, i64 264
-  %1837 = load i32, ptr %1836, align 4, !tbaa !4
-  %1838 = insertelement <16 x i32> poison, i32 %1837, i64 0
-  %1839 = shufflevector <16 x i32> %1838, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i365.i = bitcast <16 x i32> %1839 to <32 x bfloat>
-  %r.i367.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i343.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1835)
-  %1840 = getelementptr inbounds nuw i8, ptr %1787, i64 520
-  %1841 = load i32, ptr %1840, align 4, !tbaa !4
-  %1842 = insertelement <16 x i32> poison, i32 %1841, i64 0
-  %1843 = shufflevector <16 x i32> %1842, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i368.i = bitcast <16 x i32> %1843 to <32 x bfloat>
-  %r.i370.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i346.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1835)
-  %1844 = getelementptr inbounds nuw i8, ptr %1787, i64 776
-  %1845 = load i32, ptr %1844, align 4, !tbaa !4
-  %1846 = insertelement <16 x i32> poison, i32 %1845, i64 0
-  %1847 = shufflevector <16 x i32> %1846, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i371.i = bitcast <16 x i32> %1847 to <32 x bfloat>
-  %r.i373.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i349.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1835)
-  %1848 = getelementptr i8, ptr %gep928.i, i64 64
-  %1849 = load <32 x bfloat>, ptr %1848, align 4, !tbaa !4
-  %r.i376.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i352.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1849)
-  %r.i379.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i355.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1849)
-  %r.i382.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i358.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1849)
-  %r.i385.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i361.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1849)
-  %1850 = getelementptr inbounds nuw i8, ptr %1787, i64 12
-  %1851 = load i32, ptr %1850, align 4, !tbaa !4
-  %1852 = insertelement <16 x i32> poison, i32 %1851, i64 0
-  %1853 = shufflevector <16 x i32> %1852, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1854 = getelementptr inbounds nuw i8, ptr %1791, i64 48
-  %1855 = load i64, ptr %1854, align 8, !tbaa !4
-  %gep932.i = getelementptr i32, ptr %gep982.i, i64 %1855
-  %1856 = load <32 x bfloat>, ptr %gep932.i, align 4, !tbaa !4
-  %x.i386.i = bitcast <16 x i32> %1853 to <32 x bfloat>
-  %r.i388.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i364.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1856)
-  %1857 = getelementptr inbounds nuw i8, ptr %1787, i64 268
-  %1858 = load i32, ptr %1857, align 4, !tbaa !4
-  %1859 = insertelement <16 x i32> poison, i32 %1858, i64 0
-  %1860 = shufflevector <16 x i32> %1859, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i389.i = bitcast <16 x i32> %1860 to <32 x bfloat>
-  %r.i391.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i367.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1856)
-  %1861 = getelementptr inbounds nuw i8, ptr %1787, i64 524
-  %1862 = load i32, ptr %1861, align 4, !tbaa !4
-  %1863 = insertelement <16 x i32> poison, i32 %1862, i64 0
-  %1864 = shufflevector <16 x i32> %1863, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i392.i = bitcast <16 x i32> %1864 to <32 x bfloat>
-  %r.i394.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i370.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1856)
-  %1865 = getelementptr inbounds nuw i8, ptr %1787, i64 780
-  %1866 = load i32, ptr %1865, align 4, !tbaa !4
-  %1867 = insertelement <16 x i32> poison, i32 %1866, i64 0
-  %1868 = shufflevector <16 x i32> %1867, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i395.i = bitcast <16 x i32> %1868 to <32 x bfloat>
-  %r.i397.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i373.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1856)
-  %1869 = getelementptr i8, ptr %gep932.i, i64 64
-  %1870 = load <32 x bfloat>, ptr %1869, align 4, !tbaa !4
-  %r.i400.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i376.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1870)
-  %r.i403.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i379.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1870)
-  %r.i406.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i382.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1870)
-  %r.i409.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i385.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1870)
-  %1871 = getelementptr inbounds nuw i8, ptr %1787, i64 16
-  %1872 = load i32, ptr %1871, align 4, !tbaa !4
-  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
-  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1875 = getelementptr inbounds nuw i8, ptr %1791, i64 64
-  %1876 = load i64, ptr %1875, align 8, !tbaa !4
-  %gep936.i = getelementptr i32, ptr %gep982.i, i64 %1876
-  %1877 = load <32 x bfloat>, ptr %gep936.i, align 4, !tbaa !4
-  %x.i410.i = bitcast <16 x i32> %1874 to <32 x bfloat>
-  %r.i412.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i388.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1877)
-  %1878 = getelementptr inbounds nuw i8, ptr %1787, i64 272
-  %1879 = load i32, ptr %1878, align 4, !tbaa !4
-  %1880 = insertelement <16 x i32> poison, i32 %1879, i64 0
-  %1881 = shufflevector <16 x i32> %1880, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i413.i = bitcast <16 x i32> %1881 to <32 x bfloat>
-  %r.i415.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i391.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1877)
-  %1882 = getelementptr inbounds nuw i8, ptr %1787, i64 528
-  %1883 = load i32, ptr %1882, align 4, !tbaa !4
-  %1884 = insertelement <16 x i32> poison, i32 %1883, i64 0
-  %1885 = shufflevector <16 x i32> %1884, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i416.i = bitcast <16 x i32> %1885 to <32 x bfloat>
-  %r.i418.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i394.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1877)
-  %1886 = getelementptr inbounds nuw i8, ptr %1787, i64 784
-  %1887 = load i32, ptr %1886, align 4, !tbaa !4
-  %1888 = insertelement <16 x i32> poison, i32 %1887, i64 0
-  %1889 = shufflevector <16 x i32> %1888, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i419.i = bitcast <16 x i32> %1889 to <32 x bfloat>
-  %r.i421.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i397.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1877)
-  %1890 = getelementptr i8, ptr %gep936.i, i64 64
-  %1891 = load <32 x bfloat>, ptr %1890, align 4, !tbaa !4
-  %r.i424.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i400.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1891)
-  %r.i427.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i403.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1891)
-  %r.i430.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i406.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1891)
-  %r.i433.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i409.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1891)
-  %1892 = getelementptr inbounds nuw i8, ptr %1787, i64 20
-  %1893 = load i32, ptr %1892, align 4, !tbaa !4
-  %1894 = insertelement <16 x i32> poison, i32 %1893, i64 0
-  %1895 = shufflevector <16 x i32> %1894, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1896 = getelementptr inbounds nuw i8, ptr %1791, i64 80
-  %1897 = load i64, ptr %1896, align 8, !tbaa !4
-  %gep940.i = getelementptr i32, ptr %gep982.i, i64 %1897
-  %1898 = load <32 x bfloat>, ptr %gep940.i, align 4, !tbaa !4
-  %x.i434.i = bitcast <16 x i32> %1895 to <32 x bfloat>
-  %r.i436.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i412.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1898)
-  %1899 = getelementptr inbounds nuw i8, ptr %1787, i64 276
-  %1900 = load i32, ptr %1899, align 4, !tbaa !4
-  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
-  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i437.i = bitcast <16 x i32> %1902 to <32 x bfloat>
-  %r.i439.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i415.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1898)
-  %1903 = getelementptr inbounds nuw i8, ptr %1787, i64 532
-  %1904 = load i32, ptr %1903, align 4, !tbaa !4
-  %1905 = insertelement <16 x i32> poison, i32 %1904, i64 0
-  %1906 = shufflevector <16 x i32> %1905, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i440.i = bitcast <16 x i32> %1906 to <32 x bfloat>
-  %r.i442.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i418.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1898)
-  %1907 = getelementptr inbounds nuw i8, ptr %1787, i64 788
-  %1908 = load i32, ptr %1907, align 4, !tbaa !4
-  %1909 = insertelement <16 x i32> poison, i32 %1908, i64 0
-  %1910 = shufflevector <16 x i32> %1909, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i443.i = bitcast <16 x i32> %1910 to <32 x bfloat>
-  %r.i445.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i421.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1898)
-  %1911 = getelementptr i8, ptr %gep940.i, i64 64
-  %1912 = load <32 x bfloat>, ptr %1911, align 4, !tbaa !4
-  %r.i448.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i424.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1912)
-  %r.i451.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i427.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1912)
-  %r.i454.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i430.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1912)
-  %r.i457.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i433.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1912)
-  %1913 = getelementptr inbounds nuw i8, ptr %1787, i64 24
-  %1914 = load i32, ptr %1913, align 4, !tbaa !4
-  %1915 = insertelement <16 x i32> poison, i32 %1914, i64 0
-  %1916 = shufflevector <16 x i32> %1915, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1917 = getelementptr inbounds nuw i8, ptr %1791, i64 96
-  %1918 = load i64, ptr %1917, align 8, !tbaa !4
-  %gep944.i = getelementptr i32, ptr %gep982.i, i64 %1918
-  %1919 = load <32 x bfloat>, ptr %gep944.i, align 4, !tbaa !4
-  %x.i458.i = bitcast <16 x i32> %1916 to <32 x bfloat>
-  %r.i460.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i436.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1919)
-  %1920 = getelementptr inbounds nuw i8, ptr %1787, i64 280
-  %1921 = load i32, ptr %1920, align 4, !tbaa !4
-  %1922 = insertelement <16 x i32> poison, i32 %1921, i64 0
-  %1923 = shufflevector <16 x i32> %1922, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i461.i = bitcast <16 x i32> %1923 to <32 x bfloat>
-  %r.i463.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i439.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1919)
-  %1924 = getelementptr inbounds nuw i8, ptr %1787, i64 536
-  %1925 = load i32, ptr %1924, align 4, !tbaa !4
-  %1926 = insertelement <16 x i32> poison, i32 %1925, i64 0
-  %1927 = shufflevector <16 x i32> %1926, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i464.i = bitcast <16 x i32> %1927 to <32 x bfloat>
-  %r.i466.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i442.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1919)
-  %1928 = getelementptr inbounds nuw i8, ptr %1787, i64 792
-  %1929 = load i32, ptr %1928, align 4, !tbaa !4
-  %1930 = insertelement <16 x i32> poison, i32 %1929, i64 0
-  %1931 = shufflevector <16 x i32> %1930, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i467.i = bitcast <16 x i32> %1931 to <32 x bfloat>
-  %r.i469.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i445.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1919)
-  %1932 = getelementptr i8, ptr %gep944.i, i64 64
-  %1933 = load <32 x bfloat>, ptr %1932, align 4, !tbaa !4
-  %r.i472.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i448.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1933)
-  %r.i475.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i451.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1933)
-  %r.i478.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i454.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1933)
-  %r.i481.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i457.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1933)
-  %1934 = getelementptr inbounds nuw i8, ptr %1787, i64 28
-  %1935 = load i32, ptr %1934, align 4, !tbaa !4
-  %1936 = insertelement <16 x i32> poison, i32 %1935, i64 0
-  %1937 = shufflevector <16 x i32> %1936, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1938 = getelementptr inbounds nuw i8, ptr %1791, i64 112
-  %1939 = load i64, ptr %1938, align 8, !tbaa !4
-  %gep948.i = getelementptr i32, ptr %gep982.i, i64 %1939
-  %1940 = load <32 x bfloat>, ptr %gep948.i, align 4, !tbaa !4
-  %x.i482.i = bitcast <16 x i32> %1937 to <32 x bfloat>
-  %r.i484.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i460.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1940)
-  %1941 = getelementptr inbounds nuw i8, ptr %1787, i64 284
-  %1942 = load i32, ptr %1941, align 4, !tbaa !4
-  %1943 = insertelement <16 x i32> poison, i32 %1942, i64 0
-  %1944 = shufflevector <16 x i32> %1943, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i485.i = bitcast <16 x i32> %1944 to <32 x bfloat>
-  %r.i487.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i463.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1940)
-  %1945 = getelementptr inbounds nuw i8, ptr %1787, i64 540
-  %1946 = load i32, ptr %1945, align 4, !tbaa !4
-  %1947 = insertelement <16 x i32> poison, i32 %1946, i64 0
-  %1948 = shufflevector <16 x i32> %1947, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i488.i = bitcast <16 x i32> %1948 to <32 x bfloat>
-  %r.i490.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i466.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1940)
-  %1949 = getelementptr inbounds nuw i8, ptr %1787, i64 796
-  %1950 = load i32, ptr %1949, align 4, !tbaa !4
-  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
-  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i491.i = bitcast <16 x i32> %1952 to <32 x bfloat>
-  %r.i493.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i469.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1940)
-  %1953 = getelementptr i8, ptr %gep948.i, i64 64
-  %1954 = load <32 x bfloat>, ptr %1953, align 4, !tbaa !4
-  %r.i496.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i472.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1954)
-  %r.i499.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i475.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1954)
-  %r.i502.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i478.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1954)
-  %r.i505.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i481.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1954)
-  %1955 = getelementptr inbounds nuw i8, ptr %1787, i64 32
-  %1956 = load i32, ptr %1955, align 4, !tbaa !4
-  %1957 = insertelement <16 x i32> poison, i32 %1956, i64 0
-  %1958 = shufflevector <16 x i32> %1957, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1959 = getelementptr inbounds nuw i8, ptr %1791, i64 128
-  %1960 = load i64, ptr %1959, align 8, !tbaa !4
-  %gep952.i = getelementptr i32, ptr %gep982.i, i64 %1960
-  %1961 = load <32 x bfloat>, ptr %gep952.i, align 4, !tbaa !4
-  %x.i506.i = bitcast <16 x i32> %1958 to <32 x bfloat>
-  %r.i508.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i484.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1961)
-  %1962 = getelementptr inbounds nuw i8, ptr %1787, i64 288
-  %1963 = load i32, ptr %1962, align 4, !tbaa !4
-  %1964 = insertelement <16 x i32> poison, i32 %1963, i64 0
-  %1965 = shufflevector <16 x i32> %1964, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i509.i = bitcast <16 x i32> %1965 to <32 x bfloat>
-  %r.i511.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i487.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1961)
-  %1966 = getelementptr inbounds nuw i8, ptr %1787, i64 544
-  %1967 = load i32, ptr %1966, align 4, !tbaa !4
-  %1968 = insertelement <16 x i32> poison, i32 %1967, i64 0
-  %1969 = shufflevector <16 x i32> %1968, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i512.i = bitcast <16 x i32> %1969 to <32 x bfloat>
-  %r.i514.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i490.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1961)
-  %1970 = getelementptr inbounds nuw i8, ptr %1787, i64 800
-  %1971 = load i32, ptr %1970, align 4, !tbaa !4
-  %1972 = insertelement <16 x i32> poison, i32 %1971, i64 0
-  %1973 = shufflevector <16 x i32> %1972, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i515.i = bitcast <16 x i32> %1973 to <32 x bfloat>
-  %r.i517.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i493.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1961)
-  %1974 = getelementptr i8, ptr %gep952.i, i64 64
-  %1975 = load <32 x bfloat>, ptr %1974, align 4, !tbaa !4
-  %r.i520.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i496.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1975)
-  %r.i523.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i499.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1975)
-  %r.i526.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i502.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1975)
-  %r.i529.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i505.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1975)
-  %1976 = getelementptr inbounds nuw i8, ptr %1787, i64 36
-  %1977 = load i32, ptr %1976, align 4, !tbaa !4
-  %1978 = insertelement <16 x i32> poison, i32 %1977, i64 0
-  %1979 = shufflevector <16 x i32> %1978, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1980 = getelementptr inbounds nuw i8, ptr %1791, i64 144
-  %1981 = load i64, ptr %1980, align 8, !tbaa !4
-  %gep956.i = getelementptr i32, ptr %gep982.i, i64 %1981
-  %1982 = load <32 x bfloat>, ptr %gep956.i, align 4, !tbaa !4
-  %x.i530.i = bitcast <16 x i32> %1979 to <32 x bfloat>
-  %r.i532.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i508.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1982)
-  %1983 = getelementptr inbounds nuw i8, ptr %1787, i64 292
-  %1984 = load i32, ptr %1983, align 4, !tbaa !4
-  %1985 = insertelement <16 x i32> poison, i32 %1984, i64 0
-  %1986 = shufflevector <16 x i32> %1985, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i533.i = bitcast <16 x i32> %1986 to <32 x bfloat>
-  %r.i535.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i511.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1982)
-  %1987 = getelementptr inbounds nuw i8, ptr %1787, i64 548
-  %1988 = load i32, ptr %1987, align 4, !tbaa !4
-  %1989 = insertelement <16 x i32> poison, i32 %1988, i64 0
-  %1990 = shufflevector <16 x i32> %1989, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i536.i = bitcast <16 x i32> %1990 to <32 x bfloat>
-  %r.i538.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i514.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1982)
-  %1991 = getelementptr inbounds nuw i8, ptr %1787, i64 804
-  %1992 = load i32, ptr %1991, align 4, !tbaa !4
-  %1993 = insertelement <16 x i32> poison, i32 %1992, i64 0
-  %1994 = shufflevector <16 x i32> %1993, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i539.i = bitcast <16 x i32> %1994 to <32 x bfloat>
-  %r.i541.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i517.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1982)
-  %1995 = getelementptr i8, ptr %gep956.i, i64 64
-  %1996 = load <32 x bfloat>, ptr %1995, align 4, !tbaa !4
-  %r.i544.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i520.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1996)
-  %r.i547.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i523.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1996)
-  %r.i550.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i526.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1996)
-  %r.i553.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i529.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1996)
-  %1997 = getelementptr inbounds nuw i8, ptr %1787, i64 40
-  %1998 = load i32, ptr %1997, align 4, !tbaa !4
-  %1999 = insertelement <16 x i32> poison, i32 %1998, i64 0
-  %2000 = shufflevector <16 x i32> %1999, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2001 = getelementptr inbounds nuw i8, ptr %1791, i64 160
-  %2002 = load i64, ptr %2001, align 8, !tbaa !4
-  %gep960.i = getelementptr i32, ptr %gep982.i, i64 %2002
-  %2003 = load <32 x bfloat>, ptr %gep960.i, align 4, !tbaa !4
-  %x.i554.i = bitcast <16 x i32> %2000 to <32 x bfloat>
-  %r.i556.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i532.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2003)
-  %2004 = getelementptr inbounds nuw i8, ptr %1787, i64 296
-  %2005 = load i32, ptr %2004, align 4, !tbaa !4
-  %2006 = insertelement <16 x i32> poison, i32 %2005, i64 0
-  %2007 = shufflevector <16 x i32> %2006, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i557.i = bitcast <16 x i32> %2007 to <32 x bfloat>
-  %r.i559.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i535.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2003)
-  %2008 = getelementptr inbounds nuw i8, ptr %1787, i64 552
-  %2009 = load i32, ptr %2008, align 4, !tbaa !4
-  %2010 = insertelement <16 x i32> poison, i32 %2009, i64 0
-  %2011 = shufflevector <16 x i32> %2010, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i560.i = bitcast <16 x i32> %2011 to <32 x bfloat>
-  %r.i562.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i538.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2003)
-  %2012 = getelementptr inbounds nuw i8, ptr %1787, i64 808
-  %2013 = load i32, ptr %2012, align 4, !tbaa !4
-  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
-  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i563.i = bitcast <16 x i32> %2015 to <32 x bfloat>
-  %r.i565.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i541.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2003)
-  %2016 = getelementptr i8, ptr %gep960.i, i64 64
-  %2017 = load <32 x bfloat>, ptr %2016, align 4, !tbaa !4
-  %r.i568.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i544.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2017)
-  %r.i571.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i547.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2017)
-  %r.i574.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i550.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2017)
-  %r.i577.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i553.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2017)
-  %2018 = getelementptr inbounds nuw i8, ptr %1787, i64 44
-  %2019 = load i32, ptr %2018, align 4, !tbaa !4
-  %2020 = insertelement <16 x i32> poison, i32 %2019, i64 0
-  %2021 = shufflevector <16 x i32> %2020, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2022 = getelementptr inbounds nuw i8, ptr %1791, i64 176
-  %2023 = load i64, ptr %2022, align 8, !tbaa !4
-  %gep964.i = getelementptr i32, ptr %gep982.i, i64 %2023
-  %2024 = load <32 x bfloat>, ptr %gep964.i, align 4, !tbaa !4
-  %x.i578.i = bitcast <16 x i32> %2021 to <32 x bfloat>
-  %r.i580.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i556.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2024)
-  %2025 = getelementptr inbounds nuw i8, ptr %1787, i64 300
-  %2026 = load i32, ptr %2025, align 4, !tbaa !4
-  %2027 = insertelement <16 x i32> poison, i32 %2026, i64 0
-  %2028 = shufflevector <16 x i32> %2027, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i581.i = bitcast <16 x i32> %2028 to <32 x bfloat>
-  %r.i583.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i559.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2024)
-  %2029 = getelementptr inbounds nuw i8, ptr %1787, i64 556
-  %2030 = load i32, ptr %2029, align 4, !tbaa !4
-  %2031 = insertelement <16 x i32> poison, i32 %2030, i64 0
-  %2032 = shufflevector <16 x i32> %2031, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i584.i = bitcast <16 x i32> %2032 to <32 x bfloat>
-  %r.i586.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i562.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2024)
-  %2033 = getelementptr inbounds nuw i8, ptr %1787, i64 812
-  %2034 = load i32, ptr %2033, align 4, !tbaa !4
-  %2035 = insertelement <16 x i32> poison, i32 %2034, i64 0
-  %2036 = shufflevector <16 x i32> %2035, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i587.i = bitcast <16 x i32> %2036 to <32 x bfloat>
-  %r.i589.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i565.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2024)
-  %2037 = getelementptr i8, ptr %gep964.i, i64 64
-  %2038 = load <32 x bfloat>, ptr %2037, align 4, !tbaa !4
-  %r.i592.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i568.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2038)
-  %r.i595.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i571.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2038)
-  %r.i598.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i574.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2038)
-  %r.i601.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i577.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2038)
-  %2039 = getelementptr inbounds nuw i8, ptr %1787, i64 48
-  %2040 = load i32, ptr %2039, align 4, !tbaa !4
-  %2041 = insertelement <16 x i32> poison, i32 %2040, i64 0
-  %2042 = shufflevector <16 x i32> %2041, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2043 = getelementptr inbounds nuw i8, ptr %1791, i64 192
-  %2044 = load i64, ptr %2043, align 8, !tbaa !4
-  %gep968.i = getelementptr i32, ptr %gep982.i, i64 %2044
-  %2045 = load <32 x bfloat>, ptr %gep968.i, align 4, !tbaa !4
-  %x.i602.i = bitcast <16 x i32> %2042 to <32 x bfloat>
-  %r.i604.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i580.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2045)
-  %2046 = getelementptr inbounds nuw i8, ptr %1787, i64 304
-  %2047 = load i32, ptr %2046, align 4, !tbaa !4
-  %2048 = insertelement <16 x i32> poison, i32 %2047, i64 0
-  %2049 = shufflevector <16 x i32> %2048, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i605.i = bitcast <16 x i32> %2049 to <32 x bfloat>
-  %r.i607.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i583.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2045)
-  %2050 = getelementptr inbounds nuw i8, ptr %1787, i64 560
-  %2051 = load i32, ptr %2050, align 4, !tbaa !4
-  %2052 = insertelement <16 x i32> poison, i32 %2051, i64 0
-  %2053 = shufflevector <16 x i32> %2052, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i608.i = bitcast <16 x i32> %2053 to <32 x bfloat>
-  %r.i610.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i586.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2045)
-  %2054 = getelementptr inbounds nuw i8, ptr %1787, i64 816
-  %2055 = load i32, ptr %2054, align 4, !tbaa !4
-  %2056 = insertelement <16 x i32> poison, i32 %2055, i64 0
-  %2057 = shufflevector <16 x i32> %2056, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i611.i = bitcast <16 x i32> %2057 to <32 x bfloat>
-  %r.i613.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i589.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2045)
-  %2058 = getelementptr i8, ptr %gep968.i, i64 64
-  %2059 = load <32 x bfloat>, ptr %2058, align 4, !tbaa !4
-  %r.i616.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i592.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2059)
-  %r.i619.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2059)
-  %r.i622.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2059)
-  %r.i625.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2059)
-  %2060 = getelementptr inbounds nuw i8, ptr %1787, i64 52
-  %2061 = load i32, ptr %2060, align 4, !tbaa !4
-  %2062 = insertelement <16 x i32> poison, i32 %2061, i64 0
-  %2063 = shufflevector <16 x i32> %2062, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2064 = getelementptr inbounds nuw i8, ptr %1791, i64 208
-  %2065 = load i64, ptr %2064, align 8, !tbaa !4
-  %gep972.i = getelementptr i32, ptr %gep982.i, i64 %2065
-  %2066 = load <32 x bfloat>, ptr %gep972.i, align 4, !tbaa !4
-  %x.i626.i = bitcast <16 x i32> %2063 to <32 x bfloat>
-  %r.i628.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2066)
-  %2067 = getelementptr inbounds nuw i8, ptr %1787, i64 308
-  %2068 = load i32, ptr %2067, align 4, !tbaa !4
-  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
-  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i629.i = bitcast <16 x i32> %2070 to <32 x bfloat>
-  %r.i631.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2066)
-  %2071 = getelementptr inbounds nuw i8, ptr %1787, i64 564
-  %2072 = load i32, ptr %2071, align 4, !tbaa !4
-  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
-  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i632.i = bitcast <16 x i32> %2074 to <32 x bfloat>
-  %r.i634.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2066)
-  %2075 = getelementptr inbounds nuw i8, ptr %1787, i64 820
-  %2076 = load i32, ptr %2075, align 4, !tbaa !4
-  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
-  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i635.i = bitcast <16 x i32> %2078 to <32 x bfloat>
-  %r.i637.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2066)
-  %2079 = getelementptr i8, ptr %gep972.i, i64 64
-  %2080 = load <32 x bfloat>, ptr %2079, align 4, !tbaa !4
-  %r.i640.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2080)
-  %r.i643.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2080)
-  %r.i646.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2080)
-  %r.i649.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2080)
-  %2081 = getelementptr inbounds nuw i8, ptr %1787, i64 56
-  %2082 = load i32, ptr %2081, align 4, !tbaa !4
-  %2083 = insertelement <16 x i32> poison, i32 %2082, i64 0
-  %2084 = shufflevector <16 x i32> %2083, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2085 = getelementptr inbounds nuw i8, ptr %1791, i64 224
-  %2086 = load i64, ptr %2085, align 8, !tbaa !4
-  %gep976.i = getelementptr i32, ptr %gep982.i, i64 %2086
-  %2087 = load <32 x bfloat>, ptr %gep976.i, align 4, !tbaa !4
-  %x.i650.i = bitcast <16 x i32> %2084 to <32 x bfloat>
-  %r.i652.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2087)
-  %2088 = getelementptr inbounds nuw i8, ptr %1787, i64 312
-  %2089 = load i32, ptr %2088, align 4, !tbaa !4
-  %2090 = insertelement <16 x i32> poison, i32 %2089, i64 0
-  %2091 = shufflevector <16 x i32> %2090, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i653.i = bitcast <16 x i32> %2091 to <32 x bfloat>
-  %r.i655.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2087)
-  %2092 = getelementptr inbounds nuw i8, ptr %1787, i64 568
-  %2093 = load i32, ptr %2092, align 4, !tbaa !4
-  %2094 = insertelement <16 x i32> poison, i32 %2093, i64 0
-  %2095 = shufflevector <16 x i32> %2094, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i656.i = bitcast <16 x i32> %2095 to <32 x bfloat>
-  %r.i658.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2087)
-  %2096 = getelementptr inbounds nuw i8, ptr %1787, i64 824
-  %2097 = load i32, ptr %2096, align 4, !tbaa !4
-  %2098 = insertelement <16 x i32> poison, i32 %2097, i64 0
-  %2099 = shufflevector <16 x i32> %2098, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i659.i = bitcast <16 x i32> %2099 to <32 x bfloat>
-  %r.i661.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2087)
-  %2100 = getelementptr i8, ptr %gep976.i, i64 64
-  %2101 = load <32 x bfloat>, ptr %2100, align 4, !tbaa !4
-  %r.i664.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2101)
-  %r.i667.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2101)
-  %r.i670.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2101)
-  %r.i673.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2101)
-  %2102 = getelementptr inbounds nuw i8, ptr %1787, i64 60
-  %2103 = load i32, ptr %2102, align 4, !tbaa !4
-  %2104 = insertelement <16 x i32> poison, i32 %2103, i64 0
-  %2105 = shufflevector <16 x i32> %2104, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2106 = getelementptr inbounds nuw i8, ptr %1791, i64 240
-  %2107 = load i64, ptr %2106, align 8, !tbaa !4
-  %gep980.i = getelementptr i32, ptr %gep982.i, i64 %2107
-  %2108 = load <32 x bfloat>, ptr %gep980.i, align 4, !tbaa !4
-  %x.i674.i = bitcast <16 x i32> %2105 to <32 x bfloat>
-  %r.i676.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i652.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2108)
-  %2109 = getelementptr inbounds nuw i8, ptr %1787, i64 316
-  %2110 = load i32, ptr %2109, align 4, !tbaa !4
-  %2111 = insertelement <16 x i32> poison, i32 %2110, i64 0
-  %2112 = shufflevector <16 x i32> %2111, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i677.i = bitcast <16 x i32> %2112 to <32 x bfloat>
-  %r.i679.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i655.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2108)
-  %2113 = getelementptr inbounds nuw i8, ptr %1787, i64 572
-  %2114 = load i32, ptr %2113, align 4, !tbaa !4
-  %2115 = insertelement <16 x i32> poison, i32 %2114, i64 0
-  %2116 = shufflevector <16 x i32> %2115, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i680.i = bitcast <16 x i32> %2116 to <32 x bfloat>
-  %r.i682.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i658.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2108)
-  %2117 = getelementptr inbounds nuw i8, ptr %1787, i64 828
-  %2118 = load i32, ptr %2117, align 4, !tbaa !4
-  %2119 = insertelement <16 x i32> poison, i32 %2118, i64 0
-  %2120 = shufflevector <16 x i32> %2119, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i683.i = bitcast <16 x i32> %2120 to <32 x bfloat>
-  %r.i685.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i661.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2108)
-  %2121 = getelementptr i8, ptr %gep980.i, i64 64
-  %2122 = load <32 x bfloat>, ptr %2121, align 4, !tbaa !4
-  %r.i688.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i664.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2122)
-  %r.i691.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i667.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2122)
-  %r.i694.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i670.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2122)
-  %r.i697.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i673.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2122)
-  %indvars.iv.next1163.i = add nuw nsw i64 %indvars.iv1162.i, 1
-  %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1163.i, %595
-  br i1 %exitcond1168.not.i, label %for_end_to101.i, label %for_body_to100.i, !prof !8
+  %1764 = getelementptr i8, ptr %1691, i64 56
+  %1765 = load i64, ptr %1764, align 8, !tbaa !4
+  %1766 = getelementptr i32, ptr %value_cache, i64 %1765
+  %1767 = getelementptr i8, ptr %1766, i64 256
+  %1768 = getelementptr i32, ptr %1767, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1768, i32 0, i32 2, i32 1)
+  %1769 = getelementptr i8, ptr %1766, i64 320
+  %1770 = getelementptr i32, ptr %1769, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1770, i32 0, i32 2, i32 1)
+  %1771 = getelementptr i8, ptr %1766, i64 384
+  %1772 = getelementptr i32, ptr %1771, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1772, i32 0, i32 2, i32 1)
+  %1773 = getelementptr i8, ptr %1766, i64 448
+  %1774 = getelementptr i32, ptr %1773, i64 %1471
+  tail call void @llvm.prefetch.p0(ptr readonly %1774, i32 0, i32 2, i32 1)
+  %.idx1309.i = shl nsw i64 %indvars.iv1161.i, 6
+  %1775 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i
+  %1776 = load i32, ptr %1775, align 4, !tbaa !4
+  %1777 = insertelement <16 x i32> poison, i32 %1776, i64 0
+  %1778 = shufflevector <16 x i32> %1777, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1310.i = shl nsw i64 %indvars.iv1161.i, 8
+  %1779 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1310.i
+  %1780 = load i64, ptr %1779, align 8, !tbaa !4
+  %gep919.i = getelementptr i32, ptr %gep981.i, i64 %1780
+  %1781 = load <32 x bfloat>, ptr %gep919.i, align 4, !tbaa !4
+  %x.i313.i = bitcast <16 x i32> %1778 to <32 x bfloat>
+  %r.i315.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.0.0904.i, <32 x bfloat> %x.i313.i, <32 x bfloat> %1781)
+  %1782 = getelementptr i8, ptr %gep919.i, i64 64
+  %1783 = load <32 x bfloat>, ptr %1782, align 4, !tbaa !4
+  %r.i318.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.34.0903.i, <32 x bfloat> %x.i313.i, <32 x bfloat> %1783)
+  %1784 = getelementptr inbounds nuw i8, ptr %1775, i64 256
+  %1785 = load i32, ptr %1784, align 4, !tbaa !4
+  %1786 = insertelement <16 x i32> poison, i32 %1785, i64 0
+  %1787 = shufflevector <16 x i32> %1786, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i319.i = bitcast <16 x i32> %1787 to <32 x bfloat>
+  %r.i321.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.68.0902.i, <32 x bfloat> %x.i319.i, <32 x bfloat> %1781)
+  %r.i324.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.102.0901.i, <32 x bfloat> %x.i319.i, <32 x bfloat> %1783)
+  %1788 = getelementptr inbounds nuw i8, ptr %1775, i64 512
+  %1789 = load i32, ptr %1788, align 4, !tbaa !4
+  %1790 = insertelement <16 x i32> poison, i32 %1789, i64 0
+  %1791 = shufflevector <16 x i32> %1790, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i325.i = bitcast <16 x i32> %1791 to <32 x bfloat>
+  %r.i327.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.136.0900.i, <32 x bfloat> %x.i325.i, <32 x bfloat> %1781)
+  %r.i330.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.170.0899.i, <32 x bfloat> %x.i325.i, <32 x bfloat> %1783)
+  %1792 = getelementptr inbounds nuw i8, ptr %1775, i64 768
+  %1793 = load i32, ptr %1792, align 4, !tbaa !4
+  %1794 = insertelement <16 x i32> poison, i32 %1793, i64 0
+  %1795 = shufflevector <16 x i32> %1794, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i331.i = bitcast <16 x i32> %1795 to <32 x bfloat>
+  %r.i333.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.204.0905.i, <32 x bfloat> %x.i331.i, <32 x bfloat> %1781)
+  %r.i336.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global246.sroa.238.0906.i, <32 x bfloat> %x.i331.i, <32 x bfloat> %1783)
+  %1796 = getelementptr inbounds nuw i8, ptr %1775, i64 4
+  %1797 = load i32, ptr %1796, align 4, !tbaa !4
+  %1798 = insertelement <16 x i32> poison, i32 %1797, i64 0
+  %1799 = shufflevector <16 x i32> %1798, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1800 = getelementptr inbounds nuw i8, ptr %1779, i64 16
+  %1801 = load i64, ptr %1800, align 8, !tbaa !4
+  %gep923.i = getelementptr i32, ptr %gep981.i, i64 %1801
+  %1802 = load <32 x bfloat>, ptr %gep923.i, align 4, !tbaa !4
+  %x.i337.i = bitcast <16 x i32> %1799 to <32 x bfloat>
+  %r.i339.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i315.i, <32 x bfloat> %x.i337.i, <32 x bfloat> %1802)
+  %1803 = getelementptr i8, ptr %gep923.i, i64 64
+  %1804 = load <32 x bfloat>, ptr %1803, align 4, !tbaa !4
+  %r.i342.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i318.i, <32 x bfloat> %x.i337.i, <32 x bfloat> %1804)
+  %1805 = getelementptr inbounds nuw i8, ptr %1775, i64 260
+  %1806 = load i32, ptr %1805, align 4, !tbaa !4
+  %1807 = insertelement <16 x i32> poison, i32 %1806, i64 0
+  %1808 = shufflevector <16 x i32> %1807, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i343.i = bitcast <16 x i32> %1808 to <32 x bfloat>
+  %r.i345.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i321.i, <32 x bfloat> %x.i343.i, <32 x bfloat> %1802)
+  %r.i348.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i324.i, <32 x bfloat> %x.i343.i, <32 x bfloat> %1804)
+  %1809 = getelementptr inbounds nuw i8, ptr %1775, i64 516
+  %1810 = load i32, ptr %1809, align 4, !tbaa !4
+  %1811 = insertelement <16 x i32> poison, i32 %1810, i64 0
+  %1812 = shufflevector <16 x i32> %1811, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i349.i = bitcast <16 x i32> %1812 to <32 x bfloat>
+  %r.i351.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i327.i, <32 x bfloat> %x.i349.i, <32 x bfloat> %1802)
+  %r.i354.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i330.i, <32 x bfloat> %x.i349.i, <32 x bfloat> %1804)
+  %1813 = getelementptr inbounds nuw i8, ptr %1775, i64 772
+  %1814 = load i32, ptr %1813, align 4, !tbaa !4
+  %1815 = insertelement <16 x i32> poison, i32 %1814, i64 0
+  %1816 = shufflevector <16 x i32> %1815, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i355.i = bitcast <16 x i32> %1816 to <32 x bfloat>
+  %r.i357.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i333.i, <32 x bfloat> %x.i355.i, <32 x bfloat> %1802)
+  %r.i360.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i336.i, <32 x bfloat> %x.i355.i, <32 x bfloat> %1804)
+  %1817 = getelementptr inbounds nuw i8, ptr %1775, i64 8
+  %1818 = load i32, ptr %1817, align 4, !tbaa !4
+  %1819 = insertelement <16 x i32> poison, i32 %1818, i64 0
+  %1820 = shufflevector <16 x i32> %1819, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1821 = getelementptr inbounds nuw i8, ptr %1779, i64 32
+  %1822 = load i64, ptr %1821, align 8, !tbaa !4
+  %gep927.i = getelementptr i32, ptr %gep981.i, i64 %1822
+  %1823 = load <32 x bfloat>, ptr %gep927.i, align 4, !tbaa !4
+  %x.i361.i = bitcast <16 x i32> %1820 to <32 x bfloat>
+  %r.i363.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i339.i, <32 x bfloat> %x.i361.i, <32 x bfloat> %1823)
+  %1824 = getelementptr i8, ptr %gep927.i, i64 64
+  %1825 = load <32 x bfloat>, ptr %1824, align 4, !tbaa !4
+  %r.i366.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i342.i, <32 x bfloat> %x.i361.i, <32 x bfloat> %1825)
+  %1826 = getelementptr inbounds nuw i8, ptr %1775, i64 264
+  %1827 = load i32, ptr %1826, align 4, !tbaa !4
+  %1828 = insertelement <16 x i32> poison, i32 %1827, i64 0
+  %1829 = shufflevector <16 x i32> %1828, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i367.i = bitcast <16 x i32> %1829 to <32 x bfloat>
+  %r.i369.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i345.i, <32 x bfloat> %x.i367.i, <32 x bfloat> %1823)
+  %r.i372.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i348.i, <32 x bfloat> %x.i367.i, <32 x bfloat> %1825)
+  %1830 = getelementptr inbounds nuw i8, ptr %1775, i64 520
+  %1831 = load i32, ptr %1830, align 4, !tbaa !4
+  %1832 = insertelement <16 x i32> poison, i32 %1831, i64 0
+  %1833 = shufflevector <16 x i32> %1832, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i373.i = bitcast <16 x i32> %1833 to <32 x bfloat>
+  %r.i375.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i351.i, <32 x bfloat> %x.i373.i, <32 x bfloat> %1823)
+  %r.i378.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i354.i, <32 x bfloat> %x.i373.i, <32 x bfloat> %1825)
+  %1834 = getelementptr inbounds nuw i8, ptr %1775, i64 776
+  %1835 = load i32, ptr %1834, align 4, !tbaa !4
+  %1836 = insertelement <16 x i32> poison, i32 %1835, i64 0
+  %1837 = shufflevector <16 x i32> %1836, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i379.i = bitcast <16 x i32> %1837 to <32 x bfloat>
+  %r.i381.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i357.i, <32 x bfloat> %x.i379.i, <32 x bfloat> %1823)
+  %r.i384.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i360.i, <32 x bfloat> %x.i379.i, <32 x bfloat> %1825)
+  %1838 = getelementptr inbounds nuw i8, ptr %1775, i64 12
+  %1839 = load i32, ptr %1838, align 4, !tbaa !4
+  %1840 = insertelement <16 x i32> poison, i32 %1839, i64 0
+  %1841 = shufflevector <16 x i32> %1840, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1842 = getelementptr inbounds nuw i8, ptr %1779, i64 48
+  %1843 = load i64, ptr %1842, align 8, !tbaa !4
+  %gep931.i = getelementptr i32, ptr %gep981.i, i64 %1843
+  %1844 = load <32 x bfloat>, ptr %gep931.i, align 4, !tbaa !4
+  %x.i385.i = bitcast <16 x i32> %1841 to <32 x bfloat>
+  %r.i387.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i363.i, <32 x bfloat> %x.i385.i, <32 x bfloat> %1844)
+  %1845 = getelementptr i8, ptr %gep931.i, i64 64
+  %1846 = load <32 x bfloat>, ptr %1845, align 4, !tbaa !4
+  %r.i390.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i366.i, <32 x bfloat> %x.i385.i, <32 x bfloat> %1846)
+  %1847 = getelementptr inbounds nuw i8, ptr %1775, i64 268
+  %1848 = load i32, ptr %1847, align 4, !tbaa !4
+  %1849 = insertelement <16 x i32> poison, i32 %1848, i64 0
+  %1850 = shufflevector <16 x i32> %1849, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i391.i = bitcast <16 x i32> %1850 to <32 x bfloat>
+  %r.i393.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i369.i, <32 x bfloat> %x.i391.i, <32 x bfloat> %1844)
+  %r.i396.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i372.i, <32 x bfloat> %x.i391.i, <32 x bfloat> %1846)
+  %1851 = getelementptr inbounds nuw i8, ptr %1775, i64 524
+  %1852 = load i32, ptr %1851, align 4, !tbaa !4
+  %1853 = insertelement <16 x i32> poison, i32 %1852, i64 0
+  %1854 = shufflevector <16 x i32> %1853, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i397.i = bitcast <16 x i32> %1854 to <32 x bfloat>
+  %r.i399.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i375.i, <32 x bfloat> %x.i397.i, <32 x bfloat> %1844)
+  %r.i402.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i378.i, <32 x bfloat> %x.i397.i, <32 x bfloat> %1846)
+  %1855 = getelementptr inbounds nuw i8, ptr %1775, i64 780
+  %1856 = load i32, ptr %1855, align 4, !tbaa !4
+  %1857 = insertelement <16 x i32> poison, i32 %1856, i64 0
+  %1858 = shufflevector <16 x i32> %1857, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i403.i = bitcast <16 x i32> %1858 to <32 x bfloat>
+  %r.i405.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i381.i, <32 x bfloat> %x.i403.i, <32 x bfloat> %1844)
+  %r.i408.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i384.i, <32 x bfloat> %x.i403.i, <32 x bfloat> %1846)
+  %1859 = getelementptr inbounds nuw i8, ptr %1775, i64 16
+  %1860 = load i32, ptr %1859, align 4, !tbaa !4
+  %1861 = insertelement <16 x i32> poison, i32 %1860, i64 0
+  %1862 = shufflevector <16 x i32> %1861, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1863 = getelementptr inbounds nuw i8, ptr %1779, i64 64
+  %1864 = load i64, ptr %1863, align 8, !tbaa !4
+  %gep935.i = getelementptr i32, ptr %gep981.i, i64 %1864
+  %1865 = load <32 x bfloat>, ptr %gep935.i, align 4, !tbaa !4
+  %x.i409.i = bitcast <16 x i32> %1862 to <32 x bfloat>
+  %r.i411.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i387.i, <32 x bfloat> %x.i409.i, <32 x bfloat> %1865)
+  %1866 = getelementptr i8, ptr %gep935.i, i64 64
+  %1867 = load <32 x bfloat>, ptr %1866, align 4, !tbaa !4
+  %r.i414.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i390.i, <32 x bfloat> %x.i409.i, <32 x bfloat> %1867)
+  %1868 = getelementptr inbounds nuw i8, ptr %1775, i64 272
+  %1869 = load i32, ptr %1868, align 4, !tbaa !4
+  %1870 = insertelement <16 x i32> poison, i32 %1869, i64 0
+  %1871 = shufflevector <16 x i32> %1870, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i415.i = bitcast <16 x i32> %1871 to <32 x bfloat>
+  %r.i417.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i393.i, <32 x bfloat> %x.i415.i, <32 x bfloat> %1865)
+  %r.i420.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i396.i, <32 x bfloat> %x.i415.i, <32 x bfloat> %1867)
+  %1872 = getelementptr inbounds nuw i8, ptr %1775, i64 528
+  %1873 = load i32, ptr %1872, align 4, !tbaa !4
+  %1874 = insertelement <16 x i32> poison, i32 %1873, i64 0
+  %1875 = shufflevector <16 x i32> %1874, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i421.i = bitcast <16 x i32> %1875 to <32 x bfloat>
+  %r.i423.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i399.i, <32 x bfloat> %x.i421.i, <32 x bfloat> %1865)
+  %r.i426.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i402.i, <32 x bfloat> %x.i421.i, <32 x bfloat> %1867)
+  %1876 = getelementptr inbounds nuw i8, ptr %1775, i64 784
+  %1877 = load i32, ptr %1876, align 4, !tbaa !4
+  %1878 = insertelement <16 x i32> poison, i32 %1877, i64 0
+  %1879 = shufflevector <16 x i32> %1878, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i427.i = bitcast <16 x i32> %1879 to <32 x bfloat>
+  %r.i429.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i405.i, <32 x bfloat> %x.i427.i, <32 x bfloat> %1865)
+  %r.i432.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i408.i, <32 x bfloat> %x.i427.i, <32 x bfloat> %1867)
+  %1880 = getelementptr inbounds nuw i8, ptr %1775, i64 20
+  %1881 = load i32, ptr %1880, align 4, !tbaa !4
+  %1882 = insertelement <16 x i32> poison, i32 %1881, i64 0
+  %1883 = shufflevector <16 x i32> %1882, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1884 = getelementptr inbounds nuw i8, ptr %1779, i64 80
+  %1885 = load i64, ptr %1884, align 8, !tbaa !4
+  %gep939.i = getelementptr i32, ptr %gep981.i, i64 %1885
+  %1886 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
+  %x.i433.i = bitcast <16 x i32> %1883 to <32 x bfloat>
+  %r.i435.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i411.i, <32 x bfloat> %x.i433.i, <32 x bfloat> %1886)
+  %1887 = getelementptr i8, ptr %gep939.i, i64 64
+  %1888 = load <32 x bfloat>, ptr %1887, align 4, !tbaa !4
+  %r.i438.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i414.i, <32 x bfloat> %x.i433.i, <32 x bfloat> %1888)
+  %1889 = getelementptr inbounds nuw i8, ptr %1775, i64 276
+  %1890 = load i32, ptr %1889, align 4, !tbaa !4
+  %1891 = insertelement <16 x i32> poison, i32 %1890, i64 0
+  %1892 = shufflevector <16 x i32> %1891, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i439.i = bitcast <16 x i32> %1892 to <32 x bfloat>
+  %r.i441.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i417.i, <32 x bfloat> %x.i439.i, <32 x bfloat> %1886)
+  %r.i444.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i420.i, <32 x bfloat> %x.i439.i, <32 x bfloat> %1888)
+  %1893 = getelementptr inbounds nuw i8, ptr %1775, i64 532
+  %1894 = load i32, ptr %1893, align 4, !tbaa !4
+  %1895 = insertelement <16 x i32> poison, i32 %1894, i64 0
+  %1896 = shufflevector <16 x i32> %1895, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i445.i = bitcast <16 x i32> %1896 to <32 x bfloat>
+  %r.i447.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i423.i, <32 x bfloat> %x.i445.i, <32 x bfloat> %1886)
+  %r.i450.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i426.i, <32 x bfloat> %x.i445.i, <32 x bfloat> %1888)
+  %1897 = getelementptr inbounds nuw i8, ptr %1775, i64 788
+  %1898 = load i32, ptr %1897, align 4, !tbaa !4
+  %1899 = insertelement <16 x i32> poison, i32 %1898, i64 0
+  %1900 = shufflevector <16 x i32> %1899, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i451.i = bitcast <16 x i32> %1900 to <32 x bfloat>
+  %r.i453.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i429.i, <32 x bfloat> %x.i451.i, <32 x bfloat> %1886)
+  %r.i456.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i432.i, <32 x bfloat> %x.i451.i, <32 x bfloat> %1888)
+  %1901 = getelementptr inbounds nuw i8, ptr %1775, i64 24
+  %1902 = load i32, ptr %1901, align 4, !tbaa !4
+  %1903 = insertelement <16 x i32> poison, i32 %1902, i64 0
+  %1904 = shufflevector <16 x i32> %1903, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1905 = getelementptr inbounds nuw i8, ptr %1779, i64 96
+  %1906 = load i64, ptr %1905, align 8, !tbaa !4
+  %gep943.i = getelementptr i32, ptr %gep981.i, i64 %1906
+  %1907 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
+  %x.i457.i = bitcast <16 x i32> %1904 to <32 x bfloat>
+  %r.i459.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i435.i, <32 x bfloat> %x.i457.i, <32 x bfloat> %1907)
+  %1908 = getelementptr i8, ptr %gep943.i, i64 64
+  %1909 = load <32 x bfloat>, ptr %1908, align 4, !tbaa !4
+  %r.i462.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i438.i, <32 x bfloat> %x.i457.i, <32 x bfloat> %1909)
+  %1910 = getelementptr inbounds nuw i8, ptr %1775, i64 280
+  %1911 = load i32, ptr %1910, align 4, !tbaa !4
+  %1912 = insertelement <16 x i32> poison, i32 %1911, i64 0
+  %1913 = shufflevector <16 x i32> %1912, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i463.i = bitcast <16 x i32> %1913 to <32 x bfloat>
+  %r.i465.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i441.i, <32 x bfloat> %x.i463.i, <32 x bfloat> %1907)
+  %r.i468.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i444.i, <32 x bfloat> %x.i463.i, <32 x bfloat> %1909)
+  %1914 = getelementptr inbounds nuw i8, ptr %1775, i64 536
+  %1915 = load i32, ptr %1914, align 4, !tbaa !4
+  %1916 = insertelement <16 x i32> poison, i32 %1915, i64 0
+  %1917 = shufflevector <16 x i32> %1916, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i469.i = bitcast <16 x i32> %1917 to <32 x bfloat>
+  %r.i471.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i447.i, <32 x bfloat> %x.i469.i, <32 x bfloat> %1907)
+  %r.i474.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i450.i, <32 x bfloat> %x.i469.i, <32 x bfloat> %1909)
+  %1918 = getelementptr inbounds nuw i8, ptr %1775, i64 792
+  %1919 = load i32, ptr %1918, align 4, !tbaa !4
+  %1920 = insertelement <16 x i32> poison, i32 %1919, i64 0
+  %1921 = shufflevector <16 x i32> %1920, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i475.i = bitcast <16 x i32> %1921 to <32 x bfloat>
+  %r.i477.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i453.i, <32 x bfloat> %x.i475.i, <32 x bfloat> %1907)
+  %r.i480.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i456.i, <32 x bfloat> %x.i475.i, <32 x bfloat> %1909)
+  %1922 = getelementptr inbounds nuw i8, ptr %1775, i64 28
+  %1923 = load i32, ptr %1922, align 4, !tbaa !4
+  %1924 = insertelement <16 x i32> poison, i32 %1923, i64 0
+  %1925 = shufflevector <16 x i32> %1924, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1926 = getelementptr inbounds nuw i8, ptr %1779, i64 112
+  %1927 = load i64, ptr %1926, align 8, !tbaa !4
+  %gep947.i = getelementptr i32, ptr %gep981.i, i64 %1927
+  %1928 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
+  %x.i481.i = bitcast <16 x i32> %1925 to <32 x bfloat>
+  %r.i483.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i459.i, <32 x bfloat> %x.i481.i, <32 x bfloat> %1928)
+  %1929 = getelementptr i8, ptr %gep947.i, i64 64
+  %1930 = load <32 x bfloat>, ptr %1929, align 4, !tbaa !4
+  %r.i486.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i462.i, <32 x bfloat> %x.i481.i, <32 x bfloat> %1930)
+  %1931 = getelementptr inbounds nuw i8, ptr %1775, i64 284
+  %1932 = load i32, ptr %1931, align 4, !tbaa !4
+  %1933 = insertelement <16 x i32> poison, i32 %1932, i64 0
+  %1934 = shufflevector <16 x i32> %1933, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i487.i = bitcast <16 x i32> %1934 to <32 x bfloat>
+  %r.i489.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i465.i, <32 x bfloat> %x.i487.i, <32 x bfloat> %1928)
+  %r.i492.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i468.i, <32 x bfloat> %x.i487.i, <32 x bfloat> %1930)
+  %1935 = getelementptr inbounds nuw i8, ptr %1775, i64 540
+  %1936 = load i32, ptr %1935, align 4, !tbaa !4
+  %1937 = insertelement <16 x i32> poison, i32 %1936, i64 0
+  %1938 = shufflevector <16 x i32> %1937, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i493.i = bitcast <16 x i32> %1938 to <32 x bfloat>
+  %r.i495.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i471.i, <32 x bfloat> %x.i493.i, <32 x bfloat> %1928)
+  %r.i498.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i474.i, <32 x bfloat> %x.i493.i, <32 x bfloat> %1930)
+  %1939 = getelementptr inbounds nuw i8, ptr %1775, i64 796
+  %1940 = load i32, ptr %1939, align 4, !tbaa !4
+  %1941 = insertelement <16 x i32> poison, i32 %1940, i64 0
+  %1942 = shufflevector <16 x i32> %1941, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i499.i = bitcast <16 x i32> %1942 to <32 x bfloat>
+  %r.i501.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i477.i, <32 x bfloat> %x.i499.i, <32 x bfloat> %1928)
+  %r.i504.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i480.i, <32 x bfloat> %x.i499.i, <32 x bfloat> %1930)
+  %1943 = getelementptr inbounds nuw i8, ptr %1775, i64 32
+  %1944 = load i32, ptr %1943, align 4, !tbaa !4
+  %1945 = insertelement <16 x i32> poison, i32 %1944, i64 0
+  %1946 = shufflevector <16 x i32> %1945, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1947 = getelementptr inbounds nuw i8, ptr %1779, i64 128
+  %1948 = load i64, ptr %1947, align 8, !tbaa !4
+  %gep951.i = getelementptr i32, ptr %gep981.i, i64 %1948
+  %1949 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
+  %x.i505.i = bitcast <16 x i32> %1946 to <32 x bfloat>
+  %r.i507.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i483.i, <32 x bfloat> %x.i505.i, <32 x bfloat> %1949)
+  %1950 = getelementptr i8, ptr %gep951.i, i64 64
+  %1951 = load <32 x bfloat>, ptr %1950, align 4, !tbaa !4
+  %r.i510.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i486.i, <32 x bfloat> %x.i505.i, <32 x bfloat> %1951)
+  %1952 = getelementptr inbounds nuw i8, ptr %1775, i64 288
+  %1953 = load i32, ptr %1952, align 4, !tbaa !4
+  %1954 = insertelement <16 x i32> poison, i32 %1953, i64 0
+  %1955 = shufflevector <16 x i32> %1954, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i511.i = bitcast <16 x i32> %1955 to <32 x bfloat>
+  %r.i513.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i489.i, <32 x bfloat> %x.i511.i, <32 x bfloat> %1949)
+  %r.i516.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i492.i, <32 x bfloat> %x.i511.i, <32 x bfloat> %1951)
+  %1956 = getelementptr inbounds nuw i8, ptr %1775, i64 544
+  %1957 = load i32, ptr %1956, align 4, !tbaa !4
+  %1958 = insertelement <16 x i32> poison, i32 %1957, i64 0
+  %1959 = shufflevector <16 x i32> %1958, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i517.i = bitcast <16 x i32> %1959 to <32 x bfloat>
+  %r.i519.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i495.i, <32 x bfloat> %x.i517.i, <32 x bfloat> %1949)
+  %r.i522.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i498.i, <32 x bfloat> %x.i517.i, <32 x bfloat> %1951)
+  %1960 = getelementptr inbounds nuw i8, ptr %1775, i64 800
+  %1961 = load i32, ptr %1960, align 4, !tbaa !4
+  %1962 = insertelement <16 x i32> poison, i32 %1961, i64 0
+  %1963 = shufflevector <16 x i32> %1962, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i523.i = bitcast <16 x i32> %1963 to <32 x bfloat>
+  %r.i525.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i501.i, <32 x bfloat> %x.i523.i, <32 x bfloat> %1949)
+  %r.i528.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i504.i, <32 x bfloat> %x.i523.i, <32 x bfloat> %1951)
+  %1964 = getelementptr inbounds nuw i8, ptr %1775, i64 36
+  %1965 = load i32, ptr %1964, align 4, !tbaa !4
+  %1966 = insertelement <16 x i32> poison, i32 %1965, i64 0
+  %1967 = shufflevector <16 x i32> %1966, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1968 = getelementptr inbounds nuw i8, ptr %1779, i64 144
+  %1969 = load i64, ptr %1968, align 8, !tbaa !4
+  %gep955.i = getelementptr i32, ptr %gep981.i, i64 %1969
+  %1970 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
+  %x.i529.i = bitcast <16 x i32> %1967 to <32 x bfloat>
+  %r.i531.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i507.i, <32 x bfloat> %x.i529.i, <32 x bfloat> %1970)
+  %1971 = getelementptr i8, ptr %gep955.i, i64 64
+  %1972 = load <32 x bfloat>, ptr %1971, align 4, !tbaa !4
+  %r.i534.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i510.i, <32 x bfloat> %x.i529.i, <32 x bfloat> %1972)
+  %1973 = getelementptr inbounds nuw i8, ptr %1775, i64 292
+  %1974 = load i32, ptr %1973, align 4, !tbaa !4
+  %1975 = insertelement <16 x i32> poison, i32 %1974, i64 0
+  %1976 = shufflevector <16 x i32> %1975, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i535.i = bitcast <16 x i32> %1976 to <32 x bfloat>
+  %r.i537.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i513.i, <32 x bfloat> %x.i535.i, <32 x bfloat> %1970)
+  %r.i540.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i516.i, <32 x bfloat> %x.i535.i, <32 x bfloat> %1972)
+  %1977 = getelementptr inbounds nuw i8, ptr %1775, i64 548
+  %1978 = load i32, ptr %1977, align 4, !tbaa !4
+  %1979 = insertelement <16 x i32> poison, i32 %1978, i64 0
+  %1980 = shufflevector <16 x i32> %1979, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i541.i = bitcast <16 x i32> %1980 to <32 x bfloat>
+  %r.i543.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i519.i, <32 x bfloat> %x.i541.i, <32 x bfloat> %1970)
+  %r.i546.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i522.i, <32 x bfloat> %x.i541.i, <32 x bfloat> %1972)
+  %1981 = getelementptr inbounds nuw i8, ptr %1775, i64 804
+  %1982 = load i32, ptr %1981, align 4, !tbaa !4
+  %1983 = insertelement <16 x i32> poison, i32 %1982, i64 0
+  %1984 = shufflevector <16 x i32> %1983, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i547.i = bitcast <16 x i32> %1984 to <32 x bfloat>
+  %r.i549.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i525.i, <32 x bfloat> %x.i547.i, <32 x bfloat> %1970)
+  %r.i552.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i528.i, <32 x bfloat> %x.i547.i, <32 x bfloat> %1972)
+  %1985 = getelementptr inbounds nuw i8, ptr %1775, i64 40
+  %1986 = load i32, ptr %1985, align 4, !tbaa !4
+  %1987 = insertelement <16 x i32> poison, i32 %1986, i64 0
+  %1988 = shufflevector <16 x i32> %1987, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1989 = getelementptr inbounds nuw i8, ptr %1779, i64 160
+  %1990 = load i64, ptr %1989, align 8, !tbaa !4
+  %gep959.i = getelementptr i32, ptr %gep981.i, i64 %1990
+  %1991 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
+  %x.i553.i = bitcast <16 x i32> %1988 to <32 x bfloat>
+  %r.i555.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i531.i, <32 x bfloat> %x.i553.i, <32 x bfloat> %1991)
+  %1992 = getelementptr i8, ptr %gep959.i, i64 64
+  %1993 = load <32 x bfloat>, ptr %1992, align 4, !tbaa !4
+  %r.i558.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i534.i, <32 x bfloat> %x.i553.i, <32 x bfloat> %1993)
+  %1994 = getelementptr inbounds nuw i8, ptr %1775, i64 296
+  %1995 = load i32, ptr %1994, align 4, !tbaa !4
+  %1996 = insertelement <16 x i32> poison, i32 %1995, i64 0
+  %1997 = shufflevector <16 x i32> %1996, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i559.i = bitcast <16 x i32> %1997 to <32 x bfloat>
+  %r.i561.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i537.i, <32 x bfloat> %x.i559.i, <32 x bfloat> %1991)
+  %r.i564.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i540.i, <32 x bfloat> %x.i559.i, <32 x bfloat> %1993)
+  %1998 = getelementptr inbounds nuw i8, ptr %1775, i64 552
+  %1999 = load i32, ptr %1998, align 4, !tbaa !4
+  %2000 = insertelement <16 x i32> poison, i32 %1999, i64 0
+  %2001 = shufflevector <16 x i32> %2000, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i565.i = bitcast <16 x i32> %2001 to <32 x bfloat>
+  %r.i567.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i543.i, <32 x bfloat> %x.i565.i, <32 x bfloat> %1991)
+  %r.i570.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i546.i, <32 x bfloat> %x.i565.i, <32 x bfloat> %1993)
+  %2002 = getelementptr inbounds nuw i8, ptr %1775, i64 808
+  %2003 = load i32, ptr %2002, align 4, !tbaa !4
+  %2004 = insertelement <16 x i32> poison, i32 %2003, i64 0
+  %2005 = shufflevector <16 x i32> %2004, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i571.i = bitcast <16 x i32> %2005 to <32 x bfloat>
+  %r.i573.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i549.i, <32 x bfloat> %x.i571.i, <32 x bfloat> %1991)
+  %r.i576.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i552.i, <32 x bfloat> %x.i571.i, <32 x bfloat> %1993)
+  %2006 = getelementptr inbounds nuw i8, ptr %1775, i64 44
+  %2007 = load i32, ptr %2006, align 4, !tbaa !4
+  %2008 = insertelement <16 x i32> poison, i32 %2007, i64 0
+  %2009 = shufflevector <16 x i32> %2008, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2010 = getelementptr inbounds nuw i8, ptr %1779, i64 176
+  %2011 = load i64, ptr %2010, align 8, !tbaa !4
+  %gep963.i = getelementptr i32, ptr %gep981.i, i64 %2011
+  %2012 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
+  %x.i577.i = bitcast <16 x i32> %2009 to <32 x bfloat>
+  %r.i579.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i555.i, <32 x bfloat> %x.i577.i, <32 x bfloat> %2012)
+  %2013 = getelementptr i8, ptr %gep963.i, i64 64
+  %2014 = load <32 x bfloat>, ptr %2013, align 4, !tbaa !4
+  %r.i582.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i558.i, <32 x bfloat> %x.i577.i, <32 x bfloat> %2014)
+  %2015 = getelementptr inbounds nuw i8, ptr %1775, i64 300
+  %2016 = load i32, ptr %2015, align 4, !tbaa !4
+  %2017 = insertelement <16 x i32> poison, i32 %2016, i64 0
+  %2018 = shufflevector <16 x i32> %2017, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i583.i = bitcast <16 x i32> %2018 to <32 x bfloat>
+  %r.i585.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i561.i, <32 x bfloat> %x.i583.i, <32 x bfloat> %2012)
+  %r.i588.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i564.i, <32 x bfloat> %x.i583.i, <32 x bfloat> %2014)
+  %2019 = getelementptr inbounds nuw i8, ptr %1775, i64 556
+  %2020 = load i32, ptr %2019, align 4, !tbaa !4
+  %2021 = insertelement <16 x i32> poison, i32 %2020, i64 0
+  %2022 = shufflevector <16 x i32> %2021, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i589.i = bitcast <16 x i32> %2022 to <32 x bfloat>
+  %r.i591.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i567.i, <32 x bfloat> %x.i589.i, <32 x bfloat> %2012)
+  %r.i594.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i570.i, <32 x bfloat> %x.i589.i, <32 x bfloat> %2014)
+  %2023 = getelementptr inbounds nuw i8, ptr %1775, i64 812
+  %2024 = load i32, ptr %2023, align 4, !tbaa !4
+  %2025 = insertelement <16 x i32> poison, i32 %2024, i64 0
+  %2026 = shufflevector <16 x i32> %2025, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i595.i = bitcast <16 x i32> %2026 to <32 x bfloat>
+  %r.i597.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i573.i, <32 x bfloat> %x.i595.i, <32 x bfloat> %2012)
+  %r.i600.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i576.i, <32 x bfloat> %x.i595.i, <32 x bfloat> %2014)
+  %2027 = getelementptr inbounds nuw i8, ptr %1775, i64 48
+  %2028 = load i32, ptr %2027, align 4, !tbaa !4
+  %2029 = insertelement <16 x i32> poison, i32 %2028, i64 0
+  %2030 = shufflevector <16 x i32> %2029, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2031 = getelementptr inbounds nuw i8, ptr %1779, i64 192
+  %2032 = load i64, ptr %2031, align 8, !tbaa !4
+  %gep967.i = getelementptr i32, ptr %gep981.i, i64 %2032
+  %2033 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
+  %x.i601.i = bitcast <16 x i32> %2030 to <32 x bfloat>
+  %r.i603.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i579.i, <32 x bfloat> %x.i601.i, <32 x bfloat> %2033)
+  %2034 = getelementptr i8, ptr %gep967.i, i64 64
+  %2035 = load <32 x bfloat>, ptr %2034, align 4, !tbaa !4
+  %r.i606.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i582.i, <32 x bfloat> %x.i601.i, <32 x bfloat> %2035)
+  %2036 = getelementptr inbounds nuw i8, ptr %1775, i64 304
+  %2037 = load i32, ptr %2036, align 4, !tbaa !4
+  %2038 = insertelement <16 x i32> poison, i32 %2037, i64 0
+  %2039 = shufflevector <16 x i32> %2038, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i607.i = bitcast <16 x i32> %2039 to <32 x bfloat>
+  %r.i609.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i585.i, <32 x bfloat> %x.i607.i, <32 x bfloat> %2033)
+  %r.i612.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i588.i, <32 x bfloat> %x.i607.i, <32 x bfloat> %2035)
+  %2040 = getelementptr inbounds nuw i8, ptr %1775, i64 560
+  %2041 = load i32, ptr %2040, align 4, !tbaa !4
+  %2042 = insertelement <16 x i32> poison, i32 %2041, i64 0
+  %2043 = shufflevector <16 x i32> %2042, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i613.i = bitcast <16 x i32> %2043 to <32 x bfloat>
+  %r.i615.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i591.i, <32 x bfloat> %x.i613.i, <32 x bfloat> %2033)
+  %r.i618.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i594.i, <32 x bfloat> %x.i613.i, <32 x bfloat> %2035)
+  %2044 = getelementptr inbounds nuw i8, ptr %1775, i64 816
+  %2045 = load i32, ptr %2044, align 4, !tbaa !4
+  %2046 = insertelement <16 x i32> poison, i32 %2045, i64 0
+  %2047 = shufflevector <16 x i32> %2046, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i619.i = bitcast <16 x i32> %2047 to <32 x bfloat>
+  %r.i621.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i597.i, <32 x bfloat> %x.i619.i, <32 x bfloat> %2033)
+  %r.i624.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i600.i, <32 x bfloat> %x.i619.i, <32 x bfloat> %2035)
+  %2048 = getelementptr inbounds nuw i8, ptr %1775, i64 52
+  %2049 = load i32, ptr %2048, align 4, !tbaa !4
+  %2050 = insertelement <16 x i32> poison, i32 %2049, i64 0
+  %2051 = shufflevector <16 x i32> %2050, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2052 = getelementptr inbounds nuw i8, ptr %1779, i64 208
+  %2053 = load i64, ptr %2052, align 8, !tbaa !4
+  %gep971.i = getelementptr i32, ptr %gep981.i, i64 %2053
+  %2054 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
+  %x.i625.i = bitcast <16 x i32> %2051 to <32 x bfloat>
+  %r.i627.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i603.i, <32 x bfloat> %x.i625.i, <32 x bfloat> %2054)
+  %2055 = getelementptr i8, ptr %gep971.i, i64 64
+  %2056 = load <32 x bfloat>, ptr %2055, align 4, !tbaa !4
+  %r.i630.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i606.i, <32 x bfloat> %x.i625.i, <32 x bfloat> %2056)
+  %2057 = getelementptr inbounds nuw i8, ptr %1775, i64 308
+  %2058 = load i32, ptr %2057, align 4, !tbaa !4
+  %2059 = insertelement <16 x i32> poison, i32 %2058, i64 0
+  %2060 = shufflevector <16 x i32> %2059, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i631.i = bitcast <16 x i32> %2060 to <32 x bfloat>
+  %r.i633.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i609.i, <32 x bfloat> %x.i631.i, <32 x bfloat> %2054)
+  %r.i636.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i612.i, <32 x bfloat> %x.i631.i, <32 x bfloat> %2056)
+  %2061 = getelementptr inbounds nuw i8, ptr %1775, i64 564
+  %2062 = load i32, ptr %2061, align 4, !tbaa !4
+  %2063 = insertelement <16 x i32> poison, i32 %2062, i64 0
+  %2064 = shufflevector <16 x i32> %2063, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i637.i = bitcast <16 x i32> %2064 to <32 x bfloat>
+  %r.i639.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i615.i, <32 x bfloat> %x.i637.i, <32 x bfloat> %2054)
+  %r.i642.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i618.i, <32 x bfloat> %x.i637.i, <32 x bfloat> %2056)
+  %2065 = getelementptr inbounds nuw i8, ptr %1775, i64 820
+  %2066 = load i32, ptr %2065, align 4, !tbaa !4
+  %2067 = insertelement <16 x i32> poison, i32 %2066, i64 0
+  %2068 = shufflevector <16 x i32> %2067, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i643.i = bitcast <16 x i32> %2068 to <32 x bfloat>
+  %r.i645.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i621.i, <32 x bfloat> %x.i643.i, <32 x bfloat> %2054)
+  %r.i648.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i624.i, <32 x bfloat> %x.i643.i, <32 x bfloat> %2056)
+  %2069 = getelementptr inbounds nuw i8, ptr %1775, i64 56
+  %2070 = load i32, ptr %2069, align 4, !tbaa !4
+  %2071 = insertelement <16 x i32> poison, i32 %2070, i64 0
+  %2072 = shufflevector <16 x i32> %2071, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2073 = getelementptr inbounds nuw i8, ptr %1779, i64 224
+  %2074 = load i64, ptr %2073, align 8, !tbaa !4
+  %gep975.i = getelementptr i32, ptr %gep981.i, i64 %2074
+  %2075 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
+  %x.i649.i = bitcast <16 x i32> %2072 to <32 x bfloat>
+  %r.i651.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i627.i, <32 x bfloat> %x.i649.i, <32 x bfloat> %2075)
+  %2076 = getelementptr i8, ptr %gep975.i, i64 64
+  %2077 = load <32 x bfloat>, ptr %2076, align 4, !tbaa !4
+  %r.i654.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i630.i, <32 x bfloat> %x.i649.i, <32 x bfloat> %2077)
+  %2078 = getelementptr inbounds nuw i8, ptr %1775, i64 312
+  %2079 = load i32, ptr %2078, align 4, !tbaa !4
+  %2080 = insertelement <16 x i32> poison, i32 %2079, i64 0
+  %2081 = shufflevector <16 x i32> %2080, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i655.i = bitcast <16 x i32> %2081 to <32 x bfloat>
+  %r.i657.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i633.i, <32 x bfloat> %x.i655.i, <32 x bfloat> %2075)
+  %r.i660.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i636.i, <32 x bfloat> %x.i655.i, <32 x bfloat> %2077)
+  %2082 = getelementptr inbounds nuw i8, ptr %1775, i64 568
+  %2083 = load i32, ptr %2082, align 4, !tbaa !4
+  %2084 = insertelement <16 x i32> poison, i32 %2083, i64 0
+  %2085 = shufflevector <16 x i32> %2084, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i661.i = bitcast <16 x i32> %2085 to <32 x bfloat>
+  %r.i663.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i639.i, <32 x bfloat> %x.i661.i, <32 x bfloat> %2075)
+  %r.i666.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i642.i, <32 x bfloat> %x.i661.i, <32 x bfloat> %2077)
+  %2086 = getelementptr inbounds nuw i8, ptr %1775, i64 824
+  %2087 = load i32, ptr %2086, align 4, !tbaa !4
+  %2088 = insertelement <16 x i32> poison, i32 %2087, i64 0
+  %2089 = shufflevector <16 x i32> %2088, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i667.i = bitcast <16 x i32> %2089 to <32 x bfloat>
+  %r.i669.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i645.i, <32 x bfloat> %x.i667.i, <32 x bfloat> %2075)
+  %r.i672.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i648.i, <32 x bfloat> %x.i667.i, <32 x bfloat> %2077)
+  %2090 = getelementptr inbounds nuw i8, ptr %1775, i64 60
+  %2091 = load i32, ptr %2090, align 4, !tbaa !4
+  %2092 = insertelement <16 x i32> poison, i32 %2091, i64 0
+  %2093 = shufflevector <16 x i32> %2092, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2094 = getelementptr inbounds nuw i8, ptr %1779, i64 240
+  %2095 = load i64, ptr %2094, align 8, !tbaa !4
+  %gep979.i = getelementptr i32, ptr %gep981.i, i64 %2095
+  %2096 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
+  %x.i673.i = bitcast <16 x i32> %2093 to <32 x bfloat>
+  %r.i675.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i651.i, <32 x bfloat> %x.i673.i, <32 x bfloat> %2096)
+  %2097 = getelementptr i8, ptr %gep979.i, i64 64
+  %2098 = load <32 x bfloat>, ptr %2097, align 4, !tbaa !4
+  %r.i678.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i654.i, <32 x bfloat> %x.i673.i, <32 x bfloat> %2098)
+  %2099 = getelementptr inbounds nuw i8, ptr %1775, i64 316
+  %2100 = load i32, ptr %2099, align 4, !tbaa !4
+  %2101 = insertelement <16 x i32> poison, i32 %2100, i64 0
+  %2102 = shufflevector <16 x i32> %2101, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i679.i = bitcast <16 x i32> %2102 to <32 x bfloat>
+  %r.i681.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i657.i, <32 x bfloat> %x.i679.i, <32 x bfloat> %2096)
+  %r.i684.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i660.i, <32 x bfloat> %x.i679.i, <32 x bfloat> %2098)
+  %2103 = getelementptr inbounds nuw i8, ptr %1775, i64 572
+  %2104 = load i32, ptr %2103, align 4, !tbaa !4
+  %2105 = insertelement <16 x i32> poison, i32 %2104, i64 0
+  %2106 = shufflevector <16 x i32> %2105, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i685.i = bitcast <16 x i32> %2106 to <32 x bfloat>
+  %r.i687.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i663.i, <32 x bfloat> %x.i685.i, <32 x bfloat> %2096)
+  %r.i690.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i666.i, <32 x bfloat> %x.i685.i, <32 x bfloat> %2098)
+  %2107 = getelementptr inbounds nuw i8, ptr %1775, i64 828
+  %2108 = load i32, ptr %2107, align 4, !tbaa !4
+  %2109 = insertelement <16 x i32> poison, i32 %2108, i64 0
+  %2110 = shufflevector <16 x i32> %2109, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i691.i = bitcast <16 x i32> %2110 to <32 x bfloat>
+  %r.i693.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i669.i, <32 x bfloat> %x.i691.i, <32 x bfloat> %2096)
+  %r.i696.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i672.i, <32 x bfloat> %x.i691.i, <32 x bfloat> %2098)
+  %indvars.iv.next1162.i = add nuw nsw i64 %indvars.iv1161.i, 1
+  %exitcond1167.not.i = icmp eq i64 %indvars.iv.next1162.i, %595
+  br i1 %exitcond1167.not.i, label %for_end_to101.i, label %for_body_to100.i, !prof !8
 
 for_end_to101.i:                                  ; preds = %for_body_to100.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i
-  %.pre-phi.i = phi i64 [ %.pre.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %1697, %for_body_to100.i ]
-  %full_acc_global247.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i694.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i682.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i691.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i679.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i688.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i676.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i685.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i697.i, %for_body_to100.i ]
-  %2123 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %.pre-phi.i
-  store <16 x float> %full_acc_global247.sroa.0.0.lcssa.i, ptr %2123, align 4, !tbaa !4
-  %2124 = getelementptr inbounds nuw i8, ptr %2123, i64 64
-  store <16 x float> %full_acc_global247.sroa.34.0.lcssa.i, ptr %2124, align 4, !tbaa !4
-  %2125 = getelementptr inbounds nuw i8, ptr %2123, i64 512
-  store <16 x float> %full_acc_global247.sroa.68.0.lcssa.i, ptr %2125, align 4, !tbaa !4
-  %2126 = getelementptr inbounds nuw i8, ptr %2123, i64 576
-  store <16 x float> %full_acc_global247.sroa.102.0.lcssa.i, ptr %2126, align 4, !tbaa !4
-  %2127 = getelementptr inbounds nuw i8, ptr %2123, i64 1024
-  store <16 x float> %full_acc_global247.sroa.136.0.lcssa.i, ptr %2127, align 4, !tbaa !4
-  %2128 = getelementptr inbounds nuw i8, ptr %2123, i64 1088
-  store <16 x float> %full_acc_global247.sroa.170.0.lcssa.i, ptr %2128, align 4, !tbaa !4
-  %2129 = getelementptr inbounds nuw i8, ptr %2123, i64 1536
-  store <16 x float> %full_acc_global247.sroa.204.0.lcssa.i, ptr %2129, align 4, !tbaa !4
-  %2130 = getelementptr inbounds nuw i8, ptr %2123, i64 1600
-  store <16 x float> %full_acc_global247.sroa.238.0.lcssa.i, ptr %2130, align 4, !tbaa !4
-  %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
-  %exitcond1174.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
-  br i1 %exitcond1174.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to99.preheader.i, !prof !21
+  %.pre-phi.i = phi i64 [ %.pre.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %1685, %for_body_to100.i ]
+  %full_acc_global246.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i690.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i687.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i684.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i681.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i678.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i675.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i693.i, %for_body_to100.i ]
+  %full_acc_global246.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i696.i, %for_body_to100.i ]
+  %2111 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %.pre-phi.i
+  store <16 x float> %full_acc_global246.sroa.0.0.lcssa.i, ptr %2111, align 4, !tbaa !4
+  %2112 = getelementptr inbounds nuw i8, ptr %2111, i64 64
+  store <16 x float> %full_acc_global246.sroa.34.0.lcssa.i, ptr %2112, align 4, !tbaa !4
+  %2113 = getelementptr inbounds nuw i8, ptr %2111, i64 512
+  store <16 x float> %full_acc_global246.sroa.68.0.lcssa.i, ptr %2113, align 4, !tbaa !4
+  %2114 = getelementptr inbounds nuw i8, ptr %2111, i64 576
+  store <16 x float> %full_acc_global246.sroa.102.0.lcssa.i, ptr %2114, align 4, !tbaa !4
+  %2115 = getelementptr inbounds nuw i8, ptr %2111, i64 1024
+  store <16 x float> %full_acc_global246.sroa.136.0.lcssa.i, ptr %2115, align 4, !tbaa !4
+  %2116 = getelementptr inbounds nuw i8, ptr %2111, i64 1088
+  store <16 x float> %full_acc_global246.sroa.170.0.lcssa.i, ptr %2116, align 4, !tbaa !4
+  %2117 = getelementptr inbounds nuw i8, ptr %2111, i64 1536
+  store <16 x float> %full_acc_global246.sroa.204.0.lcssa.i, ptr %2117, align 4, !tbaa !4
+  %2118 = getelementptr inbounds nuw i8, ptr %2111, i64 1600
+  store <16 x float> %full_acc_global246.sroa.238.0.lcssa.i, ptr %2118, align 4, !tbaa !4
+  %indvars.iv.next1169.i = add nuw nsw i64 %indvars.iv1168.i, 1
+  %exitcond1173.not.i = icmp eq i64 %indvars.iv.next1169.i, 4
+  br i1 %exitcond1173.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to99.preheader.i, !prof !21
 
 for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to101.i
-  %2131 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !4
-  store <16 x float> %2131, ptr %tile_acc.i, align 4, !tbaa !4
-  %2132 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
+  %2119 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !4
+  store <16 x float> %2119, ptr %tile_acc.i, align 4, !tbaa !4
+  %2120 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
+  %2121 = load <16 x float>, ptr %2120, align 4, !tbaa !4
+  %2122 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
+  store <16 x float> %2121, ptr %2122, align 4, !tbaa !4
+  %2123 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
+  %2124 = load <16 x float>, ptr %2123, align 4, !tbaa !4
+  %2125 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
+  store <16 x float> %2124, ptr %2125, align 4, !tbaa !4
+  %2126 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
+  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !4
+  %2128 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
+  store <16 x float> %2127, ptr %2128, align 4, !tbaa !4
+  %2129 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
+  %2130 = load <16 x float>, ptr %2129, align 4, !tbaa !4
+  %2131 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
+  store <16 x float> %2130, ptr %2131, align 4, !tbaa !4
+  %2132 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
   %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !4
-  %2134 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
+  %2134 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
   store <16 x float> %2133, ptr %2134, align 4, !tbaa !4
-  %2135 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
+  %2135 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
   %2136 = load <16 x float>, ptr %2135, align 4, !tbaa !4
-  %2137 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
+  %2137 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
   store <16 x float> %2136, ptr %2137, align 4, !tbaa !4
-  %2138 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
+  %2138 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
   %2139 = load <16 x float>, ptr %2138, align 4, !tbaa !4
-  %2140 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
+  %2140 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
   store <16 x float> %2139, ptr %2140, align 4, !tbaa !4
-  %2141 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
+  %2141 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
   %2142 = load <16 x float>, ptr %2141, align 4, !tbaa !4
-  %2143 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
+  %2143 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
   store <16 x float> %2142, ptr %2143, align 4, !tbaa !4
-  %2144 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
+  %2144 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
   %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !4
-  %2146 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
+  %2146 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
   store <16 x float> %2145, ptr %2146, align 4, !tbaa !4
-  %2147 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
+  %2147 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
   %2148 = load <16 x float>, ptr %2147, align 4, !tbaa !4
-  %2149 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
+  %2149 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
   store <16 x float> %2148, ptr %2149, align 4, !tbaa !4
-  %2150 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
+  %2150 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
   %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !4
-  %2152 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
+  %2152 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
   store <16 x float> %2151, ptr %2152, align 4, !tbaa !4
-  %2153 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
+  %2153 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
   %2154 = load <16 x float>, ptr %2153, align 4, !tbaa !4
-  %2155 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
+  %2155 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
   store <16 x float> %2154, ptr %2155, align 4, !tbaa !4
-  %2156 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
+  %2156 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
   %2157 = load <16 x float>, ptr %2156, align 4, !tbaa !4
-  %2158 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
+  %2158 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
   store <16 x float> %2157, ptr %2158, align 4, !tbaa !4
-  %2159 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
+  %2159 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
   %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !4
-  %2161 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
+  %2161 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
   store <16 x float> %2160, ptr %2161, align 4, !tbaa !4
-  %2162 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
+  %2162 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
   %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !4
-  %2164 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
+  %2164 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
   store <16 x float> %2163, ptr %2164, align 4, !tbaa !4
-  %2165 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
+  %2165 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
   %2166 = load <16 x float>, ptr %2165, align 4, !tbaa !4
-  %2167 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
+  %2167 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
   store <16 x float> %2166, ptr %2167, align 4, !tbaa !4
-  %2168 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
+  %2168 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
   %2169 = load <16 x float>, ptr %2168, align 4, !tbaa !4
-  %2170 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
+  %2170 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
   store <16 x float> %2169, ptr %2170, align 4, !tbaa !4
-  %2171 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
+  %2171 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
   %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !4
-  %2173 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
+  %2173 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
   store <16 x float> %2172, ptr %2173, align 4, !tbaa !4
-  %2174 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
+  %2174 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
   %2175 = load <16 x float>, ptr %2174, align 4, !tbaa !4
-  %2176 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
+  %2176 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
   store <16 x float> %2175, ptr %2176, align 4, !tbaa !4
-  %2177 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
+  %2177 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
   %2178 = load <16 x float>, ptr %2177, align 4, !tbaa !4
-  %2179 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
+  %2179 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
   store <16 x float> %2178, ptr %2179, align 4, !tbaa !4
-  %2180 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
+  %2180 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
   %2181 = load <16 x float>, ptr %2180, align 4, !tbaa !4
-  %2182 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
+  %2182 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
   store <16 x float> %2181, ptr %2182, align 4, !tbaa !4
-  %2183 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
+  %2183 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
   %2184 = load <16 x float>, ptr %2183, align 4, !tbaa !4
-  %2185 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
+  %2185 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
   store <16 x float> %2184, ptr %2185, align 4, !tbaa !4
-  %2186 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
+  %2186 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
   %2187 = load <16 x float>, ptr %2186, align 4, !tbaa !4
-  %2188 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
+  %2188 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
   store <16 x float> %2187, ptr %2188, align 4, !tbaa !4
-  %2189 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
+  %2189 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
   %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !4
-  %2191 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
+  %2191 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
   store <16 x float> %2190, ptr %2191, align 4, !tbaa !4
-  %2192 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
+  %2192 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
   %2193 = load <16 x float>, ptr %2192, align 4, !tbaa !4
-  %2194 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
+  %2194 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
   store <16 x float> %2193, ptr %2194, align 4, !tbaa !4
-  %2195 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
+  %2195 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
   %2196 = load <16 x float>, ptr %2195, align 4, !tbaa !4
-  %2197 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
+  %2197 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
   store <16 x float> %2196, ptr %2197, align 4, !tbaa !4
-  %2198 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
+  %2198 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
   %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !4
-  %2200 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
+  %2200 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
   store <16 x float> %2199, ptr %2200, align 4, !tbaa !4
-  %2201 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
+  %2201 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
   %2202 = load <16 x float>, ptr %2201, align 4, !tbaa !4
-  %2203 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
+  %2203 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
   store <16 x float> %2202, ptr %2203, align 4, !tbaa !4
-  %2204 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
+  %2204 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
   %2205 = load <16 x float>, ptr %2204, align 4, !tbaa !4
-  %2206 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
+  %2206 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
   store <16 x float> %2205, ptr %2206, align 4, !tbaa !4
-  %2207 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
+  %2207 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
   %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !4
-  %2209 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
+  %2209 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
   store <16 x float> %2208, ptr %2209, align 4, !tbaa !4
-  %2210 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
+  %2210 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
   %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !4
-  %2212 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
+  %2212 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
   store <16 x float> %2211, ptr %2212, align 4, !tbaa !4
-  %2213 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2214 = load <16 x float>, ptr %2213, align 4, !tbaa !4
-  %2215 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2214, ptr %2215, align 4, !tbaa !4
-  %2216 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !4
-  %2218 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2217, ptr %2218, align 4, !tbaa !4
-  %2219 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2220 = load <16 x float>, ptr %2219, align 4, !tbaa !4
-  %2221 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2220, ptr %2221, align 4, !tbaa !4
-  %2222 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
-  %2224 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2223, ptr %2224, align 4, !tbaa !4
-  br i1 %.not1037.i, label %for_end_ti.i, label %for_begin_r111.preheader.i.preheader, !prof !11
+  br i1 %.not1036.i, label %for_end_ti.i, label %for_begin_r106.preheader.i.preheader, !prof !11
 
-for_begin_r111.preheader.i.preheader:             ; preds = %for_begin_d_0_init.preheader.preheader.i
+for_begin_r106.preheader.i.preheader:             ; preds = %for_begin_d_0_init.preheader.preheader.i
   %invariant.gep65 = getelementptr i32, ptr %prob_pairs.i, i64 %596
-  br label %for_begin_r111.preheader.i
+  br label %for_begin_r106.preheader.i
 
-for_begin_r111.preheader.i:                       ; preds = %for_begin_r111.preheader.i, %for_begin_r111.preheader.i.preheader
-  %r.i700.7.31407.i = phi <16 x float> [ %r.i700.7.3.i, %for_begin_r111.preheader.i ], [ %2223, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.31405.i = phi <16 x float> [ %r.i700.6.3.i, %for_begin_r111.preheader.i ], [ %2220, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.31403.i = phi <16 x float> [ %r.i700.5.3.i, %for_begin_r111.preheader.i ], [ %2217, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.31401.i = phi <16 x float> [ %r.i700.4.3.i, %for_begin_r111.preheader.i ], [ %2214, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.31399.i = phi <16 x float> [ %r.i700.3.3.i, %for_begin_r111.preheader.i ], [ %2211, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.31397.i = phi <16 x float> [ %r.i700.2.3.i, %for_begin_r111.preheader.i ], [ %2208, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.31395.i = phi <16 x float> [ %r.i700.1.3.i, %for_begin_r111.preheader.i ], [ %2205, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.312021393.i = phi <16 x float> [ %r.i700.31202.i, %for_begin_r111.preheader.i ], [ %2202, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.7.21391.i = phi <16 x float> [ %r.i700.7.2.i, %for_begin_r111.preheader.i ], [ %2199, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.21389.i = phi <16 x float> [ %r.i700.6.2.i, %for_begin_r111.preheader.i ], [ %2196, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.21387.i = phi <16 x float> [ %r.i700.5.2.i, %for_begin_r111.preheader.i ], [ %2193, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.21385.i = phi <16 x float> [ %r.i700.4.2.i, %for_begin_r111.preheader.i ], [ %2190, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.21383.i = phi <16 x float> [ %r.i700.3.2.i, %for_begin_r111.preheader.i ], [ %2187, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.21381.i = phi <16 x float> [ %r.i700.2.2.i, %for_begin_r111.preheader.i ], [ %2184, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.21379.i = phi <16 x float> [ %r.i700.1.2.i, %for_begin_r111.preheader.i ], [ %2181, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.211991377.i = phi <16 x float> [ %r.i700.21199.i, %for_begin_r111.preheader.i ], [ %2178, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.7.11375.i = phi <16 x float> [ %r.i700.7.1.i, %for_begin_r111.preheader.i ], [ %2175, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.11373.i = phi <16 x float> [ %r.i700.6.1.i, %for_begin_r111.preheader.i ], [ %2172, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.11371.i = phi <16 x float> [ %r.i700.5.1.i, %for_begin_r111.preheader.i ], [ %2169, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.11369.i = phi <16 x float> [ %r.i700.4.1.i, %for_begin_r111.preheader.i ], [ %2166, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.11367.i = phi <16 x float> [ %r.i700.3.1.i, %for_begin_r111.preheader.i ], [ %2163, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.11365.i = phi <16 x float> [ %r.i700.2.1.i, %for_begin_r111.preheader.i ], [ %2160, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.11363.i = phi <16 x float> [ %r.i700.1.1.i, %for_begin_r111.preheader.i ], [ %2157, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.111961361.i = phi <16 x float> [ %r.i700.11196.i, %for_begin_r111.preheader.i ], [ %2154, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.71359.i = phi <16 x float> [ %r.i700.7.i, %for_begin_r111.preheader.i ], [ %2151, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.61357.i = phi <16 x float> [ %r.i700.6.i, %for_begin_r111.preheader.i ], [ %2148, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.51355.i = phi <16 x float> [ %r.i700.5.i, %for_begin_r111.preheader.i ], [ %2145, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.41353.i = phi <16 x float> [ %r.i700.4.i, %for_begin_r111.preheader.i ], [ %2142, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.31351.i = phi <16 x float> [ %r.i700.3.i, %for_begin_r111.preheader.i ], [ %2139, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.21349.i = phi <16 x float> [ %r.i700.2.i, %for_begin_r111.preheader.i ], [ %2136, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.11347.i = phi <16 x float> [ %r.i700.1.i, %for_begin_r111.preheader.i ], [ %2133, %for_begin_r111.preheader.i.preheader ]
-  %2225 = phi <16 x float> [ %r.i700.i, %for_begin_r111.preheader.i ], [ %2131, %for_begin_r111.preheader.i.preheader ]
-  %indvars.iv1203.i = phi i64 [ %indvars.iv.next1204.i, %for_begin_r111.preheader.i ], [ 0, %for_begin_r111.preheader.i.preheader ]
-  %2226 = shl nuw nsw i64 %indvars.iv1203.i, 1
-  %2227 = add nuw nsw i64 %2226, %597
-  %2228 = icmp slt i64 %2227, 127
-  %2229 = or disjoint i64 %2227, 1
-  %2230 = icmp slt i64 %2229, %548
-  %2231 = and i1 %2228, %2230
-  %2232 = select i1 %2231, i32 -1, i32 65535
-  %2233 = insertelement <16 x i32> poison, i32 %2232, i64 0
-  %2234 = shufflevector <16 x i32> %2233, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2235 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2227
-  %gep66 = getelementptr i32, ptr %invariant.gep65, i64 %indvars.iv1203.i
-  %2236 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2237 = insertelement <16 x i32> poison, i32 %2236, i64 0
-  %2238 = shufflevector <16 x i32> %2237, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2239 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1340.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2239
-  %2240 = load <16 x i32>, ptr %gep1340.i, align 4, !tbaa !4
-  %2241 = and <16 x i32> %2234, %2240
-  %x.i698.i = bitcast <16 x i32> %2238 to <32 x bfloat>
-  %y.i699.i = bitcast <16 x i32> %2241 to <32 x bfloat>
-  %r.i700.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %2225, <32 x bfloat> %x.i698.i, <32 x bfloat> %y.i699.i)
-  store <16 x float> %r.i700.i, ptr %tile_acc.i, align 4, !tbaa !4
-  %2242 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2243 = insertelement <16 x i32> poison, i32 %2242, i64 0
-  %2244 = shufflevector <16 x i32> %2243, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2245 = load i64, ptr %2235, align 8, !tbaa !4
-  %2246 = getelementptr i32, ptr %value_cache, i64 %2245
-  %2247 = getelementptr i8, ptr %2246, i64 64
-  %2248 = getelementptr i32, ptr %2247, i64 %v_now.i
-  %2249 = load <16 x i32>, ptr %2248, align 4, !tbaa !4
-  %2250 = and <16 x i32> %2249, %2234
-  %x.i698.1.i = bitcast <16 x i32> %2244 to <32 x bfloat>
-  %y.i699.1.i = bitcast <16 x i32> %2250 to <32 x bfloat>
-  %r.i700.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.11347.i, <32 x bfloat> %x.i698.1.i, <32 x bfloat> %y.i699.1.i)
-  store <16 x float> %r.i700.1.i, ptr %2134, align 4, !tbaa !4
-  %2251 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2252 = insertelement <16 x i32> poison, i32 %2251, i64 0
-  %2253 = shufflevector <16 x i32> %2252, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2254 = load i64, ptr %2235, align 8, !tbaa !4
-  %2255 = getelementptr i32, ptr %value_cache, i64 %2254
-  %2256 = getelementptr i8, ptr %2255, i64 128
-  %2257 = getelementptr i32, ptr %2256, i64 %v_now.i
-  %2258 = load <16 x i32>, ptr %2257, align 4, !tbaa !4
-  %2259 = and <16 x i32> %2258, %2234
-  %x.i698.2.i = bitcast <16 x i32> %2253 to <32 x bfloat>
-  %y.i699.2.i = bitcast <16 x i32> %2259 to <32 x bfloat>
-  %r.i700.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.21349.i, <32 x bfloat> %x.i698.2.i, <32 x bfloat> %y.i699.2.i)
-  store <16 x float> %r.i700.2.i, ptr %2137, align 4, !tbaa !4
-  %2260 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2261 = insertelement <16 x i32> poison, i32 %2260, i64 0
-  %2262 = shufflevector <16 x i32> %2261, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2263 = load i64, ptr %2235, align 8, !tbaa !4
-  %2264 = getelementptr i32, ptr %value_cache, i64 %2263
-  %2265 = getelementptr i8, ptr %2264, i64 192
-  %2266 = getelementptr i32, ptr %2265, i64 %v_now.i
-  %2267 = load <16 x i32>, ptr %2266, align 4, !tbaa !4
-  %2268 = and <16 x i32> %2267, %2234
-  %x.i698.3.i = bitcast <16 x i32> %2262 to <32 x bfloat>
-  %y.i699.3.i = bitcast <16 x i32> %2268 to <32 x bfloat>
-  %r.i700.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.31351.i, <32 x bfloat> %x.i698.3.i, <32 x bfloat> %y.i699.3.i)
-  store <16 x float> %r.i700.3.i, ptr %2140, align 4, !tbaa !4
-  %2269 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2270 = insertelement <16 x i32> poison, i32 %2269, i64 0
-  %2271 = shufflevector <16 x i32> %2270, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2272 = load i64, ptr %2235, align 8, !tbaa !4
-  %2273 = getelementptr i32, ptr %value_cache, i64 %2272
-  %2274 = getelementptr i8, ptr %2273, i64 256
-  %2275 = getelementptr i32, ptr %2274, i64 %v_now.i
-  %2276 = load <16 x i32>, ptr %2275, align 4, !tbaa !4
-  %2277 = and <16 x i32> %2276, %2234
-  %x.i698.4.i = bitcast <16 x i32> %2271 to <32 x bfloat>
-  %y.i699.4.i = bitcast <16 x i32> %2277 to <32 x bfloat>
-  %r.i700.4.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.41353.i, <32 x bfloat> %x.i698.4.i, <32 x bfloat> %y.i699.4.i)
-  store <16 x float> %r.i700.4.i, ptr %2143, align 4, !tbaa !4
-  %2278 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2279 = insertelement <16 x i32> poison, i32 %2278, i64 0
-  %2280 = shufflevector <16 x i32> %2279, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2281 = load i64, ptr %2235, align 8, !tbaa !4
-  %2282 = getelementptr i32, ptr %value_cache, i64 %2281
-  %2283 = getelementptr i8, ptr %2282, i64 320
-  %2284 = getelementptr i32, ptr %2283, i64 %v_now.i
-  %2285 = load <16 x i32>, ptr %2284, align 4, !tbaa !4
-  %2286 = and <16 x i32> %2285, %2234
-  %x.i698.5.i = bitcast <16 x i32> %2280 to <32 x bfloat>
-  %y.i699.5.i = bitcast <16 x i32> %2286 to <32 x bfloat>
-  %r.i700.5.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.51355.i, <32 x bfloat> %x.i698.5.i, <32 x bfloat> %y.i699.5.i)
-  store <16 x float> %r.i700.5.i, ptr %2146, align 4, !tbaa !4
-  %2287 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
-  %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2290 = load i64, ptr %2235, align 8, !tbaa !4
-  %2291 = getelementptr i32, ptr %value_cache, i64 %2290
-  %2292 = getelementptr i8, ptr %2291, i64 384
-  %2293 = getelementptr i32, ptr %2292, i64 %v_now.i
-  %2294 = load <16 x i32>, ptr %2293, align 4, !tbaa !4
-  %2295 = and <16 x i32> %2294, %2234
-  %x.i698.6.i = bitcast <16 x i32> %2289 to <32 x bfloat>
-  %y.i699.6.i = bitcast <16 x i32> %2295 to <32 x bfloat>
-  %r.i700.6.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.61357.i, <32 x bfloat> %x.i698.6.i, <32 x bfloat> %y.i699.6.i)
-  store <16 x float> %r.i700.6.i, ptr %2149, align 4, !tbaa !4
-  %2296 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2297 = insertelement <16 x i32> poison, i32 %2296, i64 0
-  %2298 = shufflevector <16 x i32> %2297, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2299 = load i64, ptr %2235, align 8, !tbaa !4
-  %2300 = getelementptr i32, ptr %value_cache, i64 %2299
-  %2301 = getelementptr i8, ptr %2300, i64 448
-  %2302 = getelementptr i32, ptr %2301, i64 %v_now.i
-  %2303 = load <16 x i32>, ptr %2302, align 4, !tbaa !4
-  %2304 = and <16 x i32> %2303, %2234
-  %x.i698.7.i = bitcast <16 x i32> %2298 to <32 x bfloat>
-  %y.i699.7.i = bitcast <16 x i32> %2304 to <32 x bfloat>
-  %r.i700.7.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.71359.i, <32 x bfloat> %x.i698.7.i, <32 x bfloat> %y.i699.7.i)
-  store <16 x float> %r.i700.7.i, ptr %2152, align 4, !tbaa !4
-  %2305 = getelementptr i8, ptr %gep66, i64 256
-  %2306 = load i32, ptr %2305, align 4, !tbaa !4
-  %2307 = insertelement <16 x i32> poison, i32 %2306, i64 0
-  %2308 = shufflevector <16 x i32> %2307, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2309 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1342.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2309
-  %2310 = load <16 x i32>, ptr %gep1342.i, align 4, !tbaa !4
-  %2311 = and <16 x i32> %2310, %2234
-  %x.i698.11194.i = bitcast <16 x i32> %2308 to <32 x bfloat>
-  %y.i699.11195.i = bitcast <16 x i32> %2311 to <32 x bfloat>
-  %r.i700.11196.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.111961361.i, <32 x bfloat> %x.i698.11194.i, <32 x bfloat> %y.i699.11195.i)
-  store <16 x float> %r.i700.11196.i, ptr %2155, align 4, !tbaa !4
-  %2312 = load i32, ptr %2305, align 4, !tbaa !4
-  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
-  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2315 = load i64, ptr %2235, align 8, !tbaa !4
-  %2316 = getelementptr i32, ptr %value_cache, i64 %2315
-  %2317 = getelementptr i8, ptr %2316, i64 64
-  %2318 = getelementptr i32, ptr %2317, i64 %v_now.i
-  %2319 = load <16 x i32>, ptr %2318, align 4, !tbaa !4
-  %2320 = and <16 x i32> %2319, %2234
-  %x.i698.1.1.i = bitcast <16 x i32> %2314 to <32 x bfloat>
-  %y.i699.1.1.i = bitcast <16 x i32> %2320 to <32 x bfloat>
-  %r.i700.1.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.11363.i, <32 x bfloat> %x.i698.1.1.i, <32 x bfloat> %y.i699.1.1.i)
-  store <16 x float> %r.i700.1.1.i, ptr %2158, align 4, !tbaa !4
-  %2321 = load i32, ptr %2305, align 4, !tbaa !4
-  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
-  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2324 = load i64, ptr %2235, align 8, !tbaa !4
-  %2325 = getelementptr i32, ptr %value_cache, i64 %2324
-  %2326 = getelementptr i8, ptr %2325, i64 128
-  %2327 = getelementptr i32, ptr %2326, i64 %v_now.i
-  %2328 = load <16 x i32>, ptr %2327, align 4, !tbaa !4
-  %2329 = and <16 x i32> %2328, %2234
-  %x.i698.2.1.i = bitcast <16 x i32> %2323 to <32 x bfloat>
-  %y.i699.2.1.i = bitcast <16 x i32> %2329 to <32 x bfloat>
-  %r.i700.2.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.11365.i, <32 x bfloat> %x.i698.2.1.i, <32 x bfloat> %y.i699.2.1.i)
-  store <16 x float> %r.i700.2.1.i, ptr %2161, align 4, !tbaa !4
-  %2330 = load i32, ptr %2305, align 4, !tbaa !4
-  %2331 = insertelement <16 x i32> poison, i32 %2330, i64 0
-  %2332 = shufflevector <16 x i32> %2331, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2333 = load i64, ptr %2235, align 8, !tbaa !4
-  %2334 = getelementptr i32, ptr %value_cache, i64 %2333
-  %2335 = getelementptr i8, ptr %2334, i64 192
-  %2336 = getelementptr i32, ptr %2335, i64 %v_now.i
-  %2337 = load <16 x i32>, ptr %2336, align 4, !tbaa !4
-  %2338 = and <16 x i32> %2337, %2234
-  %x.i698.3.1.i = bitcast <16 x i32> %2332 to <32 x bfloat>
-  %y.i699.3.1.i = bitcast <16 x i32> %2338 to <32 x bfloat>
-  %r.i700.3.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.11367.i, <32 x bfloat> %x.i698.3.1.i, <32 x bfloat> %y.i699.3.1.i)
-  store <16 x float> %r.i700.3.1.i, ptr %2164, align 4, !tbaa !4
-  %2339 = load i32, ptr %2305, align 4, !tbaa !4
-  %2340 = insertelement <16 x i32> poison, i32 %2339, i64 0
-  %2341 = shufflevector <16 x i32> %2340, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2342 = load i64, ptr %2235, align 8, !tbaa !4
-  %2343 = getelementptr i32, ptr %value_cache, i64 %2342
-  %2344 = getelementptr i8, ptr %2343, i64 256
-  %2345 = getelementptr i32, ptr %2344, i64 %v_now.i
-  %2346 = load <16 x i32>, ptr %2345, align 4, !tbaa !4
-  %2347 = and <16 x i32> %2346, %2234
-  %x.i698.4.1.i = bitcast <16 x i32> %2341 to <32 x bfloat>
-  %y.i699.4.1.i = bitcast <16 x i32> %2347 to <32 x bfloat>
-  %r.i700.4.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.11369.i, <32 x bfloat> %x.i698.4.1.i, <32 x bfloat> %y.i699.4.1.i)
-  store <16 x float> %r.i700.4.1.i, ptr %2167, align 4, !tbaa !4
-  %2348 = load i32, ptr %2305, align 4, !tbaa !4
-  %2349 = insertelement <16 x i32> poison, i32 %2348, i64 0
-  %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2351 = load i64, ptr %2235, align 8, !tbaa !4
-  %2352 = getelementptr i32, ptr %value_cache, i64 %2351
-  %2353 = getelementptr i8, ptr %2352, i64 320
-  %2354 = getelementptr i32, ptr %2353, i64 %v_now.i
-  %2355 = load <16 x i32>, ptr %2354, align 4, !tbaa !4
-  %2356 = and <16 x i32> %2355, %2234
-  %x.i698.5.1.i = bitcast <16 x i32> %2350 to <32 x bfloat>
-  %y.i699.5.1.i = bitcast <16 x i32> %2356 to <32 x bfloat>
-  %r.i700.5.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.11371.i, <32 x bfloat> %x.i698.5.1.i, <32 x bfloat> %y.i699.5.1.i)
-  store <16 x float> %r.i700.5.1.i, ptr %2170, align 4, !tbaa !4
-  %2357 = load i32, ptr %2305, align 4, !tbaa !4
-  %2358 = insertelement <16 x i32> poison, i32 %2357, i64 0
-  %2359 = shufflevector <16 x i32> %2358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2360 = load i64, ptr %2235, align 8, !tbaa !4
-  %2361 = getelementptr i32, ptr %value_cache, i64 %2360
-  %2362 = getelementptr i8, ptr %2361, i64 384
-  %2363 = getelementptr i32, ptr %2362, i64 %v_now.i
-  %2364 = load <16 x i32>, ptr %2363, align 4, !tbaa !4
-  %2365 = and <16 x i32> %2364, %2234
-  %x.i698.6.1.i = bitcast <16 x i32> %2359 to <32 x bfloat>
-  %y.i699.6.1.i = bitcast <16 x i32> %2365 to <32 x bfloat>
-  %r.i700.6.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.11373.i, <32 x bfloat> %x.i698.6.1.i, <32 x bfloat> %y.i699.6.1.i)
-  store <16 x float> %r.i700.6.1.i, ptr %2173, align 4, !tbaa !4
-  %2366 = load i32, ptr %2305, align 4, !tbaa !4
-  %2367 = insertelement <16 x i32> poison, i32 %2366, i64 0
-  %2368 = shufflevector <16 x i32> %2367, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2369 = load i64, ptr %2235, align 8, !tbaa !4
-  %2370 = getelementptr i32, ptr %value_cache, i64 %2369
-  %2371 = getelementptr i8, ptr %2370, i64 448
-  %2372 = getelementptr i32, ptr %2371, i64 %v_now.i
-  %2373 = load <16 x i32>, ptr %2372, align 4, !tbaa !4
-  %2374 = and <16 x i32> %2373, %2234
-  %x.i698.7.1.i = bitcast <16 x i32> %2368 to <32 x bfloat>
-  %y.i699.7.1.i = bitcast <16 x i32> %2374 to <32 x bfloat>
-  %r.i700.7.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.11375.i, <32 x bfloat> %x.i698.7.1.i, <32 x bfloat> %y.i699.7.1.i)
-  store <16 x float> %r.i700.7.1.i, ptr %2176, align 4, !tbaa !4
-  %2375 = getelementptr i8, ptr %gep66, i64 512
-  %2376 = load i32, ptr %2375, align 4, !tbaa !4
-  %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
-  %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2379 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1344.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2379
-  %2380 = load <16 x i32>, ptr %gep1344.i, align 4, !tbaa !4
-  %2381 = and <16 x i32> %2380, %2234
-  %x.i698.21197.i = bitcast <16 x i32> %2378 to <32 x bfloat>
-  %y.i699.21198.i = bitcast <16 x i32> %2381 to <32 x bfloat>
-  %r.i700.21199.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.211991377.i, <32 x bfloat> %x.i698.21197.i, <32 x bfloat> %y.i699.21198.i)
-  store <16 x float> %r.i700.21199.i, ptr %2179, align 4, !tbaa !4
-  %2382 = load i32, ptr %2375, align 4, !tbaa !4
-  %2383 = insertelement <16 x i32> poison, i32 %2382, i64 0
-  %2384 = shufflevector <16 x i32> %2383, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2385 = load i64, ptr %2235, align 8, !tbaa !4
-  %2386 = getelementptr i32, ptr %value_cache, i64 %2385
-  %2387 = getelementptr i8, ptr %2386, i64 64
-  %2388 = getelementptr i32, ptr %2387, i64 %v_now.i
-  %2389 = load <16 x i32>, ptr %2388, align 4, !tbaa !4
-  %2390 = and <16 x i32> %2389, %2234
-  %x.i698.1.2.i = bitcast <16 x i32> %2384 to <32 x bfloat>
-  %y.i699.1.2.i = bitcast <16 x i32> %2390 to <32 x bfloat>
-  %r.i700.1.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.21379.i, <32 x bfloat> %x.i698.1.2.i, <32 x bfloat> %y.i699.1.2.i)
-  store <16 x float> %r.i700.1.2.i, ptr %2182, align 4, !tbaa !4
-  %2391 = load i32, ptr %2375, align 4, !tbaa !4
-  %2392 = insertelement <16 x i32> poison, i32 %2391, i64 0
-  %2393 = shufflevector <16 x i32> %2392, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2394 = load i64, ptr %2235, align 8, !tbaa !4
-  %2395 = getelementptr i32, ptr %value_cache, i64 %2394
-  %2396 = getelementptr i8, ptr %2395, i64 128
-  %2397 = getelementptr i32, ptr %2396, i64 %v_now.i
-  %2398 = load <16 x i32>, ptr %2397, align 4, !tbaa !4
-  %2399 = and <16 x i32> %2398, %2234
-  %x.i698.2.2.i = bitcast <16 x i32> %2393 to <32 x bfloat>
-  %y.i699.2.2.i = bitcast <16 x i32> %2399 to <32 x bfloat>
-  %r.i700.2.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.21381.i, <32 x bfloat> %x.i698.2.2.i, <32 x bfloat> %y.i699.2.2.i)
-  store <16 x float> %r.i700.2.2.i, ptr %2185, align 4, !tbaa !4
-  %2400 = load i32, ptr %2375, align 4, !tbaa !4
-  %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
-  %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2403 = load i64, ptr %2235, align 8, !tbaa !4
-  %2404 = getelementptr i32, ptr %value_cache, i64 %2403
-  %2405 = getelementptr i8, ptr %2404, i64 192
-  %2406 = getelementptr i32, ptr %2405, i64 %v_now.i
-  %2407 = load <16 x i32>, ptr %2406, align 4, !tbaa !4
-  %2408 = and <16 x i32> %2407, %2234
-  %x.i698.3.2.i = bitcast <16 x i32> %2402 to <32 x bfloat>
-  %y.i699.3.2.i = bitcast <16 x i32> %2408 to <32 x bfloat>
-  %r.i700.3.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.21383.i, <32 x bfloat> %x.i698.3.2.i, <32 x bfloat> %y.i699.3.2.i)
-  store <16 x float> %r.i700.3.2.i, ptr %2188, align 4, !tbaa !4
-  %2409 = load i32, ptr %2375, align 4, !tbaa !4
-  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
-  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2412 = load i64, ptr %2235, align 8, !tbaa !4
-  %2413 = getelementptr i32, ptr %value_cache, i64 %2412
-  %2414 = getelementptr i8, ptr %2413, i64 256
-  %2415 = getelementptr i32, ptr %2414, i64 %v_now.i
-  %2416 = load <16 x i32>, ptr %2415, align 4, !tbaa !4
-  %2417 = and <16 x i32> %2416, %2234
-  %x.i698.4.2.i = bitcast <16 x i32> %2411 to <32 x bfloat>
-  %y.i699.4.2.i = bitcast <16 x i32> %2417 to <32 x bfloat>
-  %r.i700.4.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.21385.i, <32 x bfloat> %x.i698.4.2.i, <32 x bfloat> %y.i699.4.2.i)
-  store <16 x float> %r.i700.4.2.i, ptr %2191, align 4, !tbaa !4
-  %2418 = load i32, ptr %2375, align 4, !tbaa !4
-  %2419 = insertelement <16 x i32> poison, i32 %2418, i64 0
-  %2420 = shufflevector <16 x i32> %2419, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2421 = load i64, ptr %2235, align 8, !tbaa !4
-  %2422 = getelementptr i32, ptr %value_cache, i64 %2421
-  %2423 = getelementptr i8, ptr %2422, i64 320
-  %2424 = getelementptr i32, ptr %2423, i64 %v_now.i
-  %2425 = load <16 x i32>, ptr %2424, align 4, !tbaa !4
-  %2426 = and <16 x i32> %2425, %2234
-  %x.i698.5.2.i = bitcast <16 x i32> %2420 to <32 x bfloat>
-  %y.i699.5.2.i = bitcast <16 x i32> %2426 to <32 x bfloat>
-  %r.i700.5.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.21387.i, <32 x bfloat> %x.i698.5.2.i, <32 x bfloat> %y.i699.5.2.i)
-  store <16 x float> %r.i700.5.2.i, ptr %2194, align 4, !tbaa !4
-  %2427 = load i32, ptr %2375, align 4, !tbaa !4
-  %2428 = insertelement <16 x i32> poison, i32 %2427, i64 0
-  %2429 = shufflevector <16 x i32> %2428, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2430 = load i64, ptr %2235, align 8, !tbaa !4
-  %2431 = getelementptr i32, ptr %value_cache, i64 %2430
-  %2432 = getelementptr i8, ptr %2431, i64 384
-  %2433 = getelementptr i32, ptr %2432, i64 %v_now.i
-  %2434 = load <16 x i32>, ptr %2433, align 4, !tbaa !4
-  %2435 = and <16 x i32> %2434, %2234
-  %x.i698.6.2.i = bitcast <16 x i32> %2429 to <32 x bfloat>
-  %y.i699.6.2.i = bitcast <16 x i32> %2435 to <32 x bfloat>
-  %r.i700.6.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.21389.i, <32 x bfloat> %x.i698.6.2.i, <32 x bfloat> %y.i699.6.2.i)
-  store <16 x float> %r.i700.6.2.i, ptr %2197, align 4, !tbaa !4
-  %2436 = load i32, ptr %2375, align 4, !tbaa !4
-  %2437 = insertelement <16 x i32> poison, i32 %2436, i64 0
-  %2438 = shufflevector <16 x i32> %2437, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2439 = load i64, ptr %2235, align 8, !tbaa !4
-  %2440 = getelementptr i32, ptr %value_cache, i64 %2439
-  %2441 = getelementptr i8, ptr %2440, i64 448
-  %2442 = getelementptr i32, ptr %2441, i64 %v_now.i
-  %2443 = load <16 x i32>, ptr %2442, align 4, !tbaa !4
-  %2444 = and <16 x i32> %2443, %2234
-  %x.i698.7.2.i = bitcast <16 x i32> %2438 to <32 x bfloat>
-  %y.i699.7.2.i = bitcast <16 x i32> %2444 to <32 x bfloat>
-  %r.i700.7.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.21391.i, <32 x bfloat> %x.i698.7.2.i, <32 x bfloat> %y.i699.7.2.i)
-  store <16 x float> %r.i700.7.2.i, ptr %2200, align 4, !tbaa !4
-  %2445 = getelementptr i8, ptr %gep66, i64 768
-  %2446 = load i32, ptr %2445, align 4, !tbaa !4
-  %2447 = insertelement <16 x i32> poison, i32 %2446, i64 0
-  %2448 = shufflevector <16 x i32> %2447, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2449 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1346.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2449
-  %2450 = load <16 x i32>, ptr %gep1346.i, align 4, !tbaa !4
-  %2451 = and <16 x i32> %2450, %2234
-  %x.i698.31200.i = bitcast <16 x i32> %2448 to <32 x bfloat>
-  %y.i699.31201.i = bitcast <16 x i32> %2451 to <32 x bfloat>
-  %r.i700.31202.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.312021393.i, <32 x bfloat> %x.i698.31200.i, <32 x bfloat> %y.i699.31201.i)
-  store <16 x float> %r.i700.31202.i, ptr %2203, align 4, !tbaa !4
-  %2452 = load i32, ptr %2445, align 4, !tbaa !4
-  %2453 = insertelement <16 x i32> poison, i32 %2452, i64 0
-  %2454 = shufflevector <16 x i32> %2453, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2455 = load i64, ptr %2235, align 8, !tbaa !4
-  %2456 = getelementptr i32, ptr %value_cache, i64 %2455
-  %2457 = getelementptr i8, ptr %2456, i64 64
-  %2458 = getelementptr i32, ptr %2457, i64 %v_now.i
-  %2459 = load <16 x i32>, ptr %2458, align 4, !tbaa !4
-  %2460 = and <16 x i32> %2459, %2234
-  %x.i698.1.3.i = bitcast <16 x i32> %2454 to <32 x bfloat>
-  %y.i699.1.3.i = bitcast <16 x i32> %2460 to <32 x bfloat>
-  %r.i700.1.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.31395.i, <32 x bfloat> %x.i698.1.3.i, <32 x bfloat> %y.i699.1.3.i)
-  store <16 x float> %r.i700.1.3.i, ptr %2206, align 4, !tbaa !4
-  %2461 = load i32, ptr %2445, align 4, !tbaa !4
-  %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
-  %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2464 = load i64, ptr %2235, align 8, !tbaa !4
-  %2465 = getelementptr i32, ptr %value_cache, i64 %2464
-  %2466 = getelementptr i8, ptr %2465, i64 128
-  %2467 = getelementptr i32, ptr %2466, i64 %v_now.i
-  %2468 = load <16 x i32>, ptr %2467, align 4, !tbaa !4
-  %2469 = and <16 x i32> %2468, %2234
-  %x.i698.2.3.i = bitcast <16 x i32> %2463 to <32 x bfloat>
-  %y.i699.2.3.i = bitcast <16 x i32> %2469 to <32 x bfloat>
-  %r.i700.2.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.31397.i, <32 x bfloat> %x.i698.2.3.i, <32 x bfloat> %y.i699.2.3.i)
-  store <16 x float> %r.i700.2.3.i, ptr %2209, align 4, !tbaa !4
-  %2470 = load i32, ptr %2445, align 4, !tbaa !4
-  %2471 = insertelement <16 x i32> poison, i32 %2470, i64 0
-  %2472 = shufflevector <16 x i32> %2471, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2473 = load i64, ptr %2235, align 8, !tbaa !4
-  %2474 = getelementptr i32, ptr %value_cache, i64 %2473
-  %2475 = getelementptr i8, ptr %2474, i64 192
-  %2476 = getelementptr i32, ptr %2475, i64 %v_now.i
-  %2477 = load <16 x i32>, ptr %2476, align 4, !tbaa !4
-  %2478 = and <16 x i32> %2477, %2234
-  %x.i698.3.3.i = bitcast <16 x i32> %2472 to <32 x bfloat>
-  %y.i699.3.3.i = bitcast <16 x i32> %2478 to <32 x bfloat>
-  %r.i700.3.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.31399.i, <32 x bfloat> %x.i698.3.3.i, <32 x bfloat> %y.i699.3.3.i)
-  store <16 x float> %r.i700.3.3.i, ptr %2212, align 4, !tbaa !4
-  %2479 = load i32, ptr %2445, align 4, !tbaa !4
-  %2480 = insertelement <16 x i32> poison, i32 %2479, i64 0
-  %2481 = shufflevector <16 x i32> %2480, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2482 = load i64, ptr %2235, align 8, !tbaa !4
-  %2483 = getelementptr i32, ptr %value_cache, i64 %2482
-  %2484 = getelementptr i8, ptr %2483, i64 256
-  %2485 = getelementptr i32, ptr %2484, i64 %v_now.i
-  %2486 = load <16 x i32>, ptr %2485, align 4, !tbaa !4
-  %2487 = and <16 x i32> %2486, %2234
-  %x.i698.4.3.i = bitcast <16 x i32> %2481 to <32 x bfloat>
-  %y.i699.4.3.i = bitcast <16 x i32> %2487 to <32 x bfloat>
-  %r.i700.4.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.31401.i, <32 x bfloat> %x.i698.4.3.i, <32 x bfloat> %y.i699.4.3.i)
-  store <16 x float> %r.i700.4.3.i, ptr %2215, align 4, !tbaa !4
-  %2488 = load i32, ptr %2445, align 4, !tbaa !4
-  %2489 = insertelement <16 x i32> poison, i32 %2488, i64 0
-  %2490 = shufflevector <16 x i32> %2489, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2491 = load i64, ptr %2235, align 8, !tbaa !4
-  %2492 = getelementptr i32, ptr %value_cache, i64 %2491
-  %2493 = getelementptr i8, ptr %2492, i64 320
-  %2494 = getelementptr i32, ptr %2493, i64 %v_now.i
-  %2495 = load <16 x i32>, ptr %2494, align 4, !tbaa !4
-  %2496 = and <16 x i32> %2495, %2234
-  %x.i698.5.3.i = bitcast <16 x i32> %2490 to <32 x bfloat>
-  %y.i699.5.3.i = bitcast <16 x i32> %2496 to <32 x bfloat>
-  %r.i700.5.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.31403.i, <32 x bfloat> %x.i698.5.3.i, <32 x bfloat> %y.i699.5.3.i)
-  store <16 x float> %r.i700.5.3.i, ptr %2218, align 4, !tbaa !4
-  %2497 = load i32, ptr %2445, align 4, !tbaa !4
-  %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
-  %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2500 = load i64, ptr %2235, align 8, !tbaa !4
-  %2501 = getelementptr i32, ptr %value_cache, i64 %2500
-  %2502 = getelementptr i8, ptr %2501, i64 384
-  %2503 = getelementptr i32, ptr %2502, i64 %v_now.i
-  %2504 = load <16 x i32>, ptr %2503, align 4, !tbaa !4
-  %2505 = and <16 x i32> %2504, %2234
-  %x.i698.6.3.i = bitcast <16 x i32> %2499 to <32 x bfloat>
-  %y.i699.6.3.i = bitcast <16 x i32> %2505 to <32 x bfloat>
-  %r.i700.6.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.31405.i, <32 x bfloat> %x.i698.6.3.i, <32 x bfloat> %y.i699.6.3.i)
-  store <16 x float> %r.i700.6.3.i, ptr %2221, align 4, !tbaa !4
-  %2506 = load i32, ptr %2445, align 4, !tbaa !4
-  %2507 = insertelement <16 x i32> poison, i32 %2506, i64 0
-  %2508 = shufflevector <16 x i32> %2507, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2509 = load i64, ptr %2235, align 8, !tbaa !4
-  %2510 = getelementptr i32, ptr %value_cache, i64 %2509
-  %2511 = getelementptr i8, ptr %2510, i64 448
-  %2512 = getelementptr i32, ptr %2511, i64 %v_now.i
-  %2513 = load <16 x i32>, ptr %2512, align 4, !tbaa !4
-  %2514 = and <16 x i32> %2513, %2234
-  %x.i698.7.3.i = bitcast <16 x i32> %2508 to <32 x bfloat>
-  %y.i699.7.3.i = bitcast <16 x i32> %2514 to <32 x bfloat>
-  %r.i700.7.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.31407.i, <32 x bfloat> %x.i698.7.3.i, <32 x bfloat> %y.i699.7.3.i)
-  store <16 x float> %r.i700.7.3.i, ptr %2224, align 4, !tbaa !4
-  %indvars.iv.next1204.i = add nuw nsw i64 %indvars.iv1203.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next1204.i, %534
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r111.preheader.i, !prof !8
+for_begin_r106.preheader.i:                       ; preds = %for_begin_r106.preheader.i, %for_begin_r106.preheader.i.preheader
+  %r.i699.7.31406.i = phi <16 x float> [ %r.i699.7.3.i, %for_begin_r106.preheader.i ], [ %2211, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.6.31404.i = phi <16 x float> [ %r.i699.6.3.i, %for_begin_r106.preheader.i ], [ %2208, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.5.31402.i = phi <16 x float> [ %r.i699.5.3.i, %for_begin_r106.preheader.i ], [ %2205, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.4.31400.i = phi <16 x float> [ %r.i699.4.3.i, %for_begin_r106.preheader.i ], [ %2202, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.3.31398.i = phi <16 x float> [ %r.i699.3.3.i, %for_begin_r106.preheader.i ], [ %2199, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.2.31396.i = phi <16 x float> [ %r.i699.2.3.i, %for_begin_r106.preheader.i ], [ %2196, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.1.31394.i = phi <16 x float> [ %r.i699.1.3.i, %for_begin_r106.preheader.i ], [ %2193, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.312011392.i = phi <16 x float> [ %r.i699.31201.i, %for_begin_r106.preheader.i ], [ %2190, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.7.21390.i = phi <16 x float> [ %r.i699.7.2.i, %for_begin_r106.preheader.i ], [ %2187, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.6.21388.i = phi <16 x float> [ %r.i699.6.2.i, %for_begin_r106.preheader.i ], [ %2184, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.5.21386.i = phi <16 x float> [ %r.i699.5.2.i, %for_begin_r106.preheader.i ], [ %2181, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.4.21384.i = phi <16 x float> [ %r.i699.4.2.i, %for_begin_r106.preheader.i ], [ %2178, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.3.21382.i = phi <16 x float> [ %r.i699.3.2.i, %for_begin_r106.preheader.i ], [ %2175, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.2.21380.i = phi <16 x float> [ %r.i699.2.2.i, %for_begin_r106.preheader.i ], [ %2172, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.1.21378.i = phi <16 x float> [ %r.i699.1.2.i, %for_begin_r106.preheader.i ], [ %2169, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.211981376.i = phi <16 x float> [ %r.i699.21198.i, %for_begin_r106.preheader.i ], [ %2166, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.7.11374.i = phi <16 x float> [ %r.i699.7.1.i, %for_begin_r106.preheader.i ], [ %2163, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.6.11372.i = phi <16 x float> [ %r.i699.6.1.i, %for_begin_r106.preheader.i ], [ %2160, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.5.11370.i = phi <16 x float> [ %r.i699.5.1.i, %for_begin_r106.preheader.i ], [ %2157, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.4.11368.i = phi <16 x float> [ %r.i699.4.1.i, %for_begin_r106.preheader.i ], [ %2154, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.3.11366.i = phi <16 x float> [ %r.i699.3.1.i, %for_begin_r106.preheader.i ], [ %2151, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.2.11364.i = phi <16 x float> [ %r.i699.2.1.i, %for_begin_r106.preheader.i ], [ %2148, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.1.11362.i = phi <16 x float> [ %r.i699.1.1.i, %for_begin_r106.preheader.i ], [ %2145, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.111951360.i = phi <16 x float> [ %r.i699.11195.i, %for_begin_r106.preheader.i ], [ %2142, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.71358.i = phi <16 x float> [ %r.i699.7.i, %for_begin_r106.preheader.i ], [ %2139, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.61356.i = phi <16 x float> [ %r.i699.6.i, %for_begin_r106.preheader.i ], [ %2136, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.51354.i = phi <16 x float> [ %r.i699.5.i, %for_begin_r106.preheader.i ], [ %2133, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.41352.i = phi <16 x float> [ %r.i699.4.i, %for_begin_r106.preheader.i ], [ %2130, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.31350.i = phi <16 x float> [ %r.i699.3.i, %for_begin_r106.preheader.i ], [ %2127, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.21348.i = phi <16 x float> [ %r.i699.2.i, %for_begin_r106.preheader.i ], [ %2124, %for_begin_r106.preheader.i.preheader ]
+  %r.i699.11346.i = phi <16 x float> [ %r.i699.1.i, %for_begin_r106.preheader.i ], [ %2121, %for_begin_r106.preheader.i.preheader ]
+  %2213 = phi <16 x float> [ %r.i699.i, %for_begin_r106.preheader.i ], [ %2119, %for_begin_r106.preheader.i.preheader ]
+  %indvars.iv1202.i = phi i64 [ %indvars.iv.next1203.i, %for_begin_r106.preheader.i ], [ 0, %for_begin_r106.preheader.i.preheader ]
+  %2214 = shl nuw nsw i64 %indvars.iv1202.i, 1
+  %2215 = add nuw nsw i64 %2214, %597
+  %2216 = icmp slt i64 %2215, 127
+  %2217 = or disjoint i64 %2215, 1
+  %2218 = icmp slt i64 %2217, %548
+  %2219 = and i1 %2216, %2218
+  %2220 = select i1 %2219, i32 -1, i32 65535
+  %2221 = insertelement <16 x i32> poison, i32 %2220, i64 0
+  %2222 = shufflevector <16 x i32> %2221, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2223 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2215
+  %gep66 = getelementptr i32, ptr %invariant.gep65, i64 %indvars.iv1202.i
+  %2224 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2225 = insertelement <16 x i32> poison, i32 %2224, i64 0
+  %2226 = shufflevector <16 x i32> %2225, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2227 = load i64, ptr %2223, align 8, !tbaa !4
+  %gep1339.i = getelementptr i32, ptr %invariant.gep980.i, i64 %2227
+  %2228 = load <16 x i32>, ptr %gep1339.i, align 4, !tbaa !4
+  %2229 = and <16 x i32> %2222, %2228
+  %x.i697.i = bitcast <16 x i32> %2226 to <32 x bfloat>
+  %y.i698.i = bitcast <16 x i32> %2229 to <32 x bfloat>
+  %r.i699.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %2213, <32 x bfloat> %x.i697.i, <32 x bfloat> %y.i698.i)
+  store <16 x float> %r.i699.i, ptr %tile_acc.i, align 4, !tbaa !4
+  %2230 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2231 = insertelement <16 x i32> poison, i32 %2230, i64 0
+  %2232 = shufflevector <16 x i32> %2231, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2233 = load i64, ptr %2223, align 8, !tbaa !4
+  %2234 = getelementptr i32, ptr %value_cache, i64 %2233
+  %2235 = getelementptr i8, ptr %2234, i64 64
+  %2236 = getelementptr i32, ptr %2235, i64 %v_now.i
+  %2237 = load <16 x i32>, ptr %2236, align 4, !tbaa !4
+  %2238 = and <16 x i32> %2237, %2222
+  %x.i697.1.i = bitcast <16 x i32> %2232 to <32 x bfloat>
+  %y.i698.1.i = bitcast <16 x i32> %2238 to <32 x bfloat>
+  %r.i699.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.11346.i, <32 x bfloat> %x.i697.1.i, <32 x bfloat> %y.i698.1.i)
+  store <16 x float> %r.i699.1.i, ptr %2122, align 4, !tbaa !4
+  %2239 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2240 = insertelement <16 x i32> poison, i32 %2239, i64 0
+  %2241 = shufflevector <16 x i32> %2240, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2242 = load i64, ptr %2223, align 8, !tbaa !4
+  %2243 = getelementptr i32, ptr %value_cache, i64 %2242
+  %2244 = getelementptr i8, ptr %2243, i64 128
+  %2245 = getelementptr i32, ptr %2244, i64 %v_now.i
+  %2246 = load <16 x i32>, ptr %2245, align 4, !tbaa !4
+  %2247 = and <16 x i32> %2246, %2222
+  %x.i697.2.i = bitcast <16 x i32> %2241 to <32 x bfloat>
+  %y.i698.2.i = bitcast <16 x i32> %2247 to <32 x bfloat>
+  %r.i699.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.21348.i, <32 x bfloat> %x.i697.2.i, <32 x bfloat> %y.i698.2.i)
+  store <16 x float> %r.i699.2.i, ptr %2125, align 4, !tbaa !4
+  %2248 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2249 = insertelement <16 x i32> poison, i32 %2248, i64 0
+  %2250 = shufflevector <16 x i32> %2249, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2251 = load i64, ptr %2223, align 8, !tbaa !4
+  %2252 = getelementptr i32, ptr %value_cache, i64 %2251
+  %2253 = getelementptr i8, ptr %2252, i64 192
+  %2254 = getelementptr i32, ptr %2253, i64 %v_now.i
+  %2255 = load <16 x i32>, ptr %2254, align 4, !tbaa !4
+  %2256 = and <16 x i32> %2255, %2222
+  %x.i697.3.i = bitcast <16 x i32> %2250 to <32 x bfloat>
+  %y.i698.3.i = bitcast <16 x i32> %2256 to <32 x bfloat>
+  %r.i699.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.31350.i, <32 x bfloat> %x.i697.3.i, <32 x bfloat> %y.i698.3.i)
+  store <16 x float> %r.i699.3.i, ptr %2128, align 4, !tbaa !4
+  %2257 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2258 = insertelement <16 x i32> poison, i32 %2257, i64 0
+  %2259 = shufflevector <16 x i32> %2258, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2260 = load i64, ptr %2223, align 8, !tbaa !4
+  %2261 = getelementptr i32, ptr %value_cache, i64 %2260
+  %2262 = getelementptr i8, ptr %2261, i64 256
+  %2263 = getelementptr i32, ptr %2262, i64 %v_now.i
+  %2264 = load <16 x i32>, ptr %2263, align 4, !tbaa !4
+  %2265 = and <16 x i32> %2264, %2222
+  %x.i697.4.i = bitcast <16 x i32> %2259 to <32 x bfloat>
+  %y.i698.4.i = bitcast <16 x i32> %2265 to <32 x bfloat>
+  %r.i699.4.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.41352.i, <32 x bfloat> %x.i697.4.i, <32 x bfloat> %y.i698.4.i)
+  store <16 x float> %r.i699.4.i, ptr %2131, align 4, !tbaa !4
+  %2266 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2267 = insertelement <16 x i32> poison, i32 %2266, i64 0
+  %2268 = shufflevector <16 x i32> %2267, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2269 = load i64, ptr %2223, align 8, !tbaa !4
+  %2270 = getelementptr i32, ptr %value_cache, i64 %2269
+  %2271 = getelementptr i8, ptr %2270, i64 320
+  %2272 = getelementptr i32, ptr %2271, i64 %v_now.i
+  %2273 = load <16 x i32>, ptr %2272, align 4, !tbaa !4
+  %2274 = and <16 x i32> %2273, %2222
+  %x.i697.5.i = bitcast <16 x i32> %2268 to <32 x bfloat>
+  %y.i698.5.i = bitcast <16 x i32> %2274 to <32 x bfloat>
+  %r.i699.5.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.51354.i, <32 x bfloat> %x.i697.5.i, <32 x bfloat> %y.i698.5.i)
+  store <16 x float> %r.i699.5.i, ptr %2134, align 4, !tbaa !4
+  %2275 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2276 = insertelement <16 x i32> poison, i32 %2275, i64 0
+  %2277 = shufflevector <16 x i32> %2276, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2278 = load i64, ptr %2223, align 8, !tbaa !4
+  %2279 = getelementptr i32, ptr %value_cache, i64 %2278
+  %2280 = getelementptr i8, ptr %2279, i64 384
+  %2281 = getelementptr i32, ptr %2280, i64 %v_now.i
+  %2282 = load <16 x i32>, ptr %2281, align 4, !tbaa !4
+  %2283 = and <16 x i32> %2282, %2222
+  %x.i697.6.i = bitcast <16 x i32> %2277 to <32 x bfloat>
+  %y.i698.6.i = bitcast <16 x i32> %2283 to <32 x bfloat>
+  %r.i699.6.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.61356.i, <32 x bfloat> %x.i697.6.i, <32 x bfloat> %y.i698.6.i)
+  store <16 x float> %r.i699.6.i, ptr %2137, align 4, !tbaa !4
+  %2284 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2285 = insertelement <16 x i32> poison, i32 %2284, i64 0
+  %2286 = shufflevector <16 x i32> %2285, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2287 = load i64, ptr %2223, align 8, !tbaa !4
+  %2288 = getelementptr i32, ptr %value_cache, i64 %2287
+  %2289 = getelementptr i8, ptr %2288, i64 448
+  %2290 = getelementptr i32, ptr %2289, i64 %v_now.i
+  %2291 = load <16 x i32>, ptr %2290, align 4, !tbaa !4
+  %2292 = and <16 x i32> %2291, %2222
+  %x.i697.7.i = bitcast <16 x i32> %2286 to <32 x bfloat>
+  %y.i698.7.i = bitcast <16 x i32> %2292 to <32 x bfloat>
+  %r.i699.7.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.71358.i, <32 x bfloat> %x.i697.7.i, <32 x bfloat> %y.i698.7.i)
+  store <16 x float> %r.i699.7.i, ptr %2140, align 4, !tbaa !4
+  %2293 = getelementptr i8, ptr %gep66, i64 256
+  %2294 = load i32, ptr %2293, align 4, !tbaa !4
+  %2295 = insertelement <16 x i32> poison, i32 %2294, i64 0
+  %2296 = shufflevector <16 x i32> %2295, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2297 = load i64, ptr %2223, align 8, !tbaa !4
+  %gep1341.i = getelementptr i32, ptr %invariant.gep980.i, i64 %2297
+  %2298 = load <16 x i32>, ptr %gep1341.i, align 4, !tbaa !4
+  %2299 = and <16 x i32> %2298, %2222
+  %x.i697.11193.i = bitcast <16 x i32> %2296 to <32 x bfloat>
+  %y.i698.11194.i = bitcast <16 x i32> %2299 to <32 x bfloat>
+  %r.i699.11195.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.111951360.i, <32 x bfloat> %x.i697.11193.i, <32 x bfloat> %y.i698.11194.i)
+  store <16 x float> %r.i699.11195.i, ptr %2143, align 4, !tbaa !4
+  %2300 = load i32, ptr %2293, align 4, !tbaa !4
+  %2301 = insertelement <16 x i32> poison, i32 %2300, i64 0
+  %2302 = shufflevector <16 x i32> %2301, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2303 = load i64, ptr %2223, align 8, !tbaa !4
+  %2304 = getelementptr i32, ptr %value_cache, i64 %2303
+  %2305 = getelementptr i8, ptr %2304, i64 64
+  %2306 = getelementptr i32, ptr %2305, i64 %v_now.i
+  %2307 = load <16 x i32>, ptr %2306, align 4, !tbaa !4
+  %2308 = and <16 x i32> %2307, %2222
+  %x.i697.1.1.i = bitcast <16 x i32> %2302 to <32 x bfloat>
+  %y.i698.1.1.i = bitcast <16 x i32> %2308 to <32 x bfloat>
+  %r.i699.1.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.1.11362.i, <32 x bfloat> %x.i697.1.1.i, <32 x bfloat> %y.i698.1.1.i)
+  store <16 x float> %r.i699.1.1.i, ptr %2146, align 4, !tbaa !4
+  %2309 = load i32, ptr %2293, align 4, !tbaa !4
+  %2310 = insertelement <16 x i32> poison, i32 %2309, i64 0
+  %2311 = shufflevector <16 x i32> %2310, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2312 = load i64, ptr %2223, align 8, !tbaa !4
+  %2313 = getelementptr i32, ptr %value_cache, i64 %2312
+  %2314 = getelementptr i8, ptr %2313, i64 128
+  %2315 = getelementptr i32, ptr %2314, i64 %v_now.i
+  %2316 = load <16 x i32>, ptr %2315, align 4, !tbaa !4
+  %2317 = and <16 x i32> %2316, %2222
+  %x.i697.2.1.i = bitcast <16 x i32> %2311 to <32 x bfloat>
+  %y.i698.2.1.i = bitcast <16 x i32> %2317 to <32 x bfloat>
+  %r.i699.2.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.2.11364.i, <32 x bfloat> %x.i697.2.1.i, <32 x bfloat> %y.i698.2.1.i)
+  store <16 x float> %r.i699.2.1.i, ptr %2149, align 4, !tbaa !4
+  %2318 = load i32, ptr %2293, align 4, !tbaa !4
+  %2319 = insertelement <16 x i32> poison, i32 %2318, i64 0
+  %2320 = shufflevector <16 x i32> %2319, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2321 = load i64, ptr %2223, align 8, !tbaa !4
+  %2322 = getelementptr i32, ptr %value_cache, i64 %2321
+  %2323 = getelementptr i8, ptr %2322, i64 192
+  %2324 = getelementptr i32, ptr %2323, i64 %v_now.i
+  %2325 = load <16 x i32>, ptr %2324, align 4, !tbaa !4
+  %2326 = and <16 x i32> %2325, %2222
+  %x.i697.3.1.i = bitcast <16 x i32> %2320 to <32 x bfloat>
+  %y.i698.3.1.i = bitcast <16 x i32> %2326 to <32 x bfloat>
+  %r.i699.3.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.3.11366.i, <32 x bfloat> %x.i697.3.1.i, <32 x bfloat> %y.i698.3.1.i)
+  store <16 x float> %r.i699.3.1.i, ptr %2152, align 4, !tbaa !4
+  %2327 = load i32, ptr %2293, align 4, !tbaa !4
+  %2328 = insertelement <16 x i32> poison, i32 %2327, i64 0
+  %2329 = shufflevector <16 x i32> %2328, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2330 = load i64, ptr %2223, align 8, !tbaa !4
+  %2331 = getelementptr i32, ptr %value_cache, i64 %2330
+  %2332 = getelementptr i8, ptr %2331, i64 256
+  %2333 = getelementptr i32, ptr %2332, i64 %v_now.i
+  %2334 = load <16 x i32>, ptr %2333, align 4, !tbaa !4
+  %2335 = and <16 x i32> %2334, %2222
+  %x.i697.4.1.i = bitcast <16 x i32> %2329 to <32 x bfloat>
+  %y.i698.4.1.i = bitcast <16 x i32> %2335 to <32 x bfloat>
+  %r.i699.4.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.4.11368.i, <32 x bfloat> %x.i697.4.1.i, <32 x bfloat> %y.i698.4.1.i)
+  store <16 x float> %r.i699.4.1.i, ptr %2155, align 4, !tbaa !4
+  %2336 = load i32, ptr %2293, align 4, !tbaa !4
+  %2337 = insertelement <16 x i32> poison, i32 %2336, i64 0
+  %2338 = shufflevector <16 x i32> %2337, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2339 = load i64, ptr %2223, align 8, !tbaa !4
+  %2340 = getelementptr i32, ptr %value_cache, i64 %2339
+  %2341 = getelementptr i8, ptr %2340, i64 320
+  %2342 = getelementptr i32, ptr %2341, i64 %v_now.i
+  %2343 = load <16 x i32>, ptr %2342, align 4, !tbaa !4
+  %2344 = and <16 x i32> %2343, %2222
+  %x.i697.5.1.i = bitcast <16 x i32> %2338 to <32 x bfloat>
+  %y.i698.5.1.i = bitcast <16 x i32> %2344 to <32 x bfloat>
+  %r.i699.5.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.5.11370.i, <32 x bfloat> %x.i697.5.1.i, <32 x bfloat> %y.i698.5.1.i)
+  store <16 x float> %r.i699.5.1.i, ptr %2158, align 4, !tbaa !4
+  %2345 = load i32, ptr %2293, align 4, !tbaa !4
+  %2346 = insertelement <16 x i32> poison, i32 %2345, i64 0
+  %2347 = shufflevector <16 x i32> %2346, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2348 = load i64, ptr %2223, align 8, !tbaa !4
+  %2349 = getelementptr i32, ptr %value_cache, i64 %2348
+  %2350 = getelementptr i8, ptr %2349, i64 384
+  %2351 = getelementptr i32, ptr %2350, i64 %v_now.i
+  %2352 = load <16 x i32>, ptr %2351, align 4, !tbaa !4
+  %2353 = and <16 x i32> %2352, %2222
+  %x.i697.6.1.i = bitcast <16 x i32> %2347 to <32 x bfloat>
+  %y.i698.6.1.i = bitcast <16 x i32> %2353 to <32 x bfloat>
+  %r.i699.6.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.6.11372.i, <32 x bfloat> %x.i697.6.1.i, <32 x bfloat> %y.i698.6.1.i)
+  store <16 x float> %r.i699.6.1.i, ptr %2161, align 4, !tbaa !4
+  %2354 = load i32, ptr %2293, align 4, !tbaa !4
+  %2355 = insertelement <16 x i32> poison, i32 %2354, i64 0
+  %2356 = shufflevector <16 x i32> %2355, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2357 = load i64, ptr %2223, align 8, !tbaa !4
+  %2358 = getelementptr i32, ptr %value_cache, i64 %2357
+  %2359 = getelementptr i8, ptr %2358, i64 448
+  %2360 = getelementptr i32, ptr %2359, i64 %v_now.i
+  %2361 = load <16 x i32>, ptr %2360, align 4, !tbaa !4
+  %2362 = and <16 x i32> %2361, %2222
+  %x.i697.7.1.i = bitcast <16 x i32> %2356 to <32 x bfloat>
+  %y.i698.7.1.i = bitcast <16 x i32> %2362 to <32 x bfloat>
+  %r.i699.7.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.7.11374.i, <32 x bfloat> %x.i697.7.1.i, <32 x bfloat> %y.i698.7.1.i)
+  store <16 x float> %r.i699.7.1.i, ptr %2164, align 4, !tbaa !4
+  %2363 = getelementptr i8, ptr %gep66, i64 512
+  %2364 = load i32, ptr %2363, align 4, !tbaa !4
+  %2365 = insertelement <16 x i32> poison, i32 %2364, i64 0
+  %2366 = shufflevector <16 x i32> %2365, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2367 = load i64, ptr %2223, align 8, !tbaa !4
+  %gep1343.i = getelementptr i32, ptr %invariant.gep980.i, i64 %2367
+  %2368 = load <16 x i32>, ptr %gep1343.i, align 4, !tbaa !4
+  %2369 = and <16 x i32> %2368, %2222
+  %x.i697.21196.i = bitcast <16 x i32> %2366 to <32 x bfloat>
+  %y.i698.21197.i = bitcast <16 x i32> %2369 to <32 x bfloat>
+  %r.i699.21198.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.211981376.i, <32 x bfloat> %x.i697.21196.i, <32 x bfloat> %y.i698.21197.i)
+  store <16 x float> %r.i699.21198.i, ptr %2167, align 4, !tbaa !4
+  %2370 = load i32, ptr %2363, align 4, !tbaa !4
+  %2371 = insertelement <16 x i32> poison, i32 %2370, i64 0
+  %2372 = shufflevector <16 x i32> %2371, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2373 = load i64, ptr %2223, align 8, !tbaa !4
+  %2374 = getelementptr i32, ptr %value_cache, i64 %2373
+  %2375 = getelementptr i8, ptr %2374, i64 64
+  %2376 = getelementptr i32, ptr %2375, i64 %v_now.i
+  %2377 = load <16 x i32>, ptr %2376, align 4, !tbaa !4
+  %2378 = and <16 x i32> %2377, %2222
+  %x.i697.1.2.i = bitcast <16 x i32> %2372 to <32 x bfloat>
+  %y.i698.1.2.i = bitcast <16 x i32> %2378 to <32 x bfloat>
+  %r.i699.1.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.1.21378.i, <32 x bfloat> %x.i697.1.2.i, <32 x bfloat> %y.i698.1.2.i)
+  store <16 x float> %r.i699.1.2.i, ptr %2170, align 4, !tbaa !4
+  %2379 = load i32, ptr %2363, align 4, !tbaa !4
+  %2380 = insertelement <16 x i32> poison, i32 %2379, i64 0
+  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2382 = load i64, ptr %2223, align 8, !tbaa !4
+  %2383 = getelementptr i32, ptr %value_cache, i64 %2382
+  %2384 = getelementptr i8, ptr %2383, i64 128
+  %2385 = getelementptr i32, ptr %2384, i64 %v_now.i
+  %2386 = load <16 x i32>, ptr %2385, align 4, !tbaa !4
+  %2387 = and <16 x i32> %2386, %2222
+  %x.i697.2.2.i = bitcast <16 x i32> %2381 to <32 x bfloat>
+  %y.i698.2.2.i = bitcast <16 x i32> %2387 to <32 x bfloat>
+  %r.i699.2.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.2.21380.i, <32 x bfloat> %x.i697.2.2.i, <32 x bfloat> %y.i698.2.2.i)
+  store <16 x float> %r.i699.2.2.i, ptr %2173, align 4, !tbaa !4
+  %2388 = load i32, ptr %2363, align 4, !tbaa !4
+  %2389 = insertelement <16 x i32> poison, i32 %2388, i64 0
+  %2390 = shufflevector <16 x i32> %2389, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2391 = load i64, ptr %2223, align 8, !tbaa !4
+  %2392 = getelementptr i32, ptr %value_cache, i64 %2391
+  %2393 = getelementptr i8, ptr %2392, i64 192
+  %2394 = getelementptr i32, ptr %2393, i64 %v_now.i
+  %2395 = load <16 x i32>, ptr %2394, align 4, !tbaa !4
+  %2396 = and <16 x i32> %2395, %2222
+  %x.i697.3.2.i = bitcast <16 x i32> %2390 to <32 x bfloat>
+  %y.i698.3.2.i = bitcast <16 x i32> %2396 to <32 x bfloat>
+  %r.i699.3.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.3.21382.i, <32 x bfloat> %x.i697.3.2.i, <32 x bfloat> %y.i698.3.2.i)
+  store <16 x float> %r.i699.3.2.i, ptr %2176, align 4, !tbaa !4
+  %2397 = load i32, ptr %2363, align 4, !tbaa !4
+  %2398 = insertelement <16 x i32> poison, i32 %2397, i64 0
+  %2399 = shufflevector <16 x i32> %2398, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2400 = load i64, ptr %2223, align 8, !tbaa !4
+  %2401 = getelementptr i32, ptr %value_cache, i64 %2400
+  %2402 = getelementptr i8, ptr %2401, i64 256
+  %2403 = getelementptr i32, ptr %2402, i64 %v_now.i
+  %2404 = load <16 x i32>, ptr %2403, align 4, !tbaa !4
+  %2405 = and <16 x i32> %2404, %2222
+  %x.i697.4.2.i = bitcast <16 x i32> %2399 to <32 x bfloat>
+  %y.i698.4.2.i = bitcast <16 x i32> %2405 to <32 x bfloat>
+  %r.i699.4.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.4.21384.i, <32 x bfloat> %x.i697.4.2.i, <32 x bfloat> %y.i698.4.2.i)
+  store <16 x float> %r.i699.4.2.i, ptr %2179, align 4, !tbaa !4
+  %2406 = load i32, ptr %2363, align 4, !tbaa !4
+  %2407 = insertelement <16 x i32> poison, i32 %2406, i64 0
+  %2408 = shufflevector <16 x i32> %2407, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2409 = load i64, ptr %2223, align 8, !tbaa !4
+  %2410 = getelementptr i32, ptr %value_cache, i64 %2409
+  %2411 = getelementptr i8, ptr %2410, i64 320
+  %2412 = getelementptr i32, ptr %2411, i64 %v_now.i
+  %2413 = load <16 x i32>, ptr %2412, align 4, !tbaa !4
+  %2414 = and <16 x i32> %2413, %2222
+  %x.i697.5.2.i = bitcast <16 x i32> %2408 to <32 x bfloat>
+  %y.i698.5.2.i = bitcast <16 x i32> %2414 to <32 x bfloat>
+  %r.i699.5.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.5.21386.i, <32 x bfloat> %x.i697.5.2.i, <32 x bfloat> %y.i698.5.2.i)
+  store <16 x float> %r.i699.5.2.i, ptr %2182, align 4, !tbaa !4
+  %2415 = load i32, ptr %2363, align 4, !tbaa !4
+  %2416 = insertelement <16 x i32> poison, i32 %2415, i64 0
+  %2417 = shufflevector <16 x i32> %2416, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2418 = load i64, ptr %2223, align 8, !tbaa !4
+  %2419 = getelementptr i32, ptr %value_cache, i64 %2418
+  %2420 = getelementptr i8, ptr %2419, i64 384
+  %2421 = getelementptr i32, ptr %2420, i64 %v_now.i
+  %2422 = load <16 x i32>, ptr %2421, align 4, !tbaa !4
+  %2423 = and <16 x i32> %2422, %2222
+  %x.i697.6.2.i = bitcast <16 x i32> %2417 to <32 x bfloat>
+  %y.i698.6.2.i = bitcast <16 x i32> %2423 to <32 x bfloat>
+  %r.i699.6.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.6.21388.i, <32 x bfloat> %x.i697.6.2.i, <32 x bfloat> %y.i698.6.2.i)
+  store <16 x float> %r.i699.6.2.i, ptr %2185, align 4, !tbaa !4
+  %2424 = load i32, ptr %2363, align 4, !tbaa !4
+  %2425 = insertelement <16 x i32> poison, i32 %2424, i64 0
+  %2426 = shufflevector <16 x i32> %2425, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2427 = load i64, ptr %2223, align 8, !tbaa !4
+  %2428 = getelementptr i32, ptr %value_cache, i64 %2427
+  %2429 = getelementptr i8, ptr %2428, i64 448
+  %2430 = getelementptr i32, ptr %2429, i64 %v_now.i
+  %2431 = load <16 x i32>, ptr %2430, align 4, !tbaa !4
+  %2432 = and <16 x i32> %2431, %2222
+  %x.i697.7.2.i = bitcast <16 x i32> %2426 to <32 x bfloat>
+  %y.i698.7.2.i = bitcast <16 x i32> %2432 to <32 x bfloat>
+  %r.i699.7.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.7.21390.i, <32 x bfloat> %x.i697.7.2.i, <32 x bfloat> %y.i698.7.2.i)
+  store <16 x float> %r.i699.7.2.i, ptr %2188, align 4, !tbaa !4
+  %2433 = getelementptr i8, ptr %gep66, i64 768
+  %2434 = load i32, ptr %2433, align 4, !tbaa !4
+  %2435 = insertelement <16 x i32> poison, i32 %2434, i64 0
+  %2436 = shufflevector <16 x i32> %2435, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2437 = load i64, ptr %2223, align 8, !tbaa !4
+  %gep1345.i = getelementptr i32, ptr %invariant.gep980.i, i64 %2437
+  %2438 = load <16 x i32>, ptr %gep1345.i, align 4, !tbaa !4
+  %2439 = and <16 x i32> %2438, %2222
+  %x.i697.31199.i = bitcast <16 x i32> %2436 to <32 x bfloat>
+  %y.i698.31200.i = bitcast <16 x i32> %2439 to <32 x bfloat>
+  %r.i699.31201.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.312011392.i, <32 x bfloat> %x.i697.31199.i, <32 x bfloat> %y.i698.31200.i)
+  store <16 x float> %r.i699.31201.i, ptr %2191, align 4, !tbaa !4
+  %2440 = load i32, ptr %2433, align 4, !tbaa !4
+  %2441 = insertelement <16 x i32> poison, i32 %2440, i64 0
+  %2442 = shufflevector <16 x i32> %2441, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2443 = load i64, ptr %2223, align 8, !tbaa !4
+  %2444 = getelementptr i32, ptr %value_cache, i64 %2443
+  %2445 = getelementptr i8, ptr %2444, i64 64
+  %2446 = getelementptr i32, ptr %2445, i64 %v_now.i
+  %2447 = load <16 x i32>, ptr %2446, align 4, !tbaa !4
+  %2448 = and <16 x i32> %2447, %2222
+  %x.i697.1.3.i = bitcast <16 x i32> %2442 to <32 x bfloat>
+  %y.i698.1.3.i = bitcast <16 x i32> %2448 to <32 x bfloat>
+  %r.i699.1.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.1.31394.i, <32 x bfloat> %x.i697.1.3.i, <32 x bfloat> %y.i698.1.3.i)
+  store <16 x float> %r.i699.1.3.i, ptr %2194, align 4, !tbaa !4
+  %2449 = load i32, ptr %2433, align 4, !tbaa !4
+  %2450 = insertelement <16 x i32> poison, i32 %2449, i64 0
+  %2451 = shufflevector <16 x i32> %2450, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2452 = load i64, ptr %2223, align 8, !tbaa !4
+  %2453 = getelementptr i32, ptr %value_cache, i64 %2452
+  %2454 = getelementptr i8, ptr %2453, i64 128
+  %2455 = getelementptr i32, ptr %2454, i64 %v_now.i
+  %2456 = load <16 x i32>, ptr %2455, align 4, !tbaa !4
+  %2457 = and <16 x i32> %2456, %2222
+  %x.i697.2.3.i = bitcast <16 x i32> %2451 to <32 x bfloat>
+  %y.i698.2.3.i = bitcast <16 x i32> %2457 to <32 x bfloat>
+  %r.i699.2.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.2.31396.i, <32 x bfloat> %x.i697.2.3.i, <32 x bfloat> %y.i698.2.3.i)
+  store <16 x float> %r.i699.2.3.i, ptr %2197, align 4, !tbaa !4
+  %2458 = load i32, ptr %2433, align 4, !tbaa !4
+  %2459 = insertelement <16 x i32> poison, i32 %2458, i64 0
+  %2460 = shufflevector <16 x i32> %2459, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2461 = load i64, ptr %2223, align 8, !tbaa !4
+  %2462 = getelementptr i32, ptr %value_cache, i64 %2461
+  %2463 = getelementptr i8, ptr %2462, i64 192
+  %2464 = getelementptr i32, ptr %2463, i64 %v_now.i
+  %2465 = load <16 x i32>, ptr %2464, align 4, !tbaa !4
+  %2466 = and <16 x i32> %2465, %2222
+  %x.i697.3.3.i = bitcast <16 x i32> %2460 to <32 x bfloat>
+  %y.i698.3.3.i = bitcast <16 x i32> %2466 to <32 x bfloat>
+  %r.i699.3.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.3.31398.i, <32 x bfloat> %x.i697.3.3.i, <32 x bfloat> %y.i698.3.3.i)
+  store <16 x float> %r.i699.3.3.i, ptr %2200, align 4, !tbaa !4
+  %2467 = load i32, ptr %2433, align 4, !tbaa !4
+  %2468 = insertelement <16 x i32> poison, i32 %2467, i64 0
+  %2469 = shufflevector <16 x i32> %2468, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2470 = load i64, ptr %2223, align 8, !tbaa !4
+  %2471 = getelementptr i32, ptr %value_cache, i64 %2470
+  %2472 = getelementptr i8, ptr %2471, i64 256
+  %2473 = getelementptr i32, ptr %2472, i64 %v_now.i
+  %2474 = load <16 x i32>, ptr %2473, align 4, !tbaa !4
+  %2475 = and <16 x i32> %2474, %2222
+  %x.i697.4.3.i = bitcast <16 x i32> %2469 to <32 x bfloat>
+  %y.i698.4.3.i = bitcast <16 x i32> %2475 to <32 x bfloat>
+  %r.i699.4.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.4.31400.i, <32 x bfloat> %x.i697.4.3.i, <32 x bfloat> %y.i698.4.3.i)
+  store <16 x float> %r.i699.4.3.i, ptr %2203, align 4, !tbaa !4
+  %2476 = load i32, ptr %2433, align 4, !tbaa !4
+  %2477 = insertelement <16 x i32> poison, i32 %2476, i64 0
+  %2478 = shufflevector <16 x i32> %2477, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2479 = load i64, ptr %2223, align 8, !tbaa !4
+  %2480 = getelementptr i32, ptr %value_cache, i64 %2479
+  %2481 = getelementptr i8, ptr %2480, i64 320
+  %2482 = getelementptr i32, ptr %2481, i64 %v_now.i
+  %2483 = load <16 x i32>, ptr %2482, align 4, !tbaa !4
+  %2484 = and <16 x i32> %2483, %2222
+  %x.i697.5.3.i = bitcast <16 x i32> %2478 to <32 x bfloat>
+  %y.i698.5.3.i = bitcast <16 x i32> %2484 to <32 x bfloat>
+  %r.i699.5.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.5.31402.i, <32 x bfloat> %x.i697.5.3.i, <32 x bfloat> %y.i698.5.3.i)
+  store <16 x float> %r.i699.5.3.i, ptr %2206, align 4, !tbaa !4
+  %2485 = load i32, ptr %2433, align 4, !tbaa !4
+  %2486 = insertelement <16 x i32> poison, i32 %2485, i64 0
+  %2487 = shufflevector <16 x i32> %2486, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2488 = load i64, ptr %2223, align 8, !tbaa !4
+  %2489 = getelementptr i32, ptr %value_cache, i64 %2488
+  %2490 = getelementptr i8, ptr %2489, i64 384
+  %2491 = getelementptr i32, ptr %2490, i64 %v_now.i
+  %2492 = load <16 x i32>, ptr %2491, align 4, !tbaa !4
+  %2493 = and <16 x i32> %2492, %2222
+  %x.i697.6.3.i = bitcast <16 x i32> %2487 to <32 x bfloat>
+  %y.i698.6.3.i = bitcast <16 x i32> %2493 to <32 x bfloat>
+  %r.i699.6.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.6.31404.i, <32 x bfloat> %x.i697.6.3.i, <32 x bfloat> %y.i698.6.3.i)
+  store <16 x float> %r.i699.6.3.i, ptr %2209, align 4, !tbaa !4
+  %2494 = load i32, ptr %2433, align 4, !tbaa !4
+  %2495 = insertelement <16 x i32> poison, i32 %2494, i64 0
+  %2496 = shufflevector <16 x i32> %2495, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2497 = load i64, ptr %2223, align 8, !tbaa !4
+  %2498 = getelementptr i32, ptr %value_cache, i64 %2497
+  %2499 = getelementptr i8, ptr %2498, i64 448
+  %2500 = getelementptr i32, ptr %2499, i64 %v_now.i
+  %2501 = load <16 x i32>, ptr %2500, align 4, !tbaa !4
+  %2502 = and <16 x i32> %2501, %2222
+  %x.i697.7.3.i = bitcast <16 x i32> %2496 to <32 x bfloat>
+  %y.i698.7.3.i = bitcast <16 x i32> %2502 to <32 x bfloat>
+  %r.i699.7.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.7.31406.i, <32 x bfloat> %x.i697.7.3.i, <32 x bfloat> %y.i698.7.3.i)
+  store <16 x float> %r.i699.7.3.i, ptr %2212, align 4, !tbaa !4
+  %indvars.iv.next1203.i = add nuw nsw i64 %indvars.iv1202.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next1203.i, %534
+  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r106.preheader.i, !prof !8
 
-for_end_ti.i:                                     ; preds = %for_begin_r111.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2515 = shl nuw nsw i64 %indvars.iv1226.i, 2
-  %2516 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2515
-  %2517 = load <4 x float>, ptr %2516, align 16, !tbaa !69
-  %old_max.i = select <4 x i1> %594, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2517
-  %2518 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2515
-  %2519 = load <4 x float>, ptr %2518, align 16, !tbaa !71
-  %old_sum.i = select <4 x i1> %594, <4 x float> zeroinitializer, <4 x float> %2519
-  %2520 = fcmp ogt <4 x float> %old_max.i, %1131
-  %2521 = load <4 x float>, ptr %tile_sum254.i, align 16, !tbaa !73
-  %2522 = fcmp oeq <4 x float> %2521, zeroinitializer
-  %2523 = select <4 x i1> %2522, <4 x i1> splat (i1 true), <4 x i1> %2520
-  %old_or_both.i = select <4 x i1> %2523, <4 x float> %old_max.i, <4 x float> %1131
-  %2524 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2524, <4 x float> %1131, <4 x float> %old_or_both.i
-  %arg122.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v129.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg122.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2525 = bitcast <4 x float> %cse_v129.i to <4 x i32>
-  %2526 = add nsw <4 x i32> %2525, splat (i32 -1262485504)
-  %2527 = sitofp <4 x i32> %2526 to <4 x float>
-  %2528 = fmul <4 x float> %2527, splat (float 0x3F2BD01060000000)
-  %2529 = fmul <4 x float> %2527, splat (float 0x3FE6300000000000)
-  %2530 = fsub <4 x float> %arg122.i, %2529
-  %2531 = fadd <4 x float> %2528, %2530
-  %2532 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2531, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2533 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2532, <4 x float> %2531, <4 x float> splat (float 0x3F81112100000000))
-  %2534 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2533, <4 x float> %2531, <4 x float> splat (float 0x3FA5553820000000))
-  %2535 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2534, <4 x float> %2531, <4 x float> splat (float 0x3FC5555540000000))
-  %2536 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2535, <4 x float> %2531, <4 x float> splat (float 5.000000e-01))
-  %2537 = fmul <4 x float> %2531, %2536
-  %2538 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2537, <4 x float> %2531, <4 x float> %2531)
-  %2539 = shl <4 x i32> %2525, splat (i32 23)
-  %2540 = add <4 x i32> %2539, splat (i32 1065353216)
-  %2541 = bitcast <4 x i32> %2540 to <4 x float>
-  %2542 = fadd <4 x float> %2538, splat (float 1.000000e+00)
-  %2543 = fmul <4 x float> %2542, %2541
-  %2544 = fcmp olt <4 x float> %arg122.i, splat (float -8.700000e+01)
-  %2545 = select <4 x i1> %2544, <4 x float> zeroinitializer, <4 x float> %2543
-  %2546 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2547 = select <4 x i1> %2546, <4 x float> %2545, <4 x float> zeroinitializer
-  store <4 x float> %2547, ptr %alpha244.i, align 16, !tbaa !81
-  %arg136.i = fsub <4 x float> %1131, %m.i
-  %cse_v117.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg136.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2548 = bitcast <4 x float> %cse_v117.i to <4 x i32>
-  %2549 = add nsw <4 x i32> %2548, splat (i32 -1262485504)
-  %2550 = sitofp <4 x i32> %2549 to <4 x float>
-  %2551 = fmul <4 x float> %2550, splat (float 0x3F2BD01060000000)
-  %2552 = fmul <4 x float> %2550, splat (float 0x3FE6300000000000)
-  %2553 = fsub <4 x float> %arg136.i, %2552
-  %2554 = fadd <4 x float> %2551, %2553
-  %2555 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2554, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2556 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2555, <4 x float> %2554, <4 x float> splat (float 0x3F81112100000000))
-  %2557 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2556, <4 x float> %2554, <4 x float> splat (float 0x3FA5553820000000))
-  %2558 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2557, <4 x float> %2554, <4 x float> splat (float 0x3FC5555540000000))
-  %2559 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2558, <4 x float> %2554, <4 x float> splat (float 5.000000e-01))
-  %2560 = fmul <4 x float> %2554, %2559
-  %2561 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2560, <4 x float> %2554, <4 x float> %2554)
-  %2562 = shl <4 x i32> %2548, splat (i32 23)
-  %2563 = add <4 x i32> %2562, splat (i32 1065353216)
-  %2564 = bitcast <4 x i32> %2563 to <4 x float>
-  %2565 = fadd <4 x float> %2561, splat (float 1.000000e+00)
-  %2566 = fmul <4 x float> %2565, %2564
-  %2567 = fcmp olt <4 x float> %arg136.i, splat (float -8.700000e+01)
-  %2568 = select <4 x i1> %2567, <4 x float> zeroinitializer, <4 x float> %2566
-  %2569 = fcmp one <4 x float> %2521, zeroinitializer
-  %2570 = select <4 x i1> %2569, <4 x float> %2568, <4 x float> zeroinitializer
-  store <4 x float> %2570, ptr %beta243.i, align 16, !tbaa !90
-  %2571 = fmul <4 x float> %old_sum.i, %2547
-  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2521, <4 x float> %2571)
-  store <4 x float> %m.i, ptr %2516, align 16, !tbaa !69
-  store <4 x float> %2572, ptr %2518, align 16, !tbaa !71
-  %2573 = shl nuw nsw i64 %indvars.iv1226.i, 9
-  br label %for_begin_d_0154.preheader.i
+for_end_ti.i:                                     ; preds = %for_begin_r106.preheader.i, %for_begin_d_0_init.preheader.preheader.i
+  %2503 = shl nuw nsw i64 %indvars.iv1225.i, 2
+  %2504 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %2503
+  %2505 = load <4 x float>, ptr %2504, align 16, !tbaa !69
+  %old_max.i = select <4 x i1> %594, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2505
+  %2506 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %2503
+  %2507 = load <4 x float>, ptr %2506, align 16, !tbaa !71
+  %old_sum.i = select <4 x i1> %594, <4 x float> zeroinitializer, <4 x float> %2507
+  %2508 = fcmp ogt <4 x float> %old_max.i, %1131
+  %2509 = load <4 x float>, ptr %tile_sum253.i, align 16, !tbaa !73
+  %2510 = fcmp oeq <4 x float> %2509, zeroinitializer
+  %2511 = select <4 x i1> %2510, <4 x i1> splat (i1 true), <4 x i1> %2508
+  %old_or_both.i = select <4 x i1> %2511, <4 x float> %old_max.i, <4 x float> %1131
+  %2512 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2512, <4 x float> %1131, <4 x float> %old_or_both.i
+  %arg117.i = fsub <4 x float> %old_max.i, %m.i
+  %cse_v129.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2513 = bitcast <4 x float> %cse_v129.i to <4 x i32>
+  %2514 = fadd <4 x float> %cse_v129.i, splat (float 0xC168000FE0000000)
+  %2515 = fmul <4 x float> %2514, splat (float 0x3F2BD01060000000)
+  %2516 = fmul <4 x float> %2514, splat (float 0x3FE6300000000000)
+  %2517 = fsub <4 x float> %arg117.i, %2516
+  %2518 = fadd <4 x float> %2515, %2517
+  %2519 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2518, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2520 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2519, <4 x float> %2518, <4 x float> splat (float 0x3FA5558F20000000))
+  %2521 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2520, <4 x float> %2518, <4 x float> splat (float 0x3FC5554920000000))
+  %2522 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2521, <4 x float> %2518, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2523 = fmul <4 x float> %2518, %2518
+  %2524 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2522, <4 x float> %2523, <4 x float> %2518)
+  %2525 = shl <4 x i32> %2513, splat (i32 23)
+  %2526 = bitcast <4 x i32> %2525 to <4 x float>
+  %2527 = fadd <4 x float> %2524, splat (float 1.000000e+00)
+  %2528 = fmul <4 x float> %2527, %2526
+  %2529 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
+  %2530 = select <4 x i1> %2529, <4 x float> zeroinitializer, <4 x float> %2528
+  %2531 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2532 = select <4 x i1> %2531, <4 x float> %2530, <4 x float> zeroinitializer
+  store <4 x float> %2532, ptr %alpha243.i, align 16, !tbaa !81
+  %arg133.i = fsub <4 x float> %1131, %m.i
+  %cse_v117.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg133.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2533 = bitcast <4 x float> %cse_v117.i to <4 x i32>
+  %2534 = fadd <4 x float> %cse_v117.i, splat (float 0xC168000FE0000000)
+  %2535 = fmul <4 x float> %2534, splat (float 0x3F2BD01060000000)
+  %2536 = fmul <4 x float> %2534, splat (float 0x3FE6300000000000)
+  %2537 = fsub <4 x float> %arg133.i, %2536
+  %2538 = fadd <4 x float> %2535, %2537
+  %2539 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2538, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2540 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2539, <4 x float> %2538, <4 x float> splat (float 0x3FA5558F20000000))
+  %2541 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2540, <4 x float> %2538, <4 x float> splat (float 0x3FC5554920000000))
+  %2542 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2541, <4 x float> %2538, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2543 = fmul <4 x float> %2538, %2538
+  %2544 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2542, <4 x float> %2543, <4 x float> %2538)
+  %2545 = shl <4 x i32> %2533, splat (i32 23)
+  %2546 = bitcast <4 x i32> %2545 to <4 x float>
+  %2547 = fadd <4 x float> %2544, splat (float 1.000000e+00)
+  %2548 = fmul <4 x float> %2547, %2546
+  %2549 = fcmp olt <4 x float> %arg133.i, splat (float -8.700000e+01)
+  %2550 = select <4 x i1> %2549, <4 x float> zeroinitializer, <4 x float> %2548
+  %2551 = fcmp one <4 x float> %2509, zeroinitializer
+  %2552 = select <4 x i1> %2551, <4 x float> %2550, <4 x float> zeroinitializer
+  store <4 x float> %2552, ptr %beta242.i, align 16, !tbaa !90
+  %2553 = fmul <4 x float> %old_sum.i, %2532
+  %2554 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2552, <4 x float> %2509, <4 x float> %2553)
+  store <4 x float> %m.i, ptr %2504, align 16, !tbaa !69
+  store <4 x float> %2554, ptr %2506, align 16, !tbaa !71
+  %2555 = shl nuw nsw i64 %indvars.iv1225.i, 9
+  br label %for_begin_d_0153.preheader.i
 
-for_begin_d_0154.preheader.i:                     ; preds = %for_end_d_0156.i, %for_end_ti.i
-  %indvars.iv1221.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next1222.i, %for_end_d_0156.i ]
-  %2574 = shl nuw nsw i64 %indvars.iv1221.i, 7
-  %2575 = add nuw nsw i64 %2574, %2573
-  %2576 = getelementptr inbounds nuw float, ptr %beta243.i, i64 %indvars.iv1221.i
-  %2577 = load float, ptr %2576, align 4, !tbaa !99
-  %2578 = insertelement <16 x float> poison, float %2577, i64 0
-  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
-  %2580 = getelementptr inbounds nuw float, ptr %alpha244.i, i64 %indvars.iv1221.i
-  %2581 = load float, ptr %2580, align 4, !tbaa !100
-  %2582 = insertelement <16 x float> poison, float %2581, i64 0
-  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %592, label %for_body_d_0155.us.preheader.i, label %for_body_d_0155.preheader.i, !prof !7
+for_begin_d_0153.preheader.i:                     ; preds = %for_end_d_0155.i, %for_end_ti.i
+  %indvars.iv1220.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next1221.i, %for_end_d_0155.i ]
+  %2556 = shl nuw nsw i64 %indvars.iv1220.i, 7
+  %2557 = add nuw nsw i64 %2556, %2555
+  %2558 = getelementptr inbounds nuw float, ptr %beta242.i, i64 %indvars.iv1220.i
+  %2559 = load float, ptr %2558, align 4, !tbaa !99
+  %2560 = insertelement <16 x float> poison, float %2559, i64 0
+  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
+  %2562 = getelementptr inbounds nuw float, ptr %alpha243.i, i64 %indvars.iv1220.i
+  %2563 = load float, ptr %2562, align 4, !tbaa !100
+  %2564 = insertelement <16 x float> poison, float %2563, i64 0
+  %2565 = shufflevector <16 x float> %2564, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %592, label %for_body_d_0154.us.preheader.i, label %for_body_d_0154.preheader.i, !prof !7
 
-for_body_d_0155.preheader.i:                      ; preds = %for_begin_d_0154.preheader.i
-  %2584 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
+for_body_d_0154.preheader.i:                      ; preds = %for_begin_d_0153.preheader.i
+  %2566 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2556
+  %2567 = load <16 x float>, ptr %2566, align 4, !tbaa !4
+  %2568 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2557
+  %2569 = load <16 x float>, ptr %2568, align 4, !tbaa !4
+  %2570 = fmul <16 x float> %2565, %2569
+  %2571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2567, <16 x float> %2570)
+  store <16 x float> %2571, ptr %2568, align 4, !tbaa !4
+  %2572 = getelementptr inbounds nuw i8, ptr %2566, i64 64
+  %2573 = load <16 x float>, ptr %2572, align 4, !tbaa !4
+  %2574 = getelementptr inbounds nuw i8, ptr %2568, i64 64
+  %2575 = load <16 x float>, ptr %2574, align 4, !tbaa !4
+  %2576 = fmul <16 x float> %2565, %2575
+  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2573, <16 x float> %2576)
+  store <16 x float> %2577, ptr %2574, align 4, !tbaa !4
+  %2578 = getelementptr inbounds nuw i8, ptr %2566, i64 128
+  %2579 = load <16 x float>, ptr %2578, align 4, !tbaa !4
+  %2580 = getelementptr inbounds nuw i8, ptr %2568, i64 128
+  %2581 = load <16 x float>, ptr %2580, align 4, !tbaa !4
+  %2582 = fmul <16 x float> %2565, %2581
+  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2579, <16 x float> %2582)
+  store <16 x float> %2583, ptr %2580, align 4, !tbaa !4
+  %2584 = getelementptr inbounds nuw i8, ptr %2566, i64 192
   %2585 = load <16 x float>, ptr %2584, align 4, !tbaa !4
-  %2586 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
+  %2586 = getelementptr inbounds nuw i8, ptr %2568, i64 192
   %2587 = load <16 x float>, ptr %2586, align 4, !tbaa !4
-  %2588 = fmul <16 x float> %2583, %2587
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2585, <16 x float> %2588)
+  %2588 = fmul <16 x float> %2565, %2587
+  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2585, <16 x float> %2588)
   store <16 x float> %2589, ptr %2586, align 4, !tbaa !4
-  %2590 = getelementptr inbounds nuw i8, ptr %2584, i64 64
+  %2590 = getelementptr inbounds nuw i8, ptr %2566, i64 256
   %2591 = load <16 x float>, ptr %2590, align 4, !tbaa !4
-  %2592 = getelementptr inbounds nuw i8, ptr %2586, i64 64
+  %2592 = getelementptr inbounds nuw i8, ptr %2568, i64 256
   %2593 = load <16 x float>, ptr %2592, align 4, !tbaa !4
-  %2594 = fmul <16 x float> %2583, %2593
-  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2591, <16 x float> %2594)
+  %2594 = fmul <16 x float> %2565, %2593
+  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2591, <16 x float> %2594)
   store <16 x float> %2595, ptr %2592, align 4, !tbaa !4
-  %2596 = getelementptr inbounds nuw i8, ptr %2584, i64 128
+  %2596 = getelementptr inbounds nuw i8, ptr %2566, i64 320
   %2597 = load <16 x float>, ptr %2596, align 4, !tbaa !4
-  %2598 = getelementptr inbounds nuw i8, ptr %2586, i64 128
+  %2598 = getelementptr inbounds nuw i8, ptr %2568, i64 320
   %2599 = load <16 x float>, ptr %2598, align 4, !tbaa !4
-  %2600 = fmul <16 x float> %2583, %2599
-  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2597, <16 x float> %2600)
+  %2600 = fmul <16 x float> %2565, %2599
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2597, <16 x float> %2600)
   store <16 x float> %2601, ptr %2598, align 4, !tbaa !4
-  %2602 = getelementptr inbounds nuw i8, ptr %2584, i64 192
+  %2602 = getelementptr inbounds nuw i8, ptr %2566, i64 384
   %2603 = load <16 x float>, ptr %2602, align 4, !tbaa !4
-  %2604 = getelementptr inbounds nuw i8, ptr %2586, i64 192
+  %2604 = getelementptr inbounds nuw i8, ptr %2568, i64 384
   %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !4
-  %2606 = fmul <16 x float> %2583, %2605
-  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2603, <16 x float> %2606)
+  %2606 = fmul <16 x float> %2565, %2605
+  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2603, <16 x float> %2606)
   store <16 x float> %2607, ptr %2604, align 4, !tbaa !4
-  %2608 = getelementptr inbounds nuw i8, ptr %2584, i64 256
+  %2608 = getelementptr inbounds nuw i8, ptr %2566, i64 448
   %2609 = load <16 x float>, ptr %2608, align 4, !tbaa !4
-  %2610 = getelementptr inbounds nuw i8, ptr %2586, i64 256
+  %2610 = getelementptr inbounds nuw i8, ptr %2568, i64 448
   %2611 = load <16 x float>, ptr %2610, align 4, !tbaa !4
-  %2612 = fmul <16 x float> %2583, %2611
-  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2609, <16 x float> %2612)
+  %2612 = fmul <16 x float> %2565, %2611
+  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2609, <16 x float> %2612)
   store <16 x float> %2613, ptr %2610, align 4, !tbaa !4
-  %2614 = getelementptr inbounds nuw i8, ptr %2584, i64 320
-  %2615 = load <16 x float>, ptr %2614, align 4, !tbaa !4
-  %2616 = getelementptr inbounds nuw i8, ptr %2586, i64 320
-  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !4
-  %2618 = fmul <16 x float> %2583, %2617
-  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2615, <16 x float> %2618)
-  store <16 x float> %2619, ptr %2616, align 4, !tbaa !4
-  %2620 = getelementptr inbounds nuw i8, ptr %2584, i64 384
+  br label %for_end_d_0155.i
+
+for_body_d_0154.us.preheader.i:                   ; preds = %for_begin_d_0153.preheader.i
+  %2614 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2557
+  store <16 x float> zeroinitializer, ptr %2614, align 4, !tbaa !4
+  %2615 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2556
+  %2616 = load <16 x float>, ptr %2615, align 4, !tbaa !4
+  %2617 = fmul <16 x float> %2565, zeroinitializer
+  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2616, <16 x float> %2617)
+  store <16 x float> %2618, ptr %2614, align 4, !tbaa !4
+  %2619 = getelementptr inbounds nuw i8, ptr %2614, i64 64
+  store <16 x float> zeroinitializer, ptr %2619, align 4, !tbaa !4
+  %2620 = getelementptr inbounds nuw i8, ptr %2615, i64 64
   %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !4
-  %2622 = getelementptr inbounds nuw i8, ptr %2586, i64 384
-  %2623 = load <16 x float>, ptr %2622, align 4, !tbaa !4
-  %2624 = fmul <16 x float> %2583, %2623
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2621, <16 x float> %2624)
-  store <16 x float> %2625, ptr %2622, align 4, !tbaa !4
-  %2626 = getelementptr inbounds nuw i8, ptr %2584, i64 448
-  %2627 = load <16 x float>, ptr %2626, align 4, !tbaa !4
-  %2628 = getelementptr inbounds nuw i8, ptr %2586, i64 448
+  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2621, <16 x float> %2617)
+  store <16 x float> %2622, ptr %2619, align 4, !tbaa !4
+  %2623 = getelementptr inbounds nuw i8, ptr %2614, i64 128
+  store <16 x float> zeroinitializer, ptr %2623, align 4, !tbaa !4
+  %2624 = getelementptr inbounds nuw i8, ptr %2615, i64 128
+  %2625 = load <16 x float>, ptr %2624, align 4, !tbaa !4
+  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2625, <16 x float> %2617)
+  store <16 x float> %2626, ptr %2623, align 4, !tbaa !4
+  %2627 = getelementptr inbounds nuw i8, ptr %2614, i64 192
+  store <16 x float> zeroinitializer, ptr %2627, align 4, !tbaa !4
+  %2628 = getelementptr inbounds nuw i8, ptr %2615, i64 192
   %2629 = load <16 x float>, ptr %2628, align 4, !tbaa !4
-  %2630 = fmul <16 x float> %2583, %2629
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2627, <16 x float> %2630)
-  store <16 x float> %2631, ptr %2628, align 4, !tbaa !4
-  br label %for_end_d_0156.i
+  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2629, <16 x float> %2617)
+  store <16 x float> %2630, ptr %2627, align 4, !tbaa !4
+  %2631 = getelementptr inbounds nuw i8, ptr %2614, i64 256
+  store <16 x float> zeroinitializer, ptr %2631, align 4, !tbaa !4
+  %2632 = getelementptr inbounds nuw i8, ptr %2615, i64 256
+  %2633 = load <16 x float>, ptr %2632, align 4, !tbaa !4
+  %2634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2633, <16 x float> %2617)
+  store <16 x float> %2634, ptr %2631, align 4, !tbaa !4
+  %2635 = getelementptr inbounds nuw i8, ptr %2614, i64 320
+  store <16 x float> zeroinitializer, ptr %2635, align 4, !tbaa !4
+  %2636 = getelementptr inbounds nuw i8, ptr %2615, i64 320
+  %2637 = load <16 x float>, ptr %2636, align 4, !tbaa !4
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2637, <16 x float> %2617)
+  store <16 x float> %2638, ptr %2635, align 4, !tbaa !4
+  %2639 = getelementptr inbounds nuw i8, ptr %2614, i64 384
+  store <16 x float> zeroinitializer, ptr %2639, align 4, !tbaa !4
+  %2640 = getelementptr inbounds nuw i8, ptr %2615, i64 384
+  %2641 = load <16 x float>, ptr %2640, align 4, !tbaa !4
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2641, <16 x float> %2617)
+  store <16 x float> %2642, ptr %2639, align 4, !tbaa !4
+  %2643 = getelementptr inbounds nuw i8, ptr %2614, i64 448
+  store <16 x float> zeroinitializer, ptr %2643, align 4, !tbaa !4
+  %2644 = getelementptr inbounds nuw i8, ptr %2615, i64 448
+  %2645 = load <16 x float>, ptr %2644, align 4, !tbaa !4
+  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2645, <16 x float> %2617)
+  store <16 x float> %2646, ptr %2643, align 4, !tbaa !4
+  br label %for_end_d_0155.i
 
-for_body_d_0155.us.preheader.i:                   ; preds = %for_begin_d_0154.preheader.i
-  %2632 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
-  store <16 x float> zeroinitializer, ptr %2632, align 4, !tbaa !4
-  %2633 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
-  %2634 = load <16 x float>, ptr %2633, align 4, !tbaa !4
-  %2635 = fmul <16 x float> %2583, zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2634, <16 x float> %2635)
-  store <16 x float> %2636, ptr %2632, align 4, !tbaa !4
-  %2637 = getelementptr inbounds nuw i8, ptr %2632, i64 64
-  store <16 x float> zeroinitializer, ptr %2637, align 4, !tbaa !4
-  %2638 = getelementptr inbounds nuw i8, ptr %2633, i64 64
-  %2639 = load <16 x float>, ptr %2638, align 4, !tbaa !4
-  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2639, <16 x float> %2635)
-  store <16 x float> %2640, ptr %2637, align 4, !tbaa !4
-  %2641 = getelementptr inbounds nuw i8, ptr %2632, i64 128
-  store <16 x float> zeroinitializer, ptr %2641, align 4, !tbaa !4
-  %2642 = getelementptr inbounds nuw i8, ptr %2633, i64 128
-  %2643 = load <16 x float>, ptr %2642, align 4, !tbaa !4
-  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2643, <16 x float> %2635)
-  store <16 x float> %2644, ptr %2641, align 4, !tbaa !4
-  %2645 = getelementptr inbounds nuw i8, ptr %2632, i64 192
-  store <16 x float> zeroinitializer, ptr %2645, align 4, !tbaa !4
-  %2646 = getelementptr inbounds nuw i8, ptr %2633, i64 192
-  %2647 = load <16 x float>, ptr %2646, align 4, !tbaa !4
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2647, <16 x float> %2635)
-  store <16 x float> %2648, ptr %2645, align 4, !tbaa !4
-  %2649 = getelementptr inbounds nuw i8, ptr %2632, i64 256
-  store <16 x float> zeroinitializer, ptr %2649, align 4, !tbaa !4
-  %2650 = getelementptr inbounds nuw i8, ptr %2633, i64 256
-  %2651 = load <16 x float>, ptr %2650, align 4, !tbaa !4
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2651, <16 x float> %2635)
-  store <16 x float> %2652, ptr %2649, align 4, !tbaa !4
-  %2653 = getelementptr inbounds nuw i8, ptr %2632, i64 320
-  store <16 x float> zeroinitializer, ptr %2653, align 4, !tbaa !4
-  %2654 = getelementptr inbounds nuw i8, ptr %2633, i64 320
-  %2655 = load <16 x float>, ptr %2654, align 4, !tbaa !4
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2655, <16 x float> %2635)
-  store <16 x float> %2656, ptr %2653, align 4, !tbaa !4
-  %2657 = getelementptr inbounds nuw i8, ptr %2632, i64 384
-  store <16 x float> zeroinitializer, ptr %2657, align 4, !tbaa !4
-  %2658 = getelementptr inbounds nuw i8, ptr %2633, i64 384
-  %2659 = load <16 x float>, ptr %2658, align 4, !tbaa !4
-  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2659, <16 x float> %2635)
-  store <16 x float> %2660, ptr %2657, align 4, !tbaa !4
-  %2661 = getelementptr inbounds nuw i8, ptr %2632, i64 448
-  store <16 x float> zeroinitializer, ptr %2661, align 4, !tbaa !4
-  %2662 = getelementptr inbounds nuw i8, ptr %2633, i64 448
-  %2663 = load <16 x float>, ptr %2662, align 4, !tbaa !4
-  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2663, <16 x float> %2635)
-  store <16 x float> %2664, ptr %2661, align 4, !tbaa !4
-  br label %for_end_d_0156.i
+for_end_r150.i:                                   ; preds = %for_end_d_0155.i
+  %2647 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2648 = tail call i32 %2647(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not261.i = icmp eq i32 %2648, 0
+  br i1 %.not261.i, label %if_end161.i, label %fused_decode_compute_.exit, !prof !22
 
-for_end_r151.i:                                   ; preds = %for_end_d_0156.i
-  %2665 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2666 = tail call i32 %2665(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not262.i = icmp eq i32 %2666, 0
-  br i1 %.not262.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !22
+for_end_d_0155.i:                                 ; preds = %for_body_d_0154.us.preheader.i, %for_body_d_0154.preheader.i
+  %indvars.iv.next1221.i = add nuw nsw i64 %indvars.iv1220.i, 1
+  %exitcond1224.not.i = icmp eq i64 %indvars.iv.next1221.i, 4
+  br i1 %exitcond1224.not.i, label %for_end_r150.i, label %for_begin_d_0153.preheader.i, !prof !21
 
-for_end_d_0156.i:                                 ; preds = %for_body_d_0155.us.preheader.i, %for_body_d_0155.preheader.i
-  %indvars.iv.next1222.i = add nuw nsw i64 %indvars.iv1221.i, 1
-  %exitcond1225.not.i = icmp eq i64 %indvars.iv.next1222.i, 4
-  br i1 %exitcond1225.not.i, label %for_end_r151.i, label %for_begin_d_0154.preheader.i, !prof !21
+if_end161.i:                                      ; preds = %for_end_r150.i
+  %2649 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2650 = tail call i32 %2649(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not262.i = icmp eq i32 %2650, 0
+  br i1 %.not262.i, label %if_end164.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end162.i:                                      ; preds = %for_end_r151.i
-  %2667 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2668 = tail call i32 %2667(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not263.i = icmp eq i32 %2668, 0
-  br i1 %.not263.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
+if_end164.i:                                      ; preds = %if_end161.i
+  %2651 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2652 = tail call i32 %2651(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not263.i = icmp eq i32 %2652, 0
+  br i1 %.not263.i, label %if_end167.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end165.i:                                      ; preds = %if_end162.i
-  %2669 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2670 = tail call i32 %2669(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not264.i = icmp eq i32 %2670, 0
-  br i1 %.not264.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !22
+if_end167.i:                                      ; preds = %if_end164.i
+  %2653 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2654 = tail call i32 %2653(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not264.i = icmp eq i32 %2654, 0
+  br i1 %.not264.i, label %if_end170.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end168.i:                                      ; preds = %if_end165.i
-  %2671 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2672 = tail call i32 %2671(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not265.i = icmp eq i32 %2672, 0
-  br i1 %.not265.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !22
+if_end170.i:                                      ; preds = %if_end167.i
+  %2655 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2656 = tail call i32 %2655(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not265.i = icmp eq i32 %2656, 0
+  br i1 %.not265.i, label %if_end173.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end171.i:                                      ; preds = %if_end168.i
-  %2673 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2674 = tail call i32 %2673(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not266.i = icmp eq i32 %2674, 0
-  br i1 %.not266.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !22
+if_end173.i:                                      ; preds = %if_end170.i
+  %2657 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2658 = tail call i32 %2657(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not266.i = icmp eq i32 %2658, 0
+  br i1 %.not266.i, label %if_end176.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end174.i:                                      ; preds = %if_end171.i
-  %2675 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2676 = tail call i32 %2675(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not267.i = icmp eq i32 %2676, 0
-  br i1 %.not267.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !22
+if_end176.i:                                      ; preds = %if_end173.i
+  %2659 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2660 = tail call i32 %2659(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not267.i = icmp eq i32 %2660, 0
+  br i1 %.not267.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end177.i:                                      ; preds = %if_end174.i
-  %2677 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2678 = tail call i32 %2677(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not268.i = icmp eq i32 %2678, 0
-  br i1 %.not268.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
-
-if_end183.i:                                      ; preds = %for_end_kv_head.i
-  %2679 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2680 = tail call i32 %2679(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not261.i = icmp eq i32 %2680, 0
+if_end182.i:                                      ; preds = %for_end_kv_head.i
+  %2661 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2662 = tail call i32 %2661(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not260.i = icmp eq i32 %2662, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not261.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
+  br i1 %.not260.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end189.i:                                      ; preds = %for_body_tile215.i, %if_end213.3.i
-  %2681 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2682 = tail call i32 %2681(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2682, 0
-  br i1 %.not.i, label %if_end237.i, label %fused_decode_compute_.exit, !prof !22
+if_end188.i:                                      ; preds = %for_body_tile214.i, %if_end212.3.i
+  %2663 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2664 = tail call i32 %2663(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2664, 0
+  br i1 %.not.i, label %if_end236.i, label %fused_decode_compute_.exit, !prof !22
 
-for_body_tile192.i:                               ; preds = %if_end213.3.i, %for_begin_tile191.preheader.i
-  %indvars.iv1280.i = phi i64 [ 0, %for_begin_tile191.preheader.i ], [ %indvars.iv.next1281.i, %if_end213.3.i ]
-  %2683 = shl nuw nsw i64 %indvars.iv1280.i, 2
-  %2684 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2683
-  %total.i = load <4 x float>, ptr %2684, align 16, !tbaa !71
-  %2685 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2686 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2687 = select <4 x i1> %2686, <4 x float> zeroinitializer, <4 x float> %2685
-  %.idx60 = shl nuw nsw i64 %indvars.iv1280.i, 11
+for_body_tile191.i:                               ; preds = %if_end212.3.i, %for_begin_tile190.preheader.i
+  %indvars.iv1279.i = phi i64 [ 0, %for_begin_tile190.preheader.i ], [ %indvars.iv.next1280.i, %if_end212.3.i ]
+  %2665 = shl nuw nsw i64 %indvars.iv1279.i, 2
+  %2666 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %2665
+  %total.i = load <4 x float>, ptr %2666, align 16, !tbaa !71
+  %2667 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
+  %2668 = fcmp oeq <4 x float> %total.i, zeroinitializer
+  %2669 = select <4 x i1> %2668, <4 x float> zeroinitializer, <4 x float> %2667
+  %.idx60 = shl nuw nsw i64 %indvars.iv1279.i, 11
   %invariant.gep67 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2688 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> zeroinitializer
-  %2689 = mul nsw i64 %2683, %out_head
-  %invariant.gep1025.i = getelementptr i16, ptr %541, i64 %2689
-  %2690 = load <16 x float>, ptr %invariant.gep67, align 4, !tbaa !4
-  %2691 = fmul <16 x float> %2690, %2688
-  %2692 = bitcast <16 x float> %2691 to <16 x i32>
-  %2693 = lshr <16 x i32> %2692, splat (i32 16)
-  %2694 = and <16 x i32> %2693, splat (i32 1)
-  %2695 = add nuw <16 x i32> %2692, splat (i32 32767)
-  %2696 = add nuw <16 x i32> %2695, %2694
-  %2697 = lshr <16 x i32> %2696, splat (i32 16)
-  %2698 = trunc nuw <16 x i32> %2697 to <16 x i16>
-  store <16 x i16> %2698, ptr %invariant.gep1025.i, align 2, !tbaa !4
-  %2699 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 64
-  %2700 = load <16 x float>, ptr %2699, align 4, !tbaa !4
-  %2701 = fmul <16 x float> %2688, %2700
-  %2702 = bitcast <16 x float> %2701 to <16 x i32>
-  %2703 = lshr <16 x i32> %2702, splat (i32 16)
-  %2704 = and <16 x i32> %2703, splat (i32 1)
-  %2705 = add nuw <16 x i32> %2702, splat (i32 32767)
-  %2706 = add nuw <16 x i32> %2705, %2704
-  %2707 = lshr <16 x i32> %2706, splat (i32 16)
-  %2708 = trunc nuw <16 x i32> %2707 to <16 x i16>
-  %gep1026.1.i = getelementptr i8, ptr %invariant.gep1025.i, i64 32
-  store <16 x i16> %2708, ptr %gep1026.1.i, align 2, !tbaa !4
-  %2709 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 128
-  %2710 = load <16 x float>, ptr %2709, align 4, !tbaa !4
-  %2711 = fmul <16 x float> %2688, %2710
-  %2712 = bitcast <16 x float> %2711 to <16 x i32>
-  %2713 = lshr <16 x i32> %2712, splat (i32 16)
-  %2714 = and <16 x i32> %2713, splat (i32 1)
-  %2715 = add nuw <16 x i32> %2712, splat (i32 32767)
-  %2716 = add nuw <16 x i32> %2715, %2714
-  %2717 = lshr <16 x i32> %2716, splat (i32 16)
-  %2718 = trunc nuw <16 x i32> %2717 to <16 x i16>
-  %gep1026.2.i = getelementptr i8, ptr %invariant.gep1025.i, i64 64
-  store <16 x i16> %2718, ptr %gep1026.2.i, align 2, !tbaa !4
-  %2719 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 192
-  %2720 = load <16 x float>, ptr %2719, align 4, !tbaa !4
-  %2721 = fmul <16 x float> %2688, %2720
-  %2722 = bitcast <16 x float> %2721 to <16 x i32>
-  %2723 = lshr <16 x i32> %2722, splat (i32 16)
-  %2724 = and <16 x i32> %2723, splat (i32 1)
-  %2725 = add nuw <16 x i32> %2722, splat (i32 32767)
-  %2726 = add nuw <16 x i32> %2725, %2724
-  %2727 = lshr <16 x i32> %2726, splat (i32 16)
-  %2728 = trunc nuw <16 x i32> %2727 to <16 x i16>
-  %gep1026.3.i = getelementptr i8, ptr %invariant.gep1025.i, i64 96
-  store <16 x i16> %2728, ptr %gep1026.3.i, align 2, !tbaa !4
-  %2729 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 256
-  %2730 = load <16 x float>, ptr %2729, align 4, !tbaa !4
-  %2731 = fmul <16 x float> %2688, %2730
-  %2732 = bitcast <16 x float> %2731 to <16 x i32>
-  %2733 = lshr <16 x i32> %2732, splat (i32 16)
-  %2734 = and <16 x i32> %2733, splat (i32 1)
-  %2735 = add nuw <16 x i32> %2732, splat (i32 32767)
-  %2736 = add nuw <16 x i32> %2735, %2734
-  %2737 = lshr <16 x i32> %2736, splat (i32 16)
-  %2738 = trunc nuw <16 x i32> %2737 to <16 x i16>
-  %gep1026.4.i = getelementptr i8, ptr %invariant.gep1025.i, i64 128
-  store <16 x i16> %2738, ptr %gep1026.4.i, align 2, !tbaa !4
-  %2739 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 320
-  %2740 = load <16 x float>, ptr %2739, align 4, !tbaa !4
-  %2741 = fmul <16 x float> %2688, %2740
-  %2742 = bitcast <16 x float> %2741 to <16 x i32>
-  %2743 = lshr <16 x i32> %2742, splat (i32 16)
-  %2744 = and <16 x i32> %2743, splat (i32 1)
-  %2745 = add nuw <16 x i32> %2742, splat (i32 32767)
-  %2746 = add nuw <16 x i32> %2745, %2744
-  %2747 = lshr <16 x i32> %2746, splat (i32 16)
-  %2748 = trunc nuw <16 x i32> %2747 to <16 x i16>
-  %gep1026.5.i = getelementptr i8, ptr %invariant.gep1025.i, i64 160
-  store <16 x i16> %2748, ptr %gep1026.5.i, align 2, !tbaa !4
-  %2749 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 384
-  %2750 = load <16 x float>, ptr %2749, align 4, !tbaa !4
-  %2751 = fmul <16 x float> %2688, %2750
-  %2752 = bitcast <16 x float> %2751 to <16 x i32>
-  %2753 = lshr <16 x i32> %2752, splat (i32 16)
-  %2754 = and <16 x i32> %2753, splat (i32 1)
-  %2755 = add nuw <16 x i32> %2752, splat (i32 32767)
-  %2756 = add nuw <16 x i32> %2755, %2754
-  %2757 = lshr <16 x i32> %2756, splat (i32 16)
-  %2758 = trunc nuw <16 x i32> %2757 to <16 x i16>
-  %gep1026.6.i = getelementptr i8, ptr %invariant.gep1025.i, i64 192
-  store <16 x i16> %2758, ptr %gep1026.6.i, align 2, !tbaa !4
-  %2759 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 448
-  %2760 = load <16 x float>, ptr %2759, align 4, !tbaa !4
-  %2761 = fmul <16 x float> %2688, %2760
-  %2762 = bitcast <16 x float> %2761 to <16 x i32>
-  %2763 = lshr <16 x i32> %2762, splat (i32 16)
-  %2764 = and <16 x i32> %2763, splat (i32 1)
-  %2765 = add nuw <16 x i32> %2762, splat (i32 32767)
-  %2766 = add nuw <16 x i32> %2765, %2764
-  %2767 = lshr <16 x i32> %2766, splat (i32 16)
-  %2768 = trunc nuw <16 x i32> %2767 to <16 x i16>
-  %gep1026.7.i = getelementptr i8, ptr %invariant.gep1025.i, i64 224
-  store <16 x i16> %2768, ptr %gep1026.7.i, align 2, !tbaa !4
-  %2769 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2770 = or disjoint i64 %2683, 1
-  %2771 = mul nsw i64 %2770, %out_head
-  %invariant.gep1025.i.1 = getelementptr i16, ptr %541, i64 %2771
+  %2670 = shufflevector <4 x float> %2669, <4 x float> poison, <16 x i32> zeroinitializer
+  %2671 = mul nsw i64 %2665, %out_head
+  %invariant.gep1024.i = getelementptr i16, ptr %541, i64 %2671
+  %2672 = load <16 x float>, ptr %invariant.gep67, align 4, !tbaa !4
+  %2673 = fmul <16 x float> %2672, %2670
+  %2674 = bitcast <16 x float> %2673 to <16 x i32>
+  %2675 = lshr <16 x i32> %2674, splat (i32 16)
+  %2676 = and <16 x i32> %2675, splat (i32 1)
+  %2677 = add nuw <16 x i32> %2674, splat (i32 32767)
+  %2678 = add nuw <16 x i32> %2677, %2676
+  %2679 = lshr <16 x i32> %2678, splat (i32 16)
+  %2680 = trunc nuw <16 x i32> %2679 to <16 x i16>
+  store <16 x i16> %2680, ptr %invariant.gep1024.i, align 2, !tbaa !4
+  %2681 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 64
+  %2682 = load <16 x float>, ptr %2681, align 4, !tbaa !4
+  %2683 = fmul <16 x float> %2670, %2682
+  %2684 = bitcast <16 x float> %2683 to <16 x i32>
+  %2685 = lshr <16 x i32> %2684, splat (i32 16)
+  %2686 = and <16 x i32> %2685, splat (i32 1)
+  %2687 = add nuw <16 x i32> %2684, splat (i32 32767)
+  %2688 = add nuw <16 x i32> %2687, %2686
+  %2689 = lshr <16 x i32> %2688, splat (i32 16)
+  %2690 = trunc nuw <16 x i32> %2689 to <16 x i16>
+  %gep1025.1.i = getelementptr i8, ptr %invariant.gep1024.i, i64 32
+  store <16 x i16> %2690, ptr %gep1025.1.i, align 2, !tbaa !4
+  %2691 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 128
+  %2692 = load <16 x float>, ptr %2691, align 4, !tbaa !4
+  %2693 = fmul <16 x float> %2670, %2692
+  %2694 = bitcast <16 x float> %2693 to <16 x i32>
+  %2695 = lshr <16 x i32> %2694, splat (i32 16)
+  %2696 = and <16 x i32> %2695, splat (i32 1)
+  %2697 = add nuw <16 x i32> %2694, splat (i32 32767)
+  %2698 = add nuw <16 x i32> %2697, %2696
+  %2699 = lshr <16 x i32> %2698, splat (i32 16)
+  %2700 = trunc nuw <16 x i32> %2699 to <16 x i16>
+  %gep1025.2.i = getelementptr i8, ptr %invariant.gep1024.i, i64 64
+  store <16 x i16> %2700, ptr %gep1025.2.i, align 2, !tbaa !4
+  %2701 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 192
+  %2702 = load <16 x float>, ptr %2701, align 4, !tbaa !4
+  %2703 = fmul <16 x float> %2670, %2702
+  %2704 = bitcast <16 x float> %2703 to <16 x i32>
+  %2705 = lshr <16 x i32> %2704, splat (i32 16)
+  %2706 = and <16 x i32> %2705, splat (i32 1)
+  %2707 = add nuw <16 x i32> %2704, splat (i32 32767)
+  %2708 = add nuw <16 x i32> %2707, %2706
+  %2709 = lshr <16 x i32> %2708, splat (i32 16)
+  %2710 = trunc nuw <16 x i32> %2709 to <16 x i16>
+  %gep1025.3.i = getelementptr i8, ptr %invariant.gep1024.i, i64 96
+  store <16 x i16> %2710, ptr %gep1025.3.i, align 2, !tbaa !4
+  %2711 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 256
+  %2712 = load <16 x float>, ptr %2711, align 4, !tbaa !4
+  %2713 = fmul <16 x float> %2670, %2712
+  %2714 = bitcast <16 x float> %2713 to <16 x i32>
+  %2715 = lshr <16 x i32> %2714, splat (i32 16)
+  %2716 = and <16 x i32> %2715, splat (i32 1)
+  %2717 = add nuw <16 x i32> %2714, splat (i32 32767)
+  %2718 = add nuw <16 x i32> %2717, %2716
+  %2719 = lshr <16 x i32> %2718, splat (i32 16)
+  %2720 = trunc nuw <16 x i32> %2719 to <16 x i16>
+  %gep1025.4.i = getelementptr i8, ptr %invariant.gep1024.i, i64 128
+  store <16 x i16> %2720, ptr %gep1025.4.i, align 2, !tbaa !4
+  %2721 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 320
+  %2722 = load <16 x float>, ptr %2721, align 4, !tbaa !4
+  %2723 = fmul <16 x float> %2670, %2722
+  %2724 = bitcast <16 x float> %2723 to <16 x i32>
+  %2725 = lshr <16 x i32> %2724, splat (i32 16)
+  %2726 = and <16 x i32> %2725, splat (i32 1)
+  %2727 = add nuw <16 x i32> %2724, splat (i32 32767)
+  %2728 = add nuw <16 x i32> %2727, %2726
+  %2729 = lshr <16 x i32> %2728, splat (i32 16)
+  %2730 = trunc nuw <16 x i32> %2729 to <16 x i16>
+  %gep1025.5.i = getelementptr i8, ptr %invariant.gep1024.i, i64 160
+  store <16 x i16> %2730, ptr %gep1025.5.i, align 2, !tbaa !4
+  %2731 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 384
+  %2732 = load <16 x float>, ptr %2731, align 4, !tbaa !4
+  %2733 = fmul <16 x float> %2670, %2732
+  %2734 = bitcast <16 x float> %2733 to <16 x i32>
+  %2735 = lshr <16 x i32> %2734, splat (i32 16)
+  %2736 = and <16 x i32> %2735, splat (i32 1)
+  %2737 = add nuw <16 x i32> %2734, splat (i32 32767)
+  %2738 = add nuw <16 x i32> %2737, %2736
+  %2739 = lshr <16 x i32> %2738, splat (i32 16)
+  %2740 = trunc nuw <16 x i32> %2739 to <16 x i16>
+  %gep1025.6.i = getelementptr i8, ptr %invariant.gep1024.i, i64 192
+  store <16 x i16> %2740, ptr %gep1025.6.i, align 2, !tbaa !4
+  %2741 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 448
+  %2742 = load <16 x float>, ptr %2741, align 4, !tbaa !4
+  %2743 = fmul <16 x float> %2670, %2742
+  %2744 = bitcast <16 x float> %2743 to <16 x i32>
+  %2745 = lshr <16 x i32> %2744, splat (i32 16)
+  %2746 = and <16 x i32> %2745, splat (i32 1)
+  %2747 = add nuw <16 x i32> %2744, splat (i32 32767)
+  %2748 = add nuw <16 x i32> %2747, %2746
+  %2749 = lshr <16 x i32> %2748, splat (i32 16)
+  %2750 = trunc nuw <16 x i32> %2749 to <16 x i16>
+  %gep1025.7.i = getelementptr i8, ptr %invariant.gep1024.i, i64 224
+  store <16 x i16> %2750, ptr %gep1025.7.i, align 2, !tbaa !4
+  %2751 = shufflevector <4 x float> %2669, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2752 = or disjoint i64 %2665, 1
+  %2753 = mul nsw i64 %2752, %out_head
+  %invariant.gep1024.i.1 = getelementptr i16, ptr %541, i64 %2753
   %gep68.1 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 512
-  %2772 = load <16 x float>, ptr %gep68.1, align 4, !tbaa !4
-  %2773 = fmul <16 x float> %2772, %2769
-  %2774 = bitcast <16 x float> %2773 to <16 x i32>
-  %2775 = lshr <16 x i32> %2774, splat (i32 16)
-  %2776 = and <16 x i32> %2775, splat (i32 1)
-  %2777 = add nuw <16 x i32> %2774, splat (i32 32767)
-  %2778 = add nuw <16 x i32> %2777, %2776
-  %2779 = lshr <16 x i32> %2778, splat (i32 16)
-  %2780 = trunc nuw <16 x i32> %2779 to <16 x i16>
-  store <16 x i16> %2780, ptr %invariant.gep1025.i.1, align 2, !tbaa !4
-  %2781 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 576
-  %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !4
-  %2783 = fmul <16 x float> %2769, %2782
-  %2784 = bitcast <16 x float> %2783 to <16 x i32>
-  %2785 = lshr <16 x i32> %2784, splat (i32 16)
-  %2786 = and <16 x i32> %2785, splat (i32 1)
-  %2787 = add nuw <16 x i32> %2784, splat (i32 32767)
-  %2788 = add nuw <16 x i32> %2787, %2786
-  %2789 = lshr <16 x i32> %2788, splat (i32 16)
-  %2790 = trunc nuw <16 x i32> %2789 to <16 x i16>
-  %gep1026.1.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 32
-  store <16 x i16> %2790, ptr %gep1026.1.i.1, align 2, !tbaa !4
-  %2791 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 640
-  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !4
-  %2793 = fmul <16 x float> %2769, %2792
-  %2794 = bitcast <16 x float> %2793 to <16 x i32>
-  %2795 = lshr <16 x i32> %2794, splat (i32 16)
-  %2796 = and <16 x i32> %2795, splat (i32 1)
-  %2797 = add nuw <16 x i32> %2794, splat (i32 32767)
-  %2798 = add nuw <16 x i32> %2797, %2796
-  %2799 = lshr <16 x i32> %2798, splat (i32 16)
-  %2800 = trunc nuw <16 x i32> %2799 to <16 x i16>
-  %gep1026.2.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 64
-  store <16 x i16> %2800, ptr %gep1026.2.i.1, align 2, !tbaa !4
-  %2801 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 704
-  %2802 = load <16 x float>, ptr %2801, align 4, !tbaa !4
-  %2803 = fmul <16 x float> %2769, %2802
-  %2804 = bitcast <16 x float> %2803 to <16 x i32>
-  %2805 = lshr <16 x i32> %2804, splat (i32 16)
-  %2806 = and <16 x i32> %2805, splat (i32 1)
-  %2807 = add nuw <16 x i32> %2804, splat (i32 32767)
-  %2808 = add nuw <16 x i32> %2807, %2806
-  %2809 = lshr <16 x i32> %2808, splat (i32 16)
-  %2810 = trunc nuw <16 x i32> %2809 to <16 x i16>
-  %gep1026.3.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 96
-  store <16 x i16> %2810, ptr %gep1026.3.i.1, align 2, !tbaa !4
-  %2811 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 768
-  %2812 = load <16 x float>, ptr %2811, align 4, !tbaa !4
-  %2813 = fmul <16 x float> %2769, %2812
-  %2814 = bitcast <16 x float> %2813 to <16 x i32>
-  %2815 = lshr <16 x i32> %2814, splat (i32 16)
-  %2816 = and <16 x i32> %2815, splat (i32 1)
-  %2817 = add nuw <16 x i32> %2814, splat (i32 32767)
-  %2818 = add nuw <16 x i32> %2817, %2816
-  %2819 = lshr <16 x i32> %2818, splat (i32 16)
-  %2820 = trunc nuw <16 x i32> %2819 to <16 x i16>
-  %gep1026.4.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 128
-  store <16 x i16> %2820, ptr %gep1026.4.i.1, align 2, !tbaa !4
-  %2821 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 832
-  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !4
-  %2823 = fmul <16 x float> %2769, %2822
-  %2824 = bitcast <16 x float> %2823 to <16 x i32>
-  %2825 = lshr <16 x i32> %2824, splat (i32 16)
-  %2826 = and <16 x i32> %2825, splat (i32 1)
-  %2827 = add nuw <16 x i32> %2824, splat (i32 32767)
-  %2828 = add nuw <16 x i32> %2827, %2826
-  %2829 = lshr <16 x i32> %2828, splat (i32 16)
-  %2830 = trunc nuw <16 x i32> %2829 to <16 x i16>
-  %gep1026.5.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 160
-  store <16 x i16> %2830, ptr %gep1026.5.i.1, align 2, !tbaa !4
-  %2831 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 896
-  %2832 = load <16 x float>, ptr %2831, align 4, !tbaa !4
-  %2833 = fmul <16 x float> %2769, %2832
-  %2834 = bitcast <16 x float> %2833 to <16 x i32>
-  %2835 = lshr <16 x i32> %2834, splat (i32 16)
-  %2836 = and <16 x i32> %2835, splat (i32 1)
-  %2837 = add nuw <16 x i32> %2834, splat (i32 32767)
-  %2838 = add nuw <16 x i32> %2837, %2836
-  %2839 = lshr <16 x i32> %2838, splat (i32 16)
-  %2840 = trunc nuw <16 x i32> %2839 to <16 x i16>
-  %gep1026.6.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 192
-  store <16 x i16> %2840, ptr %gep1026.6.i.1, align 2, !tbaa !4
-  %2841 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 960
-  %2842 = load <16 x float>, ptr %2841, align 4, !tbaa !4
-  %2843 = fmul <16 x float> %2769, %2842
-  %2844 = bitcast <16 x float> %2843 to <16 x i32>
-  %2845 = lshr <16 x i32> %2844, splat (i32 16)
-  %2846 = and <16 x i32> %2845, splat (i32 1)
-  %2847 = add nuw <16 x i32> %2844, splat (i32 32767)
-  %2848 = add nuw <16 x i32> %2847, %2846
-  %2849 = lshr <16 x i32> %2848, splat (i32 16)
-  %2850 = trunc nuw <16 x i32> %2849 to <16 x i16>
-  %gep1026.7.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 224
-  store <16 x i16> %2850, ptr %gep1026.7.i.1, align 2, !tbaa !4
-  %2851 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2852 = or disjoint i64 %2683, 2
-  %2853 = mul nsw i64 %2852, %out_head
-  %invariant.gep1025.i.2 = getelementptr i16, ptr %541, i64 %2853
+  %2754 = load <16 x float>, ptr %gep68.1, align 4, !tbaa !4
+  %2755 = fmul <16 x float> %2754, %2751
+  %2756 = bitcast <16 x float> %2755 to <16 x i32>
+  %2757 = lshr <16 x i32> %2756, splat (i32 16)
+  %2758 = and <16 x i32> %2757, splat (i32 1)
+  %2759 = add nuw <16 x i32> %2756, splat (i32 32767)
+  %2760 = add nuw <16 x i32> %2759, %2758
+  %2761 = lshr <16 x i32> %2760, splat (i32 16)
+  %2762 = trunc nuw <16 x i32> %2761 to <16 x i16>
+  store <16 x i16> %2762, ptr %invariant.gep1024.i.1, align 2, !tbaa !4
+  %2763 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 576
+  %2764 = load <16 x float>, ptr %2763, align 4, !tbaa !4
+  %2765 = fmul <16 x float> %2751, %2764
+  %2766 = bitcast <16 x float> %2765 to <16 x i32>
+  %2767 = lshr <16 x i32> %2766, splat (i32 16)
+  %2768 = and <16 x i32> %2767, splat (i32 1)
+  %2769 = add nuw <16 x i32> %2766, splat (i32 32767)
+  %2770 = add nuw <16 x i32> %2769, %2768
+  %2771 = lshr <16 x i32> %2770, splat (i32 16)
+  %2772 = trunc nuw <16 x i32> %2771 to <16 x i16>
+  %gep1025.1.i.1 = getelementptr i8, ptr %invariant.gep1024.i.1, i64 32
+  store <16 x i16> %2772, ptr %gep1025.1.i.1, align 2, !tbaa !4
+  %2773 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 640
+  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !4
+  %2775 = fmul <16 x float> %2751, %2774
+  %2776 = bitcast <16 x float> %2775 to <16 x i32>
+  %2777 = lshr <16 x i32> %2776, splat (i32 16)
+  %2778 = and <16 x i32> %2777, splat (i32 1)
+  %2779 = add nuw <16 x i32> %2776, splat (i32 32767)
+  %2780 = add nuw <16 x i32> %2779, %2778
+  %2781 = lshr <16 x i32> %2780, splat (i32 16)
+  %2782 = trunc nuw <16 x i32> %2781 to <16 x i16>
+  %gep1025.2.i.1 = getelementptr i8, ptr %invariant.gep1024.i.1, i64 64
+  store <16 x i16> %2782, ptr %gep1025.2.i.1, align 2, !tbaa !4
+  %2783 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 704
+  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !4
+  %2785 = fmul <16 x float> %2751, %2784
+  %2786 = bitcast <16 x float> %2785 to <16 x i32>
+  %2787 = lshr <16 x i32> %2786, splat (i32 16)
+  %2788 = and <16 x i32> %2787, splat (i32 1)
+  %2789 = add nuw <16 x i32> %2786, splat (i32 32767)
+  %2790 = add nuw <16 x i32> %2789, %2788
+  %2791 = lshr <16 x i32> %2790, splat (i32 16)
+  %2792 = trunc nuw <16 x i32> %2791 to <16 x i16>
+  %gep1025.3.i.1 = getelementptr i8, ptr %invariant.gep1024.i.1, i64 96
+  store <16 x i16> %2792, ptr %gep1025.3.i.1, align 2, !tbaa !4
+  %2793 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 768
+  %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !4
+  %2795 = fmul <16 x float> %2751, %2794
+  %2796 = bitcast <16 x float> %2795 to <16 x i32>
+  %2797 = lshr <16 x i32> %2796, splat (i32 16)
+  %2798 = and <16 x i32> %2797, splat (i32 1)
+  %2799 = add nuw <16 x i32> %2796, splat (i32 32767)
+  %2800 = add nuw <16 x i32> %2799, %2798
+  %2801 = lshr <16 x i32> %2800, splat (i32 16)
+  %2802 = trunc nuw <16 x i32> %2801 to <16 x i16>
+  %gep1025.4.i.1 = getelementptr i8, ptr %invariant.gep1024.i.1, i64 128
+  store <16 x i16> %2802, ptr %gep1025.4.i.1, align 2, !tbaa !4
+  %2803 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 832
+  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !4
+  %2805 = fmul <16 x float> %2751, %2804
+  %2806 = bitcast <16 x float> %2805 to <16 x i32>
+  %2807 = lshr <16 x i32> %2806, splat (i32 16)
+  %2808 = and <16 x i32> %2807, splat (i32 1)
+  %2809 = add nuw <16 x i32> %2806, splat (i32 32767)
+  %2810 = add nuw <16 x i32> %2809, %2808
+  %2811 = lshr <16 x i32> %2810, splat (i32 16)
+  %2812 = trunc nuw <16 x i32> %2811 to <16 x i16>
+  %gep1025.5.i.1 = getelementptr i8, ptr %invariant.gep1024.i.1, i64 160
+  store <16 x i16> %2812, ptr %gep1025.5.i.1, align 2, !tbaa !4
+  %2813 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 896
+  %2814 = load <16 x float>, ptr %2813, align 4, !tbaa !4
+  %2815 = fmul <16 x float> %2751, %2814
+  %2816 = bitcast <16 x float> %2815 to <16 x i32>
+  %2817 = lshr <16 x i32> %2816, splat (i32 16)
+  %2818 = and <16 x i32> %2817, splat (i32 1)
+  %2819 = add nuw <16 x i32> %2816, splat (i32 32767)
+  %2820 = add nuw <16 x i32> %2819, %2818
+  %2821 = lshr <16 x i32> %2820, splat (i32 16)
+  %2822 = trunc nuw <16 x i32> %2821 to <16 x i16>
+  %gep1025.6.i.1 = getelementptr i8, ptr %invariant.gep1024.i.1, i64 192
+  store <16 x i16> %2822, ptr %gep1025.6.i.1, align 2, !tbaa !4
+  %2823 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 960
+  %2824 = load <16 x float>, ptr %2823, align 4, !tbaa !4
+  %2825 = fmul <16 x float> %2751, %2824
+  %2826 = bitcast <16 x float> %2825 to <16 x i32>
+  %2827 = lshr <16 x i32> %2826, splat (i32 16)
+  %2828 = and <16 x i32> %2827, splat (i32 1)
+  %2829 = add nuw <16 x i32> %2826, splat (i32 32767)
+  %2830 = add nuw <16 x i32> %2829, %2828
+  %2831 = lshr <16 x i32> %2830, splat (i32 16)
+  %2832 = trunc nuw <16 x i32> %2831 to <16 x i16>
+  %gep1025.7.i.1 = getelementptr i8, ptr %invariant.gep1024.i.1, i64 224
+  store <16 x i16> %2832, ptr %gep1025.7.i.1, align 2, !tbaa !4
+  %2833 = shufflevector <4 x float> %2669, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2834 = or disjoint i64 %2665, 2
+  %2835 = mul nsw i64 %2834, %out_head
+  %invariant.gep1024.i.2 = getelementptr i16, ptr %541, i64 %2835
   %gep68.2 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1024
-  %2854 = load <16 x float>, ptr %gep68.2, align 4, !tbaa !4
-  %2855 = fmul <16 x float> %2854, %2851
-  %2856 = bitcast <16 x float> %2855 to <16 x i32>
-  %2857 = lshr <16 x i32> %2856, splat (i32 16)
-  %2858 = and <16 x i32> %2857, splat (i32 1)
-  %2859 = add nuw <16 x i32> %2856, splat (i32 32767)
-  %2860 = add nuw <16 x i32> %2859, %2858
-  %2861 = lshr <16 x i32> %2860, splat (i32 16)
-  %2862 = trunc nuw <16 x i32> %2861 to <16 x i16>
-  store <16 x i16> %2862, ptr %invariant.gep1025.i.2, align 2, !tbaa !4
-  %2863 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1088
-  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !4
-  %2865 = fmul <16 x float> %2851, %2864
-  %2866 = bitcast <16 x float> %2865 to <16 x i32>
-  %2867 = lshr <16 x i32> %2866, splat (i32 16)
-  %2868 = and <16 x i32> %2867, splat (i32 1)
-  %2869 = add nuw <16 x i32> %2866, splat (i32 32767)
-  %2870 = add nuw <16 x i32> %2869, %2868
-  %2871 = lshr <16 x i32> %2870, splat (i32 16)
-  %2872 = trunc nuw <16 x i32> %2871 to <16 x i16>
-  %gep1026.1.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 32
-  store <16 x i16> %2872, ptr %gep1026.1.i.2, align 2, !tbaa !4
-  %2873 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1152
-  %2874 = load <16 x float>, ptr %2873, align 4, !tbaa !4
-  %2875 = fmul <16 x float> %2851, %2874
-  %2876 = bitcast <16 x float> %2875 to <16 x i32>
-  %2877 = lshr <16 x i32> %2876, splat (i32 16)
-  %2878 = and <16 x i32> %2877, splat (i32 1)
-  %2879 = add nuw <16 x i32> %2876, splat (i32 32767)
-  %2880 = add nuw <16 x i32> %2879, %2878
-  %2881 = lshr <16 x i32> %2880, splat (i32 16)
-  %2882 = trunc nuw <16 x i32> %2881 to <16 x i16>
-  %gep1026.2.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 64
-  store <16 x i16> %2882, ptr %gep1026.2.i.2, align 2, !tbaa !4
-  %2883 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1216
-  %2884 = load <16 x float>, ptr %2883, align 4, !tbaa !4
-  %2885 = fmul <16 x float> %2851, %2884
-  %2886 = bitcast <16 x float> %2885 to <16 x i32>
-  %2887 = lshr <16 x i32> %2886, splat (i32 16)
-  %2888 = and <16 x i32> %2887, splat (i32 1)
-  %2889 = add nuw <16 x i32> %2886, splat (i32 32767)
-  %2890 = add nuw <16 x i32> %2889, %2888
-  %2891 = lshr <16 x i32> %2890, splat (i32 16)
-  %2892 = trunc nuw <16 x i32> %2891 to <16 x i16>
-  %gep1026.3.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 96
-  store <16 x i16> %2892, ptr %gep1026.3.i.2, align 2, !tbaa !4
-  %2893 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1280
-  %2894 = load <16 x float>, ptr %2893, align 4, !tbaa !4
-  %2895 = fmul <16 x float> %2851, %2894
-  %2896 = bitcast <16 x float> %2895 to <16 x i32>
-  %2897 = lshr <16 x i32> %2896, splat (i32 16)
-  %2898 = and <16 x i32> %2897, splat (i32 1)
-  %2899 = add nuw <16 x i32> %2896, splat (i32 32767)
-  %2900 = add nuw <16 x i32> %2899, %2898
-  %2901 = lshr <16 x i32> %2900, splat (i32 16)
-  %2902 = trunc nuw <16 x i32> %2901 to <16 x i16>
-  %gep1026.4.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 128
-  store <16 x i16> %2902, ptr %gep1026.4.i.2, align 2, !tbaa !4
-  %2903 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1344
-  %2904 = load <16 x float>, ptr %2903, align 4, !tbaa !4
-  %2905 = fmul <16 x float> %2851, %2904
-  %2906 = bitcast <16 x float> %2905 to <16 x i32>
-  %2907 = lshr <16 x i32> %2906, splat (i32 16)
-  %2908 = and <16 x i32> %2907, splat (i32 1)
-  %2909 = add nuw <16 x i32> %2906, splat (i32 32767)
-  %2910 = add nuw <16 x i32> %2909, %2908
-  %2911 = lshr <16 x i32> %2910, splat (i32 16)
-  %2912 = trunc nuw <16 x i32> %2911 to <16 x i16>
-  %gep1026.5.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 160
-  store <16 x i16> %2912, ptr %gep1026.5.i.2, align 2, !tbaa !4
-  %2913 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1408
-  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !4
-  %2915 = fmul <16 x float> %2851, %2914
-  %2916 = bitcast <16 x float> %2915 to <16 x i32>
-  %2917 = lshr <16 x i32> %2916, splat (i32 16)
-  %2918 = and <16 x i32> %2917, splat (i32 1)
-  %2919 = add nuw <16 x i32> %2916, splat (i32 32767)
-  %2920 = add nuw <16 x i32> %2919, %2918
-  %2921 = lshr <16 x i32> %2920, splat (i32 16)
-  %2922 = trunc nuw <16 x i32> %2921 to <16 x i16>
-  %gep1026.6.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 192
-  store <16 x i16> %2922, ptr %gep1026.6.i.2, align 2, !tbaa !4
-  %2923 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1472
-  %2924 = load <16 x float>, ptr %2923, align 4, !tbaa !4
-  %2925 = fmul <16 x float> %2851, %2924
-  %2926 = bitcast <16 x float> %2925 to <16 x i32>
-  %2927 = lshr <16 x i32> %2926, splat (i32 16)
-  %2928 = and <16 x i32> %2927, splat (i32 1)
-  %2929 = add nuw <16 x i32> %2926, splat (i32 32767)
-  %2930 = add nuw <16 x i32> %2929, %2928
-  %2931 = lshr <16 x i32> %2930, splat (i32 16)
-  %2932 = trunc nuw <16 x i32> %2931 to <16 x i16>
-  %gep1026.7.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 224
-  store <16 x i16> %2932, ptr %gep1026.7.i.2, align 2, !tbaa !4
-  %2933 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2934 = or disjoint i64 %2683, 3
-  %2935 = mul nsw i64 %2934, %out_head
-  %invariant.gep1025.i.3 = getelementptr i16, ptr %541, i64 %2935
+  %2836 = load <16 x float>, ptr %gep68.2, align 4, !tbaa !4
+  %2837 = fmul <16 x float> %2836, %2833
+  %2838 = bitcast <16 x float> %2837 to <16 x i32>
+  %2839 = lshr <16 x i32> %2838, splat (i32 16)
+  %2840 = and <16 x i32> %2839, splat (i32 1)
+  %2841 = add nuw <16 x i32> %2838, splat (i32 32767)
+  %2842 = add nuw <16 x i32> %2841, %2840
+  %2843 = lshr <16 x i32> %2842, splat (i32 16)
+  %2844 = trunc nuw <16 x i32> %2843 to <16 x i16>
+  store <16 x i16> %2844, ptr %invariant.gep1024.i.2, align 2, !tbaa !4
+  %2845 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1088
+  %2846 = load <16 x float>, ptr %2845, align 4, !tbaa !4
+  %2847 = fmul <16 x float> %2833, %2846
+  %2848 = bitcast <16 x float> %2847 to <16 x i32>
+  %2849 = lshr <16 x i32> %2848, splat (i32 16)
+  %2850 = and <16 x i32> %2849, splat (i32 1)
+  %2851 = add nuw <16 x i32> %2848, splat (i32 32767)
+  %2852 = add nuw <16 x i32> %2851, %2850
+  %2853 = lshr <16 x i32> %2852, splat (i32 16)
+  %2854 = trunc nuw <16 x i32> %2853 to <16 x i16>
+  %gep1025.1.i.2 = getelementptr i8, ptr %invariant.gep1024.i.2, i64 32
+  store <16 x i16> %2854, ptr %gep1025.1.i.2, align 2, !tbaa !4
+  %2855 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1152
+  %2856 = load <16 x float>, ptr %2855, align 4, !tbaa !4
+  %2857 = fmul <16 x float> %2833, %2856
+  %2858 = bitcast <16 x float> %2857 to <16 x i32>
+  %2859 = lshr <16 x i32> %2858, splat (i32 16)
+  %2860 = and <16 x i32> %2859, splat (i32 1)
+  %2861 = add nuw <16 x i32> %2858, splat (i32 32767)
+  %2862 = add nuw <16 x i32> %2861, %2860
+  %2863 = lshr <16 x i32> %2862, splat (i32 16)
+  %2864 = trunc nuw <16 x i32> %2863 to <16 x i16>
+  %gep1025.2.i.2 = getelementptr i8, ptr %invariant.gep1024.i.2, i64 64
+  store <16 x i16> %2864, ptr %gep1025.2.i.2, align 2, !tbaa !4
+  %2865 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1216
+  %2866 = load <16 x float>, ptr %2865, align 4, !tbaa !4
+  %2867 = fmul <16 x float> %2833, %2866
+  %2868 = bitcast <16 x float> %2867 to <16 x i32>
+  %2869 = lshr <16 x i32> %2868, splat (i32 16)
+  %2870 = and <16 x i32> %2869, splat (i32 1)
+  %2871 = add nuw <16 x i32> %2868, splat (i32 32767)
+  %2872 = add nuw <16 x i32> %2871, %2870
+  %2873 = lshr <16 x i32> %2872, splat (i32 16)
+  %2874 = trunc nuw <16 x i32> %2873 to <16 x i16>
+  %gep1025.3.i.2 = getelementptr i8, ptr %invariant.gep1024.i.2, i64 96
+  store <16 x i16> %2874, ptr %gep1025.3.i.2, align 2, !tbaa !4
+  %2875 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1280
+  %2876 = load <16 x float>, ptr %2875, align 4, !tbaa !4
+  %2877 = fmul <16 x float> %2833, %2876
+  %2878 = bitcast <16 x float> %2877 to <16 x i32>
+  %2879 = lshr <16 x i32> %2878, splat (i32 16)
+  %2880 = and <16 x i32> %2879, splat (i32 1)
+  %2881 = add nuw <16 x i32> %2878, splat (i32 32767)
+  %2882 = add nuw <16 x i32> %2881, %2880
+  %2883 = lshr <16 x i32> %2882, splat (i32 16)
+  %2884 = trunc nuw <16 x i32> %2883 to <16 x i16>
+  %gep1025.4.i.2 = getelementptr i8, ptr %invariant.gep1024.i.2, i64 128
+  store <16 x i16> %2884, ptr %gep1025.4.i.2, align 2, !tbaa !4
+  %2885 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1344
+  %2886 = load <16 x float>, ptr %2885, align 4, !tbaa !4
+  %2887 = fmul <16 x float> %2833, %2886
+  %2888 = bitcast <16 x float> %2887 to <16 x i32>
+  %2889 = lshr <16 x i32> %2888, splat (i32 16)
+  %2890 = and <16 x i32> %2889, splat (i32 1)
+  %2891 = add nuw <16 x i32> %2888, splat (i32 32767)
+  %2892 = add nuw <16 x i32> %2891, %2890
+  %2893 = lshr <16 x i32> %2892, splat (i32 16)
+  %2894 = trunc nuw <16 x i32> %2893 to <16 x i16>
+  %gep1025.5.i.2 = getelementptr i8, ptr %invariant.gep1024.i.2, i64 160
+  store <16 x i16> %2894, ptr %gep1025.5.i.2, align 2, !tbaa !4
+  %2895 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1408
+  %2896 = load <16 x float>, ptr %2895, align 4, !tbaa !4
+  %2897 = fmul <16 x float> %2833, %2896
+  %2898 = bitcast <16 x float> %2897 to <16 x i32>
+  %2899 = lshr <16 x i32> %2898, splat (i32 16)
+  %2900 = and <16 x i32> %2899, splat (i32 1)
+  %2901 = add nuw <16 x i32> %2898, splat (i32 32767)
+  %2902 = add nuw <16 x i32> %2901, %2900
+  %2903 = lshr <16 x i32> %2902, splat (i32 16)
+  %2904 = trunc nuw <16 x i32> %2903 to <16 x i16>
+  %gep1025.6.i.2 = getelementptr i8, ptr %invariant.gep1024.i.2, i64 192
+  store <16 x i16> %2904, ptr %gep1025.6.i.2, align 2, !tbaa !4
+  %2905 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1472
+  %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !4
+  %2907 = fmul <16 x float> %2833, %2906
+  %2908 = bitcast <16 x float> %2907 to <16 x i32>
+  %2909 = lshr <16 x i32> %2908, splat (i32 16)
+  %2910 = and <16 x i32> %2909, splat (i32 1)
+  %2911 = add nuw <16 x i32> %2908, splat (i32 32767)
+  %2912 = add nuw <16 x i32> %2911, %2910
+  %2913 = lshr <16 x i32> %2912, splat (i32 16)
+  %2914 = trunc nuw <16 x i32> %2913 to <16 x i16>
+  %gep1025.7.i.2 = getelementptr i8, ptr %invariant.gep1024.i.2, i64 224
+  store <16 x i16> %2914, ptr %gep1025.7.i.2, align 2, !tbaa !4
+  %2915 = shufflevector <4 x float> %2669, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2916 = or disjoint i64 %2665, 3
+  %2917 = mul nsw i64 %2916, %out_head
+  %invariant.gep1024.i.3 = getelementptr i16, ptr %541, i64 %2917
   %gep68.3 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1536
-  %2936 = load <16 x float>, ptr %gep68.3, align 4, !tbaa !4
-  %2937 = fmul <16 x float> %2936, %2933
-  %2938 = bitcast <16 x float> %2937 to <16 x i32>
-  %2939 = lshr <16 x i32> %2938, splat (i32 16)
-  %2940 = and <16 x i32> %2939, splat (i32 1)
-  %2941 = add nuw <16 x i32> %2938, splat (i32 32767)
-  %2942 = add nuw <16 x i32> %2941, %2940
-  %2943 = lshr <16 x i32> %2942, splat (i32 16)
-  %2944 = trunc nuw <16 x i32> %2943 to <16 x i16>
-  store <16 x i16> %2944, ptr %invariant.gep1025.i.3, align 2, !tbaa !4
-  %2945 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1600
-  %2946 = load <16 x float>, ptr %2945, align 4, !tbaa !4
-  %2947 = fmul <16 x float> %2933, %2946
-  %2948 = bitcast <16 x float> %2947 to <16 x i32>
-  %2949 = lshr <16 x i32> %2948, splat (i32 16)
-  %2950 = and <16 x i32> %2949, splat (i32 1)
-  %2951 = add nuw <16 x i32> %2948, splat (i32 32767)
-  %2952 = add nuw <16 x i32> %2951, %2950
-  %2953 = lshr <16 x i32> %2952, splat (i32 16)
-  %2954 = trunc nuw <16 x i32> %2953 to <16 x i16>
-  %gep1026.1.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 32
-  store <16 x i16> %2954, ptr %gep1026.1.i.3, align 2, !tbaa !4
-  %2955 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1664
-  %2956 = load <16 x float>, ptr %2955, align 4, !tbaa !4
-  %2957 = fmul <16 x float> %2933, %2956
-  %2958 = bitcast <16 x float> %2957 to <16 x i32>
-  %2959 = lshr <16 x i32> %2958, splat (i32 16)
-  %2960 = and <16 x i32> %2959, splat (i32 1)
-  %2961 = add nuw <16 x i32> %2958, splat (i32 32767)
-  %2962 = add nuw <16 x i32> %2961, %2960
-  %2963 = lshr <16 x i32> %2962, splat (i32 16)
-  %2964 = trunc nuw <16 x i32> %2963 to <16 x i16>
-  %gep1026.2.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 64
-  store <16 x i16> %2964, ptr %gep1026.2.i.3, align 2, !tbaa !4
-  %2965 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1728
-  %2966 = load <16 x float>, ptr %2965, align 4, !tbaa !4
-  %2967 = fmul <16 x float> %2933, %2966
-  %2968 = bitcast <16 x float> %2967 to <16 x i32>
-  %2969 = lshr <16 x i32> %2968, splat (i32 16)
-  %2970 = and <16 x i32> %2969, splat (i32 1)
-  %2971 = add nuw <16 x i32> %2968, splat (i32 32767)
-  %2972 = add nuw <16 x i32> %2971, %2970
-  %2973 = lshr <16 x i32> %2972, splat (i32 16)
-  %2974 = trunc nuw <16 x i32> %2973 to <16 x i16>
-  %gep1026.3.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 96
-  store <16 x i16> %2974, ptr %gep1026.3.i.3, align 2, !tbaa !4
-  %2975 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1792
-  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
-  %2977 = fmul <16 x float> %2933, %2976
-  %2978 = bitcast <16 x float> %2977 to <16 x i32>
-  %2979 = lshr <16 x i32> %2978, splat (i32 16)
-  %2980 = and <16 x i32> %2979, splat (i32 1)
-  %2981 = add nuw <16 x i32> %2978, splat (i32 32767)
-  %2982 = add nuw <16 x i32> %2981, %2980
-  %2983 = lshr <16 x i32> %2982, splat (i32 16)
-  %2984 = trunc nuw <16 x i32> %2983 to <16 x i16>
-  %gep1026.4.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 128
-  store <16 x i16> %2984, ptr %gep1026.4.i.3, align 2, !tbaa !4
-  %2985 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1856
-  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !4
-  %2987 = fmul <16 x float> %2933, %2986
-  %2988 = bitcast <16 x float> %2987 to <16 x i32>
-  %2989 = lshr <16 x i32> %2988, splat (i32 16)
-  %2990 = and <16 x i32> %2989, splat (i32 1)
-  %2991 = add nuw <16 x i32> %2988, splat (i32 32767)
-  %2992 = add nuw <16 x i32> %2991, %2990
-  %2993 = lshr <16 x i32> %2992, splat (i32 16)
-  %2994 = trunc nuw <16 x i32> %2993 to <16 x i16>
-  %gep1026.5.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 160
-  store <16 x i16> %2994, ptr %gep1026.5.i.3, align 2, !tbaa !4
-  %2995 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1920
-  %2996 = load <16 x float>, ptr %2995, align 4, !tbaa !4
-  %2997 = fmul <16 x float> %2933, %2996
-  %2998 = bitcast <16 x float> %2997 to <16 x i32>
-  %2999 = lshr <16 x i32> %2998, splat (i32 16)
-  %3000 = and <16 x i32> %2999, splat (i32 1)
-  %3001 = add nuw <16 x i32> %2998, splat (i32 32767)
-  %3002 = add nuw <16 x i32> %3001, %3000
-  %3003 = lshr <16 x i32> %3002, splat (i32 16)
-  %3004 = trunc nuw <16 x i32> %3003 to <16 x i16>
-  %gep1026.6.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 192
-  store <16 x i16> %3004, ptr %gep1026.6.i.3, align 2, !tbaa !4
-  %3005 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1984
-  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !4
-  %3007 = fmul <16 x float> %2933, %3006
-  %3008 = bitcast <16 x float> %3007 to <16 x i32>
-  %3009 = lshr <16 x i32> %3008, splat (i32 16)
-  %3010 = and <16 x i32> %3009, splat (i32 1)
-  %3011 = add nuw <16 x i32> %3008, splat (i32 32767)
-  %3012 = add nuw <16 x i32> %3011, %3010
-  %3013 = lshr <16 x i32> %3012, splat (i32 16)
-  %3014 = trunc nuw <16 x i32> %3013 to <16 x i16>
-  %gep1026.7.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 224
-  store <16 x i16> %3014, ptr %gep1026.7.i.3, align 2, !tbaa !4
-  %3015 = getelementptr float, ptr %543, i64 %2683
-  %3016 = load float, ptr %2684, align 16, !tbaa !71
-  %3017 = fcmp oeq float %3016, 0.000000e+00
-  br i1 %3017, label %if_end213.i, label %if_else212.i
+  %2918 = load <16 x float>, ptr %gep68.3, align 4, !tbaa !4
+  %2919 = fmul <16 x float> %2918, %2915
+  %2920 = bitcast <16 x float> %2919 to <16 x i32>
+  %2921 = lshr <16 x i32> %2920, splat (i32 16)
+  %2922 = and <16 x i32> %2921, splat (i32 1)
+  %2923 = add nuw <16 x i32> %2920, splat (i32 32767)
+  %2924 = add nuw <16 x i32> %2923, %2922
+  %2925 = lshr <16 x i32> %2924, splat (i32 16)
+  %2926 = trunc nuw <16 x i32> %2925 to <16 x i16>
+  store <16 x i16> %2926, ptr %invariant.gep1024.i.3, align 2, !tbaa !4
+  %2927 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1600
+  %2928 = load <16 x float>, ptr %2927, align 4, !tbaa !4
+  %2929 = fmul <16 x float> %2915, %2928
+  %2930 = bitcast <16 x float> %2929 to <16 x i32>
+  %2931 = lshr <16 x i32> %2930, splat (i32 16)
+  %2932 = and <16 x i32> %2931, splat (i32 1)
+  %2933 = add nuw <16 x i32> %2930, splat (i32 32767)
+  %2934 = add nuw <16 x i32> %2933, %2932
+  %2935 = lshr <16 x i32> %2934, splat (i32 16)
+  %2936 = trunc nuw <16 x i32> %2935 to <16 x i16>
+  %gep1025.1.i.3 = getelementptr i8, ptr %invariant.gep1024.i.3, i64 32
+  store <16 x i16> %2936, ptr %gep1025.1.i.3, align 2, !tbaa !4
+  %2937 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1664
+  %2938 = load <16 x float>, ptr %2937, align 4, !tbaa !4
+  %2939 = fmul <16 x float> %2915, %2938
+  %2940 = bitcast <16 x float> %2939 to <16 x i32>
+  %2941 = lshr <16 x i32> %2940, splat (i32 16)
+  %2942 = and <16 x i32> %2941, splat (i32 1)
+  %2943 = add nuw <16 x i32> %2940, splat (i32 32767)
+  %2944 = add nuw <16 x i32> %2943, %2942
+  %2945 = lshr <16 x i32> %2944, splat (i32 16)
+  %2946 = trunc nuw <16 x i32> %2945 to <16 x i16>
+  %gep1025.2.i.3 = getelementptr i8, ptr %invariant.gep1024.i.3, i64 64
+  store <16 x i16> %2946, ptr %gep1025.2.i.3, align 2, !tbaa !4
+  %2947 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1728
+  %2948 = load <16 x float>, ptr %2947, align 4, !tbaa !4
+  %2949 = fmul <16 x float> %2915, %2948
+  %2950 = bitcast <16 x float> %2949 to <16 x i32>
+  %2951 = lshr <16 x i32> %2950, splat (i32 16)
+  %2952 = and <16 x i32> %2951, splat (i32 1)
+  %2953 = add nuw <16 x i32> %2950, splat (i32 32767)
+  %2954 = add nuw <16 x i32> %2953, %2952
+  %2955 = lshr <16 x i32> %2954, splat (i32 16)
+  %2956 = trunc nuw <16 x i32> %2955 to <16 x i16>
+  %gep1025.3.i.3 = getelementptr i8, ptr %invariant.gep1024.i.3, i64 96
+  store <16 x i16> %2956, ptr %gep1025.3.i.3, align 2, !tbaa !4
+  %2957 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1792
+  %2958 = load <16 x float>, ptr %2957, align 4, !tbaa !4
+  %2959 = fmul <16 x float> %2915, %2958
+  %2960 = bitcast <16 x float> %2959 to <16 x i32>
+  %2961 = lshr <16 x i32> %2960, splat (i32 16)
+  %2962 = and <16 x i32> %2961, splat (i32 1)
+  %2963 = add nuw <16 x i32> %2960, splat (i32 32767)
+  %2964 = add nuw <16 x i32> %2963, %2962
+  %2965 = lshr <16 x i32> %2964, splat (i32 16)
+  %2966 = trunc nuw <16 x i32> %2965 to <16 x i16>
+  %gep1025.4.i.3 = getelementptr i8, ptr %invariant.gep1024.i.3, i64 128
+  store <16 x i16> %2966, ptr %gep1025.4.i.3, align 2, !tbaa !4
+  %2967 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1856
+  %2968 = load <16 x float>, ptr %2967, align 4, !tbaa !4
+  %2969 = fmul <16 x float> %2915, %2968
+  %2970 = bitcast <16 x float> %2969 to <16 x i32>
+  %2971 = lshr <16 x i32> %2970, splat (i32 16)
+  %2972 = and <16 x i32> %2971, splat (i32 1)
+  %2973 = add nuw <16 x i32> %2970, splat (i32 32767)
+  %2974 = add nuw <16 x i32> %2973, %2972
+  %2975 = lshr <16 x i32> %2974, splat (i32 16)
+  %2976 = trunc nuw <16 x i32> %2975 to <16 x i16>
+  %gep1025.5.i.3 = getelementptr i8, ptr %invariant.gep1024.i.3, i64 160
+  store <16 x i16> %2976, ptr %gep1025.5.i.3, align 2, !tbaa !4
+  %2977 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1920
+  %2978 = load <16 x float>, ptr %2977, align 4, !tbaa !4
+  %2979 = fmul <16 x float> %2915, %2978
+  %2980 = bitcast <16 x float> %2979 to <16 x i32>
+  %2981 = lshr <16 x i32> %2980, splat (i32 16)
+  %2982 = and <16 x i32> %2981, splat (i32 1)
+  %2983 = add nuw <16 x i32> %2980, splat (i32 32767)
+  %2984 = add nuw <16 x i32> %2983, %2982
+  %2985 = lshr <16 x i32> %2984, splat (i32 16)
+  %2986 = trunc nuw <16 x i32> %2985 to <16 x i16>
+  %gep1025.6.i.3 = getelementptr i8, ptr %invariant.gep1024.i.3, i64 192
+  store <16 x i16> %2986, ptr %gep1025.6.i.3, align 2, !tbaa !4
+  %2987 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1984
+  %2988 = load <16 x float>, ptr %2987, align 4, !tbaa !4
+  %2989 = fmul <16 x float> %2915, %2988
+  %2990 = bitcast <16 x float> %2989 to <16 x i32>
+  %2991 = lshr <16 x i32> %2990, splat (i32 16)
+  %2992 = and <16 x i32> %2991, splat (i32 1)
+  %2993 = add nuw <16 x i32> %2990, splat (i32 32767)
+  %2994 = add nuw <16 x i32> %2993, %2992
+  %2995 = lshr <16 x i32> %2994, splat (i32 16)
+  %2996 = trunc nuw <16 x i32> %2995 to <16 x i16>
+  %gep1025.7.i.3 = getelementptr i8, ptr %invariant.gep1024.i.3, i64 224
+  store <16 x i16> %2996, ptr %gep1025.7.i.3, align 2, !tbaa !4
+  %2997 = getelementptr float, ptr %543, i64 %2665
+  %2998 = load float, ptr %2666, align 16, !tbaa !71
+  %2999 = fcmp oeq float %2998, 0.000000e+00
+  br i1 %2999, label %if_end212.i, label %if_else211.i
 
-if_else212.i:                                     ; preds = %for_body_tile192.i
-  %3018 = tail call float @llvm.log.f32(float %3016)
-  %3019 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2683
-  %3020 = load float, ptr %3019, align 16, !tbaa !69
-  %3021 = fadd float %3018, %3020
-  br label %if_end213.i
+if_else211.i:                                     ; preds = %for_body_tile191.i
+  %3000 = tail call float @llvm.log.f32(float %2998)
+  %3001 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %2665
+  %3002 = load float, ptr %3001, align 16, !tbaa !69
+  %3003 = fadd float %3000, %3002
+  br label %if_end212.i
 
-if_end213.i:                                      ; preds = %if_else212.i, %for_body_tile192.i
-  %3022 = phi float [ %3021, %if_else212.i ], [ 0xFFF0000000000000, %for_body_tile192.i ]
-  store float %3022, ptr %3015, align 4, !tbaa !4
-  %3023 = or disjoint i64 %2683, 1
-  %3024 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3023
-  %3025 = load float, ptr %3024, align 4, !tbaa !71
-  %3026 = fcmp oeq float %3025, 0.000000e+00
-  br i1 %3026, label %if_end213.1.i, label %if_else212.1.i
+if_end212.i:                                      ; preds = %if_else211.i, %for_body_tile191.i
+  %3004 = phi float [ %3003, %if_else211.i ], [ 0xFFF0000000000000, %for_body_tile191.i ]
+  store float %3004, ptr %2997, align 4, !tbaa !4
+  %3005 = or disjoint i64 %2665, 1
+  %3006 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %3005
+  %3007 = load float, ptr %3006, align 4, !tbaa !71
+  %3008 = fcmp oeq float %3007, 0.000000e+00
+  br i1 %3008, label %if_end212.1.i, label %if_else211.1.i
 
-if_else212.1.i:                                   ; preds = %if_end213.i
-  %3027 = tail call float @llvm.log.f32(float %3025)
-  %3028 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3023
-  %3029 = load float, ptr %3028, align 4, !tbaa !69
-  %3030 = fadd float %3027, %3029
-  br label %if_end213.1.i
+if_else211.1.i:                                   ; preds = %if_end212.i
+  %3009 = tail call float @llvm.log.f32(float %3007)
+  %3010 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %3005
+  %3011 = load float, ptr %3010, align 4, !tbaa !69
+  %3012 = fadd float %3009, %3011
+  br label %if_end212.1.i
 
-if_end213.1.i:                                    ; preds = %if_else212.1.i, %if_end213.i
-  %3031 = phi float [ %3030, %if_else212.1.i ], [ 0xFFF0000000000000, %if_end213.i ]
-  %3032 = getelementptr i8, ptr %3015, i64 4
-  store float %3031, ptr %3032, align 4, !tbaa !4
-  %3033 = or disjoint i64 %2683, 2
-  %3034 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3033
-  %3035 = load float, ptr %3034, align 8, !tbaa !71
-  %3036 = fcmp oeq float %3035, 0.000000e+00
-  br i1 %3036, label %if_end213.2.i, label %if_else212.2.i
+if_end212.1.i:                                    ; preds = %if_else211.1.i, %if_end212.i
+  %3013 = phi float [ %3012, %if_else211.1.i ], [ 0xFFF0000000000000, %if_end212.i ]
+  %3014 = getelementptr i8, ptr %2997, i64 4
+  store float %3013, ptr %3014, align 4, !tbaa !4
+  %3015 = or disjoint i64 %2665, 2
+  %3016 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %3015
+  %3017 = load float, ptr %3016, align 8, !tbaa !71
+  %3018 = fcmp oeq float %3017, 0.000000e+00
+  br i1 %3018, label %if_end212.2.i, label %if_else211.2.i
 
-if_else212.2.i:                                   ; preds = %if_end213.1.i
-  %3037 = tail call float @llvm.log.f32(float %3035)
-  %3038 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3033
-  %3039 = load float, ptr %3038, align 8, !tbaa !69
-  %3040 = fadd float %3037, %3039
-  br label %if_end213.2.i
+if_else211.2.i:                                   ; preds = %if_end212.1.i
+  %3019 = tail call float @llvm.log.f32(float %3017)
+  %3020 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %3015
+  %3021 = load float, ptr %3020, align 8, !tbaa !69
+  %3022 = fadd float %3019, %3021
+  br label %if_end212.2.i
 
-if_end213.2.i:                                    ; preds = %if_else212.2.i, %if_end213.1.i
-  %3041 = phi float [ %3040, %if_else212.2.i ], [ 0xFFF0000000000000, %if_end213.1.i ]
-  %3042 = getelementptr i8, ptr %3015, i64 8
+if_end212.2.i:                                    ; preds = %if_else211.2.i, %if_end212.1.i
+  %3023 = phi float [ %3022, %if_else211.2.i ], [ 0xFFF0000000000000, %if_end212.1.i ]
+  %3024 = getelementptr i8, ptr %2997, i64 8
+  store float %3023, ptr %3024, align 4, !tbaa !4
+  %3025 = or disjoint i64 %2665, 3
+  %3026 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %3025
+  %3027 = load float, ptr %3026, align 4, !tbaa !71
+  %3028 = fcmp oeq float %3027, 0.000000e+00
+  br i1 %3028, label %if_end212.3.i, label %if_else211.3.i
+
+if_else211.3.i:                                   ; preds = %if_end212.2.i
+  %3029 = tail call float @llvm.log.f32(float %3027)
+  %3030 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %3025
+  %3031 = load float, ptr %3030, align 4, !tbaa !69
+  %3032 = fadd float %3029, %3031
+  br label %if_end212.3.i
+
+if_end212.3.i:                                    ; preds = %if_else211.3.i, %if_end212.2.i
+  %3033 = phi float [ %3032, %if_else211.3.i ], [ 0xFFF0000000000000, %if_end212.2.i ]
+  %3034 = getelementptr i8, ptr %2997, i64 12
+  store float %3033, ptr %3034, align 4, !tbaa !4
+  %indvars.iv.next1280.i = add nuw nsw i64 %indvars.iv1279.i, 1
+  %exitcond1283.not.i = icmp eq i64 %indvars.iv.next1280.i, 8
+  br i1 %exitcond1283.not.i, label %if_end188.i, label %for_body_tile191.i, !prof !21
+
+for_body_tile214.i:                               ; preds = %for_body_tile214.i, %for_begin_tile213.preheader.i
+  %indvars.iv1260.i = phi i64 [ 0, %for_begin_tile213.preheader.i ], [ %indvars.iv.next1261.i, %for_body_tile214.i ]
+  %3035 = shl nuw nsw i64 %indvars.iv1260.i, 2
+  %3036 = add nuw nsw i64 %3035, %538
+  %3037 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %3035
+  %3038 = load float, ptr %3037, align 16, !tbaa !69
+  %3039 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3036
+  store float %3038, ptr %3039, align 4, !tbaa !4
+  %3040 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %3035
+  %3041 = load float, ptr %3040, align 16, !tbaa !71
+  %3042 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3036
   store float %3041, ptr %3042, align 4, !tbaa !4
-  %3043 = or disjoint i64 %2683, 3
-  %3044 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3043
-  %3045 = load float, ptr %3044, align 4, !tbaa !71
-  %3046 = fcmp oeq float %3045, 0.000000e+00
-  br i1 %3046, label %if_end213.3.i, label %if_else212.3.i
-
-if_else212.3.i:                                   ; preds = %if_end213.2.i
-  %3047 = tail call float @llvm.log.f32(float %3045)
-  %3048 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3043
-  %3049 = load float, ptr %3048, align 4, !tbaa !69
-  %3050 = fadd float %3047, %3049
-  br label %if_end213.3.i
-
-if_end213.3.i:                                    ; preds = %if_else212.3.i, %if_end213.2.i
-  %3051 = phi float [ %3050, %if_else212.3.i ], [ 0xFFF0000000000000, %if_end213.2.i ]
-  %3052 = getelementptr i8, ptr %3015, i64 12
-  store float %3051, ptr %3052, align 4, !tbaa !4
-  %indvars.iv.next1281.i = add nuw nsw i64 %indvars.iv1280.i, 1
-  %exitcond1284.not.i = icmp eq i64 %indvars.iv.next1281.i, 8
-  br i1 %exitcond1284.not.i, label %if_end189.i, label %for_body_tile192.i, !prof !21
-
-for_body_tile215.i:                               ; preds = %for_body_tile215.i, %for_begin_tile214.preheader.i
-  %indvars.iv1261.i = phi i64 [ 0, %for_begin_tile214.preheader.i ], [ %indvars.iv.next1262.i, %for_body_tile215.i ]
-  %3053 = shl nuw nsw i64 %indvars.iv1261.i, 2
-  %3054 = add nuw nsw i64 %3053, %538
-  %3055 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3053
-  %3056 = load float, ptr %3055, align 16, !tbaa !69
-  %3057 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3054
-  store float %3056, ptr %3057, align 4, !tbaa !4
-  %3058 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3053
-  %3059 = load float, ptr %3058, align 16, !tbaa !71
-  %3060 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3054
+  %3043 = or disjoint i64 %3035, 1
+  %cse_v148.1.i = or disjoint i64 %3036, 1
+  %3044 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %3043
+  %3045 = load float, ptr %3044, align 4, !tbaa !69
+  %3046 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.1.i
+  store float %3045, ptr %3046, align 4, !tbaa !4
+  %3047 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %3043
+  %3048 = load float, ptr %3047, align 4, !tbaa !71
+  %3049 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.1.i
+  store float %3048, ptr %3049, align 4, !tbaa !4
+  %3050 = or disjoint i64 %3035, 2
+  %cse_v148.2.i = or disjoint i64 %3036, 2
+  %3051 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %3050
+  %3052 = load float, ptr %3051, align 8, !tbaa !69
+  %3053 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.2.i
+  store float %3052, ptr %3053, align 4, !tbaa !4
+  %3054 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %3050
+  %3055 = load float, ptr %3054, align 8, !tbaa !71
+  %3056 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.2.i
+  store float %3055, ptr %3056, align 4, !tbaa !4
+  %3057 = or disjoint i64 %3035, 3
+  %cse_v148.3.i = or disjoint i64 %3036, 3
+  %3058 = getelementptr inbounds nuw float, ptr %row_max256.i, i64 %3057
+  %3059 = load float, ptr %3058, align 4, !tbaa !69
+  %3060 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.3.i
   store float %3059, ptr %3060, align 4, !tbaa !4
-  %3061 = or disjoint i64 %3053, 1
-  %cse_v148.1.i = or disjoint i64 %3054, 1
-  %3062 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3061
-  %3063 = load float, ptr %3062, align 4, !tbaa !69
-  %3064 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.1.i
-  store float %3063, ptr %3064, align 4, !tbaa !4
-  %3065 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3061
-  %3066 = load float, ptr %3065, align 4, !tbaa !71
-  %3067 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.1.i
-  store float %3066, ptr %3067, align 4, !tbaa !4
-  %3068 = or disjoint i64 %3053, 2
-  %cse_v148.2.i = or disjoint i64 %3054, 2
-  %3069 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3068
-  %3070 = load float, ptr %3069, align 8, !tbaa !69
-  %3071 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.2.i
-  store float %3070, ptr %3071, align 4, !tbaa !4
-  %3072 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3068
-  %3073 = load float, ptr %3072, align 8, !tbaa !71
-  %3074 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.2.i
-  store float %3073, ptr %3074, align 4, !tbaa !4
-  %3075 = or disjoint i64 %3053, 3
-  %cse_v148.3.i = or disjoint i64 %3054, 3
-  %3076 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3075
-  %3077 = load float, ptr %3076, align 4, !tbaa !69
-  %3078 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.3.i
-  store float %3077, ptr %3078, align 4, !tbaa !4
-  %3079 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3075
-  %3080 = load float, ptr %3079, align 4, !tbaa !71
-  %3081 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.3.i
-  store float %3080, ptr %3081, align 4, !tbaa !4
-  %.idx258.i = shl nuw nsw i64 %indvars.iv1261.i, 11
-  %3082 = getelementptr inbounds nuw i8, ptr %539, i64 %.idx258.i
-  %3083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx258.i
-  %3084 = load <16 x float>, ptr %3083, align 4, !tbaa !4
-  store <16 x float> %3084, ptr %3082, align 4, !tbaa !4
-  %3085 = getelementptr inbounds nuw i8, ptr %3083, i64 64
+  %3061 = getelementptr inbounds nuw float, ptr %row_sum255.i, i64 %3057
+  %3062 = load float, ptr %3061, align 4, !tbaa !71
+  %3063 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.3.i
+  store float %3062, ptr %3063, align 4, !tbaa !4
+  %.idx257.i = shl nuw nsw i64 %indvars.iv1260.i, 11
+  %3064 = getelementptr inbounds nuw i8, ptr %539, i64 %.idx257.i
+  %3065 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx257.i
+  %3066 = load <16 x float>, ptr %3065, align 4, !tbaa !4
+  store <16 x float> %3066, ptr %3064, align 4, !tbaa !4
+  %3067 = getelementptr inbounds nuw i8, ptr %3065, i64 64
+  %3068 = load <16 x float>, ptr %3067, align 4, !tbaa !4
+  %3069 = getelementptr inbounds nuw i8, ptr %3064, i64 64
+  store <16 x float> %3068, ptr %3069, align 4, !tbaa !4
+  %3070 = getelementptr inbounds nuw i8, ptr %3065, i64 128
+  %3071 = load <16 x float>, ptr %3070, align 4, !tbaa !4
+  %3072 = getelementptr inbounds nuw i8, ptr %3064, i64 128
+  store <16 x float> %3071, ptr %3072, align 4, !tbaa !4
+  %3073 = getelementptr inbounds nuw i8, ptr %3065, i64 192
+  %3074 = load <16 x float>, ptr %3073, align 4, !tbaa !4
+  %3075 = getelementptr inbounds nuw i8, ptr %3064, i64 192
+  store <16 x float> %3074, ptr %3075, align 4, !tbaa !4
+  %3076 = getelementptr inbounds nuw i8, ptr %3065, i64 256
+  %3077 = load <16 x float>, ptr %3076, align 4, !tbaa !4
+  %3078 = getelementptr inbounds nuw i8, ptr %3064, i64 256
+  store <16 x float> %3077, ptr %3078, align 4, !tbaa !4
+  %3079 = getelementptr inbounds nuw i8, ptr %3065, i64 320
+  %3080 = load <16 x float>, ptr %3079, align 4, !tbaa !4
+  %3081 = getelementptr inbounds nuw i8, ptr %3064, i64 320
+  store <16 x float> %3080, ptr %3081, align 4, !tbaa !4
+  %3082 = getelementptr inbounds nuw i8, ptr %3065, i64 384
+  %3083 = load <16 x float>, ptr %3082, align 4, !tbaa !4
+  %3084 = getelementptr inbounds nuw i8, ptr %3064, i64 384
+  store <16 x float> %3083, ptr %3084, align 4, !tbaa !4
+  %3085 = getelementptr inbounds nuw i8, ptr %3065, i64 448
   %3086 = load <16 x float>, ptr %3085, align 4, !tbaa !4
-  %3087 = getelementptr inbounds nuw i8, ptr %3082, i64 64
+  %3087 = getelementptr inbounds nuw i8, ptr %3064, i64 448
   store <16 x float> %3086, ptr %3087, align 4, !tbaa !4
-  %3088 = getelementptr inbounds nuw i8, ptr %3083, i64 128
-  %3089 = load <16 x float>, ptr %3088, align 4, !tbaa !4
-  %3090 = getelementptr inbounds nuw i8, ptr %3082, i64 128
-  store <16 x float> %3089, ptr %3090, align 4, !tbaa !4
-  %3091 = getelementptr inbounds nuw i8, ptr %3083, i64 192
+  %3088 = getelementptr inbounds nuw i8, ptr %3064, i64 512
+  %3089 = getelementptr inbounds nuw i8, ptr %3065, i64 512
+  %3090 = load <16 x float>, ptr %3089, align 4, !tbaa !4
+  store <16 x float> %3090, ptr %3088, align 4, !tbaa !4
+  %3091 = getelementptr inbounds nuw i8, ptr %3065, i64 576
   %3092 = load <16 x float>, ptr %3091, align 4, !tbaa !4
-  %3093 = getelementptr inbounds nuw i8, ptr %3082, i64 192
+  %3093 = getelementptr inbounds nuw i8, ptr %3064, i64 576
   store <16 x float> %3092, ptr %3093, align 4, !tbaa !4
-  %3094 = getelementptr inbounds nuw i8, ptr %3083, i64 256
+  %3094 = getelementptr inbounds nuw i8, ptr %3065, i64 640
   %3095 = load <16 x float>, ptr %3094, align 4, !tbaa !4
-  %3096 = getelementptr inbounds nuw i8, ptr %3082, i64 256
+  %3096 = getelementptr inbounds nuw i8, ptr %3064, i64 640
   store <16 x float> %3095, ptr %3096, align 4, !tbaa !4
-  %3097 = getelementptr inbounds nuw i8, ptr %3083, i64 320
+  %3097 = getelementptr inbounds nuw i8, ptr %3065, i64 704
   %3098 = load <16 x float>, ptr %3097, align 4, !tbaa !4
-  %3099 = getelementptr inbounds nuw i8, ptr %3082, i64 320
+  %3099 = getelementptr inbounds nuw i8, ptr %3064, i64 704
   store <16 x float> %3098, ptr %3099, align 4, !tbaa !4
-  %3100 = getelementptr inbounds nuw i8, ptr %3083, i64 384
+  %3100 = getelementptr inbounds nuw i8, ptr %3065, i64 768
   %3101 = load <16 x float>, ptr %3100, align 4, !tbaa !4
-  %3102 = getelementptr inbounds nuw i8, ptr %3082, i64 384
+  %3102 = getelementptr inbounds nuw i8, ptr %3064, i64 768
   store <16 x float> %3101, ptr %3102, align 4, !tbaa !4
-  %3103 = getelementptr inbounds nuw i8, ptr %3083, i64 448
+  %3103 = getelementptr inbounds nuw i8, ptr %3065, i64 832
   %3104 = load <16 x float>, ptr %3103, align 4, !tbaa !4
-  %3105 = getelementptr inbounds nuw i8, ptr %3082, i64 448
+  %3105 = getelementptr inbounds nuw i8, ptr %3064, i64 832
   store <16 x float> %3104, ptr %3105, align 4, !tbaa !4
-  %3106 = getelementptr inbounds nuw i8, ptr %3082, i64 512
-  %3107 = getelementptr inbounds nuw i8, ptr %3083, i64 512
-  %3108 = load <16 x float>, ptr %3107, align 4, !tbaa !4
-  store <16 x float> %3108, ptr %3106, align 4, !tbaa !4
-  %3109 = getelementptr inbounds nuw i8, ptr %3083, i64 576
+  %3106 = getelementptr inbounds nuw i8, ptr %3065, i64 896
+  %3107 = load <16 x float>, ptr %3106, align 4, !tbaa !4
+  %3108 = getelementptr inbounds nuw i8, ptr %3064, i64 896
+  store <16 x float> %3107, ptr %3108, align 4, !tbaa !4
+  %3109 = getelementptr inbounds nuw i8, ptr %3065, i64 960
   %3110 = load <16 x float>, ptr %3109, align 4, !tbaa !4
-  %3111 = getelementptr inbounds nuw i8, ptr %3082, i64 576
+  %3111 = getelementptr inbounds nuw i8, ptr %3064, i64 960
   store <16 x float> %3110, ptr %3111, align 4, !tbaa !4
-  %3112 = getelementptr inbounds nuw i8, ptr %3083, i64 640
-  %3113 = load <16 x float>, ptr %3112, align 4, !tbaa !4
-  %3114 = getelementptr inbounds nuw i8, ptr %3082, i64 640
-  store <16 x float> %3113, ptr %3114, align 4, !tbaa !4
-  %3115 = getelementptr inbounds nuw i8, ptr %3083, i64 704
+  %3112 = getelementptr inbounds nuw i8, ptr %3064, i64 1024
+  %3113 = getelementptr inbounds nuw i8, ptr %3065, i64 1024
+  %3114 = load <16 x float>, ptr %3113, align 4, !tbaa !4
+  store <16 x float> %3114, ptr %3112, align 4, !tbaa !4
+  %3115 = getelementptr inbounds nuw i8, ptr %3065, i64 1088
   %3116 = load <16 x float>, ptr %3115, align 4, !tbaa !4
-  %3117 = getelementptr inbounds nuw i8, ptr %3082, i64 704
+  %3117 = getelementptr inbounds nuw i8, ptr %3064, i64 1088
   store <16 x float> %3116, ptr %3117, align 4, !tbaa !4
-  %3118 = getelementptr inbounds nuw i8, ptr %3083, i64 768
+  %3118 = getelementptr inbounds nuw i8, ptr %3065, i64 1152
   %3119 = load <16 x float>, ptr %3118, align 4, !tbaa !4
-  %3120 = getelementptr inbounds nuw i8, ptr %3082, i64 768
+  %3120 = getelementptr inbounds nuw i8, ptr %3064, i64 1152
   store <16 x float> %3119, ptr %3120, align 4, !tbaa !4
-  %3121 = getelementptr inbounds nuw i8, ptr %3083, i64 832
+  %3121 = getelementptr inbounds nuw i8, ptr %3065, i64 1216
   %3122 = load <16 x float>, ptr %3121, align 4, !tbaa !4
-  %3123 = getelementptr inbounds nuw i8, ptr %3082, i64 832
+  %3123 = getelementptr inbounds nuw i8, ptr %3064, i64 1216
   store <16 x float> %3122, ptr %3123, align 4, !tbaa !4
-  %3124 = getelementptr inbounds nuw i8, ptr %3083, i64 896
+  %3124 = getelementptr inbounds nuw i8, ptr %3065, i64 1280
   %3125 = load <16 x float>, ptr %3124, align 4, !tbaa !4
-  %3126 = getelementptr inbounds nuw i8, ptr %3082, i64 896
+  %3126 = getelementptr inbounds nuw i8, ptr %3064, i64 1280
   store <16 x float> %3125, ptr %3126, align 4, !tbaa !4
-  %3127 = getelementptr inbounds nuw i8, ptr %3083, i64 960
+  %3127 = getelementptr inbounds nuw i8, ptr %3065, i64 1344
   %3128 = load <16 x float>, ptr %3127, align 4, !tbaa !4
-  %3129 = getelementptr inbounds nuw i8, ptr %3082, i64 960
+  %3129 = getelementptr inbounds nuw i8, ptr %3064, i64 1344
   store <16 x float> %3128, ptr %3129, align 4, !tbaa !4
-  %3130 = getelementptr inbounds nuw i8, ptr %3082, i64 1024
-  %3131 = getelementptr inbounds nuw i8, ptr %3083, i64 1024
-  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !4
-  store <16 x float> %3132, ptr %3130, align 4, !tbaa !4
-  %3133 = getelementptr inbounds nuw i8, ptr %3083, i64 1088
+  %3130 = getelementptr inbounds nuw i8, ptr %3065, i64 1408
+  %3131 = load <16 x float>, ptr %3130, align 4, !tbaa !4
+  %3132 = getelementptr inbounds nuw i8, ptr %3064, i64 1408
+  store <16 x float> %3131, ptr %3132, align 4, !tbaa !4
+  %3133 = getelementptr inbounds nuw i8, ptr %3065, i64 1472
   %3134 = load <16 x float>, ptr %3133, align 4, !tbaa !4
-  %3135 = getelementptr inbounds nuw i8, ptr %3082, i64 1088
+  %3135 = getelementptr inbounds nuw i8, ptr %3064, i64 1472
   store <16 x float> %3134, ptr %3135, align 4, !tbaa !4
-  %3136 = getelementptr inbounds nuw i8, ptr %3083, i64 1152
-  %3137 = load <16 x float>, ptr %3136, align 4, !tbaa !4
-  %3138 = getelementptr inbounds nuw i8, ptr %3082, i64 1152
-  store <16 x float> %3137, ptr %3138, align 4, !tbaa !4
-  %3139 = getelementptr inbounds nuw i8, ptr %3083, i64 1216
+  %3136 = getelementptr inbounds nuw i8, ptr %3064, i64 1536
+  %3137 = getelementptr inbounds nuw i8, ptr %3065, i64 1536
+  %3138 = load <16 x float>, ptr %3137, align 4, !tbaa !4
+  store <16 x float> %3138, ptr %3136, align 4, !tbaa !4
+  %3139 = getelementptr inbounds nuw i8, ptr %3065, i64 1600
   %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !4
-  %3141 = getelementptr inbounds nuw i8, ptr %3082, i64 1216
+  %3141 = getelementptr inbounds nuw i8, ptr %3064, i64 1600
   store <16 x float> %3140, ptr %3141, align 4, !tbaa !4
-  %3142 = getelementptr inbounds nuw i8, ptr %3083, i64 1280
+  %3142 = getelementptr inbounds nuw i8, ptr %3065, i64 1664
   %3143 = load <16 x float>, ptr %3142, align 4, !tbaa !4
-  %3144 = getelementptr inbounds nuw i8, ptr %3082, i64 1280
+  %3144 = getelementptr inbounds nuw i8, ptr %3064, i64 1664
   store <16 x float> %3143, ptr %3144, align 4, !tbaa !4
-  %3145 = getelementptr inbounds nuw i8, ptr %3083, i64 1344
+  %3145 = getelementptr inbounds nuw i8, ptr %3065, i64 1728
   %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !4
-  %3147 = getelementptr inbounds nuw i8, ptr %3082, i64 1344
+  %3147 = getelementptr inbounds nuw i8, ptr %3064, i64 1728
   store <16 x float> %3146, ptr %3147, align 4, !tbaa !4
-  %3148 = getelementptr inbounds nuw i8, ptr %3083, i64 1408
+  %3148 = getelementptr inbounds nuw i8, ptr %3065, i64 1792
   %3149 = load <16 x float>, ptr %3148, align 4, !tbaa !4
-  %3150 = getelementptr inbounds nuw i8, ptr %3082, i64 1408
+  %3150 = getelementptr inbounds nuw i8, ptr %3064, i64 1792
   store <16 x float> %3149, ptr %3150, align 4, !tbaa !4
-  %3151 = getelementptr inbounds nuw i8, ptr %3083, i64 1472
+  %3151 = getelementptr inbounds nuw i8, ptr %3065, i64 1856
   %3152 = load <16 x float>, ptr %3151, align 4, !tbaa !4
-  %3153 = getelementptr inbounds nuw i8, ptr %3082, i64 1472
+  %3153 = getelementptr inbounds nuw i8, ptr %3064, i64 1856
   store <16 x float> %3152, ptr %3153, align 4, !tbaa !4
-  %3154 = getelementptr inbounds nuw i8, ptr %3082, i64 1536
-  %3155 = getelementptr inbounds nuw i8, ptr %3083, i64 1536
-  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !4
-  store <16 x float> %3156, ptr %3154, align 4, !tbaa !4
-  %3157 = getelementptr inbounds nuw i8, ptr %3083, i64 1600
+  %3154 = getelementptr inbounds nuw i8, ptr %3065, i64 1920
+  %3155 = load <16 x float>, ptr %3154, align 4, !tbaa !4
+  %3156 = getelementptr inbounds nuw i8, ptr %3064, i64 1920
+  store <16 x float> %3155, ptr %3156, align 4, !tbaa !4
+  %3157 = getelementptr inbounds nuw i8, ptr %3065, i64 1984
   %3158 = load <16 x float>, ptr %3157, align 4, !tbaa !4
-  %3159 = getelementptr inbounds nuw i8, ptr %3082, i64 1600
+  %3159 = getelementptr inbounds nuw i8, ptr %3064, i64 1984
   store <16 x float> %3158, ptr %3159, align 4, !tbaa !4
-  %3160 = getelementptr inbounds nuw i8, ptr %3083, i64 1664
-  %3161 = load <16 x float>, ptr %3160, align 4, !tbaa !4
-  %3162 = getelementptr inbounds nuw i8, ptr %3082, i64 1664
-  store <16 x float> %3161, ptr %3162, align 4, !tbaa !4
-  %3163 = getelementptr inbounds nuw i8, ptr %3083, i64 1728
-  %3164 = load <16 x float>, ptr %3163, align 4, !tbaa !4
-  %3165 = getelementptr inbounds nuw i8, ptr %3082, i64 1728
-  store <16 x float> %3164, ptr %3165, align 4, !tbaa !4
-  %3166 = getelementptr inbounds nuw i8, ptr %3083, i64 1792
-  %3167 = load <16 x float>, ptr %3166, align 4, !tbaa !4
-  %3168 = getelementptr inbounds nuw i8, ptr %3082, i64 1792
-  store <16 x float> %3167, ptr %3168, align 4, !tbaa !4
-  %3169 = getelementptr inbounds nuw i8, ptr %3083, i64 1856
-  %3170 = load <16 x float>, ptr %3169, align 4, !tbaa !4
-  %3171 = getelementptr inbounds nuw i8, ptr %3082, i64 1856
-  store <16 x float> %3170, ptr %3171, align 4, !tbaa !4
-  %3172 = getelementptr inbounds nuw i8, ptr %3083, i64 1920
-  %3173 = load <16 x float>, ptr %3172, align 4, !tbaa !4
-  %3174 = getelementptr inbounds nuw i8, ptr %3082, i64 1920
-  store <16 x float> %3173, ptr %3174, align 4, !tbaa !4
-  %3175 = getelementptr inbounds nuw i8, ptr %3083, i64 1984
-  %3176 = load <16 x float>, ptr %3175, align 4, !tbaa !4
-  %3177 = getelementptr inbounds nuw i8, ptr %3082, i64 1984
-  store <16 x float> %3176, ptr %3177, align 4, !tbaa !4
-  %indvars.iv.next1262.i = add nuw nsw i64 %indvars.iv1261.i, 1
-  %exitcond1265.not.i = icmp eq i64 %indvars.iv.next1262.i, 8
-  br i1 %exitcond1265.not.i, label %if_end189.i, label %for_body_tile215.i, !prof !21
+  %indvars.iv.next1261.i = add nuw nsw i64 %indvars.iv1260.i, 1
+  %exitcond1264.not.i = icmp eq i64 %indvars.iv.next1261.i, 8
+  br i1 %exitcond1264.not.i, label %if_end188.i, label %for_body_tile214.i, !prof !21
 
-if_end237.i:                                      ; preds = %if_end189.i
-  %3178 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3179 = tail call i32 %3178(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not259.i = icmp eq i32 %3179, 0
-  br i1 %.not259.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
+if_end236.i:                                      ; preds = %if_end188.i
+  %3160 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3161 = tail call i32 %3160(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not258.i = icmp eq i32 %3161, 0
+  br i1 %.not258.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
 
-fused_decode_compute_.exit:                       ; preds = %if_end237.i, %if_end189.i, %if_end183.i, %if_end177.i, %if_end174.i, %if_end171.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_r151.i, %for_end_to93.3.i, %if_end34.i, %if_end31.i, %for_end___m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end177.i ], [ -1, %if_end174.i ], [ -1, %if_end171.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %for_end_r151.i ], [ -1, %for_end_to93.3.i ], [ -1, %if_end34.i ], [ -1, %if_end31.i ], [ -1, %for_end___m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end183.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end237.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end189.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta243.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha244.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak252.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum254.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum256.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max257.i)
+fused_decode_compute_.exit:                       ; preds = %if_end236.i, %if_end188.i, %if_end182.i, %if_end176.i, %if_end173.i, %if_end170.i, %if_end167.i, %if_end164.i, %if_end161.i, %for_end_r150.i, %for_end_to93.3.i, %if_end34.i, %if_end31.i, %for_end___m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end176.i ], [ -1, %if_end173.i ], [ -1, %if_end170.i ], [ -1, %if_end167.i ], [ -1, %if_end164.i ], [ -1, %if_end161.i ], [ -1, %for_end_r150.i ], [ -1, %for_end_to93.3.i ], [ -1, %if_end34.i ], [ -1, %if_end31.i ], [ -1, %for_end___m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end182.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end236.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end188.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta242.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha243.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak251.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum253.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum255.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max256.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [32 x float], align 16
-  %beta38.i = alloca [32 x float], align 16
-  %alpha39.i = alloca [32 x float], align 16
-  %row_sum42.i = alloca [32 x float], align 16
-  %row_max43.i = alloca [32 x float], align 16
+  %factor39.i = alloca [32 x float], align 16
+  %beta40.i = alloca [32 x float], align 16
+  %alpha41.i = alloca [32 x float], align 16
+  %row_sum44.i = alloca [32 x float], align 16
+  %row_max45.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6816,11 +6798,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta40.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha41.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum44.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max45.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -6843,15 +6825,15 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
+  %indvars.iv71.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next72.i, %for_end_r.i ]
   %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
+  %total4650.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %97, %for_end_r.i ]
+  %44 = icmp eq i64 %indvars.iv71.i, 0
   %45 = insertelement <32 x i1> poison, i1 %44, i64 0
   %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
+  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4650.i
+  %47 = add nsw i64 %indvars.iv71.i, %cse_v2.i
   %cse_v9.i = shl nsw i64 %47, 5
   %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
   %49 = load <32 x float>, ptr %48, align 4, !tbaa !4
@@ -6864,418 +6846,412 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
   %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
   %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
-  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <32 x i32> %57 to <32 x float>
-  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <32 x float> %arg.i, %60
-  %62 = fadd <32 x float> %59, %61
-  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
-  %68 = fmul <32 x float> %62, %67
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
-  %70 = shl <32 x i32> %56, splat (i32 23)
-  %71 = add <32 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <32 x i32> %71 to <32 x float>
-  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <32 x float> %73, %72
-  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
-  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !101
+  %57 = fadd <32 x float> %cse_v10.i, splat (float 0xC168000FE0000000)
+  %58 = fmul <32 x float> %57, splat (float 0x3F2BD01060000000)
+  %59 = fmul <32 x float> %57, splat (float 0x3FE6300000000000)
+  %60 = fsub <32 x float> %arg.i, %59
+  %61 = fadd <32 x float> %58, %60
+  %62 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %61, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> %61, <32 x float> splat (float 0x3FA5558F20000000))
+  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %61, <32 x float> splat (float 0x3FC5554920000000))
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %61, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %66 = fmul <32 x float> %61, %61
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %66, <32 x float> %61)
+  %68 = shl <32 x i32> %56, splat (i32 23)
+  %69 = bitcast <32 x i32> %68 to <32 x float>
+  %70 = fadd <32 x float> %67, splat (float 1.000000e+00)
+  %71 = fmul <32 x float> %70, %69
+  %72 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
+  %73 = select <32 x i1> %72, <32 x float> zeroinitializer, <32 x float> %71
+  %74 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %75 = select <32 x i1> %74, <32 x float> %73, <32 x float> zeroinitializer
+  store <32 x float> %75, ptr %alpha41.i, align 16, !tbaa !101
   %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
-  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <32 x i32> %80 to <32 x float>
-  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <32 x float> %arg2.i, %83
-  %85 = fadd <32 x float> %82, %84
-  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
-  %91 = fmul <32 x float> %85, %90
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
-  %93 = shl <32 x i32> %79, splat (i32 23)
-  %94 = add <32 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <32 x i32> %94 to <32 x float>
-  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <32 x float> %96, %95
-  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
-  %100 = fcmp one <32 x float> %52, zeroinitializer
-  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !107
-  %102 = fmul <32 x float> %old_sum.i, %78
-  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
+  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %76 = bitcast <32 x float> %cse_v6.i to <32 x i32>
+  %77 = fadd <32 x float> %cse_v6.i, splat (float 0xC168000FE0000000)
+  %78 = fmul <32 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <32 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <32 x float> %arg2.i, %79
+  %81 = fadd <32 x float> %78, %80
+  %82 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %81, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %82, <32 x float> %81, <32 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %83, <32 x float> %81, <32 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %84, <32 x float> %81, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <32 x float> %81, %81
+  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> %86, <32 x float> %81)
+  %88 = shl <32 x i32> %76, splat (i32 23)
+  %89 = bitcast <32 x i32> %88 to <32 x float>
+  %90 = fadd <32 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <32 x float> %90, %89
+  %92 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %93 = select <32 x i1> %92, <32 x float> zeroinitializer, <32 x float> %91
+  %94 = fcmp one <32 x float> %52, zeroinitializer
+  %95 = select <32 x i1> %94, <32 x float> %93, <32 x float> zeroinitializer
+  store <32 x float> %95, ptr %beta40.i, align 16, !tbaa !107
+  %96 = fmul <32 x float> %old_sum.i, %75
+  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %95, <32 x float> %52, <32 x float> %96)
   %.idx.i = shl nsw i64 %47, 14
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %98 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !113
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !114
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !4
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !4
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !4
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !4
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !4
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !4
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !4
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !4
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !4
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !4
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !4
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !4
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !4
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !4
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !4
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !4
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !4
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !4
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !4
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !4
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !4
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !4
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !4
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !21
+  %indvars.iv67.i = phi i64 [ %indvars.iv.next68.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %99 = shl nuw nsw i64 %indvars.iv67.i, 7
+  %100 = getelementptr inbounds nuw float, ptr %beta40.i, i64 %indvars.iv67.i
+  %101 = load float, ptr %100, align 4, !tbaa !113
+  %102 = insertelement <16 x float> poison, float %101, i64 0
+  %103 = shufflevector <16 x float> %102, <16 x float> poison, <16 x i32> zeroinitializer
+  %104 = getelementptr float, ptr %98, i64 %99
+  %105 = getelementptr inbounds nuw float, ptr %alpha41.i, i64 %indvars.iv67.i
+  %106 = load float, ptr %105, align 4, !tbaa !114
+  %107 = getelementptr inbounds nuw float, ptr %acc.i, i64 %99
+  store <16 x float> zeroinitializer, ptr %107, align 4, !tbaa !4
+  %108 = load <16 x float>, ptr %104, align 4, !tbaa !4
+  %.scalar = fmul float %106, 0.000000e+00
+  %109 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %108, <16 x float> %110)
+  store <16 x float> %111, ptr %107, align 4, !tbaa !4
+  %112 = getelementptr inbounds nuw i8, ptr %107, i64 64
+  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !4
+  %113 = getelementptr i8, ptr %104, i64 64
+  %114 = load <16 x float>, ptr %113, align 4, !tbaa !4
+  %115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %114, <16 x float> %110)
+  store <16 x float> %115, ptr %112, align 4, !tbaa !4
+  %116 = getelementptr inbounds nuw i8, ptr %107, i64 128
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
+  %117 = getelementptr i8, ptr %104, i64 128
+  %118 = load <16 x float>, ptr %117, align 4, !tbaa !4
+  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %118, <16 x float> %110)
+  store <16 x float> %119, ptr %116, align 4, !tbaa !4
+  %120 = getelementptr inbounds nuw i8, ptr %107, i64 192
+  store <16 x float> zeroinitializer, ptr %120, align 4, !tbaa !4
+  %121 = getelementptr i8, ptr %104, i64 192
+  %122 = load <16 x float>, ptr %121, align 4, !tbaa !4
+  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %122, <16 x float> %110)
+  store <16 x float> %123, ptr %120, align 4, !tbaa !4
+  %124 = getelementptr inbounds nuw i8, ptr %107, i64 256
+  store <16 x float> zeroinitializer, ptr %124, align 4, !tbaa !4
+  %125 = getelementptr i8, ptr %104, i64 256
+  %126 = load <16 x float>, ptr %125, align 4, !tbaa !4
+  %127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %126, <16 x float> %110)
+  store <16 x float> %127, ptr %124, align 4, !tbaa !4
+  %128 = getelementptr inbounds nuw i8, ptr %107, i64 320
+  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !4
+  %129 = getelementptr i8, ptr %104, i64 320
+  %130 = load <16 x float>, ptr %129, align 4, !tbaa !4
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %130, <16 x float> %110)
+  store <16 x float> %131, ptr %128, align 4, !tbaa !4
+  %132 = getelementptr inbounds nuw i8, ptr %107, i64 384
+  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !4
+  %133 = getelementptr i8, ptr %104, i64 384
+  %134 = load <16 x float>, ptr %133, align 4, !tbaa !4
+  %135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %134, <16 x float> %110)
+  store <16 x float> %135, ptr %132, align 4, !tbaa !4
+  %136 = getelementptr inbounds nuw i8, ptr %107, i64 448
+  store <16 x float> zeroinitializer, ptr %136, align 4, !tbaa !4
+  %137 = getelementptr i8, ptr %104, i64 448
+  %138 = load <16 x float>, ptr %137, align 4, !tbaa !4
+  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %138, <16 x float> %110)
+  store <16 x float> %139, ptr %136, align 4, !tbaa !4
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, 32
+  br i1 %exitcond70.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !21
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
-  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
-  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !115
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %97, %for_end_r.i ]
+  %m49.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
+  store <32 x float> %m49.lcssa.i, ptr %row_max45.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum44.i, align 16
+  %140 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %141 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %142 = select <32 x i1> %141, <32 x float> zeroinitializer, <32 x float> %140
+  store <32 x float> %142, ptr %factor39.i, align 16, !tbaa !115
   %sext28 = shl i64 %20, 32
   %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr i16, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %143 = mul nsw i64 %out_batch, %cse_v5.i
+  %144 = getelementptr i16, ptr %out, i64 %143
+  br label %for_begin_d_024.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !113
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !114
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !4
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+  %145 = shl nuw nsw i64 %indvars.iv.i, 7
+  %146 = getelementptr inbounds nuw float, ptr %beta40.i, i64 %indvars.iv.i
+  %147 = load float, ptr %146, align 4, !tbaa !113
+  %148 = insertelement <16 x float> poison, float %147, i64 0
+  %149 = shufflevector <16 x float> %148, <16 x float> poison, <16 x i32> zeroinitializer
+  %150 = getelementptr float, ptr %98, i64 %145
+  %151 = getelementptr inbounds nuw float, ptr %alpha41.i, i64 %indvars.iv.i
+  %152 = load float, ptr %151, align 4, !tbaa !114
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = load <16 x float>, ptr %150, align 4, !tbaa !4
+  %156 = getelementptr inbounds nuw float, ptr %acc.i, i64 %145
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !4
+  %158 = fmul <16 x float> %157, %154
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %155, <16 x float> %158)
+  store <16 x float> %159, ptr %156, align 4, !tbaa !4
+  %160 = getelementptr i8, ptr %150, i64 64
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !4
+  %162 = getelementptr inbounds nuw i8, ptr %156, i64 64
   %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  %164 = fmul <16 x float> %154, %163
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %161, <16 x float> %164)
   store <16 x float> %165, ptr %162, align 4, !tbaa !4
-  %166 = getelementptr i8, ptr %156, i64 64
+  %166 = getelementptr i8, ptr %150, i64 128
   %167 = load <16 x float>, ptr %166, align 4, !tbaa !4
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %168 = getelementptr inbounds nuw i8, ptr %156, i64 128
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
+  %170 = fmul <16 x float> %154, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %167, <16 x float> %170)
   store <16 x float> %171, ptr %168, align 4, !tbaa !4
-  %172 = getelementptr i8, ptr %156, i64 128
+  %172 = getelementptr i8, ptr %150, i64 192
   %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %174 = getelementptr inbounds nuw i8, ptr %156, i64 192
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
+  %176 = fmul <16 x float> %154, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %173, <16 x float> %176)
   store <16 x float> %177, ptr %174, align 4, !tbaa !4
-  %178 = getelementptr i8, ptr %156, i64 192
+  %178 = getelementptr i8, ptr %150, i64 256
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %180 = getelementptr inbounds nuw i8, ptr %156, i64 256
   %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
+  %182 = fmul <16 x float> %154, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %179, <16 x float> %182)
   store <16 x float> %183, ptr %180, align 4, !tbaa !4
-  %184 = getelementptr i8, ptr %156, i64 256
+  %184 = getelementptr i8, ptr %150, i64 320
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %186 = getelementptr inbounds nuw i8, ptr %156, i64 320
   %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
+  %188 = fmul <16 x float> %154, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %185, <16 x float> %188)
   store <16 x float> %189, ptr %186, align 4, !tbaa !4
-  %190 = getelementptr i8, ptr %156, i64 320
+  %190 = getelementptr i8, ptr %150, i64 384
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %192 = getelementptr inbounds nuw i8, ptr %156, i64 384
   %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
+  %194 = fmul <16 x float> %154, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %191, <16 x float> %194)
   store <16 x float> %195, ptr %192, align 4, !tbaa !4
-  %196 = getelementptr i8, ptr %156, i64 384
+  %196 = getelementptr i8, ptr %150, i64 448
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %198 = getelementptr inbounds nuw i8, ptr %156, i64 448
   %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
+  %200 = fmul <16 x float> %154, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %197, <16 x float> %200)
   store <16 x float> %201, ptr %198, align 4, !tbaa !4
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !21
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
+  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, %wide.trip.count.i
+  br i1 %exitcond74.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
 
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
-  %209 = load float, ptr %208, align 4, !tbaa !121
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv78.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !4
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
+for_begin_d_024.preheader.i:                      ; preds = %for_begin_d_024.preheader.i, %for_end_step.i
+  %indvars.iv80.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next81.i, %for_begin_d_024.preheader.i ]
+  %202 = getelementptr inbounds nuw float, ptr %factor39.i, i64 %indvars.iv80.i
+  %203 = load float, ptr %202, align 4, !tbaa !121
+  %204 = insertelement <16 x float> poison, float %203, i64 0
+  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
+  %206 = mul nsw i64 %indvars.iv80.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %144, i64 %206
+  %.idx = shl nuw nsw i64 %indvars.iv80.i, 9
+  %207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %208 = load <16 x float>, ptr %207, align 4, !tbaa !4
+  %209 = fmul <16 x float> %208, %205
+  %210 = bitcast <16 x float> %209 to <16 x i32>
+  %211 = lshr <16 x i32> %210, splat (i32 16)
+  %212 = and <16 x i32> %211, splat (i32 1)
+  %213 = add nuw <16 x i32> %210, splat (i32 32767)
+  %214 = add nuw <16 x i32> %213, %212
+  %215 = lshr <16 x i32> %214, splat (i32 16)
+  %216 = trunc nuw <16 x i32> %215 to <16 x i16>
+  store <16 x i16> %216, ptr %invariant.gep.i, align 2, !tbaa !4
+  %217 = getelementptr inbounds nuw i8, ptr %207, i64 64
+  %218 = load <16 x float>, ptr %217, align 4, !tbaa !4
+  %219 = fmul <16 x float> %205, %218
+  %220 = bitcast <16 x float> %219 to <16 x i32>
   %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !4
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !4
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
+  %222 = and <16 x i32> %221, splat (i32 1)
+  %223 = add nuw <16 x i32> %220, splat (i32 32767)
+  %224 = add nuw <16 x i32> %223, %222
+  %225 = lshr <16 x i32> %224, splat (i32 16)
+  %226 = trunc nuw <16 x i32> %225 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !4
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !4
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
+  store <16 x i16> %226, ptr %gep.1.i, align 2, !tbaa !4
+  %227 = getelementptr inbounds nuw i8, ptr %207, i64 128
+  %228 = load <16 x float>, ptr %227, align 4, !tbaa !4
+  %229 = fmul <16 x float> %205, %228
+  %230 = bitcast <16 x float> %229 to <16 x i32>
+  %231 = lshr <16 x i32> %230, splat (i32 16)
+  %232 = and <16 x i32> %231, splat (i32 1)
+  %233 = add nuw <16 x i32> %230, splat (i32 32767)
+  %234 = add nuw <16 x i32> %233, %232
+  %235 = lshr <16 x i32> %234, splat (i32 16)
+  %236 = trunc nuw <16 x i32> %235 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !4
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !4
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
+  store <16 x i16> %236, ptr %gep.2.i, align 2, !tbaa !4
+  %237 = getelementptr inbounds nuw i8, ptr %207, i64 192
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !4
+  %239 = fmul <16 x float> %205, %238
+  %240 = bitcast <16 x float> %239 to <16 x i32>
+  %241 = lshr <16 x i32> %240, splat (i32 16)
+  %242 = and <16 x i32> %241, splat (i32 1)
+  %243 = add nuw <16 x i32> %240, splat (i32 32767)
+  %244 = add nuw <16 x i32> %243, %242
+  %245 = lshr <16 x i32> %244, splat (i32 16)
+  %246 = trunc nuw <16 x i32> %245 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !4
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !4
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
+  store <16 x i16> %246, ptr %gep.3.i, align 2, !tbaa !4
+  %247 = getelementptr inbounds nuw i8, ptr %207, i64 256
+  %248 = load <16 x float>, ptr %247, align 4, !tbaa !4
+  %249 = fmul <16 x float> %205, %248
+  %250 = bitcast <16 x float> %249 to <16 x i32>
+  %251 = lshr <16 x i32> %250, splat (i32 16)
+  %252 = and <16 x i32> %251, splat (i32 1)
+  %253 = add nuw <16 x i32> %250, splat (i32 32767)
+  %254 = add nuw <16 x i32> %253, %252
+  %255 = lshr <16 x i32> %254, splat (i32 16)
+  %256 = trunc nuw <16 x i32> %255 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !4
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !4
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
+  store <16 x i16> %256, ptr %gep.4.i, align 2, !tbaa !4
+  %257 = getelementptr inbounds nuw i8, ptr %207, i64 320
+  %258 = load <16 x float>, ptr %257, align 4, !tbaa !4
+  %259 = fmul <16 x float> %205, %258
+  %260 = bitcast <16 x float> %259 to <16 x i32>
+  %261 = lshr <16 x i32> %260, splat (i32 16)
+  %262 = and <16 x i32> %261, splat (i32 1)
+  %263 = add nuw <16 x i32> %260, splat (i32 32767)
+  %264 = add nuw <16 x i32> %263, %262
+  %265 = lshr <16 x i32> %264, splat (i32 16)
+  %266 = trunc nuw <16 x i32> %265 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !4
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !4
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
+  store <16 x i16> %266, ptr %gep.5.i, align 2, !tbaa !4
+  %267 = getelementptr inbounds nuw i8, ptr %207, i64 384
+  %268 = load <16 x float>, ptr %267, align 4, !tbaa !4
+  %269 = fmul <16 x float> %205, %268
+  %270 = bitcast <16 x float> %269 to <16 x i32>
+  %271 = lshr <16 x i32> %270, splat (i32 16)
+  %272 = and <16 x i32> %271, splat (i32 1)
+  %273 = add nuw <16 x i32> %270, splat (i32 32767)
+  %274 = add nuw <16 x i32> %273, %272
+  %275 = lshr <16 x i32> %274, splat (i32 16)
+  %276 = trunc nuw <16 x i32> %275 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !4
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !4
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  store <16 x i16> %276, ptr %gep.6.i, align 2, !tbaa !4
+  %277 = getelementptr inbounds nuw i8, ptr %207, i64 448
+  %278 = load <16 x float>, ptr %277, align 4, !tbaa !4
+  %279 = fmul <16 x float> %205, %278
+  %280 = bitcast <16 x float> %279 to <16 x i32>
+  %281 = lshr <16 x i32> %280, splat (i32 16)
+  %282 = and <16 x i32> %281, splat (i32 1)
+  %283 = add nuw <16 x i32> %280, splat (i32 32767)
+  %284 = add nuw <16 x i32> %283, %282
+  %285 = lshr <16 x i32> %284, splat (i32 16)
+  %286 = trunc nuw <16 x i32> %285 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !4
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
-  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !21
+  store <16 x i16> %286, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
+  %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 32
+  br i1 %exitcond83.not.i, label %for_begin_r29.preheader.i, label %for_begin_d_024.preheader.i, !prof !21
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %293 = mul nsw i64 %lse_batch, %cse_v5.i
-  %294 = getelementptr float, ptr %lse, i64 %293
-  br label %for_body_r28.i
+for_begin_r29.preheader.i:                        ; preds = %for_begin_d_024.preheader.i
+  %287 = mul nsw i64 %lse_batch, %cse_v5.i
+  %288 = getelementptr float, ptr %lse, i64 %287
+  br label %for_body_r30.i
 
-for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
-  %296 = load float, ptr %295, align 16, !tbaa !122
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end33.i, label %if_else.i
+for_body_r30.i:                                   ; preds = %if_end35.i.3, %for_begin_r29.preheader.i
+  %indvars.iv84.i = phi i64 [ 0, %for_begin_r29.preheader.i ], [ %indvars.iv.next85.i.3, %if_end35.i.3 ]
+  %289 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv84.i
+  %290 = load float, ptr %289, align 16, !tbaa !122
+  %291 = fcmp oeq float %290, 0.000000e+00
+  br i1 %291, label %if_end35.i, label %if_else.i
 
-for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+for_end_r31.i:                                    ; preds = %if_end35.i.3
+  %292 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %293 = tail call i32 %292(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %293, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r28.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
-  %302 = load float, ptr %301, align 16, !tbaa !124
-  %303 = fadd float %300, %302
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_body_r30.i
+  %294 = tail call float @llvm.log.f32(float %290)
+  %295 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv84.i
+  %296 = load float, ptr %295, align 16, !tbaa !124
+  %297 = fadd float %294, %296
+  br label %if_end35.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
-  store float %304, ptr %305, align 4, !tbaa !4
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
-  %307 = load float, ptr %306, align 4, !tbaa !122
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end33.i.1, label %if_else.i.1
+if_end35.i:                                       ; preds = %if_else.i, %for_body_r30.i
+  %298 = phi float [ %297, %if_else.i ], [ 0xFFF0000000000000, %for_body_r30.i ]
+  %299 = getelementptr float, ptr %288, i64 %indvars.iv84.i
+  store float %298, ptr %299, align 4, !tbaa !4
+  %indvars.iv.next85.i = or disjoint i64 %indvars.iv84.i, 1
+  %300 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv.next85.i
+  %301 = load float, ptr %300, align 4, !tbaa !122
+  %302 = fcmp oeq float %301, 0.000000e+00
+  br i1 %302, label %if_end35.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end33.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
-  %311 = load float, ptr %310, align 4, !tbaa !124
-  %312 = fadd float %309, %311
-  br label %if_end33.i.1
+if_else.i.1:                                      ; preds = %if_end35.i
+  %303 = tail call float @llvm.log.f32(float %301)
+  %304 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv.next85.i
+  %305 = load float, ptr %304, align 4, !tbaa !124
+  %306 = fadd float %303, %305
+  br label %if_end35.i.1
 
-if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
-  store float %313, ptr %314, align 4, !tbaa !4
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !122
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end33.i.2, label %if_else.i.2
+if_end35.i.1:                                     ; preds = %if_else.i.1, %if_end35.i
+  %307 = phi float [ %306, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end35.i ]
+  %308 = getelementptr float, ptr %288, i64 %indvars.iv.next85.i
+  store float %307, ptr %308, align 4, !tbaa !4
+  %indvars.iv.next85.i.1 = or disjoint i64 %indvars.iv84.i, 2
+  %309 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv.next85.i.1
+  %310 = load float, ptr %309, align 8, !tbaa !122
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end35.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end33.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !124
-  %321 = fadd float %318, %320
-  br label %if_end33.i.2
+if_else.i.2:                                      ; preds = %if_end35.i.1
+  %312 = tail call float @llvm.log.f32(float %310)
+  %313 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv.next85.i.1
+  %314 = load float, ptr %313, align 8, !tbaa !124
+  %315 = fadd float %312, %314
+  br label %if_end35.i.2
 
-if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
-  store float %322, ptr %323, align 4, !tbaa !4
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !122
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end33.i.3, label %if_else.i.3
+if_end35.i.2:                                     ; preds = %if_else.i.2, %if_end35.i.1
+  %316 = phi float [ %315, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end35.i.1 ]
+  %317 = getelementptr float, ptr %288, i64 %indvars.iv.next85.i.1
+  store float %316, ptr %317, align 4, !tbaa !4
+  %indvars.iv.next85.i.2 = or disjoint i64 %indvars.iv84.i, 3
+  %318 = getelementptr inbounds nuw float, ptr %row_sum44.i, i64 %indvars.iv.next85.i.2
+  %319 = load float, ptr %318, align 4, !tbaa !122
+  %320 = fcmp oeq float %319, 0.000000e+00
+  br i1 %320, label %if_end35.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end33.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !124
-  %330 = fadd float %327, %329
-  br label %if_end33.i.3
+if_else.i.3:                                      ; preds = %if_end35.i.2
+  %321 = tail call float @llvm.log.f32(float %319)
+  %322 = getelementptr inbounds nuw float, ptr %row_max45.i, i64 %indvars.iv.next85.i.2
+  %323 = load float, ptr %322, align 4, !tbaa !124
+  %324 = fadd float %321, %323
+  br label %if_end35.i.3
 
-if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
-  store float %331, ptr %332, align 4, !tbaa !4
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
-  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
-  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !21, !llvm.loop !126
+if_end35.i.3:                                     ; preds = %if_else.i.3, %if_end35.i.2
+  %325 = phi float [ %324, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end35.i.2 ]
+  %326 = getelementptr float, ptr %288, i64 %indvars.iv.next85.i.2
+  store float %325, ptr %326, align 4, !tbaa !4
+  %indvars.iv.next85.i.3 = add nuw nsw i64 %indvars.iv84.i, 4
+  %exitcond87.not.i.3 = icmp eq i64 %indvars.iv.next85.i.3, 32
+  br i1 %exitcond87.not.i.3, label %for_end_r31.i, label %for_body_r30.i, !prof !21, !llvm.loop !126
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r31.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r31.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta40.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha41.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum44.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max45.i)
   ret i32 %common.ret.op.i
 }
 
