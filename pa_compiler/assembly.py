@@ -51,7 +51,7 @@ _ARITHMETIC = re.compile(r"v?(add|sub|mul|div|min|max)[ps]s\s")
 _LOAD = re.compile(r"(?!kmov).*\).*,\s*%([xyz]mm|k)\d+[^,()]*$")
 _BROADCAST = re.compile(r"v?p?broadcast\w+\s")
 _EMBEDDED = re.compile(r".*\{1to\d+\}")
-_CONVERSION = re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|pand[dq]?\s|permt2w\s|permi2w\s)")
+_CONVERSION = re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|p?and(ps|d|q)?\s|permt2w\s|permi2w\s)")
 _PREFETCH = re.compile("prefetch")
 _STACK_STORE = re.compile(r"(?!cmp|test|bt|prefetch|call|jmp|push|i?mul|i?div)\w+\s+.*\(%rsp[^)]*\)(\s*\{%k\d\})?$")
 

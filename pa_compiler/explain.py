@@ -43,11 +43,10 @@ pref.  prefetches
 stack  stores to the stack: registers that are spilled, and small buffers"""
 
 
-_IN_TURN = f"{tiling.STREAMS} places of a tile read in turn"
 _ORDERS = {
     None: "head tile after head tile, from scores to outputs; instructions prefetch what the next one reads",
-    "tokens": f"all scores, then all outputs: groups of tokens, each through all heads; {_IN_TURN}",
-    "heads": f"all scores, then all outputs: heads, each through the whole tile; {_IN_TURN}",
+    "tokens": "all scores, then all outputs: groups of tokens, each through all heads",
+    "heads": "all scores, then all outputs: heads, each through the whole tile",
 }
 """By Tiling.sweep."""
 
@@ -124,10 +123,16 @@ def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {report.counted(spec.group, 'row')} of a kv head"),
         ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
         ("KV", f"{read}, {report.counted(tiles.word_elements, 'element')} a word"),
-        ("order", _ORDERS[tiles.sweep]),
+        ("order", _ORDERS[tiles.sweep] + _in_turn(tiles)),
         ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
         ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of head_dim, {of_all(pv)}"),
     ]
+
+
+def _in_turn(tiles: tiling.Tiling) -> str:
+    if tiles.group_places > 1:
+        return f"; values from {tiles.group_places} places of a group in turn"
+    return f"; {tiles.streams} places of a tile read in turn" if tiles.streams > 1 else ""
 
 
 def _partial(tiles: tiling.Tiling) -> str:

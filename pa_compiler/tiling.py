@@ -39,6 +39,9 @@ STREAMS = 8
 """Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each. In HND one place
 has measured 60 % of a core's bandwidth, 4 places 70 %, and 8 places 90 %."""
 
+PAIRED_STREAMS = 2
+"""The same where a row of the cache holds pairs of tokens: 8 have measured three quarters of the speed of 2."""
+
 LINE_BYTES = 64
 """A line of the memory system."""
 
@@ -112,7 +115,14 @@ class Tiling:
     @property
     def streams(self) -> int:
         """Places of a whole tile that its tokens are read from in turn."""
-        return math.gcd(self.kv_tile, STREAMS) if self.sweep else 1
+        return math.gcd(self.kv_tile, STREAMS) if self.sweep and self.strategy == "head_dim_in_lanes" else 1
+
+    @property
+    def group_places(self) -> int:
+        """Places of a token group that a sweep reads values from in turn, where the table of offsets cannot say it."""
+        if self.sweep and self.strategy == "tokens_in_lanes":
+            return math.gcd(self.token_group, STREAMS if self.word_elements == 1 else PAIRED_STREAMS)
+        return 1
 
     def qk_sums(self, vector_lanes: int) -> int:
         """Vector registers that the sums of qk_matmul take."""
@@ -124,6 +134,10 @@ class Tiling:
         """Vector registers that the sums of pv_matmul take."""
         lanes = vector_lanes if self.strategy == "heads_in_lanes" else self.lanes
         return -(-self.pv_rows * self.pv_dims // lanes)
+
+    def pv_passes(self, spec: PagedAttentionSpec) -> int:
+        """Register tiles of pv_matmul, each of which goes through a tile of tokens."""
+        return self.row_tile // self.pv_rows * (spec.head_dim // self.pv_dims)
 
     def copy_shape(self, spec: PagedAttentionSpec, copied: bool) -> tuple[int, int]:
         """The shape of a tile of keys or values that is converted into scratch; of nothing, where none is."""
@@ -149,12 +163,12 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     # of a vector of the cache, in loads from the first-level cache
     load_cost = 2 if spec.dtype == "float32" or dot_pairs else 3
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
-    pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
+    pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost, 1)
     pv_dims = pv_vectors * lanes
     strategy, _ = choose_strategy(spec, target, pipeline)
     if strategy == "tokens_in_lanes":
         whole_groups = [groups * PACKED_TOKENS // target.vector_lanes for groups in (1, 2, 4)]
-        qk_rows, qk_vectors = register_tile(rows, whole_groups, target, load_cost)
+        qk_rows, qk_vectors = register_tile(rows, whole_groups, target, load_cost, 2)
         token_group = qk_tokens = qk_vectors * target.vector_lanes
     elif strategy == "heads_in_lanes":
         qk_rows = pv_rows = rows
@@ -163,7 +177,7 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
         pv_dims = largest_divisor(spec.head_dim, qk_tokens)
     else:
         token_group = lanes
-        qk_rows, qk_tokens = register_tile(rows, divisors(lanes), target, load_cost)
+        qk_rows, qk_tokens = register_tile(rows, divisors(lanes), target, load_cost, 2)
     kv_tile = min(KV_TILE, KV_TILE_BYTES // (2 * spec.head_dim * ITEMSIZES[spec.dtype]))
     return Tiling(
         strategy=strategy,
@@ -209,8 +223,10 @@ def _sweep(spec: PagedAttentionSpec, strategy: str, pipeline: str) -> str | None
     """Tiling.sweep: for work that the memory limits, in the order in which a block lies there."""
     intensity = 2 * _rows(spec) / ITEMSIZES[spec.dtype]
     scratch = 2 * KV_TILE * spec.num_heads * ITEMSIZES["float32"]
-    if pipeline != "fused" or strategy != "head_dim_in_lanes" or intensity > SWEEP_INTENSITY or scratch > SWEEP_BYTES:
+    if pipeline != "fused" or strategy == "heads_in_lanes" or intensity > SWEEP_INTENSITY or scratch > SWEEP_BYTES:
         return None
+    if strategy == "tokens_in_lanes" and _rows(spec) > 1:
+        return None  # with 4 rows of float32 it has measured two thirds of the speed
     return "tokens" if spec.kv_layout == "NHD" else "heads"
 
 
@@ -219,17 +235,22 @@ def _rows(spec: PagedAttentionSpec) -> int:
     return -(-spec.group // -(-spec.group // spec.head_tile))
 
 
-def register_tile(rows: int, columns: list[int], target: CpuTarget, load_cost: float) -> tuple[int, int]:
+def register_tile(rows: int, columns: list[int], target: CpuTarget, load_cost: float, held: int) -> tuple[int, int]:
     """How many rows and columns of vectors of an outer product have their sums in registers at once.
 
     A divisor of rows and one of the given numbers of columns, with the fewest loads for an FMA: a row costs one, a
-    column load_cost.
+    column load_cost. A column is loaded once for all rows, and takes `held` registers meanwhile.
     """
+
+    def fits(r: int, c: int) -> bool:
+        operands = held * c if r > 1 else 0
+        return r * c <= target.vector_sums and r * c + operands <= target.vector_registers
+
     tiles = [
         ((r + load_cost * c) / (r * c), -r, (r, c))
         for r in divisors(rows)
         for c in columns
-        if r * c <= target.vector_sums or (r == 1 and c == min(columns))
+        if fits(r, c) or (r == 1 and c == min(columns))
     ]
     return min(tiles)[2]
 

@@ -64,9 +64,11 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     lane, token, _, row, dim, half = sch.get_loops(parts)[-6:]
     token_outer, token = sch.split(token, [None, tiling.qk_tokens])
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
-    sch.reorder(token_outer, row_outer, dim, half, token, row, lane)
+    # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
+    inner = (half, row, token) if tiling.qk_rows > 1 else (row, token, half)
+    sch.reorder(token_outer, row_outer, dim, *inner, lane)
     sch.unroll(half)
-    in_registers(sch, sums, row_outer, token, row, lane)
+    in_registers(sch, sums, row_outer, row, token, lane)
     sch.decompose_reduction(parts, dim)
     _, token, _ = sch.get_loops(scores)[-3:]
     init = sch.decompose_reduction(scores, token)
@@ -138,7 +140,7 @@ def _sum_tile(sch: Schedule, tiling: Tiling, sblock: str) -> LoopRV:
     _, *tokens, row, dim = sch.get_loops(sblock)
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, vector, lane, half = _split_dims(sch, tiling, dim)
-    sch.reorder(row_outer, dim_outer, *tokens, vector, half, row, lane)
+    sch.reorder(row_outer, dim_outer, *tokens, row, vector, half, lane)
     for loop in (*tokens[1:], vector, half, row):
         sch.unroll(loop)
     sch.vectorize(lane)
@@ -165,8 +167,16 @@ def _fold_tile(sch: Schedule, tiling: Tiling) -> LoopRV:
 
 
 def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
-    """Outputs in registers over one token group, and then added to what there is of them in memory."""
-    sums = sch.rfactor(sch.get_loops(full)[-4], factor_axis=0)
+    """Outputs in registers over some tokens of a group, and then added to what there is of them in memory.
+
+    All of a group; or, packed, where tokens lie side by side, one or a pair of them from each of a group's places.
+    """
+    group, token = sch.get_loops(full)[-4:-2]
+    if tiling.group_places > 1:
+        place, token, pair = sch.split(token, [tiling.group_places, None, tiling.word_elements])
+        sch.reorder(token, place, pair)
+        group, _ = sch.fuse(group, token), sch.fuse(place, pair)
+    sums = sch.rfactor(group, factor_axis=0)
     tile, group, row, dim = sch.get_loops(full)[-4:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, *added = _split_dims(sch, tiling, dim)
@@ -175,7 +185,7 @@ def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
     token, _, summed_row, dim = sch.get_loops(sums)[-4:]
     _, *summed = _split_dims(sch, tiling, dim)
     for (vector, lane, half), each_row, each_token in ((added, row, []), (summed, summed_row, [token])):
-        sch.reorder(*each_token, vector, half, each_row, lane)
+        sch.reorder(*each_token, each_row, vector, half, lane)
         for loop in (*each_token, vector, half, each_row):
             sch.unroll(loop)
         sch.vectorize(lane)

@@ -1,7 +1,8 @@
 """A tensor intrinsic: the sums across the lanes of L vectors, as one vector of L sums.
 
-By log2(L) rounds of shuffles and additions that each join two vectors: the first two within 128 bits, where shuffles
-are cheap, the others of whole 128-bit quarters.
+By rounds of shuffles and additions that each join two vectors: the first two within 128 bits, where shuffles are cheap,
+the others of whole 128-bit quarters. The vectors come from memory: of those of 256 bits the halves are added as they
+are loaded, which takes no shuffles, and nothing crosses 128 bits.
 """
 
 from tvm.ir import Expr
@@ -18,6 +19,10 @@ def sum_lanes(lanes: int) -> str:
     if TensorIntrin.get(name, allow_missing=True) is None:
         TensorIntrin.register(name, *_sum_lanes(lanes))
     return name
+
+
+_QUARTER = 4
+_HALVED = 8  # lanes whose halves are added as they are loaded
 
 
 def _rounds(lanes: int) -> list[tuple[list[int], list[int]]]:
@@ -40,7 +45,8 @@ def _rounds(lanes: int) -> list[tuple[list[int], list[int]]]:
 
 
 def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
-    rounds = _rounds(lanes)
+    width = _QUARTER if lanes == _HALVED else lanes
+    rounds = _rounds(width)
 
     @script.prim_func(s_tir=True)
     def description(sums_handle: T.handle, parts_handle: T.handle) -> None:
@@ -54,11 +60,14 @@ def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
                     vj, vi = T.axis.remap("RS", [j, i])  # in the order that rfactor gives
                     sums[vi] = sums[vi] + parts[vi, vj]
 
-    def total(parts: Buffer) -> Expr:
-        vectors = [parts[i, T.ramp(0, 1, lanes)] for i in range(lanes)]
+    def total(parts: Buffer, first: int) -> Expr:
+        """The sums of `width` vectors from the first on."""
+        vectors = [parts[first + i, T.ramp(0, 1, width)] for i in range(width)]
+        if width < lanes:
+            vectors = [low + parts[first + i, T.ramp(width, 1, width)] for i, low in enumerate(vectors)]
         bound: list[tuple[Var, Expr]] = []
         for low, high in rounds:
-            names = [Var(f"sum_{len(bound) + i}", f"float32x{lanes}") for i in range(len(vectors))]
+            names = [Var(f"sum_{len(bound) + i}", f"float32x{width}") for i in range(len(vectors))]
             bound += zip(names, vectors, strict=True)
             pairs = zip(names[::2], names[1::2], strict=True)
             vectors = [Shuffle([a, b], low) + Shuffle([a, b], high) for a, b in pairs]
@@ -67,6 +76,11 @@ def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
             result = Let(name, value, result)
         return result
 
+    def store(sums: Buffer, parts: Buffer) -> None:
+        for first in range(0, lanes, width):
+            columns = T.ramp(first, 1, width)
+            T.buffer_store(sums, sums[columns] + total(parts, first), [columns])
+
     @script.prim_func(s_tir=True)
     def implementation(sums_handle: T.handle, parts_handle: T.handle) -> None:
         parts = T.match_buffer(parts_handle, (lanes, lanes), "float32", offset_factor=1)
@@ -74,7 +88,6 @@ def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
         with T.sblock("root"):
             T.reads(sums[0:lanes], parts[0:lanes, 0:lanes])
             T.writes(sums[0:lanes])
-            all_sums = T.meta_var(total(parts))
-            sums[T.ramp(0, 1, lanes)] = sums[T.ramp(0, 1, lanes)] + all_sums
+            store(sums, parts)
 
     return description, implementation

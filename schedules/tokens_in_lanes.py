@@ -4,7 +4,7 @@
                  them, that one vector of the cache holds): no sum across lanes, whatever the group
     the rest     as where head_dim lies in the lanes: a row of packed values is a token's
 
-The fetches of the next tile are spread over the steps of the matmul.
+The fetches of the next tile are spread over the steps of the matmul; a sweep has none.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,16 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
     token_outer, token = sch.split(token, [None, PACKED_TOKENS])
-    sch.reorder(group, row_outer, dim_outer, dim, half, row, token_outer, token)
+    # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
+    inner = (half, row, token_outer) if tiling.qk_rows > 1 else (row, token_outer, half)
+    sch.reorder(group, row_outer, dim_outer, dim, *inner, token)
     sch.reverse_compute_at(sums, row_outer, preserve_unit_loops=True)
     sch.split(sch.get_loops(sums)[-1], [None, PACKED_TOKENS])
     unroll_tile(sch, sums, row, token_outer, token)
     sch.unroll(half)
     sch.decompose_reduction(scores, dim_outer)
+    if tiling.sweep:
+        return
     fetch = sch.get_sblock("prefetch_keys")
     fetch_group, number = sch.get_loops(fetch)[-2:]
     sch.split(number, [int(sch.get(row_outer).extent), steps, None])

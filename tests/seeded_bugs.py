@@ -102,8 +102,11 @@ FAULTS = {
     "staged results stored a block too soon": Fault(
         f"{_KERNELS}staged.py", "block_idx == num_blocks - 1", "block_idx == num_blocks - 2", _DECODE
     ),
-    "sums across lanes of the wrong quarters": Fault(
-        "schedules/sum_lanes.py", "rounds.append((low, [i + 4 for i in low]))", "rounds.append((low, low))", _DECODE
+    "sums across lanes of the wrong elements": Fault(
+        "schedules/sum_lanes.py",
+        "for side in (0, lanes) for i in (2, 3)]",
+        "for side in (0, lanes) for i in (0, 1)]",
+        _DECODE,
     ),
     "pairs interleaved in the wrong order": Fault("schedules/transpose.py", "[2, 6, 3, 7]", "[2, 3, 6, 7]", _DECODE),
     "the last tile of a group dropped": Fault(

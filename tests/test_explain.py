@@ -75,7 +75,10 @@ def test_explain_counts_what_is_in_the_assembly(emitted, strategy, where):
         sum("broadcast" in each for each in code),
         sum("{1to16}" in each for each in code),
         sum("prefetch" in each for each in code),
-        sum("pslld\t$16" in each or "pblendw\t$170" in each or "pand" in each or "2w\t" in each for each in code),
+        sum(
+            "pslld\t$16" in each or "pblendw\t$170" in each or "pand" in each or "andps" in each or "2w\t" in each
+            for each in code
+        ),
         sum("mm" in each and each.endswith("(%rsp)") for each in code),
     ]
     _, instructions, fmas, dots, _, _, broadcasts, embedded, conversions, prefetches, stores = loops[line]

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from pa_compiler import PagedAttentionSpec, tiling
+from pa_compiler.kernels.pv_matmul import fetching_passes
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.target import CpuTarget
 
@@ -100,20 +101,46 @@ def test_only_pairs_of_bfloat16_are_read_as_words(dtype, head_dim, layout, pipel
 
 
 @every_target
+@pytest.mark.parametrize("held", [1, 2])
 @pytest.mark.parametrize("load_cost", [2, 3])
-def test_a_register_tile_has_the_fewest_loads(cpu, load_cost):
+def test_a_register_tile_has_the_fewest_loads(cpu, load_cost, held):
     """Against every other tile that fits; and where none does, one row of the smallest."""
+
+    def fits(r, c):
+        registers = r * c + (held * c if r > 1 else 0)
+        return r * c <= cpu.vector_sums and registers <= cpu.vector_registers
+
     for rows, columns in itertools.product(
         (*range(1, 17), 31, 48, 64), ([1], [1, 2, 4], [2, 4, 8, 16], [1, 3, 9], [1, 2, 4, 8, 16])
     ):
-        row_count, column_count = tiling.register_tile(rows, columns, cpu, load_cost)
+        row_count, column_count = tiling.register_tile(rows, columns, cpu, load_cost, held)
         assert rows % row_count == 0
         assert column_count in columns
-        assert row_count * column_count <= cpu.vector_sums
+        assert fits(row_count, column_count)
         for r, c in itertools.product(range(1, rows + 1), columns):
-            if rows % r == 0 and r * c <= cpu.vector_sums:
+            if rows % r == 0 and fits(r, c):
                 assert 1 / column_count + load_cost / row_count <= 1 / c + load_cost / r + 1e-12
-    assert tiling.register_tile(4, [64], cpu, load_cost) == (1, 64)
+    assert tiling.register_tile(4, [64], cpu, load_cost, held) == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("passes", "group", "lines", "fetching"),
+    [
+        (8, 8, 4, 8),  # a token in each pass
+        (4, 8, 2, 4),  # two tokens
+        (5, 8, 3, 4),  # two tokens, and the last pass fetches nothing
+        (12, 8, 6, 8),
+        (16, 8, 8, 16),  # half a token
+        (32, 4, 4, 16),  # a line, in every other pass
+        (1, 8, 1, 1),
+    ],
+)
+def test_the_passes_that_fetch_values(passes, group, lines, fetching):
+    """Each of them fetches whole tokens or an equal part of one, and all of them everything."""
+    assert fetching_passes(passes, group, lines) == fetching
+    assert group * lines % fetching == 0
+    each = group * lines // fetching
+    assert each % lines == 0 or lines % each == 0
 
 
 def test_divisors():

@@ -9,7 +9,7 @@ from pa_compiler.kernels.cache_access import load, load_copied, prefetch, value_
 from pa_compiler.kernels.pairs import LOW, dot_pairs
 from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiling import Tiling
+from pa_compiler.tiling import Tiling, divisors
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
@@ -29,6 +29,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     access = value_access(spec, tiling)
     read, lines = load_copied if tiling.copy_values else load(tiling, access), access.num_lines
     product = dot_pairs if tiling.dot_pairs else operator.mul
+    passes = tiling.pv_passes(spec)
+    fetching = fetching_passes(passes, group, lines)
+    fetches, every = group * lines // fetching, passes // fetching
+
+    def pass_of(r, d):
+        return T.floordiv(r, tiling.pv_rows) * (head_dim // tiling.pv_dims) + T.floordiv(d, tiling.pv_dims)
 
     def steps(tokens):
         return T.ceildiv(tokens, 2) if tiling.dot_pairs else tokens
@@ -53,16 +59,18 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     ):
         num_full: T.let = T.floordiv(valid_len, group)  # outside: a schedule may need it in what the sblock reads
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, head_dim), "float32")
-        fetched = T.sblock_alloc_buffer((tokens, lines), "int8")  # never touched: it ties the fetches to the loops
+        # never touched: it ties the fetches to the loops
+        fetched = T.sblock_alloc_buffer((tokens // group, passes, fetches), "int8")
         if one_tile:
-            for to, ti, li in T.grid(num_full, group, lines):
+            for to, pi, ni in T.grid(num_full, passes, fetches):
                 with T.sblock("prefetch_values"):
                     vo = T.axis.spatial(tokens // group, to)
-                    vi, vl = T.axis.remap("SS", [ti, li])
+                    vp, vn = T.axis.remap("SS", [pi, ni])
                     T.reads(value_offsets[0:offsets])
-                    T.writes(fetched[vo * group + vi, vl])
-                    number: T.let = ahead_t * lines + (vl * num_full + vo) * group + vi
-                    T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
+                    T.writes(fetched[vo, vp, vn])
+                    if T.And(T.floormod(vp, every) == 0, vp < every * fetching):
+                        number: T.let = ahead_t * lines + (T.floordiv(vp, every) * num_full + vo) * fetches + vn
+                        T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
         for i, to, ti, r, d in T.grid(num_tiles, num_full, group // pair, rows, head_dim):
             with T.sblock("full_groups"):
                 vt = T.axis.reduce(tokens // pair, to * (group // pair) + ti)
@@ -73,7 +81,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     probs[at, vr, vt],
                     whole(values),
                     value_offsets[vt * pair : vt * pair + pair],
-                    fetched[vt * pair : vt * pair + pair, T.floordiv(vd * lines, head_dim)],
+                    fetched[T.floordiv(vt, group // pair), pass_of(vr, vd), 0:fetches],
                 )
                 T.writes(full_acc[vi, vr, vd])
                 with T.init():
@@ -100,3 +108,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 )
 
     return stage
+
+
+def fetching_passes(passes: int, group: int, lines: int) -> int:
+    """In how many of the passes over a tile of tokens, at most, its next values are fetched.
+
+    In each pass a group of tokens is the time to fetch some whole tokens of `lines` lines, or an equal part of one: so
+    that no line's address takes a division at run time.
+    """
+    return max(count for count in divisors(group) + [group * part for part in divisors(lines)] if count <= passes)
