@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
-from pa_compiler import cases, explain, generate, manifest, report
-from pa_compiler.options import call_options, check_cpu, replace, spec_options, usage_errors
+from pa_compiler import cases, cuda_explain, explain, generate, gpus, manifest, report
+from pa_compiler.options import call_options, check_cpu, is_gpu, replace, spec_options, usage_errors
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
@@ -153,14 +153,24 @@ def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
 @spec_options
 @click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
 @click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
-def explain_command(target: Any, pipeline: str, flops: float | None, bandwidth: float | None, **_: Any) -> None:
+@click.option("--gpu", type=click.Choice(list(gpus.GPUS)), help="With --target cuda: the GPU of the predicted time.")
+def explain_command(
+    target: Any, pipeline: str, flops: float | None, bandwidth: float | None, gpu: str | None, **_: Any
+) -> None:
     """Say how a spec is compiled, and why: strategy, tiles, registers, inner loops, and the limit of the machine.
 
-    Nothing is run. The loops are those of the assembly, with the line where each begins in inspect --stage asm.
+    Nothing is run. The loops are those of the assembly, with the line where each begins in inspect --stage asm; for a
+    GPU the instructions of its kernels are counted.
     """
-    check_cpu(target)
     spec = replace(cases.DEFAULT.spec)
+    if is_gpu(target):
+        with _step("Compiling"), usage_errors():
+            on_gpu = cuda_explain.explain(spec, target, pipeline, gpu)
+        cuda_explain.print_explanation(_STDOUT, on_gpu)
+        return
     with _step("Compiling"), usage_errors():
+        if gpu is not None:
+            raise ValueError(f"gpu: expected --target cuda with it, got {target!r}")
         explanation = explain.explain(spec, target, pipeline)
     explain.print_explanation(_STDOUT, explanation, flops, bandwidth)
 

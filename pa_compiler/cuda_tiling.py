@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
@@ -244,6 +245,13 @@ def extra_items(head_tiles: int, resident_blocks: int) -> int:
         resident_blocks: Thread blocks of cuda_decode that the GPU runs at once.
     """
     return max(1, -(-WAVES * resident_blocks // head_tiles))
+
+
+def ranges(tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:
+    """How many ranges each sequence is cut into, as the kernels find it (kernels/cuda_plan.py)."""
+    steps = [-(-length // tiling.step_tokens) for length in context_lens]
+    longest = max(-(-sum(steps) // extra), tiling.min_range_steps)
+    return [max(1, -(-count // longest)) for count in steps]
 
 
 def _tile_tokens(spec: PagedAttentionSpec) -> int:

@@ -140,12 +140,20 @@ def replace(base: _Record, **changes: Any) -> _Record:
         return dataclasses.replace(base, **changes, **{name: ctx.params[name] for name in given})
 
 
-def check_cpu(target: Any) -> None:
-    """Refuse the target of a GPU, for a command that runs NumPy's arrays or reads a CPU's assembly."""
+def is_gpu(target: Any) -> bool:
+    """Whether a target is a GPU."""
     with usage_errors():
-        if normalize(target)["kind"] == "cuda":
-            command = click.get_current_context().info_name
-            raise ValueError(f"target: expected a CPU for {command}, got {target!r}; build and inspect take a GPU")
+        return bool(normalize(target)["kind"] == "cuda")
+
+
+def check_cpu(target: Any) -> None:
+    """Refuse the target of a GPU, for a command that runs NumPy's arrays."""
+    if is_gpu(target):
+        command = click.get_current_context().info_name
+        with usage_errors():
+            raise ValueError(
+                f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU"
+            )
 
 
 def _flag(name: str) -> str:

@@ -40,11 +40,11 @@ class CudaKernels:
         items = batch + extra
         out, lse = inputs.out, inputs.lse
         arguments = {
-            "query": inputs.query,
-            "key_cache": inputs.key_cache,
-            "value_cache": inputs.value_cache,
-            "block_table": inputs.block_table,
-            "context_lens": inputs.context_lens,
+            "query": read_only(inputs.query),
+            "key_cache": read_only(inputs.key_cache),
+            "value_cache": read_only(inputs.value_cache),
+            "block_table": read_only(inputs.block_table),
+            "context_lens": read_only(inputs.context_lens),
             "status": np.array([status], np.int32),
             "report": np.zeros(5, np.int64),
             "partial_max": np.full((items, spec.num_heads), np.nan, np.float32),
@@ -67,6 +67,13 @@ class CudaKernels:
         self.launch("cuda_decode", arguments, order)
         self.launch("cuda_merge", arguments, order)
         return out, lse
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view that no kernel may write to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def cache_strides(spec: PagedAttentionSpec, prefix: str, cache: np.ndarray) -> dict[str, int]:

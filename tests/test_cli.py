@@ -128,7 +128,7 @@ def test_a_narrow_terminal_cuts_nothing(invoke, monkeypatch):
         (["--target", "warp9"], "'--target': expected an mcpu that LLVM knows, such as x86-64-v3, got 'warp9'"),
         (["--target", "{"], "as JSON, got '{'"),
         (["--target", '{"kind": "rocm"}'], "'--target': expected kind 'llvm' or 'cuda', got 'rocm'"),
-        (["--target", "cuda"], "'--target': expected a CPU for run, got 'cuda'; build and inspect take a GPU"),
+        (["--target", "cuda"], "'--target': expected a CPU for run, got 'cuda'; build, explain and inspect take a GPU"),
         (["--target", "sm_90"], "'--target': expected a CPU for run"),
         (["--scale", "nan"], "'--scale'"),
         (["--case", "Case9"], "'Case9' is not one of 'Case1'"),

@@ -75,3 +75,12 @@ def test_offsets_of_32_bits(edited, spec):
     far = {name: far_apart(getattr(inputs, name)) for name in ("key_cache", "value_cache")}
     with pytest.raises(EmulationError, match=r"reads \d+ bytes at byte -?\d+ of (key|value)_cache"):
         kernels.decode(inputs.replace(**far))
+
+
+def test_without_swizzles(edited):
+    """The same result, but not as fast."""
+    kernels, inputs = edited(MMA, r" \^ \(", " + 0 * ("), on_device(make_inputs(MMA, [0, 1, 17, 300, 777]))
+    decode = kernels.kernels["cuda_decode_kernel"]
+    before = decode.bank_conflicts
+    assert_close_to_oracle(MMA, inputs, *kernels.decode(inputs))
+    assert decode.bank_conflicts > before

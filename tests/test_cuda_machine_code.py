@@ -9,6 +9,7 @@ import re
 from collections import Counter
 
 import pytest
+from cuda_emulator import PARTS
 from tvm import IRModule
 
 from pa_compiler import PagedAttentionSpec, cuda_build, cuda_tiling
@@ -128,3 +129,9 @@ def test_code_that_nvcc_refuses(tmp_path):
     tool_or_skip("nvcc")
     with pytest.raises(RuntimeError, match=r"nvcc failed with status(.|\n)*nonsense"):
         cuda_build.assemble("nonsense", "sm_90", tmp_path)
+
+
+def test_the_emulators_own_kernels_are_cuda(tmp_path):
+    """nvcc takes what test_cuda_emulator.py runs: the emulator has no dialect of its own."""
+    tool_or_skip("nvcc")
+    assert cuda_build.assemble((PARTS / "kernels.cu").read_text(), "sm_80", tmp_path).image

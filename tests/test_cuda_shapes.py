@@ -26,9 +26,16 @@ LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 300, 0, 777)
 BLOCK_SIZES, LAYOUTS = (1, 2, 5, 8, 16, 32), ("NHD", "HND")
 
 
+def bank_conflicts(kernels):
+    return kernels.kernels["cuda_decode_kernel"].bank_conflicts
+
+
 def check(kernels):
-    """Empty, short and long sequences, with each poison in all that is not used; the same bits in either order."""
-    spec = kernels.spec
+    """Empty, short and long sequences, with each poison in all that is not used; the same bits in either order.
+
+    No two rows of the ring that an ldmatrix reads together meet in a bank.
+    """
+    spec, conflicts = kernels.spec, bank_conflicts(kernels)
     inputs = on_device(make_inputs(spec, LENGTHS))
     out, lse = kernels.decode(inputs)
     assert_close_to_oracle(spec, inputs, out, lse)
@@ -38,6 +45,7 @@ def check(kernels):
         lengths = np.random.default_rng(seed).integers(0, 130, 1 + 7 * seed)
         inputs = on_device(make_inputs(spec, lengths, seed=seed, poison=poison))
         assert_close_to_oracle(spec, inputs, *kernels.decode(inputs, extra=extra))
+    assert bank_conflicts(kernels) == conflicts
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -48,9 +48,26 @@ ARROWS = {
     "report": {"spec", "cases", "tolerances", "manifest", "module", "verify"},
     "assembly": set(),
     "explain": {"spec", "target", "tiling", "compiler", "assembly", "cases", "report"},
+    "gpus": set(),
+    "cuda_explain": {
+        *("spec", "target", "cuda_target", "cuda_tiling", "cuda_build", "cuda_compiler", "gpus", "cases", "report"),
+    },
     "options": {"spec", "target", "cases"},
     "cli": {
-        *("__init__", "spec", "cases", "cache", "generate", "report", "explain", "options", "manifest", "module"),
+        *(
+            "cuda_explain",
+            "gpus",
+            "__init__",
+            "spec",
+            "cases",
+            "cache",
+            "generate",
+            "report",
+            "explain",
+            "options",
+            "manifest",
+            "module",
+        ),
         "compiler",
     },
 }

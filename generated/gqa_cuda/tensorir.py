@@ -122,7 +122,7 @@ class Module:
         cta = T.cta_id([items * 8])
         warp_id = T.warp_id([4])
         lane_id = T.lane_id([32])
-        ring = T.alloc_buffer((32768,), "bfloat16", scope="shared.dyn", align=128)
+        ring = T.alloc_buffer((16384,), "uint32", scope="shared.dyn", align=128)
         warp_max = T.decl_buffer((16,), data=ring.data, scope="shared.dyn")
         warp_sum = T.decl_buffer((16,), data=ring.data, elem_offset=16, scope="shared.dyn")
         warp_acc = T.decl_buffer((2112,), data=ring.data, elem_offset=32, scope="shared.dyn")
@@ -137,6 +137,7 @@ class Module:
         item: T.int32 = T.Div(cta, 8)
         kv_head: T.int32 = T.truncmod(cta, 8)
         first_row: T.int32 = 0
+        stopped: T.int32 = status[0]
         range_steps: T.int32
         steps: T.uint32 = T.uint32(0)
         for i in range(T.Div(batch + 31, 32)):
@@ -170,7 +171,7 @@ class Module:
                 found[3] = owned
             before = before + T.cuda.__shfl_sync(T.uint32(4294967295), end, 31, 32)
             first = first + 32
-        if (found[0] >= 0) & (status[0] == 0):
+        if (found[0] >= 0) & (stopped == 0):
             seq: T.int64 = T.Cast("int64", found[0])
             rows: T.int32 = T.min(4 - first_row, 4)
             end: T.int32 = found[2]
@@ -205,8 +206,8 @@ class Module:
                         size: T.uint32 = T.Select(token < end, T.uint32(16), T.uint32(0))
                         first_1: T.int32 = T.truncmod(lane, 8)
                         for c in T.unroll(2):
-                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2 * 2048 + (row * 16 + (c * 8 + first_1 ^ T.truncmod(row, 8))) * 8])), T.address_of(key_cache[key + T.Cast("int64", (c * 8 + first_1) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
-                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2 * 2048 + (row * 16 + (c * 8 + first_1 ^ T.truncmod(row, 8))) * 8 + 2048])), T.address_of(value_cache[value + T.Cast("int64", (c * 8 + first_1) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2 * 1024 + (row * 16 + (c * 8 + first_1 ^ T.truncmod(row, 8))) * 4])), T.address_of(key_cache[key + T.Cast("int64", (c * 8 + first_1) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2 * 1024 + (row * 16 + (c * 8 + first_1 ^ T.truncmod(row, 8))) * 4 + 1024])), T.address_of(value_cache[value + T.Cast("int64", (c * 8 + first_1) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
                     entry: T.int32 = T.Div(T.min(own + (step + 1) * 64 + T.truncmod(lane, 16), end - 1), 16)
                     block = block_table[seq * table_seq + T.Cast("int64", entry)]
                 T.ptx.cp("async", "commit_group", "")
@@ -214,7 +215,7 @@ class Module:
                     T.ptx.cp(1, "async", "wait_group", "")
                     T.cuda.warp_sync()
                     ready: T.int32 = step - 1
-                    keys: T.int32 = (warp * 2 + T.truncmod(ready, 2)) * 2 * 2048
+                    keys: T.int32 = (warp * 2 + T.truncmod(ready, 2)) * 2 * 1024
                     scores = T.alloc_local((4,))
                     p_frag = T.alloc_local((2,), "uint32")
                     k_frag = T.alloc_local((4,), "uint32")
@@ -222,7 +223,7 @@ class Module:
                         scores[i] = T.float32(0.0)
                     for m in T.unroll(1):
                         for k in T.unroll(8):
-                            T.ptx.ldmatrix(k_frag[0], k_frag[1], k_frag[2], k_frag[3], T.cuda.cvta_generic_to_shared(T.address_of(ring[keys + ((m * 16 + T.truncmod(lane, 16)) * 16 + (2 * k + T.Div(lane, 16) ^ T.truncmod(m * 16 + T.truncmod(lane, 16), 8))) * 8])), "sync", "aligned", "m8n8", "x4", "", "shared", "b16", "")
+                            T.ptx.ldmatrix(k_frag[0], k_frag[1], k_frag[2], k_frag[3], T.cuda.cvta_generic_to_shared(T.address_of(ring[keys + ((m * 16 + T.truncmod(lane, 16)) * 16 + (2 * k + T.Div(lane, 16) ^ T.truncmod(m * 16 + T.truncmod(lane, 16), 8))) * 4])), "sync", "aligned", "m8n8", "x4", "", "shared", "b16", "")
                             for n in T.unroll(1):
                                 T.ptx.mma(scores[(m + n) * 4], scores[(m + n) * 4 + 1], scores[(m + n) * 4 + 2], scores[(m + n) * 4 + 3], k_frag[0], k_frag[1], k_frag[2], k_frag[3], q[(n * 8 + k) * 2], q[(n * 8 + k) * 2 + 1], scores[(m + n) * 4], scores[(m + n) * 4 + 1], scores[(m + n) * 4 + 2], scores[(m + n) * 4 + 3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
                     alpha = T.alloc_local((2,))
@@ -241,7 +242,7 @@ class Module:
                             for level in T.unroll(3):
                                 highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(4294967295), highest, 4 << level, 32))
                             shift[h] = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
-                            T.ptx.ex2(alpha[h], (row_max[n * 2 + h] - shift[h]) * T.float32(1.4426950408889634), "approx", "ftz", "f32", "")
+                            T.ptx.ex2(alpha[h], (row_max[n * 2 + h] - shift[h]) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
                             row_max[n * 2 + h] = highest
                             row_sum[n * 4 + h] = row_sum[n * 4 + h] * alpha[h]
                         for k in T.unroll(8):
@@ -249,7 +250,7 @@ class Module:
                                 acc[(n * 8 + k) * 4 + i] = acc[(n * 8 + k) * 4 + i] * alpha[i % 2]
                         for m in T.unroll(1):
                             for i in T.unroll(4):
-                                T.ptx.ex2(scores[(m + n) * 4 + i], (scores[(m + n) * 4 + i] - shift[i % 2]) * T.float32(1.4426950408889634), "approx", "ftz", "f32", "")
+                                T.ptx.ex2(scores[(m + n) * 4 + i], (scores[(m + n) * 4 + i] - shift[i % 2]) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
                             for i in T.unroll(2):
                                 T.ptx.cvt(pair[i], scores[(m + n) * 4 + 2 * i + 1], scores[(m + n) * 4 + 2 * i], "rn", "", "", "bf16x2", "f32", "")
                                 T.ptx.movmatrix(p_frag[(m + n) * 2 + i], pair[i], "sync", "aligned", "m8n8", "trans", "b16", "")
@@ -258,7 +259,7 @@ class Module:
                         for n in T.unroll(1):
                             T.ptx.mma(row_sum[n * 4], row_sum[n * 4 + 1], row_sum[n * 4 + 2], row_sum[n * 4 + 3], T.uint32(1065369472), T.uint32(0), T.uint32(1065369472), T.uint32(0), p_frag[(m + n) * 2], p_frag[(m + n) * 2 + 1], row_sum[n * 4], row_sum[n * 4 + 1], row_sum[n * 4 + 2], row_sum[n * 4 + 3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
                         for k in T.unroll(8):
-                            T.ptx.ldmatrix(v_frag[0], v_frag[1], v_frag[2], v_frag[3], T.cuda.cvta_generic_to_shared(T.address_of(ring[keys + 2048 + ((m * 16 + T.Div(lane, 16) * 8 + T.truncmod(lane, 8)) * 16 + (2 * k + T.truncmod(T.Div(lane, 8), 2) ^ T.truncmod(m * 16 + T.Div(lane, 16) * 8 + T.truncmod(lane, 8), 8))) * 8])), "sync", "aligned", "m8n8", "x4", "trans", "shared", "b16", "")
+                            T.ptx.ldmatrix(v_frag[0], v_frag[1], v_frag[2], v_frag[3], T.cuda.cvta_generic_to_shared(T.address_of(ring[keys + 1024 + ((m * 16 + T.Div(lane, 16) * 8 + T.truncmod(lane, 8)) * 16 + (2 * k + T.truncmod(T.Div(lane, 8), 2) ^ T.truncmod(m * 16 + T.Div(lane, 16) * 8 + T.truncmod(lane, 8), 8))) * 4])), "sync", "aligned", "m8n8", "x4", "trans", "shared", "b16", "")
                             for n in T.unroll(1):
                                 T.ptx.mma(acc[(n * 8 + k) * 4], acc[(n * 8 + k) * 4 + 1], acc[(n * 8 + k) * 4 + 2], acc[(n * 8 + k) * 4 + 3], v_frag[0], v_frag[1], v_frag[2], v_frag[3], p_frag[(m + n) * 2], p_frag[(m + n) * 2 + 1], acc[(n * 8 + k) * 4], acc[(n * 8 + k) * 4 + 1], acc[(n * 8 + k) * 4 + 2], acc[(n * 8 + k) * 4 + 3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
                     T.cuda.warp_sync()
@@ -287,7 +288,7 @@ class Module:
                     total_1: T.float32 = T.float32(0.0)
                     value: T.float32 = T.float32(0.0)
                     for w in T.unroll(4):
-                        T.ptx.ex2(weight[w], (warp_max[w * 4 + row] - shift) * T.float32(1.4426950408889634), "approx", "ftz", "f32", "")
+                        T.ptx.ex2(weight[w], (warp_max[w * 4 + row] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
                         total_1 = total_1 + weight[w] * warp_sum[w * 4 + row]
                         value = value + weight[w] * warp_acc[(w * 4 + row) * 132 + d]
                     head: T.let[T.int64] = T.Cast("int64", kv_head * 4 + first_row + row)
@@ -360,7 +361,7 @@ class Module:
                     for i in range(found[1]):
                         slot: T.int64 = first + T.Cast("int64", i * 32)
                         weight: T.float32 = T.float32(0.0)
-                        T.ptx.ex2(weight, (partial_max[slot] - shift) * T.float32(1.4426950408889634), "approx", "ftz", "f32", "")
+                        T.ptx.ex2(weight, (partial_max[slot] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
                         total_1 = total_1 + weight * partial_sum[slot]
                         value = value + weight * partial_acc[slot * T.int64(128) + T.Cast("int64", d)]
                     where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head

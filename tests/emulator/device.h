@@ -140,6 +140,7 @@ INLINE int __ffs(int value) { return __builtin_ffs(value); }
 
 template <typename T>
 INLINE T __ldg(const T* address) {
+  emulator::check(address, sizeof(T), emulator::Access::constant);
   return *address;
 }
 template <typename T>

@@ -1,4 +1,4 @@
-// Kernels for test_cuda_emulator.py: each instruction by itself, then what a kernel may not do.
+// Kernels for test_cuda_emulator.py, each instruction by itself, and for test_cuda_emulator_errors.py.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -209,14 +209,28 @@ extern "C" __global__ void __launch_bounds__(64) overwrites(int* out, int barrie
   out[t] = sum;
 }
 
-// All threads write one place, the same or each its own.
-extern "C" __global__ void __launch_bounds__(64) agrees(int* in, int* out) {
+// All threads write the same to one place.
+extern "C" __global__ void __launch_bounds__(64) agrees(int* out) {
   __shared__ int found;
-  if (threadIdx.x == 0) found = 0;
-  __syncthreads();
-  if (in[threadIdx.x]) found = in[threadIdx.x];
+  found = 1;
   __syncthreads();
   out[threadIdx.x] = found;
+}
+
+// Reads what it has written through the cache of what is never written.
+extern "C" __global__ void __launch_bounds__(32) rereads(uint32_t* from, uint32_t* to, int writes_first) {
+  int l = threadIdx.x;
+  uint32_t x;
+  if (writes_first) from[l] = l;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(from + l) : "memory");
+  if (!writes_first) from[l] = x + 1;
+  to[l] = x;
+}
+
+// Waits for a word that nobody writes: in `kind` 1 by shuffles alone.
+extern "C" __global__ void __launch_bounds__(32) waits_for_ever(int* word, int kind) {
+  while (kind ? __shfl_sync((uint)4294967295, kind, 0, 32) : atomicAdd(word, 0) == 0) {
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(64) divergent_barrier(int* out) {

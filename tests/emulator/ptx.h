@@ -48,26 +48,27 @@ INLINE void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& d, uint32_t a) { d =
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
-#define COPY(kind) \
-  template <typename To, typename From> \
-  INLINE void cp_async_##kind##_shared_global(To to, From from, uint32_t bytes) { \
-    emulator::copy_async(address(to), address(from), bytes, bytes); \
-  } \
-  template <typename To, typename From> \
-  INLINE void cp_async_##kind##_shared_global(To to, From from, uint32_t bytes, uint32_t source_bytes) { \
-    emulator::copy_async(address(to), address(from), bytes, source_bytes); \
-  }
-COPY(ca)
-COPY(cg)
-#undef COPY
+template <typename To, typename From>
+INLINE void cp_async_ca_shared_global(To to, From from, uint32_t bytes, uint32_t source_bytes) {
+  emulator::copy_async(address(to), address(from), bytes, source_bytes);
+}
+template <typename To, typename From>
+INLINE void cp_async_ca_shared_global(To to, From from, uint32_t bytes) {
+  cp_async_ca_shared_global(to, from, bytes, bytes);
+}
+template <typename To, typename From>
+INLINE void cp_async_cg_shared_global(To to, From from, uint32_t bytes, uint32_t source_bytes = 16) {
+  if (bytes != 16) emulator::fail("cp.async.cg of %u bytes", bytes);
+  cp_async_ca_shared_global(to, from, bytes, source_bytes);
+}
 INLINE void cp_async_commit_group() { emulator::commit_copies(); }
 INLINE void cp_async_wait_group(uint32_t left) { emulator::wait_for_copies(left); }
 INLINE void cp_async_wait_all() { emulator::wait_for_all_copies(); }
 
 // The bits of a vector in memory are the bits of so many registers.
 template <typename... T>
-INLINE void load(const void* from, T&... to) {
-  Words words = emulator::load(from, (sizeof(T) + ...));
+INLINE void load(bool constant, const void* from, T&... to) {
+  Words words = emulator::load(from, (sizeof(T) + ...), constant);
   size_t offset = 0;
   ((memcpy(&to, reinterpret_cast<char*>(words.word) + offset, sizeof(T)), offset += sizeof(T)), ...);
 }
@@ -79,18 +80,18 @@ INLINE void store(void* to, T... from) {
   emulator::store(to, words, offset);
 }
 
-#define MOVES(space, type, T) \
+#define MOVES(space, constant, type, T) \
   template <typename A> \
   INLINE void ld_##space##_##type(T& r, A from) { \
-    load(address(from), r); \
+    load(constant, address(from), r); \
   } \
   template <typename A> \
   INLINE void ld_##space##_v2_##type(T& r0, T& r1, A from) { \
-    load(address(from), r0, r1); \
+    load(constant, address(from), r0, r1); \
   } \
   template <typename A> \
   INLINE void ld_##space##_v4_##type(T& r0, T& r1, T& r2, T& r3, A from) { \
-    load(address(from), r0, r1, r2, r3); \
+    load(constant, address(from), r0, r1, r2, r3); \
   } \
   template <typename A> \
   INLINE void st_##space##_##type(A to, T r) { \
@@ -105,9 +106,9 @@ INLINE void store(void* to, T... from) {
     store(address(to), r0, r1, r2, r3); \
   }
 #define SPACES(type, T) \
-  MOVES(global, type, T) \
-  MOVES(global_nc, type, T) \
-  MOVES(shared, type, T)
+  MOVES(global, false, type, T) \
+  MOVES(global_nc, true, type, T) \
+  MOVES(shared, false, type, T)
 SPACES(b16, uint16_t)
 SPACES(u16, uint16_t)
 SPACES(b32, uint32_t)

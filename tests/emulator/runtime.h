@@ -23,13 +23,13 @@ __attribute__((const)) Dim block_size();
 __attribute__((const)) Dim grid_size();
 __attribute__((const)) unsigned lane_index();
 
-enum class Access { read, write };
+enum class Access { read, write, constant };  // constant: a read of what the kernel never writes
 
 // An access of so many bytes, which have to be in one argument of the kernel, in shared memory or on the thread's own
 // stack. Accesses by plain C++ are reported by the compiler (-fsanitize=thread); instructions call this themselves.
 void check(const void* address, size_t bytes, Access access);
 void check_aligned(const void* address, size_t bytes, Access access);
-Words load(const void* address, size_t bytes);
+Words load(const void* address, size_t bytes, bool constant);
 void store(void* address, Words words, size_t bytes);
 
 // Shared memory. Addresses are generic ones, or 32-bit ones within the window.

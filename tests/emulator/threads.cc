@@ -25,6 +25,8 @@ using Kernel = void (*)(void**);
 
 Thread threads[kMaxThreads];
 unsigned thread_count, exited_count;
+size_t steps;  // of the block
+constexpr size_t kMostSteps = 50'000'000;
 Barrier barriers[kBarriers];
 Dim block, block_dim, grid_dim;
 Kernel kernel;
@@ -65,7 +67,6 @@ __attribute__((noinline)) void switch_stacks(void** saved, void* to) {
 
 // Let another thread run until this one can again.
 void suspend() {
-  settle_write();
   Thread* from = current;
   Thread* next = next_thread();
   if (next == from) return;
@@ -159,7 +160,7 @@ std::string waiting() {
 
 void run_block() {
   memset(barriers, 0, sizeof barriers);
-  exited_count = 0;
+  exited_count = 0, steps = 0;
   for (unsigned warp = 0; warp < warp_count; ++warp) {
     unsigned lanes = thread_count - warp * kLanes;
     warps[warp].launched = warps[warp].runnable = lanes >= kLanes ? ~0u : (1u << lanes) - 1;
@@ -191,6 +192,10 @@ std::string place(const Thread& thread) {
   return text;
 }
 
+void count_step() {
+  if (++steps > kMostSteps) fail("no end: %zu accesses and warp-wide instructions in a block", kMostSteps);
+}
+
 void fail(const char* format, ...) {
   char text[512];
   va_list values;
@@ -204,6 +209,7 @@ void fail(const char* format, ...) {
 }
 
 void meet(const Operation& operation, uint32_t mask, void* operands) {
+  count_step();
   Warp& warp = warps[current->warp];
   uint32_t self = 1u << current->lane;
   if (!(mask & self)) fail("%s with mask %#x, in which it is not", operation.name, mask);
@@ -243,7 +249,8 @@ extern "C" const char* emulator_launch(Kernel entry, void** values, const Argume
   thread_count = size->x * size->y * size->z;
   warp_count = (thread_count + kLanes - 1) / kLanes;
   failure.clear();
-  use_memory(arguments, argument_count, dynamic_bytes);
+  use_arguments(arguments, argument_count);
+  use_shared(dynamic_bytes);
   size_t blocks = size_t(grid->x) * grid->y * grid->z;
   for (size_t i = 0; i < blocks && failure.empty(); ++i) {
     size_t at = reversed ? blocks - 1 - i : i;

@@ -55,6 +55,7 @@ extern unsigned warp_count;
 
 // Meet the other lanes of mask at an operation. Returns when it has been run.
 void meet(const Operation& operation, uint32_t mask, void* operands);
+void count_step();  // fails after so many that the block will hardly end
 std::string place(const Thread& thread);  // "thread 37 (warp 1, lane 5)"
 
 // Memory, at the start of a launch and of each block.
@@ -64,9 +65,12 @@ struct Argument {
   size_t bytes;
   int writable;
 };
-void use_memory(const Argument* arguments, size_t count, size_t dynamic_bytes);
+void use_arguments(const Argument* arguments, size_t count);
+void use_shared(size_t dynamic_bytes);
 void poison_shared();
-void settle_write();  // before another thread runs
+bool is_shared(const char* address);
+void check_shared(const char* address, size_t bytes, Access access);
+const char* verb(Access access);  // "reads", "writes"
 void pass_barrier(uint32_t warp_mask);  // all of these warps see what each of them has done before
 
 }  // namespace emulator

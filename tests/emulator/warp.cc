@@ -1,4 +1,5 @@
 // Warp-wide instructions. Fragments are laid out as the PTX ISA says for mma.m16n8k16, ldmatrix and movmatrix.
+#include <algorithm>
 #include <cstring>
 
 #include "floats.h"
@@ -6,6 +7,8 @@
 
 namespace emulator {
 namespace {
+
+size_t bank_conflicts;
 
 struct ShuffleOperands {
   uint64_t value;
@@ -60,6 +63,18 @@ struct LoadOperands {
   Words result;
 };
 
+// A matrix's eight rows come at once if no two of them, unless they are one, have the same place in 128 bytes.
+void count_bank_conflicts(void** operands) {
+  int passes[8] = {}, most = 1;
+  for (int row = 0; row < 8; ++row) {
+    const void* address = static_cast<LoadOperands*>(operands[row])->row;
+    bool is_new = true;
+    for (int other = 0; other < row; ++other) is_new &= static_cast<LoadOperands*>(operands[other])->row != address;
+    if (is_new) most = std::max(most, ++passes[reinterpret_cast<uintptr_t>(address) / 16 % 8]);
+  }
+  bank_conflicts += most - 1;
+}
+
 // Row r of matrix m is at the address of lane 8 m + r. Lane l gets elements 2 (l % 4) and the next of row l / 4.
 template <int count, bool transposed>
 void run_load(void** operands, uint32_t) {
@@ -72,6 +87,7 @@ void run_load(void** operands, uint32_t) {
       check_aligned(address, 16, Access::read);
       memcpy(matrix[row], address, 16);
     }
+    count_bank_conflicts(operands + 8 * m);
     for (int lane = 0; lane < 32; ++lane) {
       int row = lane / 4, column = lane % 4 * 2;
       uint32_t low = transposed ? matrix[column][row] : matrix[row][column];
@@ -198,5 +214,7 @@ Floats mma_f16(Words a, uint32_t b0, uint32_t b1, Floats c) {
   static const Operation operation{"mma.m16n8k16.f16", run_mma<widen_f16>, true};
   return mma<widen_f16>(operation, a, b0, b1, c);
 }
+
+extern "C" size_t emulator_bank_conflicts() { return bank_conflicts; }
 
 }  // namespace emulator

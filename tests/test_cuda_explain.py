@@ -1,0 +1,82 @@
+"""explain for a GPU: occupancy by hand, and what the command prints against what was compiled."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pa_compiler import PagedAttentionSpec, cli, cuda_build, cuda_tiling, gpus
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli.main, ["explain", *words])
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared_bytes", "expected"),
+    [
+        ("sm_90", 124, 65536, (4, 3, 16)),
+        ("sm_90", 128, 1024, (4, 114, 16)),
+        ("sm_90", 129, 1024, (3, 114, 16)),  # taken by eights
+        ("sm_80", 250, 131072, (2, 1, 16)),
+        ("sm_86", 40, 49152, (12, 2, 12)),
+        ("sm_121", 40, 49152, (12, 2, 12)),  # as sm_120, which is the one before it
+    ],
+)
+def test_residence(arch, registers, shared_bytes, expected):
+    found = gpus.residence(arch, 128, registers, shared_bytes)
+    assert (found.registers, found.shared, found.threads) == expected
+    assert found.blocks == min(expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranges_never_need_more_work_items_than_there_are(seed):
+    rng = np.random.default_rng(seed)
+    tiling = cuda_tiling.choose(PagedAttentionSpec(8, 2, 64, 16, "bfloat16"), "sm_90")
+    for _ in range(50):
+        lengths = rng.integers(0, 10 ** rng.integers(1, 6), rng.integers(1, 200)).tolist()
+        extra = int(rng.integers(1, 1000))
+        ranges = cuda_tiling.ranges(tiling, lengths, extra)
+        assert len(ranges) == len(lengths)
+        assert min(ranges) == 1 or min(lengths) > cuda_tiling.MIN_RANGE_TOKENS
+        assert sum(ranges) <= len(lengths) + extra
+
+
+def test_explain():
+    if cuda_build.find_tool("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    done = invoke("--target", "sm_90", "--gpu", "H100", *"--num-heads 32 --num-kv-heads 8 --block-size 16".split())
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "tensor_cores. 4 query heads for a kv head: more than 3." in text
+    assert "row_tile 4: 1 tile for the 4 rows of a kv head, mma.m16n8k16" in text
+    assert "4 warps x 2 stages x 16 tokens of keys and values: 65,536 bytes" in text
+    assert "3 thread blocks on an SM: 4 by registers, 3 by shared memory, 16 by threads" in text
+    assert "98,304 bytes an SM" in text
+    assert "64 sequences of 4,096 tokens: 2 ranges each, 1,024 thread blocks, 2.6 times" in text
+    assert "13,400 GFLOP/s, min(989,400, 3350 x 4): bound by memory" in text
+    assert "320.5 us" in text  # 64 * 4096 * 4096 bytes at 3350 GB/s
+    if cuda_build.find_tool("nvdisasm"):
+        row = re.search(r"^decode +(.*)$", done.output, re.MULTILINE)[1].split()
+        assert row[1] == "0"
+        assert row[3:6] == ["16", "16", "17"]
+    else:
+        assert "nvdisasm" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpu H100", "expected --target cuda with it, got 'llvm'"),
+        ("--target sm_80 --gpu H100", "expected one of sm_80, A100, got H100"),
+        ("--target cuda --pipeline staged", "expected fused for target cuda, got 'staged'"),
+        ("--target cuda --kv-layout packed", "expected NHD or HND for target cuda, got 'packed'"),
+    ],
+)
+def test_errors(words, message):
+    done = invoke(*words.split())
+    assert done.exit_code == 2
+    assert message in " ".join(re.sub(r"[│]", "", done.output).split())
