@@ -49,8 +49,14 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     # The asserts are TVM's own checks of the arguments: only the host calls the kernels, and has checked more.
     # Rewriting storage would put register sums into the memory of larger buffers, where LLVM leaves them.
     config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
-    # Nor do these two leave anything else to LLVM, which simplifies indices and drops empty loops itself.
-    needless = ["s_tir.RenormalizeSplitPattern", "tirx.RemoveNoOp"]
+    # Nor do these leave less to LLVM, which simplifies indices, hoists what is invariant and drops empty loops itself.
+    needless = [
+        "s_tir.HoistIfThenElse",
+        "s_tir.RenormalizeSplitPattern",
+        "s_tir.StmtSimplify",
+        "tirx.CommonSubexprElim",
+        "tirx.RemoveNoOp",
+    ]
     with tvm.transform.PassContext(config=config, disabled_pass=needless):
         executable = tvm.compile(instructions.select(mod, target), target=Target(json.loads(target.config)))
     text = directory / "kernels.ll"

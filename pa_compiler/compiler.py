@@ -129,7 +129,7 @@ def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling
     """spec -> host."""
     from pa_compiler import kernels
 
-    return host.render(spec, tiles, cpu, pipeline, kernels.names(pipeline))
+    return host.render(spec, tiles, cpu, pipeline, kernels.names(spec, pipeline))
 
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:

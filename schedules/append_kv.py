@@ -25,7 +25,7 @@ def element(sch: Schedule, tiling: Tiling) -> None:
 
 
 STAGES = {"element": element}
-"""How append_key and append_value are scheduled, by the name of the sblock."""
+"""How the PrimFuncs of append_kv are scheduled, by the name of the sblock."""
 
 
 def _factor(sch: Schedule, loop: LoopRV, limit: int) -> int:

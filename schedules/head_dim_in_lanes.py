@@ -21,10 +21,22 @@ from pa_compiler.tiling import Tiling, largest_divisor
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
-    """Rows of the query as vectors."""
-    if not tiling.dot_pairs:
-        evens_first(sch, tiling, "q_tile")
+    """Rows of the query as vectors; pairs are taken apart in registers."""
+    if tiling.dot_pairs:
+        return
+    if tiling.dim_pair == 1:
         vectorize_dims(sch, tiling, "q_tile")
+        return
+    evens = sch.cache_write("q_tile", 0, "global")
+    evens_first(sch, tiling, evens)
+    lanes, pair = tiling.lanes, tiling.dim_pair
+    sch.transform_block_layout(
+        evens, lambda tile, row, dim: (tile, row, dim // (lanes * pair), dim // pair % lanes, dim % pair)
+    )
+    sch.compute_at("q_tile", sch.get_loops(evens)[-3], preserve_unit_loops=True)
+    sch.vectorize(sch.get_loops("q_tile")[-1])
+    sch.transform_layout("q_tile", ("write", 0), lambda *i: (*i[:-1], i[-1] // pair, i[-1] % pair))
+    turn(sch, evens, 4, 2)
 
 
 def load_keys(sch: Schedule, tiling: Tiling) -> None:
@@ -97,32 +109,59 @@ def pair_probs(sch: Schedule, tiling: Tiling) -> None:
 
 
 def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
-    """Outputs in registers over all whole token groups of the tile; the rest of the last one after that."""
-    full, rest = sch.get_sblock("full_groups"), sch.get_sblock("tile_acc")
+    """Outputs in registers over all whole token groups of the tile, then the rest of the last one."""
     evens_first(sch, tiling, "full_groups", "tile_acc")
-    (_sum_groups if tiling.sweep else _sum_tile)(sch, tiling, full)
-    token = sch.get_loops(rest)[-3]
-    vectorize_dims(sch, tiling, rest)
-    sch.decompose_reduction(rest, token)
+    sch.merge(_sum_full(sch, tiling), _sum_tile(sch, tiling, "tile_acc"))
 
 
-def _sum_tile(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
-    """Outputs in registers over all whole token groups of the tile."""
-    sums = sch.cache_write(full, 0, "global")
-    group, token, row, dim = sch.get_loops(full)[-4:]
+def pv_update(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
+    evens_first(sch, tiling, "full_groups", "tile_acc")
+    passes = [_fold_tile(sch, tiling), _sum_tile(sch, tiling, "tile_acc")]
+    if tiling.sweep:
+        _sum_groups(sch, tiling, sch.get_sblock("full_groups"))
+    else:
+        passes.append(_sum_full(sch, tiling))
+    sch.merge(*reversed(passes))
+
+
+def _sum_full(sch: Schedule, tiling: Tiling) -> LoopRV:
+    """_sum_tile of the whole token groups, and the fetches of the next tile spread over them."""
+    group = sch.get_loops("full_groups")[1]
+    tiles = _sum_tile(sch, tiling, "full_groups")
+    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
+    return tiles
+
+
+def _sum_tile(sch: Schedule, tiling: Tiling, sblock: str) -> LoopRV:
+    """Sums of pv_rows x pv_dims outputs at a time over the tokens; the loop over these tiles."""
+    _, *tokens, row, dim = sch.get_loops(sblock)
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, vector, lane, half = _split_dims(sch, tiling, dim)
-    sch.reorder(row_outer, dim_outer, group, token, vector, half, row, lane)
-    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
-    sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
-    if tiling.dim_pair == 1:
-        sch.split(sch.get_loops(sums)[-1], [None, tiling.lanes])
-    *written, written_lane = sch.get_loops(sums)[len(sch.get_loops(full)) - 6 :]
-    for loop in (*written, token, vector, half, row):
+    sch.reorder(row_outer, dim_outer, *tokens, vector, half, row, lane)
+    for loop in (*tokens[1:], vector, half, row):
         sch.unroll(loop)
-    sch.vectorize(written_lane)
     sch.vectorize(lane)
-    sch.decompose_reduction(full, group)
+    sch.decompose_reduction(sblock, tokens[0])
+    return dim_outer
+
+
+def _fold_tile(sch: Schedule, tiling: Tiling) -> LoopRV:
+    """The same tiles of acc. From here on pairs are in order."""
+    row, dim = sch.get_loops("acc")[-2:]
+    row_outer, row = sch.split(row, [None, tiling.pv_rows])
+    dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+    vector, lane = sch.split(dim, [None, tiling.lanes * tiling.dim_pair])
+    sch.reorder(row_outer, dim_outer, row, vector, lane)
+    if tiling.dim_pair > 1:
+        in_order = sch.cache_read("acc", "tile_acc", "global")
+        sch.transform_layout(in_order, ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.lanes + i[-1], i[-2]))
+        sch.compute_at(in_order, vector, preserve_unit_loops=True)
+        turn(sch, in_order, 2, 4)
+    sch.unroll(row)
+    sch.unroll(vector)
+    sch.vectorize(lane)
+    return dim_outer
 
 
 def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
@@ -149,17 +188,14 @@ def _split_dims(sch: Schedule, tiling: Tiling, dim: LoopRV) -> list[LoopRV]:
     return sch.split(dim, [None, tiling.pv_dims // (tiling.lanes * tiling.dim_pair), tiling.lanes, tiling.dim_pair])
 
 
-def online_update(sch: Schedule, tiling: Tiling) -> None:
-    """Rows in lanes for their maxima and sums, head_dim in lanes for acc. From here on pairs are in order."""
-    vectorize_rows(sch, "rescale", "new_sum", "row")
-    acc = sch.get_sblock("acc")
-    dim, lane = sch.split(sch.get_loops(acc)[-1], [None, tiling.lanes * tiling.dim_pair])
-    if tiling.dim_pair > 1:
-        in_order = sch.cache_read(acc, "tile_acc", "global")
-        sch.transform_layout(in_order, ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.lanes + i[-1], i[-2]))
-        sch.compute_at(in_order, dim, preserve_unit_loops=True)
-        turn(sch, in_order, 2, 4)
-    sch.vectorize(lane)
+def rescale(sch: Schedule, tiling: Tiling) -> None:
+    """Rows in lanes, for their maxima, sums and factors."""
+    vectorize_rows(sch, "factors", "new_sum", "row")
+
+
+def fold(sch: Schedule, tiling: Tiling) -> None:
+    """Register tiles of acc, where what is folded lies in memory."""
+    _fold_tile(sch, tiling)
 
 
 def store_partial(sch: Schedule, tiling: Tiling) -> None:
@@ -181,7 +217,9 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
     "pv_matmul": pv_matmul,
-    "online_update": online_update,
+    "rescale": rescale,
+    "pv_update": pv_update,
+    "fold": fold,
     "store_partial": store_partial,
     "normalize": normalize,
 }
@@ -208,7 +246,7 @@ def _vectorize_in_order(sch: Schedule, tiling: Tiling, sblock: str) -> None:
     sch.vectorize(lane)
 
 
-def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:
+def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:
     """Where the cache gives pairs, lay what an sblock writes out as a vector of even elements, then one of odd ones."""
     lanes, pair = tiling.lanes, tiling.dim_pair
     for sblock in sblocks if pair > 1 else ():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
+from tvm.tirx import IntImm
 
 from pa_compiler.schedules import head_dim_in_lanes
 from pa_compiler.schedules.head_dim_in_lanes import in_registers, vectorize_rows
@@ -24,9 +25,10 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
-    _, lane = sch.split(sch.get_loops("q_tile")[-1], [None, tiling.lanes])
-    sch.vectorize(lane)
-    turn(sch, rows, 4, 4)
+    turn(sch, rows, 4, 4, "q_tile")
+    row, dim = sch.get_loops("q_tile")[-2:]
+    sch.unroll(row)
+    sch.vectorize(dim)
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -66,37 +68,37 @@ def pair_probs(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(row)
 
 
-def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
-    """Outputs in registers over all whole token groups of the tile; the rest of the last one after that."""
-    full, rest = sch.get_sblock("full_groups"), sch.get_sblock("tile_acc")
-    _rows_last(sch, "full_groups", "tile_acc")
-    sums = sch.cache_write(full, 0, "global")
-    group, token, row, dim = sch.get_loops(full)[-4:]
-    dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
-    sch.reorder(dim_outer, group, token, dim, row)
+def pv_update(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
+    group = sch.get_loops("full_groups")[1]
+    passes = []
+    for name in ("full_groups", "tile_acc", "acc"):
+        _rows_last(sch, name)
+        _, *tokens, row, dim = sch.get_loops(name)
+        dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+        sch.reorder(dim_outer, *tokens, dim, row)
+        sch.unroll(dim)
+        sch.vectorize(row)
+        if tokens:
+            sch.decompose_reduction(name, tokens[0])
+        passes.append(dim_outer)
     sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
-    in_registers(sch, sums, dim_outer, dim, row)
-    sch.decompose_reduction(full, group)
-    token, row, dim = sch.get_loops(rest)[-3:]
-    sch.reorder(token, dim, row)
-    sch.vectorize(row)
-    sch.decompose_reduction(rest, token)
-
-
-def online_update(sch: Schedule, tiling: Tiling) -> None:
-    """Rows in lanes throughout."""
-    _rows_last(sch, "acc")
-    row, dim = sch.get_loops(sch.get_sblock("acc"))[-2:]
-    sch.reorder(dim, row)
-    vectorize_rows(sch, "rescale", "new_sum", "row", "acc")
+    sch.merge(*passes)
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
-    """Turned back, then in vectors of head_dim."""
+    """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
+    vectorize_rows(sch, "factor")
     in_order = sch.cache_read("out", "acc", "global")
     _rows_last(sch, in_order)
+    row, dim = sch.get_loops("out")[-2:]
+    row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
+    dim_outer, lane = sch.split(dim, [None, tiling.lanes])
+    sch.reorder(row_outer, dim_outer, row, lane)
+    sch.compute_at(in_order, dim_outer, preserve_unit_loops=True)
     turn(sch, in_order, 4, 4)
-    head_dim_in_lanes.normalize(sch, tiling)
+    sch.unroll(row)
+    sch.vectorize(lane)
 
 
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
@@ -106,8 +108,8 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
-    "pv_matmul": pv_matmul,
-    "online_update": online_update,
+    "rescale": head_dim_in_lanes.rescale,
+    "pv_update": pv_update,
     "normalize": normalize,
 }
 """How each stage is scheduled, by the name of its sblock."""

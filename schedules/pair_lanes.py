@@ -7,6 +7,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Shuffle
 
+from pa_compiler.kernels import script
 from pa_compiler.kernels.pairs import pair_floats
 
 
@@ -19,7 +20,7 @@ def pair_lanes(words: int) -> str:
 
 
 def _pair_lanes(words: int) -> tuple[PrimFunc, PrimFunc]:
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(pairs_handle: T.handle, numbers_handle: T.handle) -> None:
         numbers = T.match_buffer(numbers_handle, (2 * words,), "float32", offset_factor=1)
         pairs = T.match_buffer(pairs_handle, (words,), "int32", offset_factor=1)
@@ -31,7 +32,7 @@ def _pair_lanes(words: int) -> tuple[PrimFunc, PrimFunc]:
                     vi = T.axis.spatial(words, i)
                     pairs[vi] = pair_floats(numbers[2 * vi], numbers[2 * vi + 1])
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(pairs_handle: T.handle, numbers_handle: T.handle) -> None:
         numbers = T.match_buffer(numbers_handle, (2 * words,), "float32", offset_factor=1)
         pairs = T.match_buffer(pairs_handle, (words,), "int32", offset_factor=1)

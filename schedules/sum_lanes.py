@@ -9,6 +9,8 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, Let, PrimFunc, Shuffle, Var
 
+from pa_compiler.kernels import script
+
 
 def sum_lanes(lanes: int) -> str:
     """Register the intrinsic for vectors of 1, 2, 4, 8 or 16 float32 lanes, and return its name."""
@@ -40,7 +42,7 @@ def _rounds(lanes: int) -> list[tuple[list[int], list[int]]]:
 def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
     rounds = _rounds(lanes)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(sums_handle: T.handle, parts_handle: T.handle) -> None:
         parts = T.match_buffer(parts_handle, (lanes, lanes), "float32", offset_factor=1)
         sums = T.match_buffer(sums_handle, (lanes,), "float32", offset_factor=1)
@@ -65,7 +67,7 @@ def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
             result = Let(name, value, result)
         return result
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(sums_handle: T.handle, parts_handle: T.handle) -> None:
         parts = T.match_buffer(parts_handle, (lanes, lanes), "float32", offset_factor=1)
         sums = T.match_buffer(sums_handle, (lanes,), "float32", offset_factor=1)

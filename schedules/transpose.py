@@ -5,21 +5,26 @@ from tvm.s_tir.schedule import SBlockRV
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, IntImm, PrimFunc, Shuffle
 
+from pa_compiler.kernels import script
 
-def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int) -> None:
+
+def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str | None = None) -> None:
     """Tensorize an sblock that copies a buffer into one whose last two axes are exchanged, by rows x columns elements.
 
     Where these do not divide the extents, or an extent is known at run time only, it goes on element by element.
+    An sblock that computes what is copied is moved to such a block, or element.
     """
     row, column = sch.get_loops(copy)[-2:]
-    for loop, step in ((row, rows), (column, columns)):
-        extent = sch.get(loop).extent
-        if not isinstance(extent, IntImm) or extent.value % step:
-            return
+    extents = [sch.get(loop).extent for loop in (row, column)]
+    if not all(isinstance(n, IntImm) and n.value % step == 0 for n, step in zip(extents, (rows, columns), strict=True)):
+        rows = columns = 1
     row_outer, row = sch.split(row, [None, rows])
     column_outer, column = sch.split(column, [None, columns])
     sch.reorder(row_outer, column_outer, row, column)
-    sch.tensorize(row, transpose(rows, columns, str(sch.get(copy).writes[0].source.dtype)))
+    if producer:
+        sch.compute_at(producer, column_outer, preserve_unit_loops=True)
+    if rows * columns > 1:
+        sch.tensorize(row, transpose(rows, columns, str(sch.get(copy).writes[0].source.dtype)))
 
 
 def transpose(rows: int, columns: int, dtype: str) -> str:
@@ -36,7 +41,7 @@ def transpose(rows: int, columns: int, dtype: str) -> str:
 def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
     count = rows * columns // 4
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(turned_handle: T.handle, block_handle: T.handle) -> None:
         block_row, turned_row = T.int32(), T.int32()
         block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)
@@ -52,14 +57,15 @@ def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]
     def store(turned: Buffer, block: Buffer) -> None:
         # To interleave the first half of all elements with the second turns the binary digits of their numbers by one
         # place: after as many times as a row's number has digits, it comes last.
-        vectors = [block[4 * i // columns, T.ramp(4 * i % columns, 1, 4)] for i in range(count)]
+        # Each is bound: what is loaded or shuffled within the stores is so anew for each of them, which may alias it.
+        vectors = [T.bind(block[4 * i // columns, T.ramp(4 * i % columns, 1, 4)]) for i in range(count)]
         for _ in range(rows.bit_length() - 1):
             pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
-            vectors = [Shuffle([a, b], half) for a, b in pairs for half in ([0, 4, 1, 5], [2, 6, 3, 7])]
+            vectors = [T.bind(Shuffle([a, b], half)) for a, b in pairs for half in ([0, 4, 1, 5], [2, 6, 3, 7])]
         for i, vector in enumerate(vectors):
             T.buffer_store(turned, vector, [4 * i // rows, T.ramp(4 * i % rows, 1, 4)])
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(turned_handle: T.handle, block_handle: T.handle) -> None:
         block_row, turned_row = T.int32(), T.int32()
         block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)

@@ -17,8 +17,7 @@ from specs import SPECS
 from test_arrays import as_numpy, as_torch
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec, reference, schedules, target, tiling
-from pa_compiler.kernels import append_kv
+from pa_compiler import PagedAttentionSpec, kernels, reference, schedules, target, tiling
 
 ALL_SPECS = {
     **SPECS,
@@ -91,13 +90,15 @@ KERNEL_CASES = [  # kv_layout, dtype, num_kv_heads, head_dim, block_size
 def test_kernels(cpu, layout, dtype, num_kv_heads, head_dim, block_size):
     """Through TVM alone, some heads and then the others."""
     spec = PagedAttentionSpec(num_kv_heads, num_kv_heads, head_dim, block_size, dtype, kv_layout=layout)
-    kernels = {"append_key": append_kv.append_key(spec), "append_value": append_kv.append_value(spec)}
-    scheduled = schedules.schedule(tvm.IRModule(kernels), tiling.choose(spec, cpu, "fused"))
+    makers = kernels.append(spec)
+    unscheduled = tvm.IRModule({maker.__name__: maker(spec) for maker in makers})
+    scheduled = schedules.schedule(unscheduled, tiling.choose(spec, cpu, "fused"))
     executable = tvm.compile(scheduled, target=tvm.target.Target(json.loads(cpu.config)))
     call = Call(spec, 40)
     slots = tvm.runtime.tensor(call.slot_mapping)
     written = []
-    for name, new, cache in zip(kernels, call.arguments[:2], call.arguments[2:4], strict=True):
+    names = [makers[0].__name__, makers[-1].__name__]
+    for name, new, cache in zip(names, call.arguments[:2], call.arguments[2:4], strict=True):
         new, cache = (tvm.runtime.tensor(array.view(f"u{array.itemsize}")) for array in (new, cache))
         middle = num_kv_heads // 2
         for head_begin, num_heads in ((0, middle), (middle, num_kv_heads - middle)):

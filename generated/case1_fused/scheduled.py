@@ -30,27 +30,7 @@ v_span = TypeVar("v_span")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
-    def append_key(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
-        # with T.sblock("root"):
-        for h, t in T.grid(num_heads, num_tokens):
-            with T.sblock("token"):
-                vh = T.axis.opaque(num_heads, h)
-                vt = T.axis.opaque(num_tokens, t)
-                T.reads()
-                T.writes()
-                target: T.let[T.int64] = slot_mapping[vt]
-                if target >= T.int64(0):
-                    for run_i_0_fused_0 in range(1):
-                        for run_i_0_fused_1 in T.unroll(4):
-                            for i_1 in T.vectorized(32):
-                                with T.sblock("element"):
-                                    vd = T.axis.spatial(128, run_i_0_fused_0 * 128 + run_i_0_fused_1 * 32 + i_1)
-                                    T.reads(new[vt, head_begin + vh, vd])
-                                    T.writes(cache[0:num_blocks, 0:T.int64(128), 0, 0:T.int64(128)])
-                                    cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
-
-    @T.prim_func(s_tir=True)
-    def append_value(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+    def append_row(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
         # with T.sblock("root"):
         for h, t in T.grid(num_heads, num_tokens):
             with T.sblock("token"):
@@ -96,25 +76,37 @@ class Module:
                             T.reads(query[seq, head_start:head_start + 16, 0:128])
                             T.writes(q_tile[0, 0:128, 0:16])
                             q_tile_global = T.sblock_alloc_buffer((1, 16, 128))
-                            for r, d_0 in T.grid(16, 8):
-                                for d_1 in T.vectorized(16):
-                                    with T.sblock("q_tile"):
-                                        vr = T.axis.spatial(16, r)
-                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                        T.reads(query[seq, head_start + vr, vd])
-                                        T.writes(q_tile_global[0, vr, vd])
-                                        q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
                             for ax0, ax1_0, ax2_0 in T.grid(1, 4, 32):
+                                for ax0_1 in T.unroll(4):
+                                    for ax1 in T.vectorized(4):
+                                        with T.sblock("q_tile"):
+                                            vr = T.axis.spatial(16, ax1_0 * 4 + ax0_1)
+                                            vd = T.axis.spatial(128, ax2_0 * 4 + ax1)
+                                            T.reads(query[seq, head_start + vr, vd])
+                                            T.writes(q_tile_global[0, vr, vd])
+                                            q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
                                 with T.sblock("q_tile_global_o"):
                                     v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
                                     T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
                                     T.writes(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
                                     turned = T.match_buffer(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
                                     block = T.match_buffer(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                    turned[0, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [0, 4, 1, 5])
-                                    turned[1, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [2, 6, 3, 7])
-                                    turned[2, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [0, 4, 1, 5])
-                                    turned[3, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [2, 6, 3, 7])
+                                    v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
+                                    v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
+                                    v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
+                                    v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
+                                    v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
+                                    v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
+                                    v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
+                                    v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
+                                    v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
+                                    v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
+                                    v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
+                                    v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
+                                    turned[0, 0:4] = v_8
+                                    turned[1, 0:4] = v_9
+                                    turned[2, 0:4] = v_10
+                                    turned[3, 0:4] = v_11
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -199,7 +191,8 @@ class Module:
                                         probs = T.sblock_alloc_buffer((1, 128, 16))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
-                                        tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                        alpha = T.sblock_alloc_buffer((1, 16))
+                                        beta = T.sblock_alloc_buffer((1, 16))
                                         first_tile: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[first_tile, 0:128, 0:16], k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
@@ -309,86 +302,16 @@ class Module:
                                                                 T.reads(tile_sum[vslot, vr], probs[vslot, vt, vr])
                                                                 T.writes(tile_sum[vslot, vr])
                                                                 tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vt, vr]
-                                        num_full: T.let[T.int32] = valid_len // 8
-                                        with T.sblock("pv_matmul"):
-                                            T.reads(probs[0, T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:16], v_tile[T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:4, 0:2, 0:16], value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(tile_acc[0, 0:128, 0:16])
-                                            full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            full_acc_global = T.sblock_alloc_buffer((1, 128, 16))
-                                            for i, d_0 in T.grid(1, 16):
-                                                for d_1_init in T.unroll(8):
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("full_groups_init"):
-                                                            vi, vr = T.axis.remap("SS", [i, r_init])
-                                                            vd = T.axis.spatial(128, d_0 * 8 + d_1_init)
-                                                            T.reads()
-                                                            T.writes(full_acc_global[vi, vd, vr])
-                                                            full_acc_global[vi, vd, vr] = T.float32(0.0)
-                                                for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 8, 1):
-                                                        with T.sblock("prefetch_values"):
-                                                            vo = T.axis.spatial(16, to + ax0)
-                                                            vi = T.axis.spatial(8, ax1)
-                                                            vl = T.axis.spatial(4, d_0 // 4 + ax2)
-                                                            T.where(to < 16)
-                                                            T.reads(value_offsets[0:256])
-                                                            T.writes(fetched[vo * 8 + vi, vl])
-                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 8 + vi
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
-                                                    for ti in range(8):
-                                                        for d_1 in T.unroll(8):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("full_groups_update"):
-                                                                    vt = T.axis.reduce(128, to * 8 + ti)
-                                                                    vi, vr = T.axis.remap("SS", [i, r])
-                                                                    vd = T.axis.spatial(128, d_0 * 8 + d_1)
-                                                                    T.reads(full_acc_global[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt, vd * 4 // 128])
-                                                                    T.writes(full_acc_global[vi, vd, vr])
-                                                                    full_acc_global[vi, vd, vr] = full_acc_global[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                                for ax0 in range(1):
-                                                    for ax1 in T.unroll(8):
-                                                        for ax2 in T.vectorized(16):
-                                                            with T.sblock("full_acc_global"):
-                                                                v0 = T.axis.spatial(1, ax0)
-                                                                v1 = T.axis.spatial(128, d_0 * 8 + ax1)
-                                                                v2 = T.axis.spatial(16, ax2)
-                                                                T.reads(full_acc_global[v0, v1, v2])
-                                                                T.writes(full_acc[v0, v1, v2])
-                                                                full_acc[v0, v1, v2] = full_acc_global[v0, v1, v2]
-                                            for i in range(1):
-                                                for d_init in range(128):
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("tile_acc_init"):
-                                                            vi, vr, vd = T.axis.remap("SSS", [i, r_init, d_init])
-                                                            T.reads()
-                                                            T.writes(tile_acc[0, vd, vr])
-                                                            tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                for ti, d in T.grid(valid_len % 8, 128):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("tile_acc_update"):
-                                                            vt = T.axis.reduce(128, num_full * 8 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                            T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
-                                                            T.writes(tile_acc[0, vd, vr])
-                                                            tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                        for tile in range(1):
-                                            with T.sblock("update"):
-                                                vslot = T.axis.spatial(1, tile)
-                                                T.reads()
-                                                T.writes()
-                                                with T.sblock("online_update"):
-                                                    T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], tile_acc[vslot, 0:128, 0:16], row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16])
-                                                    T.writes(row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16], acc[first_tile, 0:128, 0:16])
+                                                with T.sblock("rescale"):
+                                                    T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16])
+                                                    T.writes(row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
                                                     new_max = T.sblock_alloc_buffer((16,))
                                                     new_sum = T.sblock_alloc_buffer((16,))
-                                                    alpha = T.sblock_alloc_buffer((16,))
-                                                    beta = T.sblock_alloc_buffer((16,))
                                                     for r in T.vectorized(16):
-                                                        with T.sblock("rescale"):
+                                                        with T.sblock("factors"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
-                                                            T.writes(new_max[vr], alpha[vr], beta[vr])
+                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
                                                             old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
                                                             old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
                                                             both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
@@ -402,7 +325,7 @@ class Module:
                                                             high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
                                                             series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                             arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                             n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
@@ -410,14 +333,14 @@ class Module:
                                                             high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
                                                             series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                            beta[vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(16):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vr], beta[vr], tile_sum[vslot, vr])
+                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
                                                             T.writes(new_sum[vr])
                                                             previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vslot, vr]
+                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
                                                     for r in T.vectorized(16):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(16, r)
@@ -425,19 +348,72 @@ class Module:
                                                             T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
                                                             row_max[first_tile + vslot, vr] = new_max[vr]
                                                             row_sum[first_tile + vslot, vr] = new_sum[vr]
-                                                    with T.sblock("rescale_acc"):
-                                                        T.reads(tile_acc[vslot, 0:128, 0:16], alpha[0:16], beta[0:16])
-                                                        T.writes(acc[first_tile, 0:128, 0:16])
-                                                        for d in range(128):
+                                        with T.sblock("pv_update"):
+                                            T.reads()
+                                            T.writes()
+                                            tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                            full_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            num_full: T.let[T.int32] = valid_len // 8
+                                            for i_m, d_0_m in T.grid(1, 16):
+                                                for d_1_init in T.unroll(8):
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("full_groups_init"):
+                                                            vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                            T.reads()
+                                                            T.writes(full_acc[vi, vd, vr])
+                                                            full_acc[vi, vd, vr] = T.float32(0.0)
+                                                for to in range(num_full):
+                                                    for ax0, ax1, ax2 in T.grid(1, 8, 1):
+                                                        with T.sblock("prefetch_values"):
+                                                            vo = T.axis.spatial(16, to + ax0)
+                                                            vi = T.axis.spatial(8, ax1)
+                                                            vl = T.axis.spatial(4, d_0_m // 4 + ax2)
+                                                            T.where(to < 16)
+                                                            T.reads(value_offsets[0:256])
+                                                            T.writes(fetched[vo * 8 + vi, vl])
+                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 8 + vi
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    for ti in range(8):
+                                                        for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):
-                                                                with T.sblock("acc"):
-                                                                    vr, vd = T.axis.remap("SS", [r, d])
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vr], beta[vr], tile_acc[vslot, vd, vr])
-                                                                    T.writes(acc[first_tile, vd, vr])
-                                                                    with T.init():
-                                                                        acc[first_tile, vd, vr] = T.float32(0.0)
-                                                                    acc[first_tile, vd, vr] = alpha[vr] * acc[first_tile, vd, vr] + beta[vr] * tile_acc[vslot, vd, vr]
+                                                                with T.sblock("full_groups_update"):
+                                                                    vt = T.axis.reduce(128, to * 8 + ti)
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                                    T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                                    T.writes(full_acc[vi, vd, vr])
+                                                                    full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                                for d_1_init in T.unroll(8):
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("tile_acc_init"):
+                                                            vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                            T.reads()
+                                                            T.writes(tile_acc[0, vd, vr])
+                                                            tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
+                                                for ti in range(valid_len % 8):
+                                                    for d_1 in T.unroll(8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("tile_acc_update"):
+                                                                vt = T.axis.reduce(128, ti + num_full * 8)
+                                                                vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                                T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
+                                                                T.writes(tile_acc[0, vd, vr])
+                                                                tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                                for d_1 in T.unroll(8):
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("acc"):
+                                                            vi, vr = T.axis.remap("SS", [i_m, r])
+                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
+                                                            T.writes(acc[first_tile, vd, vr])
+                                                            with T.init():
+                                                                acc[first_tile, vd, vr] = T.float32(0.0)
+                                                            acc[first_tile, vd, vr] = alpha[vi, vr] * acc[first_tile, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
                 for tile in range(1):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(1, tile)
@@ -451,17 +427,6 @@ class Module:
                                 T.writes(out[seq, first_head:first_head + 16, 0:128], lse[seq, first_head:first_head + 16])
                                 factor = T.sblock_alloc_buffer((16,))
                                 acc_global = T.sblock_alloc_buffer((1, 16, 128))
-                                for ax0, ax1_0, ax2_0 in T.grid(1, 32, 4):
-                                    with T.sblock("acc_global_o"):
-                                        v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
-                                        T.reads(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                        T.writes(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                        turned = T.match_buffer(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
-                                        block = T.match_buffer(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                        turned[0, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [0, 4, 1, 5])
-                                        turned[1, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [2, 6, 3, 7])
-                                        turned[2, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [0, 4, 1, 5])
-                                        turned[3, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [2, 6, 3, 7])
                                 for r in T.vectorized(16):
                                     with T.sblock("factor"):
                                         vr = T.axis.spatial(16, r)
@@ -469,14 +434,40 @@ class Module:
                                         T.writes(factor[vr])
                                         total: T.let[T.float32] = row_sum[vtile, vr]
                                         factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                                for r, d_0 in T.grid(16, 4):
-                                    for d_1 in T.vectorized(32):
-                                        with T.sblock("out"):
-                                            vr = T.axis.spatial(16, r)
-                                            vd = T.axis.spatial(128, d_0 * 32 + d_1)
-                                            T.reads(acc_global[0, vr, vd], factor[vr])
-                                            T.writes(out[seq, first_head + vr, vd])
-                                            out[seq, first_head + vr, vd] = T.Cast("float32", acc_global[0, vr, vd] * factor[vr])
+                                for r_0, d_0 in T.grid(4, 8):
+                                    for ax0, ax1_0, ax2_0 in T.grid(1, 4, 1):
+                                        with T.sblock("acc_global_o"):
+                                            v0_o = T.axis.spatial(1, ax0)
+                                            v1_o = T.axis.spatial(32, d_0 * 4 + ax1_0)
+                                            v2_o = T.axis.spatial(4, r_0 + ax2_0)
+                                            T.reads(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
+                                            T.writes(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
+                                            turned = T.match_buffer(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
+                                            block = T.match_buffer(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
+                                            v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
+                                            v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
+                                            v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
+                                            v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
+                                            v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
+                                            v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
+                                            v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
+                                            v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
+                                            v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
+                                            v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
+                                            v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
+                                            v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
+                                            turned[0, 0:4] = v_8
+                                            turned[1, 0:4] = v_9
+                                            turned[2, 0:4] = v_10
+                                            turned[3, 0:4] = v_11
+                                    for r_1 in T.unroll(4):
+                                        for d_1 in T.vectorized(16):
+                                            with T.sblock("out"):
+                                                vr = T.axis.spatial(16, r_0 * 4 + r_1)
+                                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                                T.reads(acc_global[0, vr, vd], factor[vr])
+                                                T.writes(out[seq, first_head + vr, vd])
+                                                out[seq, first_head + vr, vd] = T.Cast("float32", acc_global[0, vr, vd] * factor[vr])
                                 for r in range(16):
                                     with T.sblock("lse"):
                                         vr = T.axis.spatial(16, r)
@@ -516,65 +507,72 @@ class Module:
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
                     T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-                    new_max = T.sblock_alloc_buffer((16,))
-                    new_sum = T.sblock_alloc_buffer((16,))
-                    alpha = T.sblock_alloc_buffer((16,))
-                    beta = T.sblock_alloc_buffer((16,))
-                    for r in T.vectorized(16):
-                        with T.sblock("rescale"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
-                            T.writes(new_max[vr], alpha[vr], beta[vr])
-                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
-                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
-                            old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
-                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
-                            new_max[vr] = m
-                            arg: T.let[T.float32] = old_max - m
-                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                            arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                            beta[vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                    for r in T.vectorized(16):
-                        with T.sblock("new_sum"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_sum[0, vr], alpha[vr], beta[vr], partial_sum[slot, vr])
-                            T.writes(new_sum[vr])
-                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            new_sum[vr] = alpha[vr] * previous + beta[vr] * partial_sum[slot, vr]
-                    for r in T.vectorized(16):
-                        with T.sblock("row"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(new_max[vr], new_sum[vr])
-                            T.writes(row_max[0, vr], row_sum[0, vr])
-                            row_max[0, vr] = new_max[vr]
-                            row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
+                    alpha = T.sblock_alloc_buffer((1, 16))
+                    beta = T.sblock_alloc_buffer((1, 16))
+                    with T.sblock("rescale"):
+                        T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], row_max[0, 0:16], row_sum[0, 0:16])
+                        T.writes(row_max[0, 0:16], row_sum[0, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                        new_max = T.sblock_alloc_buffer((16,))
+                        new_sum = T.sblock_alloc_buffer((16,))
+                        for r in T.vectorized(16):
+                            with T.sblock("factors"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
+                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
+                                old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
+                                old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
+                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
+                                new_max[vr] = m
+                                arg: T.let[T.float32] = old_max - m
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                arg_1: T.let[T.float32] = partial_max[slot, vr] - m
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                        for r in T.vectorized(16):
+                            with T.sblock("new_sum"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_sum[0, vr], alpha[0, vr], beta[0, vr], partial_sum[slot, vr])
+                                T.writes(new_sum[vr])
+                                previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * partial_sum[slot, vr]
+                        for r in T.vectorized(16):
+                            with T.sblock("row"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(new_max[vr], new_sum[vr])
+                                T.writes(row_max[0, vr], row_sum[0, vr])
+                                row_max[0, vr] = new_max[vr]
+                                row_sum[0, vr] = new_sum[vr]
+                    with T.sblock("fold"):
+                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[0, 0:16, 0:128])
-                        for r, d_0 in T.grid(16, 8):
-                            for d_1 in T.vectorized(16):
-                                with T.sblock("acc"):
-                                    vr = T.axis.spatial(16, r)
-                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                    vstep_1 = T.axis.reduce(num_partials, vstep)
-                                    T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                    T.writes(acc[0, vr, vd])
-                                    with T.init():
-                                        acc[0, vr, vd] = T.float32(0.0)
-                                    acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+                        for i, r_0, d_0 in T.grid(1, 1, 16):
+                            for r_1 in T.unroll(16):
+                                for d_1_0 in T.unroll(1):
+                                    for d_1_1 in T.vectorized(16):
+                                        with T.sblock("acc"):
+                                            vi = T.axis.spatial(1, i)
+                                            vr = T.axis.spatial(16, r_0 * 16 + r_1)
+                                            vd = T.axis.spatial(128, d_0 * 8 + (d_1_0 * 16 + d_1_1))
+                                            vstep_1 = T.axis.reduce(num_partials, vstep)
+                                            T.where(d_1_0 * 16 + d_1_1 < 8)
+                                            T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
+                                            T.writes(acc[vi, vr, vd])
+                                            with T.init():
+                                                acc[vi, vr, vd] = T.float32(0.0)
+                                            acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
         with T.sblock("normalize"):
             T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
             T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])

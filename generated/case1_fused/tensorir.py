@@ -30,25 +30,7 @@ v_span = TypeVar("v_span")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
-    def append_key(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
-        # with T.sblock("root"):
-        for h, t in T.grid(num_heads, num_tokens):
-            with T.sblock("token"):
-                vh = T.axis.opaque(num_heads, h)
-                vt = T.axis.opaque(num_tokens, t)
-                T.reads()
-                T.writes()
-                target: T.let[T.int64] = slot_mapping[vt]
-                if target >= T.int64(0):
-                    for run, i in T.grid(1, 128):
-                        with T.sblock("element"):
-                            vd = T.axis.spatial(128, run * 128 + i)
-                            T.reads(new[vt, head_begin + vh, vd])
-                            T.writes(cache[0:num_blocks, 0:T.int64(128), 0, 0:T.int64(128)])
-                            cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
-
-    @T.prim_func(s_tir=True)
-    def append_value(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+    def append_row(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
         # with T.sblock("root"):
         for h, t in T.grid(num_heads, num_tokens):
             with T.sblock("token"):
@@ -175,7 +157,8 @@ class Module:
                                         probs = T.sblock_alloc_buffer((1, 16, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
-                                        tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                        alpha = T.sblock_alloc_buffer((1, 16))
+                                        beta = T.sblock_alloc_buffer((1, 16))
                                         first_tile: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[first_tile, 0:16, 0:128], k_tile[0:128, 0:128], key_cache[0:k_span], key_offsets[0:256])
@@ -252,12 +235,59 @@ class Module:
                                                             with T.init():
                                                                 tile_sum[vslot, vr] = T.float32(0.0)
                                                             tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vr, vt]
-                                        num_full: T.let[T.int32] = valid_len // 8
-                                        with T.sblock("pv_matmul"):
-                                            T.reads(probs[0, 0:16, 0:128], v_tile[0:128, 0:128], value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(tile_acc[0, 0:16, 0:128])
+                                                with T.sblock("rescale"):
+                                                    T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16])
+                                                    T.writes(row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
+                                                    new_max = T.sblock_alloc_buffer((16,))
+                                                    new_sum = T.sblock_alloc_buffer((16,))
+                                                    for r in range(16):
+                                                        with T.sblock("factors"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
+                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
+                                                            new_max[vr] = m
+                                                            arg: T.let[T.float32] = old_max - m
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                    for r in range(16):
+                                                        with T.sblock("new_sum"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
+                                                            T.writes(new_sum[vr])
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
+                                                    for r in range(16):
+                                                        with T.sblock("row"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(new_max[vr], new_sum[vr])
+                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
+                                                            row_max[first_tile + vslot, vr] = new_max[vr]
+                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                        with T.sblock("pv_update"):
+                                            T.reads()
+                                            T.writes()
+                                            tile_acc = T.sblock_alloc_buffer((1, 16, 128))
                                             full_acc = T.sblock_alloc_buffer((1, 16, 128))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            num_full: T.let[T.int32] = valid_len // 8
                                             for to, ti, li in T.grid(num_full, 8, 4):
                                                 with T.sblock("prefetch_values"):
                                                     vo = T.axis.spatial(16, to)
@@ -284,71 +314,15 @@ class Module:
                                                     with T.init():
                                                         tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
                                                     tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * v_tile[vt, vd]
-                                        for tile in range(1):
-                                            with T.sblock("update"):
-                                                vslot = T.axis.spatial(1, tile)
-                                                T.reads()
-                                                T.writes()
-                                                with T.sblock("online_update"):
-                                                    T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], tile_acc[vslot, 0:16, 0:128], row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16])
-                                                    T.writes(row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16], acc[first_tile + vslot, 0:16, 0:128])
-                                                    new_max = T.sblock_alloc_buffer((16,))
-                                                    new_sum = T.sblock_alloc_buffer((16,))
-                                                    alpha = T.sblock_alloc_buffer((16,))
-                                                    beta = T.sblock_alloc_buffer((16,))
-                                                    for r in range(16):
-                                                        with T.sblock("rescale"):
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
-                                                            T.writes(new_max[vr], alpha[vr], beta[vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
-                                                            new_max[vr] = m
-                                                            arg: T.let[T.float32] = old_max - m
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
-                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                                                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                            beta[vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                                    for r in range(16):
-                                                        with T.sblock("new_sum"):
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vr], beta[vr], tile_sum[vslot, vr])
-                                                            T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vslot, vr]
-                                                    for r in range(16):
-                                                        with T.sblock("row"):
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
-                                                            row_max[first_tile + vslot, vr] = new_max[vr]
-                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
-                                                    with T.sblock("rescale_acc"):
-                                                        T.reads(tile_acc[vslot, 0:16, 0:128], alpha[0:16], beta[0:16])
-                                                        T.writes(acc[first_tile + vslot, 0:16, 0:128])
-                                                        for r, d in T.grid(16, 128):
-                                                            with T.sblock("acc"):
-                                                                vr, vd = T.axis.remap("SS", [r, d])
-                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                T.reads(alpha[vr], beta[vr], tile_acc[vslot, vr, vd])
-                                                                T.writes(acc[first_tile + vslot, vr, vd])
-                                                                with T.init():
-                                                                    acc[first_tile + vslot, vr, vd] = T.float32(0.0)
-                                                                acc[first_tile + vslot, vr, vd] = alpha[vr] * acc[first_tile + vslot, vr, vd] + beta[vr] * tile_acc[vslot, vr, vd]
+                                            for i, r, d in T.grid(1, 16, 128):
+                                                with T.sblock("acc"):
+                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                    T.writes(acc[first_tile + vi, vr, vd])
+                                                    with T.init():
+                                                        acc[first_tile + vi, vr, vd] = T.float32(0.0)
+                                                    acc[first_tile + vi, vr, vd] = alpha[vi, vr] * acc[first_tile + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(1):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(1, tile)
@@ -413,63 +387,66 @@ class Module:
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
                     T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-                    new_max = T.sblock_alloc_buffer((16,))
-                    new_sum = T.sblock_alloc_buffer((16,))
-                    alpha = T.sblock_alloc_buffer((16,))
-                    beta = T.sblock_alloc_buffer((16,))
-                    for r in range(16):
-                        with T.sblock("rescale"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
-                            T.writes(new_max[vr], alpha[vr], beta[vr])
-                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
-                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
-                            old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
-                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
-                            new_max[vr] = m
-                            arg: T.let[T.float32] = old_max - m
-                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                            arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                            beta[vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                    for r in range(16):
-                        with T.sblock("new_sum"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_sum[0, vr], alpha[vr], beta[vr], partial_sum[slot, vr])
-                            T.writes(new_sum[vr])
-                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            new_sum[vr] = alpha[vr] * previous + beta[vr] * partial_sum[slot, vr]
-                    for r in range(16):
-                        with T.sblock("row"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(new_max[vr], new_sum[vr])
-                            T.writes(row_max[0, vr], row_sum[0, vr])
-                            row_max[0, vr] = new_max[vr]
-                            row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
+                    alpha = T.sblock_alloc_buffer((1, 16))
+                    beta = T.sblock_alloc_buffer((1, 16))
+                    with T.sblock("rescale"):
+                        T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], row_max[0, 0:16], row_sum[0, 0:16])
+                        T.writes(row_max[0, 0:16], row_sum[0, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                        new_max = T.sblock_alloc_buffer((16,))
+                        new_sum = T.sblock_alloc_buffer((16,))
+                        for r in range(16):
+                            with T.sblock("factors"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
+                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
+                                old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
+                                old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
+                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
+                                new_max[vr] = m
+                                arg: T.let[T.float32] = old_max - m
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                arg_1: T.let[T.float32] = partial_max[slot, vr] - m
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                        for r in range(16):
+                            with T.sblock("new_sum"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_sum[0, vr], alpha[0, vr], beta[0, vr], partial_sum[slot, vr])
+                                T.writes(new_sum[vr])
+                                previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * partial_sum[slot, vr]
+                        for r in range(16):
+                            with T.sblock("row"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(new_max[vr], new_sum[vr])
+                                T.writes(row_max[0, vr], row_sum[0, vr])
+                                row_max[0, vr] = new_max[vr]
+                                row_sum[0, vr] = new_sum[vr]
+                    with T.sblock("fold"):
+                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[0, 0:16, 0:128])
-                        for r, d in T.grid(16, 128):
+                        for i, r, d in T.grid(1, 16, 128):
                             with T.sblock("acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
+                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                 vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
+                                T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
+                                T.writes(acc[vi, vr, vd])
                                 with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+                                    acc[vi, vr, vd] = T.float32(0.0)
+                                acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
         with T.sblock("normalize"):
             T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
             T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])

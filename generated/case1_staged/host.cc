@@ -31,8 +31,7 @@ int __tvm_ffi_softmax_prepare(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_pv_matmul(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_online_update(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_merge_partials(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_append_key(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_append_value(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
+int __tvm_ffi_append_row(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 }
 
 namespace {
@@ -142,9 +141,10 @@ class ScratchStack {
     return buffer.data;
   }
   void Pop() { --depth_; }
-  ~ScratchStack() {
+  void Release() {
     for (size_t i = 0; i < size_; ++i) std::free(buffers_[i].data);
     std::free(buffers_);
+    *this = ScratchStack();
   }
 
  private:
@@ -153,19 +153,31 @@ class ScratchStack {
     size_t capacity;
   };
 
-  void Grow() {
-    auto* grown = static_cast<Buffer*>(std::realloc(buffers_, (size_ + 1) * sizeof(Buffer)));
-    if (grown == nullptr) throw std::bad_alloc();
-    buffers_ = grown;
-    buffers_[size_++] = {nullptr, 0};
-  }
+  void Grow();
 
   Buffer* buffers_ = nullptr;
   size_t size_ = 0, depth_ = 0;
 };
 
+// Without constructor or destructor, so that each access is one to memory and no look whether they have run.
 thread_local ScratchStack kernel_scratch;  // of the kernels that run on this thread
 thread_local ScratchStack call_workspace;  // of the decode call made on this thread
+
+// Gives this thread's memory back when it ends.
+struct ScratchRelease {
+  ~ScratchRelease() {
+    kernel_scratch.Release();
+    call_workspace.Release();
+  }
+};
+
+void ScratchStack::Grow() {
+  thread_local const ScratchRelease at_exit;
+  auto* grown = static_cast<Buffer*>(std::realloc(buffers_, (size_ + 1) * sizeof(Buffer)));
+  if (grown == nullptr) throw std::bad_alloc();
+  buffers_ = grown;
+  buffers_[size_++] = {nullptr, 0};
+}
 
 // Kernels ask for their scratch through TVM's workspace hooks. One that is given none returns an error.
 void* AllocWorkspace(int, int, uint64_t num_bytes, int, int) noexcept {
@@ -953,11 +965,9 @@ void AppendKV(const Inputs& in) {
   const int64_t heads = few ? kNumKVHeads : 1;  // of one kernel call
   ParallelFor(2 * (kNumKVHeads / heads), few ? 1 : num_threads, [&](int64_t i) {
     const int64_t head_begin = i / 2 * heads;
-    if (i % 2 == 0) {
-      Call(__tvm_ffi_append_key, key, key_cache, args.slot_mapping, head_begin, heads);
-    } else {
-      Call(__tvm_ffi_append_value, value, value_cache, args.slot_mapping, head_begin, heads);
-    }
+    const bool is_key = i % 2 == 0;
+    Call(__tvm_ffi_append_row, is_key ? key : value, is_key ? key_cache : value_cache, args.slot_mapping, head_begin,
+         heads);
   });
 }
 

@@ -13,7 +13,7 @@ target triple = "x86_64-conda-linux-gnu"
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_key(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
+define dllexport noundef i32 @__tvm_ffi_append_row(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %new.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %new.type_index, 70
@@ -40,55 +40,55 @@ entry:
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %14 = load i64, ptr %13, align 8
   %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_key.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_key.new_shape, align 8
+  %append_row.new_shape = load ptr, ptr %15, align 8
+  %num_tokens = load i64, ptr %append_row.new_shape, align 8
   %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_key.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_key.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_key.new_strides, i64 8
+  %append_row.new_strides = load ptr, ptr %16, align 8
+  %17 = icmp eq ptr %append_row.new_strides, null
+  %18 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 16
+  %19 = getelementptr inbounds nuw i8, ptr %append_row.new_strides, i64 8
   %new_head.in = select i1 %17, ptr %18, ptr %19
   %new_head = load i64, ptr %new_head.in, align 8
   br i1 %17, label %if_then10, label %if_else11
 
 if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 8
+  %20 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 8
   %21 = load i64, ptr %20, align 8
   %22 = load i64, ptr %18, align 8
   %23 = mul nsw i64 %22, %21
   br label %if_end12
 
 if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_key.new_strides, align 8
+  %24 = load i64, ptr %append_row.new_strides, align 8
   br label %if_end12
 
 if_end12:                                         ; preds = %if_else11, %if_then10
   %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
   %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_key.cache_shape = load ptr, ptr %25, align 8
+  %append_row.cache_shape = load ptr, ptr %25, align 8
   %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_key.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_key.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 16
+  %append_row.cache_strides = load ptr, ptr %26, align 8
+  %27 = icmp eq ptr %append_row.cache_strides, null
+  %28 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 24
+  %29 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 16
   %cache_2.in = select i1 %27, ptr %28, ptr %29
   %cache_2 = load i64, ptr %cache_2.in, align 8
   br i1 %27, label %if_then19, label %if_else20
 
 if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 16
+  %30 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 16
   %31 = load i64, ptr %30, align 8
   %32 = load i64, ptr %28, align 8
   %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 8
+  %34 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 8
   %35 = load i64, ptr %34, align 8
   %36 = mul nsw i64 %33, %35
   br label %if_end21
 
 if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 8
+  %37 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 8
   %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_key.cache_strides, align 8
+  %39 = load i64, ptr %append_row.cache_strides, align 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_else20, %if_then19
@@ -105,13 +105,13 @@ if_end21:                                         ; preds = %if_else20, %if_then
   call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
   %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_key_compute_.exit, !prof !3
+  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
   %41 = icmp sgt i64 %num_tokens, 0
   %sext = shl i64 %12, 32
   %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_key_compute_.exit, !prof !3
+  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
   %wide.trip.count.i = and i64 %14, 2147483647
@@ -124,81 +124,81 @@ for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.prehead
 
 for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
+  %44 = add nsw i64 %indvars.iv.i, %42
+  %45 = mul nsw i64 %44, %new_head
+  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
+  %46 = mul nsw i64 %44, %cache_2
   br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
 
 for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
+  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
   %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
+  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
+  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
+  %48 = icmp sgt i64 %target.us.i, -1
+  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
 
 if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 127
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 7
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
+  %49 = mul nsw i64 %t1.us.i, %new_token
+  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
+  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
+  %51 = and i64 %target.us.i, 127
+  %52 = mul nsw i64 %51, %cache_125
+  %53 = lshr i64 %target.us.i, 7
+  %54 = mul nsw i64 %53, %cache_0
+  %55 = getelementptr i16, ptr %cache, i64 %54
+  %56 = getelementptr i16, ptr %55, i64 %52
+  %57 = getelementptr i16, ptr %56, i64 %46
+  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
+  %58 = getelementptr i8, ptr %gep.us.i, i64 64
+  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
+  %60 = getelementptr i8, ptr %57, i64 64
+  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
+  %61 = getelementptr i8, ptr %gep.us.i, i64 128
+  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
+  %63 = getelementptr i8, ptr %57, i64 128
+  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
+  %64 = getelementptr i8, ptr %gep.us.i, i64 192
+  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
+  %66 = getelementptr i8, ptr %57, i64 192
+  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
   br label %if_end.us.i
 
 if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
+  %67 = or disjoint i64 %t1.us.i, 1
+  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
+  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
+  %69 = icmp sgt i64 %target.us.i.1, -1
+  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
 
 if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 127
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 7
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
+  %70 = mul nsw i64 %67, %new_token
+  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
+  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
+  %72 = and i64 %target.us.i.1, 127
+  %73 = mul nsw i64 %72, %cache_125
+  %74 = lshr i64 %target.us.i.1, 7
+  %75 = mul nsw i64 %74, %cache_0
+  %76 = getelementptr i16, ptr %cache, i64 %75
+  %77 = getelementptr i16, ptr %76, i64 %73
+  %78 = getelementptr i16, ptr %77, i64 %46
+  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
+  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
+  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
+  %81 = getelementptr i8, ptr %78, i64 64
+  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
+  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
+  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
+  %84 = getelementptr i8, ptr %78, i64 128
+  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
+  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
+  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
+  %87 = getelementptr i8, ptr %78, i64 192
+  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
   br label %if_end.us.i.1
 
 if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
+  %88 = add nuw nsw i64 %t1.us.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !10
@@ -207,290 +207,53 @@ for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
   br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
 
 for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
+  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
+  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
+  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
+  %90 = icmp sgt i64 %target.us.i.epil, -1
+  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
 
 if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 127
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 7
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
+  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
+  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
+  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
+  %93 = and i64 %target.us.i.epil, 127
+  %94 = mul nsw i64 %93, %cache_125
+  %95 = lshr i64 %target.us.i.epil, 7
+  %96 = mul nsw i64 %95, %cache_0
+  %97 = getelementptr i16, ptr %cache, i64 %96
+  %98 = getelementptr i16, ptr %97, i64 %94
+  %99 = getelementptr i16, ptr %98, i64 %46
+  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
+  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
+  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
+  %102 = getelementptr i8, ptr %99, i64 64
+  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
+  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
+  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
+  %105 = getelementptr i8, ptr %99, i64 128
+  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
+  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
+  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
+  %108 = getelementptr i8, ptr %99, i64 192
+  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
   br label %for_begin_t.for_end_t_crit_edge.us.i
 
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
+  br i1 %exitcond5.not.i, label %append_row_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
 
-append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
-  ret i32 0
-}
-
-; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_value(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
-entry:
-  %new.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %new.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %new.handle.idx = select i1 %0, i64 24, i64 0
-  %new.handle = getelementptr inbounds nuw i8, ptr %2, i64 %new.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %cache.handle.idx = select i1 %4, i64 24, i64 0
-  %cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %slot_mapping.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %slot_mapping.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %slot_mapping.handle.idx = select i1 %8, i64 24, i64 0
-  %slot_mapping.handle = getelementptr inbounds nuw i8, ptr %10, i64 %slot_mapping.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %12 = load i64, ptr %11, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %14 = load i64, ptr %13, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_value.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_value.new_shape, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_value.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_value.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_value.new_strides, i64 8
-  %new_head.in = select i1 %17, ptr %18, ptr %19
-  %new_head = load i64, ptr %new_head.in, align 8
-  br i1 %17, label %if_then10, label %if_else11
-
-if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 8
-  %21 = load i64, ptr %20, align 8
-  %22 = load i64, ptr %18, align 8
-  %23 = mul nsw i64 %22, %21
-  br label %if_end12
-
-if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_value.new_strides, align 8
-  br label %if_end12
-
-if_end12:                                         ; preds = %if_else11, %if_then10
-  %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
-  %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_value.cache_shape = load ptr, ptr %25, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_value.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_value.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 16
-  %cache_2.in = select i1 %27, ptr %28, ptr %29
-  %cache_2 = load i64, ptr %cache_2.in, align 8
-  br i1 %27, label %if_then19, label %if_else20
-
-if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 16
-  %31 = load i64, ptr %30, align 8
-  %32 = load i64, ptr %28, align 8
-  %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 8
-  %35 = load i64, ptr %34, align 8
-  %36 = mul nsw i64 %33, %35
-  br label %if_end21
-
-if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 8
-  %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_value.cache_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %cache_125 = phi i64 [ %33, %if_then19 ], [ %38, %if_else20 ]
-  %cache_0 = phi i64 [ %36, %if_then19 ], [ %39, %if_else20 ]
-  %num_heads = trunc i64 %14 to i32
-  %new = load ptr, ptr %new.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  %cache = load ptr, ptr %cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  %slot_mapping = load ptr, ptr %slot_mapping.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
-  %41 = icmp sgt i64 %num_tokens, 0
-  %sext = shl i64 %12, 32
-  %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
-  %wide.trip.count.i = and i64 %14, 2147483647
-  %xtraiter = and i64 %num_tokens, 1
-  %43 = icmp eq i64 %num_tokens, 1
-  %unroll_iter = and i64 %num_tokens, 9223372036854775806
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod27 = icmp ne i64 %xtraiter, 0
-  br label %for_begin_t.preheader.us.i
-
-for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
-  br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
-
-for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
-
-if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 127
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 7
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
-  br label %if_end.us.i
-
-if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
-
-if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 127
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 7
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
-  br label %if_end.us.i.1
-
-if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !14
-
-for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
-  br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
-
-for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
-
-if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 127
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 7
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
-  br label %for_begin_t.for_end_t_crit_edge.us.i
-
-for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_value_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
-
-append_value_compute_.exit:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
+append_row_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [16 x float], align 16
-  %beta38.i = alloca [16 x float], align 16
-  %alpha39.i = alloca [16 x float], align 16
+  %factor46.i = alloca [16 x float], align 16
+  %beta49.i = alloca [16 x float], align 16
+  %alpha50.i = alloca [16 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -581,15 +344,15 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %41 = icmp eq ptr %acc.i, null
   br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
@@ -601,539 +364,910 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %22, 32
-  %cse_v2.i = ashr exact i64 %sext, 32
+  %43 = ashr exact i64 %sext, 32
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
-  %43 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
-  %45 = insertelement <16 x i1> poison, i1 %44, i64 0
-  %46 = shufflevector <16 x i1> %45, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %43
-  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
-  %cse_v8.i = shl nsw i64 %47, 4
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v8.i
-  %49 = load <16 x float>, ptr %48, align 4, !tbaa !5
-  %50 = fcmp ogt <16 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v8.i
-  %52 = load <16 x float>, ptr %51, align 4, !tbaa !5
-  %53 = fcmp oeq <16 x float> %52, zeroinitializer
-  %54 = select <16 x i1> %53, <16 x i1> splat (i1 true), <16 x i1> %50
-  %old_or_both.i = select <16 x i1> %54, <16 x float> %old_max.i, <16 x float> %49
-  %55 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %55, <16 x float> %49, <16 x float> %old_or_both.i
-  %arg.i = fsub <16 x float> %old_max.i, %m.i
-  %cse_v9.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <16 x float> %cse_v9.i to <16 x i32>
-  %57 = add nsw <16 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <16 x i32> %57 to <16 x float>
-  %59 = fmul <16 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <16 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <16 x float> %arg.i, %60
-  %62 = fadd <16 x float> %59, %61
-  %63 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %63, <16 x float> %62, <16 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> %62, <16 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> %62, <16 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> %62, <16 x float> splat (float 5.000000e-01))
-  %68 = fmul <16 x float> %62, %67
-  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %62, <16 x float> %62)
-  %70 = shl <16 x i32> %56, splat (i32 23)
-  %71 = add <16 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <16 x i32> %71 to <16 x float>
-  %73 = fadd <16 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <16 x float> %73, %72
-  %75 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <16 x i1> %75, <16 x float> zeroinitializer, <16 x float> %74
-  %77 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %78 = select <16 x i1> %77, <16 x float> %76, <16 x float> zeroinitializer
-  store <16 x float> %78, ptr %alpha39.i, align 16, !tbaa !17
-  %arg2.i = fsub <16 x float> %49, %m.i
-  %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <16 x float> %cse_v6.i to <16 x i32>
-  %80 = add nsw <16 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <16 x i32> %80 to <16 x float>
-  %82 = fmul <16 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <16 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <16 x float> %arg2.i, %83
-  %85 = fadd <16 x float> %82, %84
-  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> %85, <16 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %85, <16 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %85, <16 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %85, <16 x float> splat (float 5.000000e-01))
-  %91 = fmul <16 x float> %85, %90
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %85, <16 x float> %85)
-  %93 = shl <16 x i32> %79, splat (i32 23)
-  %94 = add <16 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <16 x i32> %94 to <16 x float>
-  %96 = fadd <16 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <16 x float> %96, %95
-  %98 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <16 x i1> %98, <16 x float> zeroinitializer, <16 x float> %97
-  %100 = fcmp one <16 x float> %52, zeroinitializer
-  %101 = select <16 x i1> %100, <16 x float> %99, <16 x float> zeroinitializer
-  store <16 x float> %101, ptr %beta38.i, align 16, !tbaa !24
-  %102 = fmul <16 x float> %old_sum.i, %78
-  %103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %101, <16 x float> %52, <16 x float> %102)
-  %.idx.i = shl nsw i64 %47, 13
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r_0.i ]
+  %44 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total5357.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %467, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %46 = insertelement <16 x i1> poison, i1 %45, i64 0
+  %47 = shufflevector <16 x i1> %46, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %47, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %44
+  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %total5357.i
+  %48 = add nsw i64 %indvars.iv67.i, %43
+  %49 = shl nsw i64 %48, 4
+  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
+  %51 = load <16 x float>, ptr %50, align 4, !tbaa !5
+  %52 = fcmp ogt <16 x float> %old_max.i, %51
+  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
+  %54 = load <16 x float>, ptr %53, align 4, !tbaa !5
+  %55 = fcmp oeq <16 x float> %54, zeroinitializer
+  %56 = select <16 x i1> %55, <16 x i1> splat (i1 true), <16 x i1> %52
+  %old_or_both.i = select <16 x i1> %56, <16 x float> %old_max.i, <16 x float> %51
+  %57 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %57, <16 x float> %51, <16 x float> %old_or_both.i
+  %58 = fsub <16 x float> %old_max.i, %m.i
+  %59 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %58, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %60 = bitcast <16 x float> %59 to <16 x i32>
+  %61 = add nsw <16 x i32> %60, splat (i32 -1262485504)
+  %62 = sitofp <16 x i32> %61 to <16 x float>
+  %63 = fmul <16 x float> %62, splat (float 0x3F2BD01060000000)
+  %64 = fmul <16 x float> %62, splat (float 0x3FE6300000000000)
+  %65 = fsub <16 x float> %58, %64
+  %66 = fadd <16 x float> %63, %65
+  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> %66, <16 x float> splat (float 0x3F81112100000000))
+  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %66, <16 x float> splat (float 0x3FA5553820000000))
+  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %66, <16 x float> splat (float 0x3FC5555540000000))
+  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %70, <16 x float> %66, <16 x float> splat (float 5.000000e-01))
+  %72 = fmul <16 x float> %66, %71
+  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %66, <16 x float> %66)
+  %74 = shl <16 x i32> %60, splat (i32 23)
+  %75 = add <16 x i32> %74, splat (i32 1065353216)
+  %76 = bitcast <16 x i32> %75 to <16 x float>
+  %77 = fadd <16 x float> %73, splat (float 1.000000e+00)
+  %78 = fmul <16 x float> %77, %76
+  %79 = fcmp olt <16 x float> %58, splat (float -8.700000e+01)
+  %80 = select <16 x i1> %79, <16 x float> zeroinitializer, <16 x float> %78
+  %81 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %82 = select <16 x i1> %81, <16 x float> %80, <16 x float> zeroinitializer
+  store <16 x float> %82, ptr %alpha50.i, align 16, !tbaa !16
+  %arg2.i = fsub <16 x float> %51, %m.i
+  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <16 x float> %83 to <16 x i32>
+  %85 = add nsw <16 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <16 x i32> %85 to <16 x float>
+  %87 = fmul <16 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <16 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <16 x float> %arg2.i, %88
+  %90 = fadd <16 x float> %87, %89
+  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %90, <16 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %90, <16 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %90, <16 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %90, <16 x float> splat (float 5.000000e-01))
+  %96 = fmul <16 x float> %90, %95
+  %97 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %90, <16 x float> %90)
+  %98 = shl <16 x i32> %84, splat (i32 23)
+  %99 = add <16 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <16 x i32> %99 to <16 x float>
+  %101 = fadd <16 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <16 x float> %101, %100
+  %103 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
+  %105 = fcmp one <16 x float> %54, zeroinitializer
+  %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
+  store <16 x float> %106, ptr %beta49.i, align 16, !tbaa !23
+  %.idx.i = shl nsw i64 %48, 13
+  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !31
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !32
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !5
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !5
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !5
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !5
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !5
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
+for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
+  %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
+  %108 = shl nuw nsw i64 %indvars.iv.i.us, 2
+  %109 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %108
+  %110 = load float, ptr %109, align 16, !tbaa !30
+  %111 = insertelement <16 x float> poison, float %110, i64 0
+  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
+  %113 = shl nuw nsw i64 %indvars.iv.i.us, 9
+  %114 = getelementptr float, ptr %107, i64 %113
+  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %108
+  %116 = load float, ptr %115, align 16, !tbaa !31
+  %117 = or disjoint i64 %108, 1
+  %118 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %117
+  %119 = load float, ptr %118, align 4, !tbaa !30
+  %120 = insertelement <16 x float> poison, float %119, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %117
+  %123 = load float, ptr %122, align 4, !tbaa !31
+  %124 = or disjoint i64 %108, 2
+  %125 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %124
+  %126 = load float, ptr %125, align 8, !tbaa !30
+  %127 = insertelement <16 x float> poison, float %126, i64 0
+  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
+  %129 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %124
+  %130 = load float, ptr %129, align 8, !tbaa !31
+  %131 = or disjoint i64 %108, 3
+  %132 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %131
+  %133 = load float, ptr %132, align 4, !tbaa !30
+  %134 = insertelement <16 x float> poison, float %133, i64 0
+  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
+  %136 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %131
+  %137 = load float, ptr %136, align 4, !tbaa !31
+  %138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %113
+  %.scalar = fmul float %130, 0.000000e+00
+  %139 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar30 = fmul float %123, 0.000000e+00
+  %141 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %116, 0.000000e+00
+  %143 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
   store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !5
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !5
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %145 = load <16 x float>, ptr %114, align 4, !tbaa !5
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %145, <16 x float> %144)
+  store <16 x float> %146, ptr %138, align 4, !tbaa !5
+  %147 = getelementptr inbounds nuw i8, ptr %138, i64 64
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
+  %148 = getelementptr i8, ptr %114, i64 64
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %149, <16 x float> %144)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %151 = getelementptr inbounds nuw i8, ptr %138, i64 512
+  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !5
+  %152 = getelementptr i8, ptr %114, i64 512
+  %153 = load <16 x float>, ptr %152, align 4, !tbaa !5
+  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %153, <16 x float> %142)
+  store <16 x float> %154, ptr %151, align 4, !tbaa !5
+  %155 = getelementptr inbounds nuw i8, ptr %138, i64 576
+  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
+  %156 = getelementptr i8, ptr %114, i64 576
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %157, <16 x float> %142)
+  store <16 x float> %158, ptr %155, align 4, !tbaa !5
+  %159 = getelementptr inbounds nuw i8, ptr %138, i64 1024
+  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !5
+  %160 = getelementptr i8, ptr %114, i64 1024
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
+  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %161, <16 x float> %140)
+  store <16 x float> %162, ptr %159, align 4, !tbaa !5
+  %163 = getelementptr inbounds nuw i8, ptr %138, i64 1088
+  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !5
+  %164 = getelementptr i8, ptr %114, i64 1088
+  %165 = load <16 x float>, ptr %164, align 4, !tbaa !5
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %165, <16 x float> %140)
+  store <16 x float> %166, ptr %163, align 4, !tbaa !5
+  %167 = getelementptr inbounds nuw i8, ptr %138, i64 1536
+  store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !5
+  %168 = getelementptr i8, ptr %114, i64 1536
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %.scalar34 = fmul float %137, 0.000000e+00
+  %170 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> zeroinitializer
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %169, <16 x float> %171)
+  store <16 x float> %172, ptr %167, align 4, !tbaa !5
+  %173 = getelementptr inbounds nuw i8, ptr %138, i64 1600
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
+  %174 = getelementptr i8, ptr %114, i64 1600
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %175, <16 x float> %171)
+  store <16 x float> %176, ptr %173, align 4, !tbaa !5
+  %177 = getelementptr inbounds nuw i8, ptr %138, i64 128
+  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %114, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %179, <16 x float> %144)
+  store <16 x float> %180, ptr %177, align 4, !tbaa !5
+  %181 = getelementptr inbounds nuw i8, ptr %138, i64 192
+  store <16 x float> zeroinitializer, ptr %181, align 4, !tbaa !5
+  %182 = getelementptr i8, ptr %114, i64 192
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %183, <16 x float> %144)
+  store <16 x float> %184, ptr %181, align 4, !tbaa !5
+  %185 = getelementptr inbounds nuw i8, ptr %138, i64 640
+  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !5
+  %186 = getelementptr i8, ptr %114, i64 640
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %187, <16 x float> %142)
+  store <16 x float> %188, ptr %185, align 4, !tbaa !5
+  %189 = getelementptr inbounds nuw i8, ptr %138, i64 704
+  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %114, i64 704
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %191, <16 x float> %142)
+  store <16 x float> %192, ptr %189, align 4, !tbaa !5
+  %193 = getelementptr inbounds nuw i8, ptr %138, i64 1152
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
+  %194 = getelementptr i8, ptr %114, i64 1152
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %195, <16 x float> %140)
+  store <16 x float> %196, ptr %193, align 4, !tbaa !5
+  %197 = getelementptr inbounds nuw i8, ptr %138, i64 1216
+  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !5
+  %198 = getelementptr i8, ptr %114, i64 1216
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %199, <16 x float> %140)
+  store <16 x float> %200, ptr %197, align 4, !tbaa !5
+  %201 = getelementptr inbounds nuw i8, ptr %138, i64 1664
+  store <16 x float> zeroinitializer, ptr %201, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %114, i64 1664
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %203, <16 x float> %171)
+  store <16 x float> %204, ptr %201, align 4, !tbaa !5
+  %205 = getelementptr inbounds nuw i8, ptr %138, i64 1728
+  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !5
+  %206 = getelementptr i8, ptr %114, i64 1728
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %207, <16 x float> %171)
+  store <16 x float> %208, ptr %205, align 4, !tbaa !5
+  %209 = getelementptr inbounds nuw i8, ptr %138, i64 256
+  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !5
+  %210 = getelementptr i8, ptr %114, i64 256
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %211, <16 x float> %144)
+  store <16 x float> %212, ptr %209, align 4, !tbaa !5
+  %213 = getelementptr inbounds nuw i8, ptr %138, i64 320
+  store <16 x float> zeroinitializer, ptr %213, align 4, !tbaa !5
+  %214 = getelementptr i8, ptr %114, i64 320
+  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %215, <16 x float> %144)
+  store <16 x float> %216, ptr %213, align 4, !tbaa !5
+  %217 = getelementptr inbounds nuw i8, ptr %138, i64 768
+  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !5
+  %218 = getelementptr i8, ptr %114, i64 768
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %219, <16 x float> %142)
+  store <16 x float> %220, ptr %217, align 4, !tbaa !5
+  %221 = getelementptr inbounds nuw i8, ptr %138, i64 832
+  store <16 x float> zeroinitializer, ptr %221, align 4, !tbaa !5
+  %222 = getelementptr i8, ptr %114, i64 832
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %223, <16 x float> %142)
+  store <16 x float> %224, ptr %221, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %138, i64 1280
+  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !5
+  %226 = getelementptr i8, ptr %114, i64 1280
+  %227 = load <16 x float>, ptr %226, align 4, !tbaa !5
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %227, <16 x float> %140)
+  store <16 x float> %228, ptr %225, align 4, !tbaa !5
+  %229 = getelementptr inbounds nuw i8, ptr %138, i64 1344
+  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !5
+  %230 = getelementptr i8, ptr %114, i64 1344
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %231, <16 x float> %140)
+  store <16 x float> %232, ptr %229, align 4, !tbaa !5
+  %233 = getelementptr inbounds nuw i8, ptr %138, i64 1792
+  store <16 x float> zeroinitializer, ptr %233, align 4, !tbaa !5
+  %234 = getelementptr i8, ptr %114, i64 1792
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
+  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %235, <16 x float> %171)
+  store <16 x float> %236, ptr %233, align 4, !tbaa !5
+  %237 = getelementptr inbounds nuw i8, ptr %138, i64 1856
+  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !5
+  %238 = getelementptr i8, ptr %114, i64 1856
+  %239 = load <16 x float>, ptr %238, align 4, !tbaa !5
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %239, <16 x float> %171)
+  store <16 x float> %240, ptr %237, align 4, !tbaa !5
+  %241 = getelementptr inbounds nuw i8, ptr %138, i64 384
+  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !5
+  %242 = getelementptr i8, ptr %114, i64 384
+  %243 = load <16 x float>, ptr %242, align 4, !tbaa !5
+  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %243, <16 x float> %144)
+  store <16 x float> %244, ptr %241, align 4, !tbaa !5
+  %245 = getelementptr inbounds nuw i8, ptr %138, i64 448
+  store <16 x float> zeroinitializer, ptr %245, align 4, !tbaa !5
+  %246 = getelementptr i8, ptr %114, i64 448
+  %247 = load <16 x float>, ptr %246, align 4, !tbaa !5
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %247, <16 x float> %144)
+  store <16 x float> %248, ptr %245, align 4, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %138, i64 896
+  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !5
+  %250 = getelementptr i8, ptr %114, i64 896
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %251, <16 x float> %142)
+  store <16 x float> %252, ptr %249, align 4, !tbaa !5
+  %253 = getelementptr inbounds nuw i8, ptr %138, i64 960
+  store <16 x float> zeroinitializer, ptr %253, align 4, !tbaa !5
+  %254 = getelementptr i8, ptr %114, i64 960
+  %255 = load <16 x float>, ptr %254, align 4, !tbaa !5
+  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %255, <16 x float> %142)
+  store <16 x float> %256, ptr %253, align 4, !tbaa !5
+  %257 = getelementptr inbounds nuw i8, ptr %138, i64 1408
+  store <16 x float> zeroinitializer, ptr %257, align 4, !tbaa !5
+  %258 = getelementptr i8, ptr %114, i64 1408
+  %259 = load <16 x float>, ptr %258, align 4, !tbaa !5
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %259, <16 x float> %140)
+  store <16 x float> %260, ptr %257, align 4, !tbaa !5
+  %261 = getelementptr inbounds nuw i8, ptr %138, i64 1472
+  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !5
+  %262 = getelementptr i8, ptr %114, i64 1472
+  %263 = load <16 x float>, ptr %262, align 4, !tbaa !5
+  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %263, <16 x float> %140)
+  store <16 x float> %264, ptr %261, align 4, !tbaa !5
+  %265 = getelementptr inbounds nuw i8, ptr %138, i64 1920
+  store <16 x float> zeroinitializer, ptr %265, align 4, !tbaa !5
+  %266 = getelementptr i8, ptr %114, i64 1920
+  %267 = load <16 x float>, ptr %266, align 4, !tbaa !5
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %267, <16 x float> %171)
+  store <16 x float> %268, ptr %265, align 4, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %138, i64 1984
+  store <16 x float> zeroinitializer, ptr %269, align 4, !tbaa !5
+  %270 = getelementptr i8, ptr %114, i64 1984
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
+  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %271, <16 x float> %171)
+  store <16 x float> %272, ptr %269, align 4, !tbaa !5
+  %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
+  %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 4
+  br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !32
 
-for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  %146 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %148 = select <16 x i1> %147, <16 x float> zeroinitializer, <16 x float> %146
-  store <16 x float> %148, ptr %factor37.i, align 16, !tbaa !34
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %467, %for_end_r_0.i ]
+  %m56.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  %273 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %274 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %275 = select <16 x i1> %274, <16 x float> zeroinitializer, <16 x float> %273
+  store <16 x float> %275, ptr %factor46.i, align 16, !tbaa !33
   %sext28 = shl i64 %20, 32
-  %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr float, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %276 = ashr exact i64 %sext28, 32
+  %277 = mul nsw i64 %out_batch, %276
+  %278 = getelementptr float, ptr %out, i64 %277
+  br label %for_begin_d_031.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !31
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !32
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %279 = shl nuw nsw i64 %indvars.iv.i, 2
+  %280 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %279
+  %281 = load float, ptr %280, align 16, !tbaa !30
+  %282 = insertelement <16 x float> poison, float %281, i64 0
+  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
+  %284 = shl nuw nsw i64 %indvars.iv.i, 9
+  %285 = getelementptr float, ptr %107, i64 %284
+  %286 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %279
+  %287 = load float, ptr %286, align 16, !tbaa !31
+  %288 = insertelement <16 x float> poison, float %287, i64 0
+  %289 = shufflevector <16 x float> %288, <16 x float> poison, <16 x i32> zeroinitializer
+  %290 = or disjoint i64 %279, 1
+  %291 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %290
+  %292 = load float, ptr %291, align 4, !tbaa !30
+  %293 = insertelement <16 x float> poison, float %292, i64 0
+  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
+  %295 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %290
+  %296 = load float, ptr %295, align 4, !tbaa !31
+  %297 = insertelement <16 x float> poison, float %296, i64 0
+  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
+  %299 = or disjoint i64 %279, 2
+  %300 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %299
+  %301 = load float, ptr %300, align 8, !tbaa !30
+  %302 = insertelement <16 x float> poison, float %301, i64 0
+  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
+  %304 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %299
+  %305 = load float, ptr %304, align 8, !tbaa !31
+  %306 = insertelement <16 x float> poison, float %305, i64 0
+  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
+  %308 = or disjoint i64 %279, 3
+  %309 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %308
+  %310 = load float, ptr %309, align 4, !tbaa !30
+  %311 = insertelement <16 x float> poison, float %310, i64 0
+  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
+  %313 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %308
+  %314 = load float, ptr %313, align 4, !tbaa !31
+  %315 = insertelement <16 x float> poison, float %314, i64 0
+  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
+  %317 = getelementptr inbounds nuw float, ptr %acc.i, i64 %284
+  %.pre.i = load <16 x float>, ptr %317, align 4, !tbaa !5
+  %.pre117.i = fmul <16 x float> %289, %.pre.i
+  %318 = load <16 x float>, ptr %285, align 4, !tbaa !5
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %318, <16 x float> %.pre117.i)
+  store <16 x float> %319, ptr %317, align 4, !tbaa !5
+  %320 = getelementptr i8, ptr %285, i64 64
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %322 = getelementptr inbounds nuw i8, ptr %317, i64 64
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %324 = fmul <16 x float> %289, %323
+  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %321, <16 x float> %324)
+  store <16 x float> %325, ptr %322, align 4, !tbaa !5
+  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %317, i64 512
+  %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
+  %.pre118.i = fmul <16 x float> %298, %.pre86.i
+  %326 = getelementptr i8, ptr %285, i64 512
+  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %327, <16 x float> %.pre118.i)
+  store <16 x float> %328, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
+  %329 = getelementptr i8, ptr %285, i64 576
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %331 = getelementptr inbounds nuw i8, ptr %317, i64 576
+  %332 = load <16 x float>, ptr %331, align 4, !tbaa !5
+  %333 = fmul <16 x float> %298, %332
+  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %330, <16 x float> %333)
+  store <16 x float> %334, ptr %331, align 4, !tbaa !5
+  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %317, i64 1024
+  %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %.pre120.i = fmul <16 x float> %307, %.pre88.i
+  %335 = getelementptr i8, ptr %285, i64 1024
+  %336 = load <16 x float>, ptr %335, align 4, !tbaa !5
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %336, <16 x float> %.pre120.i)
+  store <16 x float> %337, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %338 = getelementptr i8, ptr %285, i64 1088
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
+  %340 = getelementptr inbounds nuw i8, ptr %317, i64 1088
+  %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
+  %342 = fmul <16 x float> %307, %341
+  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %339, <16 x float> %342)
+  store <16 x float> %343, ptr %340, align 4, !tbaa !5
+  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %317, i64 1536
+  %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %344 = getelementptr i8, ptr %285, i64 1536
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !5
+  %346 = fmul <16 x float> %316, %.pre90.i
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %345, <16 x float> %346)
+  store <16 x float> %347, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %317, i64 1600
+  %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %348 = getelementptr i8, ptr %285, i64 1600
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
+  %350 = fmul <16 x float> %316, %.pre92.i
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %349, <16 x float> %350)
+  store <16 x float> %351, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %352 = getelementptr i8, ptr %285, i64 128
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
+  %354 = getelementptr inbounds nuw i8, ptr %317, i64 128
+  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
+  %356 = fmul <16 x float> %289, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 4, !tbaa !5
+  %358 = getelementptr i8, ptr %285, i64 192
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
+  %360 = getelementptr inbounds nuw i8, ptr %317, i64 192
+  %361 = load <16 x float>, ptr %360, align 4, !tbaa !5
+  %362 = fmul <16 x float> %289, %361
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %359, <16 x float> %362)
+  store <16 x float> %363, ptr %360, align 4, !tbaa !5
+  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %317, i64 640
+  %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %.pre122.i = fmul <16 x float> %298, %.pre94.i
+  %364 = getelementptr i8, ptr %285, i64 640
+  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %365, <16 x float> %.pre122.i)
+  store <16 x float> %366, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %367 = getelementptr i8, ptr %285, i64 704
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %369 = getelementptr inbounds nuw i8, ptr %317, i64 704
+  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
+  %371 = fmul <16 x float> %298, %370
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %368, <16 x float> %371)
+  store <16 x float> %372, ptr %369, align 4, !tbaa !5
+  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %317, i64 1152
+  %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %.pre124.i = fmul <16 x float> %307, %.pre96.i
+  %373 = getelementptr i8, ptr %285, i64 1152
+  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %374, <16 x float> %.pre124.i)
+  store <16 x float> %375, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %376 = getelementptr i8, ptr %285, i64 1216
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %378 = getelementptr inbounds nuw i8, ptr %317, i64 1216
+  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
+  %380 = fmul <16 x float> %307, %379
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %377, <16 x float> %380)
+  store <16 x float> %381, ptr %378, align 4, !tbaa !5
+  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %317, i64 1664
+  %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %382 = getelementptr i8, ptr %285, i64 1664
+  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
+  %384 = fmul <16 x float> %316, %.pre98.i
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %383, <16 x float> %384)
+  store <16 x float> %385, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %317, i64 1728
+  %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %386 = getelementptr i8, ptr %285, i64 1728
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
+  %388 = fmul <16 x float> %316, %.pre100.i
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %387, <16 x float> %388)
+  store <16 x float> %389, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %390 = getelementptr i8, ptr %285, i64 256
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw i8, ptr %317, i64 256
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
+  %394 = fmul <16 x float> %289, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 4, !tbaa !5
+  %396 = getelementptr i8, ptr %285, i64 320
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
+  %398 = getelementptr inbounds nuw i8, ptr %317, i64 320
+  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
+  %400 = fmul <16 x float> %289, %399
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %397, <16 x float> %400)
+  store <16 x float> %401, ptr %398, align 4, !tbaa !5
+  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %317, i64 768
+  %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %.pre126.i = fmul <16 x float> %298, %.pre102.i
+  %402 = getelementptr i8, ptr %285, i64 768
+  %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %403, <16 x float> %.pre126.i)
+  store <16 x float> %404, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %405 = getelementptr i8, ptr %285, i64 832
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %407 = getelementptr inbounds nuw i8, ptr %317, i64 832
+  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
+  %409 = fmul <16 x float> %298, %408
+  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %406, <16 x float> %409)
+  store <16 x float> %410, ptr %407, align 4, !tbaa !5
+  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %317, i64 1280
+  %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %.pre128.i = fmul <16 x float> %307, %.pre104.i
+  %411 = getelementptr i8, ptr %285, i64 1280
+  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %412, <16 x float> %.pre128.i)
+  store <16 x float> %413, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %414 = getelementptr i8, ptr %285, i64 1344
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %416 = getelementptr inbounds nuw i8, ptr %317, i64 1344
+  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
+  %418 = fmul <16 x float> %307, %417
+  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %415, <16 x float> %418)
+  store <16 x float> %419, ptr %416, align 4, !tbaa !5
+  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %317, i64 1792
+  %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %420 = getelementptr i8, ptr %285, i64 1792
+  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
+  %422 = fmul <16 x float> %316, %.pre106.i
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %421, <16 x float> %422)
+  store <16 x float> %423, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %317, i64 1856
+  %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %424 = getelementptr i8, ptr %285, i64 1856
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
+  %426 = fmul <16 x float> %316, %.pre108.i
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %425, <16 x float> %426)
+  store <16 x float> %427, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %428 = getelementptr i8, ptr %285, i64 384
+  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
+  %430 = getelementptr inbounds nuw i8, ptr %317, i64 384
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
+  %432 = fmul <16 x float> %289, %431
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %429, <16 x float> %432)
+  store <16 x float> %433, ptr %430, align 4, !tbaa !5
+  %434 = getelementptr i8, ptr %285, i64 448
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
+  %436 = getelementptr inbounds nuw i8, ptr %317, i64 448
+  %437 = load <16 x float>, ptr %436, align 4, !tbaa !5
+  %438 = fmul <16 x float> %289, %437
+  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %435, <16 x float> %438)
+  store <16 x float> %439, ptr %436, align 4, !tbaa !5
+  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %317, i64 896
+  %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %.pre130.i = fmul <16 x float> %298, %.pre110.i
+  %440 = getelementptr i8, ptr %285, i64 896
+  %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %441, <16 x float> %.pre130.i)
+  store <16 x float> %442, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %443 = getelementptr i8, ptr %285, i64 960
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
+  %445 = getelementptr inbounds nuw i8, ptr %317, i64 960
+  %446 = load <16 x float>, ptr %445, align 4, !tbaa !5
+  %447 = fmul <16 x float> %298, %446
+  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %444, <16 x float> %447)
+  store <16 x float> %448, ptr %445, align 4, !tbaa !5
+  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %317, i64 1408
+  %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %.pre132.i = fmul <16 x float> %307, %.pre112.i
+  %449 = getelementptr i8, ptr %285, i64 1408
+  %450 = load <16 x float>, ptr %449, align 4, !tbaa !5
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %450, <16 x float> %.pre132.i)
+  store <16 x float> %451, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %452 = getelementptr i8, ptr %285, i64 1472
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
+  %454 = getelementptr inbounds nuw i8, ptr %317, i64 1472
+  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
+  %456 = fmul <16 x float> %307, %455
+  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %453, <16 x float> %456)
+  store <16 x float> %457, ptr %454, align 4, !tbaa !5
+  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %317, i64 1920
+  %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
+  %458 = getelementptr i8, ptr %285, i64 1920
+  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
+  %460 = fmul <16 x float> %316, %.pre114.i
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %459, <16 x float> %460)
+  store <16 x float> %461, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
+  %.phi.trans.insert115.i = getelementptr inbounds nuw i8, ptr %317, i64 1984
+  %.pre116.i = load <16 x float>, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
+  %462 = getelementptr i8, ptr %285, i64 1984
+  %463 = load <16 x float>, ptr %462, align 4, !tbaa !5
+  %464 = fmul <16 x float> %316, %.pre116.i
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %463, <16 x float> %464)
+  store <16 x float> %465, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !32
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
+  %466 = fmul <16 x float> %old_sum.i, %82
+  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %54, <16 x float> %466)
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
+  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv77.i
-  %209 = load float, ptr %208, align 4, !tbaa !41
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv77.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  store <16 x float> %215, ptr %invariant.gep.i, align 4, !tbaa !5
-  %216 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
-  %218 = fmul <16 x float> %211, %217
+for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
+  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_031.preheader.i ]
+  %468 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv75.i
+  %469 = load float, ptr %468, align 4, !tbaa !40
+  %470 = insertelement <16 x float> poison, float %469, i64 0
+  %471 = shufflevector <16 x float> %470, <16 x float> poison, <16 x i32> zeroinitializer
+  %472 = mul nsw i64 %indvars.iv75.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %278, i64 %472
+  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
+  %473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
+  %475 = fmul <16 x float> %474, %471
+  store <16 x float> %475, ptr %invariant.gep.i, align 4, !tbaa !5
+  %476 = getelementptr inbounds nuw i8, ptr %473, i64 64
+  %477 = load <16 x float>, ptr %476, align 4, !tbaa !5
+  %478 = fmul <16 x float> %471, %477
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %218, ptr %gep.1.i, align 4, !tbaa !5
-  %219 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
-  %221 = fmul <16 x float> %211, %220
+  store <16 x float> %478, ptr %gep.1.i, align 4, !tbaa !5
+  %479 = getelementptr inbounds nuw i8, ptr %473, i64 128
+  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
+  %481 = fmul <16 x float> %471, %480
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %221, ptr %gep.2.i, align 4, !tbaa !5
-  %222 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
-  %224 = fmul <16 x float> %211, %223
+  store <16 x float> %481, ptr %gep.2.i, align 4, !tbaa !5
+  %482 = getelementptr inbounds nuw i8, ptr %473, i64 192
+  %483 = load <16 x float>, ptr %482, align 4, !tbaa !5
+  %484 = fmul <16 x float> %471, %483
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %224, ptr %gep.3.i, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
-  %227 = fmul <16 x float> %211, %226
+  store <16 x float> %484, ptr %gep.3.i, align 4, !tbaa !5
+  %485 = getelementptr inbounds nuw i8, ptr %473, i64 256
+  %486 = load <16 x float>, ptr %485, align 4, !tbaa !5
+  %487 = fmul <16 x float> %471, %486
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %227, ptr %gep.4.i, align 4, !tbaa !5
-  %228 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
-  %230 = fmul <16 x float> %211, %229
+  store <16 x float> %487, ptr %gep.4.i, align 4, !tbaa !5
+  %488 = getelementptr inbounds nuw i8, ptr %473, i64 320
+  %489 = load <16 x float>, ptr %488, align 4, !tbaa !5
+  %490 = fmul <16 x float> %471, %489
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %230, ptr %gep.5.i, align 4, !tbaa !5
-  %231 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
-  %233 = fmul <16 x float> %211, %232
+  store <16 x float> %490, ptr %gep.5.i, align 4, !tbaa !5
+  %491 = getelementptr inbounds nuw i8, ptr %473, i64 384
+  %492 = load <16 x float>, ptr %491, align 4, !tbaa !5
+  %493 = fmul <16 x float> %471, %492
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %233, ptr %gep.6.i, align 4, !tbaa !5
-  %234 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = fmul <16 x float> %211, %235
+  store <16 x float> %493, ptr %gep.6.i, align 4, !tbaa !5
+  %494 = getelementptr inbounds nuw i8, ptr %473, i64 448
+  %495 = load <16 x float>, ptr %494, align 4, !tbaa !5
+  %496 = fmul <16 x float> %471, %495
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %236, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
-  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 16
-  br i1 %exitcond80.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !33
+  store <16 x float> %496, ptr %gep.7.i, align 4, !tbaa !5
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 16
+  br i1 %exitcond78.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !32
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %237 = mul nsw i64 %lse_batch, %cse_v5.i
-  %238 = getelementptr float, ptr %lse, i64 %237
-  %row_sum42.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %239 = fcmp oeq float %row_sum42.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %239, label %if_end33.i, label %if_else.i
+for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
+  %497 = mul nsw i64 %lse_batch, %276
+  %498 = getelementptr float, ptr %lse, i64 %497
+  %row_sum51.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
+  %499 = fcmp oeq float %row_sum51.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %499, label %if_end42.i, label %if_else.i
 
-if_else.i:                                        ; preds = %for_begin_r27.preheader.i
-  %240 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.0.vec.extract.i)
-  %row_max43.sroa.0.0.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 0
-  %241 = fadd float %240, %row_max43.sroa.0.0.vec.extract.i
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_begin_r36.preheader.i
+  %500 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.0.vec.extract.i)
+  %row_max52.sroa.0.0.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 0
+  %501 = fadd float %500, %row_max52.sroa.0.0.vec.extract.i
+  br label %if_end42.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_begin_r27.preheader.i
-  %242 = phi float [ %241, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r27.preheader.i ]
-  store float %242, ptr %238, align 4, !tbaa !5
-  %row_sum42.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %243 = fcmp oeq float %row_sum42.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %243, label %if_end33.1.i, label %if_else.1.i
+if_end42.i:                                       ; preds = %if_else.i, %for_begin_r36.preheader.i
+  %502 = phi float [ %501, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r36.preheader.i ]
+  store float %502, ptr %498, align 4, !tbaa !5
+  %row_sum51.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
+  %503 = fcmp oeq float %row_sum51.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %503, label %if_end42.1.i, label %if_else.1.i
 
-if_else.1.i:                                      ; preds = %if_end33.i
-  %244 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.4.vec.extract.i)
-  %row_max43.sroa.0.4.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 1
-  %245 = fadd float %244, %row_max43.sroa.0.4.vec.extract.i
-  br label %if_end33.1.i
+if_else.1.i:                                      ; preds = %if_end42.i
+  %504 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.4.vec.extract.i)
+  %row_max52.sroa.0.4.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 1
+  %505 = fadd float %504, %row_max52.sroa.0.4.vec.extract.i
+  br label %if_end42.1.i
 
-if_end33.1.i:                                     ; preds = %if_else.1.i, %if_end33.i
-  %246 = phi float [ %245, %if_else.1.i ], [ 0xFFF0000000000000, %if_end33.i ]
-  %247 = getelementptr i8, ptr %238, i64 4
-  store float %246, ptr %247, align 4, !tbaa !5
-  %row_sum42.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %248 = fcmp oeq float %row_sum42.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %248, label %if_end33.2.i, label %if_else.2.i
+if_end42.1.i:                                     ; preds = %if_else.1.i, %if_end42.i
+  %506 = phi float [ %505, %if_else.1.i ], [ 0xFFF0000000000000, %if_end42.i ]
+  %507 = getelementptr i8, ptr %498, i64 4
+  store float %506, ptr %507, align 4, !tbaa !5
+  %row_sum51.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
+  %508 = fcmp oeq float %row_sum51.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %508, label %if_end42.2.i, label %if_else.2.i
 
-if_else.2.i:                                      ; preds = %if_end33.1.i
-  %249 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.8.vec.extract.i)
-  %row_max43.sroa.0.8.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 2
-  %250 = fadd float %249, %row_max43.sroa.0.8.vec.extract.i
-  br label %if_end33.2.i
+if_else.2.i:                                      ; preds = %if_end42.1.i
+  %509 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.8.vec.extract.i)
+  %row_max52.sroa.0.8.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 2
+  %510 = fadd float %509, %row_max52.sroa.0.8.vec.extract.i
+  br label %if_end42.2.i
 
-if_end33.2.i:                                     ; preds = %if_else.2.i, %if_end33.1.i
-  %251 = phi float [ %250, %if_else.2.i ], [ 0xFFF0000000000000, %if_end33.1.i ]
-  %252 = getelementptr i8, ptr %238, i64 8
-  store float %251, ptr %252, align 4, !tbaa !5
-  %row_sum42.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %253 = fcmp oeq float %row_sum42.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %253, label %if_end33.3.i, label %if_else.3.i
+if_end42.2.i:                                     ; preds = %if_else.2.i, %if_end42.1.i
+  %511 = phi float [ %510, %if_else.2.i ], [ 0xFFF0000000000000, %if_end42.1.i ]
+  %512 = getelementptr i8, ptr %498, i64 8
+  store float %511, ptr %512, align 4, !tbaa !5
+  %row_sum51.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
+  %513 = fcmp oeq float %row_sum51.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %513, label %if_end42.3.i, label %if_else.3.i
 
-if_else.3.i:                                      ; preds = %if_end33.2.i
-  %254 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.12.vec.extract.i)
-  %row_max43.sroa.0.12.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 3
-  %255 = fadd float %254, %row_max43.sroa.0.12.vec.extract.i
-  br label %if_end33.3.i
+if_else.3.i:                                      ; preds = %if_end42.2.i
+  %514 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.12.vec.extract.i)
+  %row_max52.sroa.0.12.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 3
+  %515 = fadd float %514, %row_max52.sroa.0.12.vec.extract.i
+  br label %if_end42.3.i
 
-if_end33.3.i:                                     ; preds = %if_else.3.i, %if_end33.2.i
-  %256 = phi float [ %255, %if_else.3.i ], [ 0xFFF0000000000000, %if_end33.2.i ]
-  %257 = getelementptr i8, ptr %238, i64 12
-  store float %256, ptr %257, align 4, !tbaa !5
-  %row_sum42.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %258 = fcmp oeq float %row_sum42.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %258, label %if_end33.4.i, label %if_else.4.i
+if_end42.3.i:                                     ; preds = %if_else.3.i, %if_end42.2.i
+  %516 = phi float [ %515, %if_else.3.i ], [ 0xFFF0000000000000, %if_end42.2.i ]
+  %517 = getelementptr i8, ptr %498, i64 12
+  store float %516, ptr %517, align 4, !tbaa !5
+  %row_sum51.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
+  %518 = fcmp oeq float %row_sum51.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %518, label %if_end42.4.i, label %if_else.4.i
 
-if_else.4.i:                                      ; preds = %if_end33.3.i
-  %259 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.16.vec.extract.i)
-  %row_max43.sroa.0.16.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 4
-  %260 = fadd float %259, %row_max43.sroa.0.16.vec.extract.i
-  br label %if_end33.4.i
+if_else.4.i:                                      ; preds = %if_end42.3.i
+  %519 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.16.vec.extract.i)
+  %row_max52.sroa.0.16.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 4
+  %520 = fadd float %519, %row_max52.sroa.0.16.vec.extract.i
+  br label %if_end42.4.i
 
-if_end33.4.i:                                     ; preds = %if_else.4.i, %if_end33.3.i
-  %261 = phi float [ %260, %if_else.4.i ], [ 0xFFF0000000000000, %if_end33.3.i ]
-  %262 = getelementptr i8, ptr %238, i64 16
-  store float %261, ptr %262, align 4, !tbaa !5
-  %row_sum42.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %263 = fcmp oeq float %row_sum42.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %263, label %if_end33.5.i, label %if_else.5.i
+if_end42.4.i:                                     ; preds = %if_else.4.i, %if_end42.3.i
+  %521 = phi float [ %520, %if_else.4.i ], [ 0xFFF0000000000000, %if_end42.3.i ]
+  %522 = getelementptr i8, ptr %498, i64 16
+  store float %521, ptr %522, align 4, !tbaa !5
+  %row_sum51.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
+  %523 = fcmp oeq float %row_sum51.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %523, label %if_end42.5.i, label %if_else.5.i
 
-if_else.5.i:                                      ; preds = %if_end33.4.i
-  %264 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.20.vec.extract.i)
-  %row_max43.sroa.0.20.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 5
-  %265 = fadd float %264, %row_max43.sroa.0.20.vec.extract.i
-  br label %if_end33.5.i
+if_else.5.i:                                      ; preds = %if_end42.4.i
+  %524 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.20.vec.extract.i)
+  %row_max52.sroa.0.20.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 5
+  %525 = fadd float %524, %row_max52.sroa.0.20.vec.extract.i
+  br label %if_end42.5.i
 
-if_end33.5.i:                                     ; preds = %if_else.5.i, %if_end33.4.i
-  %266 = phi float [ %265, %if_else.5.i ], [ 0xFFF0000000000000, %if_end33.4.i ]
-  %267 = getelementptr i8, ptr %238, i64 20
-  store float %266, ptr %267, align 4, !tbaa !5
-  %row_sum42.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %268 = fcmp oeq float %row_sum42.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %268, label %if_end33.6.i, label %if_else.6.i
+if_end42.5.i:                                     ; preds = %if_else.5.i, %if_end42.4.i
+  %526 = phi float [ %525, %if_else.5.i ], [ 0xFFF0000000000000, %if_end42.4.i ]
+  %527 = getelementptr i8, ptr %498, i64 20
+  store float %526, ptr %527, align 4, !tbaa !5
+  %row_sum51.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
+  %528 = fcmp oeq float %row_sum51.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %528, label %if_end42.6.i, label %if_else.6.i
 
-if_else.6.i:                                      ; preds = %if_end33.5.i
-  %269 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.24.vec.extract.i)
-  %row_max43.sroa.0.24.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 6
-  %270 = fadd float %269, %row_max43.sroa.0.24.vec.extract.i
-  br label %if_end33.6.i
+if_else.6.i:                                      ; preds = %if_end42.5.i
+  %529 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.24.vec.extract.i)
+  %row_max52.sroa.0.24.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 6
+  %530 = fadd float %529, %row_max52.sroa.0.24.vec.extract.i
+  br label %if_end42.6.i
 
-if_end33.6.i:                                     ; preds = %if_else.6.i, %if_end33.5.i
-  %271 = phi float [ %270, %if_else.6.i ], [ 0xFFF0000000000000, %if_end33.5.i ]
-  %272 = getelementptr i8, ptr %238, i64 24
-  store float %271, ptr %272, align 4, !tbaa !5
-  %row_sum42.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %273 = fcmp oeq float %row_sum42.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %273, label %if_end33.7.i, label %if_else.7.i
+if_end42.6.i:                                     ; preds = %if_else.6.i, %if_end42.5.i
+  %531 = phi float [ %530, %if_else.6.i ], [ 0xFFF0000000000000, %if_end42.5.i ]
+  %532 = getelementptr i8, ptr %498, i64 24
+  store float %531, ptr %532, align 4, !tbaa !5
+  %row_sum51.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
+  %533 = fcmp oeq float %row_sum51.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %533, label %if_end42.7.i, label %if_else.7.i
 
-if_else.7.i:                                      ; preds = %if_end33.6.i
-  %274 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.28.vec.extract.i)
-  %row_max43.sroa.0.28.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 7
-  %275 = fadd float %274, %row_max43.sroa.0.28.vec.extract.i
-  br label %if_end33.7.i
+if_else.7.i:                                      ; preds = %if_end42.6.i
+  %534 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.28.vec.extract.i)
+  %row_max52.sroa.0.28.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 7
+  %535 = fadd float %534, %row_max52.sroa.0.28.vec.extract.i
+  br label %if_end42.7.i
 
-if_end33.7.i:                                     ; preds = %if_else.7.i, %if_end33.6.i
-  %276 = phi float [ %275, %if_else.7.i ], [ 0xFFF0000000000000, %if_end33.6.i ]
-  %277 = getelementptr i8, ptr %238, i64 28
-  store float %276, ptr %277, align 4, !tbaa !5
-  %row_sum42.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %278 = fcmp oeq float %row_sum42.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %278, label %if_end33.8.i, label %if_else.8.i
+if_end42.7.i:                                     ; preds = %if_else.7.i, %if_end42.6.i
+  %536 = phi float [ %535, %if_else.7.i ], [ 0xFFF0000000000000, %if_end42.6.i ]
+  %537 = getelementptr i8, ptr %498, i64 28
+  store float %536, ptr %537, align 4, !tbaa !5
+  %row_sum51.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
+  %538 = fcmp oeq float %row_sum51.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %538, label %if_end42.8.i, label %if_else.8.i
 
-if_else.8.i:                                      ; preds = %if_end33.7.i
-  %279 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.32.vec.extract.i)
-  %row_max43.sroa.0.32.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 8
-  %280 = fadd float %279, %row_max43.sroa.0.32.vec.extract.i
-  br label %if_end33.8.i
+if_else.8.i:                                      ; preds = %if_end42.7.i
+  %539 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.32.vec.extract.i)
+  %row_max52.sroa.0.32.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 8
+  %540 = fadd float %539, %row_max52.sroa.0.32.vec.extract.i
+  br label %if_end42.8.i
 
-if_end33.8.i:                                     ; preds = %if_else.8.i, %if_end33.7.i
-  %281 = phi float [ %280, %if_else.8.i ], [ 0xFFF0000000000000, %if_end33.7.i ]
-  %282 = getelementptr i8, ptr %238, i64 32
-  store float %281, ptr %282, align 4, !tbaa !5
-  %row_sum42.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %283 = fcmp oeq float %row_sum42.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %283, label %if_end33.9.i, label %if_else.9.i
+if_end42.8.i:                                     ; preds = %if_else.8.i, %if_end42.7.i
+  %541 = phi float [ %540, %if_else.8.i ], [ 0xFFF0000000000000, %if_end42.7.i ]
+  %542 = getelementptr i8, ptr %498, i64 32
+  store float %541, ptr %542, align 4, !tbaa !5
+  %row_sum51.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
+  %543 = fcmp oeq float %row_sum51.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %543, label %if_end42.9.i, label %if_else.9.i
 
-if_else.9.i:                                      ; preds = %if_end33.8.i
-  %284 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.36.vec.extract.i)
-  %row_max43.sroa.0.36.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 9
-  %285 = fadd float %284, %row_max43.sroa.0.36.vec.extract.i
-  br label %if_end33.9.i
+if_else.9.i:                                      ; preds = %if_end42.8.i
+  %544 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.36.vec.extract.i)
+  %row_max52.sroa.0.36.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 9
+  %545 = fadd float %544, %row_max52.sroa.0.36.vec.extract.i
+  br label %if_end42.9.i
 
-if_end33.9.i:                                     ; preds = %if_else.9.i, %if_end33.8.i
-  %286 = phi float [ %285, %if_else.9.i ], [ 0xFFF0000000000000, %if_end33.8.i ]
-  %287 = getelementptr i8, ptr %238, i64 36
-  store float %286, ptr %287, align 4, !tbaa !5
-  %row_sum42.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %288 = fcmp oeq float %row_sum42.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %288, label %if_end33.10.i, label %if_else.10.i
+if_end42.9.i:                                     ; preds = %if_else.9.i, %if_end42.8.i
+  %546 = phi float [ %545, %if_else.9.i ], [ 0xFFF0000000000000, %if_end42.8.i ]
+  %547 = getelementptr i8, ptr %498, i64 36
+  store float %546, ptr %547, align 4, !tbaa !5
+  %row_sum51.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
+  %548 = fcmp oeq float %row_sum51.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %548, label %if_end42.10.i, label %if_else.10.i
 
-if_else.10.i:                                     ; preds = %if_end33.9.i
-  %289 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.40.vec.extract.i)
-  %row_max43.sroa.0.40.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 10
-  %290 = fadd float %289, %row_max43.sroa.0.40.vec.extract.i
-  br label %if_end33.10.i
+if_else.10.i:                                     ; preds = %if_end42.9.i
+  %549 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.40.vec.extract.i)
+  %row_max52.sroa.0.40.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 10
+  %550 = fadd float %549, %row_max52.sroa.0.40.vec.extract.i
+  br label %if_end42.10.i
 
-if_end33.10.i:                                    ; preds = %if_else.10.i, %if_end33.9.i
-  %291 = phi float [ %290, %if_else.10.i ], [ 0xFFF0000000000000, %if_end33.9.i ]
-  %292 = getelementptr i8, ptr %238, i64 40
-  store float %291, ptr %292, align 4, !tbaa !5
-  %row_sum42.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %293 = fcmp oeq float %row_sum42.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %293, label %if_end33.11.i, label %if_else.11.i
+if_end42.10.i:                                    ; preds = %if_else.10.i, %if_end42.9.i
+  %551 = phi float [ %550, %if_else.10.i ], [ 0xFFF0000000000000, %if_end42.9.i ]
+  %552 = getelementptr i8, ptr %498, i64 40
+  store float %551, ptr %552, align 4, !tbaa !5
+  %row_sum51.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
+  %553 = fcmp oeq float %row_sum51.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %553, label %if_end42.11.i, label %if_else.11.i
 
-if_else.11.i:                                     ; preds = %if_end33.10.i
-  %294 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.44.vec.extract.i)
-  %row_max43.sroa.0.44.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 11
-  %295 = fadd float %294, %row_max43.sroa.0.44.vec.extract.i
-  br label %if_end33.11.i
+if_else.11.i:                                     ; preds = %if_end42.10.i
+  %554 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.44.vec.extract.i)
+  %row_max52.sroa.0.44.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 11
+  %555 = fadd float %554, %row_max52.sroa.0.44.vec.extract.i
+  br label %if_end42.11.i
 
-if_end33.11.i:                                    ; preds = %if_else.11.i, %if_end33.10.i
-  %296 = phi float [ %295, %if_else.11.i ], [ 0xFFF0000000000000, %if_end33.10.i ]
-  %297 = getelementptr i8, ptr %238, i64 44
-  store float %296, ptr %297, align 4, !tbaa !5
-  %row_sum42.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %298 = fcmp oeq float %row_sum42.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %298, label %if_end33.12.i, label %if_else.12.i
+if_end42.11.i:                                    ; preds = %if_else.11.i, %if_end42.10.i
+  %556 = phi float [ %555, %if_else.11.i ], [ 0xFFF0000000000000, %if_end42.10.i ]
+  %557 = getelementptr i8, ptr %498, i64 44
+  store float %556, ptr %557, align 4, !tbaa !5
+  %row_sum51.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
+  %558 = fcmp oeq float %row_sum51.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %558, label %if_end42.12.i, label %if_else.12.i
 
-if_else.12.i:                                     ; preds = %if_end33.11.i
-  %299 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.48.vec.extract.i)
-  %row_max43.sroa.0.48.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 12
-  %300 = fadd float %299, %row_max43.sroa.0.48.vec.extract.i
-  br label %if_end33.12.i
+if_else.12.i:                                     ; preds = %if_end42.11.i
+  %559 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.48.vec.extract.i)
+  %row_max52.sroa.0.48.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 12
+  %560 = fadd float %559, %row_max52.sroa.0.48.vec.extract.i
+  br label %if_end42.12.i
 
-if_end33.12.i:                                    ; preds = %if_else.12.i, %if_end33.11.i
-  %301 = phi float [ %300, %if_else.12.i ], [ 0xFFF0000000000000, %if_end33.11.i ]
-  %302 = getelementptr i8, ptr %238, i64 48
-  store float %301, ptr %302, align 4, !tbaa !5
-  %row_sum42.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %303 = fcmp oeq float %row_sum42.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %303, label %if_end33.13.i, label %if_else.13.i
+if_end42.12.i:                                    ; preds = %if_else.12.i, %if_end42.11.i
+  %561 = phi float [ %560, %if_else.12.i ], [ 0xFFF0000000000000, %if_end42.11.i ]
+  %562 = getelementptr i8, ptr %498, i64 48
+  store float %561, ptr %562, align 4, !tbaa !5
+  %row_sum51.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
+  %563 = fcmp oeq float %row_sum51.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %563, label %if_end42.13.i, label %if_else.13.i
 
-if_else.13.i:                                     ; preds = %if_end33.12.i
-  %304 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.52.vec.extract.i)
-  %row_max43.sroa.0.52.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 13
-  %305 = fadd float %304, %row_max43.sroa.0.52.vec.extract.i
-  br label %if_end33.13.i
+if_else.13.i:                                     ; preds = %if_end42.12.i
+  %564 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.52.vec.extract.i)
+  %row_max52.sroa.0.52.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 13
+  %565 = fadd float %564, %row_max52.sroa.0.52.vec.extract.i
+  br label %if_end42.13.i
 
-if_end33.13.i:                                    ; preds = %if_else.13.i, %if_end33.12.i
-  %306 = phi float [ %305, %if_else.13.i ], [ 0xFFF0000000000000, %if_end33.12.i ]
-  %307 = getelementptr i8, ptr %238, i64 52
-  store float %306, ptr %307, align 4, !tbaa !5
-  %row_sum42.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %308 = fcmp oeq float %row_sum42.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %308, label %if_end33.14.i, label %if_else.14.i
+if_end42.13.i:                                    ; preds = %if_else.13.i, %if_end42.12.i
+  %566 = phi float [ %565, %if_else.13.i ], [ 0xFFF0000000000000, %if_end42.12.i ]
+  %567 = getelementptr i8, ptr %498, i64 52
+  store float %566, ptr %567, align 4, !tbaa !5
+  %row_sum51.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
+  %568 = fcmp oeq float %row_sum51.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %568, label %if_end42.14.i, label %if_else.14.i
 
-if_else.14.i:                                     ; preds = %if_end33.13.i
-  %309 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.56.vec.extract.i)
-  %row_max43.sroa.0.56.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 14
-  %310 = fadd float %309, %row_max43.sroa.0.56.vec.extract.i
-  br label %if_end33.14.i
+if_else.14.i:                                     ; preds = %if_end42.13.i
+  %569 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.56.vec.extract.i)
+  %row_max52.sroa.0.56.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 14
+  %570 = fadd float %569, %row_max52.sroa.0.56.vec.extract.i
+  br label %if_end42.14.i
 
-if_end33.14.i:                                    ; preds = %if_else.14.i, %if_end33.13.i
-  %311 = phi float [ %310, %if_else.14.i ], [ 0xFFF0000000000000, %if_end33.13.i ]
-  %312 = getelementptr i8, ptr %238, i64 56
-  store float %311, ptr %312, align 4, !tbaa !5
-  %row_sum42.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %313 = fcmp oeq float %row_sum42.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %313, label %if_end33.15.i, label %if_else.15.i
+if_end42.14.i:                                    ; preds = %if_else.14.i, %if_end42.13.i
+  %571 = phi float [ %570, %if_else.14.i ], [ 0xFFF0000000000000, %if_end42.13.i ]
+  %572 = getelementptr i8, ptr %498, i64 56
+  store float %571, ptr %572, align 4, !tbaa !5
+  %row_sum51.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
+  %573 = fcmp oeq float %row_sum51.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %573, label %if_end42.15.i, label %if_else.15.i
 
-if_else.15.i:                                     ; preds = %if_end33.14.i
-  %314 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.60.vec.extract.i)
-  %row_max43.sroa.0.60.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 15
-  %315 = fadd float %314, %row_max43.sroa.0.60.vec.extract.i
-  br label %if_end33.15.i
+if_else.15.i:                                     ; preds = %if_end42.14.i
+  %574 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.60.vec.extract.i)
+  %row_max52.sroa.0.60.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 15
+  %575 = fadd float %574, %row_max52.sroa.0.60.vec.extract.i
+  br label %if_end42.15.i
 
-if_end33.15.i:                                    ; preds = %if_else.15.i, %if_end33.14.i
-  %316 = phi float [ %315, %if_else.15.i ], [ 0xFFF0000000000000, %if_end33.14.i ]
-  %317 = getelementptr i8, ptr %238, i64 60
-  store float %316, ptr %317, align 4, !tbaa !5
-  %318 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %319 = tail call i32 %318(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %319, 0
+if_end42.15.i:                                    ; preds = %if_else.15.i, %if_end42.14.i
+  %576 = phi float [ %575, %if_else.15.i ], [ 0xFFF0000000000000, %if_end42.14.i ]
+  %577 = getelementptr i8, ptr %498, i64 60
+  store float %576, ptr %577, align 4, !tbaa !5
+  %578 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %579 = tail call i32 %578(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %579, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end33.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end33.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
+merge_partials_compute_.exit:                     ; preds = %if_end42.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end42.15.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
   ret i32 %common.ret.op.i
 }
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %beta30.i = alloca [16 x float], align 16
-  %alpha31.i = alloca [16 x float], align 16
+  %beta41.i = alloca [16 x float], align 16
+  %alpha42.i = alloca [16 x float], align 16
   %tile_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %tile_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1215,8 +1349,8 @@ entry:
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   %partial_acc = load ptr, ptr %partial_acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta30.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha31.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta41.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha42.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
@@ -1230,10 +1364,10 @@ entry:
   br i1 %43, label %for_body_s.lr.ph.i, label %online_update_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %entry
-  %partial_sum48 = ptrtoint ptr %partial_sum to i64
-  %partial_max49 = ptrtoint ptr %partial_max to i64
-  %row_sum52 = ptrtoint ptr %row_sum to i64
-  %row_max50 = ptrtoint ptr %row_max to i64
+  %partial_sum45 = ptrtoint ptr %partial_sum to i64
+  %partial_max46 = ptrtoint ptr %partial_max to i64
+  %row_sum49 = ptrtoint ptr %row_sum to i64
+  %row_max47 = ptrtoint ptr %row_max to i64
   %num_rows = trunc i64 %40 to i32
   %num_blocks = trunc i64 %36 to i32
   %block_idx = trunc i64 %34 to i32
@@ -1242,566 +1376,978 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %46 = shufflevector <16 x i1> %45, <16 x i1> poison, <16 x i32> zeroinitializer
   %47 = add nsw i32 %num_blocks, -1
   %48 = icmp eq i32 %47, %block_idx
-  %cse_v6.i = select i1 %48, i32 %num_rows, i32 0
-  %sext = shl i64 %42, 32
-  %cse_v7.i = ashr exact i64 %sext, 32
-  %sext43 = shl i64 %38, 32
-  %cse_v9.i = ashr exact i64 %sext43, 32
-  %49 = icmp sgt i32 %cse_v6.i, 0
-  %wide.trip.count78.i = and i64 %32, 2147483647
-  %wide.trip.count.i = zext i32 %cse_v6.i to i64
-  %50 = sub i64 %partial_sum48, %partial_max49
-  %51 = ashr exact i64 %sext, 26
-  %52 = add i64 %51, %partial_max49
-  %53 = ashr exact i64 %sext43, 30
-  %54 = add i64 %52, %53
-  %55 = sub i64 %54, %row_max50
-  %56 = sub i64 %row_sum52, %54
-  %57 = add i64 %51, %partial_sum48
-  %58 = add i64 %57, %53
-  %59 = sub i64 %58, %row_max50
-  %60 = sub i64 %58, %row_sum52
-  %61 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %cse_v6.i, 4
-  %diff.check = icmp ult i64 %50, 64
-  %diff.check51 = icmp ult i64 %55, 64
-  %conflict.rdx = or i1 %diff.check, %diff.check51
-  %diff.check53 = icmp ult i64 %56, 64
-  %conflict.rdx54 = or i1 %conflict.rdx, %diff.check53
-  %diff.check55 = icmp ult i64 %59, 64
-  %conflict.rdx56 = or i1 %conflict.rdx54, %diff.check55
-  %diff.check57 = icmp ult i64 %60, 64
-  %conflict.rdx58 = or i1 %conflict.rdx56, %diff.check57
-  %min.iters.check59 = icmp ult i32 %cse_v6.i, 16
+  %49 = select i1 %48, i32 %num_rows, i32 0
+  %50 = icmp sgt i32 %49, 0
+  %sext = shl i64 %38, 32
+  %51 = ashr exact i64 %sext, 32
+  %sext43 = shl i64 %42, 32
+  %52 = ashr exact i64 %sext43, 32
+  %wide.trip.count74.i = and i64 %32, 2147483647
+  %wide.trip.count.i = zext i32 %49 to i64
+  %53 = sub i64 %partial_sum45, %partial_max46
+  %54 = ashr exact i64 %sext43, 26
+  %55 = add i64 %54, %partial_max46
+  %56 = ashr exact i64 %sext, 30
+  %57 = add i64 %55, %56
+  %58 = sub i64 %57, %row_max47
+  %59 = sub i64 %row_sum49, %57
+  %60 = add i64 %54, %partial_sum45
+  %61 = add i64 %60, %56
+  %62 = sub i64 %61, %row_max47
+  %63 = sub i64 %61, %row_sum49
+  %64 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %49, 4
+  %diff.check = icmp ult i64 %53, 64
+  %diff.check48 = icmp ult i64 %58, 64
+  %conflict.rdx = or i1 %diff.check, %diff.check48
+  %diff.check50 = icmp ult i64 %59, 64
+  %conflict.rdx51 = or i1 %conflict.rdx, %diff.check50
+  %diff.check52 = icmp ult i64 %62, 64
+  %conflict.rdx53 = or i1 %conflict.rdx51, %diff.check52
+  %diff.check54 = icmp ult i64 %63, 64
+  %conflict.rdx55 = or i1 %conflict.rdx53, %diff.check54
+  %min.iters.check56 = icmp ult i32 %49, 16
   %n.mod.vf = and i64 %wide.trip.count.i, 12
   %n.vec = and i64 %wide.trip.count.i, 2147483632
   %cmp.n = icmp eq i64 %n.vec, %wide.trip.count.i
   %min.epilog.iters.check = icmp eq i64 %n.mod.vf, 0
-  %n.vec64 = and i64 %wide.trip.count.i, 2147483644
-  %cmp.n69 = icmp eq i64 %n.vec64, %wide.trip.count.i
+  %n.vec61 = and i64 %wide.trip.count.i, 2147483644
+  %cmp.n66 = icmp eq i64 %n.vec61, %wide.trip.count.i
   %xtraiter = and i64 %wide.trip.count.i, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %xtraiter71 = and i64 %wide.trip.count.i, 1
-  %62 = icmp eq i64 %61, 0
+  %xtraiter67 = and i64 %wide.trip.count.i, 1
+  %65 = icmp eq i64 %64, 0
   %unroll_iter = and i64 %wide.trip.count.i, 2147483646
-  %lcmp.mod72.not = icmp eq i64 %xtraiter71, 0
-  %lcmp.mod73 = icmp ne i64 %xtraiter71, 0
+  %lcmp.mod68.not = icmp eq i64 %xtraiter67, 0
+  %lcmp.mod69 = icmp ne i64 %xtraiter67, 0
   br label %for_body_s.i
 
-for_body_s.i:                                     ; preds = %for_end_r22.i, %for_body_s.lr.ph.i
-  %indvars.iv73.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next74.i, %for_end_r22.i ]
-  %63 = shl nsw i64 %indvars.iv73.i, 4
-  %64 = getelementptr inbounds nuw float, ptr %row_max, i64 %63
-  %65 = load <16 x float>, ptr %64, align 64, !tbaa !5
-  %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %65
-  %66 = getelementptr inbounds nuw float, ptr %row_sum, i64 %63
-  %67 = load <16 x float>, ptr %66, align 64, !tbaa !5
-  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %67
-  %68 = getelementptr inbounds nuw float, ptr %tile_max, i64 %63
-  %69 = load <16 x float>, ptr %68, align 64, !tbaa !5
-  %70 = fcmp ogt <16 x float> %old_max.i, %69
-  %71 = getelementptr inbounds nuw float, ptr %tile_sum, i64 %63
+for_body_s.i:                                     ; preds = %for_end_r31.i, %for_body_s.lr.ph.i
+  %indvars.iv71.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next72.i, %for_end_r31.i ]
+  %66 = shl nsw i64 %indvars.iv71.i, 4
+  %67 = getelementptr inbounds nuw float, ptr %row_max, i64 %66
+  %68 = load <16 x float>, ptr %67, align 64, !tbaa !5
+  %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %68
+  %69 = getelementptr inbounds nuw float, ptr %row_sum, i64 %66
+  %70 = load <16 x float>, ptr %69, align 64, !tbaa !5
+  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %70
+  %71 = getelementptr inbounds nuw float, ptr %tile_max, i64 %66
   %72 = load <16 x float>, ptr %71, align 64, !tbaa !5
-  %73 = fcmp oeq <16 x float> %72, zeroinitializer
-  %74 = select <16 x i1> %73, <16 x i1> splat (i1 true), <16 x i1> %70
-  %old_or_both.i = select <16 x i1> %74, <16 x float> %old_max.i, <16 x float> %69
-  %75 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %75, <16 x float> %69, <16 x float> %old_or_both.i
-  %arg.i = fsub <16 x float> %old_max.i, %m.i
-  %cse_v12.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %76 = bitcast <16 x float> %cse_v12.i to <16 x i32>
-  %77 = add nsw <16 x i32> %76, splat (i32 -1262485504)
-  %78 = sitofp <16 x i32> %77 to <16 x float>
-  %79 = fmul <16 x float> %78, splat (float 0x3F2BD01060000000)
-  %80 = fmul <16 x float> %78, splat (float 0x3FE6300000000000)
-  %81 = fsub <16 x float> %arg.i, %80
-  %82 = fadd <16 x float> %79, %81
-  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %82, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %83, <16 x float> %82, <16 x float> splat (float 0x3F81112100000000))
-  %85 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %84, <16 x float> %82, <16 x float> splat (float 0x3FA5553820000000))
-  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> %82, <16 x float> splat (float 0x3FC5555540000000))
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> %82, <16 x float> splat (float 5.000000e-01))
-  %88 = fmul <16 x float> %82, %87
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %82, <16 x float> %82)
-  %90 = shl <16 x i32> %76, splat (i32 23)
-  %91 = add <16 x i32> %90, splat (i32 1065353216)
-  %92 = bitcast <16 x i32> %91 to <16 x float>
-  %93 = fadd <16 x float> %89, splat (float 1.000000e+00)
-  %94 = fmul <16 x float> %93, %92
-  %95 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %96 = select <16 x i1> %95, <16 x float> zeroinitializer, <16 x float> %94
-  %97 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %98 = select <16 x i1> %97, <16 x float> %96, <16 x float> zeroinitializer
-  store <16 x float> %98, ptr %alpha31.i, align 16, !tbaa !42
-  %arg2.i = fsub <16 x float> %69, %m.i
-  %cse_v10.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %99 = bitcast <16 x float> %cse_v10.i to <16 x i32>
-  %100 = add nsw <16 x i32> %99, splat (i32 -1262485504)
-  %101 = sitofp <16 x i32> %100 to <16 x float>
-  %102 = fmul <16 x float> %101, splat (float 0x3F2BD01060000000)
-  %103 = fmul <16 x float> %101, splat (float 0x3FE6300000000000)
-  %104 = fsub <16 x float> %arg2.i, %103
-  %105 = fadd <16 x float> %102, %104
-  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %105, <16 x float> splat (float 0x3F81112100000000))
-  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %105, <16 x float> splat (float 0x3FA5553820000000))
-  %109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %105, <16 x float> splat (float 0x3FC5555540000000))
-  %110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %105, <16 x float> splat (float 5.000000e-01))
-  %111 = fmul <16 x float> %105, %110
-  %112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %105, <16 x float> %105)
-  %113 = shl <16 x i32> %99, splat (i32 23)
-  %114 = add <16 x i32> %113, splat (i32 1065353216)
-  %115 = bitcast <16 x i32> %114 to <16 x float>
-  %116 = fadd <16 x float> %112, splat (float 1.000000e+00)
-  %117 = fmul <16 x float> %116, %115
-  %118 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %119 = select <16 x i1> %118, <16 x float> zeroinitializer, <16 x float> %117
-  %120 = fcmp one <16 x float> %72, zeroinitializer
-  %121 = select <16 x i1> %120, <16 x float> %119, <16 x float> zeroinitializer
-  store <16 x float> %121, ptr %beta30.i, align 16, !tbaa !49
-  %122 = fmul <16 x float> %old_sum.i, %98
-  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %72, <16 x float> %122)
-  store <16 x float> %m.i, ptr %64, align 64, !tbaa !5
-  store <16 x float> %123, ptr %66, align 64, !tbaa !5
-  %124 = shl nsw i64 %indvars.iv73.i, 11
-  %125 = and i64 %124, 4294965248
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  %73 = fcmp ogt <16 x float> %old_max.i, %72
+  %74 = getelementptr inbounds nuw float, ptr %tile_sum, i64 %66
+  %75 = load <16 x float>, ptr %74, align 64, !tbaa !5
+  %76 = fcmp oeq <16 x float> %75, zeroinitializer
+  %77 = select <16 x i1> %76, <16 x i1> splat (i1 true), <16 x i1> %73
+  %old_or_both.i = select <16 x i1> %77, <16 x float> %old_max.i, <16 x float> %72
+  %78 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %78, <16 x float> %72, <16 x float> %old_or_both.i
+  %79 = fsub <16 x float> %old_max.i, %m.i
+  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %79, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %81 = bitcast <16 x float> %80 to <16 x i32>
+  %82 = add nsw <16 x i32> %81, splat (i32 -1262485504)
+  %83 = sitofp <16 x i32> %82 to <16 x float>
+  %84 = fmul <16 x float> %83, splat (float 0x3F2BD01060000000)
+  %85 = fmul <16 x float> %83, splat (float 0x3FE6300000000000)
+  %86 = fsub <16 x float> %79, %85
+  %87 = fadd <16 x float> %84, %86
+  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %87, <16 x float> splat (float 0x3F81112100000000))
+  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %87, <16 x float> splat (float 0x3FA5553820000000))
+  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %87, <16 x float> splat (float 0x3FC5555540000000))
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %87, <16 x float> splat (float 5.000000e-01))
+  %93 = fmul <16 x float> %87, %92
+  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %87, <16 x float> %87)
+  %95 = shl <16 x i32> %81, splat (i32 23)
+  %96 = add <16 x i32> %95, splat (i32 1065353216)
+  %97 = bitcast <16 x i32> %96 to <16 x float>
+  %98 = fadd <16 x float> %94, splat (float 1.000000e+00)
+  %99 = fmul <16 x float> %98, %97
+  %100 = fcmp olt <16 x float> %79, splat (float -8.700000e+01)
+  %101 = select <16 x i1> %100, <16 x float> zeroinitializer, <16 x float> %99
+  %102 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %103 = select <16 x i1> %102, <16 x float> %101, <16 x float> zeroinitializer
+  store <16 x float> %103, ptr %alpha42.i, align 16, !tbaa !41
+  %arg2.i = fsub <16 x float> %72, %m.i
+  %104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %105 = bitcast <16 x float> %104 to <16 x i32>
+  %106 = add nsw <16 x i32> %105, splat (i32 -1262485504)
+  %107 = sitofp <16 x i32> %106 to <16 x float>
+  %108 = fmul <16 x float> %107, splat (float 0x3F2BD01060000000)
+  %109 = fmul <16 x float> %107, splat (float 0x3FE6300000000000)
+  %110 = fsub <16 x float> %arg2.i, %109
+  %111 = fadd <16 x float> %108, %110
+  %112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %111, <16 x float> splat (float 0x3F81112100000000))
+  %114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %111, <16 x float> splat (float 0x3FA5553820000000))
+  %115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %114, <16 x float> %111, <16 x float> splat (float 0x3FC5555540000000))
+  %116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %111, <16 x float> splat (float 5.000000e-01))
+  %117 = fmul <16 x float> %111, %116
+  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %117, <16 x float> %111, <16 x float> %111)
+  %119 = shl <16 x i32> %105, splat (i32 23)
+  %120 = add <16 x i32> %119, splat (i32 1065353216)
+  %121 = bitcast <16 x i32> %120 to <16 x float>
+  %122 = fadd <16 x float> %118, splat (float 1.000000e+00)
+  %123 = fmul <16 x float> %122, %121
+  %124 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %125 = select <16 x i1> %124, <16 x float> zeroinitializer, <16 x float> %123
+  %126 = fcmp one <16 x float> %75, zeroinitializer
+  %127 = select <16 x i1> %126, <16 x float> %125, <16 x float> zeroinitializer
+  store <16 x float> %127, ptr %beta41.i, align 16, !tbaa !48
+  %128 = fmul <16 x float> %old_sum.i, %103
+  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %127, <16 x float> %75, <16 x float> %128)
+  store <16 x float> %m.i, ptr %67, align 64, !tbaa !5
+  store <16 x float> %129, ptr %69, align 64, !tbaa !5
+  %130 = shl nsw i64 %indvars.iv71.i, 11
+  %131 = and i64 %130, 4294965248
+  br label %for_begin_d_0.preheader.i
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_s.i
-  %indvars.iv51.i = phi i64 [ %indvars.iv.next52.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_s.i ]
-  %126 = shl nuw nsw i64 %indvars.iv51.i, 7
-  %127 = add nuw nsw i64 %126, %125
-  %128 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv51.i
-  %129 = load float, ptr %128, align 4, !tbaa !56
-  %130 = insertelement <16 x float> poison, float %129, i64 0
-  %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
-  %132 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv51.i
-  %133 = load float, ptr %132, align 4, !tbaa !57
-  %134 = getelementptr inbounds nuw float, ptr %acc, i64 %127
-  store <16 x float> zeroinitializer, ptr %134, align 64, !tbaa !5
-  %135 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %127
-  %136 = load <16 x float>, ptr %135, align 64, !tbaa !5
-  %.scalar = fmul float %133, 0.000000e+00
-  %137 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
-  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %136, <16 x float> %138)
-  store <16 x float> %139, ptr %134, align 64, !tbaa !5
-  %140 = or disjoint i64 %127, 16
-  %141 = getelementptr inbounds nuw float, ptr %acc, i64 %140
-  store <16 x float> zeroinitializer, ptr %141, align 64, !tbaa !5
-  %142 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %140
-  %143 = load <16 x float>, ptr %142, align 64, !tbaa !5
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %143, <16 x float> %138)
-  store <16 x float> %144, ptr %141, align 64, !tbaa !5
-  %145 = or disjoint i64 %127, 32
-  %146 = getelementptr inbounds nuw float, ptr %acc, i64 %145
-  store <16 x float> zeroinitializer, ptr %146, align 64, !tbaa !5
-  %147 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %145
-  %148 = load <16 x float>, ptr %147, align 64, !tbaa !5
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %148, <16 x float> %138)
-  store <16 x float> %149, ptr %146, align 64, !tbaa !5
-  %150 = or disjoint i64 %127, 48
-  %151 = getelementptr inbounds nuw float, ptr %acc, i64 %150
-  store <16 x float> zeroinitializer, ptr %151, align 64, !tbaa !5
-  %152 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %150
-  %153 = load <16 x float>, ptr %152, align 64, !tbaa !5
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %153, <16 x float> %138)
-  store <16 x float> %154, ptr %151, align 64, !tbaa !5
-  %155 = or disjoint i64 %127, 64
-  %156 = getelementptr inbounds nuw float, ptr %acc, i64 %155
-  store <16 x float> zeroinitializer, ptr %156, align 64, !tbaa !5
-  %157 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %155
-  %158 = load <16 x float>, ptr %157, align 64, !tbaa !5
-  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %158, <16 x float> %138)
-  store <16 x float> %159, ptr %156, align 64, !tbaa !5
-  %160 = or disjoint i64 %127, 80
-  %161 = getelementptr inbounds nuw float, ptr %acc, i64 %160
-  store <16 x float> zeroinitializer, ptr %161, align 64, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %160
-  %163 = load <16 x float>, ptr %162, align 64, !tbaa !5
-  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %163, <16 x float> %138)
-  store <16 x float> %164, ptr %161, align 64, !tbaa !5
-  %165 = or disjoint i64 %127, 96
-  %166 = getelementptr inbounds nuw float, ptr %acc, i64 %165
-  store <16 x float> zeroinitializer, ptr %166, align 64, !tbaa !5
-  %167 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %165
-  %168 = load <16 x float>, ptr %167, align 64, !tbaa !5
-  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %168, <16 x float> %138)
-  store <16 x float> %169, ptr %166, align 64, !tbaa !5
-  %170 = or disjoint i64 %127, 112
-  %171 = getelementptr inbounds nuw float, ptr %acc, i64 %170
-  store <16 x float> zeroinitializer, ptr %171, align 64, !tbaa !5
-  %172 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %170
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_s.i
+  %indvars.iv51.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next52.i, %for_end_d_0.i ]
+  %132 = shl nuw nsw i64 %indvars.iv51.i, 2
+  %133 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %132
+  %134 = load float, ptr %133, align 16, !tbaa !55
+  %135 = insertelement <16 x float> poison, float %134, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %137 = shl nuw nsw i64 %indvars.iv51.i, 9
+  %138 = add nuw nsw i64 %137, %131
+  %139 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %132
+  %140 = load float, ptr %139, align 16, !tbaa !56
+  %141 = insertelement <16 x float> poison, float %140, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %143 = or disjoint i64 %132, 1
+  %144 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %143
+  %145 = load float, ptr %144, align 4, !tbaa !55
+  %146 = insertelement <16 x float> poison, float %145, i64 0
+  %147 = shufflevector <16 x float> %146, <16 x float> poison, <16 x i32> zeroinitializer
+  %148 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %143
+  %149 = load float, ptr %148, align 4, !tbaa !56
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = or disjoint i64 %132, 2
+  %153 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %152
+  %154 = load float, ptr %153, align 8, !tbaa !55
+  %155 = insertelement <16 x float> poison, float %154, i64 0
+  %156 = shufflevector <16 x float> %155, <16 x float> poison, <16 x i32> zeroinitializer
+  %157 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %152
+  %158 = load float, ptr %157, align 8, !tbaa !56
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = or disjoint i64 %132, 3
+  %162 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %161
+  %163 = load float, ptr %162, align 4, !tbaa !55
+  %164 = insertelement <16 x float> poison, float %163, i64 0
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
+  %166 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %161
+  %167 = load float, ptr %166, align 4, !tbaa !56
+  %168 = insertelement <16 x float> poison, float %167, i64 0
+  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %44, label %for_body_d_0.i.us.preheader, label %for_body_d_0.i.preheader, !prof !8
+
+for_body_d_0.i.preheader:                         ; preds = %for_begin_d_0.preheader.i
+  %170 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %138
+  %171 = load <16 x float>, ptr %170, align 64, !tbaa !5
+  %172 = getelementptr inbounds nuw float, ptr %acc, i64 %138
   %173 = load <16 x float>, ptr %172, align 64, !tbaa !5
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %173, <16 x float> %138)
-  store <16 x float> %174, ptr %171, align 64, !tbaa !5
-  %indvars.iv.next52.i = add nuw nsw i64 %indvars.iv51.i, 1
-  %exitcond55.not.i = icmp eq i64 %indvars.iv.next52.i, 16
-  br i1 %exitcond55.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %174 = fmul <16 x float> %142, %173
+  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %171, <16 x float> %174)
+  store <16 x float> %175, ptr %172, align 64, !tbaa !5
+  %176 = or disjoint i64 %138, 16
+  %177 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %176
+  %178 = load <16 x float>, ptr %177, align 64, !tbaa !5
+  %179 = getelementptr inbounds nuw float, ptr %acc, i64 %176
+  %180 = load <16 x float>, ptr %179, align 64, !tbaa !5
+  %181 = fmul <16 x float> %142, %180
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %178, <16 x float> %181)
+  store <16 x float> %182, ptr %179, align 64, !tbaa !5
+  %183 = or disjoint i64 %138, 128
+  %184 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %183
+  %185 = load <16 x float>, ptr %184, align 64, !tbaa !5
+  %186 = getelementptr inbounds nuw float, ptr %acc, i64 %183
+  %187 = load <16 x float>, ptr %186, align 64, !tbaa !5
+  %188 = fmul <16 x float> %151, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 64, !tbaa !5
+  %190 = or disjoint i64 %138, 144
+  %191 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %190
+  %192 = load <16 x float>, ptr %191, align 64, !tbaa !5
+  %193 = getelementptr inbounds nuw float, ptr %acc, i64 %190
+  %194 = load <16 x float>, ptr %193, align 64, !tbaa !5
+  %195 = fmul <16 x float> %151, %194
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %192, <16 x float> %195)
+  store <16 x float> %196, ptr %193, align 64, !tbaa !5
+  %197 = or disjoint i64 %138, 256
+  %198 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %197
+  %199 = load <16 x float>, ptr %198, align 64, !tbaa !5
+  %200 = getelementptr inbounds nuw float, ptr %acc, i64 %197
+  %201 = load <16 x float>, ptr %200, align 64, !tbaa !5
+  %202 = fmul <16 x float> %160, %201
+  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %199, <16 x float> %202)
+  store <16 x float> %203, ptr %200, align 64, !tbaa !5
+  %204 = or disjoint i64 %138, 272
+  %205 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %204
+  %206 = load <16 x float>, ptr %205, align 64, !tbaa !5
+  %207 = getelementptr inbounds nuw float, ptr %acc, i64 %204
+  %208 = load <16 x float>, ptr %207, align 64, !tbaa !5
+  %209 = fmul <16 x float> %160, %208
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %206, <16 x float> %209)
+  store <16 x float> %210, ptr %207, align 64, !tbaa !5
+  %211 = or disjoint i64 %138, 384
+  %212 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %211
+  %213 = load <16 x float>, ptr %212, align 64, !tbaa !5
+  %214 = getelementptr inbounds nuw float, ptr %acc, i64 %211
+  %215 = load <16 x float>, ptr %214, align 64, !tbaa !5
+  %216 = fmul <16 x float> %169, %215
+  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %213, <16 x float> %216)
+  store <16 x float> %217, ptr %214, align 64, !tbaa !5
+  %218 = or disjoint i64 %138, 400
+  %219 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %218
+  %220 = load <16 x float>, ptr %219, align 64, !tbaa !5
+  %221 = getelementptr inbounds nuw float, ptr %acc, i64 %218
+  %222 = load <16 x float>, ptr %221, align 64, !tbaa !5
+  %223 = fmul <16 x float> %169, %222
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %220, <16 x float> %223)
+  store <16 x float> %224, ptr %221, align 64, !tbaa !5
+  %225 = or disjoint i64 %138, 32
+  %226 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %225
+  %227 = load <16 x float>, ptr %226, align 64, !tbaa !5
+  %228 = getelementptr inbounds nuw float, ptr %acc, i64 %225
+  %229 = load <16 x float>, ptr %228, align 64, !tbaa !5
+  %230 = fmul <16 x float> %142, %229
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %227, <16 x float> %230)
+  store <16 x float> %231, ptr %228, align 64, !tbaa !5
+  %232 = or disjoint i64 %138, 48
+  %233 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %232
+  %234 = load <16 x float>, ptr %233, align 64, !tbaa !5
+  %235 = getelementptr inbounds nuw float, ptr %acc, i64 %232
+  %236 = load <16 x float>, ptr %235, align 64, !tbaa !5
+  %237 = fmul <16 x float> %142, %236
+  %238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %234, <16 x float> %237)
+  store <16 x float> %238, ptr %235, align 64, !tbaa !5
+  %239 = or disjoint i64 %138, 160
+  %240 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %239
+  %241 = load <16 x float>, ptr %240, align 64, !tbaa !5
+  %242 = getelementptr inbounds nuw float, ptr %acc, i64 %239
+  %243 = load <16 x float>, ptr %242, align 64, !tbaa !5
+  %244 = fmul <16 x float> %151, %243
+  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %241, <16 x float> %244)
+  store <16 x float> %245, ptr %242, align 64, !tbaa !5
+  %246 = or disjoint i64 %138, 176
+  %247 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %246
+  %248 = load <16 x float>, ptr %247, align 64, !tbaa !5
+  %249 = getelementptr inbounds nuw float, ptr %acc, i64 %246
+  %250 = load <16 x float>, ptr %249, align 64, !tbaa !5
+  %251 = fmul <16 x float> %151, %250
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %248, <16 x float> %251)
+  store <16 x float> %252, ptr %249, align 64, !tbaa !5
+  %253 = or disjoint i64 %138, 288
+  %254 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %253
+  %255 = load <16 x float>, ptr %254, align 64, !tbaa !5
+  %256 = getelementptr inbounds nuw float, ptr %acc, i64 %253
+  %257 = load <16 x float>, ptr %256, align 64, !tbaa !5
+  %258 = fmul <16 x float> %160, %257
+  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %255, <16 x float> %258)
+  store <16 x float> %259, ptr %256, align 64, !tbaa !5
+  %260 = or disjoint i64 %138, 304
+  %261 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %260
+  %262 = load <16 x float>, ptr %261, align 64, !tbaa !5
+  %263 = getelementptr inbounds nuw float, ptr %acc, i64 %260
+  %264 = load <16 x float>, ptr %263, align 64, !tbaa !5
+  %265 = fmul <16 x float> %160, %264
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %262, <16 x float> %265)
+  store <16 x float> %266, ptr %263, align 64, !tbaa !5
+  %267 = or disjoint i64 %138, 416
+  %268 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %267
+  %269 = load <16 x float>, ptr %268, align 64, !tbaa !5
+  %270 = getelementptr inbounds nuw float, ptr %acc, i64 %267
+  %271 = load <16 x float>, ptr %270, align 64, !tbaa !5
+  %272 = fmul <16 x float> %169, %271
+  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %269, <16 x float> %272)
+  store <16 x float> %273, ptr %270, align 64, !tbaa !5
+  %274 = or disjoint i64 %138, 432
+  %275 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %274
+  %276 = load <16 x float>, ptr %275, align 64, !tbaa !5
+  %277 = getelementptr inbounds nuw float, ptr %acc, i64 %274
+  %278 = load <16 x float>, ptr %277, align 64, !tbaa !5
+  %279 = fmul <16 x float> %169, %278
+  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %276, <16 x float> %279)
+  store <16 x float> %280, ptr %277, align 64, !tbaa !5
+  %281 = or disjoint i64 %138, 64
+  %282 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %281
+  %283 = load <16 x float>, ptr %282, align 64, !tbaa !5
+  %284 = getelementptr inbounds nuw float, ptr %acc, i64 %281
+  %285 = load <16 x float>, ptr %284, align 64, !tbaa !5
+  %286 = fmul <16 x float> %142, %285
+  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %283, <16 x float> %286)
+  store <16 x float> %287, ptr %284, align 64, !tbaa !5
+  %288 = or disjoint i64 %138, 80
+  %289 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %288
+  %290 = load <16 x float>, ptr %289, align 64, !tbaa !5
+  %291 = getelementptr inbounds nuw float, ptr %acc, i64 %288
+  %292 = load <16 x float>, ptr %291, align 64, !tbaa !5
+  %293 = fmul <16 x float> %142, %292
+  %294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %290, <16 x float> %293)
+  store <16 x float> %294, ptr %291, align 64, !tbaa !5
+  %295 = or disjoint i64 %138, 192
+  %296 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %295
+  %297 = load <16 x float>, ptr %296, align 64, !tbaa !5
+  %298 = getelementptr inbounds nuw float, ptr %acc, i64 %295
+  %299 = load <16 x float>, ptr %298, align 64, !tbaa !5
+  %300 = fmul <16 x float> %151, %299
+  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %297, <16 x float> %300)
+  store <16 x float> %301, ptr %298, align 64, !tbaa !5
+  %302 = or disjoint i64 %138, 208
+  %303 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %302
+  %304 = load <16 x float>, ptr %303, align 64, !tbaa !5
+  %305 = getelementptr inbounds nuw float, ptr %acc, i64 %302
+  %306 = load <16 x float>, ptr %305, align 64, !tbaa !5
+  %307 = fmul <16 x float> %151, %306
+  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %304, <16 x float> %307)
+  store <16 x float> %308, ptr %305, align 64, !tbaa !5
+  %309 = or disjoint i64 %138, 320
+  %310 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %309
+  %311 = load <16 x float>, ptr %310, align 64, !tbaa !5
+  %312 = getelementptr inbounds nuw float, ptr %acc, i64 %309
+  %313 = load <16 x float>, ptr %312, align 64, !tbaa !5
+  %314 = fmul <16 x float> %160, %313
+  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %311, <16 x float> %314)
+  store <16 x float> %315, ptr %312, align 64, !tbaa !5
+  %316 = or disjoint i64 %138, 336
+  %317 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %316
+  %318 = load <16 x float>, ptr %317, align 64, !tbaa !5
+  %319 = getelementptr inbounds nuw float, ptr %acc, i64 %316
+  %320 = load <16 x float>, ptr %319, align 64, !tbaa !5
+  %321 = fmul <16 x float> %160, %320
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %318, <16 x float> %321)
+  store <16 x float> %322, ptr %319, align 64, !tbaa !5
+  %323 = or disjoint i64 %138, 448
+  %324 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %323
+  %325 = load <16 x float>, ptr %324, align 64, !tbaa !5
+  %326 = getelementptr inbounds nuw float, ptr %acc, i64 %323
+  %327 = load <16 x float>, ptr %326, align 64, !tbaa !5
+  %328 = fmul <16 x float> %169, %327
+  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %325, <16 x float> %328)
+  store <16 x float> %329, ptr %326, align 64, !tbaa !5
+  %330 = or disjoint i64 %138, 464
+  %331 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %330
+  %332 = load <16 x float>, ptr %331, align 64, !tbaa !5
+  %333 = getelementptr inbounds nuw float, ptr %acc, i64 %330
+  %334 = load <16 x float>, ptr %333, align 64, !tbaa !5
+  %335 = fmul <16 x float> %169, %334
+  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %332, <16 x float> %335)
+  store <16 x float> %336, ptr %333, align 64, !tbaa !5
+  %337 = or disjoint i64 %138, 96
+  %338 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %337
+  %339 = load <16 x float>, ptr %338, align 64, !tbaa !5
+  %340 = getelementptr inbounds nuw float, ptr %acc, i64 %337
+  %341 = load <16 x float>, ptr %340, align 64, !tbaa !5
+  %342 = fmul <16 x float> %142, %341
+  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %339, <16 x float> %342)
+  store <16 x float> %343, ptr %340, align 64, !tbaa !5
+  %344 = or disjoint i64 %138, 112
+  %345 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %344
+  %346 = load <16 x float>, ptr %345, align 64, !tbaa !5
+  %347 = getelementptr inbounds nuw float, ptr %acc, i64 %344
+  %348 = load <16 x float>, ptr %347, align 64, !tbaa !5
+  %349 = fmul <16 x float> %142, %348
+  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %346, <16 x float> %349)
+  store <16 x float> %350, ptr %347, align 64, !tbaa !5
+  %351 = or disjoint i64 %138, 224
+  %352 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %351
+  %353 = load <16 x float>, ptr %352, align 64, !tbaa !5
+  %354 = getelementptr inbounds nuw float, ptr %acc, i64 %351
+  %355 = load <16 x float>, ptr %354, align 64, !tbaa !5
+  %356 = fmul <16 x float> %151, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 64, !tbaa !5
+  %358 = or disjoint i64 %138, 240
+  %359 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %358
+  %360 = load <16 x float>, ptr %359, align 64, !tbaa !5
+  %361 = getelementptr inbounds nuw float, ptr %acc, i64 %358
+  %362 = load <16 x float>, ptr %361, align 64, !tbaa !5
+  %363 = fmul <16 x float> %151, %362
+  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %360, <16 x float> %363)
+  store <16 x float> %364, ptr %361, align 64, !tbaa !5
+  %365 = or disjoint i64 %138, 352
+  %366 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %365
+  %367 = load <16 x float>, ptr %366, align 64, !tbaa !5
+  %368 = getelementptr inbounds nuw float, ptr %acc, i64 %365
+  %369 = load <16 x float>, ptr %368, align 64, !tbaa !5
+  %370 = fmul <16 x float> %160, %369
+  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %367, <16 x float> %370)
+  store <16 x float> %371, ptr %368, align 64, !tbaa !5
+  %372 = or disjoint i64 %138, 368
+  %373 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %372
+  %374 = load <16 x float>, ptr %373, align 64, !tbaa !5
+  %375 = getelementptr inbounds nuw float, ptr %acc, i64 %372
+  %376 = load <16 x float>, ptr %375, align 64, !tbaa !5
+  %377 = fmul <16 x float> %160, %376
+  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %374, <16 x float> %377)
+  store <16 x float> %378, ptr %375, align 64, !tbaa !5
+  %379 = or disjoint i64 %138, 480
+  %380 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %379
+  %381 = load <16 x float>, ptr %380, align 64, !tbaa !5
+  %382 = getelementptr inbounds nuw float, ptr %acc, i64 %379
+  %383 = load <16 x float>, ptr %382, align 64, !tbaa !5
+  %384 = fmul <16 x float> %169, %383
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %381, <16 x float> %384)
+  store <16 x float> %385, ptr %382, align 64, !tbaa !5
+  %386 = or disjoint i64 %138, 496
+  %387 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %386
+  %388 = load <16 x float>, ptr %387, align 64, !tbaa !5
+  %389 = getelementptr inbounds nuw float, ptr %acc, i64 %386
+  %390 = load <16 x float>, ptr %389, align 64, !tbaa !5
+  %391 = fmul <16 x float> %169, %390
+  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %388, <16 x float> %391)
+  store <16 x float> %392, ptr %389, align 64, !tbaa !5
+  br label %for_end_d_0.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_s.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_s.i ]
-  %175 = shl nuw nsw i64 %indvars.iv.i, 7
-  %176 = add nuw nsw i64 %175, %125
-  %177 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv.i
-  %178 = load float, ptr %177, align 4, !tbaa !56
-  %179 = insertelement <16 x float> poison, float %178, i64 0
-  %180 = shufflevector <16 x float> %179, <16 x float> poison, <16 x i32> zeroinitializer
-  %181 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv.i
-  %182 = load float, ptr %181, align 4, !tbaa !57
-  %183 = insertelement <16 x float> poison, float %182, i64 0
-  %184 = shufflevector <16 x float> %183, <16 x float> poison, <16 x i32> zeroinitializer
-  %185 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %176
-  %186 = load <16 x float>, ptr %185, align 64, !tbaa !5
-  %187 = getelementptr inbounds nuw float, ptr %acc, i64 %176
-  %188 = load <16 x float>, ptr %187, align 64, !tbaa !5
-  %189 = fmul <16 x float> %188, %184
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %186, <16 x float> %189)
-  store <16 x float> %190, ptr %187, align 64, !tbaa !5
-  %191 = or disjoint i64 %176, 16
-  %192 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %191
-  %193 = load <16 x float>, ptr %192, align 64, !tbaa !5
-  %194 = getelementptr inbounds nuw float, ptr %acc, i64 %191
-  %195 = load <16 x float>, ptr %194, align 64, !tbaa !5
-  %196 = fmul <16 x float> %184, %195
-  %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %193, <16 x float> %196)
-  store <16 x float> %197, ptr %194, align 64, !tbaa !5
-  %198 = or disjoint i64 %176, 32
-  %199 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %198
-  %200 = load <16 x float>, ptr %199, align 64, !tbaa !5
-  %201 = getelementptr inbounds nuw float, ptr %acc, i64 %198
-  %202 = load <16 x float>, ptr %201, align 64, !tbaa !5
-  %203 = fmul <16 x float> %184, %202
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %200, <16 x float> %203)
-  store <16 x float> %204, ptr %201, align 64, !tbaa !5
-  %205 = or disjoint i64 %176, 48
-  %206 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %205
-  %207 = load <16 x float>, ptr %206, align 64, !tbaa !5
-  %208 = getelementptr inbounds nuw float, ptr %acc, i64 %205
-  %209 = load <16 x float>, ptr %208, align 64, !tbaa !5
-  %210 = fmul <16 x float> %184, %209
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 64, !tbaa !5
-  %212 = or disjoint i64 %176, 64
-  %213 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %212
-  %214 = load <16 x float>, ptr %213, align 64, !tbaa !5
-  %215 = getelementptr inbounds nuw float, ptr %acc, i64 %212
-  %216 = load <16 x float>, ptr %215, align 64, !tbaa !5
-  %217 = fmul <16 x float> %184, %216
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %214, <16 x float> %217)
-  store <16 x float> %218, ptr %215, align 64, !tbaa !5
-  %219 = or disjoint i64 %176, 80
-  %220 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %219
-  %221 = load <16 x float>, ptr %220, align 64, !tbaa !5
-  %222 = getelementptr inbounds nuw float, ptr %acc, i64 %219
-  %223 = load <16 x float>, ptr %222, align 64, !tbaa !5
-  %224 = fmul <16 x float> %184, %223
-  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %221, <16 x float> %224)
-  store <16 x float> %225, ptr %222, align 64, !tbaa !5
-  %226 = or disjoint i64 %176, 96
-  %227 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %226
-  %228 = load <16 x float>, ptr %227, align 64, !tbaa !5
-  %229 = getelementptr inbounds nuw float, ptr %acc, i64 %226
-  %230 = load <16 x float>, ptr %229, align 64, !tbaa !5
-  %231 = fmul <16 x float> %184, %230
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %228, <16 x float> %231)
-  store <16 x float> %232, ptr %229, align 64, !tbaa !5
-  %233 = or disjoint i64 %176, 112
-  %234 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %233
-  %235 = load <16 x float>, ptr %234, align 64, !tbaa !5
-  %236 = getelementptr inbounds nuw float, ptr %acc, i64 %233
-  %237 = load <16 x float>, ptr %236, align 64, !tbaa !5
-  %238 = fmul <16 x float> %184, %237
-  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %235, <16 x float> %238)
-  store <16 x float> %239, ptr %236, align 64, !tbaa !5
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
+for_body_d_0.i.us.preheader:                      ; preds = %for_begin_d_0.preheader.i
+  %393 = fmul <16 x float> %160, zeroinitializer
+  %394 = fmul <16 x float> %151, zeroinitializer
+  %395 = fmul <16 x float> %142, zeroinitializer
+  %396 = getelementptr inbounds nuw float, ptr %acc, i64 %138
+  store <16 x float> zeroinitializer, ptr %396, align 64, !tbaa !5
+  %397 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %138
+  %398 = load <16 x float>, ptr %397, align 64, !tbaa !5
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %398, <16 x float> %395)
+  store <16 x float> %399, ptr %396, align 64, !tbaa !5
+  %400 = getelementptr inbounds nuw i8, ptr %396, i64 64
+  store <16 x float> zeroinitializer, ptr %400, align 64, !tbaa !5
+  %401 = or disjoint i64 %138, 16
+  %402 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %401
+  %403 = load <16 x float>, ptr %402, align 64, !tbaa !5
+  %404 = getelementptr inbounds nuw float, ptr %acc, i64 %401
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %403, <16 x float> %395)
+  store <16 x float> %405, ptr %404, align 64, !tbaa !5
+  %406 = getelementptr inbounds nuw i8, ptr %396, i64 512
+  store <16 x float> zeroinitializer, ptr %406, align 64, !tbaa !5
+  %407 = or disjoint i64 %138, 128
+  %408 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %407
+  %409 = load <16 x float>, ptr %408, align 64, !tbaa !5
+  %410 = getelementptr inbounds nuw float, ptr %acc, i64 %407
+  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %409, <16 x float> %394)
+  store <16 x float> %411, ptr %410, align 64, !tbaa !5
+  %412 = getelementptr inbounds nuw i8, ptr %396, i64 576
+  store <16 x float> zeroinitializer, ptr %412, align 64, !tbaa !5
+  %413 = or disjoint i64 %138, 144
+  %414 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %413
+  %415 = load <16 x float>, ptr %414, align 64, !tbaa !5
+  %416 = getelementptr inbounds nuw float, ptr %acc, i64 %413
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %415, <16 x float> %394)
+  store <16 x float> %417, ptr %416, align 64, !tbaa !5
+  %418 = getelementptr inbounds nuw i8, ptr %396, i64 1024
+  store <16 x float> zeroinitializer, ptr %418, align 64, !tbaa !5
+  %419 = or disjoint i64 %138, 256
+  %420 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %419
+  %421 = load <16 x float>, ptr %420, align 64, !tbaa !5
+  %422 = getelementptr inbounds nuw float, ptr %acc, i64 %419
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %421, <16 x float> %393)
+  store <16 x float> %423, ptr %422, align 64, !tbaa !5
+  %424 = getelementptr inbounds nuw i8, ptr %396, i64 1088
+  store <16 x float> zeroinitializer, ptr %424, align 64, !tbaa !5
+  %425 = or disjoint i64 %138, 272
+  %426 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %425
+  %427 = load <16 x float>, ptr %426, align 64, !tbaa !5
+  %428 = getelementptr inbounds nuw float, ptr %acc, i64 %425
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %427, <16 x float> %393)
+  store <16 x float> %429, ptr %428, align 64, !tbaa !5
+  %430 = getelementptr inbounds nuw i8, ptr %396, i64 1536
+  store <16 x float> zeroinitializer, ptr %430, align 64, !tbaa !5
+  %431 = or disjoint i64 %138, 384
+  %432 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %431
+  %433 = load <16 x float>, ptr %432, align 64, !tbaa !5
+  %434 = getelementptr inbounds nuw float, ptr %acc, i64 %431
+  %435 = fmul <16 x float> %169, zeroinitializer
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %433, <16 x float> %435)
+  store <16 x float> %436, ptr %434, align 64, !tbaa !5
+  %437 = getelementptr inbounds nuw i8, ptr %396, i64 1600
+  store <16 x float> zeroinitializer, ptr %437, align 64, !tbaa !5
+  %438 = or disjoint i64 %138, 400
+  %439 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %438
+  %440 = load <16 x float>, ptr %439, align 64, !tbaa !5
+  %441 = getelementptr inbounds nuw float, ptr %acc, i64 %438
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %440, <16 x float> %435)
+  store <16 x float> %442, ptr %441, align 64, !tbaa !5
+  %443 = or disjoint i64 %138, 32
+  %444 = getelementptr inbounds nuw float, ptr %acc, i64 %443
+  store <16 x float> zeroinitializer, ptr %444, align 64, !tbaa !5
+  %445 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %443
+  %446 = load <16 x float>, ptr %445, align 64, !tbaa !5
+  %447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %446, <16 x float> %395)
+  store <16 x float> %447, ptr %444, align 64, !tbaa !5
+  %448 = getelementptr inbounds nuw i8, ptr %444, i64 64
+  store <16 x float> zeroinitializer, ptr %448, align 64, !tbaa !5
+  %449 = or disjoint i64 %138, 48
+  %450 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %449
+  %451 = load <16 x float>, ptr %450, align 64, !tbaa !5
+  %452 = getelementptr inbounds nuw float, ptr %acc, i64 %449
+  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %451, <16 x float> %395)
+  store <16 x float> %453, ptr %452, align 64, !tbaa !5
+  %454 = getelementptr inbounds nuw i8, ptr %444, i64 512
+  store <16 x float> zeroinitializer, ptr %454, align 64, !tbaa !5
+  %455 = or disjoint i64 %138, 160
+  %456 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %455
+  %457 = load <16 x float>, ptr %456, align 64, !tbaa !5
+  %458 = getelementptr inbounds nuw float, ptr %acc, i64 %455
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %457, <16 x float> %394)
+  store <16 x float> %459, ptr %458, align 64, !tbaa !5
+  %460 = getelementptr inbounds nuw i8, ptr %444, i64 576
+  store <16 x float> zeroinitializer, ptr %460, align 64, !tbaa !5
+  %461 = or disjoint i64 %138, 176
+  %462 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %461
+  %463 = load <16 x float>, ptr %462, align 64, !tbaa !5
+  %464 = getelementptr inbounds nuw float, ptr %acc, i64 %461
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %463, <16 x float> %394)
+  store <16 x float> %465, ptr %464, align 64, !tbaa !5
+  %466 = getelementptr inbounds nuw i8, ptr %444, i64 1024
+  store <16 x float> zeroinitializer, ptr %466, align 64, !tbaa !5
+  %467 = or disjoint i64 %138, 288
+  %468 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %467
+  %469 = load <16 x float>, ptr %468, align 64, !tbaa !5
+  %470 = getelementptr inbounds nuw float, ptr %acc, i64 %467
+  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %469, <16 x float> %393)
+  store <16 x float> %471, ptr %470, align 64, !tbaa !5
+  %472 = getelementptr inbounds nuw i8, ptr %444, i64 1088
+  store <16 x float> zeroinitializer, ptr %472, align 64, !tbaa !5
+  %473 = or disjoint i64 %138, 304
+  %474 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %473
+  %475 = load <16 x float>, ptr %474, align 64, !tbaa !5
+  %476 = getelementptr inbounds nuw float, ptr %acc, i64 %473
+  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %475, <16 x float> %393)
+  store <16 x float> %477, ptr %476, align 64, !tbaa !5
+  %478 = getelementptr inbounds nuw i8, ptr %444, i64 1536
+  store <16 x float> zeroinitializer, ptr %478, align 64, !tbaa !5
+  %479 = or disjoint i64 %138, 416
+  %480 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %479
+  %481 = load <16 x float>, ptr %480, align 64, !tbaa !5
+  %482 = getelementptr inbounds nuw float, ptr %acc, i64 %479
+  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %481, <16 x float> %435)
+  store <16 x float> %483, ptr %482, align 64, !tbaa !5
+  %484 = getelementptr inbounds nuw i8, ptr %444, i64 1600
+  store <16 x float> zeroinitializer, ptr %484, align 64, !tbaa !5
+  %485 = or disjoint i64 %138, 432
+  %486 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %485
+  %487 = load <16 x float>, ptr %486, align 64, !tbaa !5
+  %488 = getelementptr inbounds nuw float, ptr %acc, i64 %485
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %487, <16 x float> %435)
+  store <16 x float> %489, ptr %488, align 64, !tbaa !5
+  %490 = or disjoint i64 %138, 64
+  %491 = getelementptr inbounds nuw float, ptr %acc, i64 %490
+  store <16 x float> zeroinitializer, ptr %491, align 64, !tbaa !5
+  %492 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %490
+  %493 = load <16 x float>, ptr %492, align 64, !tbaa !5
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %493, <16 x float> %395)
+  store <16 x float> %494, ptr %491, align 64, !tbaa !5
+  %495 = getelementptr inbounds nuw i8, ptr %491, i64 64
+  store <16 x float> zeroinitializer, ptr %495, align 64, !tbaa !5
+  %496 = or disjoint i64 %138, 80
+  %497 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %496
+  %498 = load <16 x float>, ptr %497, align 64, !tbaa !5
+  %499 = getelementptr inbounds nuw float, ptr %acc, i64 %496
+  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %498, <16 x float> %395)
+  store <16 x float> %500, ptr %499, align 64, !tbaa !5
+  %501 = getelementptr inbounds nuw i8, ptr %491, i64 512
+  store <16 x float> zeroinitializer, ptr %501, align 64, !tbaa !5
+  %502 = or disjoint i64 %138, 192
+  %503 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %502
+  %504 = load <16 x float>, ptr %503, align 64, !tbaa !5
+  %505 = getelementptr inbounds nuw float, ptr %acc, i64 %502
+  %506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %504, <16 x float> %394)
+  store <16 x float> %506, ptr %505, align 64, !tbaa !5
+  %507 = getelementptr inbounds nuw i8, ptr %491, i64 576
+  store <16 x float> zeroinitializer, ptr %507, align 64, !tbaa !5
+  %508 = or disjoint i64 %138, 208
+  %509 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %508
+  %510 = load <16 x float>, ptr %509, align 64, !tbaa !5
+  %511 = getelementptr inbounds nuw float, ptr %acc, i64 %508
+  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %510, <16 x float> %394)
+  store <16 x float> %512, ptr %511, align 64, !tbaa !5
+  %513 = getelementptr inbounds nuw i8, ptr %491, i64 1024
+  store <16 x float> zeroinitializer, ptr %513, align 64, !tbaa !5
+  %514 = or disjoint i64 %138, 320
+  %515 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %514
+  %516 = load <16 x float>, ptr %515, align 64, !tbaa !5
+  %517 = getelementptr inbounds nuw float, ptr %acc, i64 %514
+  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %516, <16 x float> %393)
+  store <16 x float> %518, ptr %517, align 64, !tbaa !5
+  %519 = getelementptr inbounds nuw i8, ptr %491, i64 1088
+  store <16 x float> zeroinitializer, ptr %519, align 64, !tbaa !5
+  %520 = or disjoint i64 %138, 336
+  %521 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %520
+  %522 = load <16 x float>, ptr %521, align 64, !tbaa !5
+  %523 = getelementptr inbounds nuw float, ptr %acc, i64 %520
+  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %522, <16 x float> %393)
+  store <16 x float> %524, ptr %523, align 64, !tbaa !5
+  %525 = getelementptr inbounds nuw i8, ptr %491, i64 1536
+  store <16 x float> zeroinitializer, ptr %525, align 64, !tbaa !5
+  %526 = or disjoint i64 %138, 448
+  %527 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %526
+  %528 = load <16 x float>, ptr %527, align 64, !tbaa !5
+  %529 = getelementptr inbounds nuw float, ptr %acc, i64 %526
+  %530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %528, <16 x float> %435)
+  store <16 x float> %530, ptr %529, align 64, !tbaa !5
+  %531 = getelementptr inbounds nuw i8, ptr %491, i64 1600
+  store <16 x float> zeroinitializer, ptr %531, align 64, !tbaa !5
+  %532 = or disjoint i64 %138, 464
+  %533 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %532
+  %534 = load <16 x float>, ptr %533, align 64, !tbaa !5
+  %535 = getelementptr inbounds nuw float, ptr %acc, i64 %532
+  %536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %534, <16 x float> %435)
+  store <16 x float> %536, ptr %535, align 64, !tbaa !5
+  %537 = or disjoint i64 %138, 96
+  %538 = getelementptr inbounds nuw float, ptr %acc, i64 %537
+  store <16 x float> zeroinitializer, ptr %538, align 64, !tbaa !5
+  %539 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %537
+  %540 = load <16 x float>, ptr %539, align 64, !tbaa !5
+  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %540, <16 x float> %395)
+  store <16 x float> %541, ptr %538, align 64, !tbaa !5
+  %542 = getelementptr inbounds nuw i8, ptr %538, i64 64
+  store <16 x float> zeroinitializer, ptr %542, align 64, !tbaa !5
+  %543 = or disjoint i64 %138, 112
+  %544 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %543
+  %545 = load <16 x float>, ptr %544, align 64, !tbaa !5
+  %546 = getelementptr inbounds nuw float, ptr %acc, i64 %543
+  %547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %545, <16 x float> %395)
+  store <16 x float> %547, ptr %546, align 64, !tbaa !5
+  %548 = getelementptr inbounds nuw i8, ptr %538, i64 512
+  store <16 x float> zeroinitializer, ptr %548, align 64, !tbaa !5
+  %549 = or disjoint i64 %138, 224
+  %550 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %549
+  %551 = load <16 x float>, ptr %550, align 64, !tbaa !5
+  %552 = getelementptr inbounds nuw float, ptr %acc, i64 %549
+  %553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %551, <16 x float> %394)
+  store <16 x float> %553, ptr %552, align 64, !tbaa !5
+  %554 = getelementptr inbounds nuw i8, ptr %538, i64 576
+  store <16 x float> zeroinitializer, ptr %554, align 64, !tbaa !5
+  %555 = or disjoint i64 %138, 240
+  %556 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %555
+  %557 = load <16 x float>, ptr %556, align 64, !tbaa !5
+  %558 = getelementptr inbounds nuw float, ptr %acc, i64 %555
+  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %557, <16 x float> %394)
+  store <16 x float> %559, ptr %558, align 64, !tbaa !5
+  %560 = getelementptr inbounds nuw i8, ptr %538, i64 1024
+  store <16 x float> zeroinitializer, ptr %560, align 64, !tbaa !5
+  %561 = or disjoint i64 %138, 352
+  %562 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %561
+  %563 = load <16 x float>, ptr %562, align 64, !tbaa !5
+  %564 = getelementptr inbounds nuw float, ptr %acc, i64 %561
+  %565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %563, <16 x float> %393)
+  store <16 x float> %565, ptr %564, align 64, !tbaa !5
+  %566 = getelementptr inbounds nuw i8, ptr %538, i64 1088
+  store <16 x float> zeroinitializer, ptr %566, align 64, !tbaa !5
+  %567 = or disjoint i64 %138, 368
+  %568 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %567
+  %569 = load <16 x float>, ptr %568, align 64, !tbaa !5
+  %570 = getelementptr inbounds nuw float, ptr %acc, i64 %567
+  %571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %569, <16 x float> %393)
+  store <16 x float> %571, ptr %570, align 64, !tbaa !5
+  %572 = getelementptr inbounds nuw i8, ptr %538, i64 1536
+  store <16 x float> zeroinitializer, ptr %572, align 64, !tbaa !5
+  %573 = or disjoint i64 %138, 480
+  %574 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %573
+  %575 = load <16 x float>, ptr %574, align 64, !tbaa !5
+  %576 = getelementptr inbounds nuw float, ptr %acc, i64 %573
+  %577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %575, <16 x float> %435)
+  store <16 x float> %577, ptr %576, align 64, !tbaa !5
+  %578 = getelementptr inbounds nuw i8, ptr %538, i64 1600
+  store <16 x float> zeroinitializer, ptr %578, align 64, !tbaa !5
+  %579 = or disjoint i64 %138, 496
+  %580 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %579
+  %581 = load <16 x float>, ptr %580, align 64, !tbaa !5
+  %582 = getelementptr inbounds nuw float, ptr %acc, i64 %579
+  %583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %581, <16 x float> %435)
+  store <16 x float> %583, ptr %582, align 64, !tbaa !5
+  br label %for_end_d_0.i
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  br i1 %49, label %iter.check, label %for_end_r22.i, !prof !3
+for_end_r_0.i:                                    ; preds = %for_end_d_0.i
+  br i1 %50, label %iter.check, label %for_end_r31.i, !prof !3
 
-iter.check:                                       ; preds = %for_end_r.i
-  %240 = add nsw i64 %indvars.iv73.i, %cse_v7.i
-  %241 = shl nsw i64 %240, 4
-  %242 = add nsw i64 %241, %cse_v9.i
-  %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx58, !prof !58
-  br i1 %brmerge, label %for_body_r16.i.preheader, label %vector.main.loop.iter.check, !prof !59
+iter.check:                                       ; preds = %for_end_r_0.i
+  %584 = add nsw i64 %indvars.iv71.i, %52
+  %585 = shl nsw i64 %584, 4
+  %586 = add nsw i64 %585, %51
+  %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx55, !prof !57
+  br i1 %brmerge, label %for_body_r.i.preheader, label %vector.main.loop.iter.check, !prof !58
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  br i1 %min.iters.check59, label %vec.epilog.ph, label %vector.body, !prof !58
+  br i1 %min.iters.check56, label %vec.epilog.ph, label %vector.body, !prof !57
 
 vector.body:                                      ; preds = %vector.body, %vector.main.loop.iter.check
   %index = phi i64 [ %index.next, %vector.body ], [ 0, %vector.main.loop.iter.check ]
-  %243 = add nuw nsw i64 %index, %63
-  %244 = add nsw i64 %242, %index
-  %245 = getelementptr inbounds nuw float, ptr %row_max, i64 %243
-  %246 = getelementptr inbounds nuw i8, ptr %245, i64 32
-  %wide.load = load <8 x float>, ptr %245, align 64, !tbaa !5
-  %wide.load60 = load <8 x float>, ptr %246, align 32, !tbaa !5
-  %247 = getelementptr inbounds float, ptr %partial_max, i64 %244
-  %248 = getelementptr inbounds nuw i8, ptr %247, i64 32
-  store <8 x float> %wide.load, ptr %247, align 4, !tbaa !5
-  store <8 x float> %wide.load60, ptr %248, align 4, !tbaa !5
-  %249 = getelementptr inbounds nuw float, ptr %row_sum, i64 %243
-  %250 = getelementptr inbounds nuw i8, ptr %249, i64 32
-  %wide.load61 = load <8 x float>, ptr %249, align 64, !tbaa !5
-  %wide.load62 = load <8 x float>, ptr %250, align 32, !tbaa !5
-  %251 = getelementptr inbounds float, ptr %partial_sum, i64 %244
-  %252 = getelementptr inbounds nuw i8, ptr %251, i64 32
-  store <8 x float> %wide.load61, ptr %251, align 4, !tbaa !5
-  store <8 x float> %wide.load62, ptr %252, align 4, !tbaa !5
+  %587 = add nuw nsw i64 %index, %66
+  %588 = getelementptr inbounds nuw float, ptr %row_max, i64 %587
+  %589 = getelementptr inbounds nuw i8, ptr %588, i64 32
+  %wide.load = load <8 x float>, ptr %588, align 64, !tbaa !5
+  %wide.load57 = load <8 x float>, ptr %589, align 32, !tbaa !5
+  %590 = add nsw i64 %586, %index
+  %591 = getelementptr inbounds float, ptr %partial_max, i64 %590
+  %592 = getelementptr inbounds nuw i8, ptr %591, i64 32
+  store <8 x float> %wide.load, ptr %591, align 4, !tbaa !5
+  store <8 x float> %wide.load57, ptr %592, align 4, !tbaa !5
+  %593 = getelementptr inbounds nuw float, ptr %row_sum, i64 %587
+  %594 = getelementptr inbounds nuw i8, ptr %593, i64 32
+  %wide.load58 = load <8 x float>, ptr %593, align 64, !tbaa !5
+  %wide.load59 = load <8 x float>, ptr %594, align 32, !tbaa !5
+  %595 = getelementptr inbounds float, ptr %partial_sum, i64 %590
+  %596 = getelementptr inbounds nuw i8, ptr %595, i64 32
+  store <8 x float> %wide.load58, ptr %595, align 4, !tbaa !5
+  store <8 x float> %wide.load59, ptr %596, align 4, !tbaa !5
   %index.next = add nuw i64 %index, 16
-  %253 = icmp eq i64 %index.next, %n.vec
-  br i1 %253, label %middle.block, label %vector.body, !prof !60, !llvm.loop !61
+  %597 = icmp eq i64 %index.next, %n.vec
+  br i1 %597, label %middle.block, label %vector.body, !prof !59, !llvm.loop !60
 
 middle.block:                                     ; preds = %vector.body
-  br i1 %cmp.n, label %for_begin_d_025.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !65
+  br i1 %cmp.n, label %for_begin_d_034.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !64
 
 vec.epilog.iter.check:                            ; preds = %middle.block
-  br i1 %min.epilog.iters.check, label %for_body_r16.i.preheader, label %vec.epilog.ph, !prof !66
+  br i1 %min.epilog.iters.check, label %for_body_r.i.preheader, label %vec.epilog.ph, !prof !65
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index65 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next68, %vec.epilog.vector.body ]
-  %254 = add nuw nsw i64 %index65, %63
-  %255 = add nsw i64 %242, %index65
-  %256 = getelementptr inbounds nuw float, ptr %row_max, i64 %254
-  %wide.load66 = load <4 x float>, ptr %256, align 16, !tbaa !5
-  %257 = getelementptr inbounds float, ptr %partial_max, i64 %255
-  store <4 x float> %wide.load66, ptr %257, align 4, !tbaa !5
-  %258 = getelementptr inbounds nuw float, ptr %row_sum, i64 %254
-  %wide.load67 = load <4 x float>, ptr %258, align 16, !tbaa !5
-  %259 = getelementptr inbounds float, ptr %partial_sum, i64 %255
-  store <4 x float> %wide.load67, ptr %259, align 4, !tbaa !5
-  %index.next68 = add nuw i64 %index65, 4
-  %260 = icmp eq i64 %index.next68, %n.vec64
-  br i1 %260, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !67, !llvm.loop !68
+  %index62 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next65, %vec.epilog.vector.body ]
+  %598 = add nuw nsw i64 %index62, %66
+  %599 = getelementptr inbounds nuw float, ptr %row_max, i64 %598
+  %wide.load63 = load <4 x float>, ptr %599, align 16, !tbaa !5
+  %600 = add nsw i64 %586, %index62
+  %601 = getelementptr inbounds float, ptr %partial_max, i64 %600
+  store <4 x float> %wide.load63, ptr %601, align 4, !tbaa !5
+  %602 = getelementptr inbounds nuw float, ptr %row_sum, i64 %598
+  %wide.load64 = load <4 x float>, ptr %602, align 16, !tbaa !5
+  %603 = getelementptr inbounds float, ptr %partial_sum, i64 %600
+  store <4 x float> %wide.load64, ptr %603, align 4, !tbaa !5
+  %index.next65 = add nuw i64 %index62, 4
+  %604 = icmp eq i64 %index.next65, %n.vec61
+  br i1 %604, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !66, !llvm.loop !67
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  br i1 %cmp.n69, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i.preheader, !prof !70
+  br i1 %cmp.n66, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i.preheader, !prof !69
 
-for_body_r16.i.preheader:                         ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv56.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec64, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
-  %261 = sub nsw i64 %61, %indvars.iv56.i.ph
-  br i1 %lcmp.mod.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !3
+for_body_r.i.preheader:                           ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv55.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec61, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
+  %605 = sub nsw i64 %64, %indvars.iv55.i.ph
+  br i1 %lcmp.mod.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !3
 
-for_body_r16.i.prol:                              ; preds = %for_body_r16.i.prol, %for_body_r16.i.preheader
-  %indvars.iv56.i.prol = phi i64 [ %indvars.iv.next57.i.prol, %for_body_r16.i.prol ], [ %indvars.iv56.i.ph, %for_body_r16.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %for_body_r16.i.prol ], [ 0, %for_body_r16.i.preheader ]
-  %262 = add nuw nsw i64 %indvars.iv56.i.prol, %63
-  %cse_v14.i.prol = add nsw i64 %242, %indvars.iv56.i.prol
-  %263 = getelementptr inbounds nuw float, ptr %row_max, i64 %262
-  %264 = load float, ptr %263, align 4, !tbaa !5
-  %265 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.prol
-  store float %264, ptr %265, align 4, !tbaa !5
-  %266 = getelementptr inbounds nuw float, ptr %row_sum, i64 %262
-  %267 = load float, ptr %266, align 4, !tbaa !5
-  %268 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.prol
-  store float %267, ptr %268, align 4, !tbaa !5
-  %indvars.iv.next57.i.prol = add nuw nsw i64 %indvars.iv56.i.prol, 1
+for_body_r.i.prol:                                ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
+  %indvars.iv55.i.prol = phi i64 [ %indvars.iv.next56.i.prol, %for_body_r.i.prol ], [ %indvars.iv55.i.ph, %for_body_r.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %for_body_r.i.prol ], [ 0, %for_body_r.i.preheader ]
+  %606 = add nuw nsw i64 %indvars.iv55.i.prol, %66
+  %607 = getelementptr inbounds nuw float, ptr %row_max, i64 %606
+  %608 = load float, ptr %607, align 4, !tbaa !5
+  %609 = add nsw i64 %586, %indvars.iv55.i.prol
+  %610 = getelementptr inbounds float, ptr %partial_max, i64 %609
+  store float %608, ptr %610, align 4, !tbaa !5
+  %611 = getelementptr inbounds nuw float, ptr %row_sum, i64 %606
+  %612 = load float, ptr %611, align 4, !tbaa !5
+  %613 = getelementptr inbounds float, ptr %partial_sum, i64 %609
+  store float %612, ptr %613, align 4, !tbaa !5
+  %indvars.iv.next56.i.prol = add nuw nsw i64 %indvars.iv55.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !71, !llvm.loop !72
+  br i1 %prol.iter.cmp.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !70, !llvm.loop !71
 
-for_body_r16.i.prol.loopexit:                     ; preds = %for_body_r16.i.prol, %for_body_r16.i.preheader
-  %indvars.iv56.i.unr = phi i64 [ %indvars.iv56.i.ph, %for_body_r16.i.preheader ], [ %indvars.iv.next57.i.prol, %for_body_r16.i.prol ]
-  %269 = icmp ult i64 %261, 3
-  br i1 %269, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !58
+for_body_r.i.prol.loopexit:                       ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
+  %indvars.iv55.i.unr = phi i64 [ %indvars.iv55.i.ph, %for_body_r.i.preheader ], [ %indvars.iv.next56.i.prol, %for_body_r.i.prol ]
+  %614 = icmp ult i64 %605, 3
+  br i1 %614, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i, !prof !57
 
-for_begin_d_025.preheader.lr.ph.i:                ; preds = %for_body_r16.i, %for_body_r16.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
-  %.idx34.i = shl nsw i64 %240, 13
-  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx34.i
-  br i1 %62, label %for_begin_d_025.preheader.i.epil.preheader, label %for_begin_d_025.preheader.i, !prof !4
+for_end_d_0.i:                                    ; preds = %for_body_d_0.i.us.preheader, %for_body_d_0.i.preheader
+  %indvars.iv.next52.i = add nuw nsw i64 %indvars.iv51.i, 1
+  %exitcond54.not.i = icmp eq i64 %indvars.iv.next52.i, 4
+  br i1 %exitcond54.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !32
 
-for_body_r16.i:                                   ; preds = %for_body_r16.i, %for_body_r16.i.prol.loopexit
-  %indvars.iv56.i = phi i64 [ %indvars.iv.next57.i.3, %for_body_r16.i ], [ %indvars.iv56.i.unr, %for_body_r16.i.prol.loopexit ]
-  %270 = add nuw nsw i64 %indvars.iv56.i, %63
-  %cse_v14.i = add nsw i64 %242, %indvars.iv56.i
-  %271 = getelementptr inbounds nuw float, ptr %row_max, i64 %270
-  %272 = load float, ptr %271, align 4, !tbaa !5
-  %273 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i
-  store float %272, ptr %273, align 4, !tbaa !5
-  %274 = getelementptr inbounds nuw float, ptr %row_sum, i64 %270
-  %275 = load float, ptr %274, align 4, !tbaa !5
-  %276 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i
-  store float %275, ptr %276, align 4, !tbaa !5
-  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
-  %277 = add nuw nsw i64 %indvars.iv.next57.i, %63
-  %cse_v14.i.1 = add nsw i64 %242, %indvars.iv.next57.i
-  %278 = getelementptr inbounds nuw float, ptr %row_max, i64 %277
-  %279 = load float, ptr %278, align 4, !tbaa !5
-  %280 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.1
-  store float %279, ptr %280, align 4, !tbaa !5
-  %281 = getelementptr inbounds nuw float, ptr %row_sum, i64 %277
-  %282 = load float, ptr %281, align 4, !tbaa !5
-  %283 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.1
-  store float %282, ptr %283, align 4, !tbaa !5
-  %indvars.iv.next57.i.1 = add nuw nsw i64 %indvars.iv56.i, 2
-  %284 = add nuw nsw i64 %indvars.iv.next57.i.1, %63
-  %cse_v14.i.2 = add nsw i64 %242, %indvars.iv.next57.i.1
-  %285 = getelementptr inbounds nuw float, ptr %row_max, i64 %284
-  %286 = load float, ptr %285, align 4, !tbaa !5
-  %287 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.2
-  store float %286, ptr %287, align 4, !tbaa !5
-  %288 = getelementptr inbounds nuw float, ptr %row_sum, i64 %284
-  %289 = load float, ptr %288, align 4, !tbaa !5
-  %290 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.2
-  store float %289, ptr %290, align 4, !tbaa !5
-  %indvars.iv.next57.i.2 = add nuw nsw i64 %indvars.iv56.i, 3
-  %291 = add nuw nsw i64 %indvars.iv.next57.i.2, %63
-  %cse_v14.i.3 = add nsw i64 %242, %indvars.iv.next57.i.2
-  %292 = getelementptr inbounds nuw float, ptr %row_max, i64 %291
-  %293 = load float, ptr %292, align 4, !tbaa !5
-  %294 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.3
-  store float %293, ptr %294, align 4, !tbaa !5
-  %295 = getelementptr inbounds nuw float, ptr %row_sum, i64 %291
-  %296 = load float, ptr %295, align 4, !tbaa !5
-  %297 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.3
-  store float %296, ptr %297, align 4, !tbaa !5
-  %indvars.iv.next57.i.3 = add nuw nsw i64 %indvars.iv56.i, 4
-  %exitcond60.not.i.3 = icmp eq i64 %indvars.iv.next57.i.3, %wide.trip.count.i
-  br i1 %exitcond60.not.i.3, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !74, !llvm.loop !75
+for_begin_d_034.preheader.lr.ph.i:                ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
+  %.idx43.i = shl nsw i64 %584, 13
+  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx43.i
+  br i1 %65, label %for_begin_d_034.preheader.i.epil.preheader, label %for_begin_d_034.preheader.i, !prof !4
 
-for_begin_d_025.preheader.i:                      ; preds = %for_begin_d_025.preheader.i, %for_begin_d_025.preheader.lr.ph.i
-  %indvars.iv68.i = phi i64 [ %indvars.iv.next69.i.1, %for_begin_d_025.preheader.i ], [ 0, %for_begin_d_025.preheader.lr.ph.i ]
-  %niter = phi i64 [ %niter.next.1, %for_begin_d_025.preheader.i ], [ 0, %for_begin_d_025.preheader.lr.ph.i ]
-  %298 = shl nsw i64 %indvars.iv68.i, 7
-  %299 = add nuw nsw i64 %298, %124
-  %300 = add nsw i64 %indvars.iv68.i, %cse_v9.i
-  %.idx.i = shl nsw i64 %300, 9
+for_body_r.i:                                     ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit
+  %indvars.iv55.i = phi i64 [ %indvars.iv.next56.i.3, %for_body_r.i ], [ %indvars.iv55.i.unr, %for_body_r.i.prol.loopexit ]
+  %615 = add nuw nsw i64 %indvars.iv55.i, %66
+  %616 = getelementptr inbounds nuw float, ptr %row_max, i64 %615
+  %617 = load float, ptr %616, align 4, !tbaa !5
+  %618 = add nsw i64 %586, %indvars.iv55.i
+  %619 = getelementptr inbounds float, ptr %partial_max, i64 %618
+  store float %617, ptr %619, align 4, !tbaa !5
+  %620 = getelementptr inbounds nuw float, ptr %row_sum, i64 %615
+  %621 = load float, ptr %620, align 4, !tbaa !5
+  %622 = getelementptr inbounds float, ptr %partial_sum, i64 %618
+  store float %621, ptr %622, align 4, !tbaa !5
+  %indvars.iv.next56.i = add nuw nsw i64 %indvars.iv55.i, 1
+  %623 = add nuw nsw i64 %indvars.iv.next56.i, %66
+  %624 = getelementptr inbounds nuw float, ptr %row_max, i64 %623
+  %625 = load float, ptr %624, align 4, !tbaa !5
+  %626 = add nsw i64 %586, %indvars.iv.next56.i
+  %627 = getelementptr inbounds float, ptr %partial_max, i64 %626
+  store float %625, ptr %627, align 4, !tbaa !5
+  %628 = getelementptr inbounds nuw float, ptr %row_sum, i64 %623
+  %629 = load float, ptr %628, align 4, !tbaa !5
+  %630 = getelementptr inbounds float, ptr %partial_sum, i64 %626
+  store float %629, ptr %630, align 4, !tbaa !5
+  %indvars.iv.next56.i.1 = add nuw nsw i64 %indvars.iv55.i, 2
+  %631 = add nuw nsw i64 %indvars.iv.next56.i.1, %66
+  %632 = getelementptr inbounds nuw float, ptr %row_max, i64 %631
+  %633 = load float, ptr %632, align 4, !tbaa !5
+  %634 = add nsw i64 %586, %indvars.iv.next56.i.1
+  %635 = getelementptr inbounds float, ptr %partial_max, i64 %634
+  store float %633, ptr %635, align 4, !tbaa !5
+  %636 = getelementptr inbounds nuw float, ptr %row_sum, i64 %631
+  %637 = load float, ptr %636, align 4, !tbaa !5
+  %638 = getelementptr inbounds float, ptr %partial_sum, i64 %634
+  store float %637, ptr %638, align 4, !tbaa !5
+  %indvars.iv.next56.i.2 = add nuw nsw i64 %indvars.iv55.i, 3
+  %639 = add nuw nsw i64 %indvars.iv.next56.i.2, %66
+  %640 = getelementptr inbounds nuw float, ptr %row_max, i64 %639
+  %641 = load float, ptr %640, align 4, !tbaa !5
+  %642 = add nsw i64 %586, %indvars.iv.next56.i.2
+  %643 = getelementptr inbounds float, ptr %partial_max, i64 %642
+  store float %641, ptr %643, align 4, !tbaa !5
+  %644 = getelementptr inbounds nuw float, ptr %row_sum, i64 %639
+  %645 = load float, ptr %644, align 4, !tbaa !5
+  %646 = getelementptr inbounds float, ptr %partial_sum, i64 %642
+  store float %645, ptr %646, align 4, !tbaa !5
+  %indvars.iv.next56.i.3 = add nuw nsw i64 %indvars.iv55.i, 4
+  %exitcond58.not.i.3 = icmp eq i64 %indvars.iv.next56.i.3, %wide.trip.count.i
+  br i1 %exitcond58.not.i.3, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i, !prof !73, !llvm.loop !74
+
+for_begin_d_034.preheader.i:                      ; preds = %for_begin_d_034.preheader.i, %for_begin_d_034.preheader.lr.ph.i
+  %indvars.iv66.i = phi i64 [ %indvars.iv.next67.i.1, %for_begin_d_034.preheader.i ], [ 0, %for_begin_d_034.preheader.lr.ph.i ]
+  %niter = phi i64 [ %niter.next.1, %for_begin_d_034.preheader.i ], [ 0, %for_begin_d_034.preheader.lr.ph.i ]
+  %647 = shl nsw i64 %indvars.iv66.i, 7
+  %648 = add nuw nsw i64 %647, %130
+  %649 = add nsw i64 %indvars.iv66.i, %51
+  %.idx.i = shl nsw i64 %649, 9
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i
-  %301 = and i64 %299, 4294967040
-  %302 = getelementptr inbounds nuw float, ptr %acc, i64 %301
-  %303 = load <16 x float>, ptr %302, align 64, !tbaa !5
-  store <16 x float> %303, ptr %gep.i, align 4, !tbaa !5
-  %304 = getelementptr inbounds nuw i8, ptr %302, i64 64
-  %305 = load <16 x float>, ptr %304, align 64, !tbaa !5
-  %306 = getelementptr i8, ptr %gep.i, i64 64
-  store <16 x float> %305, ptr %306, align 4, !tbaa !5
-  %307 = getelementptr inbounds nuw i8, ptr %302, i64 128
-  %308 = load <16 x float>, ptr %307, align 64, !tbaa !5
-  %309 = getelementptr i8, ptr %gep.i, i64 128
-  store <16 x float> %308, ptr %309, align 4, !tbaa !5
-  %310 = getelementptr inbounds nuw i8, ptr %302, i64 192
-  %311 = load <16 x float>, ptr %310, align 64, !tbaa !5
-  %312 = getelementptr i8, ptr %gep.i, i64 192
-  store <16 x float> %311, ptr %312, align 4, !tbaa !5
-  %313 = getelementptr inbounds nuw i8, ptr %302, i64 256
-  %314 = load <16 x float>, ptr %313, align 64, !tbaa !5
-  %315 = getelementptr i8, ptr %gep.i, i64 256
-  store <16 x float> %314, ptr %315, align 4, !tbaa !5
-  %316 = getelementptr inbounds nuw i8, ptr %302, i64 320
-  %317 = load <16 x float>, ptr %316, align 64, !tbaa !5
-  %318 = getelementptr i8, ptr %gep.i, i64 320
-  store <16 x float> %317, ptr %318, align 4, !tbaa !5
-  %319 = getelementptr inbounds nuw i8, ptr %302, i64 384
-  %320 = load <16 x float>, ptr %319, align 64, !tbaa !5
-  %321 = getelementptr i8, ptr %gep.i, i64 384
-  store <16 x float> %320, ptr %321, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %302, i64 448
-  %323 = load <16 x float>, ptr %322, align 64, !tbaa !5
-  %324 = getelementptr i8, ptr %gep.i, i64 448
-  store <16 x float> %323, ptr %324, align 4, !tbaa !5
-  %indvars.iv.next69.i = or disjoint i64 %indvars.iv68.i, 1
-  %325 = shl nsw i64 %indvars.iv.next69.i, 7
-  %326 = add nuw nsw i64 %325, %124
-  %327 = add nsw i64 %indvars.iv.next69.i, %cse_v9.i
-  %.idx.i.1 = shl nsw i64 %327, 9
+  %650 = and i64 %648, 4294967040
+  %651 = getelementptr inbounds nuw float, ptr %acc, i64 %650
+  %652 = load <16 x float>, ptr %651, align 64, !tbaa !5
+  store <16 x float> %652, ptr %gep.i, align 4, !tbaa !5
+  %653 = getelementptr inbounds nuw i8, ptr %651, i64 64
+  %654 = load <16 x float>, ptr %653, align 64, !tbaa !5
+  %655 = getelementptr i8, ptr %gep.i, i64 64
+  store <16 x float> %654, ptr %655, align 4, !tbaa !5
+  %656 = getelementptr inbounds nuw i8, ptr %651, i64 128
+  %657 = load <16 x float>, ptr %656, align 64, !tbaa !5
+  %658 = getelementptr i8, ptr %gep.i, i64 128
+  store <16 x float> %657, ptr %658, align 4, !tbaa !5
+  %659 = getelementptr inbounds nuw i8, ptr %651, i64 192
+  %660 = load <16 x float>, ptr %659, align 64, !tbaa !5
+  %661 = getelementptr i8, ptr %gep.i, i64 192
+  store <16 x float> %660, ptr %661, align 4, !tbaa !5
+  %662 = getelementptr inbounds nuw i8, ptr %651, i64 256
+  %663 = load <16 x float>, ptr %662, align 64, !tbaa !5
+  %664 = getelementptr i8, ptr %gep.i, i64 256
+  store <16 x float> %663, ptr %664, align 4, !tbaa !5
+  %665 = getelementptr inbounds nuw i8, ptr %651, i64 320
+  %666 = load <16 x float>, ptr %665, align 64, !tbaa !5
+  %667 = getelementptr i8, ptr %gep.i, i64 320
+  store <16 x float> %666, ptr %667, align 4, !tbaa !5
+  %668 = getelementptr inbounds nuw i8, ptr %651, i64 384
+  %669 = load <16 x float>, ptr %668, align 64, !tbaa !5
+  %670 = getelementptr i8, ptr %gep.i, i64 384
+  store <16 x float> %669, ptr %670, align 4, !tbaa !5
+  %671 = getelementptr inbounds nuw i8, ptr %651, i64 448
+  %672 = load <16 x float>, ptr %671, align 64, !tbaa !5
+  %673 = getelementptr i8, ptr %gep.i, i64 448
+  store <16 x float> %672, ptr %673, align 4, !tbaa !5
+  %indvars.iv.next67.i = or disjoint i64 %indvars.iv66.i, 1
+  %674 = shl nsw i64 %indvars.iv.next67.i, 7
+  %675 = add nuw nsw i64 %674, %130
+  %676 = add nsw i64 %indvars.iv.next67.i, %51
+  %.idx.i.1 = shl nsw i64 %676, 9
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.1
-  %328 = and i64 %326, 4294967168
-  %329 = getelementptr inbounds nuw float, ptr %acc, i64 %328
-  %330 = load <16 x float>, ptr %329, align 64, !tbaa !5
-  store <16 x float> %330, ptr %gep.i.1, align 4, !tbaa !5
-  %331 = getelementptr inbounds nuw i8, ptr %329, i64 64
-  %332 = load <16 x float>, ptr %331, align 64, !tbaa !5
-  %333 = getelementptr i8, ptr %gep.i.1, i64 64
-  store <16 x float> %332, ptr %333, align 4, !tbaa !5
-  %334 = getelementptr inbounds nuw i8, ptr %329, i64 128
-  %335 = load <16 x float>, ptr %334, align 64, !tbaa !5
-  %336 = getelementptr i8, ptr %gep.i.1, i64 128
-  store <16 x float> %335, ptr %336, align 4, !tbaa !5
-  %337 = getelementptr inbounds nuw i8, ptr %329, i64 192
-  %338 = load <16 x float>, ptr %337, align 64, !tbaa !5
-  %339 = getelementptr i8, ptr %gep.i.1, i64 192
-  store <16 x float> %338, ptr %339, align 4, !tbaa !5
-  %340 = getelementptr inbounds nuw i8, ptr %329, i64 256
-  %341 = load <16 x float>, ptr %340, align 64, !tbaa !5
-  %342 = getelementptr i8, ptr %gep.i.1, i64 256
-  store <16 x float> %341, ptr %342, align 4, !tbaa !5
-  %343 = getelementptr inbounds nuw i8, ptr %329, i64 320
-  %344 = load <16 x float>, ptr %343, align 64, !tbaa !5
-  %345 = getelementptr i8, ptr %gep.i.1, i64 320
-  store <16 x float> %344, ptr %345, align 4, !tbaa !5
-  %346 = getelementptr inbounds nuw i8, ptr %329, i64 384
-  %347 = load <16 x float>, ptr %346, align 64, !tbaa !5
-  %348 = getelementptr i8, ptr %gep.i.1, i64 384
-  store <16 x float> %347, ptr %348, align 4, !tbaa !5
-  %349 = getelementptr inbounds nuw i8, ptr %329, i64 448
-  %350 = load <16 x float>, ptr %349, align 64, !tbaa !5
-  %351 = getelementptr i8, ptr %gep.i.1, i64 448
-  store <16 x float> %350, ptr %351, align 4, !tbaa !5
-  %indvars.iv.next69.i.1 = add nuw nsw i64 %indvars.iv68.i, 2
+  %677 = and i64 %675, 4294967168
+  %678 = getelementptr inbounds nuw float, ptr %acc, i64 %677
+  %679 = load <16 x float>, ptr %678, align 64, !tbaa !5
+  store <16 x float> %679, ptr %gep.i.1, align 4, !tbaa !5
+  %680 = getelementptr inbounds nuw i8, ptr %678, i64 64
+  %681 = load <16 x float>, ptr %680, align 64, !tbaa !5
+  %682 = getelementptr i8, ptr %gep.i.1, i64 64
+  store <16 x float> %681, ptr %682, align 4, !tbaa !5
+  %683 = getelementptr inbounds nuw i8, ptr %678, i64 128
+  %684 = load <16 x float>, ptr %683, align 64, !tbaa !5
+  %685 = getelementptr i8, ptr %gep.i.1, i64 128
+  store <16 x float> %684, ptr %685, align 4, !tbaa !5
+  %686 = getelementptr inbounds nuw i8, ptr %678, i64 192
+  %687 = load <16 x float>, ptr %686, align 64, !tbaa !5
+  %688 = getelementptr i8, ptr %gep.i.1, i64 192
+  store <16 x float> %687, ptr %688, align 4, !tbaa !5
+  %689 = getelementptr inbounds nuw i8, ptr %678, i64 256
+  %690 = load <16 x float>, ptr %689, align 64, !tbaa !5
+  %691 = getelementptr i8, ptr %gep.i.1, i64 256
+  store <16 x float> %690, ptr %691, align 4, !tbaa !5
+  %692 = getelementptr inbounds nuw i8, ptr %678, i64 320
+  %693 = load <16 x float>, ptr %692, align 64, !tbaa !5
+  %694 = getelementptr i8, ptr %gep.i.1, i64 320
+  store <16 x float> %693, ptr %694, align 4, !tbaa !5
+  %695 = getelementptr inbounds nuw i8, ptr %678, i64 384
+  %696 = load <16 x float>, ptr %695, align 64, !tbaa !5
+  %697 = getelementptr i8, ptr %gep.i.1, i64 384
+  store <16 x float> %696, ptr %697, align 4, !tbaa !5
+  %698 = getelementptr inbounds nuw i8, ptr %678, i64 448
+  %699 = load <16 x float>, ptr %698, align 64, !tbaa !5
+  %700 = getelementptr i8, ptr %gep.i.1, i64 448
+  store <16 x float> %699, ptr %700, align 4, !tbaa !5
+  %indvars.iv.next67.i.1 = add nuw nsw i64 %indvars.iv66.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_r22.i.loopexit.unr-lcssa, label %for_begin_d_025.preheader.i, !prof !9, !llvm.loop !76
+  br i1 %niter.ncmp.1, label %for_end_r31.i.loopexit.unr-lcssa, label %for_begin_d_034.preheader.i, !prof !9, !llvm.loop !75
 
-for_end_r22.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_025.preheader.i
-  br i1 %lcmp.mod72.not, label %for_end_r22.i, label %for_begin_d_025.preheader.i.epil.preheader, !prof !12
+for_end_r31.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_034.preheader.i
+  br i1 %lcmp.mod68.not, label %for_end_r31.i, label %for_begin_d_034.preheader.i.epil.preheader, !prof !12
 
-for_begin_d_025.preheader.i.epil.preheader:       ; preds = %for_end_r22.i.loopexit.unr-lcssa, %for_begin_d_025.preheader.lr.ph.i
-  %indvars.iv68.i.epil.init = phi i64 [ 0, %for_begin_d_025.preheader.lr.ph.i ], [ %indvars.iv.next69.i.1, %for_end_r22.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod73)
-  %352 = shl nsw i64 %indvars.iv68.i.epil.init, 7
-  %353 = add nuw nsw i64 %352, %124
-  %354 = add nsw i64 %indvars.iv68.i.epil.init, %cse_v9.i
-  %.idx.i.epil = shl nsw i64 %354, 9
+for_begin_d_034.preheader.i.epil.preheader:       ; preds = %for_end_r31.i.loopexit.unr-lcssa, %for_begin_d_034.preheader.lr.ph.i
+  %indvars.iv66.i.epil.init = phi i64 [ 0, %for_begin_d_034.preheader.lr.ph.i ], [ %indvars.iv.next67.i.1, %for_end_r31.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod69)
+  %701 = shl nsw i64 %indvars.iv66.i.epil.init, 7
+  %702 = add nuw nsw i64 %701, %130
+  %703 = add nsw i64 %indvars.iv66.i.epil.init, %51
+  %.idx.i.epil = shl nsw i64 %703, 9
   %gep.i.epil = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.epil
-  %355 = and i64 %353, 4294967168
-  %356 = getelementptr inbounds nuw float, ptr %acc, i64 %355
-  %357 = load <16 x float>, ptr %356, align 64, !tbaa !5
-  store <16 x float> %357, ptr %gep.i.epil, align 4, !tbaa !5
-  %358 = getelementptr inbounds nuw i8, ptr %356, i64 64
-  %359 = load <16 x float>, ptr %358, align 64, !tbaa !5
-  %360 = getelementptr i8, ptr %gep.i.epil, i64 64
-  store <16 x float> %359, ptr %360, align 4, !tbaa !5
-  %361 = getelementptr inbounds nuw i8, ptr %356, i64 128
-  %362 = load <16 x float>, ptr %361, align 64, !tbaa !5
-  %363 = getelementptr i8, ptr %gep.i.epil, i64 128
-  store <16 x float> %362, ptr %363, align 4, !tbaa !5
-  %364 = getelementptr inbounds nuw i8, ptr %356, i64 192
-  %365 = load <16 x float>, ptr %364, align 64, !tbaa !5
-  %366 = getelementptr i8, ptr %gep.i.epil, i64 192
-  store <16 x float> %365, ptr %366, align 4, !tbaa !5
-  %367 = getelementptr inbounds nuw i8, ptr %356, i64 256
-  %368 = load <16 x float>, ptr %367, align 64, !tbaa !5
-  %369 = getelementptr i8, ptr %gep.i.epil, i64 256
-  store <16 x float> %368, ptr %369, align 4, !tbaa !5
-  %370 = getelementptr inbounds nuw i8, ptr %356, i64 320
-  %371 = load <16 x float>, ptr %370, align 64, !tbaa !5
-  %372 = getelementptr i8, ptr %gep.i.epil, i64 320
-  store <16 x float> %371, ptr %372, align 4, !tbaa !5
-  %373 = getelementptr inbounds nuw i8, ptr %356, i64 384
-  %374 = load <16 x float>, ptr %373, align 64, !tbaa !5
-  %375 = getelementptr i8, ptr %gep.i.epil, i64 384
-  store <16 x float> %374, ptr %375, align 4, !tbaa !5
-  %376 = getelementptr inbounds nuw i8, ptr %356, i64 448
-  %377 = load <16 x float>, ptr %376, align 64, !tbaa !5
-  %378 = getelementptr i8, ptr %gep.i.epil, i64 448
-  store <16 x float> %377, ptr %378, align 4, !tbaa !5
-  br label %for_end_r22.i
+  %704 = and i64 %702, 4294967168
+  %705 = getelementptr inbounds nuw float, ptr %acc, i64 %704
+  %706 = load <16 x float>, ptr %705, align 64, !tbaa !5
+  store <16 x float> %706, ptr %gep.i.epil, align 4, !tbaa !5
+  %707 = getelementptr inbounds nuw i8, ptr %705, i64 64
+  %708 = load <16 x float>, ptr %707, align 64, !tbaa !5
+  %709 = getelementptr i8, ptr %gep.i.epil, i64 64
+  store <16 x float> %708, ptr %709, align 4, !tbaa !5
+  %710 = getelementptr inbounds nuw i8, ptr %705, i64 128
+  %711 = load <16 x float>, ptr %710, align 64, !tbaa !5
+  %712 = getelementptr i8, ptr %gep.i.epil, i64 128
+  store <16 x float> %711, ptr %712, align 4, !tbaa !5
+  %713 = getelementptr inbounds nuw i8, ptr %705, i64 192
+  %714 = load <16 x float>, ptr %713, align 64, !tbaa !5
+  %715 = getelementptr i8, ptr %gep.i.epil, i64 192
+  store <16 x float> %714, ptr %715, align 4, !tbaa !5
+  %716 = getelementptr inbounds nuw i8, ptr %705, i64 256
+  %717 = load <16 x float>, ptr %716, align 64, !tbaa !5
+  %718 = getelementptr i8, ptr %gep.i.epil, i64 256
+  store <16 x float> %717, ptr %718, align 4, !tbaa !5
+  %719 = getelementptr inbounds nuw i8, ptr %705, i64 320
+  %720 = load <16 x float>, ptr %719, align 64, !tbaa !5
+  %721 = getelementptr i8, ptr %gep.i.epil, i64 320
+  store <16 x float> %720, ptr %721, align 4, !tbaa !5
+  %722 = getelementptr inbounds nuw i8, ptr %705, i64 384
+  %723 = load <16 x float>, ptr %722, align 64, !tbaa !5
+  %724 = getelementptr i8, ptr %gep.i.epil, i64 384
+  store <16 x float> %723, ptr %724, align 4, !tbaa !5
+  %725 = getelementptr inbounds nuw i8, ptr %705, i64 448
+  %726 = load <16 x float>, ptr %725, align 64, !tbaa !5
+  %727 = getelementptr i8, ptr %gep.i.epil, i64 448
+  store <16 x float> %726, ptr %727, align 4, !tbaa !5
+  br label %for_end_r31.i
 
-for_end_r22.i:                                    ; preds = %for_begin_d_025.preheader.i.epil.preheader, %for_end_r22.i.loopexit.unr-lcssa, %for_end_r.i
-  %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
-  %exitcond79.not.i = icmp eq i64 %indvars.iv.next74.i, %wide.trip.count78.i
-  br i1 %exitcond79.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
+for_end_r31.i:                                    ; preds = %for_begin_d_034.preheader.i.epil.preheader, %for_end_r31.i.loopexit.unr-lcssa, %for_end_r_0.i
+  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next72.i, %wide.trip.count74.i
+  br i1 %exitcond75.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
 
-online_update_compute_.exit:                      ; preds = %for_end_r22.i, %entry
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta30.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha31.i)
+online_update_compute_.exit:                      ; preds = %for_end_r31.i, %entry
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta41.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha42.i)
   ret i32 0
 }
 
@@ -1886,1035 +2432,933 @@ entry:
 
 for_body_s.lr.ph.i:                               ; preds = %entry
   %block_idx = trunc i64 %29 to i32
-  %tile_start.i = shl nsw i32 %block_idx, 7
-  %sext = shl i64 %23, 32
-  %36 = ashr exact i64 %sext, 32
-  %sext24 = shl i64 %27, 32
-  %37 = ashr exact i64 %sext24, 32
-  %head_offset.i = mul nsw i64 %37, %v_head
-  %38 = add i32 %tile_start.i, -1
-  %invariant.gep229.i = getelementptr i16, ptr %value_cache, i64 %head_offset.i
+  %36 = shl nsw i32 %block_idx, 7
+  %sext = shl i64 %27, 32
+  %37 = ashr exact i64 %sext, 32
+  %38 = add i32 %36, -1
+  %sext24 = shl i64 %23, 32
+  %39 = ashr exact i64 %sext24, 32
+  %40 = mul nsw i64 %37, %v_head
+  %invariant.gep258.i = getelementptr i16, ptr %value_cache, i64 %40
   %wide.trip.count345.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end12.i
-  %indvars.iv.next342.i = add nuw nsw i64 %indvars.iv341.i, 1
-  %exitcond346.not.i = icmp eq i64 %indvars.iv.next342.i, %wide.trip.count345.i
+for_begin_s.i:                                    ; preds = %for_end_r_0_m.i
+  %indvars.iv.next343.i = add nuw nsw i64 %indvars.iv342.i, 1
+  %exitcond346.not.i = icmp eq i64 %indvars.iv.next343.i, %wide.trip.count345.i
   br i1 %exitcond346.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv341.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next342.i, %for_begin_s.i ]
-  %39 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %39(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %40 = icmp eq ptr %value_offsets.i, null
-  br i1 %40, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv342.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next343.i, %for_begin_s.i ]
+  %41 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %41(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %42 = icmp eq ptr %value_offsets.i, null
+  br i1 %42, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %cse_v8.i = add nsw i64 %indvars.iv341.i, %36
-  %41 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v8.i
-  %42 = load i32, ptr %41, align 4, !tbaa !5
-  %43 = sub nsw i32 %42, %tile_start.i
-  %44 = tail call i32 @llvm.smax.i32(i32 %43, i32 0)
-  %45 = tail call i32 @llvm.umin.i32(i32 %44, i32 128)
-  %46 = add nuw nsw i32 %45, 15
-  %num_offsets.i = and i32 %46, 496
-  %.not273.i = icmp eq i32 %num_offsets.i, 0
-  br i1 %.not273.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !58
+  %43 = add nsw i64 %indvars.iv342.i, %39
+  %44 = getelementptr inbounds i32, ptr %context_lens, i64 %43
+  %45 = load i32, ptr %44, align 4, !tbaa !5
+  %46 = sub nsw i32 %45, %36
+  %47 = tail call i32 @llvm.smax.i32(i32 %46, i32 0)
+  %48 = tail call i32 @llvm.umin.i32(i32 %47, i32 128)
+  %49 = add nuw nsw i32 %48, 15
+  %50 = and i32 %49, 496
+  %.not311.i = icmp eq i32 %50, 0
+  br i1 %.not311.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !57
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
-  %47 = add i32 %38, %45
-  %48 = mul nsw i64 %cse_v8.i, %table_seq
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %48
-  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
+  %51 = add i32 %38, %48
+  %52 = mul nsw i64 %43, %table_seq
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %52
+  %wide.trip.count.i = zext nneg i32 %50 to i64
   br label %for_body_t.i
+
+for_begin_r_0_m.preheader.i:                      ; preds = %for_body_t.i, %if_end.i
+  %53 = lshr i32 %48, 4
+  %.not312.i = icmp eq i32 %53, 0
+  %54 = shl nsw i64 %indvars.iv342.i, 11
+  %55 = and i32 %48, 15
+  %.not313.i = icmp eq i32 %55, 0
+  %56 = and i32 %48, 240
+  %57 = zext nneg i32 %56 to i64
+  %58 = zext nneg i32 %53 to i64
+  %wide.trip.count332.i = zext nneg i32 %55 to i64
+  %invariant.gep357.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %57
+  br label %for_begin_d_0_m.preheader.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i.1, %for_body_t.i ]
-  %49 = trunc i64 %indvars.iv.i to i32
-  %50 = add i32 %tile_start.i, %49
-  %token.i = tail call i32 @llvm.smin.i32(i32 %50, i32 %47)
-  %cse_v97.i = sext i32 %token.i to i64
-  %51 = ashr i64 %cse_v97.i, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %51
-  %52 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %52 to i64
-  %53 = and i64 %cse_v97.i, 127
-  %54 = mul nsw i64 %53, %v_row
-  %55 = mul nsw i64 %v_block, %block.i
-  %56 = add nsw i64 %54, %55
-  %57 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.i
-  store i64 %56, ptr %57, align 8, !tbaa !5
+  %59 = trunc i64 %indvars.iv.i to i32
+  %60 = add i32 %36, %59
+  %61 = tail call i32 @llvm.smin.i32(i32 %60, i32 %51)
+  %62 = sext i32 %61 to i64
+  %63 = ashr i64 %62, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %63
+  %64 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %64 to i64
+  %65 = and i64 %62, 127
+  %66 = mul nsw i64 %65, %v_row
+  %67 = mul nsw i64 %v_block, %block.i
+  %68 = add nsw i64 %66, %67
+  %69 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.i
+  store i64 %68, ptr %69, align 8, !tbaa !5
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %58 = trunc i64 %indvars.iv.next.i to i32
-  %59 = add i32 %tile_start.i, %58
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %59, i32 %47)
-  %cse_v97.i.1 = sext i32 %token.i.1 to i64
-  %60 = ashr i64 %cse_v97.i.1, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %60
-  %61 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %61 to i64
-  %62 = and i64 %cse_v97.i.1, 127
-  %63 = mul nsw i64 %62, %v_row
-  %64 = mul nsw i64 %v_block, %block.i.1
-  %65 = add nsw i64 %63, %64
-  %66 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next.i
-  store i64 %65, ptr %66, align 8, !tbaa !5
+  %70 = trunc i64 %indvars.iv.next.i to i32
+  %71 = add i32 %36, %70
+  %72 = tail call i32 @llvm.smin.i32(i32 %71, i32 %51)
+  %73 = sext i32 %72 to i64
+  %74 = ashr i64 %73, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %74
+  %75 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %75 to i64
+  %76 = and i64 %73, 127
+  %77 = mul nsw i64 %76, %v_row
+  %78 = mul nsw i64 %v_block, %block.i.1
+  %79 = add nsw i64 %77, %78
+  %80 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next.i
+  store i64 %79, ptr %80, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !77
+  br i1 %exitcond.not.i.1, label %for_begin_r_0_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !76
 
-for_end_t.i:                                      ; preds = %for_body_t.i, %if_end.i
-  %num_full.i = lshr i32 %45, 4
-  %67 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %67(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %68 = icmp eq ptr %full_acc.i, null
-  br i1 %68, label %pv_matmul_compute_.exit, label %if_end2.i, !prof !8
+for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_begin_r_0_m.preheader.i
+  %indvars.iv338.i = phi i64 [ 0, %for_begin_r_0_m.preheader.i ], [ %indvars.iv.next339.i, %for_end_d_0_m.i ]
+  %81 = shl nuw nsw i64 %indvars.iv338.i, 9
+  %82 = add nuw nsw i64 %81, %54
+  %83 = trunc i64 %82 to i32
+  %84 = or disjoint i32 %56, %83
+  %85 = zext i32 %84 to i64
+  %86 = and i64 %82, 4294966784
+  %87 = getelementptr inbounds nuw float, ptr %probs, i64 %82
+  %invariant.gep359.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %86
+  %invariant.gep355.i = getelementptr inbounds nuw float, ptr %probs, i64 %85
+  br label %for_body_d_0_m.i
 
-if_end2.i:                                        ; preds = %for_end_t.i
-  %69 = shl nsw i64 %indvars.iv341.i, 11
-  %.not274.i = icmp eq i32 %num_full.i, 0
-  br i1 %.not274.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
+for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
+  %88 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %89 = tail call i32 %88(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not.i = icmp eq i32 %89, 0
+  br i1 %.not.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !78
 
-for_begin_d_0.preheader.us.preheader.i:           ; preds = %if_end2.i
-  %70 = zext nneg i32 %num_full.i to i64
-  %invariant.gep356.i = getelementptr inbounds nuw float, ptr %probs, i64 %69
-  br label %for_begin_d_0.preheader.us.i
+for_body_d_0_m.i:                                 ; preds = %for_end_ti.i, %for_begin_d_0_m.preheader.i
+  %indvars.iv334.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next335.i, %for_end_ti.i ]
+  br i1 %.not312.i, label %for_body_d_0_m.for_end_to_crit_edge.i, label %for_begin_ax1.preheader.lr.ph.i, !prof !57
 
-for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %full_acc.i, i8 0, i64 8192, i1 false), !tbaa !5
-  br label %for_begin_r_init.preheader.i
+for_body_d_0_m.for_end_to_crit_edge.i:            ; preds = %for_body_d_0_m.i
+  %.pre.i = shl nuw nsw i64 %indvars.iv334.i, 5
+  br label %for_end_to.i
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.us.preheader.i
-  %indvars.iv299.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next300.i, %for_end_d_0.split.us.us.i ]
-  %71 = shl nuw nsw i64 %indvars.iv299.i, 9
-  %gep357.i = getelementptr inbounds nuw float, ptr %invariant.gep356.i, i64 %71
-  %invariant.gep354.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %71
-  br label %for_body_d_0.us.us.i
+for_begin_ax1.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
+  %90 = mul nuw nsw i64 %indvars.iv334.i, %58
+  %91 = shl nuw nsw i64 %indvars.iv334.i, 5
+  %gep259.i = getelementptr i16, ptr %invariant.gep258.i, i64 %91
+  br label %for_end_ax1.i
 
-for_body_d_0.us.us.i:                             ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv293.i = phi i64 [ %indvars.iv.next294.i, %for_begin_to.for_end_to_crit_edge.us.us.i ], [ 0, %for_begin_d_0.preheader.us.i ]
-  %72 = mul nuw nsw i64 %indvars.iv293.i, %70
-  %73 = shl nuw nsw i64 %indvars.iv293.i, 5
-  %gep230.us.us.i = getelementptr i16, ptr %invariant.gep229.i, i64 %73
-  br label %if_end5.us.us.i
+for_end_d_0_m.i:                                  ; preds = %for_end_ti.i
+  %indvars.iv.next339.i = add nuw nsw i64 %indvars.iv338.i, 1
+  %exitcond341.not.i = icmp eq i64 %indvars.iv.next339.i, 4
+  br i1 %exitcond341.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !32
 
-if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %for_body_d_0.us.us.i
-  %indvars.iv286.i = phi i64 [ %indvars.iv.next287.i, %if_end5.us.us.i ], [ 0, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.0.0156.us.us.i = phi <16 x float> [ %651, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.34.0155.us.us.i = phi <16 x float> [ %672, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.68.0154.us.us.i = phi <16 x float> [ %656, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.102.0153.us.us.i = phi <16 x float> [ %673, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.136.0152.us.us.i = phi <16 x float> [ %661, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.170.0151.us.us.i = phi <16 x float> [ %674, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.204.0150.us.us.i = phi <16 x float> [ %666, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.238.0149.us.us.i = phi <16 x float> [ %675, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %74 = shl nsw i64 %indvars.iv286.i, 4
-  %75 = add nuw nsw i64 %indvars.iv286.i, %72
-  %.idx = shl nuw nsw i64 %75, 5
-  %76 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
-  %77 = load i64, ptr %76, align 8, !tbaa !5
-  %78 = getelementptr i16, ptr %value_cache, i64 %77
-  %79 = getelementptr i16, ptr %78, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %79, i32 0, i32 2, i32 1)
-  %80 = getelementptr i8, ptr %78, i64 64
-  %81 = getelementptr i16, ptr %80, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %81, i32 0, i32 2, i32 1)
-  %82 = getelementptr i8, ptr %78, i64 128
-  %83 = getelementptr i16, ptr %82, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %83, i32 0, i32 2, i32 1)
-  %84 = getelementptr i8, ptr %78, i64 192
-  %85 = getelementptr i16, ptr %84, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %85, i32 0, i32 2, i32 1)
-  %86 = getelementptr inbounds nuw i8, ptr %76, i64 8
-  %87 = load i64, ptr %86, align 8, !tbaa !5
-  %88 = getelementptr i16, ptr %value_cache, i64 %87
-  %89 = getelementptr i16, ptr %88, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %89, i32 0, i32 2, i32 1)
-  %90 = getelementptr i8, ptr %88, i64 64
-  %91 = getelementptr i16, ptr %90, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %91, i32 0, i32 2, i32 1)
-  %92 = getelementptr i8, ptr %88, i64 128
-  %93 = getelementptr i16, ptr %92, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %93, i32 0, i32 2, i32 1)
-  %94 = getelementptr i8, ptr %88, i64 192
-  %95 = getelementptr i16, ptr %94, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %95, i32 0, i32 2, i32 1)
-  %96 = getelementptr inbounds nuw i8, ptr %76, i64 16
-  %97 = load i64, ptr %96, align 8, !tbaa !5
-  %98 = getelementptr i16, ptr %value_cache, i64 %97
-  %99 = getelementptr i16, ptr %98, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %99, i32 0, i32 2, i32 1)
-  %100 = getelementptr i8, ptr %98, i64 64
-  %101 = getelementptr i16, ptr %100, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %101, i32 0, i32 2, i32 1)
-  %102 = getelementptr i8, ptr %98, i64 128
-  %103 = getelementptr i16, ptr %102, i64 %head_offset.i
+for_end_to.i:                                     ; preds = %for_end_ax1.i, %for_body_d_0_m.for_end_to_crit_edge.i
+  %.pre-phi.i = phi i64 [ %.pre.i, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %91, %for_end_ax1.i ]
+  %.promoted256.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %700, %for_end_ax1.i ]
+  %.promoted252.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %691, %for_end_ax1.i ]
+  %.promoted255.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %699, %for_end_ax1.i ]
+  %.promoted251.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %686, %for_end_ax1.i ]
+  %.promoted254.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %698, %for_end_ax1.i ]
+  %.promoted250.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %681, %for_end_ax1.i ]
+  %.promoted253.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %697, %for_end_ax1.i ]
+  %.promoted.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %676, %for_end_ax1.i ]
+  %gep360.i = getelementptr inbounds nuw float, ptr %invariant.gep359.i, i64 %.pre-phi.i
+  store <16 x float> %.promoted.i, ptr %gep360.i, align 64, !tbaa !5
+  %92 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 512
+  store <16 x float> %.promoted250.i, ptr %92, align 64, !tbaa !5
+  %93 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1024
+  store <16 x float> %.promoted251.i, ptr %93, align 64, !tbaa !5
+  %94 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1536
+  store <16 x float> %.promoted252.i, ptr %94, align 64, !tbaa !5
+  %95 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 64
+  store <16 x float> %.promoted253.i, ptr %95, align 64, !tbaa !5
+  %96 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 576
+  store <16 x float> %.promoted254.i, ptr %96, align 64, !tbaa !5
+  %97 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1088
+  store <16 x float> %.promoted255.i, ptr %97, align 64, !tbaa !5
+  %98 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1600
+  store <16 x float> %.promoted256.i, ptr %98, align 64, !tbaa !5
+  br i1 %.not313.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !57
+
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to.i
+  %gep291.i = getelementptr i16, ptr %invariant.gep258.i, i64 %.pre-phi.i
+  br label %for_body_ti.i
+
+for_end_ax1.i:                                    ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.lr.ph.i
+  %indvars.iv324.i = phi i64 [ 0, %for_begin_ax1.preheader.lr.ph.i ], [ %indvars.iv.next325.i, %for_end_ax1.i ]
+  %full_acc6.sroa.0.0144.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %676, %for_end_ax1.i ]
+  %full_acc6.sroa.34.0143.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %697, %for_end_ax1.i ]
+  %full_acc6.sroa.68.0142.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %681, %for_end_ax1.i ]
+  %full_acc6.sroa.102.0141.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %698, %for_end_ax1.i ]
+  %full_acc6.sroa.136.0140.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %686, %for_end_ax1.i ]
+  %full_acc6.sroa.170.0139.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %699, %for_end_ax1.i ]
+  %full_acc6.sroa.204.0138.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %691, %for_end_ax1.i ]
+  %full_acc6.sroa.238.0137.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %700, %for_end_ax1.i ]
+  %99 = add nuw nsw i64 %indvars.iv324.i, %90
+  %.idx = shl nuw nsw i64 %99, 5
+  %100 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
+  %101 = load i64, ptr %100, align 8, !tbaa !5
+  %102 = getelementptr i16, ptr %value_cache, i64 %101
+  %103 = getelementptr i16, ptr %102, i64 %40
   tail call void @llvm.prefetch.p0(ptr readonly %103, i32 0, i32 2, i32 1)
-  %104 = getelementptr i8, ptr %98, i64 192
-  %105 = getelementptr i16, ptr %104, i64 %head_offset.i
+  %104 = getelementptr i8, ptr %102, i64 64
+  %105 = getelementptr i16, ptr %104, i64 %40
   tail call void @llvm.prefetch.p0(ptr readonly %105, i32 0, i32 2, i32 1)
-  %106 = getelementptr inbounds nuw i8, ptr %76, i64 24
-  %107 = load i64, ptr %106, align 8, !tbaa !5
-  %108 = getelementptr i16, ptr %value_cache, i64 %107
-  %109 = getelementptr i16, ptr %108, i64 %head_offset.i
+  %106 = getelementptr i8, ptr %102, i64 128
+  %107 = getelementptr i16, ptr %106, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %107, i32 0, i32 2, i32 1)
+  %108 = getelementptr i8, ptr %102, i64 192
+  %109 = getelementptr i16, ptr %108, i64 %40
   tail call void @llvm.prefetch.p0(ptr readonly %109, i32 0, i32 2, i32 1)
-  %110 = getelementptr i8, ptr %108, i64 64
-  %111 = getelementptr i16, ptr %110, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %111, i32 0, i32 2, i32 1)
-  %112 = getelementptr i8, ptr %108, i64 128
-  %113 = getelementptr i16, ptr %112, i64 %head_offset.i
+  %110 = getelementptr inbounds nuw i8, ptr %100, i64 8
+  %111 = load i64, ptr %110, align 8, !tbaa !5
+  %112 = getelementptr i16, ptr %value_cache, i64 %111
+  %113 = getelementptr i16, ptr %112, i64 %40
   tail call void @llvm.prefetch.p0(ptr readonly %113, i32 0, i32 2, i32 1)
-  %114 = getelementptr i8, ptr %108, i64 192
-  %115 = getelementptr i16, ptr %114, i64 %head_offset.i
+  %114 = getelementptr i8, ptr %112, i64 64
+  %115 = getelementptr i16, ptr %114, i64 %40
   tail call void @llvm.prefetch.p0(ptr readonly %115, i32 0, i32 2, i32 1)
-  %116 = getelementptr inbounds nuw float, ptr %gep357.i, i64 %74
-  %117 = load float, ptr %116, align 64, !tbaa !5
-  %118 = insertelement <16 x float> poison, float %117, i64 0
-  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
-  %120 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %74
+  %116 = getelementptr i8, ptr %112, i64 128
+  %117 = getelementptr i16, ptr %116, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %117, i32 0, i32 2, i32 1)
+  %118 = getelementptr i8, ptr %112, i64 192
+  %119 = getelementptr i16, ptr %118, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %119, i32 0, i32 2, i32 1)
+  %120 = getelementptr inbounds nuw i8, ptr %100, i64 16
   %121 = load i64, ptr %120, align 8, !tbaa !5
-  %gep168.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %121
-  %122 = load <16 x i16>, ptr %gep168.us.us.i, align 2, !tbaa !5
-  %123 = zext <16 x i16> %122 to <16 x i32>
-  %124 = shl nuw <16 x i32> %123, splat (i32 16)
-  %125 = bitcast <16 x i32> %124 to <16 x float>
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %125, <16 x float> %full_acc_global17.sroa.0.0156.us.us.i)
-  %127 = getelementptr inbounds nuw i8, ptr %116, i64 512
-  %128 = load float, ptr %127, align 64, !tbaa !5
-  %129 = insertelement <16 x float> poison, float %128, i64 0
-  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %125, <16 x float> %full_acc_global17.sroa.68.0154.us.us.i)
-  %132 = getelementptr inbounds nuw i8, ptr %116, i64 1024
-  %133 = load float, ptr %132, align 64, !tbaa !5
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %125, <16 x float> %full_acc_global17.sroa.136.0152.us.us.i)
-  %137 = getelementptr inbounds nuw i8, ptr %116, i64 1536
-  %138 = load float, ptr %137, align 64, !tbaa !5
-  %139 = insertelement <16 x float> poison, float %138, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %125, <16 x float> %full_acc_global17.sroa.204.0150.us.us.i)
-  %142 = getelementptr i8, ptr %gep168.us.us.i, i64 32
-  %143 = load <16 x i16>, ptr %142, align 2, !tbaa !5
-  %144 = zext <16 x i16> %143 to <16 x i32>
-  %145 = shl nuw <16 x i32> %144, splat (i32 16)
-  %146 = bitcast <16 x i32> %145 to <16 x float>
-  %147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %146, <16 x float> %full_acc_global17.sroa.34.0155.us.us.i)
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %146, <16 x float> %full_acc_global17.sroa.102.0153.us.us.i)
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %146, <16 x float> %full_acc_global17.sroa.170.0151.us.us.i)
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %146, <16 x float> %full_acc_global17.sroa.238.0149.us.us.i)
-  %151 = getelementptr inbounds nuw i8, ptr %116, i64 4
-  %152 = load float, ptr %151, align 4, !tbaa !5
-  %153 = insertelement <16 x float> poison, float %152, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = getelementptr inbounds nuw i8, ptr %120, i64 8
-  %156 = load i64, ptr %155, align 8, !tbaa !5
-  %gep172.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %156
-  %157 = load <16 x i16>, ptr %gep172.us.us.i, align 2, !tbaa !5
-  %158 = zext <16 x i16> %157 to <16 x i32>
-  %159 = shl nuw <16 x i32> %158, splat (i32 16)
-  %160 = bitcast <16 x i32> %159 to <16 x float>
-  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %160, <16 x float> %126)
-  %162 = getelementptr inbounds nuw i8, ptr %116, i64 516
-  %163 = load float, ptr %162, align 4, !tbaa !5
+  %122 = getelementptr i16, ptr %value_cache, i64 %121
+  %123 = getelementptr i16, ptr %122, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %123, i32 0, i32 2, i32 1)
+  %124 = getelementptr i8, ptr %122, i64 64
+  %125 = getelementptr i16, ptr %124, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %125, i32 0, i32 2, i32 1)
+  %126 = getelementptr i8, ptr %122, i64 128
+  %127 = getelementptr i16, ptr %126, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %127, i32 0, i32 2, i32 1)
+  %128 = getelementptr i8, ptr %122, i64 192
+  %129 = getelementptr i16, ptr %128, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %129, i32 0, i32 2, i32 1)
+  %130 = getelementptr inbounds nuw i8, ptr %100, i64 24
+  %131 = load i64, ptr %130, align 8, !tbaa !5
+  %132 = getelementptr i16, ptr %value_cache, i64 %131
+  %133 = getelementptr i16, ptr %132, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %133, i32 0, i32 2, i32 1)
+  %134 = getelementptr i8, ptr %132, i64 64
+  %135 = getelementptr i16, ptr %134, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %135, i32 0, i32 2, i32 1)
+  %136 = getelementptr i8, ptr %132, i64 128
+  %137 = getelementptr i16, ptr %136, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %137, i32 0, i32 2, i32 1)
+  %138 = getelementptr i8, ptr %132, i64 192
+  %139 = getelementptr i16, ptr %138, i64 %40
+  tail call void @llvm.prefetch.p0(ptr readonly %139, i32 0, i32 2, i32 1)
+  %140 = shl nsw i64 %indvars.iv324.i, 4
+  %141 = getelementptr inbounds nuw float, ptr %87, i64 %140
+  %142 = load float, ptr %141, align 64, !tbaa !5
+  %143 = insertelement <16 x float> poison, float %142, i64 0
+  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
+  %145 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %140
+  %146 = load i64, ptr %145, align 8, !tbaa !5
+  %gep156.i = getelementptr i16, ptr %gep259.i, i64 %146
+  %147 = load <16 x i16>, ptr %gep156.i, align 2, !tbaa !5
+  %148 = zext <16 x i16> %147 to <16 x i32>
+  %149 = shl nuw <16 x i32> %148, splat (i32 16)
+  %150 = bitcast <16 x i32> %149 to <16 x float>
+  %151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %150, <16 x float> %full_acc6.sroa.0.0144.i)
+  %152 = getelementptr inbounds nuw i8, ptr %141, i64 512
+  %153 = load float, ptr %152, align 64, !tbaa !5
+  %154 = insertelement <16 x float> poison, float %153, i64 0
+  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
+  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %150, <16 x float> %full_acc6.sroa.68.0142.i)
+  %157 = getelementptr inbounds nuw i8, ptr %141, i64 1024
+  %158 = load float, ptr %157, align 64, !tbaa !5
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %150, <16 x float> %full_acc6.sroa.136.0140.i)
+  %162 = getelementptr inbounds nuw i8, ptr %141, i64 1536
+  %163 = load float, ptr %162, align 64, !tbaa !5
   %164 = insertelement <16 x float> poison, float %163, i64 0
   %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %160, <16 x float> %131)
-  %167 = getelementptr inbounds nuw i8, ptr %116, i64 1028
-  %168 = load float, ptr %167, align 4, !tbaa !5
-  %169 = insertelement <16 x float> poison, float %168, i64 0
-  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %160, <16 x float> %136)
-  %172 = getelementptr inbounds nuw i8, ptr %116, i64 1540
-  %173 = load float, ptr %172, align 4, !tbaa !5
-  %174 = insertelement <16 x float> poison, float %173, i64 0
-  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> zeroinitializer
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %160, <16 x float> %141)
-  %177 = getelementptr i8, ptr %gep172.us.us.i, i64 32
-  %178 = load <16 x i16>, ptr %177, align 2, !tbaa !5
-  %179 = zext <16 x i16> %178 to <16 x i32>
-  %180 = shl nuw <16 x i32> %179, splat (i32 16)
-  %181 = bitcast <16 x i32> %180 to <16 x float>
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %181, <16 x float> %147)
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %181, <16 x float> %148)
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %181, <16 x float> %149)
-  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %181, <16 x float> %150)
-  %186 = getelementptr inbounds nuw i8, ptr %116, i64 8
-  %187 = load float, ptr %186, align 8, !tbaa !5
-  %188 = insertelement <16 x float> poison, float %187, i64 0
-  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
-  %190 = getelementptr inbounds nuw i8, ptr %120, i64 16
-  %191 = load i64, ptr %190, align 8, !tbaa !5
-  %gep176.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %191
-  %192 = load <16 x i16>, ptr %gep176.us.us.i, align 2, !tbaa !5
-  %193 = zext <16 x i16> %192 to <16 x i32>
-  %194 = shl nuw <16 x i32> %193, splat (i32 16)
-  %195 = bitcast <16 x i32> %194 to <16 x float>
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %195, <16 x float> %161)
-  %197 = getelementptr inbounds nuw i8, ptr %116, i64 520
-  %198 = load float, ptr %197, align 8, !tbaa !5
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %150, <16 x float> %full_acc6.sroa.204.0138.i)
+  %167 = getelementptr i8, ptr %gep156.i, i64 32
+  %168 = load <16 x i16>, ptr %167, align 2, !tbaa !5
+  %169 = zext <16 x i16> %168 to <16 x i32>
+  %170 = shl nuw <16 x i32> %169, splat (i32 16)
+  %171 = bitcast <16 x i32> %170 to <16 x float>
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %171, <16 x float> %full_acc6.sroa.34.0143.i)
+  %173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %171, <16 x float> %full_acc6.sroa.102.0141.i)
+  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %171, <16 x float> %full_acc6.sroa.170.0139.i)
+  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %171, <16 x float> %full_acc6.sroa.238.0137.i)
+  %176 = getelementptr inbounds nuw i8, ptr %141, i64 4
+  %177 = load float, ptr %176, align 4, !tbaa !5
+  %178 = insertelement <16 x float> poison, float %177, i64 0
+  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> zeroinitializer
+  %180 = getelementptr inbounds nuw i8, ptr %145, i64 8
+  %181 = load i64, ptr %180, align 8, !tbaa !5
+  %gep160.i = getelementptr i16, ptr %gep259.i, i64 %181
+  %182 = load <16 x i16>, ptr %gep160.i, align 2, !tbaa !5
+  %183 = zext <16 x i16> %182 to <16 x i32>
+  %184 = shl nuw <16 x i32> %183, splat (i32 16)
+  %185 = bitcast <16 x i32> %184 to <16 x float>
+  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %185, <16 x float> %151)
+  %187 = getelementptr inbounds nuw i8, ptr %141, i64 516
+  %188 = load float, ptr %187, align 4, !tbaa !5
+  %189 = insertelement <16 x float> poison, float %188, i64 0
+  %190 = shufflevector <16 x float> %189, <16 x float> poison, <16 x i32> zeroinitializer
+  %191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %190, <16 x float> %185, <16 x float> %156)
+  %192 = getelementptr inbounds nuw i8, ptr %141, i64 1028
+  %193 = load float, ptr %192, align 4, !tbaa !5
+  %194 = insertelement <16 x float> poison, float %193, i64 0
+  %195 = shufflevector <16 x float> %194, <16 x float> poison, <16 x i32> zeroinitializer
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %195, <16 x float> %185, <16 x float> %161)
+  %197 = getelementptr inbounds nuw i8, ptr %141, i64 1540
+  %198 = load float, ptr %197, align 4, !tbaa !5
   %199 = insertelement <16 x float> poison, float %198, i64 0
   %200 = shufflevector <16 x float> %199, <16 x float> poison, <16 x i32> zeroinitializer
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %195, <16 x float> %166)
-  %202 = getelementptr inbounds nuw i8, ptr %116, i64 1032
-  %203 = load float, ptr %202, align 8, !tbaa !5
-  %204 = insertelement <16 x float> poison, float %203, i64 0
-  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %195, <16 x float> %171)
-  %207 = getelementptr inbounds nuw i8, ptr %116, i64 1544
-  %208 = load float, ptr %207, align 8, !tbaa !5
-  %209 = insertelement <16 x float> poison, float %208, i64 0
-  %210 = shufflevector <16 x float> %209, <16 x float> poison, <16 x i32> zeroinitializer
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %195, <16 x float> %176)
-  %212 = getelementptr i8, ptr %gep176.us.us.i, i64 32
-  %213 = load <16 x i16>, ptr %212, align 2, !tbaa !5
-  %214 = zext <16 x i16> %213 to <16 x i32>
-  %215 = shl nuw <16 x i32> %214, splat (i32 16)
-  %216 = bitcast <16 x i32> %215 to <16 x float>
-  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %216, <16 x float> %182)
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %216, <16 x float> %183)
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %216, <16 x float> %184)
-  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %216, <16 x float> %185)
-  %221 = getelementptr inbounds nuw i8, ptr %116, i64 12
-  %222 = load float, ptr %221, align 4, !tbaa !5
-  %223 = insertelement <16 x float> poison, float %222, i64 0
-  %224 = shufflevector <16 x float> %223, <16 x float> poison, <16 x i32> zeroinitializer
-  %225 = getelementptr inbounds nuw i8, ptr %120, i64 24
-  %226 = load i64, ptr %225, align 8, !tbaa !5
-  %gep180.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %226
-  %227 = load <16 x i16>, ptr %gep180.us.us.i, align 2, !tbaa !5
-  %228 = zext <16 x i16> %227 to <16 x i32>
-  %229 = shl nuw <16 x i32> %228, splat (i32 16)
-  %230 = bitcast <16 x i32> %229 to <16 x float>
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %230, <16 x float> %196)
-  %232 = getelementptr inbounds nuw i8, ptr %116, i64 524
-  %233 = load float, ptr %232, align 4, !tbaa !5
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %185, <16 x float> %166)
+  %202 = getelementptr i8, ptr %gep160.i, i64 32
+  %203 = load <16 x i16>, ptr %202, align 2, !tbaa !5
+  %204 = zext <16 x i16> %203 to <16 x i32>
+  %205 = shl nuw <16 x i32> %204, splat (i32 16)
+  %206 = bitcast <16 x i32> %205 to <16 x float>
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %206, <16 x float> %172)
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %190, <16 x float> %206, <16 x float> %173)
+  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %195, <16 x float> %206, <16 x float> %174)
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %206, <16 x float> %175)
+  %211 = getelementptr inbounds nuw i8, ptr %141, i64 8
+  %212 = load float, ptr %211, align 8, !tbaa !5
+  %213 = insertelement <16 x float> poison, float %212, i64 0
+  %214 = shufflevector <16 x float> %213, <16 x float> poison, <16 x i32> zeroinitializer
+  %215 = getelementptr inbounds nuw i8, ptr %145, i64 16
+  %216 = load i64, ptr %215, align 8, !tbaa !5
+  %gep164.i = getelementptr i16, ptr %gep259.i, i64 %216
+  %217 = load <16 x i16>, ptr %gep164.i, align 2, !tbaa !5
+  %218 = zext <16 x i16> %217 to <16 x i32>
+  %219 = shl nuw <16 x i32> %218, splat (i32 16)
+  %220 = bitcast <16 x i32> %219 to <16 x float>
+  %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> %220, <16 x float> %186)
+  %222 = getelementptr inbounds nuw i8, ptr %141, i64 520
+  %223 = load float, ptr %222, align 8, !tbaa !5
+  %224 = insertelement <16 x float> poison, float %223, i64 0
+  %225 = shufflevector <16 x float> %224, <16 x float> poison, <16 x i32> zeroinitializer
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %220, <16 x float> %191)
+  %227 = getelementptr inbounds nuw i8, ptr %141, i64 1032
+  %228 = load float, ptr %227, align 8, !tbaa !5
+  %229 = insertelement <16 x float> poison, float %228, i64 0
+  %230 = shufflevector <16 x float> %229, <16 x float> poison, <16 x i32> zeroinitializer
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %220, <16 x float> %196)
+  %232 = getelementptr inbounds nuw i8, ptr %141, i64 1544
+  %233 = load float, ptr %232, align 8, !tbaa !5
   %234 = insertelement <16 x float> poison, float %233, i64 0
   %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %230, <16 x float> %201)
-  %237 = getelementptr inbounds nuw i8, ptr %116, i64 1036
-  %238 = load float, ptr %237, align 4, !tbaa !5
-  %239 = insertelement <16 x float> poison, float %238, i64 0
-  %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
-  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %230, <16 x float> %206)
-  %242 = getelementptr inbounds nuw i8, ptr %116, i64 1548
-  %243 = load float, ptr %242, align 4, !tbaa !5
-  %244 = insertelement <16 x float> poison, float %243, i64 0
-  %245 = shufflevector <16 x float> %244, <16 x float> poison, <16 x i32> zeroinitializer
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %230, <16 x float> %211)
-  %247 = getelementptr i8, ptr %gep180.us.us.i, i64 32
-  %248 = load <16 x i16>, ptr %247, align 2, !tbaa !5
-  %249 = zext <16 x i16> %248 to <16 x i32>
-  %250 = shl nuw <16 x i32> %249, splat (i32 16)
-  %251 = bitcast <16 x i32> %250 to <16 x float>
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %251, <16 x float> %217)
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %251, <16 x float> %218)
-  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %251, <16 x float> %219)
-  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %251, <16 x float> %220)
-  %256 = getelementptr inbounds nuw i8, ptr %116, i64 16
-  %257 = load float, ptr %256, align 16, !tbaa !5
-  %258 = insertelement <16 x float> poison, float %257, i64 0
-  %259 = shufflevector <16 x float> %258, <16 x float> poison, <16 x i32> zeroinitializer
-  %260 = getelementptr inbounds nuw i8, ptr %120, i64 32
-  %261 = load i64, ptr %260, align 8, !tbaa !5
-  %gep184.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %261
-  %262 = load <16 x i16>, ptr %gep184.us.us.i, align 2, !tbaa !5
-  %263 = zext <16 x i16> %262 to <16 x i32>
-  %264 = shl nuw <16 x i32> %263, splat (i32 16)
-  %265 = bitcast <16 x i32> %264 to <16 x float>
-  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %265, <16 x float> %231)
-  %267 = getelementptr inbounds nuw i8, ptr %116, i64 528
-  %268 = load float, ptr %267, align 16, !tbaa !5
+  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %220, <16 x float> %201)
+  %237 = getelementptr i8, ptr %gep164.i, i64 32
+  %238 = load <16 x i16>, ptr %237, align 2, !tbaa !5
+  %239 = zext <16 x i16> %238 to <16 x i32>
+  %240 = shl nuw <16 x i32> %239, splat (i32 16)
+  %241 = bitcast <16 x i32> %240 to <16 x float>
+  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> %241, <16 x float> %207)
+  %243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %241, <16 x float> %208)
+  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %241, <16 x float> %209)
+  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %241, <16 x float> %210)
+  %246 = getelementptr inbounds nuw i8, ptr %141, i64 12
+  %247 = load float, ptr %246, align 4, !tbaa !5
+  %248 = insertelement <16 x float> poison, float %247, i64 0
+  %249 = shufflevector <16 x float> %248, <16 x float> poison, <16 x i32> zeroinitializer
+  %250 = getelementptr inbounds nuw i8, ptr %145, i64 24
+  %251 = load i64, ptr %250, align 8, !tbaa !5
+  %gep168.i = getelementptr i16, ptr %gep259.i, i64 %251
+  %252 = load <16 x i16>, ptr %gep168.i, align 2, !tbaa !5
+  %253 = zext <16 x i16> %252 to <16 x i32>
+  %254 = shl nuw <16 x i32> %253, splat (i32 16)
+  %255 = bitcast <16 x i32> %254 to <16 x float>
+  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %249, <16 x float> %255, <16 x float> %221)
+  %257 = getelementptr inbounds nuw i8, ptr %141, i64 524
+  %258 = load float, ptr %257, align 4, !tbaa !5
+  %259 = insertelement <16 x float> poison, float %258, i64 0
+  %260 = shufflevector <16 x float> %259, <16 x float> poison, <16 x i32> zeroinitializer
+  %261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %255, <16 x float> %226)
+  %262 = getelementptr inbounds nuw i8, ptr %141, i64 1036
+  %263 = load float, ptr %262, align 4, !tbaa !5
+  %264 = insertelement <16 x float> poison, float %263, i64 0
+  %265 = shufflevector <16 x float> %264, <16 x float> poison, <16 x i32> zeroinitializer
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %265, <16 x float> %255, <16 x float> %231)
+  %267 = getelementptr inbounds nuw i8, ptr %141, i64 1548
+  %268 = load float, ptr %267, align 4, !tbaa !5
   %269 = insertelement <16 x float> poison, float %268, i64 0
   %270 = shufflevector <16 x float> %269, <16 x float> poison, <16 x i32> zeroinitializer
-  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %265, <16 x float> %236)
-  %272 = getelementptr inbounds nuw i8, ptr %116, i64 1040
-  %273 = load float, ptr %272, align 16, !tbaa !5
-  %274 = insertelement <16 x float> poison, float %273, i64 0
-  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
-  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %265, <16 x float> %241)
-  %277 = getelementptr inbounds nuw i8, ptr %116, i64 1552
-  %278 = load float, ptr %277, align 16, !tbaa !5
-  %279 = insertelement <16 x float> poison, float %278, i64 0
-  %280 = shufflevector <16 x float> %279, <16 x float> poison, <16 x i32> zeroinitializer
-  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %265, <16 x float> %246)
-  %282 = getelementptr i8, ptr %gep184.us.us.i, i64 32
-  %283 = load <16 x i16>, ptr %282, align 2, !tbaa !5
-  %284 = zext <16 x i16> %283 to <16 x i32>
-  %285 = shl nuw <16 x i32> %284, splat (i32 16)
-  %286 = bitcast <16 x i32> %285 to <16 x float>
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %286, <16 x float> %252)
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %286, <16 x float> %253)
-  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %286, <16 x float> %254)
-  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %286, <16 x float> %255)
-  %291 = getelementptr inbounds nuw i8, ptr %116, i64 20
-  %292 = load float, ptr %291, align 4, !tbaa !5
-  %293 = insertelement <16 x float> poison, float %292, i64 0
-  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
-  %295 = getelementptr inbounds nuw i8, ptr %120, i64 40
-  %296 = load i64, ptr %295, align 8, !tbaa !5
-  %gep188.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %296
-  %297 = load <16 x i16>, ptr %gep188.us.us.i, align 2, !tbaa !5
-  %298 = zext <16 x i16> %297 to <16 x i32>
-  %299 = shl nuw <16 x i32> %298, splat (i32 16)
-  %300 = bitcast <16 x i32> %299 to <16 x float>
-  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %300, <16 x float> %266)
-  %302 = getelementptr inbounds nuw i8, ptr %116, i64 532
-  %303 = load float, ptr %302, align 4, !tbaa !5
+  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %255, <16 x float> %236)
+  %272 = getelementptr i8, ptr %gep168.i, i64 32
+  %273 = load <16 x i16>, ptr %272, align 2, !tbaa !5
+  %274 = zext <16 x i16> %273 to <16 x i32>
+  %275 = shl nuw <16 x i32> %274, splat (i32 16)
+  %276 = bitcast <16 x i32> %275 to <16 x float>
+  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %249, <16 x float> %276, <16 x float> %242)
+  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %276, <16 x float> %243)
+  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %265, <16 x float> %276, <16 x float> %244)
+  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %276, <16 x float> %245)
+  %281 = getelementptr inbounds nuw i8, ptr %141, i64 16
+  %282 = load float, ptr %281, align 16, !tbaa !5
+  %283 = insertelement <16 x float> poison, float %282, i64 0
+  %284 = shufflevector <16 x float> %283, <16 x float> poison, <16 x i32> zeroinitializer
+  %285 = getelementptr inbounds nuw i8, ptr %145, i64 32
+  %286 = load i64, ptr %285, align 8, !tbaa !5
+  %gep172.i = getelementptr i16, ptr %gep259.i, i64 %286
+  %287 = load <16 x i16>, ptr %gep172.i, align 2, !tbaa !5
+  %288 = zext <16 x i16> %287 to <16 x i32>
+  %289 = shl nuw <16 x i32> %288, splat (i32 16)
+  %290 = bitcast <16 x i32> %289 to <16 x float>
+  %291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %284, <16 x float> %290, <16 x float> %256)
+  %292 = getelementptr inbounds nuw i8, ptr %141, i64 528
+  %293 = load float, ptr %292, align 16, !tbaa !5
+  %294 = insertelement <16 x float> poison, float %293, i64 0
+  %295 = shufflevector <16 x float> %294, <16 x float> poison, <16 x i32> zeroinitializer
+  %296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %295, <16 x float> %290, <16 x float> %261)
+  %297 = getelementptr inbounds nuw i8, ptr %141, i64 1040
+  %298 = load float, ptr %297, align 16, !tbaa !5
+  %299 = insertelement <16 x float> poison, float %298, i64 0
+  %300 = shufflevector <16 x float> %299, <16 x float> poison, <16 x i32> zeroinitializer
+  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %300, <16 x float> %290, <16 x float> %266)
+  %302 = getelementptr inbounds nuw i8, ptr %141, i64 1552
+  %303 = load float, ptr %302, align 16, !tbaa !5
   %304 = insertelement <16 x float> poison, float %303, i64 0
   %305 = shufflevector <16 x float> %304, <16 x float> poison, <16 x i32> zeroinitializer
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %300, <16 x float> %271)
-  %307 = getelementptr inbounds nuw i8, ptr %116, i64 1044
-  %308 = load float, ptr %307, align 4, !tbaa !5
-  %309 = insertelement <16 x float> poison, float %308, i64 0
-  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
-  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %300, <16 x float> %276)
-  %312 = getelementptr inbounds nuw i8, ptr %116, i64 1556
-  %313 = load float, ptr %312, align 4, !tbaa !5
-  %314 = insertelement <16 x float> poison, float %313, i64 0
-  %315 = shufflevector <16 x float> %314, <16 x float> poison, <16 x i32> zeroinitializer
-  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %300, <16 x float> %281)
-  %317 = getelementptr i8, ptr %gep188.us.us.i, i64 32
-  %318 = load <16 x i16>, ptr %317, align 2, !tbaa !5
-  %319 = zext <16 x i16> %318 to <16 x i32>
-  %320 = shl nuw <16 x i32> %319, splat (i32 16)
-  %321 = bitcast <16 x i32> %320 to <16 x float>
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %321, <16 x float> %287)
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %321, <16 x float> %288)
-  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %321, <16 x float> %289)
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %321, <16 x float> %290)
-  %326 = getelementptr inbounds nuw i8, ptr %116, i64 24
-  %327 = load float, ptr %326, align 8, !tbaa !5
-  %328 = insertelement <16 x float> poison, float %327, i64 0
-  %329 = shufflevector <16 x float> %328, <16 x float> poison, <16 x i32> zeroinitializer
-  %330 = getelementptr inbounds nuw i8, ptr %120, i64 48
-  %331 = load i64, ptr %330, align 8, !tbaa !5
-  %gep192.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %331
-  %332 = load <16 x i16>, ptr %gep192.us.us.i, align 2, !tbaa !5
-  %333 = zext <16 x i16> %332 to <16 x i32>
-  %334 = shl nuw <16 x i32> %333, splat (i32 16)
-  %335 = bitcast <16 x i32> %334 to <16 x float>
-  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %335, <16 x float> %301)
-  %337 = getelementptr inbounds nuw i8, ptr %116, i64 536
-  %338 = load float, ptr %337, align 8, !tbaa !5
+  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %290, <16 x float> %271)
+  %307 = getelementptr i8, ptr %gep172.i, i64 32
+  %308 = load <16 x i16>, ptr %307, align 2, !tbaa !5
+  %309 = zext <16 x i16> %308 to <16 x i32>
+  %310 = shl nuw <16 x i32> %309, splat (i32 16)
+  %311 = bitcast <16 x i32> %310 to <16 x float>
+  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %284, <16 x float> %311, <16 x float> %277)
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %295, <16 x float> %311, <16 x float> %278)
+  %314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %300, <16 x float> %311, <16 x float> %279)
+  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %311, <16 x float> %280)
+  %316 = getelementptr inbounds nuw i8, ptr %141, i64 20
+  %317 = load float, ptr %316, align 4, !tbaa !5
+  %318 = insertelement <16 x float> poison, float %317, i64 0
+  %319 = shufflevector <16 x float> %318, <16 x float> poison, <16 x i32> zeroinitializer
+  %320 = getelementptr inbounds nuw i8, ptr %145, i64 40
+  %321 = load i64, ptr %320, align 8, !tbaa !5
+  %gep176.i = getelementptr i16, ptr %gep259.i, i64 %321
+  %322 = load <16 x i16>, ptr %gep176.i, align 2, !tbaa !5
+  %323 = zext <16 x i16> %322 to <16 x i32>
+  %324 = shl nuw <16 x i32> %323, splat (i32 16)
+  %325 = bitcast <16 x i32> %324 to <16 x float>
+  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %325, <16 x float> %291)
+  %327 = getelementptr inbounds nuw i8, ptr %141, i64 532
+  %328 = load float, ptr %327, align 4, !tbaa !5
+  %329 = insertelement <16 x float> poison, float %328, i64 0
+  %330 = shufflevector <16 x float> %329, <16 x float> poison, <16 x i32> zeroinitializer
+  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %325, <16 x float> %296)
+  %332 = getelementptr inbounds nuw i8, ptr %141, i64 1044
+  %333 = load float, ptr %332, align 4, !tbaa !5
+  %334 = insertelement <16 x float> poison, float %333, i64 0
+  %335 = shufflevector <16 x float> %334, <16 x float> poison, <16 x i32> zeroinitializer
+  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %325, <16 x float> %301)
+  %337 = getelementptr inbounds nuw i8, ptr %141, i64 1556
+  %338 = load float, ptr %337, align 4, !tbaa !5
   %339 = insertelement <16 x float> poison, float %338, i64 0
   %340 = shufflevector <16 x float> %339, <16 x float> poison, <16 x i32> zeroinitializer
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %335, <16 x float> %306)
-  %342 = getelementptr inbounds nuw i8, ptr %116, i64 1048
-  %343 = load float, ptr %342, align 8, !tbaa !5
-  %344 = insertelement <16 x float> poison, float %343, i64 0
-  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
-  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %335, <16 x float> %311)
-  %347 = getelementptr inbounds nuw i8, ptr %116, i64 1560
-  %348 = load float, ptr %347, align 8, !tbaa !5
-  %349 = insertelement <16 x float> poison, float %348, i64 0
-  %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %335, <16 x float> %316)
-  %352 = getelementptr i8, ptr %gep192.us.us.i, i64 32
-  %353 = load <16 x i16>, ptr %352, align 2, !tbaa !5
-  %354 = zext <16 x i16> %353 to <16 x i32>
-  %355 = shl nuw <16 x i32> %354, splat (i32 16)
-  %356 = bitcast <16 x i32> %355 to <16 x float>
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %356, <16 x float> %322)
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %356, <16 x float> %323)
-  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %356, <16 x float> %324)
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %356, <16 x float> %325)
-  %361 = getelementptr inbounds nuw i8, ptr %116, i64 28
-  %362 = load float, ptr %361, align 4, !tbaa !5
-  %363 = insertelement <16 x float> poison, float %362, i64 0
-  %364 = shufflevector <16 x float> %363, <16 x float> poison, <16 x i32> zeroinitializer
-  %365 = getelementptr inbounds nuw i8, ptr %120, i64 56
-  %366 = load i64, ptr %365, align 8, !tbaa !5
-  %gep196.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %366
-  %367 = load <16 x i16>, ptr %gep196.us.us.i, align 2, !tbaa !5
-  %368 = zext <16 x i16> %367 to <16 x i32>
-  %369 = shl nuw <16 x i32> %368, splat (i32 16)
-  %370 = bitcast <16 x i32> %369 to <16 x float>
-  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %370, <16 x float> %336)
-  %372 = getelementptr inbounds nuw i8, ptr %116, i64 540
-  %373 = load float, ptr %372, align 4, !tbaa !5
+  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %325, <16 x float> %306)
+  %342 = getelementptr i8, ptr %gep176.i, i64 32
+  %343 = load <16 x i16>, ptr %342, align 2, !tbaa !5
+  %344 = zext <16 x i16> %343 to <16 x i32>
+  %345 = shl nuw <16 x i32> %344, splat (i32 16)
+  %346 = bitcast <16 x i32> %345 to <16 x float>
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %346, <16 x float> %312)
+  %348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %346, <16 x float> %313)
+  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %346, <16 x float> %314)
+  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %346, <16 x float> %315)
+  %351 = getelementptr inbounds nuw i8, ptr %141, i64 24
+  %352 = load float, ptr %351, align 8, !tbaa !5
+  %353 = insertelement <16 x float> poison, float %352, i64 0
+  %354 = shufflevector <16 x float> %353, <16 x float> poison, <16 x i32> zeroinitializer
+  %355 = getelementptr inbounds nuw i8, ptr %145, i64 48
+  %356 = load i64, ptr %355, align 8, !tbaa !5
+  %gep180.i = getelementptr i16, ptr %gep259.i, i64 %356
+  %357 = load <16 x i16>, ptr %gep180.i, align 2, !tbaa !5
+  %358 = zext <16 x i16> %357 to <16 x i32>
+  %359 = shl nuw <16 x i32> %358, splat (i32 16)
+  %360 = bitcast <16 x i32> %359 to <16 x float>
+  %361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %354, <16 x float> %360, <16 x float> %326)
+  %362 = getelementptr inbounds nuw i8, ptr %141, i64 536
+  %363 = load float, ptr %362, align 8, !tbaa !5
+  %364 = insertelement <16 x float> poison, float %363, i64 0
+  %365 = shufflevector <16 x float> %364, <16 x float> poison, <16 x i32> zeroinitializer
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %360, <16 x float> %331)
+  %367 = getelementptr inbounds nuw i8, ptr %141, i64 1048
+  %368 = load float, ptr %367, align 8, !tbaa !5
+  %369 = insertelement <16 x float> poison, float %368, i64 0
+  %370 = shufflevector <16 x float> %369, <16 x float> poison, <16 x i32> zeroinitializer
+  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %360, <16 x float> %336)
+  %372 = getelementptr inbounds nuw i8, ptr %141, i64 1560
+  %373 = load float, ptr %372, align 8, !tbaa !5
   %374 = insertelement <16 x float> poison, float %373, i64 0
   %375 = shufflevector <16 x float> %374, <16 x float> poison, <16 x i32> zeroinitializer
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %370, <16 x float> %341)
-  %377 = getelementptr inbounds nuw i8, ptr %116, i64 1052
-  %378 = load float, ptr %377, align 4, !tbaa !5
-  %379 = insertelement <16 x float> poison, float %378, i64 0
-  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %370, <16 x float> %346)
-  %382 = getelementptr inbounds nuw i8, ptr %116, i64 1564
-  %383 = load float, ptr %382, align 4, !tbaa !5
-  %384 = insertelement <16 x float> poison, float %383, i64 0
-  %385 = shufflevector <16 x float> %384, <16 x float> poison, <16 x i32> zeroinitializer
-  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %370, <16 x float> %351)
-  %387 = getelementptr i8, ptr %gep196.us.us.i, i64 32
-  %388 = load <16 x i16>, ptr %387, align 2, !tbaa !5
-  %389 = zext <16 x i16> %388 to <16 x i32>
-  %390 = shl nuw <16 x i32> %389, splat (i32 16)
-  %391 = bitcast <16 x i32> %390 to <16 x float>
-  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %391, <16 x float> %357)
-  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %391, <16 x float> %358)
-  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %391, <16 x float> %359)
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %391, <16 x float> %360)
-  %396 = getelementptr inbounds nuw i8, ptr %116, i64 32
-  %397 = load float, ptr %396, align 32, !tbaa !5
-  %398 = insertelement <16 x float> poison, float %397, i64 0
-  %399 = shufflevector <16 x float> %398, <16 x float> poison, <16 x i32> zeroinitializer
-  %400 = getelementptr inbounds nuw i8, ptr %120, i64 64
-  %401 = load i64, ptr %400, align 8, !tbaa !5
-  %gep200.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %401
-  %402 = load <16 x i16>, ptr %gep200.us.us.i, align 2, !tbaa !5
-  %403 = zext <16 x i16> %402 to <16 x i32>
-  %404 = shl nuw <16 x i32> %403, splat (i32 16)
-  %405 = bitcast <16 x i32> %404 to <16 x float>
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %405, <16 x float> %371)
-  %407 = getelementptr inbounds nuw i8, ptr %116, i64 544
-  %408 = load float, ptr %407, align 32, !tbaa !5
+  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %360, <16 x float> %341)
+  %377 = getelementptr i8, ptr %gep180.i, i64 32
+  %378 = load <16 x i16>, ptr %377, align 2, !tbaa !5
+  %379 = zext <16 x i16> %378 to <16 x i32>
+  %380 = shl nuw <16 x i32> %379, splat (i32 16)
+  %381 = bitcast <16 x i32> %380 to <16 x float>
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %354, <16 x float> %381, <16 x float> %347)
+  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %381, <16 x float> %348)
+  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %381, <16 x float> %349)
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %381, <16 x float> %350)
+  %386 = getelementptr inbounds nuw i8, ptr %141, i64 28
+  %387 = load float, ptr %386, align 4, !tbaa !5
+  %388 = insertelement <16 x float> poison, float %387, i64 0
+  %389 = shufflevector <16 x float> %388, <16 x float> poison, <16 x i32> zeroinitializer
+  %390 = getelementptr inbounds nuw i8, ptr %145, i64 56
+  %391 = load i64, ptr %390, align 8, !tbaa !5
+  %gep184.i = getelementptr i16, ptr %gep259.i, i64 %391
+  %392 = load <16 x i16>, ptr %gep184.i, align 2, !tbaa !5
+  %393 = zext <16 x i16> %392 to <16 x i32>
+  %394 = shl nuw <16 x i32> %393, splat (i32 16)
+  %395 = bitcast <16 x i32> %394 to <16 x float>
+  %396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %389, <16 x float> %395, <16 x float> %361)
+  %397 = getelementptr inbounds nuw i8, ptr %141, i64 540
+  %398 = load float, ptr %397, align 4, !tbaa !5
+  %399 = insertelement <16 x float> poison, float %398, i64 0
+  %400 = shufflevector <16 x float> %399, <16 x float> poison, <16 x i32> zeroinitializer
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %395, <16 x float> %366)
+  %402 = getelementptr inbounds nuw i8, ptr %141, i64 1052
+  %403 = load float, ptr %402, align 4, !tbaa !5
+  %404 = insertelement <16 x float> poison, float %403, i64 0
+  %405 = shufflevector <16 x float> %404, <16 x float> poison, <16 x i32> zeroinitializer
+  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %395, <16 x float> %371)
+  %407 = getelementptr inbounds nuw i8, ptr %141, i64 1564
+  %408 = load float, ptr %407, align 4, !tbaa !5
   %409 = insertelement <16 x float> poison, float %408, i64 0
   %410 = shufflevector <16 x float> %409, <16 x float> poison, <16 x i32> zeroinitializer
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %405, <16 x float> %376)
-  %412 = getelementptr inbounds nuw i8, ptr %116, i64 1056
-  %413 = load float, ptr %412, align 32, !tbaa !5
-  %414 = insertelement <16 x float> poison, float %413, i64 0
-  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
-  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %405, <16 x float> %381)
-  %417 = getelementptr inbounds nuw i8, ptr %116, i64 1568
-  %418 = load float, ptr %417, align 32, !tbaa !5
-  %419 = insertelement <16 x float> poison, float %418, i64 0
-  %420 = shufflevector <16 x float> %419, <16 x float> poison, <16 x i32> zeroinitializer
-  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %405, <16 x float> %386)
-  %422 = getelementptr i8, ptr %gep200.us.us.i, i64 32
-  %423 = load <16 x i16>, ptr %422, align 2, !tbaa !5
-  %424 = zext <16 x i16> %423 to <16 x i32>
-  %425 = shl nuw <16 x i32> %424, splat (i32 16)
-  %426 = bitcast <16 x i32> %425 to <16 x float>
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %426, <16 x float> %392)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %426, <16 x float> %393)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %426, <16 x float> %394)
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %426, <16 x float> %395)
-  %431 = getelementptr inbounds nuw i8, ptr %116, i64 36
-  %432 = load float, ptr %431, align 4, !tbaa !5
-  %433 = insertelement <16 x float> poison, float %432, i64 0
-  %434 = shufflevector <16 x float> %433, <16 x float> poison, <16 x i32> zeroinitializer
-  %435 = getelementptr inbounds nuw i8, ptr %120, i64 72
-  %436 = load i64, ptr %435, align 8, !tbaa !5
-  %gep204.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %436
-  %437 = load <16 x i16>, ptr %gep204.us.us.i, align 2, !tbaa !5
-  %438 = zext <16 x i16> %437 to <16 x i32>
-  %439 = shl nuw <16 x i32> %438, splat (i32 16)
-  %440 = bitcast <16 x i32> %439 to <16 x float>
-  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %440, <16 x float> %406)
-  %442 = getelementptr inbounds nuw i8, ptr %116, i64 548
-  %443 = load float, ptr %442, align 4, !tbaa !5
+  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %395, <16 x float> %376)
+  %412 = getelementptr i8, ptr %gep184.i, i64 32
+  %413 = load <16 x i16>, ptr %412, align 2, !tbaa !5
+  %414 = zext <16 x i16> %413 to <16 x i32>
+  %415 = shl nuw <16 x i32> %414, splat (i32 16)
+  %416 = bitcast <16 x i32> %415 to <16 x float>
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %389, <16 x float> %416, <16 x float> %382)
+  %418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %416, <16 x float> %383)
+  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %416, <16 x float> %384)
+  %420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %416, <16 x float> %385)
+  %421 = getelementptr inbounds nuw i8, ptr %141, i64 32
+  %422 = load float, ptr %421, align 32, !tbaa !5
+  %423 = insertelement <16 x float> poison, float %422, i64 0
+  %424 = shufflevector <16 x float> %423, <16 x float> poison, <16 x i32> zeroinitializer
+  %425 = getelementptr inbounds nuw i8, ptr %145, i64 64
+  %426 = load i64, ptr %425, align 8, !tbaa !5
+  %gep188.i = getelementptr i16, ptr %gep259.i, i64 %426
+  %427 = load <16 x i16>, ptr %gep188.i, align 2, !tbaa !5
+  %428 = zext <16 x i16> %427 to <16 x i32>
+  %429 = shl nuw <16 x i32> %428, splat (i32 16)
+  %430 = bitcast <16 x i32> %429 to <16 x float>
+  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %424, <16 x float> %430, <16 x float> %396)
+  %432 = getelementptr inbounds nuw i8, ptr %141, i64 544
+  %433 = load float, ptr %432, align 32, !tbaa !5
+  %434 = insertelement <16 x float> poison, float %433, i64 0
+  %435 = shufflevector <16 x float> %434, <16 x float> poison, <16 x i32> zeroinitializer
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %430, <16 x float> %401)
+  %437 = getelementptr inbounds nuw i8, ptr %141, i64 1056
+  %438 = load float, ptr %437, align 32, !tbaa !5
+  %439 = insertelement <16 x float> poison, float %438, i64 0
+  %440 = shufflevector <16 x float> %439, <16 x float> poison, <16 x i32> zeroinitializer
+  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %440, <16 x float> %430, <16 x float> %406)
+  %442 = getelementptr inbounds nuw i8, ptr %141, i64 1568
+  %443 = load float, ptr %442, align 32, !tbaa !5
   %444 = insertelement <16 x float> poison, float %443, i64 0
   %445 = shufflevector <16 x float> %444, <16 x float> poison, <16 x i32> zeroinitializer
-  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %440, <16 x float> %411)
-  %447 = getelementptr inbounds nuw i8, ptr %116, i64 1060
-  %448 = load float, ptr %447, align 4, !tbaa !5
-  %449 = insertelement <16 x float> poison, float %448, i64 0
-  %450 = shufflevector <16 x float> %449, <16 x float> poison, <16 x i32> zeroinitializer
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %440, <16 x float> %416)
-  %452 = getelementptr inbounds nuw i8, ptr %116, i64 1572
-  %453 = load float, ptr %452, align 4, !tbaa !5
-  %454 = insertelement <16 x float> poison, float %453, i64 0
-  %455 = shufflevector <16 x float> %454, <16 x float> poison, <16 x i32> zeroinitializer
-  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %440, <16 x float> %421)
-  %457 = getelementptr i8, ptr %gep204.us.us.i, i64 32
-  %458 = load <16 x i16>, ptr %457, align 2, !tbaa !5
-  %459 = zext <16 x i16> %458 to <16 x i32>
-  %460 = shl nuw <16 x i32> %459, splat (i32 16)
-  %461 = bitcast <16 x i32> %460 to <16 x float>
-  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %461, <16 x float> %427)
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %461, <16 x float> %428)
-  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %461, <16 x float> %429)
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %461, <16 x float> %430)
-  %466 = getelementptr inbounds nuw i8, ptr %116, i64 40
-  %467 = load float, ptr %466, align 8, !tbaa !5
-  %468 = insertelement <16 x float> poison, float %467, i64 0
-  %469 = shufflevector <16 x float> %468, <16 x float> poison, <16 x i32> zeroinitializer
-  %470 = getelementptr inbounds nuw i8, ptr %120, i64 80
-  %471 = load i64, ptr %470, align 8, !tbaa !5
-  %gep208.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %471
-  %472 = load <16 x i16>, ptr %gep208.us.us.i, align 2, !tbaa !5
-  %473 = zext <16 x i16> %472 to <16 x i32>
-  %474 = shl nuw <16 x i32> %473, splat (i32 16)
-  %475 = bitcast <16 x i32> %474 to <16 x float>
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %475, <16 x float> %441)
-  %477 = getelementptr inbounds nuw i8, ptr %116, i64 552
-  %478 = load float, ptr %477, align 8, !tbaa !5
+  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %430, <16 x float> %411)
+  %447 = getelementptr i8, ptr %gep188.i, i64 32
+  %448 = load <16 x i16>, ptr %447, align 2, !tbaa !5
+  %449 = zext <16 x i16> %448 to <16 x i32>
+  %450 = shl nuw <16 x i32> %449, splat (i32 16)
+  %451 = bitcast <16 x i32> %450 to <16 x float>
+  %452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %424, <16 x float> %451, <16 x float> %417)
+  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %451, <16 x float> %418)
+  %454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %440, <16 x float> %451, <16 x float> %419)
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %451, <16 x float> %420)
+  %456 = getelementptr inbounds nuw i8, ptr %141, i64 36
+  %457 = load float, ptr %456, align 4, !tbaa !5
+  %458 = insertelement <16 x float> poison, float %457, i64 0
+  %459 = shufflevector <16 x float> %458, <16 x float> poison, <16 x i32> zeroinitializer
+  %460 = getelementptr inbounds nuw i8, ptr %145, i64 72
+  %461 = load i64, ptr %460, align 8, !tbaa !5
+  %gep192.i = getelementptr i16, ptr %gep259.i, i64 %461
+  %462 = load <16 x i16>, ptr %gep192.i, align 2, !tbaa !5
+  %463 = zext <16 x i16> %462 to <16 x i32>
+  %464 = shl nuw <16 x i32> %463, splat (i32 16)
+  %465 = bitcast <16 x i32> %464 to <16 x float>
+  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %459, <16 x float> %465, <16 x float> %431)
+  %467 = getelementptr inbounds nuw i8, ptr %141, i64 548
+  %468 = load float, ptr %467, align 4, !tbaa !5
+  %469 = insertelement <16 x float> poison, float %468, i64 0
+  %470 = shufflevector <16 x float> %469, <16 x float> poison, <16 x i32> zeroinitializer
+  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %470, <16 x float> %465, <16 x float> %436)
+  %472 = getelementptr inbounds nuw i8, ptr %141, i64 1060
+  %473 = load float, ptr %472, align 4, !tbaa !5
+  %474 = insertelement <16 x float> poison, float %473, i64 0
+  %475 = shufflevector <16 x float> %474, <16 x float> poison, <16 x i32> zeroinitializer
+  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %465, <16 x float> %441)
+  %477 = getelementptr inbounds nuw i8, ptr %141, i64 1572
+  %478 = load float, ptr %477, align 4, !tbaa !5
   %479 = insertelement <16 x float> poison, float %478, i64 0
   %480 = shufflevector <16 x float> %479, <16 x float> poison, <16 x i32> zeroinitializer
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %475, <16 x float> %446)
-  %482 = getelementptr inbounds nuw i8, ptr %116, i64 1064
-  %483 = load float, ptr %482, align 8, !tbaa !5
-  %484 = insertelement <16 x float> poison, float %483, i64 0
-  %485 = shufflevector <16 x float> %484, <16 x float> poison, <16 x i32> zeroinitializer
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %475, <16 x float> %451)
-  %487 = getelementptr inbounds nuw i8, ptr %116, i64 1576
-  %488 = load float, ptr %487, align 8, !tbaa !5
-  %489 = insertelement <16 x float> poison, float %488, i64 0
-  %490 = shufflevector <16 x float> %489, <16 x float> poison, <16 x i32> zeroinitializer
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %475, <16 x float> %456)
-  %492 = getelementptr i8, ptr %gep208.us.us.i, i64 32
-  %493 = load <16 x i16>, ptr %492, align 2, !tbaa !5
-  %494 = zext <16 x i16> %493 to <16 x i32>
-  %495 = shl nuw <16 x i32> %494, splat (i32 16)
-  %496 = bitcast <16 x i32> %495 to <16 x float>
-  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %496, <16 x float> %462)
-  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %496, <16 x float> %463)
-  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %496, <16 x float> %464)
-  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %496, <16 x float> %465)
-  %501 = getelementptr inbounds nuw i8, ptr %116, i64 44
-  %502 = load float, ptr %501, align 4, !tbaa !5
-  %503 = insertelement <16 x float> poison, float %502, i64 0
-  %504 = shufflevector <16 x float> %503, <16 x float> poison, <16 x i32> zeroinitializer
-  %505 = getelementptr inbounds nuw i8, ptr %120, i64 88
-  %506 = load i64, ptr %505, align 8, !tbaa !5
-  %gep212.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %506
-  %507 = load <16 x i16>, ptr %gep212.us.us.i, align 2, !tbaa !5
-  %508 = zext <16 x i16> %507 to <16 x i32>
-  %509 = shl nuw <16 x i32> %508, splat (i32 16)
-  %510 = bitcast <16 x i32> %509 to <16 x float>
-  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %510, <16 x float> %476)
-  %512 = getelementptr inbounds nuw i8, ptr %116, i64 556
-  %513 = load float, ptr %512, align 4, !tbaa !5
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %465, <16 x float> %446)
+  %482 = getelementptr i8, ptr %gep192.i, i64 32
+  %483 = load <16 x i16>, ptr %482, align 2, !tbaa !5
+  %484 = zext <16 x i16> %483 to <16 x i32>
+  %485 = shl nuw <16 x i32> %484, splat (i32 16)
+  %486 = bitcast <16 x i32> %485 to <16 x float>
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %459, <16 x float> %486, <16 x float> %452)
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %470, <16 x float> %486, <16 x float> %453)
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %486, <16 x float> %454)
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %486, <16 x float> %455)
+  %491 = getelementptr inbounds nuw i8, ptr %141, i64 40
+  %492 = load float, ptr %491, align 8, !tbaa !5
+  %493 = insertelement <16 x float> poison, float %492, i64 0
+  %494 = shufflevector <16 x float> %493, <16 x float> poison, <16 x i32> zeroinitializer
+  %495 = getelementptr inbounds nuw i8, ptr %145, i64 80
+  %496 = load i64, ptr %495, align 8, !tbaa !5
+  %gep196.i = getelementptr i16, ptr %gep259.i, i64 %496
+  %497 = load <16 x i16>, ptr %gep196.i, align 2, !tbaa !5
+  %498 = zext <16 x i16> %497 to <16 x i32>
+  %499 = shl nuw <16 x i32> %498, splat (i32 16)
+  %500 = bitcast <16 x i32> %499 to <16 x float>
+  %501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %494, <16 x float> %500, <16 x float> %466)
+  %502 = getelementptr inbounds nuw i8, ptr %141, i64 552
+  %503 = load float, ptr %502, align 8, !tbaa !5
+  %504 = insertelement <16 x float> poison, float %503, i64 0
+  %505 = shufflevector <16 x float> %504, <16 x float> poison, <16 x i32> zeroinitializer
+  %506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %505, <16 x float> %500, <16 x float> %471)
+  %507 = getelementptr inbounds nuw i8, ptr %141, i64 1064
+  %508 = load float, ptr %507, align 8, !tbaa !5
+  %509 = insertelement <16 x float> poison, float %508, i64 0
+  %510 = shufflevector <16 x float> %509, <16 x float> poison, <16 x i32> zeroinitializer
+  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %510, <16 x float> %500, <16 x float> %476)
+  %512 = getelementptr inbounds nuw i8, ptr %141, i64 1576
+  %513 = load float, ptr %512, align 8, !tbaa !5
   %514 = insertelement <16 x float> poison, float %513, i64 0
   %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
-  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %510, <16 x float> %481)
-  %517 = getelementptr inbounds nuw i8, ptr %116, i64 1068
-  %518 = load float, ptr %517, align 4, !tbaa !5
-  %519 = insertelement <16 x float> poison, float %518, i64 0
-  %520 = shufflevector <16 x float> %519, <16 x float> poison, <16 x i32> zeroinitializer
-  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %510, <16 x float> %486)
-  %522 = getelementptr inbounds nuw i8, ptr %116, i64 1580
-  %523 = load float, ptr %522, align 4, !tbaa !5
-  %524 = insertelement <16 x float> poison, float %523, i64 0
-  %525 = shufflevector <16 x float> %524, <16 x float> poison, <16 x i32> zeroinitializer
-  %526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %510, <16 x float> %491)
-  %527 = getelementptr i8, ptr %gep212.us.us.i, i64 32
-  %528 = load <16 x i16>, ptr %527, align 2, !tbaa !5
-  %529 = zext <16 x i16> %528 to <16 x i32>
-  %530 = shl nuw <16 x i32> %529, splat (i32 16)
-  %531 = bitcast <16 x i32> %530 to <16 x float>
-  %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %531, <16 x float> %497)
-  %533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %531, <16 x float> %498)
-  %534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %531, <16 x float> %499)
-  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %531, <16 x float> %500)
-  %536 = getelementptr inbounds nuw i8, ptr %116, i64 48
-  %537 = load float, ptr %536, align 16, !tbaa !5
-  %538 = insertelement <16 x float> poison, float %537, i64 0
-  %539 = shufflevector <16 x float> %538, <16 x float> poison, <16 x i32> zeroinitializer
-  %540 = getelementptr inbounds nuw i8, ptr %120, i64 96
-  %541 = load i64, ptr %540, align 8, !tbaa !5
-  %gep216.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %541
-  %542 = load <16 x i16>, ptr %gep216.us.us.i, align 2, !tbaa !5
-  %543 = zext <16 x i16> %542 to <16 x i32>
-  %544 = shl nuw <16 x i32> %543, splat (i32 16)
-  %545 = bitcast <16 x i32> %544 to <16 x float>
-  %546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %545, <16 x float> %511)
-  %547 = getelementptr inbounds nuw i8, ptr %116, i64 560
-  %548 = load float, ptr %547, align 16, !tbaa !5
+  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %500, <16 x float> %481)
+  %517 = getelementptr i8, ptr %gep196.i, i64 32
+  %518 = load <16 x i16>, ptr %517, align 2, !tbaa !5
+  %519 = zext <16 x i16> %518 to <16 x i32>
+  %520 = shl nuw <16 x i32> %519, splat (i32 16)
+  %521 = bitcast <16 x i32> %520 to <16 x float>
+  %522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %494, <16 x float> %521, <16 x float> %487)
+  %523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %505, <16 x float> %521, <16 x float> %488)
+  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %510, <16 x float> %521, <16 x float> %489)
+  %525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %521, <16 x float> %490)
+  %526 = getelementptr inbounds nuw i8, ptr %141, i64 44
+  %527 = load float, ptr %526, align 4, !tbaa !5
+  %528 = insertelement <16 x float> poison, float %527, i64 0
+  %529 = shufflevector <16 x float> %528, <16 x float> poison, <16 x i32> zeroinitializer
+  %530 = getelementptr inbounds nuw i8, ptr %145, i64 88
+  %531 = load i64, ptr %530, align 8, !tbaa !5
+  %gep200.i = getelementptr i16, ptr %gep259.i, i64 %531
+  %532 = load <16 x i16>, ptr %gep200.i, align 2, !tbaa !5
+  %533 = zext <16 x i16> %532 to <16 x i32>
+  %534 = shl nuw <16 x i32> %533, splat (i32 16)
+  %535 = bitcast <16 x i32> %534 to <16 x float>
+  %536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %529, <16 x float> %535, <16 x float> %501)
+  %537 = getelementptr inbounds nuw i8, ptr %141, i64 556
+  %538 = load float, ptr %537, align 4, !tbaa !5
+  %539 = insertelement <16 x float> poison, float %538, i64 0
+  %540 = shufflevector <16 x float> %539, <16 x float> poison, <16 x i32> zeroinitializer
+  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %540, <16 x float> %535, <16 x float> %506)
+  %542 = getelementptr inbounds nuw i8, ptr %141, i64 1068
+  %543 = load float, ptr %542, align 4, !tbaa !5
+  %544 = insertelement <16 x float> poison, float %543, i64 0
+  %545 = shufflevector <16 x float> %544, <16 x float> poison, <16 x i32> zeroinitializer
+  %546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %545, <16 x float> %535, <16 x float> %511)
+  %547 = getelementptr inbounds nuw i8, ptr %141, i64 1580
+  %548 = load float, ptr %547, align 4, !tbaa !5
   %549 = insertelement <16 x float> poison, float %548, i64 0
   %550 = shufflevector <16 x float> %549, <16 x float> poison, <16 x i32> zeroinitializer
-  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %545, <16 x float> %516)
-  %552 = getelementptr inbounds nuw i8, ptr %116, i64 1072
-  %553 = load float, ptr %552, align 16, !tbaa !5
-  %554 = insertelement <16 x float> poison, float %553, i64 0
-  %555 = shufflevector <16 x float> %554, <16 x float> poison, <16 x i32> zeroinitializer
-  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %545, <16 x float> %521)
-  %557 = getelementptr inbounds nuw i8, ptr %116, i64 1584
-  %558 = load float, ptr %557, align 16, !tbaa !5
-  %559 = insertelement <16 x float> poison, float %558, i64 0
-  %560 = shufflevector <16 x float> %559, <16 x float> poison, <16 x i32> zeroinitializer
-  %561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %545, <16 x float> %526)
-  %562 = getelementptr i8, ptr %gep216.us.us.i, i64 32
-  %563 = load <16 x i16>, ptr %562, align 2, !tbaa !5
-  %564 = zext <16 x i16> %563 to <16 x i32>
-  %565 = shl nuw <16 x i32> %564, splat (i32 16)
-  %566 = bitcast <16 x i32> %565 to <16 x float>
-  %567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %566, <16 x float> %532)
-  %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %566, <16 x float> %533)
-  %569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %566, <16 x float> %534)
-  %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %566, <16 x float> %535)
-  %571 = getelementptr inbounds nuw i8, ptr %116, i64 52
-  %572 = load float, ptr %571, align 4, !tbaa !5
-  %573 = insertelement <16 x float> poison, float %572, i64 0
-  %574 = shufflevector <16 x float> %573, <16 x float> poison, <16 x i32> zeroinitializer
-  %575 = getelementptr inbounds nuw i8, ptr %120, i64 104
-  %576 = load i64, ptr %575, align 8, !tbaa !5
-  %gep220.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %576
-  %577 = load <16 x i16>, ptr %gep220.us.us.i, align 2, !tbaa !5
-  %578 = zext <16 x i16> %577 to <16 x i32>
-  %579 = shl nuw <16 x i32> %578, splat (i32 16)
-  %580 = bitcast <16 x i32> %579 to <16 x float>
-  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %580, <16 x float> %546)
-  %582 = getelementptr inbounds nuw i8, ptr %116, i64 564
-  %583 = load float, ptr %582, align 4, !tbaa !5
+  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %535, <16 x float> %516)
+  %552 = getelementptr i8, ptr %gep200.i, i64 32
+  %553 = load <16 x i16>, ptr %552, align 2, !tbaa !5
+  %554 = zext <16 x i16> %553 to <16 x i32>
+  %555 = shl nuw <16 x i32> %554, splat (i32 16)
+  %556 = bitcast <16 x i32> %555 to <16 x float>
+  %557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %529, <16 x float> %556, <16 x float> %522)
+  %558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %540, <16 x float> %556, <16 x float> %523)
+  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %545, <16 x float> %556, <16 x float> %524)
+  %560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %556, <16 x float> %525)
+  %561 = getelementptr inbounds nuw i8, ptr %141, i64 48
+  %562 = load float, ptr %561, align 16, !tbaa !5
+  %563 = insertelement <16 x float> poison, float %562, i64 0
+  %564 = shufflevector <16 x float> %563, <16 x float> poison, <16 x i32> zeroinitializer
+  %565 = getelementptr inbounds nuw i8, ptr %145, i64 96
+  %566 = load i64, ptr %565, align 8, !tbaa !5
+  %gep204.i = getelementptr i16, ptr %gep259.i, i64 %566
+  %567 = load <16 x i16>, ptr %gep204.i, align 2, !tbaa !5
+  %568 = zext <16 x i16> %567 to <16 x i32>
+  %569 = shl nuw <16 x i32> %568, splat (i32 16)
+  %570 = bitcast <16 x i32> %569 to <16 x float>
+  %571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %564, <16 x float> %570, <16 x float> %536)
+  %572 = getelementptr inbounds nuw i8, ptr %141, i64 560
+  %573 = load float, ptr %572, align 16, !tbaa !5
+  %574 = insertelement <16 x float> poison, float %573, i64 0
+  %575 = shufflevector <16 x float> %574, <16 x float> poison, <16 x i32> zeroinitializer
+  %576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %570, <16 x float> %541)
+  %577 = getelementptr inbounds nuw i8, ptr %141, i64 1072
+  %578 = load float, ptr %577, align 16, !tbaa !5
+  %579 = insertelement <16 x float> poison, float %578, i64 0
+  %580 = shufflevector <16 x float> %579, <16 x float> poison, <16 x i32> zeroinitializer
+  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %570, <16 x float> %546)
+  %582 = getelementptr inbounds nuw i8, ptr %141, i64 1584
+  %583 = load float, ptr %582, align 16, !tbaa !5
   %584 = insertelement <16 x float> poison, float %583, i64 0
   %585 = shufflevector <16 x float> %584, <16 x float> poison, <16 x i32> zeroinitializer
-  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %580, <16 x float> %551)
-  %587 = getelementptr inbounds nuw i8, ptr %116, i64 1076
-  %588 = load float, ptr %587, align 4, !tbaa !5
-  %589 = insertelement <16 x float> poison, float %588, i64 0
-  %590 = shufflevector <16 x float> %589, <16 x float> poison, <16 x i32> zeroinitializer
-  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %580, <16 x float> %556)
-  %592 = getelementptr inbounds nuw i8, ptr %116, i64 1588
-  %593 = load float, ptr %592, align 4, !tbaa !5
-  %594 = insertelement <16 x float> poison, float %593, i64 0
-  %595 = shufflevector <16 x float> %594, <16 x float> poison, <16 x i32> zeroinitializer
-  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %580, <16 x float> %561)
-  %597 = getelementptr i8, ptr %gep220.us.us.i, i64 32
-  %598 = load <16 x i16>, ptr %597, align 2, !tbaa !5
-  %599 = zext <16 x i16> %598 to <16 x i32>
-  %600 = shl nuw <16 x i32> %599, splat (i32 16)
-  %601 = bitcast <16 x i32> %600 to <16 x float>
-  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %601, <16 x float> %567)
-  %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %601, <16 x float> %568)
-  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %601, <16 x float> %569)
-  %605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %601, <16 x float> %570)
-  %606 = getelementptr inbounds nuw i8, ptr %116, i64 56
-  %607 = load float, ptr %606, align 8, !tbaa !5
-  %608 = insertelement <16 x float> poison, float %607, i64 0
-  %609 = shufflevector <16 x float> %608, <16 x float> poison, <16 x i32> zeroinitializer
-  %610 = getelementptr inbounds nuw i8, ptr %120, i64 112
-  %611 = load i64, ptr %610, align 8, !tbaa !5
-  %gep224.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %611
-  %612 = load <16 x i16>, ptr %gep224.us.us.i, align 2, !tbaa !5
-  %613 = zext <16 x i16> %612 to <16 x i32>
-  %614 = shl nuw <16 x i32> %613, splat (i32 16)
-  %615 = bitcast <16 x i32> %614 to <16 x float>
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> %581)
-  %617 = getelementptr inbounds nuw i8, ptr %116, i64 568
-  %618 = load float, ptr %617, align 8, !tbaa !5
+  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %570, <16 x float> %551)
+  %587 = getelementptr i8, ptr %gep204.i, i64 32
+  %588 = load <16 x i16>, ptr %587, align 2, !tbaa !5
+  %589 = zext <16 x i16> %588 to <16 x i32>
+  %590 = shl nuw <16 x i32> %589, splat (i32 16)
+  %591 = bitcast <16 x i32> %590 to <16 x float>
+  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %564, <16 x float> %591, <16 x float> %557)
+  %593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %591, <16 x float> %558)
+  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %591, <16 x float> %559)
+  %595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %591, <16 x float> %560)
+  %596 = getelementptr inbounds nuw i8, ptr %141, i64 52
+  %597 = load float, ptr %596, align 4, !tbaa !5
+  %598 = insertelement <16 x float> poison, float %597, i64 0
+  %599 = shufflevector <16 x float> %598, <16 x float> poison, <16 x i32> zeroinitializer
+  %600 = getelementptr inbounds nuw i8, ptr %145, i64 104
+  %601 = load i64, ptr %600, align 8, !tbaa !5
+  %gep208.i = getelementptr i16, ptr %gep259.i, i64 %601
+  %602 = load <16 x i16>, ptr %gep208.i, align 2, !tbaa !5
+  %603 = zext <16 x i16> %602 to <16 x i32>
+  %604 = shl nuw <16 x i32> %603, splat (i32 16)
+  %605 = bitcast <16 x i32> %604 to <16 x float>
+  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %605, <16 x float> %571)
+  %607 = getelementptr inbounds nuw i8, ptr %141, i64 564
+  %608 = load float, ptr %607, align 4, !tbaa !5
+  %609 = insertelement <16 x float> poison, float %608, i64 0
+  %610 = shufflevector <16 x float> %609, <16 x float> poison, <16 x i32> zeroinitializer
+  %611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %605, <16 x float> %576)
+  %612 = getelementptr inbounds nuw i8, ptr %141, i64 1076
+  %613 = load float, ptr %612, align 4, !tbaa !5
+  %614 = insertelement <16 x float> poison, float %613, i64 0
+  %615 = shufflevector <16 x float> %614, <16 x float> poison, <16 x i32> zeroinitializer
+  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %615, <16 x float> %605, <16 x float> %581)
+  %617 = getelementptr inbounds nuw i8, ptr %141, i64 1588
+  %618 = load float, ptr %617, align 4, !tbaa !5
   %619 = insertelement <16 x float> poison, float %618, i64 0
   %620 = shufflevector <16 x float> %619, <16 x float> poison, <16 x i32> zeroinitializer
-  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %615, <16 x float> %586)
-  %622 = getelementptr inbounds nuw i8, ptr %116, i64 1080
-  %623 = load float, ptr %622, align 8, !tbaa !5
-  %624 = insertelement <16 x float> poison, float %623, i64 0
-  %625 = shufflevector <16 x float> %624, <16 x float> poison, <16 x i32> zeroinitializer
-  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %615, <16 x float> %591)
-  %627 = getelementptr inbounds nuw i8, ptr %116, i64 1592
-  %628 = load float, ptr %627, align 8, !tbaa !5
-  %629 = insertelement <16 x float> poison, float %628, i64 0
-  %630 = shufflevector <16 x float> %629, <16 x float> poison, <16 x i32> zeroinitializer
-  %631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %615, <16 x float> %596)
-  %632 = getelementptr i8, ptr %gep224.us.us.i, i64 32
-  %633 = load <16 x i16>, ptr %632, align 2, !tbaa !5
-  %634 = zext <16 x i16> %633 to <16 x i32>
-  %635 = shl nuw <16 x i32> %634, splat (i32 16)
-  %636 = bitcast <16 x i32> %635 to <16 x float>
-  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %636, <16 x float> %602)
-  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %636, <16 x float> %603)
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %636, <16 x float> %604)
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %636, <16 x float> %605)
-  %641 = getelementptr inbounds nuw i8, ptr %116, i64 60
-  %642 = load float, ptr %641, align 4, !tbaa !5
-  %643 = insertelement <16 x float> poison, float %642, i64 0
-  %644 = shufflevector <16 x float> %643, <16 x float> poison, <16 x i32> zeroinitializer
-  %645 = getelementptr inbounds nuw i8, ptr %120, i64 120
-  %646 = load i64, ptr %645, align 8, !tbaa !5
-  %gep228.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %646
-  %647 = load <16 x i16>, ptr %gep228.us.us.i, align 2, !tbaa !5
-  %648 = zext <16 x i16> %647 to <16 x i32>
-  %649 = shl nuw <16 x i32> %648, splat (i32 16)
-  %650 = bitcast <16 x i32> %649 to <16 x float>
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %650, <16 x float> %616)
-  %652 = getelementptr inbounds nuw i8, ptr %116, i64 572
-  %653 = load float, ptr %652, align 4, !tbaa !5
+  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %605, <16 x float> %586)
+  %622 = getelementptr i8, ptr %gep208.i, i64 32
+  %623 = load <16 x i16>, ptr %622, align 2, !tbaa !5
+  %624 = zext <16 x i16> %623 to <16 x i32>
+  %625 = shl nuw <16 x i32> %624, splat (i32 16)
+  %626 = bitcast <16 x i32> %625 to <16 x float>
+  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %626, <16 x float> %592)
+  %628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %626, <16 x float> %593)
+  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %615, <16 x float> %626, <16 x float> %594)
+  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %626, <16 x float> %595)
+  %631 = getelementptr inbounds nuw i8, ptr %141, i64 56
+  %632 = load float, ptr %631, align 8, !tbaa !5
+  %633 = insertelement <16 x float> poison, float %632, i64 0
+  %634 = shufflevector <16 x float> %633, <16 x float> poison, <16 x i32> zeroinitializer
+  %635 = getelementptr inbounds nuw i8, ptr %145, i64 112
+  %636 = load i64, ptr %635, align 8, !tbaa !5
+  %gep212.i = getelementptr i16, ptr %gep259.i, i64 %636
+  %637 = load <16 x i16>, ptr %gep212.i, align 2, !tbaa !5
+  %638 = zext <16 x i16> %637 to <16 x i32>
+  %639 = shl nuw <16 x i32> %638, splat (i32 16)
+  %640 = bitcast <16 x i32> %639 to <16 x float>
+  %641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %634, <16 x float> %640, <16 x float> %606)
+  %642 = getelementptr inbounds nuw i8, ptr %141, i64 568
+  %643 = load float, ptr %642, align 8, !tbaa !5
+  %644 = insertelement <16 x float> poison, float %643, i64 0
+  %645 = shufflevector <16 x float> %644, <16 x float> poison, <16 x i32> zeroinitializer
+  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %640, <16 x float> %611)
+  %647 = getelementptr inbounds nuw i8, ptr %141, i64 1080
+  %648 = load float, ptr %647, align 8, !tbaa !5
+  %649 = insertelement <16 x float> poison, float %648, i64 0
+  %650 = shufflevector <16 x float> %649, <16 x float> poison, <16 x i32> zeroinitializer
+  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %640, <16 x float> %616)
+  %652 = getelementptr inbounds nuw i8, ptr %141, i64 1592
+  %653 = load float, ptr %652, align 8, !tbaa !5
   %654 = insertelement <16 x float> poison, float %653, i64 0
   %655 = shufflevector <16 x float> %654, <16 x float> poison, <16 x i32> zeroinitializer
-  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %650, <16 x float> %621)
-  %657 = getelementptr inbounds nuw i8, ptr %116, i64 1084
-  %658 = load float, ptr %657, align 4, !tbaa !5
-  %659 = insertelement <16 x float> poison, float %658, i64 0
-  %660 = shufflevector <16 x float> %659, <16 x float> poison, <16 x i32> zeroinitializer
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %650, <16 x float> %626)
-  %662 = getelementptr inbounds nuw i8, ptr %116, i64 1596
-  %663 = load float, ptr %662, align 4, !tbaa !5
-  %664 = insertelement <16 x float> poison, float %663, i64 0
-  %665 = shufflevector <16 x float> %664, <16 x float> poison, <16 x i32> zeroinitializer
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %650, <16 x float> %631)
-  %667 = getelementptr i8, ptr %gep228.us.us.i, i64 32
-  %668 = load <16 x i16>, ptr %667, align 2, !tbaa !5
-  %669 = zext <16 x i16> %668 to <16 x i32>
-  %670 = shl nuw <16 x i32> %669, splat (i32 16)
-  %671 = bitcast <16 x i32> %670 to <16 x float>
-  %672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %671, <16 x float> %637)
-  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %671, <16 x float> %638)
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %671, <16 x float> %639)
-  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %671, <16 x float> %640)
-  %indvars.iv.next287.i = add nuw nsw i64 %indvars.iv286.i, 1
-  %exitcond292.not.i = icmp eq i64 %indvars.iv.next287.i, %70
-  br i1 %exitcond292.not.i, label %for_begin_to.for_end_to_crit_edge.us.us.i, label %if_end5.us.us.i, !prof !13
+  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %640, <16 x float> %621)
+  %657 = getelementptr i8, ptr %gep212.i, i64 32
+  %658 = load <16 x i16>, ptr %657, align 2, !tbaa !5
+  %659 = zext <16 x i16> %658 to <16 x i32>
+  %660 = shl nuw <16 x i32> %659, splat (i32 16)
+  %661 = bitcast <16 x i32> %660 to <16 x float>
+  %662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %634, <16 x float> %661, <16 x float> %627)
+  %663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %661, <16 x float> %628)
+  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %661, <16 x float> %629)
+  %665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %661, <16 x float> %630)
+  %666 = getelementptr inbounds nuw i8, ptr %141, i64 60
+  %667 = load float, ptr %666, align 4, !tbaa !5
+  %668 = insertelement <16 x float> poison, float %667, i64 0
+  %669 = shufflevector <16 x float> %668, <16 x float> poison, <16 x i32> zeroinitializer
+  %670 = getelementptr inbounds nuw i8, ptr %145, i64 120
+  %671 = load i64, ptr %670, align 8, !tbaa !5
+  %gep216.i = getelementptr i16, ptr %gep259.i, i64 %671
+  %672 = load <16 x i16>, ptr %gep216.i, align 2, !tbaa !5
+  %673 = zext <16 x i16> %672 to <16 x i32>
+  %674 = shl nuw <16 x i32> %673, splat (i32 16)
+  %675 = bitcast <16 x i32> %674 to <16 x float>
+  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %675, <16 x float> %641)
+  %677 = getelementptr inbounds nuw i8, ptr %141, i64 572
+  %678 = load float, ptr %677, align 4, !tbaa !5
+  %679 = insertelement <16 x float> poison, float %678, i64 0
+  %680 = shufflevector <16 x float> %679, <16 x float> poison, <16 x i32> zeroinitializer
+  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %675, <16 x float> %646)
+  %682 = getelementptr inbounds nuw i8, ptr %141, i64 1084
+  %683 = load float, ptr %682, align 4, !tbaa !5
+  %684 = insertelement <16 x float> poison, float %683, i64 0
+  %685 = shufflevector <16 x float> %684, <16 x float> poison, <16 x i32> zeroinitializer
+  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %685, <16 x float> %675, <16 x float> %651)
+  %687 = getelementptr inbounds nuw i8, ptr %141, i64 1596
+  %688 = load float, ptr %687, align 4, !tbaa !5
+  %689 = insertelement <16 x float> poison, float %688, i64 0
+  %690 = shufflevector <16 x float> %689, <16 x float> poison, <16 x i32> zeroinitializer
+  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %690, <16 x float> %675, <16 x float> %656)
+  %692 = getelementptr i8, ptr %gep216.i, i64 32
+  %693 = load <16 x i16>, ptr %692, align 2, !tbaa !5
+  %694 = zext <16 x i16> %693 to <16 x i32>
+  %695 = shl nuw <16 x i32> %694, splat (i32 16)
+  %696 = bitcast <16 x i32> %695 to <16 x float>
+  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %696, <16 x float> %662)
+  %698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %696, <16 x float> %663)
+  %699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %685, <16 x float> %696, <16 x float> %664)
+  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %690, <16 x float> %696, <16 x float> %665)
+  %indvars.iv.next325.i = add nuw nsw i64 %indvars.iv324.i, 1
+  %exitcond328.not.i = icmp eq i64 %indvars.iv.next325.i, %58
+  br i1 %exitcond328.not.i, label %for_end_to.i, label %for_end_ax1.i, !prof !13
 
-for_begin_to.for_end_to_crit_edge.us.us.i:        ; preds = %if_end5.us.us.i
-  %gep355.i = getelementptr inbounds nuw float, ptr %invariant.gep354.i, i64 %73
-  store <16 x float> %651, ptr %gep355.i, align 4, !tbaa !5
-  %676 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 64
-  store <16 x float> %672, ptr %676, align 4, !tbaa !5
-  %677 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 512
-  store <16 x float> %656, ptr %677, align 4, !tbaa !5
-  %678 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 576
-  store <16 x float> %673, ptr %678, align 4, !tbaa !5
-  %679 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1024
-  store <16 x float> %661, ptr %679, align 4, !tbaa !5
-  %680 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1088
-  store <16 x float> %674, ptr %680, align 4, !tbaa !5
-  %681 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1536
-  store <16 x float> %666, ptr %681, align 4, !tbaa !5
-  %682 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1600
-  store <16 x float> %675, ptr %682, align 4, !tbaa !5
-  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1
-  %exitcond298.not.i = icmp eq i64 %indvars.iv.next294.i, 4
-  br i1 %exitcond298.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
+  %indvars.iv329.i = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next330.i, %for_body_ti.i ]
+  %701 = phi <16 x float> [ %.promoted256.i, %for_body_ti.lr.ph.i ], [ %787, %for_body_ti.i ]
+  %702 = phi <16 x float> [ %.promoted255.i, %for_body_ti.lr.ph.i ], [ %777, %for_body_ti.i ]
+  %703 = phi <16 x float> [ %.promoted254.i, %for_body_ti.lr.ph.i ], [ %767, %for_body_ti.i ]
+  %704 = phi <16 x float> [ %.promoted253.i, %for_body_ti.lr.ph.i ], [ %757, %for_body_ti.i ]
+  %705 = phi <16 x float> [ %.promoted252.i, %for_body_ti.lr.ph.i ], [ %747, %for_body_ti.i ]
+  %706 = phi <16 x float> [ %.promoted251.i, %for_body_ti.lr.ph.i ], [ %737, %for_body_ti.i ]
+  %707 = phi <16 x float> [ %.promoted250.i, %for_body_ti.lr.ph.i ], [ %727, %for_body_ti.i ]
+  %708 = phi <16 x float> [ %.promoted.i, %for_body_ti.lr.ph.i ], [ %717, %for_body_ti.i ]
+  %gep356.i = getelementptr inbounds nuw float, ptr %invariant.gep355.i, i64 %indvars.iv329.i
+  %709 = load float, ptr %gep356.i, align 4, !tbaa !5
+  %710 = insertelement <16 x float> poison, float %709, i64 0
+  %711 = shufflevector <16 x float> %710, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep358.i = getelementptr inbounds nuw i64, ptr %invariant.gep357.i, i64 %indvars.iv329.i
+  %712 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep221.i = getelementptr i16, ptr %gep291.i, i64 %712
+  %713 = load <16 x i16>, ptr %gep221.i, align 2, !tbaa !5
+  %714 = zext <16 x i16> %713 to <16 x i32>
+  %715 = shl nuw <16 x i32> %714, splat (i32 16)
+  %716 = bitcast <16 x i32> %715 to <16 x float>
+  %717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %716, <16 x float> %708)
+  store <16 x float> %717, ptr %gep360.i, align 64, !tbaa !5
+  %718 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 512
+  %719 = load float, ptr %718, align 4, !tbaa !5
+  %720 = insertelement <16 x float> poison, float %719, i64 0
+  %721 = shufflevector <16 x float> %720, <16 x float> poison, <16 x i32> zeroinitializer
+  %722 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep225.i = getelementptr i16, ptr %gep291.i, i64 %722
+  %723 = load <16 x i16>, ptr %gep225.i, align 2, !tbaa !5
+  %724 = zext <16 x i16> %723 to <16 x i32>
+  %725 = shl nuw <16 x i32> %724, splat (i32 16)
+  %726 = bitcast <16 x i32> %725 to <16 x float>
+  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %721, <16 x float> %726, <16 x float> %707)
+  store <16 x float> %727, ptr %92, align 64, !tbaa !5
+  %728 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1024
+  %729 = load float, ptr %728, align 4, !tbaa !5
+  %730 = insertelement <16 x float> poison, float %729, i64 0
+  %731 = shufflevector <16 x float> %730, <16 x float> poison, <16 x i32> zeroinitializer
+  %732 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep229.i = getelementptr i16, ptr %gep291.i, i64 %732
+  %733 = load <16 x i16>, ptr %gep229.i, align 2, !tbaa !5
+  %734 = zext <16 x i16> %733 to <16 x i32>
+  %735 = shl nuw <16 x i32> %734, splat (i32 16)
+  %736 = bitcast <16 x i32> %735 to <16 x float>
+  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %731, <16 x float> %736, <16 x float> %706)
+  store <16 x float> %737, ptr %93, align 64, !tbaa !5
+  %738 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1536
+  %739 = load float, ptr %738, align 4, !tbaa !5
+  %740 = insertelement <16 x float> poison, float %739, i64 0
+  %741 = shufflevector <16 x float> %740, <16 x float> poison, <16 x i32> zeroinitializer
+  %742 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep233.i = getelementptr i16, ptr %gep291.i, i64 %742
+  %743 = load <16 x i16>, ptr %gep233.i, align 2, !tbaa !5
+  %744 = zext <16 x i16> %743 to <16 x i32>
+  %745 = shl nuw <16 x i32> %744, splat (i32 16)
+  %746 = bitcast <16 x i32> %745 to <16 x float>
+  %747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %741, <16 x float> %746, <16 x float> %705)
+  store <16 x float> %747, ptr %94, align 64, !tbaa !5
+  %748 = load float, ptr %gep356.i, align 4, !tbaa !5
+  %749 = insertelement <16 x float> poison, float %748, i64 0
+  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer
+  %751 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep237.i = getelementptr i16, ptr %gep291.i, i64 %751
+  %752 = getelementptr i8, ptr %gep237.i, i64 32
+  %753 = load <16 x i16>, ptr %752, align 2, !tbaa !5
+  %754 = zext <16 x i16> %753 to <16 x i32>
+  %755 = shl nuw <16 x i32> %754, splat (i32 16)
+  %756 = bitcast <16 x i32> %755 to <16 x float>
+  %757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %750, <16 x float> %756, <16 x float> %704)
+  store <16 x float> %757, ptr %95, align 64, !tbaa !5
+  %758 = load float, ptr %718, align 4, !tbaa !5
+  %759 = insertelement <16 x float> poison, float %758, i64 0
+  %760 = shufflevector <16 x float> %759, <16 x float> poison, <16 x i32> zeroinitializer
+  %761 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep241.i = getelementptr i16, ptr %gep291.i, i64 %761
+  %762 = getelementptr i8, ptr %gep241.i, i64 32
+  %763 = load <16 x i16>, ptr %762, align 2, !tbaa !5
+  %764 = zext <16 x i16> %763 to <16 x i32>
+  %765 = shl nuw <16 x i32> %764, splat (i32 16)
+  %766 = bitcast <16 x i32> %765 to <16 x float>
+  %767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %760, <16 x float> %766, <16 x float> %703)
+  store <16 x float> %767, ptr %96, align 64, !tbaa !5
+  %768 = load float, ptr %728, align 4, !tbaa !5
+  %769 = insertelement <16 x float> poison, float %768, i64 0
+  %770 = shufflevector <16 x float> %769, <16 x float> poison, <16 x i32> zeroinitializer
+  %771 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep245.i = getelementptr i16, ptr %gep291.i, i64 %771
+  %772 = getelementptr i8, ptr %gep245.i, i64 32
+  %773 = load <16 x i16>, ptr %772, align 2, !tbaa !5
+  %774 = zext <16 x i16> %773 to <16 x i32>
+  %775 = shl nuw <16 x i32> %774, splat (i32 16)
+  %776 = bitcast <16 x i32> %775 to <16 x float>
+  %777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %770, <16 x float> %776, <16 x float> %702)
+  store <16 x float> %777, ptr %97, align 64, !tbaa !5
+  %778 = load float, ptr %738, align 4, !tbaa !5
+  %779 = insertelement <16 x float> poison, float %778, i64 0
+  %780 = shufflevector <16 x float> %779, <16 x float> poison, <16 x i32> zeroinitializer
+  %781 = load i64, ptr %gep358.i, align 8, !tbaa !5
+  %gep249.i = getelementptr i16, ptr %gep291.i, i64 %781
+  %782 = getelementptr i8, ptr %gep249.i, i64 32
+  %783 = load <16 x i16>, ptr %782, align 2, !tbaa !5
+  %784 = zext <16 x i16> %783 to <16 x i32>
+  %785 = shl nuw <16 x i32> %784, splat (i32 16)
+  %786 = bitcast <16 x i32> %785 to <16 x float>
+  %787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %780, <16 x float> %786, <16 x float> %701)
+  store <16 x float> %787, ptr %98, align 64, !tbaa !5
+  %indvars.iv.next330.i = add nuw nsw i64 %indvars.iv329.i, 1
+  %exitcond333.not.i = icmp eq i64 %indvars.iv.next330.i, %wide.trip.count332.i
+  br i1 %exitcond333.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !13
 
-for_end_d_0.split.us.us.i:                        ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i
-  %indvars.iv.next300.i = add nuw nsw i64 %indvars.iv299.i, 1
-  %exitcond303.not.i = icmp eq i64 %indvars.iv.next300.i, 4
-  br i1 %exitcond303.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
+for_end_ti.i:                                     ; preds = %for_body_ti.i, %for_end_to.i
+  %indvars.iv.next335.i = add nuw nsw i64 %indvars.iv334.i, 1
+  %exitcond337.not.i = icmp eq i64 %indvars.iv.next335.i, 4
+  br i1 %exitcond337.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !32
 
-for_begin_r_init.preheader.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.preheader.i
-  %683 = and i64 %69, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %tile_acc, i64 %683
-  br label %for_begin_d_0_init.preheader.i
-
-for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.preheader.i, %for_begin_r_init.preheader.i
-  %indvars.iv320.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next321.i.1, %for_begin_d_0_init.preheader.i ]
-  %684 = shl nuw nsw i64 %indvars.iv320.i, 7
-  %685 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %684
-  %686 = load <16 x float>, ptr %685, align 4, !tbaa !5
-  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %684
-  store <16 x float> %686, ptr %gep, align 64, !tbaa !5
-  %687 = getelementptr inbounds nuw i8, ptr %685, i64 64
-  %688 = load <16 x float>, ptr %687, align 4, !tbaa !5
-  %689 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <16 x float> %688, ptr %689, align 64, !tbaa !5
-  %690 = getelementptr inbounds nuw i8, ptr %685, i64 128
-  %691 = load <16 x float>, ptr %690, align 4, !tbaa !5
-  %692 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <16 x float> %691, ptr %692, align 64, !tbaa !5
-  %693 = getelementptr inbounds nuw i8, ptr %685, i64 192
-  %694 = load <16 x float>, ptr %693, align 4, !tbaa !5
-  %695 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <16 x float> %694, ptr %695, align 64, !tbaa !5
-  %696 = getelementptr inbounds nuw i8, ptr %685, i64 256
-  %697 = load <16 x float>, ptr %696, align 4, !tbaa !5
-  %698 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <16 x float> %697, ptr %698, align 64, !tbaa !5
-  %699 = getelementptr inbounds nuw i8, ptr %685, i64 320
-  %700 = load <16 x float>, ptr %699, align 4, !tbaa !5
-  %701 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <16 x float> %700, ptr %701, align 64, !tbaa !5
-  %702 = getelementptr inbounds nuw i8, ptr %685, i64 384
-  %703 = load <16 x float>, ptr %702, align 4, !tbaa !5
-  %704 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <16 x float> %703, ptr %704, align 64, !tbaa !5
-  %705 = getelementptr inbounds nuw i8, ptr %685, i64 448
-  %706 = load <16 x float>, ptr %705, align 4, !tbaa !5
-  %707 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <16 x float> %706, ptr %707, align 64, !tbaa !5
-  %indvars.iv.next321.i = shl i64 %indvars.iv320.i, 7
-  %708 = or disjoint i64 %indvars.iv.next321.i, 128
-  %709 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %708
-  %710 = load <16 x float>, ptr %709, align 4, !tbaa !5
-  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %708
-  store <16 x float> %710, ptr %gep.1, align 64, !tbaa !5
-  %711 = getelementptr inbounds nuw i8, ptr %709, i64 64
-  %712 = load <16 x float>, ptr %711, align 4, !tbaa !5
-  %713 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
-  store <16 x float> %712, ptr %713, align 64, !tbaa !5
-  %714 = getelementptr inbounds nuw i8, ptr %709, i64 128
-  %715 = load <16 x float>, ptr %714, align 4, !tbaa !5
-  %716 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
-  store <16 x float> %715, ptr %716, align 64, !tbaa !5
-  %717 = getelementptr inbounds nuw i8, ptr %709, i64 192
-  %718 = load <16 x float>, ptr %717, align 4, !tbaa !5
-  %719 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
-  store <16 x float> %718, ptr %719, align 64, !tbaa !5
-  %720 = getelementptr inbounds nuw i8, ptr %709, i64 256
-  %721 = load <16 x float>, ptr %720, align 4, !tbaa !5
-  %722 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
-  store <16 x float> %721, ptr %722, align 64, !tbaa !5
-  %723 = getelementptr inbounds nuw i8, ptr %709, i64 320
-  %724 = load <16 x float>, ptr %723, align 4, !tbaa !5
-  %725 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
-  store <16 x float> %724, ptr %725, align 64, !tbaa !5
-  %726 = getelementptr inbounds nuw i8, ptr %709, i64 384
-  %727 = load <16 x float>, ptr %726, align 4, !tbaa !5
-  %728 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
-  store <16 x float> %727, ptr %728, align 64, !tbaa !5
-  %729 = getelementptr inbounds nuw i8, ptr %709, i64 448
-  %730 = load <16 x float>, ptr %729, align 4, !tbaa !5
-  %731 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
-  store <16 x float> %730, ptr %731, align 64, !tbaa !5
-  %indvars.iv.next321.i.1 = add nuw nsw i64 %indvars.iv320.i, 2
-  %exitcond325.not.i.1 = icmp eq i64 %indvars.iv.next321.i.1, 16
-  br i1 %exitcond325.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
-
-for_end_r_init.i:                                 ; preds = %for_begin_d_0_init.preheader.i
-  %732 = and i32 %45, 15
-  %.not275.i = icmp eq i32 %732, 0
-  br i1 %.not275.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
-
-for_begin_r.preheader.lr.ph.i:                    ; preds = %for_end_r_init.i
-  %cse_v29.i = and i32 %45, 240
-  %733 = zext nneg i32 %cse_v29.i to i64
-  %wide.trip.count339.i = zext nneg i32 %732 to i64
-  br label %for_begin_r.preheader.i
-
-for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %for_begin_r.preheader.lr.ph.i
-  %indvars.iv336.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next337.i, %for_end_r.i ]
-  %734 = add nuw nsw i64 %indvars.iv336.i, %733
-  %735 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %734
-  %736 = getelementptr inbounds nuw float, ptr %probs, i64 %734
-  br label %for_begin_d_06.preheader.i
-
-for_end_ti.i:                                     ; preds = %for_end_r.i, %for_end_r_init.i
-  %737 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %738 = tail call i32 %737(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not.i = icmp eq i32 %738, 0
-  br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !81
-
-for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preheader.i, %for_begin_r.preheader.i
-  %indvars.iv331.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next332.i, %for_begin_d_06.preheader.i ]
-  %739 = shl nuw nsw i64 %indvars.iv331.i, 7
-  %740 = add nuw nsw i64 %739, %683
-  %741 = getelementptr inbounds nuw float, ptr %736, i64 %740
-  %742 = load float, ptr %741, align 4, !tbaa !5
-  %743 = insertelement <16 x float> poison, float %742, i64 0
-  %744 = shufflevector <16 x float> %743, <16 x float> poison, <16 x i32> zeroinitializer
-  %745 = load i64, ptr %735, align 8, !tbaa !5
-  %gep359.i = getelementptr i16, ptr %invariant.gep229.i, i64 %745
-  %746 = load <16 x i16>, ptr %gep359.i, align 2, !tbaa !5
-  %747 = zext <16 x i16> %746 to <16 x i32>
-  %748 = shl nuw <16 x i32> %747, splat (i32 16)
-  %749 = bitcast <16 x i32> %748 to <16 x float>
-  %750 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %740
-  %751 = load <16 x float>, ptr %750, align 64, !tbaa !5
-  %752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %744, <16 x float> %749, <16 x float> %751)
-  store <16 x float> %752, ptr %750, align 64, !tbaa !5
-  %753 = load float, ptr %741, align 4, !tbaa !5
-  %754 = insertelement <16 x float> poison, float %753, i64 0
-  %755 = shufflevector <16 x float> %754, <16 x float> poison, <16 x i32> zeroinitializer
-  %756 = load i64, ptr %735, align 8, !tbaa !5
-  %757 = getelementptr i16, ptr %value_cache, i64 %756
-  %758 = getelementptr i8, ptr %757, i64 32
-  %759 = getelementptr i16, ptr %758, i64 %head_offset.i
-  %760 = load <16 x i16>, ptr %759, align 2, !tbaa !5
-  %761 = zext <16 x i16> %760 to <16 x i32>
-  %762 = shl nuw <16 x i32> %761, splat (i32 16)
-  %763 = bitcast <16 x i32> %762 to <16 x float>
-  %764 = getelementptr inbounds nuw i8, ptr %750, i64 64
-  %765 = load <16 x float>, ptr %764, align 64, !tbaa !5
-  %766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %755, <16 x float> %763, <16 x float> %765)
-  store <16 x float> %766, ptr %764, align 64, !tbaa !5
-  %767 = load float, ptr %741, align 4, !tbaa !5
-  %768 = insertelement <16 x float> poison, float %767, i64 0
-  %769 = shufflevector <16 x float> %768, <16 x float> poison, <16 x i32> zeroinitializer
-  %770 = load i64, ptr %735, align 8, !tbaa !5
-  %771 = getelementptr i16, ptr %value_cache, i64 %770
-  %772 = getelementptr i8, ptr %771, i64 64
-  %773 = getelementptr i16, ptr %772, i64 %head_offset.i
-  %774 = load <16 x i16>, ptr %773, align 2, !tbaa !5
-  %775 = zext <16 x i16> %774 to <16 x i32>
-  %776 = shl nuw <16 x i32> %775, splat (i32 16)
-  %777 = bitcast <16 x i32> %776 to <16 x float>
-  %778 = getelementptr inbounds nuw i8, ptr %750, i64 128
-  %779 = load <16 x float>, ptr %778, align 64, !tbaa !5
-  %780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %769, <16 x float> %777, <16 x float> %779)
-  store <16 x float> %780, ptr %778, align 64, !tbaa !5
-  %781 = load float, ptr %741, align 4, !tbaa !5
-  %782 = insertelement <16 x float> poison, float %781, i64 0
-  %783 = shufflevector <16 x float> %782, <16 x float> poison, <16 x i32> zeroinitializer
-  %784 = load i64, ptr %735, align 8, !tbaa !5
-  %785 = getelementptr i16, ptr %value_cache, i64 %784
-  %786 = getelementptr i8, ptr %785, i64 96
-  %787 = getelementptr i16, ptr %786, i64 %head_offset.i
-  %788 = load <16 x i16>, ptr %787, align 2, !tbaa !5
-  %789 = zext <16 x i16> %788 to <16 x i32>
-  %790 = shl nuw <16 x i32> %789, splat (i32 16)
-  %791 = bitcast <16 x i32> %790 to <16 x float>
-  %792 = getelementptr inbounds nuw i8, ptr %750, i64 192
-  %793 = load <16 x float>, ptr %792, align 64, !tbaa !5
-  %794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %783, <16 x float> %791, <16 x float> %793)
-  store <16 x float> %794, ptr %792, align 64, !tbaa !5
-  %795 = load float, ptr %741, align 4, !tbaa !5
-  %796 = insertelement <16 x float> poison, float %795, i64 0
-  %797 = shufflevector <16 x float> %796, <16 x float> poison, <16 x i32> zeroinitializer
-  %798 = load i64, ptr %735, align 8, !tbaa !5
-  %799 = getelementptr i16, ptr %value_cache, i64 %798
-  %800 = getelementptr i8, ptr %799, i64 128
-  %801 = getelementptr i16, ptr %800, i64 %head_offset.i
-  %802 = load <16 x i16>, ptr %801, align 2, !tbaa !5
-  %803 = zext <16 x i16> %802 to <16 x i32>
-  %804 = shl nuw <16 x i32> %803, splat (i32 16)
-  %805 = bitcast <16 x i32> %804 to <16 x float>
-  %806 = getelementptr inbounds nuw i8, ptr %750, i64 256
-  %807 = load <16 x float>, ptr %806, align 64, !tbaa !5
-  %808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %797, <16 x float> %805, <16 x float> %807)
-  store <16 x float> %808, ptr %806, align 64, !tbaa !5
-  %809 = load float, ptr %741, align 4, !tbaa !5
-  %810 = insertelement <16 x float> poison, float %809, i64 0
-  %811 = shufflevector <16 x float> %810, <16 x float> poison, <16 x i32> zeroinitializer
-  %812 = load i64, ptr %735, align 8, !tbaa !5
-  %813 = getelementptr i16, ptr %value_cache, i64 %812
-  %814 = getelementptr i8, ptr %813, i64 160
-  %815 = getelementptr i16, ptr %814, i64 %head_offset.i
-  %816 = load <16 x i16>, ptr %815, align 2, !tbaa !5
-  %817 = zext <16 x i16> %816 to <16 x i32>
-  %818 = shl nuw <16 x i32> %817, splat (i32 16)
-  %819 = bitcast <16 x i32> %818 to <16 x float>
-  %820 = getelementptr inbounds nuw i8, ptr %750, i64 320
-  %821 = load <16 x float>, ptr %820, align 64, !tbaa !5
-  %822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %811, <16 x float> %819, <16 x float> %821)
-  store <16 x float> %822, ptr %820, align 64, !tbaa !5
-  %823 = load float, ptr %741, align 4, !tbaa !5
-  %824 = insertelement <16 x float> poison, float %823, i64 0
-  %825 = shufflevector <16 x float> %824, <16 x float> poison, <16 x i32> zeroinitializer
-  %826 = load i64, ptr %735, align 8, !tbaa !5
-  %827 = getelementptr i16, ptr %value_cache, i64 %826
-  %828 = getelementptr i8, ptr %827, i64 192
-  %829 = getelementptr i16, ptr %828, i64 %head_offset.i
-  %830 = load <16 x i16>, ptr %829, align 2, !tbaa !5
-  %831 = zext <16 x i16> %830 to <16 x i32>
-  %832 = shl nuw <16 x i32> %831, splat (i32 16)
-  %833 = bitcast <16 x i32> %832 to <16 x float>
-  %834 = getelementptr inbounds nuw i8, ptr %750, i64 384
-  %835 = load <16 x float>, ptr %834, align 64, !tbaa !5
-  %836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %825, <16 x float> %833, <16 x float> %835)
-  store <16 x float> %836, ptr %834, align 64, !tbaa !5
-  %837 = load float, ptr %741, align 4, !tbaa !5
-  %838 = insertelement <16 x float> poison, float %837, i64 0
-  %839 = shufflevector <16 x float> %838, <16 x float> poison, <16 x i32> zeroinitializer
-  %840 = load i64, ptr %735, align 8, !tbaa !5
-  %841 = getelementptr i16, ptr %value_cache, i64 %840
-  %842 = getelementptr i8, ptr %841, i64 224
-  %843 = getelementptr i16, ptr %842, i64 %head_offset.i
-  %844 = load <16 x i16>, ptr %843, align 2, !tbaa !5
-  %845 = zext <16 x i16> %844 to <16 x i32>
-  %846 = shl nuw <16 x i32> %845, splat (i32 16)
-  %847 = bitcast <16 x i32> %846 to <16 x float>
-  %848 = getelementptr inbounds nuw i8, ptr %750, i64 448
-  %849 = load <16 x float>, ptr %848, align 64, !tbaa !5
-  %850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %839, <16 x float> %847, <16 x float> %849)
-  store <16 x float> %850, ptr %848, align 64, !tbaa !5
-  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1
-  %exitcond335.not.i = icmp eq i64 %indvars.iv.next332.i, 16
-  br i1 %exitcond335.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
-
-for_end_r.i:                                      ; preds = %for_begin_d_06.preheader.i
-  %indvars.iv.next337.i = add nuw nsw i64 %indvars.iv336.i, 1
-  %exitcond340.not.i = icmp eq i64 %indvars.iv.next337.i, %wide.trip.count339.i
-  br i1 %exitcond340.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
-
-if_end12.i:                                       ; preds = %for_end_ti.i
-  %851 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %852 = tail call i32 %851(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not18.i = icmp eq i32 %852, 0
-  br i1 %.not18.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !81
-
-pv_matmul_compute_.exit:                          ; preds = %if_end12.i, %for_end_ti.i, %for_end_t.i, %for_body_s.i, %for_begin_s.i, %entry
-  %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_end_ti.i ], [ -1, %for_end_t.i ], [ -1, %for_body_s.i ], [ -1, %if_end12.i ]
+pv_matmul_compute_.exit:                          ; preds = %for_end_r_0_m.i, %for_body_s.i, %for_begin_s.i, %entry
+  %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r_0_m.i ]
   ret i32 %common.ret.op.i
 }
 
@@ -3033,811 +3477,811 @@ if_end21:                                         ; preds = %if_then19, %if_end1
 
 for_body_s.lr.ph.i:                               ; preds = %if_end21
   %block_idx = trunc i64 %33 to i32
-  %tile_start.i = shl nsw i32 %block_idx, 7
-  %sext = shl i64 %23, 32
-  %50 = ashr exact i64 %sext, 32
-  %sext28 = shl i64 %27, 32
-  %51 = ashr exact i64 %sext28, 32
-  %head_offset.i = mul nsw i64 %51, %k_head
-  %sext29 = shl i64 %29, 32
-  %52 = ashr exact i64 %sext29, 32
-  %53 = add i32 %tile_start.i, -1
-  %invariant.gep75.i = getelementptr i16, ptr %key_cache, i64 %head_offset.i
+  %50 = shl nsw i32 %block_idx, 7
+  %sext = shl i64 %27, 32
+  %51 = ashr exact i64 %sext, 32
+  %sext28 = shl i64 %29, 32
+  %52 = ashr exact i64 %sext28, 32
+  %sext29 = shl i64 %23, 32
+  %53 = ashr exact i64 %sext29, 32
+  %54 = add i32 %50, -1
+  %55 = mul nsw i64 %51, %k_head
+  %invariant.gep116.i = getelementptr i16, ptr %key_cache, i64 %55
   %sext30 = shl i64 %31, 32
-  %54 = ashr exact i64 %sext30, 32
-  %wide.trip.count141.i = and i64 %25, 2147483647
+  %56 = ashr exact i64 %sext30, 32
+  %wide.trip.count263.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end24.i
-  %indvars.iv.next139.i = add nuw nsw i64 %indvars.iv138.i, 1
-  %exitcond142.not.i = icmp eq i64 %indvars.iv.next139.i, %wide.trip.count141.i
-  br i1 %exitcond142.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end66.i
+  %indvars.iv.next261.i = add nuw nsw i64 %indvars.iv260.i, 1
+  %exitcond264.not.i = icmp eq i64 %indvars.iv.next261.i, %wide.trip.count263.i
+  br i1 %exitcond264.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv138.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next139.i, %for_begin_s.i ]
-  %55 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %q_tile.i = tail call ptr %55(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %56 = icmp eq ptr %q_tile.i, null
-  br i1 %56, label %qk_matmul_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv260.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next261.i, %for_begin_s.i ]
+  %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %57(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %58 = icmp eq ptr %q_tile.i, null
+  br i1 %58, label %qk_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %57(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %58 = icmp eq ptr %key_offsets.i, null
-  br i1 %58, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
+  %59 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %59(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %60 = icmp eq ptr %key_offsets.i, null
+  br i1 %60, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v3.i = add nsw i64 %indvars.iv138.i, %50
-  %59 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v3.i
-  %60 = load i32, ptr %59, align 4, !tbaa !5
-  %61 = mul nsw i64 %cse_v3.i, %q_batch
-  %62 = getelementptr i16, ptr %query, i64 %61
+  %61 = add nsw i64 %indvars.iv260.i, %53
+  %62 = getelementptr inbounds i32, ptr %context_lens, i64 %61
+  %63 = load i32, ptr %62, align 4, !tbaa !5
+  %64 = mul nsw i64 %61, %q_batch
+  %65 = getelementptr i16, ptr %query, i64 %64
   br label %for_begin_d_0.preheader.i
-
-for_begin_t.preheader.i:                          ; preds = %for_end_d_0.i
-  %63 = sub nsw i32 %60, %tile_start.i
-  %64 = tail call i32 @llvm.smax.i32(i32 %63, i32 0)
-  %65 = tail call i32 @llvm.umin.i32(i32 %64, i32 128)
-  %66 = add nuw nsw i32 %65, 15
-  %cse_v5.i = lshr i32 %66, 4
-  %num_offsets.i = and i32 %66, 496
-  %.not88.i = icmp eq i32 %num_offsets.i, 0
-  br i1 %.not88.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !58
-
-for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i
-  %67 = add i32 %53, %65
-  %68 = mul nsw i64 %cse_v3.i, %table_seq
-  %invariant.gep60.i = getelementptr i32, ptr %block_table, i64 %68
-  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
-  br label %for_body_t.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %if_end2.i
   %indvar.i = phi i64 [ 0, %if_end2.i ], [ %indvar.next.i, %for_end_d_0.i ]
-  %69 = icmp slt i64 %indvar.i, %54
-  br i1 %69, label %for_body_d_0.us.preheader.i, label %for_body_d_0.preheader.i
+  %66 = icmp slt i64 %indvar.i, %56
+  br i1 %66, label %for_body_d_0.us.preheader.i, label %for_body_d_0.preheader.i
 
 for_body_d_0.preheader.i:                         ; preds = %for_begin_d_0.preheader.i
-  %70 = shl nuw nsw i64 %indvar.i, 9
-  %scevgep.i = getelementptr i8, ptr %q_tile.i, i64 %70
+  %67 = shl nuw nsw i64 %indvar.i, 9
+  %scevgep.i = getelementptr i8, ptr %q_tile.i, i64 %67
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(512) %scevgep.i, i8 0, i64 512, i1 false), !tbaa !5
   br label %for_end_d_0.i
 
 for_body_d_0.us.preheader.i:                      ; preds = %for_begin_d_0.preheader.i
-  %71 = add nsw i64 %indvar.i, %52
-  %72 = mul nsw i64 %71, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %62, i64 %72
-  %73 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
-  %74 = zext <16 x i16> %73 to <16 x i32>
-  %75 = shl nuw <16 x i32> %74, splat (i32 16)
+  %68 = add nsw i64 %indvar.i, %52
+  %69 = mul nsw i64 %68, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %65, i64 %69
+  %70 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %71 = zext <16 x i16> %70 to <16 x i32>
+  %72 = shl nuw <16 x i32> %71, splat (i32 16)
   %.idx = shl nuw nsw i64 %indvar.i, 9
-  %76 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  store <16 x i32> %75, ptr %76, align 4, !tbaa !5
+  %73 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
+  store <16 x i32> %72, ptr %73, align 4, !tbaa !5
   %gep.us.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %77 = load <16 x i16>, ptr %gep.us.1.i, align 2, !tbaa !5
-  %78 = zext <16 x i16> %77 to <16 x i32>
-  %79 = shl nuw <16 x i32> %78, splat (i32 16)
-  %80 = getelementptr inbounds nuw i8, ptr %76, i64 64
-  store <16 x i32> %79, ptr %80, align 4, !tbaa !5
+  %74 = load <16 x i16>, ptr %gep.us.1.i, align 2, !tbaa !5
+  %75 = zext <16 x i16> %74 to <16 x i32>
+  %76 = shl nuw <16 x i32> %75, splat (i32 16)
+  %77 = getelementptr inbounds nuw i8, ptr %73, i64 64
+  store <16 x i32> %76, ptr %77, align 4, !tbaa !5
   %gep.us.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %81 = load <16 x i16>, ptr %gep.us.2.i, align 2, !tbaa !5
-  %82 = zext <16 x i16> %81 to <16 x i32>
-  %83 = shl nuw <16 x i32> %82, splat (i32 16)
-  %84 = getelementptr inbounds nuw i8, ptr %76, i64 128
-  store <16 x i32> %83, ptr %84, align 4, !tbaa !5
+  %78 = load <16 x i16>, ptr %gep.us.2.i, align 2, !tbaa !5
+  %79 = zext <16 x i16> %78 to <16 x i32>
+  %80 = shl nuw <16 x i32> %79, splat (i32 16)
+  %81 = getelementptr inbounds nuw i8, ptr %73, i64 128
+  store <16 x i32> %80, ptr %81, align 4, !tbaa !5
   %gep.us.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %85 = load <16 x i16>, ptr %gep.us.3.i, align 2, !tbaa !5
-  %86 = zext <16 x i16> %85 to <16 x i32>
-  %87 = shl nuw <16 x i32> %86, splat (i32 16)
-  %88 = getelementptr inbounds nuw i8, ptr %76, i64 192
-  store <16 x i32> %87, ptr %88, align 4, !tbaa !5
+  %82 = load <16 x i16>, ptr %gep.us.3.i, align 2, !tbaa !5
+  %83 = zext <16 x i16> %82 to <16 x i32>
+  %84 = shl nuw <16 x i32> %83, splat (i32 16)
+  %85 = getelementptr inbounds nuw i8, ptr %73, i64 192
+  store <16 x i32> %84, ptr %85, align 4, !tbaa !5
   %gep.us.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %89 = load <16 x i16>, ptr %gep.us.4.i, align 2, !tbaa !5
-  %90 = zext <16 x i16> %89 to <16 x i32>
-  %91 = shl nuw <16 x i32> %90, splat (i32 16)
-  %92 = getelementptr inbounds nuw i8, ptr %76, i64 256
-  store <16 x i32> %91, ptr %92, align 4, !tbaa !5
+  %86 = load <16 x i16>, ptr %gep.us.4.i, align 2, !tbaa !5
+  %87 = zext <16 x i16> %86 to <16 x i32>
+  %88 = shl nuw <16 x i32> %87, splat (i32 16)
+  %89 = getelementptr inbounds nuw i8, ptr %73, i64 256
+  store <16 x i32> %88, ptr %89, align 4, !tbaa !5
   %gep.us.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %93 = load <16 x i16>, ptr %gep.us.5.i, align 2, !tbaa !5
-  %94 = zext <16 x i16> %93 to <16 x i32>
-  %95 = shl nuw <16 x i32> %94, splat (i32 16)
-  %96 = getelementptr inbounds nuw i8, ptr %76, i64 320
-  store <16 x i32> %95, ptr %96, align 4, !tbaa !5
+  %90 = load <16 x i16>, ptr %gep.us.5.i, align 2, !tbaa !5
+  %91 = zext <16 x i16> %90 to <16 x i32>
+  %92 = shl nuw <16 x i32> %91, splat (i32 16)
+  %93 = getelementptr inbounds nuw i8, ptr %73, i64 320
+  store <16 x i32> %92, ptr %93, align 4, !tbaa !5
   %gep.us.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %97 = load <16 x i16>, ptr %gep.us.6.i, align 2, !tbaa !5
-  %98 = zext <16 x i16> %97 to <16 x i32>
-  %99 = shl nuw <16 x i32> %98, splat (i32 16)
-  %100 = getelementptr inbounds nuw i8, ptr %76, i64 384
-  store <16 x i32> %99, ptr %100, align 4, !tbaa !5
+  %94 = load <16 x i16>, ptr %gep.us.6.i, align 2, !tbaa !5
+  %95 = zext <16 x i16> %94 to <16 x i32>
+  %96 = shl nuw <16 x i32> %95, splat (i32 16)
+  %97 = getelementptr inbounds nuw i8, ptr %73, i64 384
+  store <16 x i32> %96, ptr %97, align 4, !tbaa !5
   %gep.us.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %101 = load <16 x i16>, ptr %gep.us.7.i, align 2, !tbaa !5
-  %102 = zext <16 x i16> %101 to <16 x i32>
-  %103 = shl nuw <16 x i32> %102, splat (i32 16)
-  %104 = getelementptr inbounds nuw i8, ptr %76, i64 448
-  store <16 x i32> %103, ptr %104, align 4, !tbaa !5
+  %98 = load <16 x i16>, ptr %gep.us.7.i, align 2, !tbaa !5
+  %99 = zext <16 x i16> %98 to <16 x i32>
+  %100 = shl nuw <16 x i32> %99, splat (i32 16)
+  %101 = getelementptr inbounds nuw i8, ptr %73, i64 448
+  store <16 x i32> %100, ptr %101, align 4, !tbaa !5
   br label %for_end_d_0.i
+
+for_end_r.i:                                      ; preds = %for_end_d_0.i
+  %102 = sub nsw i32 %63, %50
+  %103 = tail call i32 @llvm.smax.i32(i32 %102, i32 0)
+  %104 = tail call i32 @llvm.umin.i32(i32 %103, i32 128)
+  %105 = add nuw nsw i32 %104, 15
+  %106 = lshr i32 %105, 4
+  %107 = and i32 %105, 496
+  %.not211.i = icmp eq i32 %107, 0
+  br i1 %.not211.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !57
+
+for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
+  %108 = add i32 %54, %104
+  %109 = mul nsw i64 %61, %table_seq
+  %invariant.gep94.i = getelementptr i32, ptr %block_table, i64 %109
+  %wide.trip.count.i = zext nneg i32 %107 to i64
+  br label %for_body_t.i
 
 for_end_d_0.i:                                    ; preds = %for_body_d_0.us.preheader.i, %for_body_d_0.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
   %exitcond.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond.not.i, label %for_begin_t.preheader.i, label %for_begin_d_0.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !32
 
-for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_begin_t.preheader.i
-  %.not89.i = icmp eq i32 %cse_v5.i, 0
-  br i1 %.not89.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !58
+for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_end_r.i
+  %.not212.i = icmp eq i32 %106, 0
+  br i1 %.not212.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !57
 
 for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
-  %105 = icmp samesign ult i64 %indvars.iv138.i, 16
-  %106 = shl nsw i64 %indvars.iv138.i, 11
-  %wide.trip.count136.i = zext nneg i32 %cse_v5.i to i64
+  %110 = icmp samesign ult i64 %indvars.iv260.i, 16
+  %111 = shl nsw i64 %indvars.iv260.i, 11
+  %wide.trip.count258.i = zext nneg i32 %106 to i64
   br label %for_body_to_m.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i.1, %for_body_t.i ]
-  %107 = trunc i64 %indvars.iv.i to i32
-  %108 = add i32 %tile_start.i, %107
-  %token.i = tail call i32 @llvm.smin.i32(i32 %108, i32 %67)
-  %cse_v17.i = sext i32 %token.i to i64
-  %109 = ashr i64 %cse_v17.i, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep60.i, i64 %109
-  %110 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %110 to i64
-  %111 = and i64 %cse_v17.i, 127
-  %112 = mul nsw i64 %111, %k_row
-  %113 = mul nsw i64 %k_block, %block.i
-  %114 = add nsw i64 %112, %113
-  %115 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
-  store i64 %114, ptr %115, align 8, !tbaa !5
+  %112 = trunc i64 %indvars.iv.i to i32
+  %113 = add i32 %50, %112
+  %114 = tail call i32 @llvm.smin.i32(i32 %113, i32 %108)
+  %115 = sext i32 %114 to i64
+  %116 = ashr i64 %115, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep94.i, i64 %116
+  %117 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %117 to i64
+  %118 = and i64 %115, 127
+  %119 = mul nsw i64 %118, %k_row
+  %120 = mul nsw i64 %k_block, %block.i
+  %121 = add nsw i64 %119, %120
+  %122 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
+  store i64 %121, ptr %122, align 8, !tbaa !5
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %116 = trunc i64 %indvars.iv.next.i to i32
-  %117 = add i32 %tile_start.i, %116
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %117, i32 %67)
-  %cse_v17.i.1 = sext i32 %token.i.1 to i64
-  %118 = ashr i64 %cse_v17.i.1, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep60.i, i64 %118
-  %119 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %119 to i64
-  %120 = and i64 %cse_v17.i.1, 127
-  %121 = mul nsw i64 %120, %k_row
-  %122 = mul nsw i64 %k_block, %block.i.1
-  %123 = add nsw i64 %121, %122
-  %124 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
-  store i64 %123, ptr %124, align 8, !tbaa !5
+  %123 = trunc i64 %indvars.iv.next.i to i32
+  %124 = add i32 %50, %123
+  %125 = tail call i32 @llvm.smin.i32(i32 %124, i32 %108)
+  %126 = sext i32 %125 to i64
+  %127 = ashr i64 %126, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep94.i, i64 %127
+  %128 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %128 to i64
+  %129 = and i64 %126, 127
+  %130 = mul nsw i64 %129, %k_row
+  %131 = mul nsw i64 %k_block, %block.i.1
+  %132 = add nsw i64 %130, %131
+  %133 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
+  store i64 %132, ptr %133, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
-  %exitcond104.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond104.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !82
+  %exitcond228.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
+  br i1 %exitcond228.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !79
 
-for_begin_to_m.i:                                 ; preds = %for_end_r17.i
-  %indvars.iv.next133.i = add nuw nsw i64 %indvars.iv132.i, 1
-  %exitcond137.not.i = icmp eq i64 %indvars.iv.next133.i, %wide.trip.count136.i
-  br i1 %exitcond137.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to_m.i:                                 ; preds = %for_end_r59.i
+  %indvars.iv.next256.i = add nuw nsw i64 %indvars.iv255.i, 1
+  %exitcond259.not.i = icmp eq i64 %indvars.iv.next256.i, %wide.trip.count258.i
+  br i1 %exitcond259.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv132.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next133.i, %for_begin_to_m.i ]
-  %125 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %125(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %126 = icmp eq ptr %scores.rf.i, null
-  br i1 %126, label %qk_matmul_compute_.exit, label %for_body_n_0_m.us.preheader.i, !prof !8
+  %indvars.iv255.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next256.i, %for_begin_to_m.i ]
+  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.rf.i = tail call ptr %134(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %135 = icmp eq ptr %scores.rf.i, null
+  br i1 %135, label %qk_matmul_compute_.exit, label %for_begin_n_1.preheader.us.preheader.i, !prof !8
 
-for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_begin_to_m.preheader.i
-  %127 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %128 = tail call i32 %127(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not.i = icmp eq i32 %128, 0
-  br i1 %.not.i, label %if_end24.i, label %qk_matmul_compute_.exit, !prof !81
+for_begin_n_1.preheader.us.preheader.i:           ; preds = %for_body_to_m.i
+  %136 = shl nsw i64 %indvars.iv255.i, 4
+  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %136
+  br i1 %110, label %for_begin_n_1.preheader.us.i.us, label %for_begin_n_1.preheader.us.i.preheader, !prof !8
 
-for_body_n_0_m.us.preheader.i:                    ; preds = %for_body_to_m.i
-  %129 = shl nsw i64 %indvars.iv132.i, 4
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %129
-  br i1 %105, label %for_body_n_0_m.us.i.us, label %for_body_n_0_m.us.i.preheader, !prof !83
-
-for_body_n_0_m.us.i.preheader:                    ; preds = %for_body_n_0_m.us.preheader.i
-  %130 = load i64, ptr %invariant.gep, align 8, !tbaa !5
-  %131 = getelementptr i16, ptr %key_cache, i64 %130
-  %132 = getelementptr i16, ptr %131, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %132, i32 0, i32 2, i32 1)
-  %133 = getelementptr i8, ptr %131, i64 64
-  %134 = getelementptr i16, ptr %133, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %134, i32 0, i32 2, i32 1)
-  %135 = getelementptr i8, ptr %131, i64 128
-  %136 = getelementptr i16, ptr %135, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %136, i32 0, i32 2, i32 1)
-  %137 = getelementptr i8, ptr %131, i64 192
-  %138 = getelementptr i16, ptr %137, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %138, i32 0, i32 2, i32 1)
-  %139 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
-  %140 = load i64, ptr %139, align 8, !tbaa !5
-  %141 = getelementptr i16, ptr %key_cache, i64 %140
-  %142 = getelementptr i16, ptr %141, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %142, i32 0, i32 2, i32 1)
-  %143 = getelementptr i8, ptr %141, i64 64
-  %144 = getelementptr i16, ptr %143, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %144, i32 0, i32 2, i32 1)
-  %145 = getelementptr i8, ptr %141, i64 128
-  %146 = getelementptr i16, ptr %145, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %146, i32 0, i32 2, i32 1)
-  %147 = getelementptr i8, ptr %141, i64 192
-  %148 = getelementptr i16, ptr %147, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %148, i32 0, i32 2, i32 1)
-  %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 16
-  %149 = load i64, ptr %gep.1, align 8, !tbaa !5
-  %150 = getelementptr i16, ptr %key_cache, i64 %149
-  %151 = getelementptr i16, ptr %150, i64 %head_offset.i
+for_begin_n_1.preheader.us.i.preheader:           ; preds = %for_begin_n_1.preheader.us.preheader.i
+  %137 = load i64, ptr %invariant.gep, align 8, !tbaa !5
+  %138 = getelementptr i16, ptr %key_cache, i64 %137
+  %139 = getelementptr i16, ptr %138, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %139, i32 0, i32 2, i32 1)
+  %140 = getelementptr i8, ptr %138, i64 64
+  %141 = getelementptr i16, ptr %140, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %141, i32 0, i32 2, i32 1)
+  %142 = getelementptr i8, ptr %138, i64 128
+  %143 = getelementptr i16, ptr %142, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %143, i32 0, i32 2, i32 1)
+  %144 = getelementptr i8, ptr %138, i64 192
+  %145 = getelementptr i16, ptr %144, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %145, i32 0, i32 2, i32 1)
+  %146 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
+  %147 = load i64, ptr %146, align 8, !tbaa !5
+  %148 = getelementptr i16, ptr %key_cache, i64 %147
+  %149 = getelementptr i16, ptr %148, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %149, i32 0, i32 2, i32 1)
+  %150 = getelementptr i8, ptr %148, i64 64
+  %151 = getelementptr i16, ptr %150, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %151, i32 0, i32 2, i32 1)
-  %152 = getelementptr i8, ptr %150, i64 64
-  %153 = getelementptr i16, ptr %152, i64 %head_offset.i
+  %152 = getelementptr i8, ptr %148, i64 128
+  %153 = getelementptr i16, ptr %152, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %153, i32 0, i32 2, i32 1)
-  %154 = getelementptr i8, ptr %150, i64 128
-  %155 = getelementptr i16, ptr %154, i64 %head_offset.i
+  %154 = getelementptr i8, ptr %148, i64 192
+  %155 = getelementptr i16, ptr %154, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %155, i32 0, i32 2, i32 1)
-  %156 = getelementptr i8, ptr %150, i64 192
-  %157 = getelementptr i16, ptr %156, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %157, i32 0, i32 2, i32 1)
-  %158 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
-  %159 = load i64, ptr %158, align 8, !tbaa !5
-  %160 = getelementptr i16, ptr %key_cache, i64 %159
-  %161 = getelementptr i16, ptr %160, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %161, i32 0, i32 2, i32 1)
-  %162 = getelementptr i8, ptr %160, i64 64
-  %163 = getelementptr i16, ptr %162, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %163, i32 0, i32 2, i32 1)
-  %164 = getelementptr i8, ptr %160, i64 128
-  %165 = getelementptr i16, ptr %164, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %165, i32 0, i32 2, i32 1)
-  %166 = getelementptr i8, ptr %160, i64 192
-  %167 = getelementptr i16, ptr %166, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %167, i32 0, i32 2, i32 1)
-  %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 32
-  %168 = load i64, ptr %gep.2, align 8, !tbaa !5
-  %169 = getelementptr i16, ptr %key_cache, i64 %168
-  %170 = getelementptr i16, ptr %169, i64 %head_offset.i
+  %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 16
+  %156 = load i64, ptr %gep.1, align 8, !tbaa !5
+  %157 = getelementptr i16, ptr %key_cache, i64 %156
+  %158 = getelementptr i16, ptr %157, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %158, i32 0, i32 2, i32 1)
+  %159 = getelementptr i8, ptr %157, i64 64
+  %160 = getelementptr i16, ptr %159, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %160, i32 0, i32 2, i32 1)
+  %161 = getelementptr i8, ptr %157, i64 128
+  %162 = getelementptr i16, ptr %161, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %162, i32 0, i32 2, i32 1)
+  %163 = getelementptr i8, ptr %157, i64 192
+  %164 = getelementptr i16, ptr %163, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %164, i32 0, i32 2, i32 1)
+  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
+  %166 = load i64, ptr %165, align 8, !tbaa !5
+  %167 = getelementptr i16, ptr %key_cache, i64 %166
+  %168 = getelementptr i16, ptr %167, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %168, i32 0, i32 2, i32 1)
+  %169 = getelementptr i8, ptr %167, i64 64
+  %170 = getelementptr i16, ptr %169, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %170, i32 0, i32 2, i32 1)
-  %171 = getelementptr i8, ptr %169, i64 64
-  %172 = getelementptr i16, ptr %171, i64 %head_offset.i
+  %171 = getelementptr i8, ptr %167, i64 128
+  %172 = getelementptr i16, ptr %171, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %172, i32 0, i32 2, i32 1)
-  %173 = getelementptr i8, ptr %169, i64 128
-  %174 = getelementptr i16, ptr %173, i64 %head_offset.i
+  %173 = getelementptr i8, ptr %167, i64 192
+  %174 = getelementptr i16, ptr %173, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %174, i32 0, i32 2, i32 1)
-  %175 = getelementptr i8, ptr %169, i64 192
-  %176 = getelementptr i16, ptr %175, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %176, i32 0, i32 2, i32 1)
-  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
-  %178 = load i64, ptr %177, align 8, !tbaa !5
-  %179 = getelementptr i16, ptr %key_cache, i64 %178
-  %180 = getelementptr i16, ptr %179, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %180, i32 0, i32 2, i32 1)
-  %181 = getelementptr i8, ptr %179, i64 64
-  %182 = getelementptr i16, ptr %181, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %182, i32 0, i32 2, i32 1)
-  %183 = getelementptr i8, ptr %179, i64 128
-  %184 = getelementptr i16, ptr %183, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %184, i32 0, i32 2, i32 1)
-  %185 = getelementptr i8, ptr %179, i64 192
-  %186 = getelementptr i16, ptr %185, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %186, i32 0, i32 2, i32 1)
-  %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 48
-  %187 = load i64, ptr %gep.3, align 8, !tbaa !5
-  %188 = getelementptr i16, ptr %key_cache, i64 %187
-  %189 = getelementptr i16, ptr %188, i64 %head_offset.i
+  %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 32
+  %175 = load i64, ptr %gep.2, align 8, !tbaa !5
+  %176 = getelementptr i16, ptr %key_cache, i64 %175
+  %177 = getelementptr i16, ptr %176, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %177, i32 0, i32 2, i32 1)
+  %178 = getelementptr i8, ptr %176, i64 64
+  %179 = getelementptr i16, ptr %178, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %179, i32 0, i32 2, i32 1)
+  %180 = getelementptr i8, ptr %176, i64 128
+  %181 = getelementptr i16, ptr %180, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %181, i32 0, i32 2, i32 1)
+  %182 = getelementptr i8, ptr %176, i64 192
+  %183 = getelementptr i16, ptr %182, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %183, i32 0, i32 2, i32 1)
+  %184 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
+  %185 = load i64, ptr %184, align 8, !tbaa !5
+  %186 = getelementptr i16, ptr %key_cache, i64 %185
+  %187 = getelementptr i16, ptr %186, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %187, i32 0, i32 2, i32 1)
+  %188 = getelementptr i8, ptr %186, i64 64
+  %189 = getelementptr i16, ptr %188, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %189, i32 0, i32 2, i32 1)
-  %190 = getelementptr i8, ptr %188, i64 64
-  %191 = getelementptr i16, ptr %190, i64 %head_offset.i
+  %190 = getelementptr i8, ptr %186, i64 128
+  %191 = getelementptr i16, ptr %190, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %191, i32 0, i32 2, i32 1)
-  %192 = getelementptr i8, ptr %188, i64 128
-  %193 = getelementptr i16, ptr %192, i64 %head_offset.i
+  %192 = getelementptr i8, ptr %186, i64 192
+  %193 = getelementptr i16, ptr %192, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %193, i32 0, i32 2, i32 1)
-  %194 = getelementptr i8, ptr %188, i64 192
-  %195 = getelementptr i16, ptr %194, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %195, i32 0, i32 2, i32 1)
-  %196 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
-  %197 = load i64, ptr %196, align 8, !tbaa !5
-  %198 = getelementptr i16, ptr %key_cache, i64 %197
-  %199 = getelementptr i16, ptr %198, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %199, i32 0, i32 2, i32 1)
-  %200 = getelementptr i8, ptr %198, i64 64
-  %201 = getelementptr i16, ptr %200, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %201, i32 0, i32 2, i32 1)
-  %202 = getelementptr i8, ptr %198, i64 128
-  %203 = getelementptr i16, ptr %202, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %203, i32 0, i32 2, i32 1)
-  %204 = getelementptr i8, ptr %198, i64 192
-  %205 = getelementptr i16, ptr %204, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %205, i32 0, i32 2, i32 1)
-  %gep.4 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
-  %206 = load i64, ptr %gep.4, align 8, !tbaa !5
-  %207 = getelementptr i16, ptr %key_cache, i64 %206
-  %208 = getelementptr i16, ptr %207, i64 %head_offset.i
+  %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 48
+  %194 = load i64, ptr %gep.3, align 8, !tbaa !5
+  %195 = getelementptr i16, ptr %key_cache, i64 %194
+  %196 = getelementptr i16, ptr %195, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %196, i32 0, i32 2, i32 1)
+  %197 = getelementptr i8, ptr %195, i64 64
+  %198 = getelementptr i16, ptr %197, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %198, i32 0, i32 2, i32 1)
+  %199 = getelementptr i8, ptr %195, i64 128
+  %200 = getelementptr i16, ptr %199, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %200, i32 0, i32 2, i32 1)
+  %201 = getelementptr i8, ptr %195, i64 192
+  %202 = getelementptr i16, ptr %201, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %202, i32 0, i32 2, i32 1)
+  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
+  %204 = load i64, ptr %203, align 8, !tbaa !5
+  %205 = getelementptr i16, ptr %key_cache, i64 %204
+  %206 = getelementptr i16, ptr %205, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %206, i32 0, i32 2, i32 1)
+  %207 = getelementptr i8, ptr %205, i64 64
+  %208 = getelementptr i16, ptr %207, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %208, i32 0, i32 2, i32 1)
-  %209 = getelementptr i8, ptr %207, i64 64
-  %210 = getelementptr i16, ptr %209, i64 %head_offset.i
+  %209 = getelementptr i8, ptr %205, i64 128
+  %210 = getelementptr i16, ptr %209, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %210, i32 0, i32 2, i32 1)
-  %211 = getelementptr i8, ptr %207, i64 128
-  %212 = getelementptr i16, ptr %211, i64 %head_offset.i
+  %211 = getelementptr i8, ptr %205, i64 192
+  %212 = getelementptr i16, ptr %211, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %212, i32 0, i32 2, i32 1)
-  %213 = getelementptr i8, ptr %207, i64 192
-  %214 = getelementptr i16, ptr %213, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %214, i32 0, i32 2, i32 1)
-  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
-  %216 = load i64, ptr %215, align 8, !tbaa !5
-  %217 = getelementptr i16, ptr %key_cache, i64 %216
-  %218 = getelementptr i16, ptr %217, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %218, i32 0, i32 2, i32 1)
-  %219 = getelementptr i8, ptr %217, i64 64
-  %220 = getelementptr i16, ptr %219, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %220, i32 0, i32 2, i32 1)
-  %221 = getelementptr i8, ptr %217, i64 128
-  %222 = getelementptr i16, ptr %221, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %222, i32 0, i32 2, i32 1)
-  %223 = getelementptr i8, ptr %217, i64 192
-  %224 = getelementptr i16, ptr %223, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %224, i32 0, i32 2, i32 1)
-  %gep.5 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 80
-  %225 = load i64, ptr %gep.5, align 8, !tbaa !5
-  %226 = getelementptr i16, ptr %key_cache, i64 %225
-  %227 = getelementptr i16, ptr %226, i64 %head_offset.i
+  %gep.4 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
+  %213 = load i64, ptr %gep.4, align 8, !tbaa !5
+  %214 = getelementptr i16, ptr %key_cache, i64 %213
+  %215 = getelementptr i16, ptr %214, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %215, i32 0, i32 2, i32 1)
+  %216 = getelementptr i8, ptr %214, i64 64
+  %217 = getelementptr i16, ptr %216, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %217, i32 0, i32 2, i32 1)
+  %218 = getelementptr i8, ptr %214, i64 128
+  %219 = getelementptr i16, ptr %218, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %219, i32 0, i32 2, i32 1)
+  %220 = getelementptr i8, ptr %214, i64 192
+  %221 = getelementptr i16, ptr %220, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %221, i32 0, i32 2, i32 1)
+  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
+  %223 = load i64, ptr %222, align 8, !tbaa !5
+  %224 = getelementptr i16, ptr %key_cache, i64 %223
+  %225 = getelementptr i16, ptr %224, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %225, i32 0, i32 2, i32 1)
+  %226 = getelementptr i8, ptr %224, i64 64
+  %227 = getelementptr i16, ptr %226, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %227, i32 0, i32 2, i32 1)
-  %228 = getelementptr i8, ptr %226, i64 64
-  %229 = getelementptr i16, ptr %228, i64 %head_offset.i
+  %228 = getelementptr i8, ptr %224, i64 128
+  %229 = getelementptr i16, ptr %228, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %229, i32 0, i32 2, i32 1)
-  %230 = getelementptr i8, ptr %226, i64 128
-  %231 = getelementptr i16, ptr %230, i64 %head_offset.i
+  %230 = getelementptr i8, ptr %224, i64 192
+  %231 = getelementptr i16, ptr %230, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %231, i32 0, i32 2, i32 1)
-  %232 = getelementptr i8, ptr %226, i64 192
-  %233 = getelementptr i16, ptr %232, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %233, i32 0, i32 2, i32 1)
-  %234 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
-  %235 = load i64, ptr %234, align 8, !tbaa !5
-  %236 = getelementptr i16, ptr %key_cache, i64 %235
-  %237 = getelementptr i16, ptr %236, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %237, i32 0, i32 2, i32 1)
-  %238 = getelementptr i8, ptr %236, i64 64
-  %239 = getelementptr i16, ptr %238, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %239, i32 0, i32 2, i32 1)
-  %240 = getelementptr i8, ptr %236, i64 128
-  %241 = getelementptr i16, ptr %240, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %241, i32 0, i32 2, i32 1)
-  %242 = getelementptr i8, ptr %236, i64 192
-  %243 = getelementptr i16, ptr %242, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %243, i32 0, i32 2, i32 1)
-  %gep.6 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 96
-  %244 = load i64, ptr %gep.6, align 8, !tbaa !5
-  %245 = getelementptr i16, ptr %key_cache, i64 %244
-  %246 = getelementptr i16, ptr %245, i64 %head_offset.i
+  %gep.5 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 80
+  %232 = load i64, ptr %gep.5, align 8, !tbaa !5
+  %233 = getelementptr i16, ptr %key_cache, i64 %232
+  %234 = getelementptr i16, ptr %233, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %234, i32 0, i32 2, i32 1)
+  %235 = getelementptr i8, ptr %233, i64 64
+  %236 = getelementptr i16, ptr %235, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %236, i32 0, i32 2, i32 1)
+  %237 = getelementptr i8, ptr %233, i64 128
+  %238 = getelementptr i16, ptr %237, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %238, i32 0, i32 2, i32 1)
+  %239 = getelementptr i8, ptr %233, i64 192
+  %240 = getelementptr i16, ptr %239, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %240, i32 0, i32 2, i32 1)
+  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
+  %242 = load i64, ptr %241, align 8, !tbaa !5
+  %243 = getelementptr i16, ptr %key_cache, i64 %242
+  %244 = getelementptr i16, ptr %243, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %244, i32 0, i32 2, i32 1)
+  %245 = getelementptr i8, ptr %243, i64 64
+  %246 = getelementptr i16, ptr %245, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %246, i32 0, i32 2, i32 1)
-  %247 = getelementptr i8, ptr %245, i64 64
-  %248 = getelementptr i16, ptr %247, i64 %head_offset.i
+  %247 = getelementptr i8, ptr %243, i64 128
+  %248 = getelementptr i16, ptr %247, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %248, i32 0, i32 2, i32 1)
-  %249 = getelementptr i8, ptr %245, i64 128
-  %250 = getelementptr i16, ptr %249, i64 %head_offset.i
+  %249 = getelementptr i8, ptr %243, i64 192
+  %250 = getelementptr i16, ptr %249, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %250, i32 0, i32 2, i32 1)
-  %251 = getelementptr i8, ptr %245, i64 192
-  %252 = getelementptr i16, ptr %251, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %252, i32 0, i32 2, i32 1)
-  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
-  %254 = load i64, ptr %253, align 8, !tbaa !5
-  %255 = getelementptr i16, ptr %key_cache, i64 %254
-  %256 = getelementptr i16, ptr %255, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %256, i32 0, i32 2, i32 1)
-  %257 = getelementptr i8, ptr %255, i64 64
-  %258 = getelementptr i16, ptr %257, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %258, i32 0, i32 2, i32 1)
-  %259 = getelementptr i8, ptr %255, i64 128
-  %260 = getelementptr i16, ptr %259, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %260, i32 0, i32 2, i32 1)
-  %261 = getelementptr i8, ptr %255, i64 192
-  %262 = getelementptr i16, ptr %261, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %262, i32 0, i32 2, i32 1)
-  %gep.7 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 112
-  %263 = load i64, ptr %gep.7, align 8, !tbaa !5
-  %264 = getelementptr i16, ptr %key_cache, i64 %263
-  %265 = getelementptr i16, ptr %264, i64 %head_offset.i
+  %gep.6 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 96
+  %251 = load i64, ptr %gep.6, align 8, !tbaa !5
+  %252 = getelementptr i16, ptr %key_cache, i64 %251
+  %253 = getelementptr i16, ptr %252, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %253, i32 0, i32 2, i32 1)
+  %254 = getelementptr i8, ptr %252, i64 64
+  %255 = getelementptr i16, ptr %254, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %255, i32 0, i32 2, i32 1)
+  %256 = getelementptr i8, ptr %252, i64 128
+  %257 = getelementptr i16, ptr %256, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %257, i32 0, i32 2, i32 1)
+  %258 = getelementptr i8, ptr %252, i64 192
+  %259 = getelementptr i16, ptr %258, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %259, i32 0, i32 2, i32 1)
+  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
+  %261 = load i64, ptr %260, align 8, !tbaa !5
+  %262 = getelementptr i16, ptr %key_cache, i64 %261
+  %263 = getelementptr i16, ptr %262, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %263, i32 0, i32 2, i32 1)
+  %264 = getelementptr i8, ptr %262, i64 64
+  %265 = getelementptr i16, ptr %264, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %265, i32 0, i32 2, i32 1)
-  %266 = getelementptr i8, ptr %264, i64 64
-  %267 = getelementptr i16, ptr %266, i64 %head_offset.i
+  %266 = getelementptr i8, ptr %262, i64 128
+  %267 = getelementptr i16, ptr %266, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %267, i32 0, i32 2, i32 1)
-  %268 = getelementptr i8, ptr %264, i64 128
-  %269 = getelementptr i16, ptr %268, i64 %head_offset.i
+  %268 = getelementptr i8, ptr %262, i64 192
+  %269 = getelementptr i16, ptr %268, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %269, i32 0, i32 2, i32 1)
-  %270 = getelementptr i8, ptr %264, i64 192
-  %271 = getelementptr i16, ptr %270, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %271, i32 0, i32 2, i32 1)
-  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
-  %273 = load i64, ptr %272, align 8, !tbaa !5
-  %274 = getelementptr i16, ptr %key_cache, i64 %273
-  %275 = getelementptr i16, ptr %274, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %275, i32 0, i32 2, i32 1)
-  %276 = getelementptr i8, ptr %274, i64 64
-  %277 = getelementptr i16, ptr %276, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %277, i32 0, i32 2, i32 1)
-  %278 = getelementptr i8, ptr %274, i64 128
-  %279 = getelementptr i16, ptr %278, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %279, i32 0, i32 2, i32 1)
-  %280 = getelementptr i8, ptr %274, i64 192
-  %281 = getelementptr i16, ptr %280, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %281, i32 0, i32 2, i32 1)
-  br label %for_begin_r15.preheader.i
-
-for_body_n_0_m.us.i.us:                           ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.preheader.i
-  %indvars.iv122.i.us = phi i64 [ %indvars.iv.next123.i.us, %for_end_ax3_0.split.us.us.i.split.us.us ], [ 0, %for_body_n_0_m.us.preheader.i ]
-  %.idx31.us = shl nuw nsw i64 %indvars.iv122.i.us, 4
-  %gep.us = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx31.us
-  %282 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %283 = getelementptr i16, ptr %key_cache, i64 %282
-  %284 = getelementptr i16, ptr %283, i64 %head_offset.i
+  %gep.7 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 112
+  %270 = load i64, ptr %gep.7, align 8, !tbaa !5
+  %271 = getelementptr i16, ptr %key_cache, i64 %270
+  %272 = getelementptr i16, ptr %271, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %272, i32 0, i32 2, i32 1)
+  %273 = getelementptr i8, ptr %271, i64 64
+  %274 = getelementptr i16, ptr %273, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %274, i32 0, i32 2, i32 1)
+  %275 = getelementptr i8, ptr %271, i64 128
+  %276 = getelementptr i16, ptr %275, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %276, i32 0, i32 2, i32 1)
+  %277 = getelementptr i8, ptr %271, i64 192
+  %278 = getelementptr i16, ptr %277, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %278, i32 0, i32 2, i32 1)
+  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
+  %280 = load i64, ptr %279, align 8, !tbaa !5
+  %281 = getelementptr i16, ptr %key_cache, i64 %280
+  %282 = getelementptr i16, ptr %281, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %282, i32 0, i32 2, i32 1)
+  %283 = getelementptr i8, ptr %281, i64 64
+  %284 = getelementptr i16, ptr %283, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %284, i32 0, i32 2, i32 1)
-  %285 = getelementptr i8, ptr %283, i64 64
-  %286 = getelementptr i16, ptr %285, i64 %head_offset.i
+  %285 = getelementptr i8, ptr %281, i64 128
+  %286 = getelementptr i16, ptr %285, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %286, i32 0, i32 2, i32 1)
-  %287 = getelementptr i8, ptr %283, i64 128
-  %288 = getelementptr i16, ptr %287, i64 %head_offset.i
+  %287 = getelementptr i8, ptr %281, i64 192
+  %288 = getelementptr i16, ptr %287, i64 %55
   tail call void @llvm.prefetch.p0(ptr readonly %288, i32 0, i32 2, i32 1)
-  %289 = getelementptr i8, ptr %283, i64 192
-  %290 = getelementptr i16, ptr %289, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %290, i32 0, i32 2, i32 1)
-  %291 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
-  %292 = load i64, ptr %291, align 8, !tbaa !5
-  %293 = getelementptr i16, ptr %key_cache, i64 %292
-  %294 = getelementptr i16, ptr %293, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %294, i32 0, i32 2, i32 1)
-  %295 = getelementptr i8, ptr %293, i64 64
-  %296 = getelementptr i16, ptr %295, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %296, i32 0, i32 2, i32 1)
-  %297 = getelementptr i8, ptr %293, i64 128
-  %298 = getelementptr i16, ptr %297, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %298, i32 0, i32 2, i32 1)
-  %299 = getelementptr i8, ptr %293, i64 192
-  %300 = getelementptr i16, ptr %299, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %300, i32 0, i32 2, i32 1)
-  %.idx143.i.us = shl nuw nsw i64 %indvars.iv122.i.us, 7
-  %invariant.gep147.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx143.i.us
+  br label %for_begin_r57.preheader.i
+
+for_begin_n_1.preheader.us.i.us:                  ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.preheader.i
+  %indvars.iv247.i.us = phi i64 [ %indvars.iv.next248.i.us, %for_end_ax3_0.split.us.us.i.split.us.us ], [ 0, %for_begin_n_1.preheader.us.preheader.i ]
+  %.idx31.us = shl nuw nsw i64 %indvars.iv247.i.us, 4
+  %gep.us = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx31.us
+  %289 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %290 = getelementptr i16, ptr %key_cache, i64 %289
+  %291 = getelementptr i16, ptr %290, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %291, i32 0, i32 2, i32 1)
+  %292 = getelementptr i8, ptr %290, i64 64
+  %293 = getelementptr i16, ptr %292, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %293, i32 0, i32 2, i32 1)
+  %294 = getelementptr i8, ptr %290, i64 128
+  %295 = getelementptr i16, ptr %294, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %295, i32 0, i32 2, i32 1)
+  %296 = getelementptr i8, ptr %290, i64 192
+  %297 = getelementptr i16, ptr %296, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %297, i32 0, i32 2, i32 1)
+  %298 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
+  %299 = load i64, ptr %298, align 8, !tbaa !5
+  %300 = getelementptr i16, ptr %key_cache, i64 %299
+  %301 = getelementptr i16, ptr %300, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %301, i32 0, i32 2, i32 1)
+  %302 = getelementptr i8, ptr %300, i64 64
+  %303 = getelementptr i16, ptr %302, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %303, i32 0, i32 2, i32 1)
+  %304 = getelementptr i8, ptr %300, i64 128
+  %305 = getelementptr i16, ptr %304, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %305, i32 0, i32 2, i32 1)
+  %306 = getelementptr i8, ptr %300, i64 192
+  %307 = getelementptr i16, ptr %306, i64 %55
+  tail call void @llvm.prefetch.p0(ptr readonly %307, i32 0, i32 2, i32 1)
+  %.idx266.i.us = shl nuw nsw i64 %indvars.iv247.i.us, 7
+  %invariant.gep270.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx266.i.us
   br label %for_body_ax3_0.us.us.i.us.us
 
-for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.us.i.us.us, %for_body_n_0_m.us.i.us
-  %indvars.iv117.i.us.us = phi i64 [ %indvars.iv.next118.i.us.us, %for_body_ax3_0.us.us.i.us.us ], [ 0, %for_body_n_0_m.us.i.us ]
-  %.idx32.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 11
-  %301 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
-  %302 = getelementptr inbounds nuw i8, ptr %301, i64 1984
-  %303 = load <16 x float>, ptr %302, align 4, !tbaa !5
-  %304 = load i64, ptr %291, align 8, !tbaa !5
-  %gep78.us.us.i.us.us = getelementptr i16, ptr %invariant.gep75.i, i64 %304
-  %gep65.us.us.7.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 224
-  %305 = load <16 x i16>, ptr %gep65.us.us.7.i.us.us, align 2, !tbaa !5
-  %306 = zext <16 x i16> %305 to <16 x i32>
-  %307 = shl nuw <16 x i32> %306, splat (i32 16)
-  %308 = bitcast <16 x i32> %307 to <16 x float>
-  %309 = getelementptr inbounds nuw i8, ptr %301, i64 1920
+for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.us.i.us.us, %for_begin_n_1.preheader.us.i.us
+  %indvars.iv243.i.us.us = phi i64 [ %indvars.iv.next244.i.us.us, %for_body_ax3_0.us.us.i.us.us ], [ 0, %for_begin_n_1.preheader.us.i.us ]
+  %.idx32.us.us = shl nuw nsw i64 %indvars.iv243.i.us.us, 11
+  %308 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
+  %309 = getelementptr inbounds nuw i8, ptr %308, i64 1984
   %310 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %gep65.us.us.6.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 192
-  %311 = load <16 x i16>, ptr %gep65.us.us.6.i.us.us, align 2, !tbaa !5
-  %312 = zext <16 x i16> %311 to <16 x i32>
-  %313 = shl nuw <16 x i32> %312, splat (i32 16)
-  %314 = bitcast <16 x i32> %313 to <16 x float>
-  %315 = getelementptr inbounds nuw i8, ptr %301, i64 1856
-  %316 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %gep65.us.us.5.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 160
-  %317 = load <16 x i16>, ptr %gep65.us.us.5.i.us.us, align 2, !tbaa !5
-  %318 = zext <16 x i16> %317 to <16 x i32>
-  %319 = shl nuw <16 x i32> %318, splat (i32 16)
-  %320 = bitcast <16 x i32> %319 to <16 x float>
-  %321 = getelementptr inbounds nuw i8, ptr %301, i64 1792
-  %322 = load <16 x float>, ptr %321, align 4, !tbaa !5
-  %gep65.us.us.4.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 128
-  %323 = load <16 x i16>, ptr %gep65.us.us.4.i.us.us, align 2, !tbaa !5
-  %324 = zext <16 x i16> %323 to <16 x i32>
-  %325 = shl nuw <16 x i32> %324, splat (i32 16)
-  %326 = bitcast <16 x i32> %325 to <16 x float>
-  %327 = getelementptr inbounds nuw i8, ptr %301, i64 1728
-  %328 = load <16 x float>, ptr %327, align 4, !tbaa !5
-  %gep65.us.us.3.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 96
-  %329 = load <16 x i16>, ptr %gep65.us.us.3.i.us.us, align 2, !tbaa !5
-  %330 = zext <16 x i16> %329 to <16 x i32>
-  %331 = shl nuw <16 x i32> %330, splat (i32 16)
-  %332 = bitcast <16 x i32> %331 to <16 x float>
-  %333 = getelementptr inbounds nuw i8, ptr %301, i64 1664
-  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %gep65.us.us.2.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 64
-  %335 = load <16 x i16>, ptr %gep65.us.us.2.i.us.us, align 2, !tbaa !5
-  %336 = zext <16 x i16> %335 to <16 x i32>
-  %337 = shl nuw <16 x i32> %336, splat (i32 16)
-  %338 = bitcast <16 x i32> %337 to <16 x float>
-  %339 = getelementptr inbounds nuw i8, ptr %301, i64 1600
-  %340 = load <16 x float>, ptr %339, align 4, !tbaa !5
-  %gep65.us.us.1.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 32
-  %341 = load <16 x i16>, ptr %gep65.us.us.1.i.us.us, align 2, !tbaa !5
-  %342 = zext <16 x i16> %341 to <16 x i32>
-  %343 = shl nuw <16 x i32> %342, splat (i32 16)
-  %344 = bitcast <16 x i32> %343 to <16 x float>
-  %345 = getelementptr inbounds nuw i8, ptr %301, i64 1536
-  %346 = load <16 x float>, ptr %345, align 4, !tbaa !5
-  %347 = load <16 x i16>, ptr %gep78.us.us.i.us.us, align 2, !tbaa !5
-  %348 = zext <16 x i16> %347 to <16 x i32>
-  %349 = shl nuw <16 x i32> %348, splat (i32 16)
-  %350 = bitcast <16 x i32> %349 to <16 x float>
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %350, <16 x float> zeroinitializer)
-  %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %344, <16 x float> %351)
-  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %338, <16 x float> %352)
-  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %332, <16 x float> %353)
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %326, <16 x float> %354)
-  %356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %320, <16 x float> %355)
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %314, <16 x float> %356)
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %308, <16 x float> %357)
-  %359 = getelementptr inbounds nuw i8, ptr %301, i64 1472
-  %360 = load <16 x float>, ptr %359, align 4, !tbaa !5
-  %361 = getelementptr inbounds nuw i8, ptr %301, i64 1408
-  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
-  %363 = getelementptr inbounds nuw i8, ptr %301, i64 1344
-  %364 = load <16 x float>, ptr %363, align 4, !tbaa !5
-  %365 = getelementptr inbounds nuw i8, ptr %301, i64 1280
-  %366 = load <16 x float>, ptr %365, align 4, !tbaa !5
-  %367 = getelementptr inbounds nuw i8, ptr %301, i64 1216
-  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
-  %369 = getelementptr inbounds nuw i8, ptr %301, i64 1152
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
-  %371 = getelementptr inbounds nuw i8, ptr %301, i64 1088
-  %372 = load <16 x float>, ptr %371, align 4, !tbaa !5
-  %373 = getelementptr inbounds nuw i8, ptr %301, i64 1024
-  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %350, <16 x float> zeroinitializer)
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %344, <16 x float> %375)
-  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %338, <16 x float> %376)
-  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %332, <16 x float> %377)
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %326, <16 x float> %378)
-  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %320, <16 x float> %379)
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %314, <16 x float> %380)
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %360, <16 x float> %308, <16 x float> %381)
-  %383 = getelementptr inbounds nuw i8, ptr %301, i64 960
-  %384 = load <16 x float>, ptr %383, align 4, !tbaa !5
-  %385 = getelementptr inbounds nuw i8, ptr %301, i64 896
-  %386 = load <16 x float>, ptr %385, align 4, !tbaa !5
-  %387 = getelementptr inbounds nuw i8, ptr %301, i64 832
-  %388 = load <16 x float>, ptr %387, align 4, !tbaa !5
-  %389 = getelementptr inbounds nuw i8, ptr %301, i64 768
-  %390 = load <16 x float>, ptr %389, align 4, !tbaa !5
-  %391 = getelementptr inbounds nuw i8, ptr %301, i64 704
-  %392 = load <16 x float>, ptr %391, align 4, !tbaa !5
-  %393 = getelementptr inbounds nuw i8, ptr %301, i64 640
-  %394 = load <16 x float>, ptr %393, align 4, !tbaa !5
-  %395 = getelementptr inbounds nuw i8, ptr %301, i64 576
-  %396 = load <16 x float>, ptr %395, align 4, !tbaa !5
-  %397 = getelementptr inbounds nuw i8, ptr %301, i64 512
-  %398 = load <16 x float>, ptr %397, align 4, !tbaa !5
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %350, <16 x float> zeroinitializer)
-  %400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %344, <16 x float> %399)
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %338, <16 x float> %400)
-  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %332, <16 x float> %401)
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %326, <16 x float> %402)
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %320, <16 x float> %403)
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %314, <16 x float> %404)
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %308, <16 x float> %405)
-  %407 = getelementptr inbounds nuw i8, ptr %301, i64 448
-  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
-  %409 = getelementptr inbounds nuw i8, ptr %301, i64 384
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
-  %411 = getelementptr inbounds nuw i8, ptr %301, i64 320
-  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
-  %413 = getelementptr inbounds nuw i8, ptr %301, i64 256
-  %414 = load <16 x float>, ptr %413, align 4, !tbaa !5
-  %415 = getelementptr inbounds nuw i8, ptr %301, i64 192
-  %416 = load <16 x float>, ptr %415, align 4, !tbaa !5
-  %417 = getelementptr inbounds nuw i8, ptr %301, i64 128
-  %418 = load <16 x float>, ptr %417, align 4, !tbaa !5
-  %419 = getelementptr inbounds nuw i8, ptr %301, i64 64
-  %420 = load <16 x float>, ptr %419, align 4, !tbaa !5
-  %421 = load <16 x float>, ptr %301, align 4, !tbaa !5
-  %422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %350, <16 x float> zeroinitializer)
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %344, <16 x float> %422)
-  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %338, <16 x float> %423)
-  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %332, <16 x float> %424)
-  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %326, <16 x float> %425)
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %320, <16 x float> %426)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %314, <16 x float> %427)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %308, <16 x float> %428)
-  %430 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %gep76.us.us.i.us.us = getelementptr i16, ptr %invariant.gep75.i, i64 %430
-  %gep63.us.us.7.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 224
-  %431 = load <16 x i16>, ptr %gep63.us.us.7.i.us.us, align 2, !tbaa !5
-  %432 = zext <16 x i16> %431 to <16 x i32>
-  %433 = shl nuw <16 x i32> %432, splat (i32 16)
-  %434 = bitcast <16 x i32> %433 to <16 x float>
-  %gep63.us.us.6.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 192
-  %435 = load <16 x i16>, ptr %gep63.us.us.6.i.us.us, align 2, !tbaa !5
-  %436 = zext <16 x i16> %435 to <16 x i32>
-  %437 = shl nuw <16 x i32> %436, splat (i32 16)
-  %438 = bitcast <16 x i32> %437 to <16 x float>
-  %gep63.us.us.5.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 160
-  %439 = load <16 x i16>, ptr %gep63.us.us.5.i.us.us, align 2, !tbaa !5
-  %440 = zext <16 x i16> %439 to <16 x i32>
-  %441 = shl nuw <16 x i32> %440, splat (i32 16)
-  %442 = bitcast <16 x i32> %441 to <16 x float>
-  %gep63.us.us.4.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 128
-  %443 = load <16 x i16>, ptr %gep63.us.us.4.i.us.us, align 2, !tbaa !5
-  %444 = zext <16 x i16> %443 to <16 x i32>
-  %445 = shl nuw <16 x i32> %444, splat (i32 16)
-  %446 = bitcast <16 x i32> %445 to <16 x float>
-  %gep63.us.us.3.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 96
-  %447 = load <16 x i16>, ptr %gep63.us.us.3.i.us.us, align 2, !tbaa !5
-  %448 = zext <16 x i16> %447 to <16 x i32>
-  %449 = shl nuw <16 x i32> %448, splat (i32 16)
-  %450 = bitcast <16 x i32> %449 to <16 x float>
-  %gep63.us.us.2.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 64
-  %451 = load <16 x i16>, ptr %gep63.us.us.2.i.us.us, align 2, !tbaa !5
-  %452 = zext <16 x i16> %451 to <16 x i32>
-  %453 = shl nuw <16 x i32> %452, splat (i32 16)
-  %454 = bitcast <16 x i32> %453 to <16 x float>
-  %gep63.us.us.1.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 32
-  %455 = load <16 x i16>, ptr %gep63.us.us.1.i.us.us, align 2, !tbaa !5
-  %456 = zext <16 x i16> %455 to <16 x i32>
-  %457 = shl nuw <16 x i32> %456, splat (i32 16)
-  %458 = bitcast <16 x i32> %457 to <16 x float>
-  %459 = load <16 x i16>, ptr %gep76.us.us.i.us.us, align 2, !tbaa !5
-  %460 = zext <16 x i16> %459 to <16 x i32>
-  %461 = shl nuw <16 x i32> %460, splat (i32 16)
-  %462 = bitcast <16 x i32> %461 to <16 x float>
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %462, <16 x float> zeroinitializer)
-  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %458, <16 x float> %463)
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %454, <16 x float> %464)
-  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %450, <16 x float> %465)
-  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %446, <16 x float> %466)
-  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %442, <16 x float> %467)
-  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %438, <16 x float> %468)
-  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %434, <16 x float> %469)
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %462, <16 x float> zeroinitializer)
-  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %458, <16 x float> %471)
-  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %454, <16 x float> %472)
-  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %450, <16 x float> %473)
-  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %446, <16 x float> %474)
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %442, <16 x float> %475)
-  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %438, <16 x float> %476)
-  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %360, <16 x float> %434, <16 x float> %477)
-  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %462, <16 x float> zeroinitializer)
-  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %458, <16 x float> %479)
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %454, <16 x float> %480)
-  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %450, <16 x float> %481)
-  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %446, <16 x float> %482)
-  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %442, <16 x float> %483)
-  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %438, <16 x float> %484)
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %434, <16 x float> %485)
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %462, <16 x float> zeroinitializer)
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %458, <16 x float> %487)
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %454, <16 x float> %488)
-  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %450, <16 x float> %489)
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %446, <16 x float> %490)
-  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %442, <16 x float> %491)
-  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %438, <16 x float> %492)
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %434, <16 x float> %493)
-  %.idx.i.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 12
-  %gep148.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep147.i.us, i64 %.idx.i.us.us
-  store <16 x float> %494, ptr %gep148.i.us.us, align 4, !tbaa !5
-  %495 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 64
-  store <16 x float> %429, ptr %495, align 4, !tbaa !5
-  %496 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 1024
-  store <16 x float> %486, ptr %496, align 4, !tbaa !5
-  %497 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 1088
-  store <16 x float> %406, ptr %497, align 4, !tbaa !5
-  %498 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 2048
-  store <16 x float> %478, ptr %498, align 4, !tbaa !5
-  %499 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 2112
-  store <16 x float> %382, ptr %499, align 4, !tbaa !5
-  %500 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 3072
-  store <16 x float> %470, ptr %500, align 4, !tbaa !5
-  %501 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 3136
-  store <16 x float> %358, ptr %501, align 4, !tbaa !5
-  %indvars.iv.next118.i.us.us = add nuw nsw i64 %indvars.iv117.i.us.us, 1
-  %exitcond121.not.i.us.us = icmp eq i64 %indvars.iv.next118.i.us.us, 4
-  br i1 %exitcond121.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !33
+  %311 = load i64, ptr %298, align 8, !tbaa !5
+  %gep119.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %311
+  %gep115.us.us.7.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 224
+  %312 = load <16 x i16>, ptr %gep115.us.us.7.i.us.us, align 2, !tbaa !5
+  %313 = zext <16 x i16> %312 to <16 x i32>
+  %314 = shl nuw <16 x i32> %313, splat (i32 16)
+  %315 = bitcast <16 x i32> %314 to <16 x float>
+  %316 = getelementptr inbounds nuw i8, ptr %308, i64 1920
+  %317 = load <16 x float>, ptr %316, align 4, !tbaa !5
+  %gep115.us.us.6.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 192
+  %318 = load <16 x i16>, ptr %gep115.us.us.6.i.us.us, align 2, !tbaa !5
+  %319 = zext <16 x i16> %318 to <16 x i32>
+  %320 = shl nuw <16 x i32> %319, splat (i32 16)
+  %321 = bitcast <16 x i32> %320 to <16 x float>
+  %322 = getelementptr inbounds nuw i8, ptr %308, i64 1856
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %gep115.us.us.5.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 160
+  %324 = load <16 x i16>, ptr %gep115.us.us.5.i.us.us, align 2, !tbaa !5
+  %325 = zext <16 x i16> %324 to <16 x i32>
+  %326 = shl nuw <16 x i32> %325, splat (i32 16)
+  %327 = bitcast <16 x i32> %326 to <16 x float>
+  %328 = getelementptr inbounds nuw i8, ptr %308, i64 1792
+  %329 = load <16 x float>, ptr %328, align 4, !tbaa !5
+  %gep115.us.us.4.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 128
+  %330 = load <16 x i16>, ptr %gep115.us.us.4.i.us.us, align 2, !tbaa !5
+  %331 = zext <16 x i16> %330 to <16 x i32>
+  %332 = shl nuw <16 x i32> %331, splat (i32 16)
+  %333 = bitcast <16 x i32> %332 to <16 x float>
+  %334 = getelementptr inbounds nuw i8, ptr %308, i64 1728
+  %335 = load <16 x float>, ptr %334, align 4, !tbaa !5
+  %gep115.us.us.3.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 96
+  %336 = load <16 x i16>, ptr %gep115.us.us.3.i.us.us, align 2, !tbaa !5
+  %337 = zext <16 x i16> %336 to <16 x i32>
+  %338 = shl nuw <16 x i32> %337, splat (i32 16)
+  %339 = bitcast <16 x i32> %338 to <16 x float>
+  %340 = getelementptr inbounds nuw i8, ptr %308, i64 1664
+  %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
+  %gep115.us.us.2.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 64
+  %342 = load <16 x i16>, ptr %gep115.us.us.2.i.us.us, align 2, !tbaa !5
+  %343 = zext <16 x i16> %342 to <16 x i32>
+  %344 = shl nuw <16 x i32> %343, splat (i32 16)
+  %345 = bitcast <16 x i32> %344 to <16 x float>
+  %346 = getelementptr inbounds nuw i8, ptr %308, i64 1600
+  %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
+  %gep115.us.us.1.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 32
+  %348 = load <16 x i16>, ptr %gep115.us.us.1.i.us.us, align 2, !tbaa !5
+  %349 = zext <16 x i16> %348 to <16 x i32>
+  %350 = shl nuw <16 x i32> %349, splat (i32 16)
+  %351 = bitcast <16 x i32> %350 to <16 x float>
+  %352 = getelementptr inbounds nuw i8, ptr %308, i64 1536
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
+  %354 = load <16 x i16>, ptr %gep119.us.us.i.us.us, align 2, !tbaa !5
+  %355 = zext <16 x i16> %354 to <16 x i32>
+  %356 = shl nuw <16 x i32> %355, splat (i32 16)
+  %357 = bitcast <16 x i32> %356 to <16 x float>
+  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %357, <16 x float> zeroinitializer)
+  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %351, <16 x float> %358)
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %345, <16 x float> %359)
+  %361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %339, <16 x float> %360)
+  %362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %333, <16 x float> %361)
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %327, <16 x float> %362)
+  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %321, <16 x float> %363)
+  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %315, <16 x float> %364)
+  %366 = getelementptr inbounds nuw i8, ptr %308, i64 1472
+  %367 = load <16 x float>, ptr %366, align 4, !tbaa !5
+  %368 = getelementptr inbounds nuw i8, ptr %308, i64 1408
+  %369 = load <16 x float>, ptr %368, align 4, !tbaa !5
+  %370 = getelementptr inbounds nuw i8, ptr %308, i64 1344
+  %371 = load <16 x float>, ptr %370, align 4, !tbaa !5
+  %372 = getelementptr inbounds nuw i8, ptr %308, i64 1280
+  %373 = load <16 x float>, ptr %372, align 4, !tbaa !5
+  %374 = getelementptr inbounds nuw i8, ptr %308, i64 1216
+  %375 = load <16 x float>, ptr %374, align 4, !tbaa !5
+  %376 = getelementptr inbounds nuw i8, ptr %308, i64 1152
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %378 = getelementptr inbounds nuw i8, ptr %308, i64 1088
+  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
+  %380 = getelementptr inbounds nuw i8, ptr %308, i64 1024
+  %381 = load <16 x float>, ptr %380, align 4, !tbaa !5
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %381, <16 x float> %357, <16 x float> zeroinitializer)
+  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %379, <16 x float> %351, <16 x float> %382)
+  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %345, <16 x float> %383)
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %339, <16 x float> %384)
+  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %333, <16 x float> %385)
+  %387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %327, <16 x float> %386)
+  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %321, <16 x float> %387)
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %315, <16 x float> %388)
+  %390 = getelementptr inbounds nuw i8, ptr %308, i64 960
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw i8, ptr %308, i64 896
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
+  %394 = getelementptr inbounds nuw i8, ptr %308, i64 832
+  %395 = load <16 x float>, ptr %394, align 4, !tbaa !5
+  %396 = getelementptr inbounds nuw i8, ptr %308, i64 768
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
+  %398 = getelementptr inbounds nuw i8, ptr %308, i64 704
+  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
+  %400 = getelementptr inbounds nuw i8, ptr %308, i64 640
+  %401 = load <16 x float>, ptr %400, align 4, !tbaa !5
+  %402 = getelementptr inbounds nuw i8, ptr %308, i64 576
+  %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
+  %404 = getelementptr inbounds nuw i8, ptr %308, i64 512
+  %405 = load <16 x float>, ptr %404, align 4, !tbaa !5
+  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %357, <16 x float> zeroinitializer)
+  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %351, <16 x float> %406)
+  %408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %401, <16 x float> %345, <16 x float> %407)
+  %409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %339, <16 x float> %408)
+  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %333, <16 x float> %409)
+  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %395, <16 x float> %327, <16 x float> %410)
+  %412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %321, <16 x float> %411)
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %315, <16 x float> %412)
+  %414 = getelementptr inbounds nuw i8, ptr %308, i64 448
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %416 = getelementptr inbounds nuw i8, ptr %308, i64 384
+  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
+  %418 = getelementptr inbounds nuw i8, ptr %308, i64 320
+  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
+  %420 = getelementptr inbounds nuw i8, ptr %308, i64 256
+  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
+  %422 = getelementptr inbounds nuw i8, ptr %308, i64 192
+  %423 = load <16 x float>, ptr %422, align 4, !tbaa !5
+  %424 = getelementptr inbounds nuw i8, ptr %308, i64 128
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
+  %426 = getelementptr inbounds nuw i8, ptr %308, i64 64
+  %427 = load <16 x float>, ptr %426, align 4, !tbaa !5
+  %428 = load <16 x float>, ptr %308, align 4, !tbaa !5
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %428, <16 x float> %357, <16 x float> zeroinitializer)
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %427, <16 x float> %351, <16 x float> %429)
+  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %345, <16 x float> %430)
+  %432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %339, <16 x float> %431)
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %333, <16 x float> %432)
+  %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %327, <16 x float> %433)
+  %435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %321, <16 x float> %434)
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %315, <16 x float> %435)
+  %437 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %gep117.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %437
+  %gep113.us.us.7.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 224
+  %438 = load <16 x i16>, ptr %gep113.us.us.7.i.us.us, align 2, !tbaa !5
+  %439 = zext <16 x i16> %438 to <16 x i32>
+  %440 = shl nuw <16 x i32> %439, splat (i32 16)
+  %441 = bitcast <16 x i32> %440 to <16 x float>
+  %gep113.us.us.6.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 192
+  %442 = load <16 x i16>, ptr %gep113.us.us.6.i.us.us, align 2, !tbaa !5
+  %443 = zext <16 x i16> %442 to <16 x i32>
+  %444 = shl nuw <16 x i32> %443, splat (i32 16)
+  %445 = bitcast <16 x i32> %444 to <16 x float>
+  %gep113.us.us.5.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 160
+  %446 = load <16 x i16>, ptr %gep113.us.us.5.i.us.us, align 2, !tbaa !5
+  %447 = zext <16 x i16> %446 to <16 x i32>
+  %448 = shl nuw <16 x i32> %447, splat (i32 16)
+  %449 = bitcast <16 x i32> %448 to <16 x float>
+  %gep113.us.us.4.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 128
+  %450 = load <16 x i16>, ptr %gep113.us.us.4.i.us.us, align 2, !tbaa !5
+  %451 = zext <16 x i16> %450 to <16 x i32>
+  %452 = shl nuw <16 x i32> %451, splat (i32 16)
+  %453 = bitcast <16 x i32> %452 to <16 x float>
+  %gep113.us.us.3.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 96
+  %454 = load <16 x i16>, ptr %gep113.us.us.3.i.us.us, align 2, !tbaa !5
+  %455 = zext <16 x i16> %454 to <16 x i32>
+  %456 = shl nuw <16 x i32> %455, splat (i32 16)
+  %457 = bitcast <16 x i32> %456 to <16 x float>
+  %gep113.us.us.2.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 64
+  %458 = load <16 x i16>, ptr %gep113.us.us.2.i.us.us, align 2, !tbaa !5
+  %459 = zext <16 x i16> %458 to <16 x i32>
+  %460 = shl nuw <16 x i32> %459, splat (i32 16)
+  %461 = bitcast <16 x i32> %460 to <16 x float>
+  %gep113.us.us.1.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 32
+  %462 = load <16 x i16>, ptr %gep113.us.us.1.i.us.us, align 2, !tbaa !5
+  %463 = zext <16 x i16> %462 to <16 x i32>
+  %464 = shl nuw <16 x i32> %463, splat (i32 16)
+  %465 = bitcast <16 x i32> %464 to <16 x float>
+  %466 = load <16 x i16>, ptr %gep117.us.us.i.us.us, align 2, !tbaa !5
+  %467 = zext <16 x i16> %466 to <16 x i32>
+  %468 = shl nuw <16 x i32> %467, splat (i32 16)
+  %469 = bitcast <16 x i32> %468 to <16 x float>
+  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %469, <16 x float> zeroinitializer)
+  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %465, <16 x float> %470)
+  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %461, <16 x float> %471)
+  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %457, <16 x float> %472)
+  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %453, <16 x float> %473)
+  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %449, <16 x float> %474)
+  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %445, <16 x float> %475)
+  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %441, <16 x float> %476)
+  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %381, <16 x float> %469, <16 x float> zeroinitializer)
+  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %379, <16 x float> %465, <16 x float> %478)
+  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %461, <16 x float> %479)
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %457, <16 x float> %480)
+  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %453, <16 x float> %481)
+  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %449, <16 x float> %482)
+  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %445, <16 x float> %483)
+  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %441, <16 x float> %484)
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %469, <16 x float> zeroinitializer)
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %465, <16 x float> %486)
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %401, <16 x float> %461, <16 x float> %487)
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %457, <16 x float> %488)
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %453, <16 x float> %489)
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %395, <16 x float> %449, <16 x float> %490)
+  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %445, <16 x float> %491)
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %441, <16 x float> %492)
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %428, <16 x float> %469, <16 x float> zeroinitializer)
+  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %427, <16 x float> %465, <16 x float> %494)
+  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %461, <16 x float> %495)
+  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %457, <16 x float> %496)
+  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %453, <16 x float> %497)
+  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %449, <16 x float> %498)
+  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %445, <16 x float> %499)
+  %501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %441, <16 x float> %500)
+  %.idx.i.us.us = shl nuw nsw i64 %indvars.iv243.i.us.us, 12
+  %gep271.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep270.i.us, i64 %.idx.i.us.us
+  store <16 x float> %501, ptr %gep271.i.us.us, align 4, !tbaa !5
+  %502 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 64
+  store <16 x float> %436, ptr %502, align 4, !tbaa !5
+  %503 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1024
+  store <16 x float> %493, ptr %503, align 4, !tbaa !5
+  %504 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1088
+  store <16 x float> %413, ptr %504, align 4, !tbaa !5
+  %505 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2048
+  store <16 x float> %485, ptr %505, align 4, !tbaa !5
+  %506 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2112
+  store <16 x float> %389, ptr %506, align 4, !tbaa !5
+  %507 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3072
+  store <16 x float> %477, ptr %507, align 4, !tbaa !5
+  %508 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3136
+  store <16 x float> %365, ptr %508, align 4, !tbaa !5
+  %indvars.iv.next244.i.us.us = add nuw nsw i64 %indvars.iv243.i.us.us, 1
+  %exitcond246.not.i.us.us = icmp eq i64 %indvars.iv.next244.i.us.us, 4
+  br i1 %exitcond246.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !32
 
 for_end_ax3_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax3_0.us.us.i.us.us
-  %indvars.iv.next123.i.us = add nuw nsw i64 %indvars.iv122.i.us, 1
-  %exitcond126.not.i.us = icmp eq i64 %indvars.iv.next123.i.us, 8
-  br i1 %exitcond126.not.i.us, label %for_begin_r15.preheader.i, label %for_body_n_0_m.us.i.us, !prof !33
+  %indvars.iv.next248.i.us = add nuw nsw i64 %indvars.iv247.i.us, 1
+  %exitcond250.not.i.us = icmp eq i64 %indvars.iv.next248.i.us, 8
+  br i1 %exitcond250.not.i.us, label %for_begin_r57.preheader.i, label %for_begin_n_1.preheader.us.i.us, !prof !32
 
-for_begin_r15.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.i.preheader
-  %502 = add nuw nsw i64 %129, %106
-  %503 = and i64 %502, 4294967280
-  %504 = getelementptr inbounds nuw float, ptr %scores, i64 %503
-  br label %for_body_r16.i
+for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_begin_to_m.preheader.i
+  %509 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %510 = tail call i32 %509(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not.i = icmp eq i32 %510, 0
+  br i1 %.not.i, label %if_end66.i, label %qk_matmul_compute_.exit, !prof !78
 
-for_body_r16.i:                                   ; preds = %for_body_r16.i, %for_begin_r15.preheader.i
-  %indvars.iv127.i = phi i64 [ 0, %for_begin_r15.preheader.i ], [ %indvars.iv.next128.i, %for_body_r16.i ]
-  %.idx144.i = shl nuw nsw i64 %indvars.iv127.i, 9
-  %505 = getelementptr inbounds nuw i8, ptr %504, i64 %.idx144.i
-  store <16 x float> zeroinitializer, ptr %505, align 64, !tbaa !5
-  %.idx145.i = shl nuw nsw i64 %indvars.iv127.i, 10
-  %506 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx145.i
-  %sum_0.i = load <16 x float>, ptr %506, align 4, !tbaa !5
-  %507 = getelementptr inbounds nuw i8, ptr %506, i64 64
-  %sum_1.i = load <16 x float>, ptr %507, align 4, !tbaa !5
-  %508 = getelementptr inbounds nuw i8, ptr %506, i64 128
-  %sum_2.i = load <16 x float>, ptr %508, align 4, !tbaa !5
-  %509 = getelementptr inbounds nuw i8, ptr %506, i64 192
-  %sum_3.i = load <16 x float>, ptr %509, align 4, !tbaa !5
-  %510 = getelementptr inbounds nuw i8, ptr %506, i64 256
-  %sum_4.i = load <16 x float>, ptr %510, align 4, !tbaa !5
-  %511 = getelementptr inbounds nuw i8, ptr %506, i64 320
-  %sum_5.i = load <16 x float>, ptr %511, align 4, !tbaa !5
-  %512 = getelementptr inbounds nuw i8, ptr %506, i64 384
-  %sum_6.i = load <16 x float>, ptr %512, align 4, !tbaa !5
-  %513 = getelementptr inbounds nuw i8, ptr %506, i64 448
-  %sum_7.i = load <16 x float>, ptr %513, align 4, !tbaa !5
-  %514 = getelementptr inbounds nuw i8, ptr %506, i64 512
-  %sum_8.i = load <16 x float>, ptr %514, align 4, !tbaa !5
-  %515 = getelementptr inbounds nuw i8, ptr %506, i64 576
-  %sum_9.i = load <16 x float>, ptr %515, align 4, !tbaa !5
-  %516 = getelementptr inbounds nuw i8, ptr %506, i64 640
-  %sum_10.i = load <16 x float>, ptr %516, align 4, !tbaa !5
-  %517 = getelementptr inbounds nuw i8, ptr %506, i64 704
-  %sum_11.i = load <16 x float>, ptr %517, align 4, !tbaa !5
-  %518 = getelementptr inbounds nuw i8, ptr %506, i64 768
-  %sum_12.i = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %519 = getelementptr inbounds nuw i8, ptr %506, i64 832
-  %sum_13.i = load <16 x float>, ptr %519, align 4, !tbaa !5
-  %520 = getelementptr inbounds nuw i8, ptr %506, i64 896
-  %sum_14.i = load <16 x float>, ptr %520, align 4, !tbaa !5
-  %521 = getelementptr inbounds nuw i8, ptr %506, i64 960
-  %sum_15.i = load <16 x float>, ptr %521, align 4, !tbaa !5
-  %522 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %523 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %523, %522
-  %524 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %525 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %525, %524
-  %526 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %527 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %527, %526
-  %528 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %529 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %529, %528
-  %530 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %531 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %531, %530
-  %532 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %533 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %533, %532
-  %534 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %535 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %535, %534
-  %536 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %537 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %537, %536
-  %538 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %539 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %539, %538
-  %540 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %541 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %541, %540
-  %542 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %543 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %543, %542
-  %544 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %545 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %545, %544
-  %546 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %547 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %547, %546
-  %548 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %549 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %549, %548
-  %550 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %551 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %552 = fadd <16 x float> %551, %550
-  %553 = fadd <16 x float> %552, zeroinitializer
-  store <16 x float> %553, ptr %505, align 64, !tbaa !5
-  %indvars.iv.next128.i = add nuw nsw i64 %indvars.iv127.i, 1
-  %exitcond131.not.i = icmp eq i64 %indvars.iv.next128.i, 16
-  br i1 %exitcond131.not.i, label %for_end_r17.i, label %for_body_r16.i, !prof !33
+for_begin_r57.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.i.preheader
+  %511 = add nuw nsw i64 %136, %111
+  %512 = and i64 %511, 4294967280
+  %513 = getelementptr inbounds nuw float, ptr %scores, i64 %512
+  br label %for_body_r58.i
 
-for_end_r17.i:                                    ; preds = %for_body_r16.i
-  %554 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %555 = tail call i32 %554(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not31.i = icmp eq i32 %555, 0
-  br i1 %.not31.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !81
+for_body_r58.i:                                   ; preds = %for_body_r58.i, %for_begin_r57.preheader.i
+  %indvars.iv251.i = phi i64 [ 0, %for_begin_r57.preheader.i ], [ %indvars.iv.next252.i, %for_body_r58.i ]
+  %.idx267.i = shl nuw nsw i64 %indvars.iv251.i, 9
+  %514 = getelementptr inbounds nuw i8, ptr %513, i64 %.idx267.i
+  store <16 x float> zeroinitializer, ptr %514, align 64, !tbaa !5
+  %.idx268.i = shl nuw nsw i64 %indvars.iv251.i, 10
+  %515 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx268.i
+  %sum_0.i = load <16 x float>, ptr %515, align 4, !tbaa !5
+  %516 = getelementptr inbounds nuw i8, ptr %515, i64 64
+  %sum_1.i = load <16 x float>, ptr %516, align 4, !tbaa !5
+  %517 = getelementptr inbounds nuw i8, ptr %515, i64 128
+  %sum_2.i = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %518 = getelementptr inbounds nuw i8, ptr %515, i64 192
+  %sum_3.i = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %519 = getelementptr inbounds nuw i8, ptr %515, i64 256
+  %sum_4.i = load <16 x float>, ptr %519, align 4, !tbaa !5
+  %520 = getelementptr inbounds nuw i8, ptr %515, i64 320
+  %sum_5.i = load <16 x float>, ptr %520, align 4, !tbaa !5
+  %521 = getelementptr inbounds nuw i8, ptr %515, i64 384
+  %sum_6.i = load <16 x float>, ptr %521, align 4, !tbaa !5
+  %522 = getelementptr inbounds nuw i8, ptr %515, i64 448
+  %sum_7.i = load <16 x float>, ptr %522, align 4, !tbaa !5
+  %523 = getelementptr inbounds nuw i8, ptr %515, i64 512
+  %sum_8.i = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %524 = getelementptr inbounds nuw i8, ptr %515, i64 576
+  %sum_9.i = load <16 x float>, ptr %524, align 4, !tbaa !5
+  %525 = getelementptr inbounds nuw i8, ptr %515, i64 640
+  %sum_10.i = load <16 x float>, ptr %525, align 4, !tbaa !5
+  %526 = getelementptr inbounds nuw i8, ptr %515, i64 704
+  %sum_11.i = load <16 x float>, ptr %526, align 4, !tbaa !5
+  %527 = getelementptr inbounds nuw i8, ptr %515, i64 768
+  %sum_12.i = load <16 x float>, ptr %527, align 4, !tbaa !5
+  %528 = getelementptr inbounds nuw i8, ptr %515, i64 832
+  %sum_13.i = load <16 x float>, ptr %528, align 4, !tbaa !5
+  %529 = getelementptr inbounds nuw i8, ptr %515, i64 896
+  %sum_14.i = load <16 x float>, ptr %529, align 4, !tbaa !5
+  %530 = getelementptr inbounds nuw i8, ptr %515, i64 960
+  %sum_15.i = load <16 x float>, ptr %530, align 4, !tbaa !5
+  %531 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %532 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %532, %531
+  %533 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %534 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %534, %533
+  %535 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %536 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %536, %535
+  %537 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %538 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %538, %537
+  %539 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %540 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %540, %539
+  %541 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %542 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %542, %541
+  %543 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %544 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %544, %543
+  %545 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %546 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %546, %545
+  %547 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %548 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %548, %547
+  %549 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %550 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %550, %549
+  %551 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %552 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %552, %551
+  %553 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %554 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %554, %553
+  %555 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %556 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %556, %555
+  %557 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %558 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %558, %557
+  %559 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %560 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %561 = fadd <16 x float> %560, %559
+  %562 = fadd <16 x float> %561, zeroinitializer
+  store <16 x float> %562, ptr %514, align 64, !tbaa !5
+  %indvars.iv.next252.i = add nuw nsw i64 %indvars.iv251.i, 1
+  %exitcond254.not.i = icmp eq i64 %indvars.iv.next252.i, 16
+  br i1 %exitcond254.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !32
 
-if_end24.i:                                       ; preds = %for_end_to_m.i
-  %556 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %557 = tail call i32 %556(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not30.i = icmp eq i32 %557, 0
-  br i1 %.not30.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !81
+for_end_r59.i:                                    ; preds = %for_body_r58.i
+  %563 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %564 = tail call i32 %563(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not73.i = icmp eq i32 %564, 0
+  br i1 %.not73.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !78
 
-qk_matmul_compute_.exit:                          ; preds = %if_end24.i, %for_end_r17.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %for_body_to_m.i ], [ 0, %if_end21 ], [ -1, %for_end_r17.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end24.i ], [ -1, %if_end.i ]
+if_end66.i:                                       ; preds = %for_end_to_m.i
+  %565 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %566 = tail call i32 %565(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not72.i = icmp eq i32 %566, 0
+  br i1 %.not72.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !78
+
+qk_matmul_compute_.exit:                          ; preds = %if_end66.i, %for_end_r59.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %for_body_to_m.i ], [ 0, %if_end21 ], [ -1, %for_end_r59.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end66.i ], [ -1, %if_end.i ]
   ret i32 %common.ret.op.i
 }
 
@@ -3927,28 +4371,28 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %for_end_r25.i
-  %indvars.iv.next108.i = add nuw nsw i64 %indvars.iv107.i, 1
-  %exitcond112.not.i = icmp eq i64 %indvars.iv.next108.i, %wide.trip.count.i
-  br i1 %exitcond112.not.i, label %softmax_prepare_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next93.i = add nuw nsw i64 %indvars.iv92.i, 1
+  %exitcond95.not.i = icmp eq i64 %indvars.iv.next93.i, %wide.trip.count.i
+  br i1 %exitcond95.not.i, label %softmax_prepare_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv107.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next108.i, %for_begin_s.i ]
-  %38 = shl i64 %indvars.iv107.i, 6
+  %indvars.iv92.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next93.i, %for_begin_s.i ]
+  %38 = shl i64 %indvars.iv92.i, 6
   %39 = and i64 %38, 17179869120
   %scevgep.i = getelementptr i8, ptr %tile_max, i64 %39
-  %40 = getelementptr i32, ptr %35, i64 %indvars.iv107.i
+  %40 = getelementptr i32, ptr %35, i64 %indvars.iv92.i
   %41 = load i32, ptr %40, align 4, !tbaa !5
   %42 = sub nsw i32 %41, %29
   %43 = icmp sgt i32 %42, 0
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %45 = icmp eq ptr %scaled.i, null
-  br i1 %45, label %softmax_prepare_compute_.exit, label %if_end.i, !prof !8
+  br i1 %45, label %softmax_prepare_compute_.exit, label %for_begin_r.preheader.i, !prof !8
 
-if_end.i:                                         ; preds = %for_body_s.i
+for_begin_r.preheader.i:                          ; preds = %for_body_s.i
   %46 = tail call i32 @llvm.smax.i32(i32 %42, i32 0)
   %47 = tail call i32 @llvm.umin.i32(i32 %46, i32 128)
-  %48 = shl i64 %indvars.iv107.i, 11
+  %48 = shl i64 %indvars.iv92.i, 11
   %49 = and i64 %48, 4294965248
   %50 = insertelement <16 x i32> poison, i32 %47, i64 0
   %51 = shufflevector <16 x i32> %50, <16 x i32> poison, <16 x i32> zeroinitializer
@@ -3984,8 +4428,8 @@ if_end.i:                                         ; preds = %for_body_s.i
   %invariant.gep = getelementptr inbounds nuw float, ptr %scores, i64 %49
   br label %for_begin_to.preheader.i
 
-for_begin_to.preheader.i:                         ; preds = %for_begin_to.preheader.i, %if_end.i
-  %indvars.iv.i = phi i64 [ 0, %if_end.i ], [ %indvars.iv.next.i, %for_begin_to.preheader.i ]
+for_begin_to.preheader.i:                         ; preds = %for_begin_to.preheader.i, %for_begin_r.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next.i, %for_begin_to.preheader.i ]
   %81 = shl nuw nsw i64 %indvars.iv.i, 7
   %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %81
   %82 = load <16 x float>, ptr %gep, align 64, !tbaa !5
@@ -4037,442 +4481,442 @@ for_begin_to.preheader.i:                         ; preds = %for_begin_to.prehea
   store <16 x float> %119, ptr %120, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !32
+
+for_begin_r6.preheader.i:                         ; preds = %for_begin_ax1.preheader.i
+  %121 = shl nsw i64 %indvars.iv92.i, 4
+  br i1 %43, label %for_body_r7.us.preheader.i, label %for_body_r7.preheader.i
+
+for_body_r7.preheader.i:                          ; preds = %for_begin_r6.preheader.i
+  %122 = and i64 %121, 4294967280
+  %123 = getelementptr inbounds nuw float, ptr %tile_max, i64 %122
+  store <8 x float> splat (float 0xC6293E5940000000), ptr %123, align 64, !tbaa !5
+  %124 = getelementptr inbounds nuw i8, ptr %123, i64 32
+  store <8 x float> splat (float 0xC6293E5940000000), ptr %124, align 32, !tbaa !5
+  br label %for_begin_r13.preheader.i
+
+for_body_r7.us.preheader.i:                       ; preds = %for_begin_r6.preheader.i
+  call void @llvm.memcpy.p0.p0.i64(ptr noundef nonnull align 64 dereferenceable(64) %scevgep.i, ptr noundef nonnull align 16 dereferenceable(64) %peak40.i, i64 64, i1 false)
+  %.pre96.i = and i64 %121, 4294967280
+  br label %for_begin_r13.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.preheader.i, %for_begin_to.preheader.i
-  %indvars.iv73.i = phi i64 [ %indvars.iv.next74.i, %for_begin_ax1.preheader.i ], [ 0, %for_begin_to.preheader.i ]
-  %.idx = shl nuw nsw i64 %indvars.iv73.i, 9
-  %121 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx
-  %122 = load <16 x float>, ptr %121, align 4, !tbaa !5
-  %123 = fcmp olt <16 x float> %122, splat (float 0xC7EFFFFFE0000000)
-  %124 = select <16 x i1> %123, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %122
-  %125 = getelementptr inbounds nuw i8, ptr %121, i64 64
+  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_ax1.preheader.i ], [ 0, %for_begin_to.preheader.i ]
+  %.idx = shl nuw nsw i64 %indvars.iv65.i, 9
+  %125 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx
   %126 = load <16 x float>, ptr %125, align 4, !tbaa !5
-  %127 = fcmp ogt <16 x float> %124, %126
-  %128 = select <16 x i1> %127, <16 x float> %124, <16 x float> %126
-  %129 = getelementptr inbounds nuw i8, ptr %121, i64 128
+  %127 = fcmp olt <16 x float> %126, splat (float 0xC7EFFFFFE0000000)
+  %128 = select <16 x i1> %127, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %126
+  %129 = getelementptr inbounds nuw i8, ptr %125, i64 64
   %130 = load <16 x float>, ptr %129, align 4, !tbaa !5
   %131 = fcmp ogt <16 x float> %128, %130
   %132 = select <16 x i1> %131, <16 x float> %128, <16 x float> %130
-  %133 = getelementptr inbounds nuw i8, ptr %121, i64 192
+  %133 = getelementptr inbounds nuw i8, ptr %125, i64 128
   %134 = load <16 x float>, ptr %133, align 4, !tbaa !5
   %135 = fcmp ogt <16 x float> %132, %134
   %136 = select <16 x i1> %135, <16 x float> %132, <16 x float> %134
-  %137 = getelementptr inbounds nuw i8, ptr %121, i64 256
+  %137 = getelementptr inbounds nuw i8, ptr %125, i64 192
   %138 = load <16 x float>, ptr %137, align 4, !tbaa !5
   %139 = fcmp ogt <16 x float> %136, %138
   %140 = select <16 x i1> %139, <16 x float> %136, <16 x float> %138
-  %141 = getelementptr inbounds nuw i8, ptr %121, i64 320
+  %141 = getelementptr inbounds nuw i8, ptr %125, i64 256
   %142 = load <16 x float>, ptr %141, align 4, !tbaa !5
   %143 = fcmp ogt <16 x float> %140, %142
   %144 = select <16 x i1> %143, <16 x float> %140, <16 x float> %142
-  %145 = getelementptr inbounds nuw i8, ptr %121, i64 384
+  %145 = getelementptr inbounds nuw i8, ptr %125, i64 320
   %146 = load <16 x float>, ptr %145, align 4, !tbaa !5
   %147 = fcmp ogt <16 x float> %144, %146
   %148 = select <16 x i1> %147, <16 x float> %144, <16 x float> %146
-  %149 = getelementptr inbounds nuw i8, ptr %121, i64 448
+  %149 = getelementptr inbounds nuw i8, ptr %125, i64 384
   %150 = load <16 x float>, ptr %149, align 4, !tbaa !5
   %151 = fcmp ogt <16 x float> %148, %150
   %152 = select <16 x i1> %151, <16 x float> %148, <16 x float> %150
-  %153 = getelementptr inbounds nuw float, ptr %peak40.i, i64 %indvars.iv73.i
-  %peak.rf39.sroa.0.0.vec.extract.i = extractelement <16 x float> %152, i64 0
-  %154 = fcmp olt float %peak.rf39.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %155 = select i1 %154, float 0xC7EFFFFFE0000000, float %peak.rf39.sroa.0.0.vec.extract.i
-  %peak.rf39.sroa.0.4.vec.extract.i = extractelement <16 x float> %152, i64 1
-  %156 = fcmp ogt float %155, %peak.rf39.sroa.0.4.vec.extract.i
-  %157 = select i1 %156, float %155, float %peak.rf39.sroa.0.4.vec.extract.i
-  %peak.rf39.sroa.0.8.vec.extract.i = extractelement <16 x float> %152, i64 2
-  %158 = fcmp ogt float %157, %peak.rf39.sroa.0.8.vec.extract.i
-  %159 = select i1 %158, float %157, float %peak.rf39.sroa.0.8.vec.extract.i
-  %peak.rf39.sroa.0.12.vec.extract.i = extractelement <16 x float> %152, i64 3
-  %160 = fcmp ogt float %159, %peak.rf39.sroa.0.12.vec.extract.i
-  %161 = select i1 %160, float %159, float %peak.rf39.sroa.0.12.vec.extract.i
-  %peak.rf39.sroa.0.16.vec.extract.i = extractelement <16 x float> %152, i64 4
-  %162 = fcmp ogt float %161, %peak.rf39.sroa.0.16.vec.extract.i
-  %163 = select i1 %162, float %161, float %peak.rf39.sroa.0.16.vec.extract.i
-  %peak.rf39.sroa.0.20.vec.extract.i = extractelement <16 x float> %152, i64 5
-  %164 = fcmp ogt float %163, %peak.rf39.sroa.0.20.vec.extract.i
-  %165 = select i1 %164, float %163, float %peak.rf39.sroa.0.20.vec.extract.i
-  %peak.rf39.sroa.0.24.vec.extract.i = extractelement <16 x float> %152, i64 6
-  %166 = fcmp ogt float %165, %peak.rf39.sroa.0.24.vec.extract.i
-  %167 = select i1 %166, float %165, float %peak.rf39.sroa.0.24.vec.extract.i
-  %peak.rf39.sroa.0.28.vec.extract.i = extractelement <16 x float> %152, i64 7
-  %168 = fcmp ogt float %167, %peak.rf39.sroa.0.28.vec.extract.i
-  %169 = select i1 %168, float %167, float %peak.rf39.sroa.0.28.vec.extract.i
-  %peak.rf39.sroa.0.32.vec.extract.i = extractelement <16 x float> %152, i64 8
-  %170 = fcmp ogt float %169, %peak.rf39.sroa.0.32.vec.extract.i
-  %171 = select i1 %170, float %169, float %peak.rf39.sroa.0.32.vec.extract.i
-  %peak.rf39.sroa.0.36.vec.extract.i = extractelement <16 x float> %152, i64 9
-  %172 = fcmp ogt float %171, %peak.rf39.sroa.0.36.vec.extract.i
-  %173 = select i1 %172, float %171, float %peak.rf39.sroa.0.36.vec.extract.i
-  %peak.rf39.sroa.0.40.vec.extract.i = extractelement <16 x float> %152, i64 10
-  %174 = fcmp ogt float %173, %peak.rf39.sroa.0.40.vec.extract.i
-  %175 = select i1 %174, float %173, float %peak.rf39.sroa.0.40.vec.extract.i
-  %peak.rf39.sroa.0.44.vec.extract.i = extractelement <16 x float> %152, i64 11
-  %176 = fcmp ogt float %175, %peak.rf39.sroa.0.44.vec.extract.i
-  %177 = select i1 %176, float %175, float %peak.rf39.sroa.0.44.vec.extract.i
-  %peak.rf39.sroa.0.48.vec.extract.i = extractelement <16 x float> %152, i64 12
-  %178 = fcmp ogt float %177, %peak.rf39.sroa.0.48.vec.extract.i
-  %179 = select i1 %178, float %177, float %peak.rf39.sroa.0.48.vec.extract.i
-  %peak.rf39.sroa.0.52.vec.extract.i = extractelement <16 x float> %152, i64 13
-  %180 = fcmp ogt float %179, %peak.rf39.sroa.0.52.vec.extract.i
-  %181 = select i1 %180, float %179, float %peak.rf39.sroa.0.52.vec.extract.i
-  %peak.rf39.sroa.0.56.vec.extract.i = extractelement <16 x float> %152, i64 14
-  %182 = fcmp ogt float %181, %peak.rf39.sroa.0.56.vec.extract.i
-  %183 = select i1 %182, float %181, float %peak.rf39.sroa.0.56.vec.extract.i
-  %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %152, i64 15
-  %184 = fcmp ogt float %183, %peak.rf39.sroa.0.60.vec.extract.i
-  %185 = select i1 %184, float %183, float %peak.rf39.sroa.0.60.vec.extract.i
-  store float %185, ptr %153, align 4, !tbaa !84
-  %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
-  %exitcond76.not.i = icmp eq i64 %indvars.iv.next74.i, 16
-  br i1 %exitcond76.not.i, label %for_end_r3.i, label %for_begin_ax1.preheader.i, !prof !33
-
-for_end_r3.i:                                     ; preds = %for_begin_ax1.preheader.i
-  %186 = shl nsw i64 %indvars.iv107.i, 4
-  br i1 %43, label %for_body_r7.us.preheader.i, label %for_body_r7.preheader.i
-
-for_body_r7.preheader.i:                          ; preds = %for_end_r3.i
-  %187 = and i64 %186, 4294967280
-  %188 = getelementptr inbounds nuw float, ptr %tile_max, i64 %187
-  store <8 x float> splat (float 0xC6293E5940000000), ptr %188, align 64, !tbaa !5
-  %189 = getelementptr inbounds nuw i8, ptr %188, i64 32
-  store <8 x float> splat (float 0xC6293E5940000000), ptr %189, align 32, !tbaa !5
-  br label %for_begin_r13.preheader.i
-
-for_body_r7.us.preheader.i:                       ; preds = %for_end_r3.i
-  call void @llvm.memcpy.p0.p0.i64(ptr noundef nonnull align 64 dereferenceable(64) %scevgep.i, ptr noundef nonnull align 16 dereferenceable(64) %peak40.i, i64 64, i1 false)
-  %.pre113.i = and i64 %186, 4294967280
-  br label %for_begin_r13.preheader.i
+  %153 = getelementptr inbounds nuw i8, ptr %125, i64 448
+  %154 = load <16 x float>, ptr %153, align 4, !tbaa !5
+  %155 = fcmp ogt <16 x float> %152, %154
+  %156 = select <16 x i1> %155, <16 x float> %152, <16 x float> %154
+  %157 = getelementptr inbounds nuw float, ptr %peak40.i, i64 %indvars.iv65.i
+  %peak.rf39.sroa.0.0.vec.extract.i = extractelement <16 x float> %156, i64 0
+  %158 = fcmp olt float %peak.rf39.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %159 = select i1 %158, float 0xC7EFFFFFE0000000, float %peak.rf39.sroa.0.0.vec.extract.i
+  %peak.rf39.sroa.0.4.vec.extract.i = extractelement <16 x float> %156, i64 1
+  %160 = fcmp ogt float %159, %peak.rf39.sroa.0.4.vec.extract.i
+  %161 = select i1 %160, float %159, float %peak.rf39.sroa.0.4.vec.extract.i
+  %peak.rf39.sroa.0.8.vec.extract.i = extractelement <16 x float> %156, i64 2
+  %162 = fcmp ogt float %161, %peak.rf39.sroa.0.8.vec.extract.i
+  %163 = select i1 %162, float %161, float %peak.rf39.sroa.0.8.vec.extract.i
+  %peak.rf39.sroa.0.12.vec.extract.i = extractelement <16 x float> %156, i64 3
+  %164 = fcmp ogt float %163, %peak.rf39.sroa.0.12.vec.extract.i
+  %165 = select i1 %164, float %163, float %peak.rf39.sroa.0.12.vec.extract.i
+  %peak.rf39.sroa.0.16.vec.extract.i = extractelement <16 x float> %156, i64 4
+  %166 = fcmp ogt float %165, %peak.rf39.sroa.0.16.vec.extract.i
+  %167 = select i1 %166, float %165, float %peak.rf39.sroa.0.16.vec.extract.i
+  %peak.rf39.sroa.0.20.vec.extract.i = extractelement <16 x float> %156, i64 5
+  %168 = fcmp ogt float %167, %peak.rf39.sroa.0.20.vec.extract.i
+  %169 = select i1 %168, float %167, float %peak.rf39.sroa.0.20.vec.extract.i
+  %peak.rf39.sroa.0.24.vec.extract.i = extractelement <16 x float> %156, i64 6
+  %170 = fcmp ogt float %169, %peak.rf39.sroa.0.24.vec.extract.i
+  %171 = select i1 %170, float %169, float %peak.rf39.sroa.0.24.vec.extract.i
+  %peak.rf39.sroa.0.28.vec.extract.i = extractelement <16 x float> %156, i64 7
+  %172 = fcmp ogt float %171, %peak.rf39.sroa.0.28.vec.extract.i
+  %173 = select i1 %172, float %171, float %peak.rf39.sroa.0.28.vec.extract.i
+  %peak.rf39.sroa.0.32.vec.extract.i = extractelement <16 x float> %156, i64 8
+  %174 = fcmp ogt float %173, %peak.rf39.sroa.0.32.vec.extract.i
+  %175 = select i1 %174, float %173, float %peak.rf39.sroa.0.32.vec.extract.i
+  %peak.rf39.sroa.0.36.vec.extract.i = extractelement <16 x float> %156, i64 9
+  %176 = fcmp ogt float %175, %peak.rf39.sroa.0.36.vec.extract.i
+  %177 = select i1 %176, float %175, float %peak.rf39.sroa.0.36.vec.extract.i
+  %peak.rf39.sroa.0.40.vec.extract.i = extractelement <16 x float> %156, i64 10
+  %178 = fcmp ogt float %177, %peak.rf39.sroa.0.40.vec.extract.i
+  %179 = select i1 %178, float %177, float %peak.rf39.sroa.0.40.vec.extract.i
+  %peak.rf39.sroa.0.44.vec.extract.i = extractelement <16 x float> %156, i64 11
+  %180 = fcmp ogt float %179, %peak.rf39.sroa.0.44.vec.extract.i
+  %181 = select i1 %180, float %179, float %peak.rf39.sroa.0.44.vec.extract.i
+  %peak.rf39.sroa.0.48.vec.extract.i = extractelement <16 x float> %156, i64 12
+  %182 = fcmp ogt float %181, %peak.rf39.sroa.0.48.vec.extract.i
+  %183 = select i1 %182, float %181, float %peak.rf39.sroa.0.48.vec.extract.i
+  %peak.rf39.sroa.0.52.vec.extract.i = extractelement <16 x float> %156, i64 13
+  %184 = fcmp ogt float %183, %peak.rf39.sroa.0.52.vec.extract.i
+  %185 = select i1 %184, float %183, float %peak.rf39.sroa.0.52.vec.extract.i
+  %peak.rf39.sroa.0.56.vec.extract.i = extractelement <16 x float> %156, i64 14
+  %186 = fcmp ogt float %185, %peak.rf39.sroa.0.56.vec.extract.i
+  %187 = select i1 %186, float %185, float %peak.rf39.sroa.0.56.vec.extract.i
+  %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %156, i64 15
+  %188 = fcmp ogt float %187, %peak.rf39.sroa.0.60.vec.extract.i
+  %189 = select i1 %188, float %187, float %peak.rf39.sroa.0.60.vec.extract.i
+  store float %189, ptr %157, align 4, !tbaa !80
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
+  br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !32
 
 for_begin_r13.preheader.i:                        ; preds = %for_body_r7.us.preheader.i, %for_body_r7.preheader.i
-  %.pre-phi114.i = phi i64 [ %187, %for_body_r7.preheader.i ], [ %.pre113.i, %for_body_r7.us.preheader.i ]
-  %invariant.gep.i = getelementptr inbounds nuw float, ptr %tile_max, i64 %.pre-phi114.i
+  %.pre-phi97.i = phi i64 [ %122, %for_body_r7.preheader.i ], [ %.pre96.i, %for_body_r7.us.preheader.i ]
+  %invariant.gep.i = getelementptr inbounds nuw float, ptr %tile_max, i64 %.pre-phi97.i
   %invariant.gep24 = getelementptr inbounds nuw float, ptr %probs, i64 %49
   br label %for_begin_to18.preheader.i
 
+for_begin_r23.preheader.i:                        ; preds = %for_begin_to18.preheader.i
+  %invariant.gep98.i = getelementptr inbounds nuw float, ptr %tile_sum, i64 %.pre-phi97.i
+  br label %for_begin_ax128.preheader.i
+
 for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preheader.i, %for_begin_r13.preheader.i
-  %indvars.iv90.i = phi i64 [ 0, %for_begin_r13.preheader.i ], [ %indvars.iv.next91.i, %for_begin_to18.preheader.i ]
-  %190 = shl nuw nsw i64 %indvars.iv90.i, 7
-  %gep.i = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %indvars.iv90.i
+  %indvars.iv80.i = phi i64 [ 0, %for_begin_r13.preheader.i ], [ %indvars.iv.next81.i, %for_begin_to18.preheader.i ]
+  %gep.i = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %indvars.iv80.i
+  %190 = shl nuw nsw i64 %indvars.iv80.i, 7
   %191 = load float, ptr %gep.i, align 4, !tbaa !5
   %192 = insertelement <16 x float> poison, float %191, i64 0
   %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> zeroinitializer
   %194 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %190
   %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
   %arg.i = fsub <16 x float> %195, %193
-  %cse_v7.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %196 = bitcast <16 x float> %cse_v7.i to <16 x i32>
-  %197 = add nsw <16 x i32> %196, splat (i32 -1262485504)
-  %198 = sitofp <16 x i32> %197 to <16 x float>
-  %199 = fmul <16 x float> %198, splat (float 0x3F2BD01060000000)
-  %200 = fmul <16 x float> %198, splat (float 0x3FE6300000000000)
-  %201 = fsub <16 x float> %arg.i, %200
-  %202 = fadd <16 x float> %199, %201
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %202, <16 x float> splat (float 0x3F81112100000000))
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %202, <16 x float> splat (float 0x3FA5553820000000))
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %202, <16 x float> splat (float 0x3FC5555540000000))
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %206, <16 x float> %202, <16 x float> splat (float 5.000000e-01))
-  %208 = fmul <16 x float> %202, %207
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %208, <16 x float> %202, <16 x float> %202)
-  %210 = shl <16 x i32> %196, splat (i32 23)
-  %211 = add <16 x i32> %210, splat (i32 1065353216)
-  %212 = bitcast <16 x i32> %211 to <16 x float>
-  %213 = fadd <16 x float> %209, splat (float 1.000000e+00)
-  %214 = fmul <16 x float> %213, %212
-  %215 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %216 = select <16 x i1> %215, <16 x float> zeroinitializer, <16 x float> %214
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %197 = bitcast <16 x float> %196 to <16 x i32>
+  %198 = add nsw <16 x i32> %197, splat (i32 -1262485504)
+  %199 = sitofp <16 x i32> %198 to <16 x float>
+  %200 = fmul <16 x float> %199, splat (float 0x3F2BD01060000000)
+  %201 = fmul <16 x float> %199, splat (float 0x3FE6300000000000)
+  %202 = fsub <16 x float> %arg.i, %201
+  %203 = fadd <16 x float> %200, %202
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %203, <16 x float> splat (float 0x3F81112100000000))
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %203, <16 x float> splat (float 0x3FA5553820000000))
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %206, <16 x float> %203, <16 x float> splat (float 0x3FC5555540000000))
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %207, <16 x float> %203, <16 x float> splat (float 5.000000e-01))
+  %209 = fmul <16 x float> %203, %208
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %209, <16 x float> %203, <16 x float> %203)
+  %211 = shl <16 x i32> %197, splat (i32 23)
+  %212 = add <16 x i32> %211, splat (i32 1065353216)
+  %213 = bitcast <16 x i32> %212 to <16 x float>
+  %214 = fadd <16 x float> %210, splat (float 1.000000e+00)
+  %215 = fmul <16 x float> %214, %213
+  %216 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %217 = select <16 x i1> %216, <16 x float> zeroinitializer, <16 x float> %215
   %gep25 = getelementptr inbounds nuw float, ptr %invariant.gep24, i64 %190
-  store <16 x float> %216, ptr %gep25, align 64, !tbaa !5
-  %217 = load float, ptr %gep.i, align 4, !tbaa !5
-  %218 = insertelement <16 x float> poison, float %217, i64 0
-  %219 = shufflevector <16 x float> %218, <16 x float> poison, <16 x i32> zeroinitializer
-  %220 = getelementptr inbounds nuw i8, ptr %194, i64 64
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %221, %219
-  %cse_v7.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %222 = bitcast <16 x float> %cse_v7.1.i to <16 x i32>
-  %223 = add nsw <16 x i32> %222, splat (i32 -1262485504)
-  %224 = sitofp <16 x i32> %223 to <16 x float>
-  %225 = fmul <16 x float> %224, splat (float 0x3F2BD01060000000)
-  %226 = fmul <16 x float> %224, splat (float 0x3FE6300000000000)
-  %227 = fsub <16 x float> %arg.1.i, %226
-  %228 = fadd <16 x float> %225, %227
-  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %229, <16 x float> %228, <16 x float> splat (float 0x3F81112100000000))
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %228, <16 x float> splat (float 0x3FA5553820000000))
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %231, <16 x float> %228, <16 x float> splat (float 0x3FC5555540000000))
-  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %232, <16 x float> %228, <16 x float> splat (float 5.000000e-01))
-  %234 = fmul <16 x float> %228, %233
-  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %228, <16 x float> %228)
-  %236 = shl <16 x i32> %222, splat (i32 23)
-  %237 = add <16 x i32> %236, splat (i32 1065353216)
-  %238 = bitcast <16 x i32> %237 to <16 x float>
-  %239 = fadd <16 x float> %235, splat (float 1.000000e+00)
-  %240 = fmul <16 x float> %239, %238
-  %241 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
-  %242 = select <16 x i1> %241, <16 x float> zeroinitializer, <16 x float> %240
-  %243 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
-  store <16 x float> %242, ptr %243, align 64, !tbaa !5
-  %244 = load float, ptr %gep.i, align 4, !tbaa !5
-  %245 = insertelement <16 x float> poison, float %244, i64 0
-  %246 = shufflevector <16 x float> %245, <16 x float> poison, <16 x i32> zeroinitializer
-  %247 = getelementptr inbounds nuw i8, ptr %194, i64 128
-  %248 = load <16 x float>, ptr %247, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %248, %246
-  %cse_v7.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %249 = bitcast <16 x float> %cse_v7.2.i to <16 x i32>
-  %250 = add nsw <16 x i32> %249, splat (i32 -1262485504)
-  %251 = sitofp <16 x i32> %250 to <16 x float>
-  %252 = fmul <16 x float> %251, splat (float 0x3F2BD01060000000)
-  %253 = fmul <16 x float> %251, splat (float 0x3FE6300000000000)
-  %254 = fsub <16 x float> %arg.2.i, %253
-  %255 = fadd <16 x float> %252, %254
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %256, <16 x float> %255, <16 x float> splat (float 0x3F81112100000000))
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %257, <16 x float> %255, <16 x float> splat (float 0x3FA5553820000000))
-  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %258, <16 x float> %255, <16 x float> splat (float 0x3FC5555540000000))
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %255, <16 x float> splat (float 5.000000e-01))
-  %261 = fmul <16 x float> %255, %260
-  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %261, <16 x float> %255, <16 x float> %255)
-  %263 = shl <16 x i32> %249, splat (i32 23)
-  %264 = add <16 x i32> %263, splat (i32 1065353216)
-  %265 = bitcast <16 x i32> %264 to <16 x float>
-  %266 = fadd <16 x float> %262, splat (float 1.000000e+00)
-  %267 = fmul <16 x float> %266, %265
-  %268 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
-  %269 = select <16 x i1> %268, <16 x float> zeroinitializer, <16 x float> %267
-  %270 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
-  store <16 x float> %269, ptr %270, align 64, !tbaa !5
-  %271 = load float, ptr %gep.i, align 4, !tbaa !5
-  %272 = insertelement <16 x float> poison, float %271, i64 0
-  %273 = shufflevector <16 x float> %272, <16 x float> poison, <16 x i32> zeroinitializer
-  %274 = getelementptr inbounds nuw i8, ptr %194, i64 192
-  %275 = load <16 x float>, ptr %274, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %275, %273
-  %cse_v7.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %276 = bitcast <16 x float> %cse_v7.3.i to <16 x i32>
-  %277 = add nsw <16 x i32> %276, splat (i32 -1262485504)
-  %278 = sitofp <16 x i32> %277 to <16 x float>
-  %279 = fmul <16 x float> %278, splat (float 0x3F2BD01060000000)
-  %280 = fmul <16 x float> %278, splat (float 0x3FE6300000000000)
-  %281 = fsub <16 x float> %arg.3.i, %280
-  %282 = fadd <16 x float> %279, %281
-  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %282, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %282, <16 x float> splat (float 0x3F81112100000000))
-  %285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %284, <16 x float> %282, <16 x float> splat (float 0x3FA5553820000000))
-  %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %282, <16 x float> splat (float 0x3FC5555540000000))
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> %282, <16 x float> splat (float 5.000000e-01))
-  %288 = fmul <16 x float> %282, %287
-  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %282, <16 x float> %282)
-  %290 = shl <16 x i32> %276, splat (i32 23)
-  %291 = add <16 x i32> %290, splat (i32 1065353216)
-  %292 = bitcast <16 x i32> %291 to <16 x float>
-  %293 = fadd <16 x float> %289, splat (float 1.000000e+00)
-  %294 = fmul <16 x float> %293, %292
-  %295 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
-  %296 = select <16 x i1> %295, <16 x float> zeroinitializer, <16 x float> %294
-  %297 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
-  store <16 x float> %296, ptr %297, align 64, !tbaa !5
-  %298 = load float, ptr %gep.i, align 4, !tbaa !5
-  %299 = insertelement <16 x float> poison, float %298, i64 0
-  %300 = shufflevector <16 x float> %299, <16 x float> poison, <16 x i32> zeroinitializer
-  %301 = getelementptr inbounds nuw i8, ptr %194, i64 256
-  %302 = load <16 x float>, ptr %301, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %302, %300
-  %cse_v7.4.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %303 = bitcast <16 x float> %cse_v7.4.i to <16 x i32>
-  %304 = add nsw <16 x i32> %303, splat (i32 -1262485504)
-  %305 = sitofp <16 x i32> %304 to <16 x float>
-  %306 = fmul <16 x float> %305, splat (float 0x3F2BD01060000000)
-  %307 = fmul <16 x float> %305, splat (float 0x3FE6300000000000)
-  %308 = fsub <16 x float> %arg.4.i, %307
-  %309 = fadd <16 x float> %306, %308
-  %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %309, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %309, <16 x float> splat (float 0x3F81112100000000))
-  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %311, <16 x float> %309, <16 x float> splat (float 0x3FA5553820000000))
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %309, <16 x float> splat (float 0x3FC5555540000000))
-  %314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %313, <16 x float> %309, <16 x float> splat (float 5.000000e-01))
-  %315 = fmul <16 x float> %309, %314
-  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %309, <16 x float> %309)
-  %317 = shl <16 x i32> %303, splat (i32 23)
-  %318 = add <16 x i32> %317, splat (i32 1065353216)
-  %319 = bitcast <16 x i32> %318 to <16 x float>
-  %320 = fadd <16 x float> %316, splat (float 1.000000e+00)
-  %321 = fmul <16 x float> %320, %319
-  %322 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
-  %323 = select <16 x i1> %322, <16 x float> zeroinitializer, <16 x float> %321
-  %324 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
-  store <16 x float> %323, ptr %324, align 64, !tbaa !5
-  %325 = load float, ptr %gep.i, align 4, !tbaa !5
-  %326 = insertelement <16 x float> poison, float %325, i64 0
-  %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
-  %328 = getelementptr inbounds nuw i8, ptr %194, i64 320
-  %329 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %329, %327
-  %cse_v7.5.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %330 = bitcast <16 x float> %cse_v7.5.i to <16 x i32>
-  %331 = add nsw <16 x i32> %330, splat (i32 -1262485504)
-  %332 = sitofp <16 x i32> %331 to <16 x float>
-  %333 = fmul <16 x float> %332, splat (float 0x3F2BD01060000000)
-  %334 = fmul <16 x float> %332, splat (float 0x3FE6300000000000)
-  %335 = fsub <16 x float> %arg.5.i, %334
-  %336 = fadd <16 x float> %333, %335
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %337, <16 x float> %336, <16 x float> splat (float 0x3F81112100000000))
-  %339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %338, <16 x float> %336, <16 x float> splat (float 0x3FA5553820000000))
-  %340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %339, <16 x float> %336, <16 x float> splat (float 0x3FC5555540000000))
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %336, <16 x float> splat (float 5.000000e-01))
-  %342 = fmul <16 x float> %336, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %336, <16 x float> %336)
-  %344 = shl <16 x i32> %330, splat (i32 23)
-  %345 = add <16 x i32> %344, splat (i32 1065353216)
-  %346 = bitcast <16 x i32> %345 to <16 x float>
-  %347 = fadd <16 x float> %343, splat (float 1.000000e+00)
-  %348 = fmul <16 x float> %347, %346
-  %349 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
-  %350 = select <16 x i1> %349, <16 x float> zeroinitializer, <16 x float> %348
-  %351 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
-  store <16 x float> %350, ptr %351, align 64, !tbaa !5
-  %352 = load float, ptr %gep.i, align 4, !tbaa !5
-  %353 = insertelement <16 x float> poison, float %352, i64 0
-  %354 = shufflevector <16 x float> %353, <16 x float> poison, <16 x i32> zeroinitializer
-  %355 = getelementptr inbounds nuw i8, ptr %194, i64 384
-  %356 = load <16 x float>, ptr %355, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %356, %354
-  %cse_v7.6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %357 = bitcast <16 x float> %cse_v7.6.i to <16 x i32>
-  %358 = add nsw <16 x i32> %357, splat (i32 -1262485504)
-  %359 = sitofp <16 x i32> %358 to <16 x float>
-  %360 = fmul <16 x float> %359, splat (float 0x3F2BD01060000000)
-  %361 = fmul <16 x float> %359, splat (float 0x3FE6300000000000)
-  %362 = fsub <16 x float> %arg.6.i, %361
-  %363 = fadd <16 x float> %360, %362
-  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %363, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %363, <16 x float> splat (float 0x3F81112100000000))
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %363, <16 x float> splat (float 0x3FA5553820000000))
-  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %363, <16 x float> splat (float 0x3FC5555540000000))
-  %368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %363, <16 x float> splat (float 5.000000e-01))
-  %369 = fmul <16 x float> %363, %368
-  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %363, <16 x float> %363)
-  %371 = shl <16 x i32> %357, splat (i32 23)
-  %372 = add <16 x i32> %371, splat (i32 1065353216)
-  %373 = bitcast <16 x i32> %372 to <16 x float>
-  %374 = fadd <16 x float> %370, splat (float 1.000000e+00)
-  %375 = fmul <16 x float> %374, %373
-  %376 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
-  %377 = select <16 x i1> %376, <16 x float> zeroinitializer, <16 x float> %375
-  %378 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
-  store <16 x float> %377, ptr %378, align 64, !tbaa !5
-  %379 = load float, ptr %gep.i, align 4, !tbaa !5
-  %380 = insertelement <16 x float> poison, float %379, i64 0
-  %381 = shufflevector <16 x float> %380, <16 x float> poison, <16 x i32> zeroinitializer
-  %382 = getelementptr inbounds nuw i8, ptr %194, i64 448
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %383, %381
-  %cse_v7.7.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %384 = bitcast <16 x float> %cse_v7.7.i to <16 x i32>
-  %385 = add nsw <16 x i32> %384, splat (i32 -1262485504)
-  %386 = sitofp <16 x i32> %385 to <16 x float>
-  %387 = fmul <16 x float> %386, splat (float 0x3F2BD01060000000)
-  %388 = fmul <16 x float> %386, splat (float 0x3FE6300000000000)
-  %389 = fsub <16 x float> %arg.7.i, %388
-  %390 = fadd <16 x float> %387, %389
-  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %390, <16 x float> splat (float 0x3F81112100000000))
-  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %390, <16 x float> splat (float 0x3FA5553820000000))
-  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %390, <16 x float> splat (float 0x3FC5555540000000))
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %390, <16 x float> splat (float 5.000000e-01))
-  %396 = fmul <16 x float> %390, %395
-  %397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %390, <16 x float> %390)
-  %398 = shl <16 x i32> %384, splat (i32 23)
-  %399 = add <16 x i32> %398, splat (i32 1065353216)
-  %400 = bitcast <16 x i32> %399 to <16 x float>
-  %401 = fadd <16 x float> %397, splat (float 1.000000e+00)
-  %402 = fmul <16 x float> %401, %400
-  %403 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
-  %404 = select <16 x i1> %403, <16 x float> zeroinitializer, <16 x float> %402
-  %405 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
-  store <16 x float> %404, ptr %405, align 64, !tbaa !5
-  %indvars.iv.next91.i = add nuw nsw i64 %indvars.iv90.i, 1
-  %exitcond95.not.i = icmp eq i64 %indvars.iv.next91.i, 16
-  br i1 %exitcond95.not.i, label %for_begin_ax128.preheader.preheader.i, label %for_begin_to18.preheader.i, !prof !33
+  store <16 x float> %217, ptr %gep25, align 64, !tbaa !5
+  %218 = load float, ptr %gep.i, align 4, !tbaa !5
+  %219 = insertelement <16 x float> poison, float %218, i64 0
+  %220 = shufflevector <16 x float> %219, <16 x float> poison, <16 x i32> zeroinitializer
+  %221 = getelementptr inbounds nuw i8, ptr %194, i64 64
+  %222 = load <16 x float>, ptr %221, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %222, %220
+  %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %224 = bitcast <16 x float> %223 to <16 x i32>
+  %225 = add nsw <16 x i32> %224, splat (i32 -1262485504)
+  %226 = sitofp <16 x i32> %225 to <16 x float>
+  %227 = fmul <16 x float> %226, splat (float 0x3F2BD01060000000)
+  %228 = fmul <16 x float> %226, splat (float 0x3FE6300000000000)
+  %229 = fsub <16 x float> %arg.1.i, %228
+  %230 = fadd <16 x float> %227, %229
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %231, <16 x float> %230, <16 x float> splat (float 0x3F81112100000000))
+  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %232, <16 x float> %230, <16 x float> splat (float 0x3FA5553820000000))
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %233, <16 x float> %230, <16 x float> splat (float 0x3FC5555540000000))
+  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %230, <16 x float> splat (float 5.000000e-01))
+  %236 = fmul <16 x float> %230, %235
+  %237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %236, <16 x float> %230, <16 x float> %230)
+  %238 = shl <16 x i32> %224, splat (i32 23)
+  %239 = add <16 x i32> %238, splat (i32 1065353216)
+  %240 = bitcast <16 x i32> %239 to <16 x float>
+  %241 = fadd <16 x float> %237, splat (float 1.000000e+00)
+  %242 = fmul <16 x float> %241, %240
+  %243 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
+  %244 = select <16 x i1> %243, <16 x float> zeroinitializer, <16 x float> %242
+  %245 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
+  store <16 x float> %244, ptr %245, align 64, !tbaa !5
+  %246 = load float, ptr %gep.i, align 4, !tbaa !5
+  %247 = insertelement <16 x float> poison, float %246, i64 0
+  %248 = shufflevector <16 x float> %247, <16 x float> poison, <16 x i32> zeroinitializer
+  %249 = getelementptr inbounds nuw i8, ptr %194, i64 128
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %250, %248
+  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = add nsw <16 x i32> %252, splat (i32 -1262485504)
+  %254 = sitofp <16 x i32> %253 to <16 x float>
+  %255 = fmul <16 x float> %254, splat (float 0x3F2BD01060000000)
+  %256 = fmul <16 x float> %254, splat (float 0x3FE6300000000000)
+  %257 = fsub <16 x float> %arg.2.i, %256
+  %258 = fadd <16 x float> %255, %257
+  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %258, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %258, <16 x float> splat (float 0x3F81112100000000))
+  %261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %258, <16 x float> splat (float 0x3FA5553820000000))
+  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %261, <16 x float> %258, <16 x float> splat (float 0x3FC5555540000000))
+  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %262, <16 x float> %258, <16 x float> splat (float 5.000000e-01))
+  %264 = fmul <16 x float> %258, %263
+  %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %264, <16 x float> %258, <16 x float> %258)
+  %266 = shl <16 x i32> %252, splat (i32 23)
+  %267 = add <16 x i32> %266, splat (i32 1065353216)
+  %268 = bitcast <16 x i32> %267 to <16 x float>
+  %269 = fadd <16 x float> %265, splat (float 1.000000e+00)
+  %270 = fmul <16 x float> %269, %268
+  %271 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
+  %272 = select <16 x i1> %271, <16 x float> zeroinitializer, <16 x float> %270
+  %273 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
+  store <16 x float> %272, ptr %273, align 64, !tbaa !5
+  %274 = load float, ptr %gep.i, align 4, !tbaa !5
+  %275 = insertelement <16 x float> poison, float %274, i64 0
+  %276 = shufflevector <16 x float> %275, <16 x float> poison, <16 x i32> zeroinitializer
+  %277 = getelementptr inbounds nuw i8, ptr %194, i64 192
+  %278 = load <16 x float>, ptr %277, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %278, %276
+  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %280 = bitcast <16 x float> %279 to <16 x i32>
+  %281 = add nsw <16 x i32> %280, splat (i32 -1262485504)
+  %282 = sitofp <16 x i32> %281 to <16 x float>
+  %283 = fmul <16 x float> %282, splat (float 0x3F2BD01060000000)
+  %284 = fmul <16 x float> %282, splat (float 0x3FE6300000000000)
+  %285 = fsub <16 x float> %arg.3.i, %284
+  %286 = fadd <16 x float> %283, %285
+  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %287, <16 x float> %286, <16 x float> splat (float 0x3F81112100000000))
+  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %286, <16 x float> splat (float 0x3FA5553820000000))
+  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %289, <16 x float> %286, <16 x float> splat (float 0x3FC5555540000000))
+  %291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %290, <16 x float> %286, <16 x float> splat (float 5.000000e-01))
+  %292 = fmul <16 x float> %286, %291
+  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %292, <16 x float> %286, <16 x float> %286)
+  %294 = shl <16 x i32> %280, splat (i32 23)
+  %295 = add <16 x i32> %294, splat (i32 1065353216)
+  %296 = bitcast <16 x i32> %295 to <16 x float>
+  %297 = fadd <16 x float> %293, splat (float 1.000000e+00)
+  %298 = fmul <16 x float> %297, %296
+  %299 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
+  %300 = select <16 x i1> %299, <16 x float> zeroinitializer, <16 x float> %298
+  %301 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
+  store <16 x float> %300, ptr %301, align 64, !tbaa !5
+  %302 = load float, ptr %gep.i, align 4, !tbaa !5
+  %303 = insertelement <16 x float> poison, float %302, i64 0
+  %304 = shufflevector <16 x float> %303, <16 x float> poison, <16 x i32> zeroinitializer
+  %305 = getelementptr inbounds nuw i8, ptr %194, i64 256
+  %306 = load <16 x float>, ptr %305, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %306, %304
+  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %308 = bitcast <16 x float> %307 to <16 x i32>
+  %309 = add nsw <16 x i32> %308, splat (i32 -1262485504)
+  %310 = sitofp <16 x i32> %309 to <16 x float>
+  %311 = fmul <16 x float> %310, splat (float 0x3F2BD01060000000)
+  %312 = fmul <16 x float> %310, splat (float 0x3FE6300000000000)
+  %313 = fsub <16 x float> %arg.4.i, %312
+  %314 = fadd <16 x float> %311, %313
+  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %314, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %314, <16 x float> splat (float 0x3F81112100000000))
+  %317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %314, <16 x float> splat (float 0x3FA5553820000000))
+  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %314, <16 x float> splat (float 0x3FC5555540000000))
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %314, <16 x float> splat (float 5.000000e-01))
+  %320 = fmul <16 x float> %314, %319
+  %321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %314, <16 x float> %314)
+  %322 = shl <16 x i32> %308, splat (i32 23)
+  %323 = add <16 x i32> %322, splat (i32 1065353216)
+  %324 = bitcast <16 x i32> %323 to <16 x float>
+  %325 = fadd <16 x float> %321, splat (float 1.000000e+00)
+  %326 = fmul <16 x float> %325, %324
+  %327 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
+  %328 = select <16 x i1> %327, <16 x float> zeroinitializer, <16 x float> %326
+  %329 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
+  store <16 x float> %328, ptr %329, align 64, !tbaa !5
+  %330 = load float, ptr %gep.i, align 4, !tbaa !5
+  %331 = insertelement <16 x float> poison, float %330, i64 0
+  %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
+  %333 = getelementptr inbounds nuw i8, ptr %194, i64 320
+  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %334, %332
+  %335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %336 = bitcast <16 x float> %335 to <16 x i32>
+  %337 = add nsw <16 x i32> %336, splat (i32 -1262485504)
+  %338 = sitofp <16 x i32> %337 to <16 x float>
+  %339 = fmul <16 x float> %338, splat (float 0x3F2BD01060000000)
+  %340 = fmul <16 x float> %338, splat (float 0x3FE6300000000000)
+  %341 = fsub <16 x float> %arg.5.i, %340
+  %342 = fadd <16 x float> %339, %341
+  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %342, <16 x float> splat (float 0x3F81112100000000))
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %344, <16 x float> %342, <16 x float> splat (float 0x3FA5553820000000))
+  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %342, <16 x float> splat (float 0x3FC5555540000000))
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %342, <16 x float> splat (float 5.000000e-01))
+  %348 = fmul <16 x float> %342, %347
+  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> %342, <16 x float> %342)
+  %350 = shl <16 x i32> %336, splat (i32 23)
+  %351 = add <16 x i32> %350, splat (i32 1065353216)
+  %352 = bitcast <16 x i32> %351 to <16 x float>
+  %353 = fadd <16 x float> %349, splat (float 1.000000e+00)
+  %354 = fmul <16 x float> %353, %352
+  %355 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
+  %356 = select <16 x i1> %355, <16 x float> zeroinitializer, <16 x float> %354
+  %357 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
+  store <16 x float> %356, ptr %357, align 64, !tbaa !5
+  %358 = load float, ptr %gep.i, align 4, !tbaa !5
+  %359 = insertelement <16 x float> poison, float %358, i64 0
+  %360 = shufflevector <16 x float> %359, <16 x float> poison, <16 x i32> zeroinitializer
+  %361 = getelementptr inbounds nuw i8, ptr %194, i64 384
+  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %362, %360
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %364 = bitcast <16 x float> %363 to <16 x i32>
+  %365 = add nsw <16 x i32> %364, splat (i32 -1262485504)
+  %366 = sitofp <16 x i32> %365 to <16 x float>
+  %367 = fmul <16 x float> %366, splat (float 0x3F2BD01060000000)
+  %368 = fmul <16 x float> %366, splat (float 0x3FE6300000000000)
+  %369 = fsub <16 x float> %arg.6.i, %368
+  %370 = fadd <16 x float> %367, %369
+  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %370, <16 x float> splat (float 0x3F81112100000000))
+  %373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %370, <16 x float> splat (float 0x3FA5553820000000))
+  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %370, <16 x float> splat (float 0x3FC5555540000000))
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %370, <16 x float> splat (float 5.000000e-01))
+  %376 = fmul <16 x float> %370, %375
+  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> %370, <16 x float> %370)
+  %378 = shl <16 x i32> %364, splat (i32 23)
+  %379 = add <16 x i32> %378, splat (i32 1065353216)
+  %380 = bitcast <16 x i32> %379 to <16 x float>
+  %381 = fadd <16 x float> %377, splat (float 1.000000e+00)
+  %382 = fmul <16 x float> %381, %380
+  %383 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
+  %384 = select <16 x i1> %383, <16 x float> zeroinitializer, <16 x float> %382
+  %385 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
+  store <16 x float> %384, ptr %385, align 64, !tbaa !5
+  %386 = load float, ptr %gep.i, align 4, !tbaa !5
+  %387 = insertelement <16 x float> poison, float %386, i64 0
+  %388 = shufflevector <16 x float> %387, <16 x float> poison, <16 x i32> zeroinitializer
+  %389 = getelementptr inbounds nuw i8, ptr %194, i64 448
+  %390 = load <16 x float>, ptr %389, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %390, %388
+  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %392 = bitcast <16 x float> %391 to <16 x i32>
+  %393 = add nsw <16 x i32> %392, splat (i32 -1262485504)
+  %394 = sitofp <16 x i32> %393 to <16 x float>
+  %395 = fmul <16 x float> %394, splat (float 0x3F2BD01060000000)
+  %396 = fmul <16 x float> %394, splat (float 0x3FE6300000000000)
+  %397 = fsub <16 x float> %arg.7.i, %396
+  %398 = fadd <16 x float> %395, %397
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %398, <16 x float> splat (float 0x3F81112100000000))
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %398, <16 x float> splat (float 0x3FA5553820000000))
+  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %401, <16 x float> %398, <16 x float> splat (float 0x3FC5555540000000))
+  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %402, <16 x float> %398, <16 x float> splat (float 5.000000e-01))
+  %404 = fmul <16 x float> %398, %403
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %404, <16 x float> %398, <16 x float> %398)
+  %406 = shl <16 x i32> %392, splat (i32 23)
+  %407 = add <16 x i32> %406, splat (i32 1065353216)
+  %408 = bitcast <16 x i32> %407 to <16 x float>
+  %409 = fadd <16 x float> %405, splat (float 1.000000e+00)
+  %410 = fmul <16 x float> %409, %408
+  %411 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
+  %412 = select <16 x i1> %411, <16 x float> zeroinitializer, <16 x float> %410
+  %413 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
+  store <16 x float> %412, ptr %413, align 64, !tbaa !5
+  %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
+  %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 16
+  br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !32
 
-for_begin_ax128.preheader.preheader.i:            ; preds = %for_begin_to18.preheader.i
-  %invariant.gep115.i = getelementptr inbounds nuw float, ptr %tile_sum, i64 %.pre-phi114.i
-  br label %for_begin_ax128.preheader.i
-
-for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.preheader.i, %for_begin_ax128.preheader.preheader.i
-  %indvars.iv101.i = phi i64 [ 0, %for_begin_ax128.preheader.preheader.i ], [ %indvars.iv.next102.i, %for_begin_ax128.preheader.i ]
-  %.idx23 = shl nuw nsw i64 %indvars.iv101.i, 9
+for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.preheader.i, %for_begin_r23.preheader.i
+  %indvars.iv88.i = phi i64 [ 0, %for_begin_r23.preheader.i ], [ %indvars.iv.next89.i, %for_begin_ax128.preheader.i ]
+  %.idx23 = shl nuw nsw i64 %indvars.iv88.i, 9
   %gep27 = getelementptr inbounds nuw i8, ptr %invariant.gep24, i64 %.idx23
-  %406 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
-  %407 = fadd <16 x float> %406, zeroinitializer
-  %408 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
-  %409 = load <16 x float>, ptr %408, align 64, !tbaa !5
-  %410 = fadd <16 x float> %407, %409
-  %411 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
-  %412 = load <16 x float>, ptr %411, align 64, !tbaa !5
-  %413 = fadd <16 x float> %410, %412
-  %414 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
-  %415 = load <16 x float>, ptr %414, align 64, !tbaa !5
-  %416 = fadd <16 x float> %413, %415
-  %417 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
-  %418 = load <16 x float>, ptr %417, align 64, !tbaa !5
-  %419 = fadd <16 x float> %416, %418
-  %420 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
-  %421 = load <16 x float>, ptr %420, align 64, !tbaa !5
-  %422 = fadd <16 x float> %419, %421
-  %423 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
-  %424 = load <16 x float>, ptr %423, align 64, !tbaa !5
-  %425 = fadd <16 x float> %422, %424
-  %426 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
-  %427 = load <16 x float>, ptr %426, align 64, !tbaa !5
-  %428 = fadd <16 x float> %425, %427
-  %gep116.i = getelementptr inbounds nuw float, ptr %invariant.gep115.i, i64 %indvars.iv101.i
-  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %428, i64 0
-  %429 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %428, i64 1
-  %430 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %429
-  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %428, i64 2
-  %431 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %430
-  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %428, i64 3
-  %432 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %431
-  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %428, i64 4
-  %433 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %432
-  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %428, i64 5
-  %434 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %433
-  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %428, i64 6
-  %435 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %434
-  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %428, i64 7
-  %436 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %435
-  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %428, i64 8
-  %437 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %436
-  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %428, i64 9
-  %438 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %437
-  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %428, i64 10
-  %439 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %438
-  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %428, i64 11
-  %440 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %439
-  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %428, i64 12
-  %441 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %440
-  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %428, i64 13
-  %442 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %441
-  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %428, i64 14
-  %443 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %442
-  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %428, i64 15
-  %444 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %443
-  store float %444, ptr %gep116.i, align 4, !tbaa !5
-  %indvars.iv.next102.i = add nuw nsw i64 %indvars.iv101.i, 1
-  %exitcond106.not.i = icmp eq i64 %indvars.iv.next102.i, 16
-  br i1 %exitcond106.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !33
+  %414 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
+  %415 = fadd <16 x float> %414, zeroinitializer
+  %416 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
+  %417 = load <16 x float>, ptr %416, align 64, !tbaa !5
+  %418 = fadd <16 x float> %415, %417
+  %419 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
+  %420 = load <16 x float>, ptr %419, align 64, !tbaa !5
+  %421 = fadd <16 x float> %418, %420
+  %422 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
+  %423 = load <16 x float>, ptr %422, align 64, !tbaa !5
+  %424 = fadd <16 x float> %421, %423
+  %425 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
+  %426 = load <16 x float>, ptr %425, align 64, !tbaa !5
+  %427 = fadd <16 x float> %424, %426
+  %428 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
+  %429 = load <16 x float>, ptr %428, align 64, !tbaa !5
+  %430 = fadd <16 x float> %427, %429
+  %431 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
+  %432 = load <16 x float>, ptr %431, align 64, !tbaa !5
+  %433 = fadd <16 x float> %430, %432
+  %434 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
+  %435 = load <16 x float>, ptr %434, align 64, !tbaa !5
+  %436 = fadd <16 x float> %433, %435
+  %gep99.i = getelementptr inbounds nuw float, ptr %invariant.gep98.i, i64 %indvars.iv88.i
+  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %436, i64 0
+  %437 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %436, i64 1
+  %438 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %437
+  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %436, i64 2
+  %439 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %438
+  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %436, i64 3
+  %440 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %439
+  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %436, i64 4
+  %441 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %440
+  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %436, i64 5
+  %442 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %441
+  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %436, i64 6
+  %443 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %442
+  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %436, i64 7
+  %444 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %443
+  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %436, i64 8
+  %445 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %444
+  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %436, i64 9
+  %446 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %445
+  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %436, i64 10
+  %447 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %446
+  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %436, i64 11
+  %448 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %447
+  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %436, i64 12
+  %449 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %448
+  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %436, i64 13
+  %450 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %449
+  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %436, i64 14
+  %451 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %450
+  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %436, i64 15
+  %452 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %451
+  store float %452, ptr %gep99.i, align 4, !tbaa !5
+  %indvars.iv.next89.i = add nuw nsw i64 %indvars.iv88.i, 1
+  %exitcond91.not.i = icmp eq i64 %indvars.iv.next89.i, 16
+  br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !32
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
-  %445 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %446 = tail call i32 %445(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not.i = icmp eq i32 %446, 0
-  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !81
+  %453 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %454 = tail call i32 %453(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not.i = icmp eq i32 %454, 0
+  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !78
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r25.i ]
@@ -4703,75 +5147,71 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = distinct !{!14, !11}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"ctx_ptr", !7, i64 0}
-!17 = !{!18, !18, i64 0}
-!18 = !{!"buffer0.w64.b0", !19, i64 0}
-!19 = !{!"buffer0.w128.b0", !20, i64 0}
-!20 = !{!"buffer0.w256.b0", !21, i64 0}
-!21 = !{!"buffer0.w512.b0", !22, i64 0}
-!22 = !{!"buffer0.w1024.b0", !23, i64 0}
-!23 = !{!"buffer0", !7, i64 0}
-!24 = !{!25, !25, i64 0}
-!25 = !{!"buffer1.w64.b0", !26, i64 0}
-!26 = !{!"buffer1.w128.b0", !27, i64 0}
-!27 = !{!"buffer1.w256.b0", !28, i64 0}
-!28 = !{!"buffer1.w512.b0", !29, i64 0}
-!29 = !{!"buffer1.w1024.b0", !30, i64 0}
-!30 = !{!"buffer1", !7, i64 0}
-!31 = !{!30, !30, i64 0}
-!32 = !{!23, !23, i64 0}
-!33 = !{!"branch_weights", i32 1, i32 1048575}
-!34 = !{!35, !35, i64 0}
-!35 = !{!"buffer2.w64.b0", !36, i64 0}
-!36 = !{!"buffer2.w128.b0", !37, i64 0}
-!37 = !{!"buffer2.w256.b0", !38, i64 0}
-!38 = !{!"buffer2.w512.b0", !39, i64 0}
-!39 = !{!"buffer2.w1024.b0", !40, i64 0}
-!40 = !{!"buffer2", !7, i64 0}
-!41 = !{!40, !40, i64 0}
-!42 = !{!43, !43, i64 0}
-!43 = !{!"buffer3.w64.b0", !44, i64 0}
-!44 = !{!"buffer3.w128.b0", !45, i64 0}
-!45 = !{!"buffer3.w256.b0", !46, i64 0}
-!46 = !{!"buffer3.w512.b0", !47, i64 0}
-!47 = !{!"buffer3.w1024.b0", !48, i64 0}
-!48 = !{!"buffer3", !7, i64 0}
-!49 = !{!50, !50, i64 0}
-!50 = !{!"buffer4.w64.b0", !51, i64 0}
-!51 = !{!"buffer4.w128.b0", !52, i64 0}
-!52 = !{!"buffer4.w256.b0", !53, i64 0}
-!53 = !{!"buffer4.w512.b0", !54, i64 0}
-!54 = !{!"buffer4.w1024.b0", !55, i64 0}
-!55 = !{!"buffer4", !7, i64 0}
-!56 = !{!55, !55, i64 0}
-!57 = !{!48, !48, i64 0}
-!58 = !{!"branch_weights", i32 1, i32 127}
-!59 = !{!"branch_weights", i32 255, i32 16129}
-!60 = !{!"branch_weights", i32 127, i32 8388477}
-!61 = distinct !{!61, !62, !63, !64}
-!62 = !{!"llvm.loop.isvectorized", i32 1}
-!63 = !{!"llvm.loop.unroll.runtime.disable"}
-!64 = !{!"llvm.loop.estimated_trip_count", i32 66052}
-!65 = !{!"branch_weights", i32 1, i32 15}
-!66 = !{!"branch_weights", i32 4, i32 12}
-!67 = !{!"branch_weights", i32 1, i32 0}
-!68 = distinct !{!68, !62, !63, !69}
-!69 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!70 = !{!"branch_weights", i32 1, i32 3}
-!71 = !{!"branch_weights", i32 1, i32 1}
-!72 = distinct !{!72, !73}
-!73 = !{!"llvm.loop.unroll.disable"}
-!74 = !{!"branch_weights", i32 127, i32 0}
-!75 = distinct !{!75, !62, !69}
-!76 = distinct !{!76, !11}
-!77 = distinct !{!77, !78}
-!78 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!79 = distinct !{!79, !80}
-!80 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!81 = !{!"branch_weights", i32 1, i32 1048576}
-!82 = distinct !{!82, !78}
-!83 = !{!"branch_weights", i32 -2147483648, i32 0}
-!84 = !{!85, !85, i64 0}
-!85 = !{!"buffer5", !7, i64 0}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"ctx_ptr", !7, i64 0}
+!16 = !{!17, !17, i64 0}
+!17 = !{!"buffer0.w64.b0", !18, i64 0}
+!18 = !{!"buffer0.w128.b0", !19, i64 0}
+!19 = !{!"buffer0.w256.b0", !20, i64 0}
+!20 = !{!"buffer0.w512.b0", !21, i64 0}
+!21 = !{!"buffer0.w1024.b0", !22, i64 0}
+!22 = !{!"buffer0", !7, i64 0}
+!23 = !{!24, !24, i64 0}
+!24 = !{!"buffer1.w64.b0", !25, i64 0}
+!25 = !{!"buffer1.w128.b0", !26, i64 0}
+!26 = !{!"buffer1.w256.b0", !27, i64 0}
+!27 = !{!"buffer1.w512.b0", !28, i64 0}
+!28 = !{!"buffer1.w1024.b0", !29, i64 0}
+!29 = !{!"buffer1", !7, i64 0}
+!30 = !{!29, !29, i64 0}
+!31 = !{!22, !22, i64 0}
+!32 = !{!"branch_weights", i32 1, i32 1048575}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer2.w64.b0", !35, i64 0}
+!35 = !{!"buffer2.w128.b0", !36, i64 0}
+!36 = !{!"buffer2.w256.b0", !37, i64 0}
+!37 = !{!"buffer2.w512.b0", !38, i64 0}
+!38 = !{!"buffer2.w1024.b0", !39, i64 0}
+!39 = !{!"buffer2", !7, i64 0}
+!40 = !{!39, !39, i64 0}
+!41 = !{!42, !42, i64 0}
+!42 = !{!"buffer3.w64.b0", !43, i64 0}
+!43 = !{!"buffer3.w128.b0", !44, i64 0}
+!44 = !{!"buffer3.w256.b0", !45, i64 0}
+!45 = !{!"buffer3.w512.b0", !46, i64 0}
+!46 = !{!"buffer3.w1024.b0", !47, i64 0}
+!47 = !{!"buffer3", !7, i64 0}
+!48 = !{!49, !49, i64 0}
+!49 = !{!"buffer4.w64.b0", !50, i64 0}
+!50 = !{!"buffer4.w128.b0", !51, i64 0}
+!51 = !{!"buffer4.w256.b0", !52, i64 0}
+!52 = !{!"buffer4.w512.b0", !53, i64 0}
+!53 = !{!"buffer4.w1024.b0", !54, i64 0}
+!54 = !{!"buffer4", !7, i64 0}
+!55 = !{!54, !54, i64 0}
+!56 = !{!47, !47, i64 0}
+!57 = !{!"branch_weights", i32 1, i32 127}
+!58 = !{!"branch_weights", i32 255, i32 16129}
+!59 = !{!"branch_weights", i32 127, i32 8388477}
+!60 = distinct !{!60, !61, !62, !63}
+!61 = !{!"llvm.loop.isvectorized", i32 1}
+!62 = !{!"llvm.loop.unroll.runtime.disable"}
+!63 = !{!"llvm.loop.estimated_trip_count", i32 66052}
+!64 = !{!"branch_weights", i32 1, i32 15}
+!65 = !{!"branch_weights", i32 4, i32 12}
+!66 = !{!"branch_weights", i32 1, i32 0}
+!67 = distinct !{!67, !61, !62, !68}
+!68 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!69 = !{!"branch_weights", i32 1, i32 3}
+!70 = !{!"branch_weights", i32 1, i32 1}
+!71 = distinct !{!71, !72}
+!72 = !{!"llvm.loop.unroll.disable"}
+!73 = !{!"branch_weights", i32 127, i32 0}
+!74 = distinct !{!74, !61, !68}
+!75 = distinct !{!75, !11}
+!76 = distinct !{!76, !77}
+!77 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!78 = !{!"branch_weights", i32 1, i32 1048576}
+!79 = distinct !{!79, !77}
+!80 = !{!81, !81, i64 0}
+!81 = !{!"buffer5", !7, i64 0}

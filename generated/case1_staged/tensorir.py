@@ -30,25 +30,7 @@ q_head = TypeVar("q_head")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
-    def append_key(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
-        # with T.sblock("root"):
-        for h, t in T.grid(num_heads, num_tokens):
-            with T.sblock("token"):
-                vh = T.axis.opaque(num_heads, h)
-                vt = T.axis.opaque(num_tokens, t)
-                T.reads()
-                T.writes()
-                target: T.let[T.int64] = slot_mapping[vt]
-                if target >= T.int64(0):
-                    for run, i in T.grid(1, 128):
-                        with T.sblock("element"):
-                            vd = T.axis.spatial(128, run * 128 + i)
-                            T.reads(new[vt, head_begin + vh, vd])
-                            T.writes(cache[0:num_blocks, 0:T.int64(128), 0, 0:T.int64(128)])
-                            cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
-
-    @T.prim_func(s_tir=True)
-    def append_value(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+    def append_row(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
         # with T.sblock("root"):
         for h, t in T.grid(num_heads, num_tokens):
             with T.sblock("token"):
@@ -80,63 +62,66 @@ class Module:
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
                     T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-                    new_max = T.sblock_alloc_buffer((16,))
-                    new_sum = T.sblock_alloc_buffer((16,))
-                    alpha = T.sblock_alloc_buffer((16,))
-                    beta = T.sblock_alloc_buffer((16,))
-                    for r in range(16):
-                        with T.sblock("rescale"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
-                            T.writes(new_max[vr], alpha[vr], beta[vr])
-                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
-                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
-                            old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
-                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
-                            new_max[vr] = m
-                            arg: T.let[T.float32] = old_max - m
-                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                            arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                            beta[vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                    for r in range(16):
-                        with T.sblock("new_sum"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_sum[0, vr], alpha[vr], beta[vr], partial_sum[slot, vr])
-                            T.writes(new_sum[vr])
-                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            new_sum[vr] = alpha[vr] * previous + beta[vr] * partial_sum[slot, vr]
-                    for r in range(16):
-                        with T.sblock("row"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(new_max[vr], new_sum[vr])
-                            T.writes(row_max[0, vr], row_sum[0, vr])
-                            row_max[0, vr] = new_max[vr]
-                            row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
+                    alpha = T.sblock_alloc_buffer((1, 16))
+                    beta = T.sblock_alloc_buffer((1, 16))
+                    with T.sblock("rescale"):
+                        T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], row_max[0, 0:16], row_sum[0, 0:16])
+                        T.writes(row_max[0, 0:16], row_sum[0, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                        new_max = T.sblock_alloc_buffer((16,))
+                        new_sum = T.sblock_alloc_buffer((16,))
+                        for r in range(16):
+                            with T.sblock("factors"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
+                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
+                                old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
+                                old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
+                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
+                                new_max[vr] = m
+                                arg: T.let[T.float32] = old_max - m
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                arg_1: T.let[T.float32] = partial_max[slot, vr] - m
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                        for r in range(16):
+                            with T.sblock("new_sum"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_sum[0, vr], alpha[0, vr], beta[0, vr], partial_sum[slot, vr])
+                                T.writes(new_sum[vr])
+                                previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * partial_sum[slot, vr]
+                        for r in range(16):
+                            with T.sblock("row"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(new_max[vr], new_sum[vr])
+                                T.writes(row_max[0, vr], row_sum[0, vr])
+                                row_max[0, vr] = new_max[vr]
+                                row_sum[0, vr] = new_sum[vr]
+                    with T.sblock("fold"):
+                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[0, 0:16, 0:128])
-                        for r, d in T.grid(16, 128):
+                        for i, r, d in T.grid(1, 16, 128):
                             with T.sblock("acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
+                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                 vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
+                                T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
+                                T.writes(acc[vi, vr, vd])
                                 with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+                                    acc[vi, vr, vd] = T.float32(0.0)
+                                acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
         with T.sblock("normalize"):
             T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
             T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
@@ -172,63 +157,66 @@ class Module:
                 with T.sblock("online_update"):
                     T.reads(tile_max[vs, 0:16], tile_sum[vs, 0:16], tile_acc[vs, 0:16, 0:128], row_max[vs, 0:16], row_sum[vs, 0:16])
                     T.writes(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
-                    new_max = T.sblock_alloc_buffer((16,))
-                    new_sum = T.sblock_alloc_buffer((16,))
-                    alpha = T.sblock_alloc_buffer((16,))
-                    beta = T.sblock_alloc_buffer((16,))
-                    for r in range(16):
-                        with T.sblock("rescale"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_max[vs, vr], row_sum[vs, vr], tile_max[vs, vr], tile_sum[vs, vr])
-                            T.writes(new_max[vr], alpha[vr], beta[vr])
-                            old_max: T.let[T.float32] = T.Select(block_idx == 0, T.float32(-1000000000000000019884624838656.0), row_max[vs, vr])
-                            old_sum: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), row_sum[vs, vr])
-                            both: T.let[T.float32] = T.max(old_max, tile_max[vs, vr])
-                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vs, vr] == T.float32(0.0), old_max, both)
-                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vs, vr], old_or_both)
-                            new_max[vr] = m
-                            arg: T.let[T.float32] = old_max - m
-                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                            arg_1: T.let[T.float32] = tile_max[vs, vr] - m
-                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                            beta[vr] = T.Select(tile_sum[vs, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                    for r in range(16):
-                        with T.sblock("new_sum"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_sum[vs, vr], alpha[vr], beta[vr], tile_sum[vs, vr])
-                            T.writes(new_sum[vr])
-                            previous: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), row_sum[vs, vr])
-                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vs, vr]
-                    for r in range(16):
-                        with T.sblock("row"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(new_max[vr], new_sum[vr])
-                            T.writes(row_max[vs, vr], row_sum[vs, vr])
-                            row_max[vs, vr] = new_max[vr]
-                            row_sum[vs, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(tile_acc[vs, 0:16, 0:128], alpha[0:16], beta[0:16])
+                    alpha = T.sblock_alloc_buffer((1, 16))
+                    beta = T.sblock_alloc_buffer((1, 16))
+                    with T.sblock("rescale"):
+                        T.reads(tile_max[vs, 0:16], tile_sum[vs, 0:16], row_max[vs, 0:16], row_sum[vs, 0:16])
+                        T.writes(row_max[vs, 0:16], row_sum[vs, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                        new_max = T.sblock_alloc_buffer((16,))
+                        new_sum = T.sblock_alloc_buffer((16,))
+                        for r in range(16):
+                            with T.sblock("factors"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_max[vs, vr], row_sum[vs, vr], tile_max[vs, vr], tile_sum[vs, vr])
+                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                old_max: T.let[T.float32] = T.Select(block_idx == 0, T.float32(-1000000000000000019884624838656.0), row_max[vs, vr])
+                                old_sum: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), row_sum[vs, vr])
+                                both: T.let[T.float32] = T.max(old_max, tile_max[vs, vr])
+                                old_or_both: T.let[T.float32] = T.Select(tile_sum[vs, vr] == T.float32(0.0), old_max, both)
+                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vs, vr], old_or_both)
+                                new_max[vr] = m
+                                arg: T.let[T.float32] = old_max - m
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                arg_1: T.let[T.float32] = tile_max[vs, vr] - m
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                beta[0, vr] = T.Select(tile_sum[vs, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                        for r in range(16):
+                            with T.sblock("new_sum"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(row_sum[vs, vr], alpha[0, vr], beta[0, vr], tile_sum[vs, vr])
+                                T.writes(new_sum[vr])
+                                previous: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), row_sum[vs, vr])
+                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * tile_sum[vs, vr]
+                        for r in range(16):
+                            with T.sblock("row"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(new_max[vr], new_sum[vr])
+                                T.writes(row_max[vs, vr], row_sum[vs, vr])
+                                row_max[vs, vr] = new_max[vr]
+                                row_sum[vs, vr] = new_sum[vr]
+                    with T.sblock("fold"):
+                        T.reads(tile_acc[vs, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[vs, 0:16, 0:128])
-                        for r, d in T.grid(16, 128):
+                        for i, r, d in T.grid(1, 16, 128):
                             with T.sblock("acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
+                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                 vstep = T.axis.reduce(num_blocks, block_idx)
-                                T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
-                                T.writes(acc[vs, vr, vd])
+                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vs + vi, vr, vd])
+                                T.writes(acc[vs + vi, vr, vd])
                                 with T.init():
-                                    acc[vs, vr, vd] = T.float32(0.0)
-                                acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
+                                    acc[vs + vi, vr, vd] = T.float32(0.0)
+                                acc[vs + vi, vr, vd] = alpha[vi, vr] * acc[vs + vi, vr, vd] + beta[vi, vr] * tile_acc[vs + vi, vr, vd]
                 with T.sblock("store_partial"):
                     T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
                     T.writes(partial_max[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_sum[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_acc[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0), 0:128])
@@ -273,12 +261,12 @@ class Module:
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
-                num_full: T.let[T.int32] = valid_len // 16
                 with T.sblock("pv_matmul"):
-                    T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
-                    T.writes(tile_acc[vs, 0:16, 0:128])
+                    T.reads()
+                    T.writes()
                     full_acc = T.sblock_alloc_buffer((1, 16, 128))
                     fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                    num_full: T.let[T.int32] = valid_len // 16
                     for to, ti, li in T.grid(num_full, 16, 4):
                         with T.sblock("prefetch_values"):
                             vo = T.axis.spatial(8, to)

@@ -13,7 +13,7 @@ target triple = "x86_64-conda-linux-gnu"
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_key(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
+define dllexport noundef i32 @__tvm_ffi_append_row(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %new.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %new.type_index, 70
@@ -40,55 +40,55 @@ entry:
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %14 = load i64, ptr %13, align 8
   %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_key.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_key.new_shape, align 8
+  %append_row.new_shape = load ptr, ptr %15, align 8
+  %num_tokens = load i64, ptr %append_row.new_shape, align 8
   %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_key.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_key.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_key.new_strides, i64 8
+  %append_row.new_strides = load ptr, ptr %16, align 8
+  %17 = icmp eq ptr %append_row.new_strides, null
+  %18 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 16
+  %19 = getelementptr inbounds nuw i8, ptr %append_row.new_strides, i64 8
   %new_head.in = select i1 %17, ptr %18, ptr %19
   %new_head = load i64, ptr %new_head.in, align 8
   br i1 %17, label %if_then10, label %if_else11
 
 if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 8
+  %20 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 8
   %21 = load i64, ptr %20, align 8
   %22 = load i64, ptr %18, align 8
   %23 = mul nsw i64 %22, %21
   br label %if_end12
 
 if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_key.new_strides, align 8
+  %24 = load i64, ptr %append_row.new_strides, align 8
   br label %if_end12
 
 if_end12:                                         ; preds = %if_else11, %if_then10
   %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
   %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_key.cache_shape = load ptr, ptr %25, align 8
+  %append_row.cache_shape = load ptr, ptr %25, align 8
   %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_key.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_key.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 16
+  %append_row.cache_strides = load ptr, ptr %26, align 8
+  %27 = icmp eq ptr %append_row.cache_strides, null
+  %28 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 24
+  %29 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 16
   %cache_2.in = select i1 %27, ptr %28, ptr %29
   %cache_2 = load i64, ptr %cache_2.in, align 8
   br i1 %27, label %if_then19, label %if_else20
 
 if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 16
+  %30 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 16
   %31 = load i64, ptr %30, align 8
   %32 = load i64, ptr %28, align 8
   %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 8
+  %34 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 8
   %35 = load i64, ptr %34, align 8
   %36 = mul nsw i64 %33, %35
   br label %if_end21
 
 if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 8
+  %37 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 8
   %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_key.cache_strides, align 8
+  %39 = load i64, ptr %append_row.cache_strides, align 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_else20, %if_then19
@@ -105,13 +105,13 @@ if_end21:                                         ; preds = %if_else20, %if_then
   call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
   %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_key_compute_.exit, !prof !3
+  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
   %41 = icmp sgt i64 %num_tokens, 0
   %sext = shl i64 %12, 32
   %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_key_compute_.exit, !prof !3
+  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
   %wide.trip.count.i = and i64 %14, 2147483647
@@ -124,81 +124,81 @@ for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.prehead
 
 for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
+  %44 = add nsw i64 %indvars.iv.i, %42
+  %45 = mul nsw i64 %44, %new_head
+  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
+  %46 = mul nsw i64 %44, %cache_2
   br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
 
 for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
+  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
   %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
+  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
+  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
+  %48 = icmp sgt i64 %target.us.i, -1
+  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
 
 if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 15
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 4
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
+  %49 = mul nsw i64 %t1.us.i, %new_token
+  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
+  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
+  %51 = and i64 %target.us.i, 15
+  %52 = mul nsw i64 %51, %cache_125
+  %53 = lshr i64 %target.us.i, 4
+  %54 = mul nsw i64 %53, %cache_0
+  %55 = getelementptr i16, ptr %cache, i64 %54
+  %56 = getelementptr i16, ptr %55, i64 %52
+  %57 = getelementptr i16, ptr %56, i64 %46
+  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
+  %58 = getelementptr i8, ptr %gep.us.i, i64 64
+  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
+  %60 = getelementptr i8, ptr %57, i64 64
+  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
+  %61 = getelementptr i8, ptr %gep.us.i, i64 128
+  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
+  %63 = getelementptr i8, ptr %57, i64 128
+  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
+  %64 = getelementptr i8, ptr %gep.us.i, i64 192
+  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
+  %66 = getelementptr i8, ptr %57, i64 192
+  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
   br label %if_end.us.i
 
 if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
+  %67 = or disjoint i64 %t1.us.i, 1
+  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
+  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
+  %69 = icmp sgt i64 %target.us.i.1, -1
+  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
 
 if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 15
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 4
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
+  %70 = mul nsw i64 %67, %new_token
+  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
+  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
+  %72 = and i64 %target.us.i.1, 15
+  %73 = mul nsw i64 %72, %cache_125
+  %74 = lshr i64 %target.us.i.1, 4
+  %75 = mul nsw i64 %74, %cache_0
+  %76 = getelementptr i16, ptr %cache, i64 %75
+  %77 = getelementptr i16, ptr %76, i64 %73
+  %78 = getelementptr i16, ptr %77, i64 %46
+  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
+  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
+  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
+  %81 = getelementptr i8, ptr %78, i64 64
+  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
+  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
+  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
+  %84 = getelementptr i8, ptr %78, i64 128
+  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
+  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
+  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
+  %87 = getelementptr i8, ptr %78, i64 192
+  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
   br label %if_end.us.i.1
 
 if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
+  %88 = add nuw nsw i64 %t1.us.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !10
@@ -207,291 +207,52 @@ for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
   br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
 
 for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
+  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
+  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
+  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
+  %90 = icmp sgt i64 %target.us.i.epil, -1
+  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
 
 if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 15
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 4
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
+  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
+  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
+  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
+  %93 = and i64 %target.us.i.epil, 15
+  %94 = mul nsw i64 %93, %cache_125
+  %95 = lshr i64 %target.us.i.epil, 4
+  %96 = mul nsw i64 %95, %cache_0
+  %97 = getelementptr i16, ptr %cache, i64 %96
+  %98 = getelementptr i16, ptr %97, i64 %94
+  %99 = getelementptr i16, ptr %98, i64 %46
+  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
+  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
+  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
+  %102 = getelementptr i8, ptr %99, i64 64
+  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
+  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
+  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
+  %105 = getelementptr i8, ptr %99, i64 128
+  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
+  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
+  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
+  %108 = getelementptr i8, ptr %99, i64 192
+  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
   br label %for_begin_t.for_end_t_crit_edge.us.i
 
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
+  br i1 %exitcond5.not.i, label %append_row_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
 
-append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
-  ret i32 0
-}
-
-; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_value(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
-entry:
-  %new.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %new.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %new.handle.idx = select i1 %0, i64 24, i64 0
-  %new.handle = getelementptr inbounds nuw i8, ptr %2, i64 %new.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %cache.handle.idx = select i1 %4, i64 24, i64 0
-  %cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %slot_mapping.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %slot_mapping.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %slot_mapping.handle.idx = select i1 %8, i64 24, i64 0
-  %slot_mapping.handle = getelementptr inbounds nuw i8, ptr %10, i64 %slot_mapping.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %12 = load i64, ptr %11, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %14 = load i64, ptr %13, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_value.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_value.new_shape, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_value.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_value.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_value.new_strides, i64 8
-  %new_head.in = select i1 %17, ptr %18, ptr %19
-  %new_head = load i64, ptr %new_head.in, align 8
-  br i1 %17, label %if_then10, label %if_else11
-
-if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 8
-  %21 = load i64, ptr %20, align 8
-  %22 = load i64, ptr %18, align 8
-  %23 = mul nsw i64 %22, %21
-  br label %if_end12
-
-if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_value.new_strides, align 8
-  br label %if_end12
-
-if_end12:                                         ; preds = %if_else11, %if_then10
-  %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
-  %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_value.cache_shape = load ptr, ptr %25, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_value.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_value.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 16
-  %cache_2.in = select i1 %27, ptr %28, ptr %29
-  %cache_2 = load i64, ptr %cache_2.in, align 8
-  br i1 %27, label %if_then19, label %if_else20
-
-if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 16
-  %31 = load i64, ptr %30, align 8
-  %32 = load i64, ptr %28, align 8
-  %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 8
-  %35 = load i64, ptr %34, align 8
-  %36 = mul nsw i64 %33, %35
-  br label %if_end21
-
-if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 8
-  %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_value.cache_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %cache_125 = phi i64 [ %33, %if_then19 ], [ %38, %if_else20 ]
-  %cache_0 = phi i64 [ %36, %if_then19 ], [ %39, %if_else20 ]
-  %num_heads = trunc i64 %14 to i32
-  %new = load ptr, ptr %new.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  %cache = load ptr, ptr %cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  %slot_mapping = load ptr, ptr %slot_mapping.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
-  %41 = icmp sgt i64 %num_tokens, 0
-  %sext = shl i64 %12, 32
-  %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
-  %wide.trip.count.i = and i64 %14, 2147483647
-  %xtraiter = and i64 %num_tokens, 1
-  %43 = icmp eq i64 %num_tokens, 1
-  %unroll_iter = and i64 %num_tokens, 9223372036854775806
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod27 = icmp ne i64 %xtraiter, 0
-  br label %for_begin_t.preheader.us.i
-
-for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
-  br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
-
-for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
-
-if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 15
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 4
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
-  br label %if_end.us.i
-
-if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
-
-if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 15
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 4
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
-  br label %if_end.us.i.1
-
-if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !14
-
-for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
-  br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
-
-for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
-
-if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 15
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 4
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
-  br label %for_begin_t.for_end_t_crit_edge.us.i
-
-for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_value_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
-
-append_value_compute_.exit:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
+append_row_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta233.i = alloca [4 x float], align 16
-  %alpha234.i = alloca [4 x float], align 16
-  %row_sum246.i = alloca [32 x float], align 16
-  %row_max247.i = alloca [32 x float], align 16
+  %row_sum266.i = alloca [32 x float], align 16
+  %row_max267.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -674,10 +435,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max247.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum266.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max267.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -699,4520 +458,3912 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %85 = fptrunc double %.cast to float
   %86 = sitofp i64 %53 to float
   %scale = select i1 %84, float %85, float %86
-  %range_begin.i = shl nsw i32 %block_begin, 4
-  %sext = shl i64 %42, 32
-  %87 = ashr exact i64 %sext, 32
+  %87 = shl nsw i32 %block_begin, 4
   %88 = shl nsw i32 %block_end, 4
-  %89 = add i32 %range_begin.i, -1
+  %sext = shl i64 %42, 32
+  %89 = ashr exact i64 %sext, 32
   %90 = insertelement <16 x float> poison, float %scale, i64 0
   %91 = shufflevector <16 x float> %90, <16 x float> poison, <16 x i32> zeroinitializer
   %92 = and i64 %50, 2147483648
   %.not = icmp eq i64 %92, 0
-  %cse_v22.i = and i64 %50, 4294967295
-  %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count884.i = and i64 %44, 2147483647
+  %93 = zext i32 %87 to i64
+  %94 = and i64 %50, 4294967295
+  %wide.trip.count832.i = and i64 %44, 2147483647
+  %invariant.op.i = add i32 %87, -1
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end226.i
-  %indvars.iv.next882.i = add nuw nsw i64 %indvars.iv881.i, 1
-  %exitcond885.not.i = icmp eq i64 %indvars.iv.next882.i, %wide.trip.count884.i
-  br i1 %exitcond885.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end238.i
+  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
+  %exitcond833.not.i = icmp eq i64 %indvars.iv.next828.i, %wide.trip.count832.i
+  br i1 %exitcond833.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv881.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next882.i, %for_begin_s.i ]
-  %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %95 = icmp eq ptr %q_tile.i, null
-  br i1 %95, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv827.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next828.i, %for_begin_s.i ]
+  %95 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %95(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %96 = icmp eq ptr %q_tile.i, null
+  br i1 %96, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %96 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %acc.i = tail call ptr %96(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %97 = icmp eq ptr %acc.i, null
-  br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %97 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %97(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %98 = icmp eq ptr %acc.i, null
+  br i1 %98, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v24.i = add nsw i64 %indvars.iv881.i, %87
-  %98 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v24.i
-  %99 = load i32, ptr %98, align 4, !tbaa !5
-  %100 = mul nsw i64 %cse_v24.i, %q_batch
-  %101 = getelementptr i16, ptr %query, i64 %100
-  br label %for_begin_r.preheader.i
+  %99 = add nsw i64 %indvars.iv827.i, %89
+  %100 = getelementptr inbounds i32, ptr %context_lens, i64 %99
+  %101 = load i32, ptr %100, align 4, !tbaa !5
+  %102 = mul nsw i64 %99, %q_batch
+  %103 = getelementptr i16, ptr %query, i64 %102
+  br label %for_begin_ax1.preheader.i
 
-for_begin_step.preheader.i:                       ; preds = %for_end_r.i
-  %102 = tail call i32 @llvm.smin.i32(i32 %88, i32 %99)
-  %103 = sub nsw i32 %102, %range_begin.i
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %103, i32 0)
-  %104 = add nuw nsw i32 %range_len.i, 127
-  %cse_v25.i = lshr i32 %104, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v25.i, i32 1)
-  %last_token.i = add i32 %89, %range_len.i
-  %cse_v110.i = mul nsw i64 %cse_v24.i, %table_seq
-  %invariant.gep412.i = getelementptr i32, ptr %block_table, i64 %cse_v110.i
-  %105 = zext nneg i32 %cse_v25.i to i64
-  %106 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count833.i = zext nneg i32 %num_steps.i to i64
+for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
+  %indvars.iv680.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next681.i, %for_end_ax1.i ]
+  %104 = shl nuw nsw i64 %indvars.iv680.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv680.i, 11
+  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
+  br label %for_begin_ax2.preheader.i
+
+for_end_tile.i:                                   ; preds = %for_end_ax1.i
+  %105 = tail call i32 @llvm.smin.i32(i32 %88, i32 %101)
+  %106 = sub nsw i32 %105, %87
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %106, i32 0)
+  %107 = add nuw nsw i32 %range_len.i, 127
+  %108 = lshr i32 %107, 7
+  %109 = tail call i32 @llvm.umax.i32(i32 %108, i32 1)
+  %.reass.i = add i32 %invariant.op.i, %range_len.i
+  %110 = mul nsw i64 %99, %table_seq
+  %invariant.gep432.i = getelementptr i32, ptr %block_table, i64 %110
+  %111 = zext nneg i32 %108 to i64
+  %112 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count790.i = zext nneg i32 %109 to i64
   br label %for_begin_step.i
 
-for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %if_end2.i
-  %indvars.iv634.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next635.i, %for_end_r.i ]
-  %107 = shl nuw nsw i64 %indvars.iv634.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv634.i, 11
-  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
-  br label %for_begin_d_0.preheader.i
-
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_r.preheader.i
-  %indvars.iv630.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next631.i, %for_end_d_0.i ]
-  %108 = add nuw nsw i64 %indvars.iv630.i, %107
-  %109 = mul nsw i64 %108, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %101, i64 %109
-  %.idx = shl nuw nsw i64 %indvars.iv630.i, 9
+for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_ax1.preheader.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
+  %113 = add nuw nsw i64 %indvars.iv.i, %104
+  %114 = mul nsw i64 %113, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %103, i64 %114
+  %115 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %116 = zext <32 x i16> %115 to <32 x i32>
+  %117 = shl nuw <32 x i32> %116, splat (i32 16)
+  %118 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  br label %for_begin_d_2.preheader.i
-
-for_end_r.i:                                      ; preds = %for_end_d_0.i
-  %indvars.iv.next635.i = add nuw nsw i64 %indvars.iv634.i, 1
-  %exitcond637.not.i = icmp eq i64 %indvars.iv.next635.i, 8
-  br i1 %exitcond637.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
-
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %for_begin_d_2.preheader.i ]
-  %110 = shl nuw nsw i64 %indvars.iv.i, 5
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %110
-  %111 = load i16, ptr %gep.i, align 2, !tbaa !5
-  %112 = getelementptr i8, ptr %gep.i, i64 4
-  %113 = load i16, ptr %112, align 2, !tbaa !5
-  %114 = getelementptr i8, ptr %gep.i, i64 8
-  %115 = load i16, ptr %114, align 2, !tbaa !5
-  %116 = getelementptr i8, ptr %gep.i, i64 12
-  %117 = load i16, ptr %116, align 2, !tbaa !5
-  %118 = getelementptr i8, ptr %gep.i, i64 16
-  %119 = load i16, ptr %118, align 2, !tbaa !5
-  %120 = getelementptr i8, ptr %gep.i, i64 20
-  %121 = load i16, ptr %120, align 2, !tbaa !5
-  %122 = getelementptr i8, ptr %gep.i, i64 24
-  %123 = load i16, ptr %122, align 2, !tbaa !5
-  %124 = getelementptr i8, ptr %gep.i, i64 28
-  %125 = load i16, ptr %124, align 2, !tbaa !5
-  %126 = getelementptr i8, ptr %gep.i, i64 32
-  %127 = load i16, ptr %126, align 2, !tbaa !5
-  %128 = getelementptr i8, ptr %gep.i, i64 36
-  %129 = load i16, ptr %128, align 2, !tbaa !5
-  %130 = getelementptr i8, ptr %gep.i, i64 40
-  %131 = load i16, ptr %130, align 2, !tbaa !5
-  %132 = getelementptr i8, ptr %gep.i, i64 44
-  %133 = load i16, ptr %132, align 2, !tbaa !5
-  %134 = getelementptr i8, ptr %gep.i, i64 48
-  %135 = load i16, ptr %134, align 2, !tbaa !5
-  %136 = getelementptr i8, ptr %gep.i, i64 52
-  %137 = load i16, ptr %136, align 2, !tbaa !5
-  %138 = getelementptr i8, ptr %gep.i, i64 56
-  %139 = load i16, ptr %138, align 2, !tbaa !5
-  %140 = getelementptr i8, ptr %gep.i, i64 60
-  %141 = load i16, ptr %140, align 2, !tbaa !5
-  %142 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %111, i64 0
-  %143 = insertelement <16 x i16> %142, i16 %113, i64 1
-  %144 = insertelement <16 x i16> %143, i16 %115, i64 2
-  %145 = insertelement <16 x i16> %144, i16 %117, i64 3
-  %146 = insertelement <16 x i16> %145, i16 %119, i64 4
-  %147 = insertelement <16 x i16> %146, i16 %121, i64 5
-  %148 = insertelement <16 x i16> %147, i16 %123, i64 6
-  %149 = insertelement <16 x i16> %148, i16 %125, i64 7
-  %150 = insertelement <16 x i16> %149, i16 %127, i64 8
-  %151 = insertelement <16 x i16> %150, i16 %129, i64 9
-  %152 = insertelement <16 x i16> %151, i16 %131, i64 10
-  %153 = insertelement <16 x i16> %152, i16 %133, i64 11
-  %154 = insertelement <16 x i16> %153, i16 %135, i64 12
-  %155 = insertelement <16 x i16> %154, i16 %137, i64 13
-  %156 = insertelement <16 x i16> %155, i16 %139, i64 14
-  %157 = insertelement <16 x i16> %156, i16 %141, i64 15
-  %158 = zext <16 x i16> %157 to <16 x i32>
-  %159 = shl nuw <16 x i32> %158, splat (i32 16)
-  %160 = getelementptr inbounds nuw float, ptr %gep, i64 %110
-  store <16 x i32> %159, ptr %160, align 4, !tbaa !5
-  %161 = getelementptr i8, ptr %gep.i, i64 2
-  %162 = load i16, ptr %161, align 2, !tbaa !5
-  %163 = getelementptr i8, ptr %gep.i, i64 6
-  %164 = load i16, ptr %163, align 2, !tbaa !5
-  %165 = getelementptr i8, ptr %gep.i, i64 10
-  %166 = load i16, ptr %165, align 2, !tbaa !5
-  %167 = getelementptr i8, ptr %gep.i, i64 14
-  %168 = load i16, ptr %167, align 2, !tbaa !5
-  %169 = getelementptr i8, ptr %gep.i, i64 18
-  %170 = load i16, ptr %169, align 2, !tbaa !5
-  %171 = getelementptr i8, ptr %gep.i, i64 22
-  %172 = load i16, ptr %171, align 2, !tbaa !5
-  %173 = getelementptr i8, ptr %gep.i, i64 26
-  %174 = load i16, ptr %173, align 2, !tbaa !5
-  %175 = getelementptr i8, ptr %gep.i, i64 30
-  %176 = load i16, ptr %175, align 2, !tbaa !5
-  %177 = getelementptr i8, ptr %gep.i, i64 34
-  %178 = load i16, ptr %177, align 2, !tbaa !5
-  %179 = getelementptr i8, ptr %gep.i, i64 38
-  %180 = load i16, ptr %179, align 2, !tbaa !5
-  %181 = getelementptr i8, ptr %gep.i, i64 42
-  %182 = load i16, ptr %181, align 2, !tbaa !5
-  %183 = getelementptr i8, ptr %gep.i, i64 46
-  %184 = load i16, ptr %183, align 2, !tbaa !5
-  %185 = getelementptr i8, ptr %gep.i, i64 50
-  %186 = load i16, ptr %185, align 2, !tbaa !5
-  %187 = getelementptr i8, ptr %gep.i, i64 54
-  %188 = load i16, ptr %187, align 2, !tbaa !5
-  %189 = getelementptr i8, ptr %gep.i, i64 58
-  %190 = load i16, ptr %189, align 2, !tbaa !5
-  %191 = getelementptr i8, ptr %gep.i, i64 62
-  %192 = load i16, ptr %191, align 2, !tbaa !5
-  %193 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %162, i64 0
-  %194 = insertelement <16 x i16> %193, i16 %164, i64 1
-  %195 = insertelement <16 x i16> %194, i16 %166, i64 2
-  %196 = insertelement <16 x i16> %195, i16 %168, i64 3
-  %197 = insertelement <16 x i16> %196, i16 %170, i64 4
-  %198 = insertelement <16 x i16> %197, i16 %172, i64 5
-  %199 = insertelement <16 x i16> %198, i16 %174, i64 6
-  %200 = insertelement <16 x i16> %199, i16 %176, i64 7
-  %201 = insertelement <16 x i16> %200, i16 %178, i64 8
-  %202 = insertelement <16 x i16> %201, i16 %180, i64 9
-  %203 = insertelement <16 x i16> %202, i16 %182, i64 10
-  %204 = insertelement <16 x i16> %203, i16 %184, i64 11
-  %205 = insertelement <16 x i16> %204, i16 %186, i64 12
-  %206 = insertelement <16 x i16> %205, i16 %188, i64 13
-  %207 = insertelement <16 x i16> %206, i16 %190, i64 14
-  %208 = insertelement <16 x i16> %207, i16 %192, i64 15
-  %209 = zext <16 x i16> %208 to <16 x i32>
-  %210 = shl nuw <16 x i32> %209, splat (i32 16)
-  %211 = getelementptr inbounds nuw i8, ptr %160, i64 64
-  store <16 x i32> %210, ptr %211, align 4, !tbaa !5
+  store <4 x i32> %118, ptr %gep, align 4, !tbaa !5
+  %119 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %120 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <4 x i32> %119, ptr %120, align 4, !tbaa !5
+  %121 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %122 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  store <4 x i32> %121, ptr %122, align 4, !tbaa !5
+  %123 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %124 = getelementptr inbounds nuw i8, ptr %gep, i64 80
+  store <4 x i32> %123, ptr %124, align 4, !tbaa !5
+  %125 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %126 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  store <4 x i32> %125, ptr %126, align 4, !tbaa !5
+  %127 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %128 = getelementptr inbounds nuw i8, ptr %gep, i64 96
+  store <4 x i32> %127, ptr %128, align 4, !tbaa !5
+  %129 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %130 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  store <4 x i32> %129, ptr %130, align 4, !tbaa !5
+  %131 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 112
+  store <4 x i32> %131, ptr %132, align 4, !tbaa !5
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %133 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %134 = zext <32 x i16> %133 to <32 x i32>
+  %135 = shl nuw <32 x i32> %134, splat (i32 16)
+  %136 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %137 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <4 x i32> %136, ptr %137, align 4, !tbaa !5
+  %138 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %139 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <4 x i32> %138, ptr %139, align 4, !tbaa !5
+  %140 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %141 = getelementptr inbounds nuw i8, ptr %gep, i64 144
+  store <4 x i32> %140, ptr %141, align 4, !tbaa !5
+  %142 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %143 = getelementptr inbounds nuw i8, ptr %gep, i64 208
+  store <4 x i32> %142, ptr %143, align 4, !tbaa !5
+  %144 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %145 = getelementptr inbounds nuw i8, ptr %gep, i64 160
+  store <4 x i32> %144, ptr %145, align 4, !tbaa !5
+  %146 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %147 = getelementptr inbounds nuw i8, ptr %gep, i64 224
+  store <4 x i32> %146, ptr %147, align 4, !tbaa !5
+  %148 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %149 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  store <4 x i32> %148, ptr %149, align 4, !tbaa !5
+  %150 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 240
+  store <4 x i32> %150, ptr %151, align 4, !tbaa !5
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %152 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %153 = zext <32 x i16> %152 to <32 x i32>
+  %154 = shl nuw <32 x i32> %153, splat (i32 16)
+  %155 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %156 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <4 x i32> %155, ptr %156, align 4, !tbaa !5
+  %157 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %158 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <4 x i32> %157, ptr %158, align 4, !tbaa !5
+  %159 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %160 = getelementptr inbounds nuw i8, ptr %gep, i64 272
+  store <4 x i32> %159, ptr %160, align 4, !tbaa !5
+  %161 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 336
+  store <4 x i32> %161, ptr %162, align 4, !tbaa !5
+  %163 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %164 = getelementptr inbounds nuw i8, ptr %gep, i64 288
+  store <4 x i32> %163, ptr %164, align 4, !tbaa !5
+  %165 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %166 = getelementptr inbounds nuw i8, ptr %gep, i64 352
+  store <4 x i32> %165, ptr %166, align 4, !tbaa !5
+  %167 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %168 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  store <4 x i32> %167, ptr %168, align 4, !tbaa !5
+  %169 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 368
+  store <4 x i32> %169, ptr %170, align 4, !tbaa !5
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %171 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %172 = zext <32 x i16> %171 to <32 x i32>
+  %173 = shl nuw <32 x i32> %172, splat (i32 16)
+  %174 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %175 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <4 x i32> %174, ptr %175, align 4, !tbaa !5
+  %176 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %177 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <4 x i32> %176, ptr %177, align 4, !tbaa !5
+  %178 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 400
+  store <4 x i32> %178, ptr %179, align 4, !tbaa !5
+  %180 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %181 = getelementptr inbounds nuw i8, ptr %gep, i64 464
+  store <4 x i32> %180, ptr %181, align 4, !tbaa !5
+  %182 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %183 = getelementptr inbounds nuw i8, ptr %gep, i64 416
+  store <4 x i32> %182, ptr %183, align 4, !tbaa !5
+  %184 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %185 = getelementptr inbounds nuw i8, ptr %gep, i64 480
+  store <4 x i32> %184, ptr %185, align 4, !tbaa !5
+  %186 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %187 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  store <4 x i32> %186, ptr %187, align 4, !tbaa !5
+  %188 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %189 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  store <4 x i32> %188, ptr %189, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
 
-for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.i
-  %indvars.iv.next631.i = add nuw nsw i64 %indvars.iv630.i, 1
-  %exitcond633.not.i = icmp eq i64 %indvars.iv.next631.i, 4
-  br i1 %exitcond633.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
+  %indvars.iv.next681.i = add nuw nsw i64 %indvars.iv680.i, 1
+  %exitcond683.not.i = icmp eq i64 %indvars.iv.next681.i, 8
+  br i1 %exitcond683.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
 
-for_begin_step.i:                                 ; preds = %if_end172.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv827.i = phi i64 [ %indvars.iv.next828.i, %if_end172.i ], [ 0, %for_begin_step.preheader.i ]
-  %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %212 = and i32 %smin, 15
-  %213 = zext nneg i32 %212 to i64
-  %exitcond834.not.i = icmp eq i64 %indvars.iv827.i, %wide.trip.count833.i
-  br i1 %exitcond834.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+for_begin_step.i:                                 ; preds = %if_end196.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end196.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv787.i = phi i64 [ %indvars.iv.next788.i, %if_end196.i ], [ 0, %for_end_tile.i ]
+  %smin277 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %190 = and i32 %smin277, 15
+  %191 = zext nneg i32 %190 to i64
+  %exitcond791.not.i = icmp eq i64 %indvars.iv787.i, %wide.trip.count790.i
+  br i1 %exitcond791.not.i, label %for_begin_tile201.preheader.i, label %for_body_step.i, !prof !17
+
+for_begin_tile201.preheader.i:                    ; preds = %for_begin_step.i
+  %192 = add nuw nsw i64 %indvars.iv827.i, %94
+  %193 = shl nuw nsw i64 %192, 5
+  %.idx.i = shl nuw nsw i64 %192, 14
+  %194 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %195 = mul nsw i64 %99, %out_batch
+  %196 = getelementptr i16, ptr %out, i64 %195
+  %197 = mul nsw i64 %99, %lse_batch
+  %198 = getelementptr float, ptr %lse, i64 %197
+  br i1 %.not, label %for_body_tile202.i, label %for_body_tile202.us.i
+
+for_body_tile202.us.i:                            ; preds = %if_end221.us.3.i, %for_begin_tile201.preheader.i
+  %indvars.iv823.i = phi i64 [ %indvars.iv.next824.i, %if_end221.us.3.i ], [ 0, %for_begin_tile201.preheader.i ]
+  %199 = shl nuw nsw i64 %indvars.iv823.i, 2
+  %200 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %199
+  %total.us.i = load <4 x float>, ptr %200, align 16, !tbaa !18
+  %201 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %202 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %203 = select <4 x i1> %202, <4 x float> zeroinitializer, <4 x float> %201
+  %204 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> zeroinitializer
+  %205 = mul nsw i64 %199, %out_head
+  %invariant.gep623.us.i = getelementptr i16, ptr %196, i64 %205
+  %.idx60 = shl nuw nsw i64 %indvars.iv823.i, 11
+  %206 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %207 = load <32 x float>, ptr %206, align 4, !tbaa !5
+  %208 = fmul <32 x float> %207, %204
+  %209 = bitcast <32 x float> %208 to <32 x i32>
+  %210 = lshr <32 x i32> %209, splat (i32 16)
+  %211 = and <32 x i32> %210, splat (i32 1)
+  %212 = add nuw <32 x i32> %209, splat (i32 32767)
+  %213 = add nuw <32 x i32> %212, %211
+  %214 = lshr <32 x i32> %213, splat (i32 16)
+  %215 = trunc nuw <32 x i32> %214 to <32 x i16>
+  store <32 x i16> %215, ptr %invariant.gep623.us.i, align 2, !tbaa !5
+  %216 = getelementptr inbounds nuw i8, ptr %206, i64 128
+  %217 = load <32 x float>, ptr %216, align 4, !tbaa !5
+  %218 = fmul <32 x float> %217, %204
+  %219 = bitcast <32 x float> %218 to <32 x i32>
+  %220 = lshr <32 x i32> %219, splat (i32 16)
+  %221 = and <32 x i32> %220, splat (i32 1)
+  %222 = add nuw <32 x i32> %219, splat (i32 32767)
+  %223 = add nuw <32 x i32> %222, %221
+  %224 = lshr <32 x i32> %223, splat (i32 16)
+  %225 = trunc nuw <32 x i32> %224 to <32 x i16>
+  %gep624.us.1.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 64
+  store <32 x i16> %225, ptr %gep624.us.1.i, align 2, !tbaa !5
+  %226 = getelementptr inbounds nuw i8, ptr %206, i64 256
+  %227 = load <32 x float>, ptr %226, align 4, !tbaa !5
+  %228 = fmul <32 x float> %204, %227
+  %229 = bitcast <32 x float> %228 to <32 x i32>
+  %230 = lshr <32 x i32> %229, splat (i32 16)
+  %231 = and <32 x i32> %230, splat (i32 1)
+  %232 = add nuw <32 x i32> %229, splat (i32 32767)
+  %233 = add nuw <32 x i32> %232, %231
+  %234 = lshr <32 x i32> %233, splat (i32 16)
+  %235 = trunc nuw <32 x i32> %234 to <32 x i16>
+  %gep624.us.2.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 128
+  store <32 x i16> %235, ptr %gep624.us.2.i, align 2, !tbaa !5
+  %236 = getelementptr inbounds nuw i8, ptr %206, i64 384
+  %237 = load <32 x float>, ptr %236, align 4, !tbaa !5
+  %238 = fmul <32 x float> %204, %237
+  %239 = bitcast <32 x float> %238 to <32 x i32>
+  %240 = lshr <32 x i32> %239, splat (i32 16)
+  %241 = and <32 x i32> %240, splat (i32 1)
+  %242 = add nuw <32 x i32> %239, splat (i32 32767)
+  %243 = add nuw <32 x i32> %242, %241
+  %244 = lshr <32 x i32> %243, splat (i32 16)
+  %245 = trunc nuw <32 x i32> %244 to <32 x i16>
+  %gep624.us.3.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 192
+  store <32 x i16> %245, ptr %gep624.us.3.i, align 2, !tbaa !5
+  %246 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %247 = or disjoint i64 %199, 1
+  %248 = mul nsw i64 %247, %out_head
+  %invariant.gep623.us.1.i = getelementptr i16, ptr %196, i64 %248
+  %249 = getelementptr inbounds nuw i8, ptr %206, i64 512
+  %250 = load <32 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <32 x float> %246, %250
+  %252 = bitcast <32 x float> %251 to <32 x i32>
+  %253 = lshr <32 x i32> %252, splat (i32 16)
+  %254 = and <32 x i32> %253, splat (i32 1)
+  %255 = add nuw <32 x i32> %252, splat (i32 32767)
+  %256 = add nuw <32 x i32> %255, %254
+  %257 = lshr <32 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <32 x i32> %257 to <32 x i16>
+  store <32 x i16> %258, ptr %invariant.gep623.us.1.i, align 2, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %206, i64 640
+  %260 = load <32 x float>, ptr %259, align 4, !tbaa !5
+  %261 = fmul <32 x float> %246, %260
+  %262 = bitcast <32 x float> %261 to <32 x i32>
+  %263 = lshr <32 x i32> %262, splat (i32 16)
+  %264 = and <32 x i32> %263, splat (i32 1)
+  %265 = add nuw <32 x i32> %262, splat (i32 32767)
+  %266 = add nuw <32 x i32> %265, %264
+  %267 = lshr <32 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <32 x i32> %267 to <32 x i16>
+  %gep624.us.1.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 64
+  store <32 x i16> %268, ptr %gep624.us.1.1.i, align 2, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %206, i64 768
+  %270 = load <32 x float>, ptr %269, align 4, !tbaa !5
+  %271 = fmul <32 x float> %246, %270
+  %272 = bitcast <32 x float> %271 to <32 x i32>
+  %273 = lshr <32 x i32> %272, splat (i32 16)
+  %274 = and <32 x i32> %273, splat (i32 1)
+  %275 = add nuw <32 x i32> %272, splat (i32 32767)
+  %276 = add nuw <32 x i32> %275, %274
+  %277 = lshr <32 x i32> %276, splat (i32 16)
+  %278 = trunc nuw <32 x i32> %277 to <32 x i16>
+  %gep624.us.2.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 128
+  store <32 x i16> %278, ptr %gep624.us.2.1.i, align 2, !tbaa !5
+  %279 = getelementptr inbounds nuw i8, ptr %206, i64 896
+  %280 = load <32 x float>, ptr %279, align 4, !tbaa !5
+  %281 = fmul <32 x float> %246, %280
+  %282 = bitcast <32 x float> %281 to <32 x i32>
+  %283 = lshr <32 x i32> %282, splat (i32 16)
+  %284 = and <32 x i32> %283, splat (i32 1)
+  %285 = add nuw <32 x i32> %282, splat (i32 32767)
+  %286 = add nuw <32 x i32> %285, %284
+  %287 = lshr <32 x i32> %286, splat (i32 16)
+  %288 = trunc nuw <32 x i32> %287 to <32 x i16>
+  %gep624.us.3.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 192
+  store <32 x i16> %288, ptr %gep624.us.3.1.i, align 2, !tbaa !5
+  %289 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %290 = or disjoint i64 %199, 2
+  %291 = mul nsw i64 %290, %out_head
+  %invariant.gep623.us.2.i = getelementptr i16, ptr %196, i64 %291
+  %292 = getelementptr inbounds nuw i8, ptr %206, i64 1024
+  %293 = load <32 x float>, ptr %292, align 4, !tbaa !5
+  %294 = fmul <32 x float> %289, %293
+  %295 = bitcast <32 x float> %294 to <32 x i32>
+  %296 = lshr <32 x i32> %295, splat (i32 16)
+  %297 = and <32 x i32> %296, splat (i32 1)
+  %298 = add nuw <32 x i32> %295, splat (i32 32767)
+  %299 = add nuw <32 x i32> %298, %297
+  %300 = lshr <32 x i32> %299, splat (i32 16)
+  %301 = trunc nuw <32 x i32> %300 to <32 x i16>
+  store <32 x i16> %301, ptr %invariant.gep623.us.2.i, align 2, !tbaa !5
+  %302 = getelementptr inbounds nuw i8, ptr %206, i64 1152
+  %303 = load <32 x float>, ptr %302, align 4, !tbaa !5
+  %304 = fmul <32 x float> %289, %303
+  %305 = bitcast <32 x float> %304 to <32 x i32>
+  %306 = lshr <32 x i32> %305, splat (i32 16)
+  %307 = and <32 x i32> %306, splat (i32 1)
+  %308 = add nuw <32 x i32> %305, splat (i32 32767)
+  %309 = add nuw <32 x i32> %308, %307
+  %310 = lshr <32 x i32> %309, splat (i32 16)
+  %311 = trunc nuw <32 x i32> %310 to <32 x i16>
+  %gep624.us.1.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 64
+  store <32 x i16> %311, ptr %gep624.us.1.2.i, align 2, !tbaa !5
+  %312 = getelementptr inbounds nuw i8, ptr %206, i64 1280
+  %313 = load <32 x float>, ptr %312, align 4, !tbaa !5
+  %314 = fmul <32 x float> %289, %313
+  %315 = bitcast <32 x float> %314 to <32 x i32>
+  %316 = lshr <32 x i32> %315, splat (i32 16)
+  %317 = and <32 x i32> %316, splat (i32 1)
+  %318 = add nuw <32 x i32> %315, splat (i32 32767)
+  %319 = add nuw <32 x i32> %318, %317
+  %320 = lshr <32 x i32> %319, splat (i32 16)
+  %321 = trunc nuw <32 x i32> %320 to <32 x i16>
+  %gep624.us.2.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 128
+  store <32 x i16> %321, ptr %gep624.us.2.2.i, align 2, !tbaa !5
+  %322 = getelementptr inbounds nuw i8, ptr %206, i64 1408
+  %323 = load <32 x float>, ptr %322, align 4, !tbaa !5
+  %324 = fmul <32 x float> %289, %323
+  %325 = bitcast <32 x float> %324 to <32 x i32>
+  %326 = lshr <32 x i32> %325, splat (i32 16)
+  %327 = and <32 x i32> %326, splat (i32 1)
+  %328 = add nuw <32 x i32> %325, splat (i32 32767)
+  %329 = add nuw <32 x i32> %328, %327
+  %330 = lshr <32 x i32> %329, splat (i32 16)
+  %331 = trunc nuw <32 x i32> %330 to <32 x i16>
+  %gep624.us.3.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 192
+  store <32 x i16> %331, ptr %gep624.us.3.2.i, align 2, !tbaa !5
+  %332 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %333 = or disjoint i64 %199, 3
+  %334 = mul nsw i64 %333, %out_head
+  %invariant.gep623.us.3.i = getelementptr i16, ptr %196, i64 %334
+  %335 = getelementptr inbounds nuw i8, ptr %206, i64 1536
+  %336 = load <32 x float>, ptr %335, align 4, !tbaa !5
+  %337 = fmul <32 x float> %332, %336
+  %338 = bitcast <32 x float> %337 to <32 x i32>
+  %339 = lshr <32 x i32> %338, splat (i32 16)
+  %340 = and <32 x i32> %339, splat (i32 1)
+  %341 = add nuw <32 x i32> %338, splat (i32 32767)
+  %342 = add nuw <32 x i32> %341, %340
+  %343 = lshr <32 x i32> %342, splat (i32 16)
+  %344 = trunc nuw <32 x i32> %343 to <32 x i16>
+  store <32 x i16> %344, ptr %invariant.gep623.us.3.i, align 2, !tbaa !5
+  %345 = getelementptr inbounds nuw i8, ptr %206, i64 1664
+  %346 = load <32 x float>, ptr %345, align 4, !tbaa !5
+  %347 = fmul <32 x float> %332, %346
+  %348 = bitcast <32 x float> %347 to <32 x i32>
+  %349 = lshr <32 x i32> %348, splat (i32 16)
+  %350 = and <32 x i32> %349, splat (i32 1)
+  %351 = add nuw <32 x i32> %348, splat (i32 32767)
+  %352 = add nuw <32 x i32> %351, %350
+  %353 = lshr <32 x i32> %352, splat (i32 16)
+  %354 = trunc nuw <32 x i32> %353 to <32 x i16>
+  %gep624.us.1.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 64
+  store <32 x i16> %354, ptr %gep624.us.1.3.i, align 2, !tbaa !5
+  %355 = getelementptr inbounds nuw i8, ptr %206, i64 1792
+  %356 = load <32 x float>, ptr %355, align 4, !tbaa !5
+  %357 = fmul <32 x float> %332, %356
+  %358 = bitcast <32 x float> %357 to <32 x i32>
+  %359 = lshr <32 x i32> %358, splat (i32 16)
+  %360 = and <32 x i32> %359, splat (i32 1)
+  %361 = add nuw <32 x i32> %358, splat (i32 32767)
+  %362 = add nuw <32 x i32> %361, %360
+  %363 = lshr <32 x i32> %362, splat (i32 16)
+  %364 = trunc nuw <32 x i32> %363 to <32 x i16>
+  %gep624.us.2.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 128
+  store <32 x i16> %364, ptr %gep624.us.2.3.i, align 2, !tbaa !5
+  %365 = getelementptr inbounds nuw i8, ptr %206, i64 1920
+  %366 = load <32 x float>, ptr %365, align 4, !tbaa !5
+  %367 = fmul <32 x float> %332, %366
+  %368 = bitcast <32 x float> %367 to <32 x i32>
+  %369 = lshr <32 x i32> %368, splat (i32 16)
+  %370 = and <32 x i32> %369, splat (i32 1)
+  %371 = add nuw <32 x i32> %368, splat (i32 32767)
+  %372 = add nuw <32 x i32> %371, %370
+  %373 = lshr <32 x i32> %372, splat (i32 16)
+  %374 = trunc nuw <32 x i32> %373 to <32 x i16>
+  %gep624.us.3.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 192
+  store <32 x i16> %374, ptr %gep624.us.3.3.i, align 2, !tbaa !5
+  %375 = getelementptr float, ptr %198, i64 %199
+  %376 = load float, ptr %200, align 16, !tbaa !18
+  %377 = fcmp oeq float %376, 0.000000e+00
+  br i1 %377, label %if_end221.us.i, label %if_else220.us.i
+
+if_else220.us.i:                                  ; preds = %for_body_tile202.us.i
+  %378 = tail call float @llvm.log.f32(float %376)
+  %379 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %199
+  %380 = load float, ptr %379, align 16, !tbaa !20
+  %381 = fadd float %378, %380
+  br label %if_end221.us.i
+
+if_end221.us.i:                                   ; preds = %if_else220.us.i, %for_body_tile202.us.i
+  %382 = phi float [ %381, %if_else220.us.i ], [ 0xFFF0000000000000, %for_body_tile202.us.i ]
+  store float %382, ptr %375, align 4, !tbaa !5
+  %383 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %247
+  %384 = load float, ptr %383, align 4, !tbaa !18
+  %385 = fcmp oeq float %384, 0.000000e+00
+  br i1 %385, label %if_end221.us.1.i, label %if_else220.us.1.i
+
+if_else220.us.1.i:                                ; preds = %if_end221.us.i
+  %386 = tail call float @llvm.log.f32(float %384)
+  %387 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %247
+  %388 = load float, ptr %387, align 4, !tbaa !20
+  %389 = fadd float %386, %388
+  br label %if_end221.us.1.i
+
+if_end221.us.1.i:                                 ; preds = %if_else220.us.1.i, %if_end221.us.i
+  %390 = phi float [ %389, %if_else220.us.1.i ], [ 0xFFF0000000000000, %if_end221.us.i ]
+  %391 = getelementptr i8, ptr %375, i64 4
+  store float %390, ptr %391, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %290
+  %393 = load float, ptr %392, align 8, !tbaa !18
+  %394 = fcmp oeq float %393, 0.000000e+00
+  br i1 %394, label %if_end221.us.2.i, label %if_else220.us.2.i
+
+if_else220.us.2.i:                                ; preds = %if_end221.us.1.i
+  %395 = tail call float @llvm.log.f32(float %393)
+  %396 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %290
+  %397 = load float, ptr %396, align 8, !tbaa !20
+  %398 = fadd float %395, %397
+  br label %if_end221.us.2.i
+
+if_end221.us.2.i:                                 ; preds = %if_else220.us.2.i, %if_end221.us.1.i
+  %399 = phi float [ %398, %if_else220.us.2.i ], [ 0xFFF0000000000000, %if_end221.us.1.i ]
+  %400 = getelementptr i8, ptr %375, i64 8
+  store float %399, ptr %400, align 4, !tbaa !5
+  %401 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %333
+  %402 = load float, ptr %401, align 4, !tbaa !18
+  %403 = fcmp oeq float %402, 0.000000e+00
+  br i1 %403, label %if_end221.us.3.i, label %if_else220.us.3.i
+
+if_else220.us.3.i:                                ; preds = %if_end221.us.2.i
+  %404 = tail call float @llvm.log.f32(float %402)
+  %405 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %333
+  %406 = load float, ptr %405, align 4, !tbaa !20
+  %407 = fadd float %404, %406
+  br label %if_end221.us.3.i
+
+if_end221.us.3.i:                                 ; preds = %if_else220.us.3.i, %if_end221.us.2.i
+  %408 = phi float [ %407, %if_else220.us.3.i ], [ 0xFFF0000000000000, %if_end221.us.2.i ]
+  %409 = getelementptr i8, ptr %375, i64 12
+  store float %408, ptr %409, align 4, !tbaa !5
+  %indvars.iv.next824.i = add nuw nsw i64 %indvars.iv823.i, 1
+  %exitcond826.not.i = icmp eq i64 %indvars.iv.next824.i, 8
+  br i1 %exitcond826.not.i, label %for_end_tile203.i, label %for_body_tile202.us.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %214 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %214(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %215 = icmp eq ptr %key_offsets.i, null
-  br i1 %215, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
+  %410 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %410(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %411 = icmp eq ptr %key_offsets.i, null
+  br i1 %411, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
 
-for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile203.preheader.i, label %for_begin_tile180.preheader.i
+if_end15.i:                                       ; preds = %for_body_step.i
+  %412 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %412(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %413 = icmp eq ptr %value_offsets.i, null
+  br i1 %413, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
-for_begin_tile203.preheader.i:                    ; preds = %for_end_step.i
-  %216 = add nuw nsw i64 %indvars.iv881.i, %cse_v22.i
-  %217 = shl nuw nsw i64 %216, 5
-  %.idx.i = shl nuw nsw i64 %216, 14
-  %218 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile204.i
+if_end18.i:                                       ; preds = %if_end15.i
+  %414 = shl nsw i64 %indvars.iv787.i, 7
+  %415 = sub nsw i64 %112, %414
+  %416 = trunc nsw i64 %415 to i32
+  %417 = tail call i32 @llvm.smin.i32(i32 %416, i32 128)
+  %418 = add nsw i32 %417, 15
+  %indvars.iv.next788.i = add nuw nsw i64 %indvars.iv787.i, 1
+  %419 = ashr i32 %418, 4
+  %420 = and i32 %418, -16
+  %421 = icmp samesign ult i64 %indvars.iv.next788.i, %111
+  %422 = select i1 %421, i32 256, i32 %420
+  %423 = icmp sgt i32 %422, 0
+  br i1 %423, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_begin_tile180.preheader.i:                    ; preds = %for_end_step.i
-  %219 = mul nsw i64 %cse_v24.i, %out_batch
-  %220 = getelementptr i16, ptr %out, i64 %219
-  %221 = mul nsw i64 %cse_v24.i, %lse_batch
-  %222 = getelementptr float, ptr %lse, i64 %221
-  br label %for_body_tile181.i
-
-if_end5.i:                                        ; preds = %for_body_step.i
-  %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %223(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %224 = icmp eq ptr %value_offsets.i, null
-  br i1 %224, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
-
-if_end8.i:                                        ; preds = %if_end5.i
-  %225 = shl nsw i64 %indvars.iv827.i, 7
-  %226 = add nuw nsw i64 %225, %93
-  %227 = sub nsw i64 %106, %225
-  %228 = trunc nsw i64 %227 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %228, i32 128)
-  %229 = add nsw i32 %valid_len.i, 15
-  %num_groups.i = ashr i32 %229, 4
-  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
-  %230 = and i32 %229, -16
-  %231 = icmp samesign ult i64 %indvars.iv.next828.i, %105
-  %num_offsets.i = select i1 %231, i32 256, i32 %230
-  %232 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %232, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
-
-for_body_t.preheader.i:                           ; preds = %if_end8.i
-  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
+for_body_t.lr.ph.i:                               ; preds = %if_end18.i
+  %424 = add nuw nsw i64 %414, %93
+  %wide.trip.count.i = zext nneg i32 %422 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv638.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next639.i.1, %for_body_t.i ]
-  %233 = add nuw nsw i64 %indvars.iv638.i, %226
-  %234 = trunc i64 %233 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %234, i32 %last_token.i)
-  %cse_v131.i = sext i32 %token.i to i64
-  %235 = ashr i64 %cse_v131.i, 4
-  %gep413.i = getelementptr i32, ptr %invariant.gep412.i, i64 %235
-  %236 = load i32, ptr %gep413.i, align 4, !tbaa !5
-  %block.i = sext i32 %236 to i64
-  %237 = and i64 %cse_v131.i, 15
-  %238 = mul nsw i64 %237, %k_row
-  %239 = mul nsw i64 %k_block, %block.i
-  %240 = add nsw i64 %238, %239
-  %241 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv638.i
-  store i64 %240, ptr %241, align 8, !tbaa !5
-  %indvars.iv.next639.i = or disjoint i64 %indvars.iv638.i, 1
-  %242 = add nuw nsw i64 %indvars.iv.next639.i, %226
-  %243 = trunc i64 %242 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %243, i32 %last_token.i)
-  %cse_v131.i.1 = sext i32 %token.i.1 to i64
-  %244 = ashr i64 %cse_v131.i.1, 4
-  %gep413.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %244
-  %245 = load i32, ptr %gep413.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %245 to i64
-  %246 = and i64 %cse_v131.i.1, 15
-  %247 = mul nsw i64 %246, %k_row
-  %248 = mul nsw i64 %k_block, %block.i.1
-  %249 = add nsw i64 %247, %248
-  %250 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next639.i
-  store i64 %249, ptr %250, align 8, !tbaa !5
-  %indvars.iv.next639.i.1 = add nuw nsw i64 %indvars.iv638.i, 2
-  %exitcond641.not.i.1 = icmp eq i64 %indvars.iv.next639.i.1, %wide.trip.count.i
-  br i1 %exitcond641.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !19
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
+  %indvars.iv684.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next685.i.1, %for_body_t.i ]
+  %425 = add nuw nsw i64 %indvars.iv684.i, %424
+  %426 = trunc i64 %425 to i32
+  %427 = tail call i32 @llvm.smin.i32(i32 %426, i32 %.reass.i)
+  %428 = sext i32 %427 to i64
+  %429 = ashr i64 %428, 4
+  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %429
+  %430 = load i32, ptr %gep433.i, align 4, !tbaa !5
+  %block.i = sext i32 %430 to i64
+  %431 = and i64 %428, 15
+  %432 = mul nsw i64 %431, %k_row
+  %433 = mul nsw i64 %k_block, %block.i
+  %434 = add nsw i64 %432, %433
+  %435 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv684.i
+  store i64 %434, ptr %435, align 8, !tbaa !5
+  %indvars.iv.next685.i = or disjoint i64 %indvars.iv684.i, 1
+  %436 = add nuw nsw i64 %indvars.iv.next685.i, %424
+  %437 = trunc i64 %436 to i32
+  %438 = tail call i32 @llvm.smin.i32(i32 %437, i32 %.reass.i)
+  %439 = sext i32 %438 to i64
+  %440 = ashr i64 %439, 4
+  %gep433.i.1 = getelementptr i32, ptr %invariant.gep432.i, i64 %440
+  %441 = load i32, ptr %gep433.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %441 to i64
+  %442 = and i64 %439, 15
+  %443 = mul nsw i64 %442, %k_row
+  %444 = mul nsw i64 %k_block, %block.i.1
+  %445 = add nsw i64 %443, %444
+  %446 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next685.i
+  store i64 %445, ptr %446, align 8, !tbaa !5
+  %indvars.iv.next685.i.1 = add nuw nsw i64 %indvars.iv684.i, 2
+  %exitcond687.not.i.1 = icmp eq i64 %indvars.iv.next685.i.1, %wide.trip.count.i
+  br i1 %exitcond687.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
 
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %251 = icmp sgt i32 %num_groups.i, 0
-  %252 = icmp sgt i64 %227, 0
-  %num_full.i = ashr i32 %valid_len.i, 4
-  %253 = icmp sgt i32 %num_full.i, 0
-  %254 = and i32 %valid_len.i, 15
-  %.not601.i = icmp eq i32 %254, 0
-  %cse_v134.i = and i32 %valid_len.i, -16
-  %255 = icmp eq i64 %indvars.iv827.i, 0
-  %256 = insertelement <4 x i1> poison, i1 %255, i64 0
-  %257 = shufflevector <4 x i1> %256, <4 x i1> poison, <4 x i32> zeroinitializer
-  %258 = zext i32 %num_full.i to i64
-  %259 = sext i32 %cse_v134.i to i64
-  %wide.trip.count668.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count668.i, 3
-  %260 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count668.i, 2147483644
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
+  %447 = icmp sgt i32 %419, 0
+  %448 = icmp sgt i64 %415, 0
+  %449 = icmp eq i64 %indvars.iv787.i, 0
+  %450 = insertelement <4 x i1> poison, i1 %449, i64 0
+  %451 = shufflevector <4 x i1> %450, <4 x i1> poison, <4 x i32> zeroinitializer
+  %452 = ashr i32 %417, 4
+  %453 = icmp sgt i32 %452, 0
+  %454 = and i32 %417, 15
+  %.not635.i = icmp eq i32 %454, 0
+  %455 = and i32 %417, -16
+  %456 = sext i32 %455 to i64
+  %457 = zext i32 %452 to i64
+  %wide.trip.count709.i = zext i32 %419 to i64
+  %xtraiter = and i64 %wide.trip.count709.i, 3
+  %458 = icmp ult i32 %419, 4
+  %unroll_iter = and i64 %wide.trip.count709.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod163 = icmp ne i64 %xtraiter, 0
-  %xtraiter164 = and i64 %wide.trip.count668.i, 3
-  %261 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter168 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod166.not = icmp eq i64 %xtraiter164, 0
-  %lcmp.mod167 = icmp ne i64 %xtraiter164, 0
-  %xtraiter170 = and i64 %wide.trip.count668.i, 3
-  %262 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter174 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod172.not = icmp eq i64 %xtraiter170, 0
-  %lcmp.mod173 = icmp ne i64 %xtraiter170, 0
-  %xtraiter176 = and i64 %wide.trip.count668.i, 3
-  %263 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter180 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod178.not = icmp eq i64 %xtraiter176, 0
-  %lcmp.mod179 = icmp ne i64 %xtraiter176, 0
-  %xtraiter182 = and i64 %wide.trip.count668.i, 7
-  %264 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter187 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod184.not = icmp eq i64 %xtraiter182, 0
-  %lcmp.mod186 = icmp ne i64 %xtraiter182, 0
-  %xtraiter189 = and i64 %wide.trip.count668.i, 7
-  %265 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter194 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod191.not = icmp eq i64 %xtraiter189, 0
-  %lcmp.mod193 = icmp ne i64 %xtraiter189, 0
-  %xtraiter196 = and i64 %wide.trip.count668.i, 7
-  %266 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter201 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod198.not = icmp eq i64 %xtraiter196, 0
-  %lcmp.mod200 = icmp ne i64 %xtraiter196, 0
-  %xtraiter203 = and i64 %wide.trip.count668.i, 7
-  %267 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter208 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod202 = icmp ne i64 %xtraiter, 0
+  %xtraiter203 = and i64 %wide.trip.count709.i, 3
+  %459 = icmp ult i32 %419, 4
+  %unroll_iter207 = and i64 %wide.trip.count709.i, 2147483644
   %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
-  %lcmp.mod207 = icmp ne i64 %xtraiter203, 0
-  %xtraiter210 = and i64 %wide.trip.count668.i, 7
-  %268 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter215 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
-  %lcmp.mod214 = icmp ne i64 %xtraiter210, 0
-  %xtraiter217 = and i64 %wide.trip.count668.i, 7
-  %269 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter222 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod219.not = icmp eq i64 %xtraiter217, 0
-  %lcmp.mod221 = icmp ne i64 %xtraiter217, 0
-  %xtraiter224 = and i64 %wide.trip.count668.i, 7
-  %270 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter229 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod226.not = icmp eq i64 %xtraiter224, 0
-  %lcmp.mod228 = icmp ne i64 %xtraiter224, 0
-  %xtraiter231 = and i64 %wide.trip.count668.i, 7
-  %271 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter236 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
-  %lcmp.mod235 = icmp ne i64 %xtraiter231, 0
+  %lcmp.mod206 = icmp ne i64 %xtraiter203, 0
+  %xtraiter209 = and i64 %wide.trip.count709.i, 3
+  %460 = icmp ult i32 %419, 4
+  %unroll_iter213 = and i64 %wide.trip.count709.i, 2147483644
+  %lcmp.mod211.not = icmp eq i64 %xtraiter209, 0
+  %lcmp.mod212 = icmp ne i64 %xtraiter209, 0
+  %xtraiter215 = and i64 %wide.trip.count709.i, 3
+  %461 = icmp ult i32 %419, 4
+  %unroll_iter219 = and i64 %wide.trip.count709.i, 2147483644
+  %lcmp.mod217.not = icmp eq i64 %xtraiter215, 0
+  %lcmp.mod218 = icmp ne i64 %xtraiter215, 0
+  %xtraiter221 = and i64 %wide.trip.count709.i, 7
+  %462 = icmp ult i32 %419, 8
+  %unroll_iter226 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod223.not = icmp eq i64 %xtraiter221, 0
+  %lcmp.mod225 = icmp ne i64 %xtraiter221, 0
+  %xtraiter228 = and i64 %wide.trip.count709.i, 7
+  %463 = icmp ult i32 %419, 8
+  %unroll_iter233 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod230.not = icmp eq i64 %xtraiter228, 0
+  %lcmp.mod232 = icmp ne i64 %xtraiter228, 0
+  %xtraiter235 = and i64 %wide.trip.count709.i, 7
+  %464 = icmp ult i32 %419, 8
+  %unroll_iter240 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod237.not = icmp eq i64 %xtraiter235, 0
+  %lcmp.mod239 = icmp ne i64 %xtraiter235, 0
+  %xtraiter242 = and i64 %wide.trip.count709.i, 7
+  %465 = icmp ult i32 %419, 8
+  %unroll_iter247 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod244.not = icmp eq i64 %xtraiter242, 0
+  %lcmp.mod246 = icmp ne i64 %xtraiter242, 0
+  %xtraiter249 = and i64 %wide.trip.count709.i, 7
+  %466 = icmp ult i32 %419, 8
+  %unroll_iter254 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod251.not = icmp eq i64 %xtraiter249, 0
+  %lcmp.mod253 = icmp ne i64 %xtraiter249, 0
+  %xtraiter256 = and i64 %wide.trip.count709.i, 7
+  %467 = icmp ult i32 %419, 8
+  %unroll_iter261 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
+  %lcmp.mod260 = icmp ne i64 %xtraiter256, 0
+  %xtraiter263 = and i64 %wide.trip.count709.i, 7
+  %468 = icmp ult i32 %419, 8
+  %unroll_iter268 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod265.not = icmp eq i64 %xtraiter263, 0
+  %lcmp.mod267 = icmp ne i64 %xtraiter263, 0
+  %xtraiter270 = and i64 %wide.trip.count709.i, 7
+  %469 = icmp ult i32 %419, 8
+  %unroll_iter275 = and i64 %wide.trip.count709.i, 2147483640
+  %lcmp.mod272.not = icmp eq i64 %xtraiter270, 0
+  %lcmp.mod274 = icmp ne i64 %xtraiter270, 0
+  %xtraiter278 = and i64 %191, 1
+  %470 = icmp eq i32 %190, 1
+  %unroll_iter304 = and i64 %191, 14
+  %lcmp.mod294.not = icmp eq i64 %xtraiter278, 0
+  %lcmp.mod303 = icmp ne i64 %xtraiter278, 0
   br label %for_begin_kv_head.i
 
-for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv642.i = phi i64 [ %indvars.iv.next643.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %272 = add nuw nsw i64 %indvars.iv642.i, %226
-  %273 = trunc i64 %272 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %273, i32 %last_token.i)
-  %cse_v132.i = sext i32 %token16.i to i64
-  %274 = ashr i64 %cse_v132.i, 4
-  %gep416.i = getelementptr i32, ptr %invariant.gep412.i, i64 %274
-  %275 = load i32, ptr %gep416.i, align 4, !tbaa !5
-  %block18.i = sext i32 %275 to i64
-  %276 = and i64 %cse_v132.i, 15
-  %277 = mul nsw i64 %276, %v_row
-  %278 = mul nsw i64 %v_block, %block18.i
-  %279 = add nsw i64 %277, %278
-  %280 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv642.i
-  store i64 %279, ptr %280, align 8, !tbaa !5
-  %indvars.iv.next643.i = or disjoint i64 %indvars.iv642.i, 1
-  %281 = add nuw nsw i64 %indvars.iv.next643.i, %226
-  %282 = trunc i64 %281 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %282, i32 %last_token.i)
-  %cse_v132.i.1 = sext i32 %token16.i.1 to i64
-  %283 = ashr i64 %cse_v132.i.1, 4
-  %gep416.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %283
-  %284 = load i32, ptr %gep416.i.1, align 4, !tbaa !5
-  %block18.i.1 = sext i32 %284 to i64
-  %285 = and i64 %cse_v132.i.1, 15
-  %286 = mul nsw i64 %285, %v_row
-  %287 = mul nsw i64 %v_block, %block18.i.1
-  %288 = add nsw i64 %286, %287
-  %289 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next643.i
-  store i64 %288, ptr %289, align 8, !tbaa !5
-  %indvars.iv.next643.i.1 = add nuw nsw i64 %indvars.iv642.i, 2
-  %exitcond646.not.i.1 = icmp eq i64 %indvars.iv.next643.i.1, %wide.trip.count.i
-  br i1 %exitcond646.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !21
+for_body_t21.i:                                   ; preds = %for_body_t21.i, %for_body_t.i
+  %indvars.iv688.i = phi i64 [ %indvars.iv.next689.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
+  %471 = add nuw nsw i64 %indvars.iv688.i, %424
+  %472 = trunc i64 %471 to i32
+  %473 = tail call i32 @llvm.smin.i32(i32 %472, i32 %.reass.i)
+  %474 = sext i32 %473 to i64
+  %475 = ashr i64 %474, 4
+  %gep436.i = getelementptr i32, ptr %invariant.gep432.i, i64 %475
+  %476 = load i32, ptr %gep436.i, align 4, !tbaa !5
+  %block28.i = sext i32 %476 to i64
+  %477 = and i64 %474, 15
+  %478 = mul nsw i64 %477, %v_row
+  %479 = mul nsw i64 %v_block, %block28.i
+  %480 = add nsw i64 %478, %479
+  %481 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv688.i
+  store i64 %480, ptr %481, align 8, !tbaa !5
+  %indvars.iv.next689.i = or disjoint i64 %indvars.iv688.i, 1
+  %482 = add nuw nsw i64 %indvars.iv.next689.i, %424
+  %483 = trunc i64 %482 to i32
+  %484 = tail call i32 @llvm.smin.i32(i32 %483, i32 %.reass.i)
+  %485 = sext i32 %484 to i64
+  %486 = ashr i64 %485, 4
+  %gep436.i.1 = getelementptr i32, ptr %invariant.gep432.i, i64 %486
+  %487 = load i32, ptr %gep436.i.1, align 4, !tbaa !5
+  %block28.i.1 = sext i32 %487 to i64
+  %488 = and i64 %485, 15
+  %489 = mul nsw i64 %488, %v_row
+  %490 = mul nsw i64 %v_block, %block28.i.1
+  %491 = add nsw i64 %489, %490
+  %492 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next689.i
+  store i64 %491, ptr %492, align 8, !tbaa !5
+  %indvars.iv.next689.i.1 = add nuw nsw i64 %indvars.iv688.i, 2
+  %exitcond692.not.i.1 = icmp eq i64 %indvars.iv.next689.i.1, %wide.trip.count.i
+  br i1 %exitcond692.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
 
-for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
-  %indvars.iv821.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next822.i, %if_end166.i ]
-  %exitcond826.not.i = icmp eq i64 %indvars.iv821.i, 8
-  br i1 %exitcond826.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
+for_begin_kv_head.i:                              ; preds = %if_end190.i, %for_begin_kv_head.preheader.i
+  %indvars.iv783.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next784.i, %if_end190.i ]
+  %exitcond786.not.i = icmp eq i64 %indvars.iv783.i, 8
+  br i1 %exitcond786.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %290 = icmp eq i64 %indvars.iv821.i, 7
-  %291 = and i1 %231, %290
-  %ahead_t.i = select i1 %291, i32 128, i32 0
-  %indvars.iv.next822.i = add nuw nsw i64 %indvars.iv821.i, 1
-  %ahead_head.i = select i1 %290, i64 0, i64 %indvars.iv.next822.i
-  %k_now.i = mul nsw i64 %indvars.iv821.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv821.i, %v_head
-  %292 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.i = tail call ptr %292(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %293 = icmp eq ptr %scores.i, null
-  br i1 %293, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
+  %493 = icmp eq i64 %indvars.iv783.i, 7
+  %494 = and i1 %421, %493
+  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
+  %495 = trunc nuw nsw i64 %indvars.iv.next784.i to i32
+  %496 = select i1 %493, i32 0, i32 %495
+  %497 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %497(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %498 = icmp eq ptr %scores.i, null
+  br i1 %498, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %295 = tail call i32 %294(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not250.i = icmp eq i32 %295, 0
-  br i1 %.not250.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !18
+  %499 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %500 = tail call i32 %499(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not270.i = icmp eq i32 %500, 0
+  br i1 %.not270.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %296 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %probs.i = tail call ptr %296(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %297 = icmp eq ptr %probs.i, null
-  br i1 %297, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
+if_end32.i:                                       ; preds = %for_body_kv_head.i
+  %501 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %501(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %502 = icmp eq ptr %probs.i, null
+  br i1 %502, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
 
-if_end25.i:                                       ; preds = %if_end22.i
-  %298 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %tile_acc.i = tail call ptr %298(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %299 = icmp eq ptr %tile_acc.i, null
-  br i1 %299, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
+for_begin_to_m.preheader.i:                       ; preds = %if_end32.i
+  br i1 %447, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
-if_end28.i:                                       ; preds = %if_end25.i
-  %300 = shl nuw nsw i64 %indvars.iv821.i, 9
-  br i1 %251, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
-
-for_body_to_m.lr.ph.i:                            ; preds = %if_end28.i
-  %301 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep432.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %302 = zext nneg i32 %ahead_t.i to i64
-  %303 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %300
-  %304 = getelementptr inbounds nuw i8, ptr %303, i64 512
-  %305 = getelementptr inbounds nuw i8, ptr %303, i64 1024
-  %306 = getelementptr inbounds nuw i8, ptr %303, i64 1536
-  %307 = getelementptr inbounds nuw i8, ptr %303, i64 64
-  %308 = getelementptr inbounds nuw i8, ptr %303, i64 576
-  %309 = getelementptr inbounds nuw i8, ptr %303, i64 1088
-  %310 = getelementptr inbounds nuw i8, ptr %303, i64 1600
-  %311 = getelementptr inbounds nuw i8, ptr %303, i64 128
-  %312 = getelementptr inbounds nuw i8, ptr %303, i64 640
-  %313 = getelementptr inbounds nuw i8, ptr %303, i64 1152
-  %314 = getelementptr inbounds nuw i8, ptr %303, i64 1664
-  %315 = getelementptr inbounds nuw i8, ptr %303, i64 192
-  %316 = getelementptr inbounds nuw i8, ptr %303, i64 704
-  %317 = getelementptr inbounds nuw i8, ptr %303, i64 1216
-  %318 = getelementptr inbounds nuw i8, ptr %303, i64 1728
-  %319 = getelementptr inbounds nuw i8, ptr %303, i64 256
-  %320 = getelementptr inbounds nuw i8, ptr %303, i64 768
-  %321 = getelementptr inbounds nuw i8, ptr %303, i64 1280
-  %322 = getelementptr inbounds nuw i8, ptr %303, i64 1792
-  %323 = getelementptr inbounds nuw i8, ptr %303, i64 320
-  %324 = getelementptr inbounds nuw i8, ptr %303, i64 832
-  %325 = getelementptr inbounds nuw i8, ptr %303, i64 1344
-  %326 = getelementptr inbounds nuw i8, ptr %303, i64 1856
-  %327 = getelementptr inbounds nuw i8, ptr %303, i64 384
-  %328 = getelementptr inbounds nuw i8, ptr %303, i64 896
-  %329 = getelementptr inbounds nuw i8, ptr %303, i64 1408
-  %330 = getelementptr inbounds nuw i8, ptr %303, i64 1920
-  %331 = getelementptr inbounds nuw i8, ptr %303, i64 448
-  %332 = getelementptr inbounds nuw i8, ptr %303, i64 960
-  %333 = getelementptr inbounds nuw i8, ptr %303, i64 1472
-  %334 = getelementptr inbounds nuw i8, ptr %303, i64 1984
-  %invariant.gep80 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %302
+for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
+  %503 = zext nneg i32 %496 to i64
+  %504 = mul nsw i64 %k_head, %503
+  %505 = mul nsw i64 %indvars.iv783.i, %k_head
+  %invariant.gep451.i = getelementptr i32, ptr %key_cache, i64 %505
+  %506 = select i1 %494, i64 128, i64 0
+  %.idx59 = shl nuw nsw i64 %indvars.iv783.i, 11
+  %507 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
+  %508 = getelementptr inbounds nuw i8, ptr %507, i64 512
+  %509 = getelementptr inbounds nuw i8, ptr %507, i64 1024
+  %510 = getelementptr inbounds nuw i8, ptr %507, i64 1536
+  %511 = getelementptr inbounds nuw i8, ptr %507, i64 64
+  %512 = getelementptr inbounds nuw i8, ptr %507, i64 576
+  %513 = getelementptr inbounds nuw i8, ptr %507, i64 1088
+  %514 = getelementptr inbounds nuw i8, ptr %507, i64 1600
+  %515 = getelementptr inbounds nuw i8, ptr %507, i64 128
+  %516 = getelementptr inbounds nuw i8, ptr %507, i64 640
+  %517 = getelementptr inbounds nuw i8, ptr %507, i64 1152
+  %518 = getelementptr inbounds nuw i8, ptr %507, i64 1664
+  %519 = getelementptr inbounds nuw i8, ptr %507, i64 192
+  %520 = getelementptr inbounds nuw i8, ptr %507, i64 704
+  %521 = getelementptr inbounds nuw i8, ptr %507, i64 1216
+  %522 = getelementptr inbounds nuw i8, ptr %507, i64 1728
+  %523 = getelementptr inbounds nuw i8, ptr %507, i64 256
+  %524 = getelementptr inbounds nuw i8, ptr %507, i64 768
+  %525 = getelementptr inbounds nuw i8, ptr %507, i64 1280
+  %526 = getelementptr inbounds nuw i8, ptr %507, i64 1792
+  %527 = getelementptr inbounds nuw i8, ptr %507, i64 320
+  %528 = getelementptr inbounds nuw i8, ptr %507, i64 832
+  %529 = getelementptr inbounds nuw i8, ptr %507, i64 1344
+  %530 = getelementptr inbounds nuw i8, ptr %507, i64 1856
+  %531 = getelementptr inbounds nuw i8, ptr %507, i64 384
+  %532 = getelementptr inbounds nuw i8, ptr %507, i64 896
+  %533 = getelementptr inbounds nuw i8, ptr %507, i64 1408
+  %534 = getelementptr inbounds nuw i8, ptr %507, i64 1920
+  %535 = getelementptr inbounds nuw i8, ptr %507, i64 448
+  %536 = getelementptr inbounds nuw i8, ptr %507, i64 960
+  %537 = getelementptr inbounds nuw i8, ptr %507, i64 1472
+  %538 = getelementptr inbounds nuw i8, ptr %507, i64 1984
+  %invariant.gep146 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %506
   br label %for_body_to_m.i
 
-for_begin_to_m.i:                                 ; preds = %for_body_r34.preheader.i
-  %indvars.iv.next665.i = add nuw nsw i64 %indvars.iv664.i, 1
-  %exitcond669.not.i = icmp eq i64 %indvars.iv.next665.i, %wide.trip.count668.i
-  br i1 %exitcond669.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to_m.i:                                 ; preds = %for_begin_r.preheader.i
+  %indvars.iv.next707.i = add nuw nsw i64 %indvars.iv706.i, 1
+  %exitcond710.not.i = icmp eq i64 %indvars.iv.next707.i, %wide.trip.count709.i
+  br i1 %exitcond710.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv664.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next665.i, %for_begin_to_m.i ]
-  %335 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %335(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %336 = icmp eq ptr %scores.rf.i, null
-  br i1 %336, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
+  %indvars.iv706.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next707.i, %for_begin_to_m.i ]
+  %539 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.rf.i = tail call ptr %539(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %540 = icmp eq ptr %scores.rf.i, null
+  br i1 %540, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
+
+for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
+  %541 = shl nsw i64 %indvars.iv706.i, 4
+  %invariant.gep950.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %541
+  %gep147 = getelementptr inbounds nuw i64, ptr %invariant.gep146, i64 %541
+  br label %for_begin_n_1.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %337 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled.i = tail call ptr %337(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %338 = icmp eq ptr %scaled.i, null
-  br i1 %338, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %542 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %542(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %543 = icmp eq ptr %scaled.i, null
+  br i1 %543, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %260, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
+  br i1 %458, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
 
-for_end_to_m.thread.i:                            ; preds = %if_end28.i
-  %339 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled1083.i = tail call ptr %339(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %340 = icmp eq ptr %scaled1083.i, null
-  br i1 %340, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
+for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
+  %544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled915.i = tail call ptr %544(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %545 = icmp eq ptr %scaled915.i, null
+  br i1 %545, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv670.i = phi i64 [ %indvars.iv.next671.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv711.i = phi i64 [ %indvars.iv.next712.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %341 = shl nsw i64 %indvars.iv670.i, 4
-  %342 = getelementptr inbounds nuw float, ptr %scores.i, i64 %341
-  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
-  %344 = fmul <16 x float> %91, %343
-  %345 = trunc i64 %341 to i32
-  %346 = sub i32 %valid_len.i, %345
-  %347 = insertelement <16 x i32> poison, i32 %346, i64 0
-  %348 = shufflevector <16 x i32> %347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %349 = icmp sgt <16 x i32> %348, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %350 = select <16 x i1> %349, <16 x float> %344, <16 x float> splat (float 0xFFF0000000000000)
-  %351 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %341
-  store <16 x float> %350, ptr %351, align 4, !tbaa !5
-  %indvars.iv.next671.i = shl i64 %indvars.iv670.i, 4
-  %352 = or disjoint i64 %indvars.iv.next671.i, 16
-  %353 = getelementptr inbounds nuw float, ptr %scores.i, i64 %352
-  %354 = load <16 x float>, ptr %353, align 4, !tbaa !5
-  %355 = fmul <16 x float> %91, %354
-  %356 = trunc i64 %352 to i32
-  %357 = sub i32 %valid_len.i, %356
-  %358 = insertelement <16 x i32> poison, i32 %357, i64 0
-  %359 = shufflevector <16 x i32> %358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %360 = icmp sgt <16 x i32> %359, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %361 = select <16 x i1> %360, <16 x float> %355, <16 x float> splat (float 0xFFF0000000000000)
-  %362 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %352
-  store <16 x float> %361, ptr %362, align 4, !tbaa !5
-  %indvars.iv.next671.i.1 = shl i64 %indvars.iv670.i, 4
-  %363 = or disjoint i64 %indvars.iv.next671.i.1, 32
-  %364 = getelementptr inbounds nuw float, ptr %scores.i, i64 %363
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %366 = fmul <16 x float> %91, %365
-  %367 = trunc i64 %363 to i32
-  %368 = sub i32 %valid_len.i, %367
-  %369 = insertelement <16 x i32> poison, i32 %368, i64 0
-  %370 = shufflevector <16 x i32> %369, <16 x i32> poison, <16 x i32> zeroinitializer
-  %371 = icmp sgt <16 x i32> %370, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %372 = select <16 x i1> %371, <16 x float> %366, <16 x float> splat (float 0xFFF0000000000000)
-  %373 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %363
-  store <16 x float> %372, ptr %373, align 4, !tbaa !5
-  %indvars.iv.next671.i.2 = shl i64 %indvars.iv670.i, 4
-  %374 = or disjoint i64 %indvars.iv.next671.i.2, 48
-  %375 = getelementptr inbounds nuw float, ptr %scores.i, i64 %374
-  %376 = load <16 x float>, ptr %375, align 4, !tbaa !5
-  %377 = fmul <16 x float> %91, %376
-  %378 = trunc i64 %374 to i32
-  %379 = sub i32 %valid_len.i, %378
-  %380 = insertelement <16 x i32> poison, i32 %379, i64 0
-  %381 = shufflevector <16 x i32> %380, <16 x i32> poison, <16 x i32> zeroinitializer
-  %382 = icmp sgt <16 x i32> %381, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %383 = select <16 x i1> %382, <16 x float> %377, <16 x float> splat (float 0xFFF0000000000000)
-  %384 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %374
-  store <16 x float> %383, ptr %384, align 4, !tbaa !5
-  %indvars.iv.next671.i.3 = add nuw nsw i64 %indvars.iv670.i, 4
+  %546 = shl nsw i64 %indvars.iv711.i, 4
+  %547 = getelementptr inbounds nuw float, ptr %scores.i, i64 %546
+  %548 = load <16 x float>, ptr %547, align 4, !tbaa !5
+  %549 = fmul <16 x float> %91, %548
+  %550 = trunc i64 %546 to i32
+  %551 = sub i32 %417, %550
+  %552 = insertelement <16 x i32> poison, i32 %551, i64 0
+  %553 = shufflevector <16 x i32> %552, <16 x i32> poison, <16 x i32> zeroinitializer
+  %554 = icmp sgt <16 x i32> %553, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %555 = select <16 x i1> %554, <16 x float> %549, <16 x float> splat (float 0xFFF0000000000000)
+  %556 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %546
+  store <16 x float> %555, ptr %556, align 4, !tbaa !5
+  %indvars.iv.next712.i = shl i64 %indvars.iv711.i, 4
+  %557 = or disjoint i64 %indvars.iv.next712.i, 16
+  %558 = getelementptr inbounds nuw float, ptr %scores.i, i64 %557
+  %559 = load <16 x float>, ptr %558, align 4, !tbaa !5
+  %560 = fmul <16 x float> %91, %559
+  %561 = trunc i64 %557 to i32
+  %562 = sub i32 %417, %561
+  %563 = insertelement <16 x i32> poison, i32 %562, i64 0
+  %564 = shufflevector <16 x i32> %563, <16 x i32> poison, <16 x i32> zeroinitializer
+  %565 = icmp sgt <16 x i32> %564, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %566 = select <16 x i1> %565, <16 x float> %560, <16 x float> splat (float 0xFFF0000000000000)
+  %567 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %557
+  store <16 x float> %566, ptr %567, align 4, !tbaa !5
+  %indvars.iv.next712.i.1 = shl i64 %indvars.iv711.i, 4
+  %568 = or disjoint i64 %indvars.iv.next712.i.1, 32
+  %569 = getelementptr inbounds nuw float, ptr %scores.i, i64 %568
+  %570 = load <16 x float>, ptr %569, align 4, !tbaa !5
+  %571 = fmul <16 x float> %91, %570
+  %572 = trunc i64 %568 to i32
+  %573 = sub i32 %417, %572
+  %574 = insertelement <16 x i32> poison, i32 %573, i64 0
+  %575 = shufflevector <16 x i32> %574, <16 x i32> poison, <16 x i32> zeroinitializer
+  %576 = icmp sgt <16 x i32> %575, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %577 = select <16 x i1> %576, <16 x float> %571, <16 x float> splat (float 0xFFF0000000000000)
+  %578 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %568
+  store <16 x float> %577, ptr %578, align 4, !tbaa !5
+  %indvars.iv.next712.i.2 = shl i64 %indvars.iv711.i, 4
+  %579 = or disjoint i64 %indvars.iv.next712.i.2, 48
+  %580 = getelementptr inbounds nuw float, ptr %scores.i, i64 %579
+  %581 = load <16 x float>, ptr %580, align 4, !tbaa !5
+  %582 = fmul <16 x float> %91, %581
+  %583 = trunc i64 %579 to i32
+  %584 = sub i32 %417, %583
+  %585 = insertelement <16 x i32> poison, i32 %584, i64 0
+  %586 = shufflevector <16 x i32> %585, <16 x i32> poison, <16 x i32> zeroinitializer
+  %587 = icmp sgt <16 x i32> %586, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %588 = select <16 x i1> %587, <16 x float> %582, <16 x float> splat (float 0xFFF0000000000000)
+  %589 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %579
+  store <16 x float> %588, ptr %589, align 4, !tbaa !5
+  %indvars.iv.next712.i.3 = add nuw nsw i64 %indvars.iv711.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !23, !llvm.loop !24
+  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !26, !llvm.loop !27
 
 for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !29
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv670.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next671.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod163)
+  %indvars.iv711.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next712.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod202)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv670.i.epil = phi i64 [ %indvars.iv.next671.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv670.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv711.i.epil = phi i64 [ %indvars.iv.next712.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv711.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %385 = shl nsw i64 %indvars.iv670.i.epil, 4
-  %386 = getelementptr inbounds nuw float, ptr %scores.i, i64 %385
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
-  %388 = fmul <16 x float> %91, %387
-  %389 = trunc i64 %385 to i32
-  %390 = sub i32 %valid_len.i, %389
-  %391 = insertelement <16 x i32> poison, i32 %390, i64 0
-  %392 = shufflevector <16 x i32> %391, <16 x i32> poison, <16 x i32> zeroinitializer
-  %393 = icmp sgt <16 x i32> %392, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %394 = select <16 x i1> %393, <16 x float> %388, <16 x float> splat (float 0xFFF0000000000000)
-  %395 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %385
-  store <16 x float> %394, ptr %395, align 4, !tbaa !5
-  %indvars.iv.next671.i.epil = add nuw nsw i64 %indvars.iv670.i.epil, 1
+  %590 = shl nsw i64 %indvars.iv711.i.epil, 4
+  %591 = getelementptr inbounds nuw float, ptr %scores.i, i64 %590
+  %592 = load <16 x float>, ptr %591, align 4, !tbaa !5
+  %593 = fmul <16 x float> %91, %592
+  %594 = trunc i64 %590 to i32
+  %595 = sub i32 %417, %594
+  %596 = insertelement <16 x i32> poison, i32 %595, i64 0
+  %597 = shufflevector <16 x i32> %596, <16 x i32> poison, <16 x i32> zeroinitializer
+  %598 = icmp sgt <16 x i32> %597, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %599 = select <16 x i1> %598, <16 x float> %593, <16 x float> splat (float 0xFFF0000000000000)
+  %600 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %590
+  store <16 x float> %599, ptr %600, align 4, !tbaa !5
+  %indvars.iv.next712.i.epil = add nuw nsw i64 %indvars.iv711.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !27
+  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !30
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %261, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
+  br i1 %459, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i = phi i64 [ %indvars.iv.next671.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter169 = phi i64 [ %niter169.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %396 = shl nsw i64 %indvars.iv670.1.i, 4
-  %397 = add nuw nsw i64 %396, 128
-  %398 = getelementptr inbounds nuw float, ptr %scores.i, i64 %397
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %400 = fmul <16 x float> %91, %399
-  %401 = trunc i64 %396 to i32
-  %402 = sub i32 %valid_len.i, %401
-  %403 = insertelement <16 x i32> poison, i32 %402, i64 0
-  %404 = shufflevector <16 x i32> %403, <16 x i32> poison, <16 x i32> zeroinitializer
-  %405 = icmp sgt <16 x i32> %404, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %406 = select <16 x i1> %405, <16 x float> %400, <16 x float> splat (float 0xFFF0000000000000)
-  %407 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %397
-  store <16 x float> %406, ptr %407, align 4, !tbaa !5
-  %indvars.iv.next671.1.i = shl i64 %indvars.iv670.1.i, 4
-  %408 = add nuw nsw i64 %indvars.iv.next671.1.i, 144
-  %409 = getelementptr inbounds nuw float, ptr %scores.i, i64 %408
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
-  %411 = fmul <16 x float> %91, %410
-  %412 = trunc i64 %indvars.iv.next671.1.i to i32
-  %413 = or disjoint i32 %412, 16
-  %414 = sub i32 %valid_len.i, %413
-  %415 = insertelement <16 x i32> poison, i32 %414, i64 0
-  %416 = shufflevector <16 x i32> %415, <16 x i32> poison, <16 x i32> zeroinitializer
-  %417 = icmp sgt <16 x i32> %416, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %418 = select <16 x i1> %417, <16 x float> %411, <16 x float> splat (float 0xFFF0000000000000)
-  %419 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %408
-  store <16 x float> %418, ptr %419, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.1 = shl i64 %indvars.iv670.1.i, 4
-  %420 = add nuw nsw i64 %indvars.iv.next671.1.i.1, 160
-  %421 = getelementptr inbounds nuw float, ptr %scores.i, i64 %420
-  %422 = load <16 x float>, ptr %421, align 4, !tbaa !5
-  %423 = fmul <16 x float> %91, %422
-  %424 = trunc i64 %indvars.iv.next671.1.i.1 to i32
-  %425 = or disjoint i32 %424, 32
-  %426 = sub i32 %valid_len.i, %425
-  %427 = insertelement <16 x i32> poison, i32 %426, i64 0
-  %428 = shufflevector <16 x i32> %427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %429 = icmp sgt <16 x i32> %428, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %430 = select <16 x i1> %429, <16 x float> %423, <16 x float> splat (float 0xFFF0000000000000)
-  %431 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %420
-  store <16 x float> %430, ptr %431, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.2 = shl i64 %indvars.iv670.1.i, 4
-  %432 = add nuw nsw i64 %indvars.iv.next671.1.i.2, 176
-  %433 = getelementptr inbounds nuw float, ptr %scores.i, i64 %432
-  %434 = load <16 x float>, ptr %433, align 4, !tbaa !5
-  %435 = fmul <16 x float> %91, %434
-  %436 = trunc i64 %indvars.iv.next671.1.i.2 to i32
-  %437 = or disjoint i32 %436, 48
-  %438 = sub i32 %valid_len.i, %437
-  %439 = insertelement <16 x i32> poison, i32 %438, i64 0
-  %440 = shufflevector <16 x i32> %439, <16 x i32> poison, <16 x i32> zeroinitializer
-  %441 = icmp sgt <16 x i32> %440, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %442 = select <16 x i1> %441, <16 x float> %435, <16 x float> splat (float 0xFFF0000000000000)
-  %443 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %432
-  store <16 x float> %442, ptr %443, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.3 = add nuw nsw i64 %indvars.iv670.1.i, 4
-  %niter169.next.3 = add i64 %niter169, 4
-  %niter169.ncmp.3 = icmp eq i64 %niter169.next.3, %unroll_iter168
-  br i1 %niter169.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
+  %indvars.iv711.1.i = phi i64 [ %indvars.iv.next712.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter208 = phi i64 [ %niter208.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %601 = shl nsw i64 %indvars.iv711.1.i, 4
+  %602 = add nuw nsw i64 %601, 128
+  %603 = getelementptr inbounds nuw float, ptr %scores.i, i64 %602
+  %604 = load <16 x float>, ptr %603, align 4, !tbaa !5
+  %605 = fmul <16 x float> %91, %604
+  %606 = trunc i64 %601 to i32
+  %607 = sub i32 %417, %606
+  %608 = insertelement <16 x i32> poison, i32 %607, i64 0
+  %609 = shufflevector <16 x i32> %608, <16 x i32> poison, <16 x i32> zeroinitializer
+  %610 = icmp sgt <16 x i32> %609, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %611 = select <16 x i1> %610, <16 x float> %605, <16 x float> splat (float 0xFFF0000000000000)
+  %612 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %602
+  store <16 x float> %611, ptr %612, align 4, !tbaa !5
+  %indvars.iv.next712.1.i = shl i64 %indvars.iv711.1.i, 4
+  %613 = add nuw nsw i64 %indvars.iv.next712.1.i, 144
+  %614 = getelementptr inbounds nuw float, ptr %scores.i, i64 %613
+  %615 = load <16 x float>, ptr %614, align 4, !tbaa !5
+  %616 = fmul <16 x float> %91, %615
+  %617 = trunc i64 %indvars.iv.next712.1.i to i32
+  %618 = or disjoint i32 %617, 16
+  %619 = sub i32 %417, %618
+  %620 = insertelement <16 x i32> poison, i32 %619, i64 0
+  %621 = shufflevector <16 x i32> %620, <16 x i32> poison, <16 x i32> zeroinitializer
+  %622 = icmp sgt <16 x i32> %621, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %623 = select <16 x i1> %622, <16 x float> %616, <16 x float> splat (float 0xFFF0000000000000)
+  %624 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %613
+  store <16 x float> %623, ptr %624, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.1 = shl i64 %indvars.iv711.1.i, 4
+  %625 = add nuw nsw i64 %indvars.iv.next712.1.i.1, 160
+  %626 = getelementptr inbounds nuw float, ptr %scores.i, i64 %625
+  %627 = load <16 x float>, ptr %626, align 4, !tbaa !5
+  %628 = fmul <16 x float> %91, %627
+  %629 = trunc i64 %indvars.iv.next712.1.i.1 to i32
+  %630 = or disjoint i32 %629, 32
+  %631 = sub i32 %417, %630
+  %632 = insertelement <16 x i32> poison, i32 %631, i64 0
+  %633 = shufflevector <16 x i32> %632, <16 x i32> poison, <16 x i32> zeroinitializer
+  %634 = icmp sgt <16 x i32> %633, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %635 = select <16 x i1> %634, <16 x float> %628, <16 x float> splat (float 0xFFF0000000000000)
+  %636 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %625
+  store <16 x float> %635, ptr %636, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.2 = shl i64 %indvars.iv711.1.i, 4
+  %637 = add nuw nsw i64 %indvars.iv.next712.1.i.2, 176
+  %638 = getelementptr inbounds nuw float, ptr %scores.i, i64 %637
+  %639 = load <16 x float>, ptr %638, align 4, !tbaa !5
+  %640 = fmul <16 x float> %91, %639
+  %641 = trunc i64 %indvars.iv.next712.1.i.2 to i32
+  %642 = or disjoint i32 %641, 48
+  %643 = sub i32 %417, %642
+  %644 = insertelement <16 x i32> poison, i32 %643, i64 0
+  %645 = shufflevector <16 x i32> %644, <16 x i32> poison, <16 x i32> zeroinitializer
+  %646 = icmp sgt <16 x i32> %645, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %647 = select <16 x i1> %646, <16 x float> %640, <16 x float> splat (float 0xFFF0000000000000)
+  %648 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %637
+  store <16 x float> %647, ptr %648, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.3 = add nuw nsw i64 %indvars.iv711.1.i, 4
+  %niter208.next.3 = add i64 %niter208, 4
+  %niter208.ncmp.3 = icmp eq i64 %niter208.next.3, %unroll_iter207
+  br i1 %niter208.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod166.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod205.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next671.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod167)
+  %indvars.iv711.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next712.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod206)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv670.1.i.epil = phi i64 [ %indvars.iv.next671.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv670.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter165 = phi i64 [ %epil.iter165.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %444 = shl nsw i64 %indvars.iv670.1.i.epil, 4
-  %445 = add nuw nsw i64 %444, 128
-  %446 = getelementptr inbounds nuw float, ptr %scores.i, i64 %445
-  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
-  %448 = fmul <16 x float> %91, %447
-  %449 = trunc i64 %444 to i32
-  %450 = sub i32 %valid_len.i, %449
-  %451 = insertelement <16 x i32> poison, i32 %450, i64 0
-  %452 = shufflevector <16 x i32> %451, <16 x i32> poison, <16 x i32> zeroinitializer
-  %453 = icmp sgt <16 x i32> %452, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %454 = select <16 x i1> %453, <16 x float> %448, <16 x float> splat (float 0xFFF0000000000000)
-  %455 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %445
-  store <16 x float> %454, ptr %455, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.epil = add nuw nsw i64 %indvars.iv670.1.i.epil, 1
-  %epil.iter165.next = add i64 %epil.iter165, 1
-  %epil.iter165.cmp.not = icmp eq i64 %epil.iter165.next, %xtraiter164
-  br i1 %epil.iter165.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
+  %indvars.iv711.1.i.epil = phi i64 [ %indvars.iv.next712.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv711.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %649 = shl nsw i64 %indvars.iv711.1.i.epil, 4
+  %650 = add nuw nsw i64 %649, 128
+  %651 = getelementptr inbounds nuw float, ptr %scores.i, i64 %650
+  %652 = load <16 x float>, ptr %651, align 4, !tbaa !5
+  %653 = fmul <16 x float> %91, %652
+  %654 = trunc i64 %649 to i32
+  %655 = sub i32 %417, %654
+  %656 = insertelement <16 x i32> poison, i32 %655, i64 0
+  %657 = shufflevector <16 x i32> %656, <16 x i32> poison, <16 x i32> zeroinitializer
+  %658 = icmp sgt <16 x i32> %657, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %659 = select <16 x i1> %658, <16 x float> %653, <16 x float> splat (float 0xFFF0000000000000)
+  %660 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %650
+  store <16 x float> %659, ptr %660, align 4, !tbaa !5
+  %indvars.iv.next712.1.i.epil = add nuw nsw i64 %indvars.iv711.1.i.epil, 1
+  %epil.iter204.next = add i64 %epil.iter204, 1
+  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
+  br i1 %epil.iter204.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %262, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
+  br i1 %460, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i = phi i64 [ %indvars.iv.next671.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter175 = phi i64 [ %niter175.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %456 = shl nsw i64 %indvars.iv670.2.i, 4
-  %457 = add nuw nsw i64 %456, 256
-  %458 = getelementptr inbounds nuw float, ptr %scores.i, i64 %457
-  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
-  %460 = fmul <16 x float> %91, %459
-  %461 = trunc i64 %456 to i32
-  %462 = sub i32 %valid_len.i, %461
-  %463 = insertelement <16 x i32> poison, i32 %462, i64 0
-  %464 = shufflevector <16 x i32> %463, <16 x i32> poison, <16 x i32> zeroinitializer
-  %465 = icmp sgt <16 x i32> %464, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %466 = select <16 x i1> %465, <16 x float> %460, <16 x float> splat (float 0xFFF0000000000000)
-  %467 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %457
-  store <16 x float> %466, ptr %467, align 4, !tbaa !5
-  %indvars.iv.next671.2.i = shl i64 %indvars.iv670.2.i, 4
-  %468 = add nuw nsw i64 %indvars.iv.next671.2.i, 272
-  %469 = getelementptr inbounds nuw float, ptr %scores.i, i64 %468
-  %470 = load <16 x float>, ptr %469, align 4, !tbaa !5
-  %471 = fmul <16 x float> %91, %470
-  %472 = trunc i64 %indvars.iv.next671.2.i to i32
-  %473 = or disjoint i32 %472, 16
-  %474 = sub i32 %valid_len.i, %473
-  %475 = insertelement <16 x i32> poison, i32 %474, i64 0
-  %476 = shufflevector <16 x i32> %475, <16 x i32> poison, <16 x i32> zeroinitializer
-  %477 = icmp sgt <16 x i32> %476, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %478 = select <16 x i1> %477, <16 x float> %471, <16 x float> splat (float 0xFFF0000000000000)
-  %479 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %468
-  store <16 x float> %478, ptr %479, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.1 = shl i64 %indvars.iv670.2.i, 4
-  %480 = add nuw nsw i64 %indvars.iv.next671.2.i.1, 288
-  %481 = getelementptr inbounds nuw float, ptr %scores.i, i64 %480
-  %482 = load <16 x float>, ptr %481, align 4, !tbaa !5
-  %483 = fmul <16 x float> %91, %482
-  %484 = trunc i64 %indvars.iv.next671.2.i.1 to i32
-  %485 = or disjoint i32 %484, 32
-  %486 = sub i32 %valid_len.i, %485
-  %487 = insertelement <16 x i32> poison, i32 %486, i64 0
-  %488 = shufflevector <16 x i32> %487, <16 x i32> poison, <16 x i32> zeroinitializer
-  %489 = icmp sgt <16 x i32> %488, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %490 = select <16 x i1> %489, <16 x float> %483, <16 x float> splat (float 0xFFF0000000000000)
-  %491 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %480
-  store <16 x float> %490, ptr %491, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.2 = shl i64 %indvars.iv670.2.i, 4
-  %492 = add nuw nsw i64 %indvars.iv.next671.2.i.2, 304
-  %493 = getelementptr inbounds nuw float, ptr %scores.i, i64 %492
-  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
-  %495 = fmul <16 x float> %91, %494
-  %496 = trunc i64 %indvars.iv.next671.2.i.2 to i32
-  %497 = or disjoint i32 %496, 48
-  %498 = sub i32 %valid_len.i, %497
-  %499 = insertelement <16 x i32> poison, i32 %498, i64 0
-  %500 = shufflevector <16 x i32> %499, <16 x i32> poison, <16 x i32> zeroinitializer
-  %501 = icmp sgt <16 x i32> %500, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %502 = select <16 x i1> %501, <16 x float> %495, <16 x float> splat (float 0xFFF0000000000000)
-  %503 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %492
-  store <16 x float> %502, ptr %503, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.3 = add nuw nsw i64 %indvars.iv670.2.i, 4
-  %niter175.next.3 = add i64 %niter175, 4
-  %niter175.ncmp.3 = icmp eq i64 %niter175.next.3, %unroll_iter174
-  br i1 %niter175.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
+  %indvars.iv711.2.i = phi i64 [ %indvars.iv.next712.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter214 = phi i64 [ %niter214.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %661 = shl nsw i64 %indvars.iv711.2.i, 4
+  %662 = add nuw nsw i64 %661, 256
+  %663 = getelementptr inbounds nuw float, ptr %scores.i, i64 %662
+  %664 = load <16 x float>, ptr %663, align 4, !tbaa !5
+  %665 = fmul <16 x float> %91, %664
+  %666 = trunc i64 %661 to i32
+  %667 = sub i32 %417, %666
+  %668 = insertelement <16 x i32> poison, i32 %667, i64 0
+  %669 = shufflevector <16 x i32> %668, <16 x i32> poison, <16 x i32> zeroinitializer
+  %670 = icmp sgt <16 x i32> %669, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %671 = select <16 x i1> %670, <16 x float> %665, <16 x float> splat (float 0xFFF0000000000000)
+  %672 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %662
+  store <16 x float> %671, ptr %672, align 4, !tbaa !5
+  %indvars.iv.next712.2.i = shl i64 %indvars.iv711.2.i, 4
+  %673 = add nuw nsw i64 %indvars.iv.next712.2.i, 272
+  %674 = getelementptr inbounds nuw float, ptr %scores.i, i64 %673
+  %675 = load <16 x float>, ptr %674, align 4, !tbaa !5
+  %676 = fmul <16 x float> %91, %675
+  %677 = trunc i64 %indvars.iv.next712.2.i to i32
+  %678 = or disjoint i32 %677, 16
+  %679 = sub i32 %417, %678
+  %680 = insertelement <16 x i32> poison, i32 %679, i64 0
+  %681 = shufflevector <16 x i32> %680, <16 x i32> poison, <16 x i32> zeroinitializer
+  %682 = icmp sgt <16 x i32> %681, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %683 = select <16 x i1> %682, <16 x float> %676, <16 x float> splat (float 0xFFF0000000000000)
+  %684 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %673
+  store <16 x float> %683, ptr %684, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.1 = shl i64 %indvars.iv711.2.i, 4
+  %685 = add nuw nsw i64 %indvars.iv.next712.2.i.1, 288
+  %686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %685
+  %687 = load <16 x float>, ptr %686, align 4, !tbaa !5
+  %688 = fmul <16 x float> %91, %687
+  %689 = trunc i64 %indvars.iv.next712.2.i.1 to i32
+  %690 = or disjoint i32 %689, 32
+  %691 = sub i32 %417, %690
+  %692 = insertelement <16 x i32> poison, i32 %691, i64 0
+  %693 = shufflevector <16 x i32> %692, <16 x i32> poison, <16 x i32> zeroinitializer
+  %694 = icmp sgt <16 x i32> %693, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %695 = select <16 x i1> %694, <16 x float> %688, <16 x float> splat (float 0xFFF0000000000000)
+  %696 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %685
+  store <16 x float> %695, ptr %696, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.2 = shl i64 %indvars.iv711.2.i, 4
+  %697 = add nuw nsw i64 %indvars.iv.next712.2.i.2, 304
+  %698 = getelementptr inbounds nuw float, ptr %scores.i, i64 %697
+  %699 = load <16 x float>, ptr %698, align 4, !tbaa !5
+  %700 = fmul <16 x float> %91, %699
+  %701 = trunc i64 %indvars.iv.next712.2.i.2 to i32
+  %702 = or disjoint i32 %701, 48
+  %703 = sub i32 %417, %702
+  %704 = insertelement <16 x i32> poison, i32 %703, i64 0
+  %705 = shufflevector <16 x i32> %704, <16 x i32> poison, <16 x i32> zeroinitializer
+  %706 = icmp sgt <16 x i32> %705, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %707 = select <16 x i1> %706, <16 x float> %700, <16 x float> splat (float 0xFFF0000000000000)
+  %708 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %697
+  store <16 x float> %707, ptr %708, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.3 = add nuw nsw i64 %indvars.iv711.2.i, 4
+  %niter214.next.3 = add i64 %niter214, 4
+  %niter214.ncmp.3 = icmp eq i64 %niter214.next.3, %unroll_iter213
+  br i1 %niter214.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod172.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod211.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next671.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod173)
+  %indvars.iv711.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next712.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod212)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv670.2.i.epil = phi i64 [ %indvars.iv.next671.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv670.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter171 = phi i64 [ %epil.iter171.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %504 = shl nsw i64 %indvars.iv670.2.i.epil, 4
-  %505 = add nuw nsw i64 %504, 256
-  %506 = getelementptr inbounds nuw float, ptr %scores.i, i64 %505
-  %507 = load <16 x float>, ptr %506, align 4, !tbaa !5
-  %508 = fmul <16 x float> %91, %507
-  %509 = trunc i64 %504 to i32
-  %510 = sub i32 %valid_len.i, %509
-  %511 = insertelement <16 x i32> poison, i32 %510, i64 0
-  %512 = shufflevector <16 x i32> %511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %513 = icmp sgt <16 x i32> %512, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %514 = select <16 x i1> %513, <16 x float> %508, <16 x float> splat (float 0xFFF0000000000000)
-  %515 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %505
-  store <16 x float> %514, ptr %515, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.epil = add nuw nsw i64 %indvars.iv670.2.i.epil, 1
-  %epil.iter171.next = add i64 %epil.iter171, 1
-  %epil.iter171.cmp.not = icmp eq i64 %epil.iter171.next, %xtraiter170
-  br i1 %epil.iter171.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
+  %indvars.iv711.2.i.epil = phi i64 [ %indvars.iv.next712.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv711.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter210 = phi i64 [ %epil.iter210.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %709 = shl nsw i64 %indvars.iv711.2.i.epil, 4
+  %710 = add nuw nsw i64 %709, 256
+  %711 = getelementptr inbounds nuw float, ptr %scores.i, i64 %710
+  %712 = load <16 x float>, ptr %711, align 4, !tbaa !5
+  %713 = fmul <16 x float> %91, %712
+  %714 = trunc i64 %709 to i32
+  %715 = sub i32 %417, %714
+  %716 = insertelement <16 x i32> poison, i32 %715, i64 0
+  %717 = shufflevector <16 x i32> %716, <16 x i32> poison, <16 x i32> zeroinitializer
+  %718 = icmp sgt <16 x i32> %717, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %719 = select <16 x i1> %718, <16 x float> %713, <16 x float> splat (float 0xFFF0000000000000)
+  %720 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %710
+  store <16 x float> %719, ptr %720, align 4, !tbaa !5
+  %indvars.iv.next712.2.i.epil = add nuw nsw i64 %indvars.iv711.2.i.epil, 1
+  %epil.iter210.next = add i64 %epil.iter210, 1
+  %epil.iter210.cmp.not = icmp eq i64 %epil.iter210.next, %xtraiter209
+  br i1 %epil.iter210.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %263, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
+  br i1 %461, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i = phi i64 [ %indvars.iv.next671.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter181 = phi i64 [ %niter181.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %516 = shl nsw i64 %indvars.iv670.3.i, 4
-  %517 = add nuw nsw i64 %516, 384
-  %518 = getelementptr inbounds nuw float, ptr %scores.i, i64 %517
-  %519 = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %520 = fmul <16 x float> %91, %519
-  %521 = trunc i64 %516 to i32
-  %522 = sub i32 %valid_len.i, %521
-  %523 = insertelement <16 x i32> poison, i32 %522, i64 0
-  %524 = shufflevector <16 x i32> %523, <16 x i32> poison, <16 x i32> zeroinitializer
-  %525 = icmp sgt <16 x i32> %524, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %526 = select <16 x i1> %525, <16 x float> %520, <16 x float> splat (float 0xFFF0000000000000)
-  %527 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %517
-  store <16 x float> %526, ptr %527, align 4, !tbaa !5
-  %indvars.iv.next671.3.i = shl i64 %indvars.iv670.3.i, 4
-  %528 = add nuw nsw i64 %indvars.iv.next671.3.i, 400
-  %529 = getelementptr inbounds nuw float, ptr %scores.i, i64 %528
-  %530 = load <16 x float>, ptr %529, align 4, !tbaa !5
-  %531 = fmul <16 x float> %91, %530
-  %532 = trunc i64 %indvars.iv.next671.3.i to i32
-  %533 = or disjoint i32 %532, 16
-  %534 = sub i32 %valid_len.i, %533
-  %535 = insertelement <16 x i32> poison, i32 %534, i64 0
-  %536 = shufflevector <16 x i32> %535, <16 x i32> poison, <16 x i32> zeroinitializer
-  %537 = icmp sgt <16 x i32> %536, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %538 = select <16 x i1> %537, <16 x float> %531, <16 x float> splat (float 0xFFF0000000000000)
-  %539 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %528
-  store <16 x float> %538, ptr %539, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.1 = shl i64 %indvars.iv670.3.i, 4
-  %540 = add nuw nsw i64 %indvars.iv.next671.3.i.1, 416
-  %541 = getelementptr inbounds nuw float, ptr %scores.i, i64 %540
-  %542 = load <16 x float>, ptr %541, align 4, !tbaa !5
-  %543 = fmul <16 x float> %91, %542
-  %544 = trunc i64 %indvars.iv.next671.3.i.1 to i32
-  %545 = or disjoint i32 %544, 32
-  %546 = sub i32 %valid_len.i, %545
-  %547 = insertelement <16 x i32> poison, i32 %546, i64 0
-  %548 = shufflevector <16 x i32> %547, <16 x i32> poison, <16 x i32> zeroinitializer
-  %549 = icmp sgt <16 x i32> %548, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %550 = select <16 x i1> %549, <16 x float> %543, <16 x float> splat (float 0xFFF0000000000000)
-  %551 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %540
-  store <16 x float> %550, ptr %551, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.2 = shl i64 %indvars.iv670.3.i, 4
-  %552 = add nuw nsw i64 %indvars.iv.next671.3.i.2, 432
-  %553 = getelementptr inbounds nuw float, ptr %scores.i, i64 %552
-  %554 = load <16 x float>, ptr %553, align 4, !tbaa !5
-  %555 = fmul <16 x float> %91, %554
-  %556 = trunc i64 %indvars.iv.next671.3.i.2 to i32
-  %557 = or disjoint i32 %556, 48
-  %558 = sub i32 %valid_len.i, %557
-  %559 = insertelement <16 x i32> poison, i32 %558, i64 0
-  %560 = shufflevector <16 x i32> %559, <16 x i32> poison, <16 x i32> zeroinitializer
-  %561 = icmp sgt <16 x i32> %560, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %562 = select <16 x i1> %561, <16 x float> %555, <16 x float> splat (float 0xFFF0000000000000)
-  %563 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %552
-  store <16 x float> %562, ptr %563, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.3 = add nuw nsw i64 %indvars.iv670.3.i, 4
-  %niter181.next.3 = add i64 %niter181, 4
-  %niter181.ncmp.3 = icmp eq i64 %niter181.next.3, %unroll_iter180
-  br i1 %niter181.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
+  %indvars.iv711.3.i = phi i64 [ %indvars.iv.next712.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter220 = phi i64 [ %niter220.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %721 = shl nsw i64 %indvars.iv711.3.i, 4
+  %722 = add nuw nsw i64 %721, 384
+  %723 = getelementptr inbounds nuw float, ptr %scores.i, i64 %722
+  %724 = load <16 x float>, ptr %723, align 4, !tbaa !5
+  %725 = fmul <16 x float> %91, %724
+  %726 = trunc i64 %721 to i32
+  %727 = sub i32 %417, %726
+  %728 = insertelement <16 x i32> poison, i32 %727, i64 0
+  %729 = shufflevector <16 x i32> %728, <16 x i32> poison, <16 x i32> zeroinitializer
+  %730 = icmp sgt <16 x i32> %729, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %731 = select <16 x i1> %730, <16 x float> %725, <16 x float> splat (float 0xFFF0000000000000)
+  %732 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %722
+  store <16 x float> %731, ptr %732, align 4, !tbaa !5
+  %indvars.iv.next712.3.i = shl i64 %indvars.iv711.3.i, 4
+  %733 = add nuw nsw i64 %indvars.iv.next712.3.i, 400
+  %734 = getelementptr inbounds nuw float, ptr %scores.i, i64 %733
+  %735 = load <16 x float>, ptr %734, align 4, !tbaa !5
+  %736 = fmul <16 x float> %91, %735
+  %737 = trunc i64 %indvars.iv.next712.3.i to i32
+  %738 = or disjoint i32 %737, 16
+  %739 = sub i32 %417, %738
+  %740 = insertelement <16 x i32> poison, i32 %739, i64 0
+  %741 = shufflevector <16 x i32> %740, <16 x i32> poison, <16 x i32> zeroinitializer
+  %742 = icmp sgt <16 x i32> %741, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %743 = select <16 x i1> %742, <16 x float> %736, <16 x float> splat (float 0xFFF0000000000000)
+  %744 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %733
+  store <16 x float> %743, ptr %744, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.1 = shl i64 %indvars.iv711.3.i, 4
+  %745 = add nuw nsw i64 %indvars.iv.next712.3.i.1, 416
+  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %745
+  %747 = load <16 x float>, ptr %746, align 4, !tbaa !5
+  %748 = fmul <16 x float> %91, %747
+  %749 = trunc i64 %indvars.iv.next712.3.i.1 to i32
+  %750 = or disjoint i32 %749, 32
+  %751 = sub i32 %417, %750
+  %752 = insertelement <16 x i32> poison, i32 %751, i64 0
+  %753 = shufflevector <16 x i32> %752, <16 x i32> poison, <16 x i32> zeroinitializer
+  %754 = icmp sgt <16 x i32> %753, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %755 = select <16 x i1> %754, <16 x float> %748, <16 x float> splat (float 0xFFF0000000000000)
+  %756 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %745
+  store <16 x float> %755, ptr %756, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.2 = shl i64 %indvars.iv711.3.i, 4
+  %757 = add nuw nsw i64 %indvars.iv.next712.3.i.2, 432
+  %758 = getelementptr inbounds nuw float, ptr %scores.i, i64 %757
+  %759 = load <16 x float>, ptr %758, align 4, !tbaa !5
+  %760 = fmul <16 x float> %91, %759
+  %761 = trunc i64 %indvars.iv.next712.3.i.2 to i32
+  %762 = or disjoint i32 %761, 48
+  %763 = sub i32 %417, %762
+  %764 = insertelement <16 x i32> poison, i32 %763, i64 0
+  %765 = shufflevector <16 x i32> %764, <16 x i32> poison, <16 x i32> zeroinitializer
+  %766 = icmp sgt <16 x i32> %765, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %767 = select <16 x i1> %766, <16 x float> %760, <16 x float> splat (float 0xFFF0000000000000)
+  %768 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %757
+  store <16 x float> %767, ptr %768, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.3 = add nuw nsw i64 %indvars.iv711.3.i, 4
+  %niter220.next.3 = add i64 %niter220, 4
+  %niter220.ncmp.3 = icmp eq i64 %niter220.next.3, %unroll_iter219
+  br i1 %niter220.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
 
-for_body_ax1.i.preheader.unr-lcssa:               ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod178.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
+for_body_ax157.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
+  br i1 %lcmp.mod217.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
 
-for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax1.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next671.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod179)
+for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax157.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
+  %indvars.iv711.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next712.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod218)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv670.3.i.epil = phi i64 [ %indvars.iv.next671.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv670.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter177 = phi i64 [ %epil.iter177.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %564 = shl nsw i64 %indvars.iv670.3.i.epil, 4
-  %565 = add nuw nsw i64 %564, 384
-  %566 = getelementptr inbounds nuw float, ptr %scores.i, i64 %565
-  %567 = load <16 x float>, ptr %566, align 4, !tbaa !5
-  %568 = fmul <16 x float> %91, %567
-  %569 = trunc i64 %564 to i32
-  %570 = sub i32 %valid_len.i, %569
-  %571 = insertelement <16 x i32> poison, i32 %570, i64 0
-  %572 = shufflevector <16 x i32> %571, <16 x i32> poison, <16 x i32> zeroinitializer
-  %573 = icmp sgt <16 x i32> %572, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %574 = select <16 x i1> %573, <16 x float> %568, <16 x float> splat (float 0xFFF0000000000000)
-  %575 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %565
-  store <16 x float> %574, ptr %575, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.epil = add nuw nsw i64 %indvars.iv670.3.i.epil, 1
-  %epil.iter177.next = add i64 %epil.iter177, 1
-  %epil.iter177.cmp.not = icmp eq i64 %epil.iter177.next, %xtraiter176
-  br i1 %epil.iter177.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
+  %indvars.iv711.3.i.epil = phi i64 [ %indvars.iv.next712.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv711.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter216 = phi i64 [ %epil.iter216.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %769 = shl nsw i64 %indvars.iv711.3.i.epil, 4
+  %770 = add nuw nsw i64 %769, 384
+  %771 = getelementptr inbounds nuw float, ptr %scores.i, i64 %770
+  %772 = load <16 x float>, ptr %771, align 4, !tbaa !5
+  %773 = fmul <16 x float> %91, %772
+  %774 = trunc i64 %769 to i32
+  %775 = sub i32 %417, %774
+  %776 = insertelement <16 x i32> poison, i32 %775, i64 0
+  %777 = shufflevector <16 x i32> %776, <16 x i32> poison, <16 x i32> zeroinitializer
+  %778 = icmp sgt <16 x i32> %777, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %779 = select <16 x i1> %778, <16 x float> %773, <16 x float> splat (float 0xFFF0000000000000)
+  %780 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %770
+  store <16 x float> %779, ptr %780, align 4, !tbaa !5
+  %indvars.iv.next712.3.i.epil = add nuw nsw i64 %indvars.iv711.3.i.epil, 1
+  %epil.iter216.next = add i64 %epil.iter216, 1
+  %epil.iter216.cmp.not = icmp eq i64 %epil.iter216.next, %xtraiter215
+  br i1 %epil.iter216.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
 
-for_body_ax1.i.preheader:                         ; preds = %for_body_to.us.3.i.epil, %for_body_ax1.i.preheader.unr-lcssa
-  br i1 %264, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
+for_body_ax157.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax157.i.preheader.unr-lcssa
+  br i1 %462, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !39
 
-if_end31.i:                                       ; preds = %for_body_to_m.i
-  %576 = shl nsw i64 %indvars.iv664.i, 4
-  br label %for_body_n_0_m.i
-
-for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end31.i
-  %indvars.iv653.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next654.i, %for_body_n_0_m.i ]
-  %577 = shl nuw nsw i64 %indvars.iv653.i, 1
-  %578 = add nuw nsw i64 %577, %576
-  %gep81 = getelementptr inbounds nuw i64, ptr %invariant.gep80, i64 %578
-  %579 = load i64, ptr %gep81, align 8, !tbaa !5
-  %580 = getelementptr i32, ptr %key_cache, i64 %579
-  %581 = getelementptr i32, ptr %580, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %581, i32 0, i32 2, i32 1)
-  %582 = getelementptr i8, ptr %580, i64 64
-  %583 = getelementptr i32, ptr %582, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %583, i32 0, i32 2, i32 1)
-  %584 = getelementptr i8, ptr %580, i64 128
-  %585 = getelementptr i32, ptr %584, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %585, i32 0, i32 2, i32 1)
-  %586 = getelementptr i8, ptr %580, i64 192
-  %587 = getelementptr i32, ptr %586, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %587, i32 0, i32 2, i32 1)
-  %588 = getelementptr inbounds nuw i8, ptr %gep81, i64 8
-  %589 = load i64, ptr %588, align 8, !tbaa !5
-  %590 = getelementptr i32, ptr %key_cache, i64 %589
-  %591 = getelementptr i32, ptr %590, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %591, i32 0, i32 2, i32 1)
-  %592 = getelementptr i8, ptr %590, i64 64
-  %593 = getelementptr i32, ptr %592, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %593, i32 0, i32 2, i32 1)
-  %594 = getelementptr i8, ptr %590, i64 128
-  %595 = getelementptr i32, ptr %594, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %595, i32 0, i32 2, i32 1)
-  %596 = getelementptr i8, ptr %590, i64 192
-  %597 = getelementptr i32, ptr %596, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %597, i32 0, i32 2, i32 1)
-  %598 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %578
-  %599 = load i64, ptr %598, align 8, !tbaa !5
-  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %599
-  %600 = getelementptr inbounds nuw i8, ptr %598, i64 8
-  %601 = load i64, ptr %600, align 8, !tbaa !5
-  %gep435.i = getelementptr i32, ptr %invariant.gep432.i, i64 %601
-  %602 = load <16 x float>, ptr %303, align 4, !tbaa !5
-  %603 = load <16 x i32>, ptr %gep433.i, align 4, !tbaa !5
-  %604 = shl <16 x i32> %603, splat (i32 16)
-  %605 = bitcast <16 x i32> %604 to <16 x float>
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %605, <16 x float> zeroinitializer)
-  %607 = load <16 x float>, ptr %304, align 4, !tbaa !5
-  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %605, <16 x float> zeroinitializer)
-  %609 = load <16 x float>, ptr %305, align 4, !tbaa !5
-  %610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %605, <16 x float> zeroinitializer)
-  %611 = load <16 x float>, ptr %306, align 4, !tbaa !5
-  %612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %605, <16 x float> zeroinitializer)
-  %613 = load <16 x i32>, ptr %gep435.i, align 4, !tbaa !5
-  %614 = shl <16 x i32> %613, splat (i32 16)
-  %615 = bitcast <16 x i32> %614 to <16 x float>
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %615, <16 x float> zeroinitializer)
-  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %615, <16 x float> zeroinitializer)
-  %618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> zeroinitializer)
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %615, <16 x float> zeroinitializer)
-  %620 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %621 = and <16 x i32> %603, splat (i32 -65536)
-  %622 = bitcast <16 x i32> %621 to <16 x float>
-  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %622, <16 x float> %606)
-  %624 = load <16 x float>, ptr %308, align 4, !tbaa !5
-  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %622, <16 x float> %608)
-  %626 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %622, <16 x float> %610)
-  %628 = load <16 x float>, ptr %310, align 4, !tbaa !5
-  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %622, <16 x float> %612)
-  %630 = and <16 x i32> %613, splat (i32 -65536)
-  %631 = bitcast <16 x i32> %630 to <16 x float>
-  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %631, <16 x float> %616)
-  %633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %631, <16 x float> %617)
-  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %631, <16 x float> %618)
-  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %631, <16 x float> %619)
-  %636 = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %gep420.1.i = getelementptr i8, ptr %gep433.i, i64 64
-  %637 = load <16 x i32>, ptr %gep420.1.i, align 4, !tbaa !5
-  %638 = shl <16 x i32> %637, splat (i32 16)
-  %639 = bitcast <16 x i32> %638 to <16 x float>
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %639, <16 x float> %623)
-  %641 = load <16 x float>, ptr %312, align 4, !tbaa !5
-  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %639, <16 x float> %625)
-  %643 = load <16 x float>, ptr %313, align 4, !tbaa !5
-  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %639, <16 x float> %627)
-  %645 = load <16 x float>, ptr %314, align 4, !tbaa !5
-  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %639, <16 x float> %629)
-  %gep422.1.i = getelementptr i8, ptr %gep435.i, i64 64
-  %647 = load <16 x i32>, ptr %gep422.1.i, align 4, !tbaa !5
-  %648 = shl <16 x i32> %647, splat (i32 16)
-  %649 = bitcast <16 x i32> %648 to <16 x float>
-  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %649, <16 x float> %632)
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %649, <16 x float> %633)
-  %652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %649, <16 x float> %634)
-  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %649, <16 x float> %635)
-  %654 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %655 = and <16 x i32> %637, splat (i32 -65536)
-  %656 = bitcast <16 x i32> %655 to <16 x float>
-  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %656, <16 x float> %640)
-  %658 = load <16 x float>, ptr %316, align 4, !tbaa !5
-  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %656, <16 x float> %642)
-  %660 = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %656, <16 x float> %644)
-  %662 = load <16 x float>, ptr %318, align 4, !tbaa !5
-  %663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %656, <16 x float> %646)
-  %664 = and <16 x i32> %647, splat (i32 -65536)
-  %665 = bitcast <16 x i32> %664 to <16 x float>
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %665, <16 x float> %650)
-  %667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %665, <16 x float> %651)
-  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %665, <16 x float> %652)
-  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %665, <16 x float> %653)
-  %670 = load <16 x float>, ptr %319, align 4, !tbaa !5
-  %gep420.2.i = getelementptr i8, ptr %gep433.i, i64 128
-  %671 = load <16 x i32>, ptr %gep420.2.i, align 4, !tbaa !5
-  %672 = shl <16 x i32> %671, splat (i32 16)
-  %673 = bitcast <16 x i32> %672 to <16 x float>
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %673, <16 x float> %657)
-  %675 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %673, <16 x float> %659)
-  %677 = load <16 x float>, ptr %321, align 4, !tbaa !5
-  %678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %673, <16 x float> %661)
-  %679 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %673, <16 x float> %663)
-  %gep422.2.i = getelementptr i8, ptr %gep435.i, i64 128
-  %681 = load <16 x i32>, ptr %gep422.2.i, align 4, !tbaa !5
-  %682 = shl <16 x i32> %681, splat (i32 16)
-  %683 = bitcast <16 x i32> %682 to <16 x float>
-  %684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %683, <16 x float> %666)
-  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %683, <16 x float> %667)
-  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %683, <16 x float> %668)
-  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %683, <16 x float> %669)
-  %688 = load <16 x float>, ptr %323, align 4, !tbaa !5
-  %689 = and <16 x i32> %671, splat (i32 -65536)
-  %690 = bitcast <16 x i32> %689 to <16 x float>
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %690, <16 x float> %674)
-  %692 = load <16 x float>, ptr %324, align 4, !tbaa !5
-  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %690, <16 x float> %676)
-  %694 = load <16 x float>, ptr %325, align 4, !tbaa !5
-  %695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %690, <16 x float> %678)
-  %696 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %690, <16 x float> %680)
-  %698 = and <16 x i32> %681, splat (i32 -65536)
-  %699 = bitcast <16 x i32> %698 to <16 x float>
-  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %699, <16 x float> %684)
-  %701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %699, <16 x float> %685)
-  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %699, <16 x float> %686)
-  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %699, <16 x float> %687)
-  %704 = load <16 x float>, ptr %327, align 4, !tbaa !5
-  %gep420.3.i = getelementptr i8, ptr %gep433.i, i64 192
-  %705 = load <16 x i32>, ptr %gep420.3.i, align 4, !tbaa !5
-  %706 = shl <16 x i32> %705, splat (i32 16)
-  %707 = bitcast <16 x i32> %706 to <16 x float>
-  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %707, <16 x float> %691)
-  %709 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %707, <16 x float> %693)
-  %711 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %707, <16 x float> %695)
-  %713 = load <16 x float>, ptr %330, align 4, !tbaa !5
-  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %707, <16 x float> %697)
-  %gep422.3.i = getelementptr i8, ptr %gep435.i, i64 192
-  %715 = load <16 x i32>, ptr %gep422.3.i, align 4, !tbaa !5
-  %716 = shl <16 x i32> %715, splat (i32 16)
-  %717 = bitcast <16 x i32> %716 to <16 x float>
-  %718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %717, <16 x float> %700)
-  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %717, <16 x float> %701)
-  %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %717, <16 x float> %702)
-  %721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %717, <16 x float> %703)
-  %722 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %723 = and <16 x i32> %705, splat (i32 -65536)
-  %724 = bitcast <16 x i32> %723 to <16 x float>
-  %725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %724, <16 x float> %708)
-  %726 = load <16 x float>, ptr %332, align 4, !tbaa !5
-  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %724, <16 x float> %710)
-  %728 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %724, <16 x float> %712)
-  %730 = load <16 x float>, ptr %334, align 4, !tbaa !5
-  %731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %724, <16 x float> %714)
-  %732 = and <16 x i32> %715, splat (i32 -65536)
-  %733 = bitcast <16 x i32> %732 to <16 x float>
-  %734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %733, <16 x float> %718)
-  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %733, <16 x float> %719)
-  %736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %733, <16 x float> %720)
-  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %733, <16 x float> %721)
-  %.idx1071.i = shl nuw nsw i64 %indvars.iv653.i, 7
-  %738 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx1071.i
-  store <16 x float> %725, ptr %738, align 4, !tbaa !5
-  %739 = getelementptr inbounds nuw i8, ptr %738, i64 64
-  store <16 x float> %734, ptr %739, align 4, !tbaa !5
-  %740 = getelementptr inbounds nuw i8, ptr %738, i64 1024
-  store <16 x float> %727, ptr %740, align 4, !tbaa !5
-  %741 = getelementptr inbounds nuw i8, ptr %738, i64 1088
-  store <16 x float> %735, ptr %741, align 4, !tbaa !5
-  %742 = getelementptr inbounds nuw i8, ptr %738, i64 2048
-  store <16 x float> %729, ptr %742, align 4, !tbaa !5
-  %743 = getelementptr inbounds nuw i8, ptr %738, i64 2112
-  store <16 x float> %736, ptr %743, align 4, !tbaa !5
-  %744 = getelementptr inbounds nuw i8, ptr %738, i64 3072
-  store <16 x float> %731, ptr %744, align 4, !tbaa !5
-  %745 = getelementptr inbounds nuw i8, ptr %738, i64 3136
-  store <16 x float> %737, ptr %745, align 4, !tbaa !5
-  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
-  %exitcond658.not.i = icmp eq i64 %indvars.iv.next654.i, 8
-  br i1 %exitcond658.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
-
-for_body_r34.preheader.i:                         ; preds = %for_body_n_0_m.i
-  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %576
-  store <16 x float> zeroinitializer, ptr %746, align 4, !tbaa !5
+for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.preheader.i
+  %781 = getelementptr inbounds nuw float, ptr %scores.i, i64 %541
+  store <16 x float> zeroinitializer, ptr %781, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %747 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %747, align 4, !tbaa !5
-  %748 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %748, align 4, !tbaa !5
-  %749 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %749, align 4, !tbaa !5
-  %750 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %750, align 4, !tbaa !5
-  %751 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %751, align 4, !tbaa !5
-  %752 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %752, align 4, !tbaa !5
-  %753 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %753, align 4, !tbaa !5
-  %754 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %754, align 4, !tbaa !5
-  %755 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %755, align 4, !tbaa !5
-  %756 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %756, align 4, !tbaa !5
-  %757 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %757, align 4, !tbaa !5
-  %758 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %758, align 4, !tbaa !5
-  %759 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %759, align 4, !tbaa !5
-  %760 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %760, align 4, !tbaa !5
-  %761 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %761, align 4, !tbaa !5
-  %762 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %763 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %763, %762
-  %764 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %765 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %765, %764
-  %766 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %767 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %767, %766
-  %768 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %769 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %769, %768
-  %770 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %771 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %771, %770
-  %772 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %773 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %773, %772
-  %774 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %775 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %775, %774
-  %776 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %777 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %777, %776
-  %778 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %779 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %779, %778
-  %780 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %781 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %781, %780
-  %782 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %783 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %783, %782
-  %784 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %785 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %785, %784
-  %786 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %787 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %787, %786
-  %788 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %789 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %789, %788
-  %790 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %791 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %792 = fadd <16 x float> %791, %790
-  %793 = fadd <16 x float> %792, zeroinitializer
-  store <16 x float> %793, ptr %746, align 4, !tbaa !5
-  %794 = getelementptr inbounds nuw i8, ptr %746, i64 512
-  store <16 x float> zeroinitializer, ptr %794, align 4, !tbaa !5
-  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %795, align 4, !tbaa !5
-  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %796, align 4, !tbaa !5
-  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %797, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %798, align 4, !tbaa !5
-  %799 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %799, align 4, !tbaa !5
-  %800 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %800, align 4, !tbaa !5
-  %801 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %801, align 4, !tbaa !5
-  %802 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %802, align 4, !tbaa !5
-  %803 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %803, align 4, !tbaa !5
-  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %804, align 4, !tbaa !5
-  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %805, align 4, !tbaa !5
-  %806 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %806, align 4, !tbaa !5
-  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %807, align 4, !tbaa !5
-  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %808, align 4, !tbaa !5
-  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %809, align 4, !tbaa !5
-  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %810, align 4, !tbaa !5
-  %811 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %812 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %812, %811
-  %813 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %814 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %814, %813
-  %815 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %816 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %816, %815
-  %817 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %818 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %818, %817
-  %819 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %820 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %820, %819
-  %821 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %822 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %822, %821
-  %823 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %824 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %824, %823
-  %825 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %826 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %826, %825
-  %827 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %828 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %828, %827
-  %829 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %830 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %830, %829
-  %831 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %832 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %832, %831
-  %833 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %834 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %834, %833
-  %835 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %836 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %836, %835
-  %837 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %838 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %838, %837
-  %839 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %840 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %841 = fadd <16 x float> %840, %839
-  %842 = fadd <16 x float> %841, zeroinitializer
-  store <16 x float> %842, ptr %794, align 4, !tbaa !5
-  %843 = getelementptr inbounds nuw i8, ptr %746, i64 1024
-  store <16 x float> zeroinitializer, ptr %843, align 4, !tbaa !5
-  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %844, align 4, !tbaa !5
-  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %845, align 4, !tbaa !5
-  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %846, align 4, !tbaa !5
-  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %847, align 4, !tbaa !5
-  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %848, align 4, !tbaa !5
-  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %849, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %850, align 4, !tbaa !5
-  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %851, align 4, !tbaa !5
-  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %852, align 4, !tbaa !5
-  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %853, align 4, !tbaa !5
-  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %854, align 4, !tbaa !5
-  %855 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %855, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %856, align 4, !tbaa !5
-  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %857, align 4, !tbaa !5
-  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %858, align 4, !tbaa !5
-  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %859, align 4, !tbaa !5
-  %860 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %861 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %861, %860
-  %862 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %863 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %863, %862
-  %864 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %865 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %865, %864
-  %866 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %867 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %867, %866
-  %868 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %869 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %869, %868
-  %870 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %871 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %871, %870
-  %872 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %873 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %873, %872
-  %874 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %875 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %875, %874
-  %876 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %877 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %877, %876
-  %878 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %879 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %879, %878
-  %880 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %881 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %881, %880
-  %882 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %883 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %883, %882
-  %884 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %885 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %885, %884
-  %886 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %887 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %887, %886
-  %888 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %889 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %890 = fadd <16 x float> %889, %888
-  %891 = fadd <16 x float> %890, zeroinitializer
-  store <16 x float> %891, ptr %843, align 4, !tbaa !5
-  %892 = getelementptr inbounds nuw i8, ptr %746, i64 1536
-  store <16 x float> zeroinitializer, ptr %892, align 4, !tbaa !5
-  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %893, align 4, !tbaa !5
-  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %894, align 4, !tbaa !5
-  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %895, align 4, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %896, align 4, !tbaa !5
-  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %897, align 4, !tbaa !5
-  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %898, align 4, !tbaa !5
-  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %899, align 4, !tbaa !5
-  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %900, align 4, !tbaa !5
-  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %901, align 4, !tbaa !5
-  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %902, align 4, !tbaa !5
-  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %903, align 4, !tbaa !5
-  %904 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %904, align 4, !tbaa !5
-  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %905, align 4, !tbaa !5
-  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %906, align 4, !tbaa !5
-  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %907, align 4, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %908, align 4, !tbaa !5
-  %909 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %910 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %910, %909
-  %911 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %912 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %912, %911
-  %913 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %914 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %914, %913
-  %915 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %916 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %916, %915
-  %917 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %918 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %918, %917
-  %919 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %920 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %920, %919
-  %921 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %922 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %922, %921
-  %923 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %924 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %924, %923
-  %925 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %926 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %926, %925
-  %927 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %928 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %928, %927
-  %929 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %930 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %930, %929
-  %931 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %932 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %932, %931
-  %933 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %934 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %934, %933
-  %935 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %936 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %936, %935
-  %937 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %938 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %939 = fadd <16 x float> %938, %937
-  %940 = fadd <16 x float> %939, zeroinitializer
-  store <16 x float> %940, ptr %892, align 4, !tbaa !5
-  %941 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %942 = tail call i32 %941(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not257.i = icmp eq i32 %942, 0
-  br i1 %.not257.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
+  %782 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %782, align 4, !tbaa !5
+  %783 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %783, align 4, !tbaa !5
+  %784 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %784, align 4, !tbaa !5
+  %785 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %785, align 4, !tbaa !5
+  %786 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %786, align 4, !tbaa !5
+  %787 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %787, align 4, !tbaa !5
+  %788 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %788, align 4, !tbaa !5
+  %789 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %789, align 4, !tbaa !5
+  %790 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %790, align 4, !tbaa !5
+  %791 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %791, align 4, !tbaa !5
+  %792 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %792, align 4, !tbaa !5
+  %793 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %793, align 4, !tbaa !5
+  %794 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %794, align 4, !tbaa !5
+  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %795, align 4, !tbaa !5
+  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %796, align 4, !tbaa !5
+  %797 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %798 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %798, %797
+  %799 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %800 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %800, %799
+  %801 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %802 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %802, %801
+  %803 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %804 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %804, %803
+  %805 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %806 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %806, %805
+  %807 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %808 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %808, %807
+  %809 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %810 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %810, %809
+  %811 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %812 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %812, %811
+  %813 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %814 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %814, %813
+  %815 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %816 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %816, %815
+  %817 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %818 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %818, %817
+  %819 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %820 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %820, %819
+  %821 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %822 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %822, %821
+  %823 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %824 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %824, %823
+  %825 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %826 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %827 = fadd <16 x float> %826, %825
+  %828 = fadd <16 x float> %827, zeroinitializer
+  store <16 x float> %828, ptr %781, align 4, !tbaa !5
+  %829 = getelementptr inbounds nuw i8, ptr %781, i64 512
+  store <16 x float> zeroinitializer, ptr %829, align 4, !tbaa !5
+  %830 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %830, align 4, !tbaa !5
+  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %831, align 4, !tbaa !5
+  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %832, align 4, !tbaa !5
+  %833 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %833, align 4, !tbaa !5
+  %834 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %834, align 4, !tbaa !5
+  %835 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %835, align 4, !tbaa !5
+  %836 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %836, align 4, !tbaa !5
+  %837 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %837, align 4, !tbaa !5
+  %838 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %838, align 4, !tbaa !5
+  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %839, align 4, !tbaa !5
+  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %840, align 4, !tbaa !5
+  %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %841, align 4, !tbaa !5
+  %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %842, align 4, !tbaa !5
+  %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %843, align 4, !tbaa !5
+  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %844, align 4, !tbaa !5
+  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %845, align 4, !tbaa !5
+  %846 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %847 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %847, %846
+  %848 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %849 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %849, %848
+  %850 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %851 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %851, %850
+  %852 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %853 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %853, %852
+  %854 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %855 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %855, %854
+  %856 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %857 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %857, %856
+  %858 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %859 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %859, %858
+  %860 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %861 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %861, %860
+  %862 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %863 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %863, %862
+  %864 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %865 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %865, %864
+  %866 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %867 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %867, %866
+  %868 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %869 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %869, %868
+  %870 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %871 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %871, %870
+  %872 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %873 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %873, %872
+  %874 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %875 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %876 = fadd <16 x float> %875, %874
+  %877 = fadd <16 x float> %876, zeroinitializer
+  store <16 x float> %877, ptr %829, align 4, !tbaa !5
+  %878 = getelementptr inbounds nuw i8, ptr %781, i64 1024
+  store <16 x float> zeroinitializer, ptr %878, align 4, !tbaa !5
+  %879 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %879, align 4, !tbaa !5
+  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %880, align 4, !tbaa !5
+  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %881, align 4, !tbaa !5
+  %882 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %882, align 4, !tbaa !5
+  %883 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %883, align 4, !tbaa !5
+  %884 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %884, align 4, !tbaa !5
+  %885 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %885, align 4, !tbaa !5
+  %886 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %886, align 4, !tbaa !5
+  %887 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %887, align 4, !tbaa !5
+  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %888, align 4, !tbaa !5
+  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %889, align 4, !tbaa !5
+  %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %890, align 4, !tbaa !5
+  %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %891, align 4, !tbaa !5
+  %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %892, align 4, !tbaa !5
+  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %893, align 4, !tbaa !5
+  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %894, align 4, !tbaa !5
+  %895 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %896 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %896, %895
+  %897 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %898 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %898, %897
+  %899 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %900 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %900, %899
+  %901 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %902 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %902, %901
+  %903 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %904 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %904, %903
+  %905 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %906 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %906, %905
+  %907 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %908 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %908, %907
+  %909 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %910 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %910, %909
+  %911 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %912 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %912, %911
+  %913 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %914 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %914, %913
+  %915 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %916 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %916, %915
+  %917 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %918 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %918, %917
+  %919 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %920 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %920, %919
+  %921 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %922 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %922, %921
+  %923 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %924 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %925 = fadd <16 x float> %924, %923
+  %926 = fadd <16 x float> %925, zeroinitializer
+  store <16 x float> %926, ptr %878, align 4, !tbaa !5
+  %927 = getelementptr inbounds nuw i8, ptr %781, i64 1536
+  store <16 x float> zeroinitializer, ptr %927, align 4, !tbaa !5
+  %928 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %928, align 4, !tbaa !5
+  %929 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %929, align 4, !tbaa !5
+  %930 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %930, align 4, !tbaa !5
+  %931 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %931, align 4, !tbaa !5
+  %932 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %932, align 4, !tbaa !5
+  %933 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %933, align 4, !tbaa !5
+  %934 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %934, align 4, !tbaa !5
+  %935 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %935, align 4, !tbaa !5
+  %936 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %936, align 4, !tbaa !5
+  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %937, align 4, !tbaa !5
+  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %938, align 4, !tbaa !5
+  %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %939, align 4, !tbaa !5
+  %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %940, align 4, !tbaa !5
+  %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %941, align 4, !tbaa !5
+  %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %942, align 4, !tbaa !5
+  %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %943, align 4, !tbaa !5
+  %944 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %945 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %945, %944
+  %946 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %947 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %947, %946
+  %948 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %949 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %949, %948
+  %950 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %951 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %951, %950
+  %952 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %953 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %953, %952
+  %954 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %955 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %955, %954
+  %956 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %957 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %957, %956
+  %958 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %959 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %959, %958
+  %960 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %961 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %961, %960
+  %962 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %963 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %963, %962
+  %964 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %965 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %965, %964
+  %966 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %967 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %967, %966
+  %968 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %969 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %969, %968
+  %970 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %971 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %971, %970
+  %972 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %973 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %974 = fadd <16 x float> %973, %972
+  %975 = fadd <16 x float> %974, zeroinitializer
+  store <16 x float> %975, ptr %927, align 4, !tbaa !5
+  %976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %977 = tail call i32 %976(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not275.i = icmp eq i32 %977, 0
+  br i1 %.not275.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
 
-for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.i.preheader
-  %indvars.iv681.i = phi i64 [ %indvars.iv.next682.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.i = phi <16 x float> [ %981, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
-  %niter188 = phi i64 [ %niter188.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %.idx1072.i = shl nsw i64 %indvars.iv681.i, 6
-  %943 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i
-  %944 = load <16 x float>, ptr %943, align 4, !tbaa !5
-  %945 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i, %944
-  %946 = select <16 x i1> %945, <16 x float> %peak.rf_global240.sroa.0.0441.i, <16 x float> %944
-  %indvars.iv.next682.i = shl i64 %indvars.iv681.i, 6
-  %947 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i
-  %948 = getelementptr inbounds nuw i8, ptr %947, i64 64
-  %949 = load <16 x float>, ptr %948, align 4, !tbaa !5
-  %950 = fcmp ogt <16 x float> %946, %949
-  %951 = select <16 x i1> %950, <16 x float> %946, <16 x float> %949
-  %indvars.iv.next682.i.1 = shl i64 %indvars.iv681.i, 6
-  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.1
-  %953 = getelementptr inbounds nuw i8, ptr %952, i64 128
-  %954 = load <16 x float>, ptr %953, align 4, !tbaa !5
-  %955 = fcmp ogt <16 x float> %951, %954
-  %956 = select <16 x i1> %955, <16 x float> %951, <16 x float> %954
-  %indvars.iv.next682.i.2 = shl i64 %indvars.iv681.i, 6
-  %957 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.2
-  %958 = getelementptr inbounds nuw i8, ptr %957, i64 192
-  %959 = load <16 x float>, ptr %958, align 4, !tbaa !5
-  %960 = fcmp ogt <16 x float> %956, %959
-  %961 = select <16 x i1> %960, <16 x float> %956, <16 x float> %959
-  %indvars.iv.next682.i.3 = shl i64 %indvars.iv681.i, 6
-  %962 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.3
-  %963 = getelementptr inbounds nuw i8, ptr %962, i64 256
-  %964 = load <16 x float>, ptr %963, align 4, !tbaa !5
-  %965 = fcmp ogt <16 x float> %961, %964
-  %966 = select <16 x i1> %965, <16 x float> %961, <16 x float> %964
-  %indvars.iv.next682.i.4 = shl i64 %indvars.iv681.i, 6
-  %967 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.4
-  %968 = getelementptr inbounds nuw i8, ptr %967, i64 320
-  %969 = load <16 x float>, ptr %968, align 4, !tbaa !5
-  %970 = fcmp ogt <16 x float> %966, %969
-  %971 = select <16 x i1> %970, <16 x float> %966, <16 x float> %969
-  %indvars.iv.next682.i.5 = shl i64 %indvars.iv681.i, 6
-  %972 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.5
-  %973 = getelementptr inbounds nuw i8, ptr %972, i64 384
-  %974 = load <16 x float>, ptr %973, align 4, !tbaa !5
-  %975 = fcmp ogt <16 x float> %971, %974
-  %976 = select <16 x i1> %975, <16 x float> %971, <16 x float> %974
-  %indvars.iv.next682.i.6 = shl i64 %indvars.iv681.i, 6
-  %977 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.6
-  %978 = getelementptr inbounds nuw i8, ptr %977, i64 448
-  %979 = load <16 x float>, ptr %978, align 4, !tbaa !5
-  %980 = fcmp ogt <16 x float> %976, %979
-  %981 = select <16 x i1> %980, <16 x float> %976, <16 x float> %979
-  %indvars.iv.next682.i.7 = add nuw nsw i64 %indvars.iv681.i, 8
-  %niter188.next.7 = add i64 %niter188, 8
-  %niter188.ncmp.7 = icmp eq i64 %niter188.next.7, %unroll_iter187
-  br i1 %niter188.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
+for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
+  %indvars.iv698.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next699.i, %for_begin_n_1.preheader.i ]
+  %978 = shl nuw nsw i64 %indvars.iv698.i, 1
+  %979 = getelementptr inbounds nuw i64, ptr %gep147, i64 %978
+  %980 = load i64, ptr %979, align 8, !tbaa !5
+  %981 = getelementptr i32, ptr %key_cache, i64 %980
+  %982 = getelementptr i32, ptr %981, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %982, i32 0, i32 2, i32 1)
+  %983 = getelementptr i8, ptr %981, i64 64
+  %984 = getelementptr i32, ptr %983, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %984, i32 0, i32 2, i32 1)
+  %985 = getelementptr i8, ptr %981, i64 128
+  %986 = getelementptr i32, ptr %985, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %986, i32 0, i32 2, i32 1)
+  %987 = getelementptr i8, ptr %981, i64 192
+  %988 = getelementptr i32, ptr %987, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %988, i32 0, i32 2, i32 1)
+  %989 = getelementptr inbounds nuw i8, ptr %979, i64 8
+  %990 = load i64, ptr %989, align 8, !tbaa !5
+  %991 = getelementptr i32, ptr %key_cache, i64 %990
+  %992 = getelementptr i32, ptr %991, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %992, i32 0, i32 2, i32 1)
+  %993 = getelementptr i8, ptr %991, i64 64
+  %994 = getelementptr i32, ptr %993, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %994, i32 0, i32 2, i32 1)
+  %995 = getelementptr i8, ptr %991, i64 128
+  %996 = getelementptr i32, ptr %995, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %996, i32 0, i32 2, i32 1)
+  %997 = getelementptr i8, ptr %991, i64 192
+  %998 = getelementptr i32, ptr %997, i64 %504
+  tail call void @llvm.prefetch.p0(ptr readonly %998, i32 0, i32 2, i32 1)
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep950.i, i64 %978
+  %999 = load i64, ptr %gep.i, align 8, !tbaa !5
+  %gep452.i = getelementptr i32, ptr %invariant.gep451.i, i64 %999
+  %1000 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
+  %1001 = load i64, ptr %1000, align 8, !tbaa !5
+  %gep454.i = getelementptr i32, ptr %invariant.gep451.i, i64 %1001
+  %1002 = load <16 x float>, ptr %507, align 4, !tbaa !5
+  %1003 = load <16 x i32>, ptr %gep452.i, align 4, !tbaa !5
+  %1004 = shl <16 x i32> %1003, splat (i32 16)
+  %1005 = bitcast <16 x i32> %1004 to <16 x float>
+  %1006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1002, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1007 = load <16 x float>, ptr %508, align 4, !tbaa !5
+  %1008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1007, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1009 = load <16 x float>, ptr %509, align 4, !tbaa !5
+  %1010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1009, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1011 = load <16 x float>, ptr %510, align 4, !tbaa !5
+  %1012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1005, <16 x float> zeroinitializer)
+  %1013 = load <16 x i32>, ptr %gep454.i, align 4, !tbaa !5
+  %1014 = shl <16 x i32> %1013, splat (i32 16)
+  %1015 = bitcast <16 x i32> %1014 to <16 x float>
+  %1016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1002, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1007, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1009, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1015, <16 x float> zeroinitializer)
+  %1020 = load <16 x float>, ptr %511, align 4, !tbaa !5
+  %1021 = and <16 x i32> %1003, splat (i32 -65536)
+  %1022 = bitcast <16 x i32> %1021 to <16 x float>
+  %1023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1022, <16 x float> %1006)
+  %1024 = load <16 x float>, ptr %512, align 4, !tbaa !5
+  %1025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1022, <16 x float> %1008)
+  %1026 = load <16 x float>, ptr %513, align 4, !tbaa !5
+  %1027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1022, <16 x float> %1010)
+  %1028 = load <16 x float>, ptr %514, align 4, !tbaa !5
+  %1029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1028, <16 x float> %1022, <16 x float> %1012)
+  %1030 = and <16 x i32> %1013, splat (i32 -65536)
+  %1031 = bitcast <16 x i32> %1030 to <16 x float>
+  %1032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1031, <16 x float> %1016)
+  %1033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1031, <16 x float> %1017)
+  %1034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1031, <16 x float> %1018)
+  %1035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1028, <16 x float> %1031, <16 x float> %1019)
+  %1036 = load <16 x float>, ptr %515, align 4, !tbaa !5
+  %gep439.1.i = getelementptr i8, ptr %gep452.i, i64 64
+  %1037 = load <16 x i32>, ptr %gep439.1.i, align 4, !tbaa !5
+  %1038 = shl <16 x i32> %1037, splat (i32 16)
+  %1039 = bitcast <16 x i32> %1038 to <16 x float>
+  %1040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1039, <16 x float> %1023)
+  %1041 = load <16 x float>, ptr %516, align 4, !tbaa !5
+  %1042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1041, <16 x float> %1039, <16 x float> %1025)
+  %1043 = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %1044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1043, <16 x float> %1039, <16 x float> %1027)
+  %1045 = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %1046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1039, <16 x float> %1029)
+  %gep441.1.i = getelementptr i8, ptr %gep454.i, i64 64
+  %1047 = load <16 x i32>, ptr %gep441.1.i, align 4, !tbaa !5
+  %1048 = shl <16 x i32> %1047, splat (i32 16)
+  %1049 = bitcast <16 x i32> %1048 to <16 x float>
+  %1050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1049, <16 x float> %1032)
+  %1051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1041, <16 x float> %1049, <16 x float> %1033)
+  %1052 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1043, <16 x float> %1049, <16 x float> %1034)
+  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1049, <16 x float> %1035)
+  %1054 = load <16 x float>, ptr %519, align 4, !tbaa !5
+  %1055 = and <16 x i32> %1037, splat (i32 -65536)
+  %1056 = bitcast <16 x i32> %1055 to <16 x float>
+  %1057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1056, <16 x float> %1040)
+  %1058 = load <16 x float>, ptr %520, align 4, !tbaa !5
+  %1059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1056, <16 x float> %1042)
+  %1060 = load <16 x float>, ptr %521, align 4, !tbaa !5
+  %1061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1056, <16 x float> %1044)
+  %1062 = load <16 x float>, ptr %522, align 4, !tbaa !5
+  %1063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1062, <16 x float> %1056, <16 x float> %1046)
+  %1064 = and <16 x i32> %1047, splat (i32 -65536)
+  %1065 = bitcast <16 x i32> %1064 to <16 x float>
+  %1066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1065, <16 x float> %1050)
+  %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1065, <16 x float> %1051)
+  %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1065, <16 x float> %1052)
+  %1069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1062, <16 x float> %1065, <16 x float> %1053)
+  %1070 = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %gep439.2.i = getelementptr i8, ptr %gep452.i, i64 128
+  %1071 = load <16 x i32>, ptr %gep439.2.i, align 4, !tbaa !5
+  %1072 = shl <16 x i32> %1071, splat (i32 16)
+  %1073 = bitcast <16 x i32> %1072 to <16 x float>
+  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1073, <16 x float> %1057)
+  %1075 = load <16 x float>, ptr %524, align 4, !tbaa !5
+  %1076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1073, <16 x float> %1059)
+  %1077 = load <16 x float>, ptr %525, align 4, !tbaa !5
+  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1073, <16 x float> %1061)
+  %1079 = load <16 x float>, ptr %526, align 4, !tbaa !5
+  %1080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1073, <16 x float> %1063)
+  %gep441.2.i = getelementptr i8, ptr %gep454.i, i64 128
+  %1081 = load <16 x i32>, ptr %gep441.2.i, align 4, !tbaa !5
+  %1082 = shl <16 x i32> %1081, splat (i32 16)
+  %1083 = bitcast <16 x i32> %1082 to <16 x float>
+  %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1083, <16 x float> %1066)
+  %1085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1083, <16 x float> %1067)
+  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1083, <16 x float> %1068)
+  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1083, <16 x float> %1069)
+  %1088 = load <16 x float>, ptr %527, align 4, !tbaa !5
+  %1089 = and <16 x i32> %1071, splat (i32 -65536)
+  %1090 = bitcast <16 x i32> %1089 to <16 x float>
+  %1091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1090, <16 x float> %1074)
+  %1092 = load <16 x float>, ptr %528, align 4, !tbaa !5
+  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1090, <16 x float> %1076)
+  %1094 = load <16 x float>, ptr %529, align 4, !tbaa !5
+  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1090, <16 x float> %1078)
+  %1096 = load <16 x float>, ptr %530, align 4, !tbaa !5
+  %1097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1090, <16 x float> %1080)
+  %1098 = and <16 x i32> %1081, splat (i32 -65536)
+  %1099 = bitcast <16 x i32> %1098 to <16 x float>
+  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1099, <16 x float> %1084)
+  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1099, <16 x float> %1085)
+  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1099, <16 x float> %1086)
+  %1103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1099, <16 x float> %1087)
+  %1104 = load <16 x float>, ptr %531, align 4, !tbaa !5
+  %gep439.3.i = getelementptr i8, ptr %gep452.i, i64 192
+  %1105 = load <16 x i32>, ptr %gep439.3.i, align 4, !tbaa !5
+  %1106 = shl <16 x i32> %1105, splat (i32 16)
+  %1107 = bitcast <16 x i32> %1106 to <16 x float>
+  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1107, <16 x float> %1091)
+  %1109 = load <16 x float>, ptr %532, align 4, !tbaa !5
+  %1110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1107, <16 x float> %1093)
+  %1111 = load <16 x float>, ptr %533, align 4, !tbaa !5
+  %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1107, <16 x float> %1095)
+  %1113 = load <16 x float>, ptr %534, align 4, !tbaa !5
+  %1114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1107, <16 x float> %1097)
+  %gep441.3.i = getelementptr i8, ptr %gep454.i, i64 192
+  %1115 = load <16 x i32>, ptr %gep441.3.i, align 4, !tbaa !5
+  %1116 = shl <16 x i32> %1115, splat (i32 16)
+  %1117 = bitcast <16 x i32> %1116 to <16 x float>
+  %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1117, <16 x float> %1100)
+  %1119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1117, <16 x float> %1101)
+  %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1117, <16 x float> %1102)
+  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1117, <16 x float> %1103)
+  %1122 = load <16 x float>, ptr %535, align 4, !tbaa !5
+  %1123 = and <16 x i32> %1105, splat (i32 -65536)
+  %1124 = bitcast <16 x i32> %1123 to <16 x float>
+  %1125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1124, <16 x float> %1108)
+  %1126 = load <16 x float>, ptr %536, align 4, !tbaa !5
+  %1127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1124, <16 x float> %1110)
+  %1128 = load <16 x float>, ptr %537, align 4, !tbaa !5
+  %1129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1124, <16 x float> %1112)
+  %1130 = load <16 x float>, ptr %538, align 4, !tbaa !5
+  %1131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1130, <16 x float> %1124, <16 x float> %1114)
+  %1132 = and <16 x i32> %1115, splat (i32 -65536)
+  %1133 = bitcast <16 x i32> %1132 to <16 x float>
+  %1134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1133, <16 x float> %1118)
+  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1133, <16 x float> %1119)
+  %1136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1133, <16 x float> %1120)
+  %1137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1130, <16 x float> %1133, <16 x float> %1121)
+  %.idx906.i = shl nuw nsw i64 %indvars.iv698.i, 7
+  %1138 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx906.i
+  store <16 x float> %1125, ptr %1138, align 4, !tbaa !5
+  %1139 = getelementptr inbounds nuw i8, ptr %1138, i64 64
+  store <16 x float> %1134, ptr %1139, align 4, !tbaa !5
+  %1140 = getelementptr inbounds nuw i8, ptr %1138, i64 1024
+  store <16 x float> %1127, ptr %1140, align 4, !tbaa !5
+  %1141 = getelementptr inbounds nuw i8, ptr %1138, i64 1088
+  store <16 x float> %1135, ptr %1141, align 4, !tbaa !5
+  %1142 = getelementptr inbounds nuw i8, ptr %1138, i64 2048
+  store <16 x float> %1129, ptr %1142, align 4, !tbaa !5
+  %1143 = getelementptr inbounds nuw i8, ptr %1138, i64 2112
+  store <16 x float> %1136, ptr %1143, align 4, !tbaa !5
+  %1144 = getelementptr inbounds nuw i8, ptr %1138, i64 3072
+  store <16 x float> %1131, ptr %1144, align 4, !tbaa !5
+  %1145 = getelementptr inbounds nuw i8, ptr %1138, i64 3136
+  store <16 x float> %1137, ptr %1145, align 4, !tbaa !5
+  %indvars.iv.next699.i = add nuw nsw i64 %indvars.iv698.i, 1
+  %exitcond701.not.i = icmp eq i64 %indvars.iv.next699.i, 8
+  br i1 %exitcond701.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
 
-for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod184.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
+for_body_r62.us.preheader.i:                      ; preds = %for_end_ax158.3.i
+  %peak.rf258.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 0
+  %1146 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1147 = select i1 %1146, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.3.i
+  %peak.rf258.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 1
+  %1148 = fcmp ogt float %1147, %peak.rf258.sroa.0.4.vec.extract.3.i
+  %1149 = select i1 %1148, float %1147, float %peak.rf258.sroa.0.4.vec.extract.3.i
+  %peak.rf258.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 2
+  %1150 = fcmp ogt float %1149, %peak.rf258.sroa.0.8.vec.extract.3.i
+  %1151 = select i1 %1150, float %1149, float %peak.rf258.sroa.0.8.vec.extract.3.i
+  %peak.rf258.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 3
+  %1152 = fcmp ogt float %1151, %peak.rf258.sroa.0.12.vec.extract.3.i
+  %1153 = select i1 %1152, float %1151, float %peak.rf258.sroa.0.12.vec.extract.3.i
+  %peak.rf258.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 4
+  %1154 = fcmp ogt float %1153, %peak.rf258.sroa.0.16.vec.extract.3.i
+  %1155 = select i1 %1154, float %1153, float %peak.rf258.sroa.0.16.vec.extract.3.i
+  %peak.rf258.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 5
+  %1156 = fcmp ogt float %1155, %peak.rf258.sroa.0.20.vec.extract.3.i
+  %1157 = select i1 %1156, float %1155, float %peak.rf258.sroa.0.20.vec.extract.3.i
+  %peak.rf258.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 6
+  %1158 = fcmp ogt float %1157, %peak.rf258.sroa.0.24.vec.extract.3.i
+  %1159 = select i1 %1158, float %1157, float %peak.rf258.sroa.0.24.vec.extract.3.i
+  %peak.rf258.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 7
+  %1160 = fcmp ogt float %1159, %peak.rf258.sroa.0.28.vec.extract.3.i
+  %1161 = select i1 %1160, float %1159, float %peak.rf258.sroa.0.28.vec.extract.3.i
+  %peak.rf258.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 8
+  %1162 = fcmp ogt float %1161, %peak.rf258.sroa.0.32.vec.extract.3.i
+  %1163 = select i1 %1162, float %1161, float %peak.rf258.sroa.0.32.vec.extract.3.i
+  %peak.rf258.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 9
+  %1164 = fcmp ogt float %1163, %peak.rf258.sroa.0.36.vec.extract.3.i
+  %1165 = select i1 %1164, float %1163, float %peak.rf258.sroa.0.36.vec.extract.3.i
+  %peak.rf258.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 10
+  %1166 = fcmp ogt float %1165, %peak.rf258.sroa.0.40.vec.extract.3.i
+  %1167 = select i1 %1166, float %1165, float %peak.rf258.sroa.0.40.vec.extract.3.i
+  %peak.rf258.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 11
+  %1168 = fcmp ogt float %1167, %peak.rf258.sroa.0.44.vec.extract.3.i
+  %1169 = select i1 %1168, float %1167, float %peak.rf258.sroa.0.44.vec.extract.3.i
+  %peak.rf258.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 12
+  %1170 = fcmp ogt float %1169, %peak.rf258.sroa.0.48.vec.extract.3.i
+  %1171 = select i1 %1170, float %1169, float %peak.rf258.sroa.0.48.vec.extract.3.i
+  %peak.rf258.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 13
+  %1172 = fcmp ogt float %1171, %peak.rf258.sroa.0.52.vec.extract.3.i
+  %1173 = select i1 %1172, float %1171, float %peak.rf258.sroa.0.52.vec.extract.3.i
+  %peak.rf258.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 14
+  %1174 = fcmp ogt float %1173, %peak.rf258.sroa.0.56.vec.extract.3.i
+  %1175 = select i1 %1174, float %1173, float %peak.rf258.sroa.0.56.vec.extract.3.i
+  %peak.rf258.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 15
+  %1176 = fcmp ogt float %1175, %peak.rf258.sroa.0.60.vec.extract.3.i
+  %1177 = select i1 %1176, float %1175, float %peak.rf258.sroa.0.60.vec.extract.3.i
+  %peak259.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.8.vec.insert.i, float %1177, i64 3
+  br label %for_begin_r68.preheader.i
 
-for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.i.preheader
-  %indvars.iv681.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next682.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod186)
-  br label %for_body_ax1.i.epil
-
-for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv681.i.epil = phi i64 [ %indvars.iv.next682.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv681.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.i.epil = phi <16 x float> [ %985, %for_body_ax1.i.epil ], [ %peak.rf_global240.sroa.0.0441.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %epil.iter183 = phi i64 [ %epil.iter183.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
-  %.idx1072.i.epil = shl nsw i64 %indvars.iv681.i.epil, 6
-  %982 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i.epil
-  %983 = load <16 x float>, ptr %982, align 4, !tbaa !5
-  %984 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, %983
-  %985 = select <16 x i1> %984, <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, <16 x float> %983
-  %indvars.iv.next682.i.epil = add nuw nsw i64 %indvars.iv681.i.epil, 1
-  %epil.iter183.next = add i64 %epil.iter183, 1
-  %epil.iter183.cmp.not = icmp eq i64 %epil.iter183.next, %xtraiter182
-  br i1 %epil.iter183.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
-
-for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled108410861089.i = phi ptr [ %scaled1083.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ], [ %985, %for_body_ax1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 0
-  %986 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %987 = select i1 %986, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.i
-  %peak.rf241.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 1
-  %988 = fcmp ogt float %987, %peak.rf241.sroa.0.4.vec.extract.i
-  %989 = select i1 %988, float %987, float %peak.rf241.sroa.0.4.vec.extract.i
-  %peak.rf241.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 2
-  %990 = fcmp ogt float %989, %peak.rf241.sroa.0.8.vec.extract.i
-  %991 = select i1 %990, float %989, float %peak.rf241.sroa.0.8.vec.extract.i
-  %peak.rf241.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 3
-  %992 = fcmp ogt float %991, %peak.rf241.sroa.0.12.vec.extract.i
-  %993 = select i1 %992, float %991, float %peak.rf241.sroa.0.12.vec.extract.i
-  %peak.rf241.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 4
-  %994 = fcmp ogt float %993, %peak.rf241.sroa.0.16.vec.extract.i
-  %995 = select i1 %994, float %993, float %peak.rf241.sroa.0.16.vec.extract.i
-  %peak.rf241.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 5
-  %996 = fcmp ogt float %995, %peak.rf241.sroa.0.20.vec.extract.i
-  %997 = select i1 %996, float %995, float %peak.rf241.sroa.0.20.vec.extract.i
-  %peak.rf241.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 6
-  %998 = fcmp ogt float %997, %peak.rf241.sroa.0.24.vec.extract.i
-  %999 = select i1 %998, float %997, float %peak.rf241.sroa.0.24.vec.extract.i
-  %peak.rf241.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 7
-  %1000 = fcmp ogt float %999, %peak.rf241.sroa.0.28.vec.extract.i
-  %1001 = select i1 %1000, float %999, float %peak.rf241.sroa.0.28.vec.extract.i
-  %peak.rf241.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 8
-  %1002 = fcmp ogt float %1001, %peak.rf241.sroa.0.32.vec.extract.i
-  %1003 = select i1 %1002, float %1001, float %peak.rf241.sroa.0.32.vec.extract.i
-  %peak.rf241.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 9
-  %1004 = fcmp ogt float %1003, %peak.rf241.sroa.0.36.vec.extract.i
-  %1005 = select i1 %1004, float %1003, float %peak.rf241.sroa.0.36.vec.extract.i
-  %peak.rf241.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 10
-  %1006 = fcmp ogt float %1005, %peak.rf241.sroa.0.40.vec.extract.i
-  %1007 = select i1 %1006, float %1005, float %peak.rf241.sroa.0.40.vec.extract.i
-  %peak.rf241.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 11
-  %1008 = fcmp ogt float %1007, %peak.rf241.sroa.0.44.vec.extract.i
-  %1009 = select i1 %1008, float %1007, float %peak.rf241.sroa.0.44.vec.extract.i
-  %peak.rf241.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 12
-  %1010 = fcmp ogt float %1009, %peak.rf241.sroa.0.48.vec.extract.i
-  %1011 = select i1 %1010, float %1009, float %peak.rf241.sroa.0.48.vec.extract.i
-  %peak.rf241.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 13
-  %1012 = fcmp ogt float %1011, %peak.rf241.sroa.0.52.vec.extract.i
-  %1013 = select i1 %1012, float %1011, float %peak.rf241.sroa.0.52.vec.extract.i
-  %peak.rf241.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 14
-  %1014 = fcmp ogt float %1013, %peak.rf241.sroa.0.56.vec.extract.i
-  %1015 = select i1 %1014, float %1013, float %peak.rf241.sroa.0.56.vec.extract.i
-  %peak.rf241.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 15
-  %1016 = fcmp ogt float %1015, %peak.rf241.sroa.0.60.vec.extract.i
-  %1017 = select i1 %1016, float %1015, float %peak.rf241.sroa.0.60.vec.extract.i
-  br i1 %251, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
-
-for_body_ax1.1.i.preheader:                       ; preds = %for_end_ax1.i
-  br i1 %265, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
-
-for_body_ax1.1.i:                                 ; preds = %for_body_ax1.1.i, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i = phi i64 [ %indvars.iv.next682.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i = phi <16 x float> [ %1057, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
-  %niter195 = phi i64 [ %niter195.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %.idx1073.i = shl nsw i64 %indvars.iv681.1.i, 6
-  %1018 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i
-  %1019 = getelementptr inbounds nuw i8, ptr %1018, i64 512
-  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !5
-  %1021 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i, %1020
-  %1022 = select <16 x i1> %1021, <16 x float> %peak.rf_global240.sroa.0.0441.1.i, <16 x float> %1020
-  %indvars.iv.next682.1.i = shl i64 %indvars.iv681.1.i, 6
-  %1023 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i
-  %1024 = getelementptr inbounds nuw i8, ptr %1023, i64 576
-  %1025 = load <16 x float>, ptr %1024, align 4, !tbaa !5
-  %1026 = fcmp ogt <16 x float> %1022, %1025
-  %1027 = select <16 x i1> %1026, <16 x float> %1022, <16 x float> %1025
-  %indvars.iv.next682.1.i.1 = shl i64 %indvars.iv681.1.i, 6
-  %1028 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.1
-  %1029 = getelementptr inbounds nuw i8, ptr %1028, i64 640
-  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !5
-  %1031 = fcmp ogt <16 x float> %1027, %1030
-  %1032 = select <16 x i1> %1031, <16 x float> %1027, <16 x float> %1030
-  %indvars.iv.next682.1.i.2 = shl i64 %indvars.iv681.1.i, 6
-  %1033 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.2
-  %1034 = getelementptr inbounds nuw i8, ptr %1033, i64 704
-  %1035 = load <16 x float>, ptr %1034, align 4, !tbaa !5
-  %1036 = fcmp ogt <16 x float> %1032, %1035
-  %1037 = select <16 x i1> %1036, <16 x float> %1032, <16 x float> %1035
-  %indvars.iv.next682.1.i.3 = shl i64 %indvars.iv681.1.i, 6
-  %1038 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.3
-  %1039 = getelementptr inbounds nuw i8, ptr %1038, i64 768
-  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !5
-  %1041 = fcmp ogt <16 x float> %1037, %1040
-  %1042 = select <16 x i1> %1041, <16 x float> %1037, <16 x float> %1040
-  %indvars.iv.next682.1.i.4 = shl i64 %indvars.iv681.1.i, 6
-  %1043 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.4
-  %1044 = getelementptr inbounds nuw i8, ptr %1043, i64 832
-  %1045 = load <16 x float>, ptr %1044, align 4, !tbaa !5
-  %1046 = fcmp ogt <16 x float> %1042, %1045
-  %1047 = select <16 x i1> %1046, <16 x float> %1042, <16 x float> %1045
-  %indvars.iv.next682.1.i.5 = shl i64 %indvars.iv681.1.i, 6
-  %1048 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.5
-  %1049 = getelementptr inbounds nuw i8, ptr %1048, i64 896
-  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !5
-  %1051 = fcmp ogt <16 x float> %1047, %1050
-  %1052 = select <16 x i1> %1051, <16 x float> %1047, <16 x float> %1050
-  %indvars.iv.next682.1.i.6 = shl i64 %indvars.iv681.1.i, 6
-  %1053 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.6
-  %1054 = getelementptr inbounds nuw i8, ptr %1053, i64 960
-  %1055 = load <16 x float>, ptr %1054, align 4, !tbaa !5
-  %1056 = fcmp ogt <16 x float> %1052, %1055
-  %1057 = select <16 x i1> %1056, <16 x float> %1052, <16 x float> %1055
-  %indvars.iv.next682.1.i.7 = add nuw nsw i64 %indvars.iv681.1.i, 8
-  %niter195.next.7 = add i64 %niter195, 8
-  %niter195.ncmp.7 = icmp eq i64 %niter195.next.7, %unroll_iter194
-  br i1 %niter195.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
-
-for_end_ax1.1.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.1.i
-  br i1 %lcmp.mod191.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
-
-for_body_ax1.1.i.epil.preheader:                  ; preds = %for_end_ax1.1.i.loopexit.unr-lcssa, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next682.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod193)
-  br label %for_body_ax1.1.i.epil
-
-for_body_ax1.1.i.epil:                            ; preds = %for_body_ax1.1.i.epil, %for_body_ax1.1.i.epil.preheader
-  %indvars.iv681.1.i.epil = phi i64 [ %indvars.iv.next682.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv681.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil = phi <16 x float> [ %1062, %for_body_ax1.1.i.epil ], [ %peak.rf_global240.sroa.0.0441.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
-  %.idx1073.i.epil = shl nsw i64 %indvars.iv681.1.i.epil, 6
-  %1058 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i.epil
-  %1059 = getelementptr inbounds nuw i8, ptr %1058, i64 512
-  %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !5
-  %1061 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, %1060
-  %1062 = select <16 x i1> %1061, <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, <16 x float> %1060
-  %indvars.iv.next682.1.i.epil = add nuw nsw i64 %indvars.iv681.1.i.epil, 1
-  %epil.iter190.next = add i64 %epil.iter190, 1
-  %epil.iter190.cmp.not = icmp eq i64 %epil.iter190.next, %xtraiter189
-  br i1 %epil.iter190.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
-
-for_end_ax1.1.i:                                  ; preds = %for_body_ax1.1.i.epil, %for_end_ax1.1.i.loopexit.unr-lcssa, %for_end_ax1.i
-  %peak.rf_global240.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1062, %for_body_ax1.1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 0
-  %1063 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1064 = select i1 %1063, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.1.i
-  %peak.rf241.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 1
-  %1065 = fcmp ogt float %1064, %peak.rf241.sroa.0.4.vec.extract.1.i
-  %1066 = select i1 %1065, float %1064, float %peak.rf241.sroa.0.4.vec.extract.1.i
-  %peak.rf241.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 2
-  %1067 = fcmp ogt float %1066, %peak.rf241.sroa.0.8.vec.extract.1.i
-  %1068 = select i1 %1067, float %1066, float %peak.rf241.sroa.0.8.vec.extract.1.i
-  %peak.rf241.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 3
-  %1069 = fcmp ogt float %1068, %peak.rf241.sroa.0.12.vec.extract.1.i
-  %1070 = select i1 %1069, float %1068, float %peak.rf241.sroa.0.12.vec.extract.1.i
-  %peak.rf241.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 4
-  %1071 = fcmp ogt float %1070, %peak.rf241.sroa.0.16.vec.extract.1.i
-  %1072 = select i1 %1071, float %1070, float %peak.rf241.sroa.0.16.vec.extract.1.i
-  %peak.rf241.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 5
-  %1073 = fcmp ogt float %1072, %peak.rf241.sroa.0.20.vec.extract.1.i
-  %1074 = select i1 %1073, float %1072, float %peak.rf241.sroa.0.20.vec.extract.1.i
-  %peak.rf241.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 6
-  %1075 = fcmp ogt float %1074, %peak.rf241.sroa.0.24.vec.extract.1.i
-  %1076 = select i1 %1075, float %1074, float %peak.rf241.sroa.0.24.vec.extract.1.i
-  %peak.rf241.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 7
-  %1077 = fcmp ogt float %1076, %peak.rf241.sroa.0.28.vec.extract.1.i
-  %1078 = select i1 %1077, float %1076, float %peak.rf241.sroa.0.28.vec.extract.1.i
-  %peak.rf241.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 8
-  %1079 = fcmp ogt float %1078, %peak.rf241.sroa.0.32.vec.extract.1.i
-  %1080 = select i1 %1079, float %1078, float %peak.rf241.sroa.0.32.vec.extract.1.i
-  %peak.rf241.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 9
-  %1081 = fcmp ogt float %1080, %peak.rf241.sroa.0.36.vec.extract.1.i
-  %1082 = select i1 %1081, float %1080, float %peak.rf241.sroa.0.36.vec.extract.1.i
-  %peak.rf241.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 10
-  %1083 = fcmp ogt float %1082, %peak.rf241.sroa.0.40.vec.extract.1.i
-  %1084 = select i1 %1083, float %1082, float %peak.rf241.sroa.0.40.vec.extract.1.i
-  %peak.rf241.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 11
-  %1085 = fcmp ogt float %1084, %peak.rf241.sroa.0.44.vec.extract.1.i
-  %1086 = select i1 %1085, float %1084, float %peak.rf241.sroa.0.44.vec.extract.1.i
-  %peak.rf241.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 12
-  %1087 = fcmp ogt float %1086, %peak.rf241.sroa.0.48.vec.extract.1.i
-  %1088 = select i1 %1087, float %1086, float %peak.rf241.sroa.0.48.vec.extract.1.i
-  %peak.rf241.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 13
-  %1089 = fcmp ogt float %1088, %peak.rf241.sroa.0.52.vec.extract.1.i
-  %1090 = select i1 %1089, float %1088, float %peak.rf241.sroa.0.52.vec.extract.1.i
-  %peak.rf241.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 14
-  %1091 = fcmp ogt float %1090, %peak.rf241.sroa.0.56.vec.extract.1.i
-  %1092 = select i1 %1091, float %1090, float %peak.rf241.sroa.0.56.vec.extract.1.i
-  %peak.rf241.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 15
-  %1093 = fcmp ogt float %1092, %peak.rf241.sroa.0.60.vec.extract.1.i
-  %1094 = select i1 %1093, float %1092, float %peak.rf241.sroa.0.60.vec.extract.1.i
-  br i1 %251, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
-
-for_body_ax1.2.i.preheader:                       ; preds = %for_end_ax1.1.i
-  br i1 %266, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
-
-for_body_ax1.2.i:                                 ; preds = %for_body_ax1.2.i, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i = phi i64 [ %indvars.iv.next682.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i = phi <16 x float> [ %1134, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
-  %niter202 = phi i64 [ %niter202.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %.idx1074.i = shl nsw i64 %indvars.iv681.2.i, 6
-  %1095 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i
-  %1096 = getelementptr inbounds nuw i8, ptr %1095, i64 1024
-  %1097 = load <16 x float>, ptr %1096, align 4, !tbaa !5
-  %1098 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i, %1097
-  %1099 = select <16 x i1> %1098, <16 x float> %peak.rf_global240.sroa.0.0441.2.i, <16 x float> %1097
-  %indvars.iv.next682.2.i = shl i64 %indvars.iv681.2.i, 6
-  %1100 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i
-  %1101 = getelementptr inbounds nuw i8, ptr %1100, i64 1088
-  %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !5
-  %1103 = fcmp ogt <16 x float> %1099, %1102
-  %1104 = select <16 x i1> %1103, <16 x float> %1099, <16 x float> %1102
-  %indvars.iv.next682.2.i.1 = shl i64 %indvars.iv681.2.i, 6
-  %1105 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.1
-  %1106 = getelementptr inbounds nuw i8, ptr %1105, i64 1152
-  %1107 = load <16 x float>, ptr %1106, align 4, !tbaa !5
-  %1108 = fcmp ogt <16 x float> %1104, %1107
-  %1109 = select <16 x i1> %1108, <16 x float> %1104, <16 x float> %1107
-  %indvars.iv.next682.2.i.2 = shl i64 %indvars.iv681.2.i, 6
-  %1110 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.2
-  %1111 = getelementptr inbounds nuw i8, ptr %1110, i64 1216
-  %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !5
-  %1113 = fcmp ogt <16 x float> %1109, %1112
-  %1114 = select <16 x i1> %1113, <16 x float> %1109, <16 x float> %1112
-  %indvars.iv.next682.2.i.3 = shl i64 %indvars.iv681.2.i, 6
-  %1115 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.3
-  %1116 = getelementptr inbounds nuw i8, ptr %1115, i64 1280
-  %1117 = load <16 x float>, ptr %1116, align 4, !tbaa !5
-  %1118 = fcmp ogt <16 x float> %1114, %1117
-  %1119 = select <16 x i1> %1118, <16 x float> %1114, <16 x float> %1117
-  %indvars.iv.next682.2.i.4 = shl i64 %indvars.iv681.2.i, 6
-  %1120 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.4
-  %1121 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
-  %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !5
-  %1123 = fcmp ogt <16 x float> %1119, %1122
-  %1124 = select <16 x i1> %1123, <16 x float> %1119, <16 x float> %1122
-  %indvars.iv.next682.2.i.5 = shl i64 %indvars.iv681.2.i, 6
-  %1125 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.5
-  %1126 = getelementptr inbounds nuw i8, ptr %1125, i64 1408
-  %1127 = load <16 x float>, ptr %1126, align 4, !tbaa !5
-  %1128 = fcmp ogt <16 x float> %1124, %1127
-  %1129 = select <16 x i1> %1128, <16 x float> %1124, <16 x float> %1127
-  %indvars.iv.next682.2.i.6 = shl i64 %indvars.iv681.2.i, 6
-  %1130 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.6
-  %1131 = getelementptr inbounds nuw i8, ptr %1130, i64 1472
-  %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !5
-  %1133 = fcmp ogt <16 x float> %1129, %1132
-  %1134 = select <16 x i1> %1133, <16 x float> %1129, <16 x float> %1132
-  %indvars.iv.next682.2.i.7 = add nuw nsw i64 %indvars.iv681.2.i, 8
-  %niter202.next.7 = add i64 %niter202, 8
-  %niter202.ncmp.7 = icmp eq i64 %niter202.next.7, %unroll_iter201
-  br i1 %niter202.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
-
-for_end_ax1.2.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.2.i
-  br i1 %lcmp.mod198.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
-
-for_body_ax1.2.i.epil.preheader:                  ; preds = %for_end_ax1.2.i.loopexit.unr-lcssa, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next682.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod200)
-  br label %for_body_ax1.2.i.epil
-
-for_body_ax1.2.i.epil:                            ; preds = %for_body_ax1.2.i.epil, %for_body_ax1.2.i.epil.preheader
-  %indvars.iv681.2.i.epil = phi i64 [ %indvars.iv.next682.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv681.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil = phi <16 x float> [ %1139, %for_body_ax1.2.i.epil ], [ %peak.rf_global240.sroa.0.0441.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %epil.iter197 = phi i64 [ %epil.iter197.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
-  %.idx1074.i.epil = shl nsw i64 %indvars.iv681.2.i.epil, 6
-  %1135 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i.epil
-  %1136 = getelementptr inbounds nuw i8, ptr %1135, i64 1024
-  %1137 = load <16 x float>, ptr %1136, align 4, !tbaa !5
-  %1138 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, %1137
-  %1139 = select <16 x i1> %1138, <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, <16 x float> %1137
-  %indvars.iv.next682.2.i.epil = add nuw nsw i64 %indvars.iv681.2.i.epil, 1
-  %epil.iter197.next = add i64 %epil.iter197, 1
-  %epil.iter197.cmp.not = icmp eq i64 %epil.iter197.next, %xtraiter196
-  br i1 %epil.iter197.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
-
-for_end_ax1.2.i:                                  ; preds = %for_body_ax1.2.i.epil, %for_end_ax1.2.i.loopexit.unr-lcssa, %for_end_ax1.1.i
-  %peak.rf_global240.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1139, %for_body_ax1.2.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 0
-  %1140 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1141 = select i1 %1140, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.2.i
-  %peak.rf241.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 1
-  %1142 = fcmp ogt float %1141, %peak.rf241.sroa.0.4.vec.extract.2.i
-  %1143 = select i1 %1142, float %1141, float %peak.rf241.sroa.0.4.vec.extract.2.i
-  %peak.rf241.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 2
-  %1144 = fcmp ogt float %1143, %peak.rf241.sroa.0.8.vec.extract.2.i
-  %1145 = select i1 %1144, float %1143, float %peak.rf241.sroa.0.8.vec.extract.2.i
-  %peak.rf241.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 3
-  %1146 = fcmp ogt float %1145, %peak.rf241.sroa.0.12.vec.extract.2.i
-  %1147 = select i1 %1146, float %1145, float %peak.rf241.sroa.0.12.vec.extract.2.i
-  %peak.rf241.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 4
-  %1148 = fcmp ogt float %1147, %peak.rf241.sroa.0.16.vec.extract.2.i
-  %1149 = select i1 %1148, float %1147, float %peak.rf241.sroa.0.16.vec.extract.2.i
-  %peak.rf241.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 5
-  %1150 = fcmp ogt float %1149, %peak.rf241.sroa.0.20.vec.extract.2.i
-  %1151 = select i1 %1150, float %1149, float %peak.rf241.sroa.0.20.vec.extract.2.i
-  %peak.rf241.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 6
-  %1152 = fcmp ogt float %1151, %peak.rf241.sroa.0.24.vec.extract.2.i
-  %1153 = select i1 %1152, float %1151, float %peak.rf241.sroa.0.24.vec.extract.2.i
-  %peak.rf241.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 7
-  %1154 = fcmp ogt float %1153, %peak.rf241.sroa.0.28.vec.extract.2.i
-  %1155 = select i1 %1154, float %1153, float %peak.rf241.sroa.0.28.vec.extract.2.i
-  %peak.rf241.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 8
-  %1156 = fcmp ogt float %1155, %peak.rf241.sroa.0.32.vec.extract.2.i
-  %1157 = select i1 %1156, float %1155, float %peak.rf241.sroa.0.32.vec.extract.2.i
-  %peak.rf241.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 9
-  %1158 = fcmp ogt float %1157, %peak.rf241.sroa.0.36.vec.extract.2.i
-  %1159 = select i1 %1158, float %1157, float %peak.rf241.sroa.0.36.vec.extract.2.i
-  %peak.rf241.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 10
-  %1160 = fcmp ogt float %1159, %peak.rf241.sroa.0.40.vec.extract.2.i
-  %1161 = select i1 %1160, float %1159, float %peak.rf241.sroa.0.40.vec.extract.2.i
-  %peak.rf241.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 11
-  %1162 = fcmp ogt float %1161, %peak.rf241.sroa.0.44.vec.extract.2.i
-  %1163 = select i1 %1162, float %1161, float %peak.rf241.sroa.0.44.vec.extract.2.i
-  %peak.rf241.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 12
-  %1164 = fcmp ogt float %1163, %peak.rf241.sroa.0.48.vec.extract.2.i
-  %1165 = select i1 %1164, float %1163, float %peak.rf241.sroa.0.48.vec.extract.2.i
-  %peak.rf241.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 13
-  %1166 = fcmp ogt float %1165, %peak.rf241.sroa.0.52.vec.extract.2.i
-  %1167 = select i1 %1166, float %1165, float %peak.rf241.sroa.0.52.vec.extract.2.i
-  %peak.rf241.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 14
-  %1168 = fcmp ogt float %1167, %peak.rf241.sroa.0.56.vec.extract.2.i
-  %1169 = select i1 %1168, float %1167, float %peak.rf241.sroa.0.56.vec.extract.2.i
-  %peak.rf241.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 15
-  %1170 = fcmp ogt float %1169, %peak.rf241.sroa.0.60.vec.extract.2.i
-  %1171 = select i1 %1170, float %1169, float %peak.rf241.sroa.0.60.vec.extract.2.i
-  br i1 %251, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
-
-for_body_ax1.3.i.preheader:                       ; preds = %for_end_ax1.2.i
-  br i1 %267, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
-
-for_body_ax1.3.i:                                 ; preds = %for_body_ax1.3.i, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i = phi i64 [ %indvars.iv.next682.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i = phi <16 x float> [ %1211, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
-  %niter209 = phi i64 [ %niter209.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %.idx1075.i = shl nsw i64 %indvars.iv681.3.i, 6
-  %1172 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i
-  %1173 = getelementptr inbounds nuw i8, ptr %1172, i64 1536
-  %1174 = load <16 x float>, ptr %1173, align 4, !tbaa !5
-  %1175 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i, %1174
-  %1176 = select <16 x i1> %1175, <16 x float> %peak.rf_global240.sroa.0.0441.3.i, <16 x float> %1174
-  %indvars.iv.next682.3.i = shl i64 %indvars.iv681.3.i, 6
-  %1177 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i
-  %1178 = getelementptr inbounds nuw i8, ptr %1177, i64 1600
+for_body_ax157.i:                                 ; preds = %for_body_ax157.i, %for_body_ax157.i.preheader
+  %indvars.iv720.i = phi i64 [ %indvars.iv.next721.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.i = phi <16 x float> [ %1216, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
+  %niter227 = phi i64 [ %niter227.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %.idx907.i = shl nsw i64 %indvars.iv720.i, 6
+  %1178 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx907.i
   %1179 = load <16 x float>, ptr %1178, align 4, !tbaa !5
-  %1180 = fcmp ogt <16 x float> %1176, %1179
-  %1181 = select <16 x i1> %1180, <16 x float> %1176, <16 x float> %1179
-  %indvars.iv.next682.3.i.1 = shl i64 %indvars.iv681.3.i, 6
-  %1182 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.1
-  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 1664
+  %1180 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.i, %1179
+  %1181 = select <16 x i1> %1180, <16 x float> %peak.rf_global257.sroa.0.0460.i, <16 x float> %1179
+  %indvars.iv.next721.i = shl i64 %indvars.iv720.i, 6
+  %1182 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i
+  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 64
   %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !5
   %1185 = fcmp ogt <16 x float> %1181, %1184
   %1186 = select <16 x i1> %1185, <16 x float> %1181, <16 x float> %1184
-  %indvars.iv.next682.3.i.2 = shl i64 %indvars.iv681.3.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.2
-  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 1728
+  %indvars.iv.next721.i.1 = shl i64 %indvars.iv720.i, 6
+  %1187 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.1
+  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 128
   %1189 = load <16 x float>, ptr %1188, align 4, !tbaa !5
   %1190 = fcmp ogt <16 x float> %1186, %1189
   %1191 = select <16 x i1> %1190, <16 x float> %1186, <16 x float> %1189
-  %indvars.iv.next682.3.i.3 = shl i64 %indvars.iv681.3.i, 6
-  %1192 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.3
-  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 1792
+  %indvars.iv.next721.i.2 = shl i64 %indvars.iv720.i, 6
+  %1192 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.2
+  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 192
   %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
   %1195 = fcmp ogt <16 x float> %1191, %1194
   %1196 = select <16 x i1> %1195, <16 x float> %1191, <16 x float> %1194
-  %indvars.iv.next682.3.i.4 = shl i64 %indvars.iv681.3.i, 6
-  %1197 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.4
-  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 1856
+  %indvars.iv.next721.i.3 = shl i64 %indvars.iv720.i, 6
+  %1197 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.3
+  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 256
   %1199 = load <16 x float>, ptr %1198, align 4, !tbaa !5
   %1200 = fcmp ogt <16 x float> %1196, %1199
   %1201 = select <16 x i1> %1200, <16 x float> %1196, <16 x float> %1199
-  %indvars.iv.next682.3.i.5 = shl i64 %indvars.iv681.3.i, 6
-  %1202 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.5
-  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 1920
+  %indvars.iv.next721.i.4 = shl i64 %indvars.iv720.i, 6
+  %1202 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.4
+  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 320
   %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !5
   %1205 = fcmp ogt <16 x float> %1201, %1204
   %1206 = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %1204
-  %indvars.iv.next682.3.i.6 = shl i64 %indvars.iv681.3.i, 6
-  %1207 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.6
-  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 1984
+  %indvars.iv.next721.i.5 = shl i64 %indvars.iv720.i, 6
+  %1207 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.5
+  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 384
   %1209 = load <16 x float>, ptr %1208, align 4, !tbaa !5
   %1210 = fcmp ogt <16 x float> %1206, %1209
   %1211 = select <16 x i1> %1210, <16 x float> %1206, <16 x float> %1209
-  %indvars.iv.next682.3.i.7 = add nuw nsw i64 %indvars.iv681.3.i, 8
-  %niter209.next.7 = add i64 %niter209, 8
-  %niter209.ncmp.7 = icmp eq i64 %niter209.next.7, %unroll_iter208
-  br i1 %niter209.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
-
-for_end_ax1.3.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.3.i
-  br i1 %lcmp.mod205.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
-
-for_body_ax1.3.i.epil.preheader:                  ; preds = %for_end_ax1.3.i.loopexit.unr-lcssa, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next682.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod207)
-  br label %for_body_ax1.3.i.epil
-
-for_body_ax1.3.i.epil:                            ; preds = %for_body_ax1.3.i.epil, %for_body_ax1.3.i.epil.preheader
-  %indvars.iv681.3.i.epil = phi i64 [ %indvars.iv.next682.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv681.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil = phi <16 x float> [ %1216, %for_body_ax1.3.i.epil ], [ %peak.rf_global240.sroa.0.0441.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
-  %.idx1075.i.epil = shl nsw i64 %indvars.iv681.3.i.epil, 6
-  %1212 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i.epil
-  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 1536
+  %indvars.iv.next721.i.6 = shl i64 %indvars.iv720.i, 6
+  %1212 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.6
+  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 448
   %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !5
-  %1215 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, %1214
-  %1216 = select <16 x i1> %1215, <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, <16 x float> %1214
-  %indvars.iv.next682.3.i.epil = add nuw nsw i64 %indvars.iv681.3.i.epil, 1
-  %epil.iter204.next = add i64 %epil.iter204, 1
-  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
-  br i1 %epil.iter204.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
+  %1215 = fcmp ogt <16 x float> %1211, %1214
+  %1216 = select <16 x i1> %1215, <16 x float> %1211, <16 x float> %1214
+  %indvars.iv.next721.i.7 = add nuw nsw i64 %indvars.iv720.i, 8
+  %niter227.next.7 = add i64 %niter227, 8
+  %niter227.ncmp.7 = icmp eq i64 %niter227.next.7, %unroll_iter226
+  br i1 %niter227.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !40, !llvm.loop !41
 
-for_end_ax1.3.i:                                  ; preds = %for_body_ax1.3.i.epil, %for_end_ax1.3.i.loopexit.unr-lcssa, %for_end_ax1.2.i
-  %peak.rf_global240.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1216, %for_body_ax1.3.i.epil ]
-  br i1 %252, label %if_then59.3.i, label %if_end60.3.i
+for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
+  br i1 %lcmp.mod223.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !43
 
-for_begin_to66.preheader.us.preheader.i:          ; preds = %if_end60.3.i
-  %1217 = insertelement <16 x float> poison, float %1361, i64 0
-  %1218 = shufflevector <16 x float> %1217, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.i
+for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
+  %indvars.iv720.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next721.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1216, %for_end_ax158.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod225)
+  br label %for_body_ax157.i.epil
 
-for_body_to67.us.i:                               ; preds = %for_body_to67.us.i, %for_begin_to66.preheader.us.preheader.i
-  %indvars.iv694.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next695.i, %for_body_to67.us.i ]
-  %1219 = shl nsw i64 %indvars.iv694.i, 4
-  %1220 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1219
-  %1221 = load <16 x float>, ptr %1220, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1221, %1218
-  %cse_v37.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1222 = bitcast <16 x float> %cse_v37.us.i to <16 x i32>
-  %1223 = add nsw <16 x i32> %1222, splat (i32 -1262485504)
-  %1224 = sitofp <16 x i32> %1223 to <16 x float>
-  %1225 = fmul <16 x float> %1224, splat (float 0x3F2BD01060000000)
-  %1226 = fmul <16 x float> %1224, splat (float 0x3FE6300000000000)
-  %1227 = fsub <16 x float> %arg.us.i, %1226
-  %1228 = fadd <16 x float> %1225, %1227
-  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1228, <16 x float> splat (float 0x3F81112100000000))
-  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1228, <16 x float> splat (float 0x3FA5553820000000))
-  %1232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1228, <16 x float> splat (float 0x3FC5555540000000))
-  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1228, <16 x float> splat (float 5.000000e-01))
-  %1234 = fmul <16 x float> %1228, %1233
-  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> %1228, <16 x float> %1228)
-  %1236 = shl <16 x i32> %1222, splat (i32 23)
-  %1237 = add <16 x i32> %1236, splat (i32 1065353216)
-  %1238 = bitcast <16 x i32> %1237 to <16 x float>
-  %1239 = fadd <16 x float> %1235, splat (float 1.000000e+00)
-  %1240 = fmul <16 x float> %1239, %1238
-  %1241 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1242 = select <16 x i1> %1241, <16 x float> zeroinitializer, <16 x float> %1240
-  %1243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1219
-  store <16 x float> %1242, ptr %1243, align 4, !tbaa !5
-  %indvars.iv.next695.i = add nuw nsw i64 %indvars.iv694.i, 1
-  %exitcond699.not.i = icmp eq i64 %indvars.iv.next695.i, %wide.trip.count668.i
-  br i1 %exitcond699.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
+for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
+  %indvars.iv720.i.epil = phi i64 [ %indvars.iv.next721.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv720.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.i.epil = phi <16 x float> [ %1220, %for_body_ax157.i.epil ], [ %peak.rf_global257.sroa.0.0460.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %epil.iter222 = phi i64 [ %epil.iter222.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
+  %.idx907.i.epil = shl nsw i64 %indvars.iv720.i.epil, 6
+  %1217 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx907.i.epil
+  %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
+  %1219 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.i.epil, %1218
+  %1220 = select <16 x i1> %1219, <16 x float> %peak.rf_global257.sroa.0.0460.i.epil, <16 x float> %1218
+  %indvars.iv.next721.i.epil = add nuw nsw i64 %indvars.iv720.i.epil, 1
+  %epil.iter222.next = add i64 %epil.iter222, 1
+  %epil.iter222.cmp.not = icmp eq i64 %epil.iter222.next, %xtraiter221
+  br i1 %epil.iter222.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !29, !llvm.loop !44
 
-for_begin_to66.for_end_to68_crit_edge.us.i:       ; preds = %for_body_to67.us.i
-  %1244 = insertelement <16 x float> poison, float %1362, i64 0
-  %1245 = shufflevector <16 x float> %1244, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.1.i
+for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
+  %scaled916918921.i = phi ptr [ %scaled915.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1216, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1220, %for_body_ax157.i.epil ]
+  %peak.rf258.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 0
+  %1221 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1222 = select i1 %1221, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.i
+  %peak.rf258.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 1
+  %1223 = fcmp ogt float %1222, %peak.rf258.sroa.0.4.vec.extract.i
+  %1224 = select i1 %1223, float %1222, float %peak.rf258.sroa.0.4.vec.extract.i
+  %peak.rf258.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 2
+  %1225 = fcmp ogt float %1224, %peak.rf258.sroa.0.8.vec.extract.i
+  %1226 = select i1 %1225, float %1224, float %peak.rf258.sroa.0.8.vec.extract.i
+  %peak.rf258.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 3
+  %1227 = fcmp ogt float %1226, %peak.rf258.sroa.0.12.vec.extract.i
+  %1228 = select i1 %1227, float %1226, float %peak.rf258.sroa.0.12.vec.extract.i
+  %peak.rf258.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 4
+  %1229 = fcmp ogt float %1228, %peak.rf258.sroa.0.16.vec.extract.i
+  %1230 = select i1 %1229, float %1228, float %peak.rf258.sroa.0.16.vec.extract.i
+  %peak.rf258.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 5
+  %1231 = fcmp ogt float %1230, %peak.rf258.sroa.0.20.vec.extract.i
+  %1232 = select i1 %1231, float %1230, float %peak.rf258.sroa.0.20.vec.extract.i
+  %peak.rf258.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 6
+  %1233 = fcmp ogt float %1232, %peak.rf258.sroa.0.24.vec.extract.i
+  %1234 = select i1 %1233, float %1232, float %peak.rf258.sroa.0.24.vec.extract.i
+  %peak.rf258.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 7
+  %1235 = fcmp ogt float %1234, %peak.rf258.sroa.0.28.vec.extract.i
+  %1236 = select i1 %1235, float %1234, float %peak.rf258.sroa.0.28.vec.extract.i
+  %peak.rf258.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 8
+  %1237 = fcmp ogt float %1236, %peak.rf258.sroa.0.32.vec.extract.i
+  %1238 = select i1 %1237, float %1236, float %peak.rf258.sroa.0.32.vec.extract.i
+  %peak.rf258.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 9
+  %1239 = fcmp ogt float %1238, %peak.rf258.sroa.0.36.vec.extract.i
+  %1240 = select i1 %1239, float %1238, float %peak.rf258.sroa.0.36.vec.extract.i
+  %peak.rf258.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 10
+  %1241 = fcmp ogt float %1240, %peak.rf258.sroa.0.40.vec.extract.i
+  %1242 = select i1 %1241, float %1240, float %peak.rf258.sroa.0.40.vec.extract.i
+  %peak.rf258.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 11
+  %1243 = fcmp ogt float %1242, %peak.rf258.sroa.0.44.vec.extract.i
+  %1244 = select i1 %1243, float %1242, float %peak.rf258.sroa.0.44.vec.extract.i
+  %peak.rf258.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 12
+  %1245 = fcmp ogt float %1244, %peak.rf258.sroa.0.48.vec.extract.i
+  %1246 = select i1 %1245, float %1244, float %peak.rf258.sroa.0.48.vec.extract.i
+  %peak.rf258.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 13
+  %1247 = fcmp ogt float %1246, %peak.rf258.sroa.0.52.vec.extract.i
+  %1248 = select i1 %1247, float %1246, float %peak.rf258.sroa.0.52.vec.extract.i
+  %peak.rf258.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 14
+  %1249 = fcmp ogt float %1248, %peak.rf258.sroa.0.56.vec.extract.i
+  %1250 = select i1 %1249, float %1248, float %peak.rf258.sroa.0.56.vec.extract.i
+  %peak.rf258.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 15
+  %1251 = fcmp ogt float %1250, %peak.rf258.sroa.0.60.vec.extract.i
+  %1252 = select i1 %1251, float %1250, float %peak.rf258.sroa.0.60.vec.extract.i
+  %peak259.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1252, i64 0
+  br i1 %447, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
 
-for_body_to67.us.1.i:                             ; preds = %for_body_to67.us.1.i, %for_begin_to66.for_end_to68_crit_edge.us.i
-  %indvars.iv694.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next695.1.i, %for_body_to67.us.1.i ]
-  %1246 = shl nsw i64 %indvars.iv694.1.i, 4
-  %1247 = add nuw nsw i64 %1246, 128
-  %1248 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1247
-  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1249, %1245
-  %cse_v37.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1250 = bitcast <16 x float> %cse_v37.us.1.i to <16 x i32>
-  %1251 = add nsw <16 x i32> %1250, splat (i32 -1262485504)
-  %1252 = sitofp <16 x i32> %1251 to <16 x float>
-  %1253 = fmul <16 x float> %1252, splat (float 0x3F2BD01060000000)
-  %1254 = fmul <16 x float> %1252, splat (float 0x3FE6300000000000)
-  %1255 = fsub <16 x float> %arg.us.1.i, %1254
-  %1256 = fadd <16 x float> %1253, %1255
-  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1256, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1257, <16 x float> %1256, <16 x float> splat (float 0x3F81112100000000))
-  %1259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1258, <16 x float> %1256, <16 x float> splat (float 0x3FA5553820000000))
-  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1256, <16 x float> splat (float 0x3FC5555540000000))
-  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1256, <16 x float> splat (float 5.000000e-01))
-  %1262 = fmul <16 x float> %1256, %1261
-  %1263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1256, <16 x float> %1256)
-  %1264 = shl <16 x i32> %1250, splat (i32 23)
-  %1265 = add <16 x i32> %1264, splat (i32 1065353216)
-  %1266 = bitcast <16 x i32> %1265 to <16 x float>
-  %1267 = fadd <16 x float> %1263, splat (float 1.000000e+00)
-  %1268 = fmul <16 x float> %1267, %1266
-  %1269 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1270 = select <16 x i1> %1269, <16 x float> zeroinitializer, <16 x float> %1268
-  %1271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1247
-  store <16 x float> %1270, ptr %1271, align 4, !tbaa !5
-  %indvars.iv.next695.1.i = add nuw nsw i64 %indvars.iv694.1.i, 1
-  %exitcond699.1.not.i = icmp eq i64 %indvars.iv.next695.1.i, %wide.trip.count668.i
-  br i1 %exitcond699.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
+for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
+  br i1 %463, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
 
-for_begin_to66.for_end_to68_crit_edge.us.1.i:     ; preds = %for_body_to67.us.1.i
-  %1272 = insertelement <16 x float> poison, float %1360, i64 0
-  %1273 = shufflevector <16 x float> %1272, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.2.i
+for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
+  %indvars.iv720.1.i = phi i64 [ %indvars.iv.next721.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.1.i = phi <16 x float> [ %1292, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
+  %niter234 = phi i64 [ %niter234.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %.idx908.i = shl nsw i64 %indvars.iv720.1.i, 6
+  %1253 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx908.i
+  %1254 = getelementptr inbounds nuw i8, ptr %1253, i64 512
+  %1255 = load <16 x float>, ptr %1254, align 4, !tbaa !5
+  %1256 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.1.i, %1255
+  %1257 = select <16 x i1> %1256, <16 x float> %peak.rf_global257.sroa.0.0460.1.i, <16 x float> %1255
+  %indvars.iv.next721.1.i = shl i64 %indvars.iv720.1.i, 6
+  %1258 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i
+  %1259 = getelementptr inbounds nuw i8, ptr %1258, i64 576
+  %1260 = load <16 x float>, ptr %1259, align 4, !tbaa !5
+  %1261 = fcmp ogt <16 x float> %1257, %1260
+  %1262 = select <16 x i1> %1261, <16 x float> %1257, <16 x float> %1260
+  %indvars.iv.next721.1.i.1 = shl i64 %indvars.iv720.1.i, 6
+  %1263 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.1
+  %1264 = getelementptr inbounds nuw i8, ptr %1263, i64 640
+  %1265 = load <16 x float>, ptr %1264, align 4, !tbaa !5
+  %1266 = fcmp ogt <16 x float> %1262, %1265
+  %1267 = select <16 x i1> %1266, <16 x float> %1262, <16 x float> %1265
+  %indvars.iv.next721.1.i.2 = shl i64 %indvars.iv720.1.i, 6
+  %1268 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.2
+  %1269 = getelementptr inbounds nuw i8, ptr %1268, i64 704
+  %1270 = load <16 x float>, ptr %1269, align 4, !tbaa !5
+  %1271 = fcmp ogt <16 x float> %1267, %1270
+  %1272 = select <16 x i1> %1271, <16 x float> %1267, <16 x float> %1270
+  %indvars.iv.next721.1.i.3 = shl i64 %indvars.iv720.1.i, 6
+  %1273 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.3
+  %1274 = getelementptr inbounds nuw i8, ptr %1273, i64 768
+  %1275 = load <16 x float>, ptr %1274, align 4, !tbaa !5
+  %1276 = fcmp ogt <16 x float> %1272, %1275
+  %1277 = select <16 x i1> %1276, <16 x float> %1272, <16 x float> %1275
+  %indvars.iv.next721.1.i.4 = shl i64 %indvars.iv720.1.i, 6
+  %1278 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.4
+  %1279 = getelementptr inbounds nuw i8, ptr %1278, i64 832
+  %1280 = load <16 x float>, ptr %1279, align 4, !tbaa !5
+  %1281 = fcmp ogt <16 x float> %1277, %1280
+  %1282 = select <16 x i1> %1281, <16 x float> %1277, <16 x float> %1280
+  %indvars.iv.next721.1.i.5 = shl i64 %indvars.iv720.1.i, 6
+  %1283 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.5
+  %1284 = getelementptr inbounds nuw i8, ptr %1283, i64 896
+  %1285 = load <16 x float>, ptr %1284, align 4, !tbaa !5
+  %1286 = fcmp ogt <16 x float> %1282, %1285
+  %1287 = select <16 x i1> %1286, <16 x float> %1282, <16 x float> %1285
+  %indvars.iv.next721.1.i.6 = shl i64 %indvars.iv720.1.i, 6
+  %1288 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.6
+  %1289 = getelementptr inbounds nuw i8, ptr %1288, i64 960
+  %1290 = load <16 x float>, ptr %1289, align 4, !tbaa !5
+  %1291 = fcmp ogt <16 x float> %1287, %1290
+  %1292 = select <16 x i1> %1291, <16 x float> %1287, <16 x float> %1290
+  %indvars.iv.next721.1.i.7 = add nuw nsw i64 %indvars.iv720.1.i, 8
+  %niter234.next.7 = add i64 %niter234, 8
+  %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
+  br i1 %niter234.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !40, !llvm.loop !45
 
-for_body_to67.us.2.i:                             ; preds = %for_body_to67.us.2.i, %for_begin_to66.for_end_to68_crit_edge.us.1.i
-  %indvars.iv694.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next695.2.i, %for_body_to67.us.2.i ]
-  %1274 = shl nsw i64 %indvars.iv694.2.i, 4
-  %1275 = add nuw nsw i64 %1274, 256
-  %1276 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1275
-  %1277 = load <16 x float>, ptr %1276, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1277, %1273
-  %cse_v37.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1278 = bitcast <16 x float> %cse_v37.us.2.i to <16 x i32>
-  %1279 = add nsw <16 x i32> %1278, splat (i32 -1262485504)
-  %1280 = sitofp <16 x i32> %1279 to <16 x float>
-  %1281 = fmul <16 x float> %1280, splat (float 0x3F2BD01060000000)
-  %1282 = fmul <16 x float> %1280, splat (float 0x3FE6300000000000)
-  %1283 = fsub <16 x float> %arg.us.2.i, %1282
-  %1284 = fadd <16 x float> %1281, %1283
-  %1285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1284, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1285, <16 x float> %1284, <16 x float> splat (float 0x3F81112100000000))
-  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %1284, <16 x float> splat (float 0x3FA5553820000000))
-  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1284, <16 x float> splat (float 0x3FC5555540000000))
-  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1284, <16 x float> splat (float 5.000000e-01))
-  %1290 = fmul <16 x float> %1284, %1289
-  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1290, <16 x float> %1284, <16 x float> %1284)
-  %1292 = shl <16 x i32> %1278, splat (i32 23)
-  %1293 = add <16 x i32> %1292, splat (i32 1065353216)
-  %1294 = bitcast <16 x i32> %1293 to <16 x float>
-  %1295 = fadd <16 x float> %1291, splat (float 1.000000e+00)
-  %1296 = fmul <16 x float> %1295, %1294
-  %1297 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1298 = select <16 x i1> %1297, <16 x float> zeroinitializer, <16 x float> %1296
-  %1299 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
-  store <16 x float> %1298, ptr %1299, align 4, !tbaa !5
-  %indvars.iv.next695.2.i = add nuw nsw i64 %indvars.iv694.2.i, 1
-  %exitcond699.2.not.i = icmp eq i64 %indvars.iv.next695.2.i, %wide.trip.count668.i
-  br i1 %exitcond699.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
+for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
+  br i1 %lcmp.mod230.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !43
 
-for_begin_to66.for_end_to68_crit_edge.us.2.i:     ; preds = %for_body_to67.us.2.i
-  %1300 = insertelement <16 x float> poison, float %1363, i64 0
-  %1301 = shufflevector <16 x float> %1300, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.3.i
+for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
+  %indvars.iv720.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next721.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1292, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod232)
+  br label %for_body_ax157.1.i.epil
 
-for_body_to67.us.3.i:                             ; preds = %for_body_to67.us.3.i, %for_begin_to66.for_end_to68_crit_edge.us.2.i
-  %indvars.iv694.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next695.3.i, %for_body_to67.us.3.i ]
-  %1302 = shl nsw i64 %indvars.iv694.3.i, 4
-  %1303 = add nuw nsw i64 %1302, 384
-  %1304 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1303
-  %1305 = load <16 x float>, ptr %1304, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1305, %1301
-  %cse_v37.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1306 = bitcast <16 x float> %cse_v37.us.3.i to <16 x i32>
-  %1307 = add nsw <16 x i32> %1306, splat (i32 -1262485504)
-  %1308 = sitofp <16 x i32> %1307 to <16 x float>
-  %1309 = fmul <16 x float> %1308, splat (float 0x3F2BD01060000000)
-  %1310 = fmul <16 x float> %1308, splat (float 0x3FE6300000000000)
-  %1311 = fsub <16 x float> %arg.us.3.i, %1310
-  %1312 = fadd <16 x float> %1309, %1311
-  %1313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1312, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1312, <16 x float> splat (float 0x3F81112100000000))
-  %1315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1314, <16 x float> %1312, <16 x float> splat (float 0x3FA5553820000000))
-  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1315, <16 x float> %1312, <16 x float> splat (float 0x3FC5555540000000))
-  %1317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1316, <16 x float> %1312, <16 x float> splat (float 5.000000e-01))
-  %1318 = fmul <16 x float> %1312, %1317
-  %1319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1318, <16 x float> %1312, <16 x float> %1312)
-  %1320 = shl <16 x i32> %1306, splat (i32 23)
-  %1321 = add <16 x i32> %1320, splat (i32 1065353216)
-  %1322 = bitcast <16 x i32> %1321 to <16 x float>
-  %1323 = fadd <16 x float> %1319, splat (float 1.000000e+00)
-  %1324 = fmul <16 x float> %1323, %1322
-  %1325 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1326 = select <16 x i1> %1325, <16 x float> zeroinitializer, <16 x float> %1324
-  %1327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
-  store <16 x float> %1326, ptr %1327, align 4, !tbaa !5
-  %indvars.iv.next695.3.i = add nuw nsw i64 %indvars.iv694.3.i, 1
-  %exitcond699.3.not.i = icmp eq i64 %indvars.iv.next695.3.i, %wide.trip.count668.i
-  br i1 %exitcond699.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
+for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
+  %indvars.iv720.1.i.epil = phi i64 [ %indvars.iv.next721.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv720.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.1.i.epil = phi <16 x float> [ %1297, %for_body_ax157.1.i.epil ], [ %peak.rf_global257.sroa.0.0460.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %epil.iter229 = phi i64 [ %epil.iter229.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
+  %.idx908.i.epil = shl nsw i64 %indvars.iv720.1.i.epil, 6
+  %1293 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx908.i.epil
+  %1294 = getelementptr inbounds nuw i8, ptr %1293, i64 512
+  %1295 = load <16 x float>, ptr %1294, align 4, !tbaa !5
+  %1296 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.1.i.epil, %1295
+  %1297 = select <16 x i1> %1296, <16 x float> %peak.rf_global257.sroa.0.0460.1.i.epil, <16 x float> %1295
+  %indvars.iv.next721.1.i.epil = add nuw nsw i64 %indvars.iv720.1.i.epil, 1
+  %epil.iter229.next = add i64 %epil.iter229, 1
+  %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
+  br i1 %epil.iter229.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !29, !llvm.loop !46
 
-for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i
-  br i1 %268, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
+for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
+  %peak.rf_global257.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1292, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1297, %for_body_ax157.1.i.epil ]
+  %peak.rf258.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 0
+  %1298 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1299 = select i1 %1298, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.1.i
+  %peak.rf258.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 1
+  %1300 = fcmp ogt float %1299, %peak.rf258.sroa.0.4.vec.extract.1.i
+  %1301 = select i1 %1300, float %1299, float %peak.rf258.sroa.0.4.vec.extract.1.i
+  %peak.rf258.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 2
+  %1302 = fcmp ogt float %1301, %peak.rf258.sroa.0.8.vec.extract.1.i
+  %1303 = select i1 %1302, float %1301, float %peak.rf258.sroa.0.8.vec.extract.1.i
+  %peak.rf258.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 3
+  %1304 = fcmp ogt float %1303, %peak.rf258.sroa.0.12.vec.extract.1.i
+  %1305 = select i1 %1304, float %1303, float %peak.rf258.sroa.0.12.vec.extract.1.i
+  %peak.rf258.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 4
+  %1306 = fcmp ogt float %1305, %peak.rf258.sroa.0.16.vec.extract.1.i
+  %1307 = select i1 %1306, float %1305, float %peak.rf258.sroa.0.16.vec.extract.1.i
+  %peak.rf258.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 5
+  %1308 = fcmp ogt float %1307, %peak.rf258.sroa.0.20.vec.extract.1.i
+  %1309 = select i1 %1308, float %1307, float %peak.rf258.sroa.0.20.vec.extract.1.i
+  %peak.rf258.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 6
+  %1310 = fcmp ogt float %1309, %peak.rf258.sroa.0.24.vec.extract.1.i
+  %1311 = select i1 %1310, float %1309, float %peak.rf258.sroa.0.24.vec.extract.1.i
+  %peak.rf258.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 7
+  %1312 = fcmp ogt float %1311, %peak.rf258.sroa.0.28.vec.extract.1.i
+  %1313 = select i1 %1312, float %1311, float %peak.rf258.sroa.0.28.vec.extract.1.i
+  %peak.rf258.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 8
+  %1314 = fcmp ogt float %1313, %peak.rf258.sroa.0.32.vec.extract.1.i
+  %1315 = select i1 %1314, float %1313, float %peak.rf258.sroa.0.32.vec.extract.1.i
+  %peak.rf258.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 9
+  %1316 = fcmp ogt float %1315, %peak.rf258.sroa.0.36.vec.extract.1.i
+  %1317 = select i1 %1316, float %1315, float %peak.rf258.sroa.0.36.vec.extract.1.i
+  %peak.rf258.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 10
+  %1318 = fcmp ogt float %1317, %peak.rf258.sroa.0.40.vec.extract.1.i
+  %1319 = select i1 %1318, float %1317, float %peak.rf258.sroa.0.40.vec.extract.1.i
+  %peak.rf258.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 11
+  %1320 = fcmp ogt float %1319, %peak.rf258.sroa.0.44.vec.extract.1.i
+  %1321 = select i1 %1320, float %1319, float %peak.rf258.sroa.0.44.vec.extract.1.i
+  %peak.rf258.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 12
+  %1322 = fcmp ogt float %1321, %peak.rf258.sroa.0.48.vec.extract.1.i
+  %1323 = select i1 %1322, float %1321, float %peak.rf258.sroa.0.48.vec.extract.1.i
+  %peak.rf258.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 13
+  %1324 = fcmp ogt float %1323, %peak.rf258.sroa.0.52.vec.extract.1.i
+  %1325 = select i1 %1324, float %1323, float %peak.rf258.sroa.0.52.vec.extract.1.i
+  %peak.rf258.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 14
+  %1326 = fcmp ogt float %1325, %peak.rf258.sroa.0.56.vec.extract.1.i
+  %1327 = select i1 %1326, float %1325, float %peak.rf258.sroa.0.56.vec.extract.1.i
+  %peak.rf258.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 15
+  %1328 = fcmp ogt float %1327, %peak.rf258.sroa.0.60.vec.extract.1.i
+  %1329 = select i1 %1328, float %1327, float %peak.rf258.sroa.0.60.vec.extract.1.i
+  %peak259.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.0.vec.insert.i, float %1329, i64 1
+  br i1 %447, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
 
-if_then59.3.i:                                    ; preds = %for_end_ax1.3.i
-  %peak.rf241.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 0
-  %1328 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1329 = select i1 %1328, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.3.i
-  %peak.rf241.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 1
-  %1330 = fcmp ogt float %1329, %peak.rf241.sroa.0.4.vec.extract.3.i
-  %1331 = select i1 %1330, float %1329, float %peak.rf241.sroa.0.4.vec.extract.3.i
-  %peak.rf241.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 2
-  %1332 = fcmp ogt float %1331, %peak.rf241.sroa.0.8.vec.extract.3.i
-  %1333 = select i1 %1332, float %1331, float %peak.rf241.sroa.0.8.vec.extract.3.i
-  %peak.rf241.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 3
-  %1334 = fcmp ogt float %1333, %peak.rf241.sroa.0.12.vec.extract.3.i
-  %1335 = select i1 %1334, float %1333, float %peak.rf241.sroa.0.12.vec.extract.3.i
-  %peak.rf241.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 4
-  %1336 = fcmp ogt float %1335, %peak.rf241.sroa.0.16.vec.extract.3.i
-  %1337 = select i1 %1336, float %1335, float %peak.rf241.sroa.0.16.vec.extract.3.i
-  %peak.rf241.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 5
-  %1338 = fcmp ogt float %1337, %peak.rf241.sroa.0.20.vec.extract.3.i
-  %1339 = select i1 %1338, float %1337, float %peak.rf241.sroa.0.20.vec.extract.3.i
-  %peak.rf241.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 6
-  %1340 = fcmp ogt float %1339, %peak.rf241.sroa.0.24.vec.extract.3.i
-  %1341 = select i1 %1340, float %1339, float %peak.rf241.sroa.0.24.vec.extract.3.i
-  %peak.rf241.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 7
-  %1342 = fcmp ogt float %1341, %peak.rf241.sroa.0.28.vec.extract.3.i
-  %1343 = select i1 %1342, float %1341, float %peak.rf241.sroa.0.28.vec.extract.3.i
-  %peak.rf241.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 8
-  %1344 = fcmp ogt float %1343, %peak.rf241.sroa.0.32.vec.extract.3.i
-  %1345 = select i1 %1344, float %1343, float %peak.rf241.sroa.0.32.vec.extract.3.i
-  %peak.rf241.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 9
-  %1346 = fcmp ogt float %1345, %peak.rf241.sroa.0.36.vec.extract.3.i
-  %1347 = select i1 %1346, float %1345, float %peak.rf241.sroa.0.36.vec.extract.3.i
-  %peak.rf241.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 10
-  %1348 = fcmp ogt float %1347, %peak.rf241.sroa.0.40.vec.extract.3.i
-  %1349 = select i1 %1348, float %1347, float %peak.rf241.sroa.0.40.vec.extract.3.i
-  %peak.rf241.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 11
-  %1350 = fcmp ogt float %1349, %peak.rf241.sroa.0.44.vec.extract.3.i
-  %1351 = select i1 %1350, float %1349, float %peak.rf241.sroa.0.44.vec.extract.3.i
-  %peak.rf241.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 12
-  %1352 = fcmp ogt float %1351, %peak.rf241.sroa.0.48.vec.extract.3.i
-  %1353 = select i1 %1352, float %1351, float %peak.rf241.sroa.0.48.vec.extract.3.i
-  %peak.rf241.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 13
-  %1354 = fcmp ogt float %1353, %peak.rf241.sroa.0.52.vec.extract.3.i
-  %1355 = select i1 %1354, float %1353, float %peak.rf241.sroa.0.52.vec.extract.3.i
-  %peak.rf241.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 14
-  %1356 = fcmp ogt float %1355, %peak.rf241.sroa.0.56.vec.extract.3.i
-  %1357 = select i1 %1356, float %1355, float %peak.rf241.sroa.0.56.vec.extract.3.i
-  %peak.rf241.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 15
-  %1358 = fcmp ogt float %1357, %peak.rf241.sroa.0.60.vec.extract.3.i
-  %1359 = select i1 %1358, float %1357, float %peak.rf241.sroa.0.60.vec.extract.3.i
-  %tile_max245.sroa.0.0.vec.insert1090.i = insertelement <4 x float> poison, float %1017, i64 0
-  %tile_max245.sroa.0.4.vec.insert1094.i = insertelement <4 x float> %tile_max245.sroa.0.0.vec.insert1090.i, float %1094, i64 1
-  %tile_max245.sroa.0.8.vec.insert1098.i = insertelement <4 x float> %tile_max245.sroa.0.4.vec.insert1094.i, float %1171, i64 2
-  br label %if_end60.3.i
+for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
+  br i1 %464, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
 
-if_end60.3.i:                                     ; preds = %if_then59.3.i, %for_end_ax1.3.i
-  %tile_max245.sroa.0.8.vec.insert1099.i = phi <4 x float> [ %tile_max245.sroa.0.8.vec.insert1098.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
-  %1360 = phi float [ %1171, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1361 = phi float [ %1017, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1362 = phi float [ %1094, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1363 = phi float [ %1359, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %tile_max245.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max245.sroa.0.8.vec.insert1099.i, float %1363, i64 3
-  br i1 %251, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
+for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
+  %indvars.iv720.2.i = phi i64 [ %indvars.iv.next721.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.2.i = phi <16 x float> [ %1369, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
+  %niter241 = phi i64 [ %niter241.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %.idx909.i = shl nsw i64 %indvars.iv720.2.i, 6
+  %1330 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx909.i
+  %1331 = getelementptr inbounds nuw i8, ptr %1330, i64 1024
+  %1332 = load <16 x float>, ptr %1331, align 4, !tbaa !5
+  %1333 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.2.i, %1332
+  %1334 = select <16 x i1> %1333, <16 x float> %peak.rf_global257.sroa.0.0460.2.i, <16 x float> %1332
+  %indvars.iv.next721.2.i = shl i64 %indvars.iv720.2.i, 6
+  %1335 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i
+  %1336 = getelementptr inbounds nuw i8, ptr %1335, i64 1088
+  %1337 = load <16 x float>, ptr %1336, align 4, !tbaa !5
+  %1338 = fcmp ogt <16 x float> %1334, %1337
+  %1339 = select <16 x i1> %1338, <16 x float> %1334, <16 x float> %1337
+  %indvars.iv.next721.2.i.1 = shl i64 %indvars.iv720.2.i, 6
+  %1340 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.1
+  %1341 = getelementptr inbounds nuw i8, ptr %1340, i64 1152
+  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !5
+  %1343 = fcmp ogt <16 x float> %1339, %1342
+  %1344 = select <16 x i1> %1343, <16 x float> %1339, <16 x float> %1342
+  %indvars.iv.next721.2.i.2 = shl i64 %indvars.iv720.2.i, 6
+  %1345 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.2
+  %1346 = getelementptr inbounds nuw i8, ptr %1345, i64 1216
+  %1347 = load <16 x float>, ptr %1346, align 4, !tbaa !5
+  %1348 = fcmp ogt <16 x float> %1344, %1347
+  %1349 = select <16 x i1> %1348, <16 x float> %1344, <16 x float> %1347
+  %indvars.iv.next721.2.i.3 = shl i64 %indvars.iv720.2.i, 6
+  %1350 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.3
+  %1351 = getelementptr inbounds nuw i8, ptr %1350, i64 1280
+  %1352 = load <16 x float>, ptr %1351, align 4, !tbaa !5
+  %1353 = fcmp ogt <16 x float> %1349, %1352
+  %1354 = select <16 x i1> %1353, <16 x float> %1349, <16 x float> %1352
+  %indvars.iv.next721.2.i.4 = shl i64 %indvars.iv720.2.i, 6
+  %1355 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.4
+  %1356 = getelementptr inbounds nuw i8, ptr %1355, i64 1344
+  %1357 = load <16 x float>, ptr %1356, align 4, !tbaa !5
+  %1358 = fcmp ogt <16 x float> %1354, %1357
+  %1359 = select <16 x i1> %1358, <16 x float> %1354, <16 x float> %1357
+  %indvars.iv.next721.2.i.5 = shl i64 %indvars.iv720.2.i, 6
+  %1360 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.5
+  %1361 = getelementptr inbounds nuw i8, ptr %1360, i64 1408
+  %1362 = load <16 x float>, ptr %1361, align 4, !tbaa !5
+  %1363 = fcmp ogt <16 x float> %1359, %1362
+  %1364 = select <16 x i1> %1363, <16 x float> %1359, <16 x float> %1362
+  %indvars.iv.next721.2.i.6 = shl i64 %indvars.iv720.2.i, 6
+  %1365 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.6
+  %1366 = getelementptr inbounds nuw i8, ptr %1365, i64 1472
+  %1367 = load <16 x float>, ptr %1366, align 4, !tbaa !5
+  %1368 = fcmp ogt <16 x float> %1364, %1367
+  %1369 = select <16 x i1> %1368, <16 x float> %1364, <16 x float> %1367
+  %indvars.iv.next721.2.i.7 = add nuw nsw i64 %indvars.iv720.2.i, 8
+  %niter241.next.7 = add i64 %niter241, 8
+  %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
+  br i1 %niter241.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !40, !llvm.loop !47
 
-for_begin_d_084.preheader.i:                      ; preds = %for_end_ax178.3.i
-  %invariant.gep533.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1364 = mul nsw i64 %ahead_head.i, %v_head
-  br label %for_begin_to89.preheader.i
+for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
+  br i1 %lcmp.mod237.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !43
 
-for_body_ax177.i:                                 ; preds = %for_body_ax177.i, %for_body_ax177.i.preheader
-  %indvars.iv704.i = phi i64 [ %indvars.iv.next705.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i = phi <16 x float> [ %1395, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
-  %niter216 = phi i64 [ %niter216.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %.idx1076.i = shl nsw i64 %indvars.iv704.i, 6
-  %1365 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i
-  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
-  %1367 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i, %1366
-  %indvars.iv.next705.i = shl i64 %indvars.iv704.i, 6
-  %1368 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i
-  %1369 = getelementptr inbounds nuw i8, ptr %1368, i64 64
-  %1370 = load <16 x float>, ptr %1369, align 4, !tbaa !5
-  %1371 = fadd <16 x float> %1367, %1370
-  %indvars.iv.next705.i.1 = shl i64 %indvars.iv704.i, 6
-  %1372 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.1
-  %1373 = getelementptr inbounds nuw i8, ptr %1372, i64 128
-  %1374 = load <16 x float>, ptr %1373, align 4, !tbaa !5
-  %1375 = fadd <16 x float> %1371, %1374
-  %indvars.iv.next705.i.2 = shl i64 %indvars.iv704.i, 6
-  %1376 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.2
-  %1377 = getelementptr inbounds nuw i8, ptr %1376, i64 192
-  %1378 = load <16 x float>, ptr %1377, align 4, !tbaa !5
-  %1379 = fadd <16 x float> %1375, %1378
-  %indvars.iv.next705.i.3 = shl i64 %indvars.iv704.i, 6
-  %1380 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.3
-  %1381 = getelementptr inbounds nuw i8, ptr %1380, i64 256
-  %1382 = load <16 x float>, ptr %1381, align 4, !tbaa !5
-  %1383 = fadd <16 x float> %1379, %1382
-  %indvars.iv.next705.i.4 = shl i64 %indvars.iv704.i, 6
-  %1384 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.4
-  %1385 = getelementptr inbounds nuw i8, ptr %1384, i64 320
-  %1386 = load <16 x float>, ptr %1385, align 4, !tbaa !5
-  %1387 = fadd <16 x float> %1383, %1386
-  %indvars.iv.next705.i.5 = shl i64 %indvars.iv704.i, 6
-  %1388 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.5
-  %1389 = getelementptr inbounds nuw i8, ptr %1388, i64 384
-  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !5
-  %1391 = fadd <16 x float> %1387, %1390
-  %indvars.iv.next705.i.6 = shl i64 %indvars.iv704.i, 6
-  %1392 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.6
-  %1393 = getelementptr inbounds nuw i8, ptr %1392, i64 448
-  %1394 = load <16 x float>, ptr %1393, align 4, !tbaa !5
-  %1395 = fadd <16 x float> %1391, %1394
-  %indvars.iv.next705.i.7 = add nuw nsw i64 %indvars.iv704.i, 8
-  %niter216.next.7 = add i64 %niter216, 8
-  %niter216.ncmp.7 = icmp eq i64 %niter216.next.7, %unroll_iter215
-  br i1 %niter216.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !48
+for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
+  %indvars.iv720.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next721.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1369, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod239)
+  br label %for_body_ax157.2.i.epil
 
-for_end_ax178.i.loopexit.unr-lcssa:               ; preds = %for_body_ax177.i
-  br i1 %lcmp.mod212.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
+for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
+  %indvars.iv720.2.i.epil = phi i64 [ %indvars.iv.next721.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv720.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.2.i.epil = phi <16 x float> [ %1374, %for_body_ax157.2.i.epil ], [ %peak.rf_global257.sroa.0.0460.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %epil.iter236 = phi i64 [ %epil.iter236.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
+  %.idx909.i.epil = shl nsw i64 %indvars.iv720.2.i.epil, 6
+  %1370 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx909.i.epil
+  %1371 = getelementptr inbounds nuw i8, ptr %1370, i64 1024
+  %1372 = load <16 x float>, ptr %1371, align 4, !tbaa !5
+  %1373 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.2.i.epil, %1372
+  %1374 = select <16 x i1> %1373, <16 x float> %peak.rf_global257.sroa.0.0460.2.i.epil, <16 x float> %1372
+  %indvars.iv.next721.2.i.epil = add nuw nsw i64 %indvars.iv720.2.i.epil, 1
+  %epil.iter236.next = add i64 %epil.iter236, 1
+  %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
+  br i1 %epil.iter236.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !29, !llvm.loop !48
 
-for_body_ax177.i.epil.preheader:                  ; preds = %for_end_ax178.i.loopexit.unr-lcssa, %for_body_ax177.i.preheader
-  %indvars.iv704.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next705.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod214)
-  br label %for_body_ax177.i.epil
+for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
+  %peak.rf_global257.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1369, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1374, %for_body_ax157.2.i.epil ]
+  %peak.rf258.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 0
+  %1375 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1376 = select i1 %1375, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.2.i
+  %peak.rf258.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 1
+  %1377 = fcmp ogt float %1376, %peak.rf258.sroa.0.4.vec.extract.2.i
+  %1378 = select i1 %1377, float %1376, float %peak.rf258.sroa.0.4.vec.extract.2.i
+  %peak.rf258.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 2
+  %1379 = fcmp ogt float %1378, %peak.rf258.sroa.0.8.vec.extract.2.i
+  %1380 = select i1 %1379, float %1378, float %peak.rf258.sroa.0.8.vec.extract.2.i
+  %peak.rf258.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 3
+  %1381 = fcmp ogt float %1380, %peak.rf258.sroa.0.12.vec.extract.2.i
+  %1382 = select i1 %1381, float %1380, float %peak.rf258.sroa.0.12.vec.extract.2.i
+  %peak.rf258.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 4
+  %1383 = fcmp ogt float %1382, %peak.rf258.sroa.0.16.vec.extract.2.i
+  %1384 = select i1 %1383, float %1382, float %peak.rf258.sroa.0.16.vec.extract.2.i
+  %peak.rf258.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 5
+  %1385 = fcmp ogt float %1384, %peak.rf258.sroa.0.20.vec.extract.2.i
+  %1386 = select i1 %1385, float %1384, float %peak.rf258.sroa.0.20.vec.extract.2.i
+  %peak.rf258.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 6
+  %1387 = fcmp ogt float %1386, %peak.rf258.sroa.0.24.vec.extract.2.i
+  %1388 = select i1 %1387, float %1386, float %peak.rf258.sroa.0.24.vec.extract.2.i
+  %peak.rf258.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 7
+  %1389 = fcmp ogt float %1388, %peak.rf258.sroa.0.28.vec.extract.2.i
+  %1390 = select i1 %1389, float %1388, float %peak.rf258.sroa.0.28.vec.extract.2.i
+  %peak.rf258.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 8
+  %1391 = fcmp ogt float %1390, %peak.rf258.sroa.0.32.vec.extract.2.i
+  %1392 = select i1 %1391, float %1390, float %peak.rf258.sroa.0.32.vec.extract.2.i
+  %peak.rf258.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 9
+  %1393 = fcmp ogt float %1392, %peak.rf258.sroa.0.36.vec.extract.2.i
+  %1394 = select i1 %1393, float %1392, float %peak.rf258.sroa.0.36.vec.extract.2.i
+  %peak.rf258.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 10
+  %1395 = fcmp ogt float %1394, %peak.rf258.sroa.0.40.vec.extract.2.i
+  %1396 = select i1 %1395, float %1394, float %peak.rf258.sroa.0.40.vec.extract.2.i
+  %peak.rf258.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 11
+  %1397 = fcmp ogt float %1396, %peak.rf258.sroa.0.44.vec.extract.2.i
+  %1398 = select i1 %1397, float %1396, float %peak.rf258.sroa.0.44.vec.extract.2.i
+  %peak.rf258.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 12
+  %1399 = fcmp ogt float %1398, %peak.rf258.sroa.0.48.vec.extract.2.i
+  %1400 = select i1 %1399, float %1398, float %peak.rf258.sroa.0.48.vec.extract.2.i
+  %peak.rf258.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 13
+  %1401 = fcmp ogt float %1400, %peak.rf258.sroa.0.52.vec.extract.2.i
+  %1402 = select i1 %1401, float %1400, float %peak.rf258.sroa.0.52.vec.extract.2.i
+  %peak.rf258.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 14
+  %1403 = fcmp ogt float %1402, %peak.rf258.sroa.0.56.vec.extract.2.i
+  %1404 = select i1 %1403, float %1402, float %peak.rf258.sroa.0.56.vec.extract.2.i
+  %peak.rf258.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 15
+  %1405 = fcmp ogt float %1404, %peak.rf258.sroa.0.60.vec.extract.2.i
+  %1406 = select i1 %1405, float %1404, float %peak.rf258.sroa.0.60.vec.extract.2.i
+  %peak259.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.4.vec.insert.i, float %1406, i64 2
+  br i1 %447, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
 
-for_body_ax177.i.epil:                            ; preds = %for_body_ax177.i.epil, %for_body_ax177.i.epil.preheader
-  %indvars.iv704.i.epil = phi i64 [ %indvars.iv.next705.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv704.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil = phi <16 x float> [ %1398, %for_body_ax177.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
-  %.idx1076.i.epil = shl nsw i64 %indvars.iv704.i.epil, 6
-  %1396 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i.epil
-  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
-  %1398 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i.epil, %1397
-  %indvars.iv.next705.i.epil = add nuw nsw i64 %indvars.iv704.i.epil, 1
-  %epil.iter211.next = add i64 %epil.iter211, 1
-  %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !49
+for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
+  br i1 %465, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
 
-for_end_ax178.i:                                  ; preds = %for_body_ax177.i.epil, %for_end_ax178.i.loopexit.unr-lcssa, %if_end60.3.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1398, %for_body_ax177.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 0
-  %1399 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 1
-  %1400 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.i, %1399
-  %tile_sum.rf239.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 2
-  %1401 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.i, %1400
-  %tile_sum.rf239.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 3
-  %1402 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.i, %1401
-  %tile_sum.rf239.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 4
-  %1403 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.i, %1402
-  %tile_sum.rf239.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 5
-  %1404 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.i, %1403
-  %tile_sum.rf239.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 6
-  %1405 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.i, %1404
-  %tile_sum.rf239.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 7
-  %1406 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.i, %1405
-  %tile_sum.rf239.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 8
-  %1407 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.i, %1406
-  %tile_sum.rf239.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 9
-  %1408 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.i, %1407
-  %tile_sum.rf239.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 10
-  %1409 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.i, %1408
-  %tile_sum.rf239.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 11
-  %1410 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.i, %1409
-  %tile_sum.rf239.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 12
-  %1411 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.i, %1410
-  %tile_sum.rf239.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 13
-  %1412 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.i, %1411
-  %tile_sum.rf239.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 14
-  %1413 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.i, %1412
-  %tile_sum.rf239.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 15
-  %1414 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.i, %1413
-  %tile_sum244.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1414, i64 0
-  br i1 %251, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
-
-for_body_ax177.1.i.preheader:                     ; preds = %for_end_ax178.i
-  br i1 %269, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
-
-for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i = phi i64 [ %indvars.iv.next705.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i = phi <16 x float> [ %1446, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
-  %niter223 = phi i64 [ %niter223.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %.idx1077.i = shl nsw i64 %indvars.iv704.1.i, 6
-  %1415 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i
-  %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 512
-  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !5
-  %1418 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i, %1417
-  %indvars.iv.next705.1.i = shl i64 %indvars.iv704.1.i, 6
-  %1419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i
-  %1420 = getelementptr inbounds nuw i8, ptr %1419, i64 576
-  %1421 = load <16 x float>, ptr %1420, align 4, !tbaa !5
-  %1422 = fadd <16 x float> %1418, %1421
-  %indvars.iv.next705.1.i.1 = shl i64 %indvars.iv704.1.i, 6
-  %1423 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.1
-  %1424 = getelementptr inbounds nuw i8, ptr %1423, i64 640
-  %1425 = load <16 x float>, ptr %1424, align 4, !tbaa !5
-  %1426 = fadd <16 x float> %1422, %1425
-  %indvars.iv.next705.1.i.2 = shl i64 %indvars.iv704.1.i, 6
-  %1427 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.2
-  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 704
+for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
+  %indvars.iv720.3.i = phi i64 [ %indvars.iv.next721.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %peak.rf_global257.sroa.0.0460.3.i = phi <16 x float> [ %1446, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
+  %niter248 = phi i64 [ %niter248.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %.idx910.i = shl nsw i64 %indvars.iv720.3.i, 6
+  %1407 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx910.i
+  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 1536
+  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
+  %1410 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.3.i, %1409
+  %1411 = select <16 x i1> %1410, <16 x float> %peak.rf_global257.sroa.0.0460.3.i, <16 x float> %1409
+  %indvars.iv.next721.3.i = shl i64 %indvars.iv720.3.i, 6
+  %1412 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i
+  %1413 = getelementptr inbounds nuw i8, ptr %1412, i64 1600
+  %1414 = load <16 x float>, ptr %1413, align 4, !tbaa !5
+  %1415 = fcmp ogt <16 x float> %1411, %1414
+  %1416 = select <16 x i1> %1415, <16 x float> %1411, <16 x float> %1414
+  %indvars.iv.next721.3.i.1 = shl i64 %indvars.iv720.3.i, 6
+  %1417 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.1
+  %1418 = getelementptr inbounds nuw i8, ptr %1417, i64 1664
+  %1419 = load <16 x float>, ptr %1418, align 4, !tbaa !5
+  %1420 = fcmp ogt <16 x float> %1416, %1419
+  %1421 = select <16 x i1> %1420, <16 x float> %1416, <16 x float> %1419
+  %indvars.iv.next721.3.i.2 = shl i64 %indvars.iv720.3.i, 6
+  %1422 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.2
+  %1423 = getelementptr inbounds nuw i8, ptr %1422, i64 1728
+  %1424 = load <16 x float>, ptr %1423, align 4, !tbaa !5
+  %1425 = fcmp ogt <16 x float> %1421, %1424
+  %1426 = select <16 x i1> %1425, <16 x float> %1421, <16 x float> %1424
+  %indvars.iv.next721.3.i.3 = shl i64 %indvars.iv720.3.i, 6
+  %1427 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.3
+  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 1792
   %1429 = load <16 x float>, ptr %1428, align 4, !tbaa !5
-  %1430 = fadd <16 x float> %1426, %1429
-  %indvars.iv.next705.1.i.3 = shl i64 %indvars.iv704.1.i, 6
-  %1431 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.3
-  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 768
-  %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
-  %1434 = fadd <16 x float> %1430, %1433
-  %indvars.iv.next705.1.i.4 = shl i64 %indvars.iv704.1.i, 6
-  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.4
-  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 832
-  %1437 = load <16 x float>, ptr %1436, align 4, !tbaa !5
-  %1438 = fadd <16 x float> %1434, %1437
-  %indvars.iv.next705.1.i.5 = shl i64 %indvars.iv704.1.i, 6
-  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.5
-  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 896
-  %1441 = load <16 x float>, ptr %1440, align 4, !tbaa !5
-  %1442 = fadd <16 x float> %1438, %1441
-  %indvars.iv.next705.1.i.6 = shl i64 %indvars.iv704.1.i, 6
-  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.6
-  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 960
-  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !5
-  %1446 = fadd <16 x float> %1442, %1445
-  %indvars.iv.next705.1.i.7 = add nuw nsw i64 %indvars.iv704.1.i, 8
-  %niter223.next.7 = add i64 %niter223, 8
-  %niter223.ncmp.7 = icmp eq i64 %niter223.next.7, %unroll_iter222
-  br i1 %niter223.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !50
+  %1430 = fcmp ogt <16 x float> %1426, %1429
+  %1431 = select <16 x i1> %1430, <16 x float> %1426, <16 x float> %1429
+  %indvars.iv.next721.3.i.4 = shl i64 %indvars.iv720.3.i, 6
+  %1432 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.4
+  %1433 = getelementptr inbounds nuw i8, ptr %1432, i64 1856
+  %1434 = load <16 x float>, ptr %1433, align 4, !tbaa !5
+  %1435 = fcmp ogt <16 x float> %1431, %1434
+  %1436 = select <16 x i1> %1435, <16 x float> %1431, <16 x float> %1434
+  %indvars.iv.next721.3.i.5 = shl i64 %indvars.iv720.3.i, 6
+  %1437 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.5
+  %1438 = getelementptr inbounds nuw i8, ptr %1437, i64 1920
+  %1439 = load <16 x float>, ptr %1438, align 4, !tbaa !5
+  %1440 = fcmp ogt <16 x float> %1436, %1439
+  %1441 = select <16 x i1> %1440, <16 x float> %1436, <16 x float> %1439
+  %indvars.iv.next721.3.i.6 = shl i64 %indvars.iv720.3.i, 6
+  %1442 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.6
+  %1443 = getelementptr inbounds nuw i8, ptr %1442, i64 1984
+  %1444 = load <16 x float>, ptr %1443, align 4, !tbaa !5
+  %1445 = fcmp ogt <16 x float> %1441, %1444
+  %1446 = select <16 x i1> %1445, <16 x float> %1441, <16 x float> %1444
+  %indvars.iv.next721.3.i.7 = add nuw nsw i64 %indvars.iv720.3.i, 8
+  %niter248.next.7 = add i64 %niter248, 8
+  %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
+  br i1 %niter248.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !40, !llvm.loop !49
 
-for_end_ax178.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.1.i
-  br i1 %lcmp.mod219.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
+for_end_ax158.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.3.i
+  br i1 %lcmp.mod244.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !43
 
-for_body_ax177.1.i.epil.preheader:                ; preds = %for_end_ax178.1.i.loopexit.unr-lcssa, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next705.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod221)
-  br label %for_body_ax177.1.i.epil
+for_body_ax157.3.i.epil.preheader:                ; preds = %for_end_ax158.3.i.loopexit.unr-lcssa, %for_body_ax157.3.i.preheader
+  %indvars.iv720.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next721.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global257.sroa.0.0460.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1446, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod246)
+  br label %for_body_ax157.3.i.epil
 
-for_body_ax177.1.i.epil:                          ; preds = %for_body_ax177.1.i.epil, %for_body_ax177.1.i.epil.preheader
-  %indvars.iv704.1.i.epil = phi i64 [ %indvars.iv.next705.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv704.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil = phi <16 x float> [ %1450, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %epil.iter218 = phi i64 [ %epil.iter218.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
-  %.idx1077.i.epil = shl nsw i64 %indvars.iv704.1.i.epil, 6
-  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i.epil
-  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 512
+for_body_ax157.3.i.epil:                          ; preds = %for_body_ax157.3.i.epil, %for_body_ax157.3.i.epil.preheader
+  %indvars.iv720.3.i.epil = phi i64 [ %indvars.iv.next721.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv720.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %peak.rf_global257.sroa.0.0460.3.i.epil = phi <16 x float> [ %1451, %for_body_ax157.3.i.epil ], [ %peak.rf_global257.sroa.0.0460.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %epil.iter243 = phi i64 [ %epil.iter243.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
+  %.idx910.i.epil = shl nsw i64 %indvars.iv720.3.i.epil, 6
+  %1447 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx910.i.epil
+  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 1536
   %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
-  %1450 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i.epil, %1449
-  %indvars.iv.next705.1.i.epil = add nuw nsw i64 %indvars.iv704.1.i.epil, 1
-  %epil.iter218.next = add i64 %epil.iter218, 1
-  %epil.iter218.cmp.not = icmp eq i64 %epil.iter218.next, %xtraiter217
-  br i1 %epil.iter218.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !51
+  %1450 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.3.i.epil, %1449
+  %1451 = select <16 x i1> %1450, <16 x float> %peak.rf_global257.sroa.0.0460.3.i.epil, <16 x float> %1449
+  %indvars.iv.next721.3.i.epil = add nuw nsw i64 %indvars.iv720.3.i.epil, 1
+  %epil.iter243.next = add i64 %epil.iter243, 1
+  %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
+  br i1 %epil.iter243.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !29, !llvm.loop !50
 
-for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.epil, %for_end_ax178.1.i.loopexit.unr-lcssa, %for_end_ax178.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1450, %for_body_ax177.1.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 0
-  %1451 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 1
-  %1452 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.1.i, %1451
-  %tile_sum.rf239.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 2
-  %1453 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.1.i, %1452
-  %tile_sum.rf239.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 3
-  %1454 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.1.i, %1453
-  %tile_sum.rf239.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 4
-  %1455 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.1.i, %1454
-  %tile_sum.rf239.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 5
-  %1456 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.1.i, %1455
-  %tile_sum.rf239.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 6
-  %1457 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.1.i, %1456
-  %tile_sum.rf239.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 7
-  %1458 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.1.i, %1457
-  %tile_sum.rf239.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 8
-  %1459 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.1.i, %1458
-  %tile_sum.rf239.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 9
-  %1460 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.1.i, %1459
-  %tile_sum.rf239.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 10
-  %1461 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.1.i, %1460
-  %tile_sum.rf239.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 11
-  %1462 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.1.i, %1461
-  %tile_sum.rf239.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 12
-  %1463 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.1.i, %1462
-  %tile_sum.rf239.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 13
-  %1464 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.1.i, %1463
-  %tile_sum.rf239.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 14
-  %1465 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.1.i, %1464
-  %tile_sum.rf239.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 15
-  %1466 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.1.i, %1465
-  %tile_sum244.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.0.vec.insert.i, float %1466, i64 1
-  br i1 %251, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
+for_end_ax158.3.i:                                ; preds = %for_body_ax157.3.i.epil, %for_end_ax158.3.i.loopexit.unr-lcssa, %for_end_ax158.2.i
+  %peak.rf_global257.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1446, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1451, %for_body_ax157.3.i.epil ]
+  br i1 %448, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
 
-for_body_ax177.2.i.preheader:                     ; preds = %for_end_ax178.1.i
-  br i1 %270, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
+for_begin_r68.preheader.i:                        ; preds = %for_end_ax158.3.i, %for_body_r62.us.preheader.i
+  %tile_max261.sroa.0.3.i = phi <4 x float> [ %peak259.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
+  br i1 %447, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
 
-for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i = phi i64 [ %indvars.iv.next705.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i = phi <16 x float> [ %1498, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
-  %niter230 = phi i64 [ %niter230.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %.idx1078.i = shl nsw i64 %indvars.iv704.2.i, 6
-  %1467 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i
-  %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1024
-  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !5
-  %1470 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i, %1469
-  %indvars.iv.next705.2.i = shl i64 %indvars.iv704.2.i, 6
-  %1471 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i
-  %1472 = getelementptr inbounds nuw i8, ptr %1471, i64 1088
-  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !5
-  %1474 = fadd <16 x float> %1470, %1473
-  %indvars.iv.next705.2.i.1 = shl i64 %indvars.iv704.2.i, 6
-  %1475 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.1
-  %1476 = getelementptr inbounds nuw i8, ptr %1475, i64 1152
-  %1477 = load <16 x float>, ptr %1476, align 4, !tbaa !5
-  %1478 = fadd <16 x float> %1474, %1477
-  %indvars.iv.next705.2.i.2 = shl i64 %indvars.iv704.2.i, 6
-  %1479 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.2
-  %1480 = getelementptr inbounds nuw i8, ptr %1479, i64 1216
-  %1481 = load <16 x float>, ptr %1480, align 4, !tbaa !5
-  %1482 = fadd <16 x float> %1478, %1481
-  %indvars.iv.next705.2.i.3 = shl i64 %indvars.iv704.2.i, 6
-  %1483 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.3
-  %1484 = getelementptr inbounds nuw i8, ptr %1483, i64 1280
-  %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
-  %1486 = fadd <16 x float> %1482, %1485
-  %indvars.iv.next705.2.i.4 = shl i64 %indvars.iv704.2.i, 6
-  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.4
-  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1344
-  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
-  %1490 = fadd <16 x float> %1486, %1489
-  %indvars.iv.next705.2.i.5 = shl i64 %indvars.iv704.2.i, 6
-  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.5
-  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1408
-  %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
-  %1494 = fadd <16 x float> %1490, %1493
-  %indvars.iv.next705.2.i.6 = shl i64 %indvars.iv704.2.i, 6
-  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.6
-  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1472
-  %1497 = load <16 x float>, ptr %1496, align 4, !tbaa !5
-  %1498 = fadd <16 x float> %1494, %1497
-  %indvars.iv.next705.2.i.7 = add nuw nsw i64 %indvars.iv704.2.i, 8
-  %niter230.next.7 = add i64 %niter230, 8
-  %niter230.ncmp.7 = icmp eq i64 %niter230.next.7, %unroll_iter229
-  br i1 %niter230.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !52
+for_begin_to73.preheader.us.preheader.i:          ; preds = %for_begin_r68.preheader.i
+  %1452 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  br label %for_body_to74.us.i
 
-for_end_ax178.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.2.i
-  br i1 %lcmp.mod226.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
+for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_begin_to73.preheader.us.preheader.i
+  %indvars.iv736.i = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next737.i, %for_body_to74.us.i ]
+  %1453 = shl nsw i64 %indvars.iv736.i, 4
+  %1454 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1453
+  %1455 = load <16 x float>, ptr %1454, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1455, %1452
+  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1457 = bitcast <16 x float> %1456 to <16 x i32>
+  %1458 = add nsw <16 x i32> %1457, splat (i32 -1262485504)
+  %1459 = sitofp <16 x i32> %1458 to <16 x float>
+  %1460 = fmul <16 x float> %1459, splat (float 0x3F2BD01060000000)
+  %1461 = fmul <16 x float> %1459, splat (float 0x3FE6300000000000)
+  %1462 = fsub <16 x float> %arg.us.i, %1461
+  %1463 = fadd <16 x float> %1460, %1462
+  %1464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1463, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1463, <16 x float> splat (float 0x3F81112100000000))
+  %1466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1463, <16 x float> splat (float 0x3FA5553820000000))
+  %1467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1466, <16 x float> %1463, <16 x float> splat (float 0x3FC5555540000000))
+  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1467, <16 x float> %1463, <16 x float> splat (float 5.000000e-01))
+  %1469 = fmul <16 x float> %1463, %1468
+  %1470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1469, <16 x float> %1463, <16 x float> %1463)
+  %1471 = shl <16 x i32> %1457, splat (i32 23)
+  %1472 = add <16 x i32> %1471, splat (i32 1065353216)
+  %1473 = bitcast <16 x i32> %1472 to <16 x float>
+  %1474 = fadd <16 x float> %1470, splat (float 1.000000e+00)
+  %1475 = fmul <16 x float> %1474, %1473
+  %1476 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1477 = select <16 x i1> %1476, <16 x float> zeroinitializer, <16 x float> %1475
+  %1478 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1453
+  store <16 x float> %1477, ptr %1478, align 4, !tbaa !5
+  %indvars.iv.next737.i = add nuw nsw i64 %indvars.iv736.i, 1
+  %exitcond740.not.i = icmp eq i64 %indvars.iv.next737.i, %wide.trip.count709.i
+  br i1 %exitcond740.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i, !prof !13
 
-for_body_ax177.2.i.epil.preheader:                ; preds = %for_end_ax178.2.i.loopexit.unr-lcssa, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next705.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod228)
-  br label %for_body_ax177.2.i.epil
+for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i
+  %1479 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br label %for_body_to74.us.1.i
 
-for_body_ax177.2.i.epil:                          ; preds = %for_body_ax177.2.i.epil, %for_body_ax177.2.i.epil.preheader
-  %indvars.iv704.2.i.epil = phi i64 [ %indvars.iv.next705.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv704.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil = phi <16 x float> [ %1502, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %epil.iter225 = phi i64 [ %epil.iter225.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
-  %.idx1078.i.epil = shl nsw i64 %indvars.iv704.2.i.epil, 6
-  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i.epil
-  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1024
-  %1501 = load <16 x float>, ptr %1500, align 4, !tbaa !5
-  %1502 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i.epil, %1501
-  %indvars.iv.next705.2.i.epil = add nuw nsw i64 %indvars.iv704.2.i.epil, 1
-  %epil.iter225.next = add i64 %epil.iter225, 1
-  %epil.iter225.cmp.not = icmp eq i64 %epil.iter225.next, %xtraiter224
-  br i1 %epil.iter225.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !53
+for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_begin_to73.for_end_to75_crit_edge.us.i
+  %indvars.iv736.1.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next737.1.i, %for_body_to74.us.1.i ]
+  %1480 = shl nsw i64 %indvars.iv736.1.i, 4
+  %1481 = add nuw nsw i64 %1480, 128
+  %1482 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1481
+  %1483 = load <16 x float>, ptr %1482, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1483, %1479
+  %1484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1485 = bitcast <16 x float> %1484 to <16 x i32>
+  %1486 = add nsw <16 x i32> %1485, splat (i32 -1262485504)
+  %1487 = sitofp <16 x i32> %1486 to <16 x float>
+  %1488 = fmul <16 x float> %1487, splat (float 0x3F2BD01060000000)
+  %1489 = fmul <16 x float> %1487, splat (float 0x3FE6300000000000)
+  %1490 = fsub <16 x float> %arg.us.1.i, %1489
+  %1491 = fadd <16 x float> %1488, %1490
+  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1491, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1491, <16 x float> splat (float 0x3F81112100000000))
+  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1493, <16 x float> %1491, <16 x float> splat (float 0x3FA5553820000000))
+  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1494, <16 x float> %1491, <16 x float> splat (float 0x3FC5555540000000))
+  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1491, <16 x float> splat (float 5.000000e-01))
+  %1497 = fmul <16 x float> %1491, %1496
+  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1491, <16 x float> %1491)
+  %1499 = shl <16 x i32> %1485, splat (i32 23)
+  %1500 = add <16 x i32> %1499, splat (i32 1065353216)
+  %1501 = bitcast <16 x i32> %1500 to <16 x float>
+  %1502 = fadd <16 x float> %1498, splat (float 1.000000e+00)
+  %1503 = fmul <16 x float> %1502, %1501
+  %1504 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1505 = select <16 x i1> %1504, <16 x float> zeroinitializer, <16 x float> %1503
+  %1506 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1481
+  store <16 x float> %1505, ptr %1506, align 4, !tbaa !5
+  %indvars.iv.next737.1.i = add nuw nsw i64 %indvars.iv736.1.i, 1
+  %exitcond740.1.not.i = icmp eq i64 %indvars.iv.next737.1.i, %wide.trip.count709.i
+  br i1 %exitcond740.1.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i, !prof !13
 
-for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.epil, %for_end_ax178.2.i.loopexit.unr-lcssa, %for_end_ax178.1.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1502, %for_body_ax177.2.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 0
-  %1503 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 1
-  %1504 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.2.i, %1503
-  %tile_sum.rf239.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 2
-  %1505 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.2.i, %1504
-  %tile_sum.rf239.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 3
-  %1506 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.2.i, %1505
-  %tile_sum.rf239.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 4
-  %1507 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.2.i, %1506
-  %tile_sum.rf239.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 5
-  %1508 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.2.i, %1507
-  %tile_sum.rf239.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 6
-  %1509 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.2.i, %1508
-  %tile_sum.rf239.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 7
-  %1510 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.2.i, %1509
-  %tile_sum.rf239.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 8
-  %1511 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.2.i, %1510
-  %tile_sum.rf239.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 9
-  %1512 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.2.i, %1511
-  %tile_sum.rf239.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 10
-  %1513 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.2.i, %1512
-  %tile_sum.rf239.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 11
-  %1514 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.2.i, %1513
-  %tile_sum.rf239.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 12
-  %1515 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.2.i, %1514
-  %tile_sum.rf239.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 13
-  %1516 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.2.i, %1515
-  %tile_sum.rf239.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 14
-  %1517 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.2.i, %1516
-  %tile_sum.rf239.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 15
-  %1518 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.2.i, %1517
-  %tile_sum244.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.4.vec.insert.i, float %1518, i64 2
-  br i1 %251, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
+for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i
+  %1507 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br label %for_body_to74.us.2.i
 
-for_body_ax177.3.i.preheader:                     ; preds = %for_end_ax178.2.i
-  br i1 %271, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
+for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_begin_to73.for_end_to75_crit_edge.us.1.i
+  %indvars.iv736.2.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next737.2.i, %for_body_to74.us.2.i ]
+  %1508 = shl nsw i64 %indvars.iv736.2.i, 4
+  %1509 = add nuw nsw i64 %1508, 256
+  %1510 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1509
+  %1511 = load <16 x float>, ptr %1510, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1511, %1507
+  %1512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1513 = bitcast <16 x float> %1512 to <16 x i32>
+  %1514 = add nsw <16 x i32> %1513, splat (i32 -1262485504)
+  %1515 = sitofp <16 x i32> %1514 to <16 x float>
+  %1516 = fmul <16 x float> %1515, splat (float 0x3F2BD01060000000)
+  %1517 = fmul <16 x float> %1515, splat (float 0x3FE6300000000000)
+  %1518 = fsub <16 x float> %arg.us.2.i, %1517
+  %1519 = fadd <16 x float> %1516, %1518
+  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1519, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1520, <16 x float> %1519, <16 x float> splat (float 0x3F81112100000000))
+  %1522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1521, <16 x float> %1519, <16 x float> splat (float 0x3FA5553820000000))
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1519, <16 x float> splat (float 0x3FC5555540000000))
+  %1524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1523, <16 x float> %1519, <16 x float> splat (float 5.000000e-01))
+  %1525 = fmul <16 x float> %1519, %1524
+  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1519, <16 x float> %1519)
+  %1527 = shl <16 x i32> %1513, splat (i32 23)
+  %1528 = add <16 x i32> %1527, splat (i32 1065353216)
+  %1529 = bitcast <16 x i32> %1528 to <16 x float>
+  %1530 = fadd <16 x float> %1526, splat (float 1.000000e+00)
+  %1531 = fmul <16 x float> %1530, %1529
+  %1532 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1533 = select <16 x i1> %1532, <16 x float> zeroinitializer, <16 x float> %1531
+  %1534 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1509
+  store <16 x float> %1533, ptr %1534, align 4, !tbaa !5
+  %indvars.iv.next737.2.i = add nuw nsw i64 %indvars.iv736.2.i, 1
+  %exitcond740.2.not.i = icmp eq i64 %indvars.iv.next737.2.i, %wide.trip.count709.i
+  br i1 %exitcond740.2.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i, !prof !13
 
-for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i = phi i64 [ %indvars.iv.next705.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i = phi <16 x float> [ %1550, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
-  %niter237 = phi i64 [ %niter237.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %.idx1079.i = shl nsw i64 %indvars.iv704.3.i, 6
-  %1519 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i
-  %1520 = getelementptr inbounds nuw i8, ptr %1519, i64 1536
-  %1521 = load <16 x float>, ptr %1520, align 4, !tbaa !5
-  %1522 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i, %1521
-  %indvars.iv.next705.3.i = shl i64 %indvars.iv704.3.i, 6
-  %1523 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i
-  %1524 = getelementptr inbounds nuw i8, ptr %1523, i64 1600
-  %1525 = load <16 x float>, ptr %1524, align 4, !tbaa !5
-  %1526 = fadd <16 x float> %1522, %1525
-  %indvars.iv.next705.3.i.1 = shl i64 %indvars.iv704.3.i, 6
-  %1527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.1
-  %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 1664
-  %1529 = load <16 x float>, ptr %1528, align 4, !tbaa !5
-  %1530 = fadd <16 x float> %1526, %1529
-  %indvars.iv.next705.3.i.2 = shl i64 %indvars.iv704.3.i, 6
-  %1531 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.2
-  %1532 = getelementptr inbounds nuw i8, ptr %1531, i64 1728
-  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !5
-  %1534 = fadd <16 x float> %1530, %1533
-  %indvars.iv.next705.3.i.3 = shl i64 %indvars.iv704.3.i, 6
-  %1535 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.3
-  %1536 = getelementptr inbounds nuw i8, ptr %1535, i64 1792
-  %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
-  %1538 = fadd <16 x float> %1534, %1537
-  %indvars.iv.next705.3.i.4 = shl i64 %indvars.iv704.3.i, 6
-  %1539 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.4
-  %1540 = getelementptr inbounds nuw i8, ptr %1539, i64 1856
-  %1541 = load <16 x float>, ptr %1540, align 4, !tbaa !5
-  %1542 = fadd <16 x float> %1538, %1541
-  %indvars.iv.next705.3.i.5 = shl i64 %indvars.iv704.3.i, 6
-  %1543 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.5
-  %1544 = getelementptr inbounds nuw i8, ptr %1543, i64 1920
-  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
-  %1546 = fadd <16 x float> %1542, %1545
-  %indvars.iv.next705.3.i.6 = shl i64 %indvars.iv704.3.i, 6
-  %1547 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.6
-  %1548 = getelementptr inbounds nuw i8, ptr %1547, i64 1984
-  %1549 = load <16 x float>, ptr %1548, align 4, !tbaa !5
-  %1550 = fadd <16 x float> %1546, %1549
-  %indvars.iv.next705.3.i.7 = add nuw nsw i64 %indvars.iv704.3.i, 8
-  %niter237.next.7 = add i64 %niter237, 8
-  %niter237.ncmp.7 = icmp eq i64 %niter237.next.7, %unroll_iter236
-  br i1 %niter237.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !54
+for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i
+  %1535 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br label %for_body_to74.us.3.i
 
-for_end_ax178.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.3.i
-  br i1 %lcmp.mod233.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
+for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_begin_to73.for_end_to75_crit_edge.us.2.i
+  %indvars.iv736.3.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next737.3.i, %for_body_to74.us.3.i ]
+  %1536 = shl nsw i64 %indvars.iv736.3.i, 4
+  %1537 = add nuw nsw i64 %1536, 384
+  %1538 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1537
+  %1539 = load <16 x float>, ptr %1538, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1539, %1535
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1541 = bitcast <16 x float> %1540 to <16 x i32>
+  %1542 = add nsw <16 x i32> %1541, splat (i32 -1262485504)
+  %1543 = sitofp <16 x i32> %1542 to <16 x float>
+  %1544 = fmul <16 x float> %1543, splat (float 0x3F2BD01060000000)
+  %1545 = fmul <16 x float> %1543, splat (float 0x3FE6300000000000)
+  %1546 = fsub <16 x float> %arg.us.3.i, %1545
+  %1547 = fadd <16 x float> %1544, %1546
+  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1547, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1547, <16 x float> splat (float 0x3F81112100000000))
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1547, <16 x float> splat (float 0x3FA5553820000000))
+  %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1547, <16 x float> splat (float 0x3FC5555540000000))
+  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1551, <16 x float> %1547, <16 x float> splat (float 5.000000e-01))
+  %1553 = fmul <16 x float> %1547, %1552
+  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1547, <16 x float> %1547)
+  %1555 = shl <16 x i32> %1541, splat (i32 23)
+  %1556 = add <16 x i32> %1555, splat (i32 1065353216)
+  %1557 = bitcast <16 x i32> %1556 to <16 x float>
+  %1558 = fadd <16 x float> %1554, splat (float 1.000000e+00)
+  %1559 = fmul <16 x float> %1558, %1557
+  %1560 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1561 = select <16 x i1> %1560, <16 x float> zeroinitializer, <16 x float> %1559
+  %1562 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1537
+  store <16 x float> %1561, ptr %1562, align 4, !tbaa !5
+  %indvars.iv.next737.3.i = add nuw nsw i64 %indvars.iv736.3.i, 1
+  %exitcond740.3.not.i = icmp eq i64 %indvars.iv.next737.3.i, %wide.trip.count709.i
+  br i1 %exitcond740.3.not.i, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i, !prof !13
 
-for_body_ax177.3.i.epil.preheader:                ; preds = %for_end_ax178.3.i.loopexit.unr-lcssa, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next705.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod235)
-  br label %for_body_ax177.3.i.epil
+for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.i
+  br i1 %466, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
 
-for_body_ax177.3.i.epil:                          ; preds = %for_body_ax177.3.i.epil, %for_body_ax177.3.i.epil.preheader
-  %indvars.iv704.3.i.epil = phi i64 [ %indvars.iv.next705.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv704.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil = phi <16 x float> [ %1554, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
-  %.idx1079.i.epil = shl nsw i64 %indvars.iv704.3.i.epil, 6
-  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i.epil
-  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 1536
-  %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !5
-  %1554 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i.epil, %1553
-  %indvars.iv.next705.3.i.epil = add nuw nsw i64 %indvars.iv704.3.i.epil, 1
-  %epil.iter232.next = add i64 %epil.iter232, 1
-  %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !55
+for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.i.preheader
+  %indvars.iv745.i = phi i64 [ %indvars.iv.next746.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.i = phi <16 x float> [ %1593, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
+  %niter255 = phi i64 [ %niter255.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %.idx911.i = shl nsw i64 %indvars.iv745.i, 6
+  %1563 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx911.i
+  %1564 = load <16 x float>, ptr %1563, align 4, !tbaa !5
+  %1565 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.i, %1564
+  %indvars.iv.next746.i = shl i64 %indvars.iv745.i, 6
+  %1566 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i
+  %1567 = getelementptr inbounds nuw i8, ptr %1566, i64 64
+  %1568 = load <16 x float>, ptr %1567, align 4, !tbaa !5
+  %1569 = fadd <16 x float> %1565, %1568
+  %indvars.iv.next746.i.1 = shl i64 %indvars.iv745.i, 6
+  %1570 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.1
+  %1571 = getelementptr inbounds nuw i8, ptr %1570, i64 128
+  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !5
+  %1573 = fadd <16 x float> %1569, %1572
+  %indvars.iv.next746.i.2 = shl i64 %indvars.iv745.i, 6
+  %1574 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.2
+  %1575 = getelementptr inbounds nuw i8, ptr %1574, i64 192
+  %1576 = load <16 x float>, ptr %1575, align 4, !tbaa !5
+  %1577 = fadd <16 x float> %1573, %1576
+  %indvars.iv.next746.i.3 = shl i64 %indvars.iv745.i, 6
+  %1578 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.3
+  %1579 = getelementptr inbounds nuw i8, ptr %1578, i64 256
+  %1580 = load <16 x float>, ptr %1579, align 4, !tbaa !5
+  %1581 = fadd <16 x float> %1577, %1580
+  %indvars.iv.next746.i.4 = shl i64 %indvars.iv745.i, 6
+  %1582 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.4
+  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 320
+  %1584 = load <16 x float>, ptr %1583, align 4, !tbaa !5
+  %1585 = fadd <16 x float> %1581, %1584
+  %indvars.iv.next746.i.5 = shl i64 %indvars.iv745.i, 6
+  %1586 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.5
+  %1587 = getelementptr inbounds nuw i8, ptr %1586, i64 384
+  %1588 = load <16 x float>, ptr %1587, align 4, !tbaa !5
+  %1589 = fadd <16 x float> %1585, %1588
+  %indvars.iv.next746.i.6 = shl i64 %indvars.iv745.i, 6
+  %1590 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.6
+  %1591 = getelementptr inbounds nuw i8, ptr %1590, i64 448
+  %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !5
+  %1593 = fadd <16 x float> %1589, %1592
+  %indvars.iv.next746.i.7 = add nuw nsw i64 %indvars.iv745.i, 8
+  %niter255.next.7 = add i64 %niter255, 8
+  %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
+  br i1 %niter255.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !51
 
-for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.epil, %for_end_ax178.3.i.loopexit.unr-lcssa, %for_end_ax178.2.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1554, %for_body_ax177.3.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 0
-  %1555 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 1
-  %1556 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.3.i, %1555
-  %tile_sum.rf239.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 2
-  %1557 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.3.i, %1556
-  %tile_sum.rf239.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 3
-  %1558 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.3.i, %1557
-  %tile_sum.rf239.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 4
-  %1559 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.3.i, %1558
-  %tile_sum.rf239.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 5
-  %1560 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.3.i, %1559
-  %tile_sum.rf239.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 6
-  %1561 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.3.i, %1560
-  %tile_sum.rf239.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 7
-  %1562 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.3.i, %1561
-  %tile_sum.rf239.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 8
-  %1563 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.3.i, %1562
-  %tile_sum.rf239.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 9
-  %1564 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.3.i, %1563
-  %tile_sum.rf239.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 10
-  %1565 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.3.i, %1564
-  %tile_sum.rf239.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 11
-  %1566 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.3.i, %1565
-  %tile_sum.rf239.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 12
-  %1567 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.3.i, %1566
-  %tile_sum.rf239.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 13
-  %1568 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.3.i, %1567
-  %tile_sum.rf239.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 14
-  %1569 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.3.i, %1568
-  %tile_sum.rf239.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 15
-  %1570 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.3.i, %1569
-  %tile_sum244.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.8.vec.insert.i, float %1570, i64 3
-  %1571 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %1571(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1572 = icmp eq ptr %full_acc.i, null
-  br i1 %1572, label %fused_decode_compute_.exit, label %for_begin_d_084.preheader.i, !prof !8
+for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
+  br i1 %lcmp.mod251.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
 
-for_begin_to89.preheader.i:                       ; preds = %for_end_to91.i, %for_begin_d_084.preheader.i
-  %indvars.iv735.i = phi i64 [ 0, %for_begin_d_084.preheader.i ], [ %indvars.iv.next736.i, %for_end_to91.i ]
-  br i1 %253, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
+for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.i.preheader
+  %indvars.iv745.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next746.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1593, %for_end_ax185.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod253)
+  br label %for_body_ax184.i.epil
 
-for_body_to90.lr.ph.i:                            ; preds = %for_begin_to89.preheader.i
-  %1573 = mul nuw nsw i64 %indvars.iv735.i, %258
-  %gep534.idx.i = shl i64 %indvars.iv735.i, 6
-  %gep534.i = getelementptr i8, ptr %invariant.gep533.i, i64 %gep534.idx.i
-  br label %for_body_to90.i
+for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
+  %indvars.iv745.i.epil = phi i64 [ %indvars.iv.next746.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv745.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.i.epil = phi <16 x float> [ %1596, %for_body_ax184.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %epil.iter250 = phi i64 [ %epil.iter250.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
+  %.idx911.i.epil = shl nsw i64 %indvars.iv745.i.epil, 6
+  %1594 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx911.i.epil
+  %1595 = load <16 x float>, ptr %1594, align 4, !tbaa !5
+  %1596 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.i.epil, %1595
+  %indvars.iv.next746.i.epil = add nuw nsw i64 %indvars.iv745.i.epil, 1
+  %epil.iter250.next = add i64 %epil.iter250, 1
+  %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
+  br i1 %epil.iter250.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !52
 
-for_body_to90.i:                                  ; preds = %for_body_to90.i, %for_body_to90.lr.ph.i
-  %indvars.iv714.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next715.i, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0459.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2130, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0458.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0457.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0456.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0455.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0454.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0453.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.170.0452.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2129, %for_body_to90.i ]
-  %1574 = add nuw nsw i64 %indvars.iv714.i, %1573
-  %1575 = trunc i64 %1574 to i32
-  %1576 = shl i32 %1575, 2
-  %1577 = add i32 %1576, %ahead_t.i
-  %1578 = sext i32 %1577 to i64
-  %1579 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1578
-  %1580 = load i64, ptr %1579, align 8, !tbaa !5
-  %1581 = getelementptr i32, ptr %value_cache, i64 %1580
-  %1582 = getelementptr i32, ptr %1581, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1582, i32 0, i32 2, i32 1)
-  %1583 = getelementptr i8, ptr %1581, i64 64
-  %1584 = getelementptr i32, ptr %1583, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1584, i32 0, i32 2, i32 1)
-  %1585 = getelementptr i8, ptr %1581, i64 128
-  %1586 = getelementptr i32, ptr %1585, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1586, i32 0, i32 2, i32 1)
-  %1587 = getelementptr i8, ptr %1581, i64 192
-  %1588 = getelementptr i32, ptr %1587, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1588, i32 0, i32 2, i32 1)
-  %1589 = getelementptr i8, ptr %1579, i64 8
-  %1590 = load i64, ptr %1589, align 8, !tbaa !5
-  %1591 = getelementptr i32, ptr %value_cache, i64 %1590
-  %1592 = getelementptr i32, ptr %1591, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1592, i32 0, i32 2, i32 1)
-  %1593 = getelementptr i8, ptr %1591, i64 64
-  %1594 = getelementptr i32, ptr %1593, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1594, i32 0, i32 2, i32 1)
-  %1595 = getelementptr i8, ptr %1591, i64 128
-  %1596 = getelementptr i32, ptr %1595, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1596, i32 0, i32 2, i32 1)
-  %1597 = getelementptr i8, ptr %1591, i64 192
-  %1598 = getelementptr i32, ptr %1597, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1598, i32 0, i32 2, i32 1)
-  %1599 = getelementptr i8, ptr %1579, i64 16
-  %1600 = load i64, ptr %1599, align 8, !tbaa !5
-  %1601 = getelementptr i32, ptr %value_cache, i64 %1600
-  %1602 = getelementptr i32, ptr %1601, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1602, i32 0, i32 2, i32 1)
-  %1603 = getelementptr i8, ptr %1601, i64 64
-  %1604 = getelementptr i32, ptr %1603, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1604, i32 0, i32 2, i32 1)
-  %1605 = getelementptr i8, ptr %1601, i64 128
-  %1606 = getelementptr i32, ptr %1605, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1606, i32 0, i32 2, i32 1)
-  %1607 = getelementptr i8, ptr %1601, i64 192
-  %1608 = getelementptr i32, ptr %1607, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1608, i32 0, i32 2, i32 1)
-  %1609 = getelementptr i8, ptr %1579, i64 24
-  %1610 = load i64, ptr %1609, align 8, !tbaa !5
-  %1611 = getelementptr i32, ptr %value_cache, i64 %1610
-  %1612 = getelementptr i32, ptr %1611, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1612, i32 0, i32 2, i32 1)
-  %1613 = getelementptr i8, ptr %1611, i64 64
-  %1614 = getelementptr i32, ptr %1613, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1614, i32 0, i32 2, i32 1)
-  %1615 = getelementptr i8, ptr %1611, i64 128
-  %1616 = getelementptr i32, ptr %1615, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1616, i32 0, i32 2, i32 1)
-  %1617 = getelementptr i8, ptr %1611, i64 192
-  %1618 = getelementptr i32, ptr %1617, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1618, i32 0, i32 2, i32 1)
-  %1619 = shl nsw i64 %indvars.iv714.i, 4
-  %1620 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1619
-  %1621 = load float, ptr %1620, align 4, !tbaa !5
-  %1622 = insertelement <16 x float> poison, float %1621, i64 0
-  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
-  %1624 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1619
-  %1625 = load i64, ptr %1624, align 8, !tbaa !5
-  %gep472.i = getelementptr i32, ptr %gep534.i, i64 %1625
-  %1626 = load <16 x i32>, ptr %gep472.i, align 4, !tbaa !5
-  %1627 = shl <16 x i32> %1626, splat (i32 16)
-  %1628 = bitcast <16 x i32> %1627 to <16 x float>
-  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.0.0457.i)
-  %1630 = getelementptr inbounds nuw i8, ptr %1620, i64 512
-  %1631 = load float, ptr %1630, align 4, !tbaa !5
-  %1632 = insertelement <16 x float> poison, float %1631, i64 0
-  %1633 = shufflevector <16 x float> %1632, <16 x float> poison, <16 x i32> zeroinitializer
-  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.68.0455.i)
-  %1635 = getelementptr inbounds nuw i8, ptr %1620, i64 1024
-  %1636 = load float, ptr %1635, align 4, !tbaa !5
-  %1637 = insertelement <16 x float> poison, float %1636, i64 0
-  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.136.0453.i)
-  %1640 = getelementptr inbounds nuw i8, ptr %1620, i64 1536
-  %1641 = load float, ptr %1640, align 4, !tbaa !5
-  %1642 = insertelement <16 x float> poison, float %1641, i64 0
-  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
-  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.204.0458.i)
-  %1645 = and <16 x i32> %1626, splat (i32 -65536)
-  %1646 = bitcast <16 x i32> %1645 to <16 x float>
-  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.34.0456.i)
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.102.0454.i)
-  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.170.0452.i)
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.238.0459.i)
-  %1651 = or disjoint i64 %1619, 1
-  %1652 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1651
-  %1653 = load float, ptr %1652, align 4, !tbaa !5
-  %1654 = insertelement <16 x float> poison, float %1653, i64 0
-  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
-  %1656 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1651
-  %1657 = load i64, ptr %1656, align 8, !tbaa !5
-  %gep476.i = getelementptr i32, ptr %gep534.i, i64 %1657
-  %1658 = load <16 x i32>, ptr %gep476.i, align 4, !tbaa !5
-  %1659 = shl <16 x i32> %1658, splat (i32 16)
-  %1660 = bitcast <16 x i32> %1659 to <16 x float>
-  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1660, <16 x float> %1629)
-  %1662 = getelementptr inbounds nuw i8, ptr %1620, i64 516
-  %1663 = load float, ptr %1662, align 4, !tbaa !5
-  %1664 = insertelement <16 x float> poison, float %1663, i64 0
-  %1665 = shufflevector <16 x float> %1664, <16 x float> poison, <16 x i32> zeroinitializer
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1660, <16 x float> %1634)
-  %1667 = getelementptr inbounds nuw i8, ptr %1620, i64 1028
-  %1668 = load float, ptr %1667, align 4, !tbaa !5
-  %1669 = insertelement <16 x float> poison, float %1668, i64 0
-  %1670 = shufflevector <16 x float> %1669, <16 x float> poison, <16 x i32> zeroinitializer
-  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1660, <16 x float> %1639)
-  %1672 = getelementptr inbounds nuw i8, ptr %1620, i64 1540
-  %1673 = load float, ptr %1672, align 4, !tbaa !5
-  %1674 = insertelement <16 x float> poison, float %1673, i64 0
-  %1675 = shufflevector <16 x float> %1674, <16 x float> poison, <16 x i32> zeroinitializer
-  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1660, <16 x float> %1644)
-  %1677 = and <16 x i32> %1658, splat (i32 -65536)
-  %1678 = bitcast <16 x i32> %1677 to <16 x float>
-  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1678, <16 x float> %1647)
-  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1678, <16 x float> %1648)
-  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1678, <16 x float> %1649)
-  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1678, <16 x float> %1650)
-  %1683 = or disjoint i64 %1619, 2
-  %1684 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
-  %1685 = load float, ptr %1684, align 4, !tbaa !5
-  %1686 = insertelement <16 x float> poison, float %1685, i64 0
-  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
-  %1688 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1683
-  %1689 = load i64, ptr %1688, align 8, !tbaa !5
-  %gep480.i = getelementptr i32, ptr %gep534.i, i64 %1689
-  %1690 = load <16 x i32>, ptr %gep480.i, align 4, !tbaa !5
-  %1691 = shl <16 x i32> %1690, splat (i32 16)
-  %1692 = bitcast <16 x i32> %1691 to <16 x float>
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1692, <16 x float> %1661)
-  %1694 = getelementptr inbounds nuw i8, ptr %1620, i64 520
-  %1695 = load float, ptr %1694, align 4, !tbaa !5
-  %1696 = insertelement <16 x float> poison, float %1695, i64 0
-  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
-  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1692, <16 x float> %1666)
-  %1699 = getelementptr inbounds nuw i8, ptr %1620, i64 1032
-  %1700 = load float, ptr %1699, align 4, !tbaa !5
-  %1701 = insertelement <16 x float> poison, float %1700, i64 0
-  %1702 = shufflevector <16 x float> %1701, <16 x float> poison, <16 x i32> zeroinitializer
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1692, <16 x float> %1671)
-  %1704 = getelementptr inbounds nuw i8, ptr %1620, i64 1544
-  %1705 = load float, ptr %1704, align 4, !tbaa !5
-  %1706 = insertelement <16 x float> poison, float %1705, i64 0
-  %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1692, <16 x float> %1676)
-  %1709 = and <16 x i32> %1690, splat (i32 -65536)
-  %1710 = bitcast <16 x i32> %1709 to <16 x float>
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1710, <16 x float> %1679)
-  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1710, <16 x float> %1680)
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1710, <16 x float> %1681)
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1710, <16 x float> %1682)
-  %1715 = or disjoint i64 %1619, 3
-  %1716 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1715
-  %1717 = load float, ptr %1716, align 4, !tbaa !5
-  %1718 = insertelement <16 x float> poison, float %1717, i64 0
-  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1715
-  %1721 = load i64, ptr %1720, align 8, !tbaa !5
-  %gep484.i = getelementptr i32, ptr %gep534.i, i64 %1721
-  %1722 = load <16 x i32>, ptr %gep484.i, align 4, !tbaa !5
-  %1723 = shl <16 x i32> %1722, splat (i32 16)
-  %1724 = bitcast <16 x i32> %1723 to <16 x float>
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1724, <16 x float> %1693)
-  %1726 = getelementptr inbounds nuw i8, ptr %1620, i64 524
-  %1727 = load float, ptr %1726, align 4, !tbaa !5
-  %1728 = insertelement <16 x float> poison, float %1727, i64 0
-  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1724, <16 x float> %1698)
-  %1731 = getelementptr inbounds nuw i8, ptr %1620, i64 1036
-  %1732 = load float, ptr %1731, align 4, !tbaa !5
-  %1733 = insertelement <16 x float> poison, float %1732, i64 0
-  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1724, <16 x float> %1703)
-  %1736 = getelementptr inbounds nuw i8, ptr %1620, i64 1548
-  %1737 = load float, ptr %1736, align 4, !tbaa !5
-  %1738 = insertelement <16 x float> poison, float %1737, i64 0
-  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1724, <16 x float> %1708)
-  %1741 = and <16 x i32> %1722, splat (i32 -65536)
-  %1742 = bitcast <16 x i32> %1741 to <16 x float>
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1742, <16 x float> %1711)
-  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1742, <16 x float> %1712)
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1742, <16 x float> %1713)
-  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1742, <16 x float> %1714)
-  %1747 = or disjoint i64 %1619, 4
-  %1748 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1747
-  %1749 = load float, ptr %1748, align 4, !tbaa !5
-  %1750 = insertelement <16 x float> poison, float %1749, i64 0
-  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
-  %1752 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1747
-  %1753 = load i64, ptr %1752, align 8, !tbaa !5
-  %gep488.i = getelementptr i32, ptr %gep534.i, i64 %1753
-  %1754 = load <16 x i32>, ptr %gep488.i, align 4, !tbaa !5
-  %1755 = shl <16 x i32> %1754, splat (i32 16)
-  %1756 = bitcast <16 x i32> %1755 to <16 x float>
-  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1756, <16 x float> %1725)
-  %1758 = getelementptr inbounds nuw i8, ptr %1620, i64 528
-  %1759 = load float, ptr %1758, align 4, !tbaa !5
-  %1760 = insertelement <16 x float> poison, float %1759, i64 0
-  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1756, <16 x float> %1730)
-  %1763 = getelementptr inbounds nuw i8, ptr %1620, i64 1040
-  %1764 = load float, ptr %1763, align 4, !tbaa !5
-  %1765 = insertelement <16 x float> poison, float %1764, i64 0
-  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1756, <16 x float> %1735)
-  %1768 = getelementptr inbounds nuw i8, ptr %1620, i64 1552
-  %1769 = load float, ptr %1768, align 4, !tbaa !5
-  %1770 = insertelement <16 x float> poison, float %1769, i64 0
-  %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1756, <16 x float> %1740)
-  %1773 = and <16 x i32> %1754, splat (i32 -65536)
-  %1774 = bitcast <16 x i32> %1773 to <16 x float>
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1774, <16 x float> %1743)
-  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1774, <16 x float> %1744)
-  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1774, <16 x float> %1745)
-  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1774, <16 x float> %1746)
-  %1779 = or disjoint i64 %1619, 5
-  %1780 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1779
-  %1781 = load float, ptr %1780, align 4, !tbaa !5
-  %1782 = insertelement <16 x float> poison, float %1781, i64 0
-  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
-  %1784 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1779
-  %1785 = load i64, ptr %1784, align 8, !tbaa !5
-  %gep492.i = getelementptr i32, ptr %gep534.i, i64 %1785
-  %1786 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
-  %1787 = shl <16 x i32> %1786, splat (i32 16)
-  %1788 = bitcast <16 x i32> %1787 to <16 x float>
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1788, <16 x float> %1757)
-  %1790 = getelementptr inbounds nuw i8, ptr %1620, i64 532
-  %1791 = load float, ptr %1790, align 4, !tbaa !5
-  %1792 = insertelement <16 x float> poison, float %1791, i64 0
-  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1788, <16 x float> %1762)
-  %1795 = getelementptr inbounds nuw i8, ptr %1620, i64 1044
-  %1796 = load float, ptr %1795, align 4, !tbaa !5
-  %1797 = insertelement <16 x float> poison, float %1796, i64 0
-  %1798 = shufflevector <16 x float> %1797, <16 x float> poison, <16 x i32> zeroinitializer
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1788, <16 x float> %1767)
-  %1800 = getelementptr inbounds nuw i8, ptr %1620, i64 1556
-  %1801 = load float, ptr %1800, align 4, !tbaa !5
-  %1802 = insertelement <16 x float> poison, float %1801, i64 0
-  %1803 = shufflevector <16 x float> %1802, <16 x float> poison, <16 x i32> zeroinitializer
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1788, <16 x float> %1772)
-  %1805 = and <16 x i32> %1786, splat (i32 -65536)
-  %1806 = bitcast <16 x i32> %1805 to <16 x float>
-  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1806, <16 x float> %1775)
-  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1806, <16 x float> %1776)
-  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1806, <16 x float> %1777)
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1806, <16 x float> %1778)
-  %1811 = or disjoint i64 %1619, 6
-  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1811
-  %1813 = load float, ptr %1812, align 4, !tbaa !5
-  %1814 = insertelement <16 x float> poison, float %1813, i64 0
-  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
-  %1816 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1811
-  %1817 = load i64, ptr %1816, align 8, !tbaa !5
-  %gep496.i = getelementptr i32, ptr %gep534.i, i64 %1817
-  %1818 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
-  %1819 = shl <16 x i32> %1818, splat (i32 16)
-  %1820 = bitcast <16 x i32> %1819 to <16 x float>
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1820, <16 x float> %1789)
-  %1822 = getelementptr inbounds nuw i8, ptr %1620, i64 536
-  %1823 = load float, ptr %1822, align 4, !tbaa !5
-  %1824 = insertelement <16 x float> poison, float %1823, i64 0
-  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1820, <16 x float> %1794)
-  %1827 = getelementptr inbounds nuw i8, ptr %1620, i64 1048
-  %1828 = load float, ptr %1827, align 4, !tbaa !5
-  %1829 = insertelement <16 x float> poison, float %1828, i64 0
-  %1830 = shufflevector <16 x float> %1829, <16 x float> poison, <16 x i32> zeroinitializer
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1820, <16 x float> %1799)
-  %1832 = getelementptr inbounds nuw i8, ptr %1620, i64 1560
-  %1833 = load float, ptr %1832, align 4, !tbaa !5
-  %1834 = insertelement <16 x float> poison, float %1833, i64 0
-  %1835 = shufflevector <16 x float> %1834, <16 x float> poison, <16 x i32> zeroinitializer
-  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1820, <16 x float> %1804)
-  %1837 = and <16 x i32> %1818, splat (i32 -65536)
-  %1838 = bitcast <16 x i32> %1837 to <16 x float>
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1838, <16 x float> %1807)
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1838, <16 x float> %1808)
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1838, <16 x float> %1809)
-  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1838, <16 x float> %1810)
-  %1843 = or disjoint i64 %1619, 7
-  %1844 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1843
-  %1845 = load float, ptr %1844, align 4, !tbaa !5
-  %1846 = insertelement <16 x float> poison, float %1845, i64 0
-  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
-  %1848 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1843
-  %1849 = load i64, ptr %1848, align 8, !tbaa !5
-  %gep500.i = getelementptr i32, ptr %gep534.i, i64 %1849
-  %1850 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
-  %1851 = shl <16 x i32> %1850, splat (i32 16)
-  %1852 = bitcast <16 x i32> %1851 to <16 x float>
-  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1852, <16 x float> %1821)
-  %1854 = getelementptr inbounds nuw i8, ptr %1620, i64 540
-  %1855 = load float, ptr %1854, align 4, !tbaa !5
-  %1856 = insertelement <16 x float> poison, float %1855, i64 0
-  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1852, <16 x float> %1826)
-  %1859 = getelementptr inbounds nuw i8, ptr %1620, i64 1052
-  %1860 = load float, ptr %1859, align 4, !tbaa !5
-  %1861 = insertelement <16 x float> poison, float %1860, i64 0
-  %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
-  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1852, <16 x float> %1831)
-  %1864 = getelementptr inbounds nuw i8, ptr %1620, i64 1564
-  %1865 = load float, ptr %1864, align 4, !tbaa !5
-  %1866 = insertelement <16 x float> poison, float %1865, i64 0
-  %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
-  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1852, <16 x float> %1836)
-  %1869 = and <16 x i32> %1850, splat (i32 -65536)
-  %1870 = bitcast <16 x i32> %1869 to <16 x float>
-  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1870, <16 x float> %1839)
-  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1870, <16 x float> %1840)
-  %1873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1870, <16 x float> %1841)
-  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1870, <16 x float> %1842)
-  %1875 = or disjoint i64 %1619, 8
-  %1876 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1875
-  %1877 = load float, ptr %1876, align 4, !tbaa !5
-  %1878 = insertelement <16 x float> poison, float %1877, i64 0
-  %1879 = shufflevector <16 x float> %1878, <16 x float> poison, <16 x i32> zeroinitializer
-  %1880 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1875
+for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_r68.preheader.i
+  %tile_sum.rf_global255.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1593, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1596, %for_body_ax184.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 0
+  %1597 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 1
+  %1598 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.i, %1597
+  %tile_sum.rf256.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 2
+  %1599 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.i, %1598
+  %tile_sum.rf256.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 3
+  %1600 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.i, %1599
+  %tile_sum.rf256.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 4
+  %1601 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.i, %1600
+  %tile_sum.rf256.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 5
+  %1602 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.i, %1601
+  %tile_sum.rf256.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 6
+  %1603 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.i, %1602
+  %tile_sum.rf256.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 7
+  %1604 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.i, %1603
+  %tile_sum.rf256.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 8
+  %1605 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.i, %1604
+  %tile_sum.rf256.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 9
+  %1606 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.i, %1605
+  %tile_sum.rf256.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 10
+  %1607 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.i, %1606
+  %tile_sum.rf256.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 11
+  %1608 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.i, %1607
+  %tile_sum.rf256.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 12
+  %1609 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.i, %1608
+  %tile_sum.rf256.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 13
+  %1610 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.i, %1609
+  %tile_sum.rf256.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 14
+  %1611 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.i, %1610
+  %tile_sum.rf256.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 15
+  %1612 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.i, %1611
+  %tile_sum260.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1612, i64 0
+  br i1 %447, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
+
+for_body_ax184.1.i.preheader:                     ; preds = %for_end_ax185.i
+  br i1 %467, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
+
+for_body_ax184.1.i:                               ; preds = %for_body_ax184.1.i, %for_body_ax184.1.i.preheader
+  %indvars.iv745.1.i = phi i64 [ %indvars.iv.next746.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.1.i = phi <16 x float> [ %1644, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
+  %niter262 = phi i64 [ %niter262.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %.idx912.i = shl nsw i64 %indvars.iv745.1.i, 6
+  %1613 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx912.i
+  %1614 = getelementptr inbounds nuw i8, ptr %1613, i64 512
+  %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !5
+  %1616 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.1.i, %1615
+  %indvars.iv.next746.1.i = shl i64 %indvars.iv745.1.i, 6
+  %1617 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i
+  %1618 = getelementptr inbounds nuw i8, ptr %1617, i64 576
+  %1619 = load <16 x float>, ptr %1618, align 4, !tbaa !5
+  %1620 = fadd <16 x float> %1616, %1619
+  %indvars.iv.next746.1.i.1 = shl i64 %indvars.iv745.1.i, 6
+  %1621 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.1
+  %1622 = getelementptr inbounds nuw i8, ptr %1621, i64 640
+  %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !5
+  %1624 = fadd <16 x float> %1620, %1623
+  %indvars.iv.next746.1.i.2 = shl i64 %indvars.iv745.1.i, 6
+  %1625 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.2
+  %1626 = getelementptr inbounds nuw i8, ptr %1625, i64 704
+  %1627 = load <16 x float>, ptr %1626, align 4, !tbaa !5
+  %1628 = fadd <16 x float> %1624, %1627
+  %indvars.iv.next746.1.i.3 = shl i64 %indvars.iv745.1.i, 6
+  %1629 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.3
+  %1630 = getelementptr inbounds nuw i8, ptr %1629, i64 768
+  %1631 = load <16 x float>, ptr %1630, align 4, !tbaa !5
+  %1632 = fadd <16 x float> %1628, %1631
+  %indvars.iv.next746.1.i.4 = shl i64 %indvars.iv745.1.i, 6
+  %1633 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.4
+  %1634 = getelementptr inbounds nuw i8, ptr %1633, i64 832
+  %1635 = load <16 x float>, ptr %1634, align 4, !tbaa !5
+  %1636 = fadd <16 x float> %1632, %1635
+  %indvars.iv.next746.1.i.5 = shl i64 %indvars.iv745.1.i, 6
+  %1637 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.5
+  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 896
+  %1639 = load <16 x float>, ptr %1638, align 4, !tbaa !5
+  %1640 = fadd <16 x float> %1636, %1639
+  %indvars.iv.next746.1.i.6 = shl i64 %indvars.iv745.1.i, 6
+  %1641 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.6
+  %1642 = getelementptr inbounds nuw i8, ptr %1641, i64 960
+  %1643 = load <16 x float>, ptr %1642, align 4, !tbaa !5
+  %1644 = fadd <16 x float> %1640, %1643
+  %indvars.iv.next746.1.i.7 = add nuw nsw i64 %indvars.iv745.1.i, 8
+  %niter262.next.7 = add i64 %niter262, 8
+  %niter262.ncmp.7 = icmp eq i64 %niter262.next.7, %unroll_iter261
+  br i1 %niter262.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !53
+
+for_end_ax185.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.1.i
+  br i1 %lcmp.mod258.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
+
+for_body_ax184.1.i.epil.preheader:                ; preds = %for_end_ax185.1.i.loopexit.unr-lcssa, %for_body_ax184.1.i.preheader
+  %indvars.iv745.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next746.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1644, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod260)
+  br label %for_body_ax184.1.i.epil
+
+for_body_ax184.1.i.epil:                          ; preds = %for_body_ax184.1.i.epil, %for_body_ax184.1.i.epil.preheader
+  %indvars.iv745.1.i.epil = phi i64 [ %indvars.iv.next746.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv745.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.1.i.epil = phi <16 x float> [ %1648, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %epil.iter257 = phi i64 [ %epil.iter257.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
+  %.idx912.i.epil = shl nsw i64 %indvars.iv745.1.i.epil, 6
+  %1645 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx912.i.epil
+  %1646 = getelementptr inbounds nuw i8, ptr %1645, i64 512
+  %1647 = load <16 x float>, ptr %1646, align 4, !tbaa !5
+  %1648 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.1.i.epil, %1647
+  %indvars.iv.next746.1.i.epil = add nuw nsw i64 %indvars.iv745.1.i.epil, 1
+  %epil.iter257.next = add i64 %epil.iter257, 1
+  %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
+  br i1 %epil.iter257.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !54
+
+for_end_ax185.1.i:                                ; preds = %for_body_ax184.1.i.epil, %for_end_ax185.1.i.loopexit.unr-lcssa, %for_end_ax185.i
+  %tile_sum.rf_global255.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1644, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1648, %for_body_ax184.1.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 0
+  %1649 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 1
+  %1650 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.1.i, %1649
+  %tile_sum.rf256.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 2
+  %1651 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.1.i, %1650
+  %tile_sum.rf256.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 3
+  %1652 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.1.i, %1651
+  %tile_sum.rf256.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 4
+  %1653 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.1.i, %1652
+  %tile_sum.rf256.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 5
+  %1654 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.1.i, %1653
+  %tile_sum.rf256.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 6
+  %1655 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.1.i, %1654
+  %tile_sum.rf256.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 7
+  %1656 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.1.i, %1655
+  %tile_sum.rf256.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 8
+  %1657 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.1.i, %1656
+  %tile_sum.rf256.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 9
+  %1658 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.1.i, %1657
+  %tile_sum.rf256.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 10
+  %1659 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.1.i, %1658
+  %tile_sum.rf256.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 11
+  %1660 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.1.i, %1659
+  %tile_sum.rf256.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 12
+  %1661 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.1.i, %1660
+  %tile_sum.rf256.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 13
+  %1662 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.1.i, %1661
+  %tile_sum.rf256.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 14
+  %1663 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.1.i, %1662
+  %tile_sum.rf256.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 15
+  %1664 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.1.i, %1663
+  %tile_sum260.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.0.vec.insert.i, float %1664, i64 1
+  br i1 %447, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
+
+for_body_ax184.2.i.preheader:                     ; preds = %for_end_ax185.1.i
+  br i1 %468, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
+
+for_body_ax184.2.i:                               ; preds = %for_body_ax184.2.i, %for_body_ax184.2.i.preheader
+  %indvars.iv745.2.i = phi i64 [ %indvars.iv.next746.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.2.i = phi <16 x float> [ %1696, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
+  %niter269 = phi i64 [ %niter269.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %.idx913.i = shl nsw i64 %indvars.iv745.2.i, 6
+  %1665 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i
+  %1666 = getelementptr inbounds nuw i8, ptr %1665, i64 1024
+  %1667 = load <16 x float>, ptr %1666, align 4, !tbaa !5
+  %1668 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.2.i, %1667
+  %indvars.iv.next746.2.i = shl i64 %indvars.iv745.2.i, 6
+  %1669 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i
+  %1670 = getelementptr inbounds nuw i8, ptr %1669, i64 1088
+  %1671 = load <16 x float>, ptr %1670, align 4, !tbaa !5
+  %1672 = fadd <16 x float> %1668, %1671
+  %indvars.iv.next746.2.i.1 = shl i64 %indvars.iv745.2.i, 6
+  %1673 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.1
+  %1674 = getelementptr inbounds nuw i8, ptr %1673, i64 1152
+  %1675 = load <16 x float>, ptr %1674, align 4, !tbaa !5
+  %1676 = fadd <16 x float> %1672, %1675
+  %indvars.iv.next746.2.i.2 = shl i64 %indvars.iv745.2.i, 6
+  %1677 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.2
+  %1678 = getelementptr inbounds nuw i8, ptr %1677, i64 1216
+  %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !5
+  %1680 = fadd <16 x float> %1676, %1679
+  %indvars.iv.next746.2.i.3 = shl i64 %indvars.iv745.2.i, 6
+  %1681 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.3
+  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 1280
+  %1683 = load <16 x float>, ptr %1682, align 4, !tbaa !5
+  %1684 = fadd <16 x float> %1680, %1683
+  %indvars.iv.next746.2.i.4 = shl i64 %indvars.iv745.2.i, 6
+  %1685 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.4
+  %1686 = getelementptr inbounds nuw i8, ptr %1685, i64 1344
+  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !5
+  %1688 = fadd <16 x float> %1684, %1687
+  %indvars.iv.next746.2.i.5 = shl i64 %indvars.iv745.2.i, 6
+  %1689 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.5
+  %1690 = getelementptr inbounds nuw i8, ptr %1689, i64 1408
+  %1691 = load <16 x float>, ptr %1690, align 4, !tbaa !5
+  %1692 = fadd <16 x float> %1688, %1691
+  %indvars.iv.next746.2.i.6 = shl i64 %indvars.iv745.2.i, 6
+  %1693 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.6
+  %1694 = getelementptr inbounds nuw i8, ptr %1693, i64 1472
+  %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
+  %1696 = fadd <16 x float> %1692, %1695
+  %indvars.iv.next746.2.i.7 = add nuw nsw i64 %indvars.iv745.2.i, 8
+  %niter269.next.7 = add i64 %niter269, 8
+  %niter269.ncmp.7 = icmp eq i64 %niter269.next.7, %unroll_iter268
+  br i1 %niter269.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !55
+
+for_end_ax185.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.2.i
+  br i1 %lcmp.mod265.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
+
+for_body_ax184.2.i.epil.preheader:                ; preds = %for_end_ax185.2.i.loopexit.unr-lcssa, %for_body_ax184.2.i.preheader
+  %indvars.iv745.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next746.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1696, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod267)
+  br label %for_body_ax184.2.i.epil
+
+for_body_ax184.2.i.epil:                          ; preds = %for_body_ax184.2.i.epil, %for_body_ax184.2.i.epil.preheader
+  %indvars.iv745.2.i.epil = phi i64 [ %indvars.iv.next746.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv745.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.2.i.epil = phi <16 x float> [ %1700, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %epil.iter264 = phi i64 [ %epil.iter264.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
+  %.idx913.i.epil = shl nsw i64 %indvars.iv745.2.i.epil, 6
+  %1697 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i.epil
+  %1698 = getelementptr inbounds nuw i8, ptr %1697, i64 1024
+  %1699 = load <16 x float>, ptr %1698, align 4, !tbaa !5
+  %1700 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.2.i.epil, %1699
+  %indvars.iv.next746.2.i.epil = add nuw nsw i64 %indvars.iv745.2.i.epil, 1
+  %epil.iter264.next = add i64 %epil.iter264, 1
+  %epil.iter264.cmp.not = icmp eq i64 %epil.iter264.next, %xtraiter263
+  br i1 %epil.iter264.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !56
+
+for_end_ax185.2.i:                                ; preds = %for_body_ax184.2.i.epil, %for_end_ax185.2.i.loopexit.unr-lcssa, %for_end_ax185.1.i
+  %tile_sum.rf_global255.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1696, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1700, %for_body_ax184.2.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 0
+  %1701 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 1
+  %1702 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.2.i, %1701
+  %tile_sum.rf256.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 2
+  %1703 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.2.i, %1702
+  %tile_sum.rf256.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 3
+  %1704 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.2.i, %1703
+  %tile_sum.rf256.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 4
+  %1705 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.2.i, %1704
+  %tile_sum.rf256.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 5
+  %1706 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.2.i, %1705
+  %tile_sum.rf256.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 6
+  %1707 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.2.i, %1706
+  %tile_sum.rf256.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 7
+  %1708 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.2.i, %1707
+  %tile_sum.rf256.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 8
+  %1709 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.2.i, %1708
+  %tile_sum.rf256.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 9
+  %1710 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.2.i, %1709
+  %tile_sum.rf256.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 10
+  %1711 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.2.i, %1710
+  %tile_sum.rf256.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 11
+  %1712 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.2.i, %1711
+  %tile_sum.rf256.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 12
+  %1713 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.2.i, %1712
+  %tile_sum.rf256.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 13
+  %1714 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.2.i, %1713
+  %tile_sum.rf256.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 14
+  %1715 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.2.i, %1714
+  %tile_sum.rf256.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 15
+  %1716 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.2.i, %1715
+  %tile_sum260.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.4.vec.insert.i, float %1716, i64 2
+  br i1 %447, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
+
+for_body_ax184.3.i.preheader:                     ; preds = %for_end_ax185.2.i
+  br i1 %469, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
+
+for_body_ax184.3.i:                               ; preds = %for_body_ax184.3.i, %for_body_ax184.3.i.preheader
+  %indvars.iv745.3.i = phi i64 [ %indvars.iv.next746.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.3.i = phi <16 x float> [ %1748, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
+  %niter276 = phi i64 [ %niter276.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %.idx914.i = shl nsw i64 %indvars.iv745.3.i, 6
+  %1717 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i
+  %1718 = getelementptr inbounds nuw i8, ptr %1717, i64 1536
+  %1719 = load <16 x float>, ptr %1718, align 4, !tbaa !5
+  %1720 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.3.i, %1719
+  %indvars.iv.next746.3.i = shl i64 %indvars.iv745.3.i, 6
+  %1721 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i
+  %1722 = getelementptr inbounds nuw i8, ptr %1721, i64 1600
+  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
+  %1724 = fadd <16 x float> %1720, %1723
+  %indvars.iv.next746.3.i.1 = shl i64 %indvars.iv745.3.i, 6
+  %1725 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.1
+  %1726 = getelementptr inbounds nuw i8, ptr %1725, i64 1664
+  %1727 = load <16 x float>, ptr %1726, align 4, !tbaa !5
+  %1728 = fadd <16 x float> %1724, %1727
+  %indvars.iv.next746.3.i.2 = shl i64 %indvars.iv745.3.i, 6
+  %1729 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.2
+  %1730 = getelementptr inbounds nuw i8, ptr %1729, i64 1728
+  %1731 = load <16 x float>, ptr %1730, align 4, !tbaa !5
+  %1732 = fadd <16 x float> %1728, %1731
+  %indvars.iv.next746.3.i.3 = shl i64 %indvars.iv745.3.i, 6
+  %1733 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.3
+  %1734 = getelementptr inbounds nuw i8, ptr %1733, i64 1792
+  %1735 = load <16 x float>, ptr %1734, align 4, !tbaa !5
+  %1736 = fadd <16 x float> %1732, %1735
+  %indvars.iv.next746.3.i.4 = shl i64 %indvars.iv745.3.i, 6
+  %1737 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.4
+  %1738 = getelementptr inbounds nuw i8, ptr %1737, i64 1856
+  %1739 = load <16 x float>, ptr %1738, align 4, !tbaa !5
+  %1740 = fadd <16 x float> %1736, %1739
+  %indvars.iv.next746.3.i.5 = shl i64 %indvars.iv745.3.i, 6
+  %1741 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.5
+  %1742 = getelementptr inbounds nuw i8, ptr %1741, i64 1920
+  %1743 = load <16 x float>, ptr %1742, align 4, !tbaa !5
+  %1744 = fadd <16 x float> %1740, %1743
+  %indvars.iv.next746.3.i.6 = shl i64 %indvars.iv745.3.i, 6
+  %1745 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.6
+  %1746 = getelementptr inbounds nuw i8, ptr %1745, i64 1984
+  %1747 = load <16 x float>, ptr %1746, align 4, !tbaa !5
+  %1748 = fadd <16 x float> %1744, %1747
+  %indvars.iv.next746.3.i.7 = add nuw nsw i64 %indvars.iv745.3.i, 8
+  %niter276.next.7 = add i64 %niter276, 8
+  %niter276.ncmp.7 = icmp eq i64 %niter276.next.7, %unroll_iter275
+  br i1 %niter276.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !57
+
+for_end_ax185.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.3.i
+  br i1 %lcmp.mod272.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
+
+for_body_ax184.3.i.epil.preheader:                ; preds = %for_end_ax185.3.i.loopexit.unr-lcssa, %for_body_ax184.3.i.preheader
+  %indvars.iv745.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next746.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global255.sroa.0.0467.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1748, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod274)
+  br label %for_body_ax184.3.i.epil
+
+for_body_ax184.3.i.epil:                          ; preds = %for_body_ax184.3.i.epil, %for_body_ax184.3.i.epil.preheader
+  %indvars.iv745.3.i.epil = phi i64 [ %indvars.iv.next746.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv745.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %tile_sum.rf_global255.sroa.0.0467.3.i.epil = phi <16 x float> [ %1752, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %epil.iter271 = phi i64 [ %epil.iter271.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
+  %.idx914.i.epil = shl nsw i64 %indvars.iv745.3.i.epil, 6
+  %1749 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i.epil
+  %1750 = getelementptr inbounds nuw i8, ptr %1749, i64 1536
+  %1751 = load <16 x float>, ptr %1750, align 4, !tbaa !5
+  %1752 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.3.i.epil, %1751
+  %indvars.iv.next746.3.i.epil = add nuw nsw i64 %indvars.iv745.3.i.epil, 1
+  %epil.iter271.next = add i64 %epil.iter271, 1
+  %epil.iter271.cmp.not = icmp eq i64 %epil.iter271.next, %xtraiter270
+  br i1 %epil.iter271.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !58
+
+for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.epil, %for_end_ax185.3.i.loopexit.unr-lcssa, %for_end_ax185.2.i
+  %tile_sum.rf_global255.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1748, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1752, %for_body_ax184.3.i.epil ]
+  %tile_sum.rf256.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 0
+  %1753 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf256.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 1
+  %1754 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.3.i, %1753
+  %tile_sum.rf256.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 2
+  %1755 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.3.i, %1754
+  %tile_sum.rf256.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 3
+  %1756 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.3.i, %1755
+  %tile_sum.rf256.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 4
+  %1757 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.3.i, %1756
+  %tile_sum.rf256.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 5
+  %1758 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.3.i, %1757
+  %tile_sum.rf256.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 6
+  %1759 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.3.i, %1758
+  %tile_sum.rf256.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 7
+  %1760 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.3.i, %1759
+  %tile_sum.rf256.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 8
+  %1761 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.3.i, %1760
+  %tile_sum.rf256.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 9
+  %1762 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.3.i, %1761
+  %tile_sum.rf256.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 10
+  %1763 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.3.i, %1762
+  %tile_sum.rf256.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 11
+  %1764 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.3.i, %1763
+  %tile_sum.rf256.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 12
+  %1765 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.3.i, %1764
+  %tile_sum.rf256.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 13
+  %1766 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.3.i, %1765
+  %tile_sum.rf256.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 14
+  %1767 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.3.i, %1766
+  %tile_sum.rf256.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 15
+  %1768 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.3.i, %1767
+  %tile_sum260.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.8.vec.insert.i, float %1768, i64 3
+  %1769 = shl nuw nsw i64 %indvars.iv783.i, 2
+  %1770 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %1769
+  %1771 = load <4 x float>, ptr %1770, align 16, !tbaa !20
+  %old_max.i = select <4 x i1> %451, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1771
+  %1772 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %1769
+  %1773 = load <4 x float>, ptr %1772, align 16, !tbaa !18
+  %old_sum.i = select <4 x i1> %451, <4 x float> zeroinitializer, <4 x float> %1773
+  %1774 = fcmp ogt <4 x float> %old_max.i, %tile_max261.sroa.0.3.i
+  %1775 = fcmp oeq <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, zeroinitializer
+  %1776 = select <4 x i1> %1775, <4 x i1> splat (i1 true), <4 x i1> %1774
+  %old_or_both.i = select <4 x i1> %1776, <4 x float> %old_max.i, <4 x float> %tile_max261.sroa.0.3.i
+  %1777 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %1777, <4 x float> %tile_max261.sroa.0.3.i, <4 x float> %old_or_both.i
+  %1778 = fsub <4 x float> %old_max.i, %m.i
+  %1779 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1778, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1780 = bitcast <4 x float> %1779 to <4 x i32>
+  %1781 = add nsw <4 x i32> %1780, splat (i32 -1262485504)
+  %1782 = sitofp <4 x i32> %1781 to <4 x float>
+  %1783 = fmul <4 x float> %1782, splat (float 0x3F2BD01060000000)
+  %1784 = fmul <4 x float> %1782, splat (float 0x3FE6300000000000)
+  %1785 = fsub <4 x float> %1778, %1784
+  %1786 = fadd <4 x float> %1783, %1785
+  %1787 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1786, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1788 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1787, <4 x float> %1786, <4 x float> splat (float 0x3F81112100000000))
+  %1789 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1788, <4 x float> %1786, <4 x float> splat (float 0x3FA5553820000000))
+  %1790 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1789, <4 x float> %1786, <4 x float> splat (float 0x3FC5555540000000))
+  %1791 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1790, <4 x float> %1786, <4 x float> splat (float 5.000000e-01))
+  %1792 = fmul <4 x float> %1786, %1791
+  %1793 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1792, <4 x float> %1786, <4 x float> %1786)
+  %1794 = shl <4 x i32> %1780, splat (i32 23)
+  %1795 = add <4 x i32> %1794, splat (i32 1065353216)
+  %1796 = bitcast <4 x i32> %1795 to <4 x float>
+  %1797 = fadd <4 x float> %1793, splat (float 1.000000e+00)
+  %1798 = fmul <4 x float> %1797, %1796
+  %1799 = fcmp olt <4 x float> %1778, splat (float -8.700000e+01)
+  %1800 = select <4 x i1> %1799, <4 x float> zeroinitializer, <4 x float> %1798
+  %1801 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %1802 = select <4 x i1> %1801, <4 x float> %1800, <4 x float> zeroinitializer
+  %arg103.i = fsub <4 x float> %tile_max261.sroa.0.3.i, %m.i
+  %1803 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg103.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1804 = bitcast <4 x float> %1803 to <4 x i32>
+  %1805 = add nsw <4 x i32> %1804, splat (i32 -1262485504)
+  %1806 = sitofp <4 x i32> %1805 to <4 x float>
+  %1807 = fmul <4 x float> %1806, splat (float 0x3F2BD01060000000)
+  %1808 = fmul <4 x float> %1806, splat (float 0x3FE6300000000000)
+  %1809 = fsub <4 x float> %arg103.i, %1808
+  %1810 = fadd <4 x float> %1807, %1809
+  %1811 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1810, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1812 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1811, <4 x float> %1810, <4 x float> splat (float 0x3F81112100000000))
+  %1813 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1812, <4 x float> %1810, <4 x float> splat (float 0x3FA5553820000000))
+  %1814 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1813, <4 x float> %1810, <4 x float> splat (float 0x3FC5555540000000))
+  %1815 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1814, <4 x float> %1810, <4 x float> splat (float 5.000000e-01))
+  %1816 = fmul <4 x float> %1810, %1815
+  %1817 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1816, <4 x float> %1810, <4 x float> %1810)
+  %1818 = shl <4 x i32> %1804, splat (i32 23)
+  %1819 = add <4 x i32> %1818, splat (i32 1065353216)
+  %1820 = bitcast <4 x i32> %1819 to <4 x float>
+  %1821 = fadd <4 x float> %1817, splat (float 1.000000e+00)
+  %1822 = fmul <4 x float> %1821, %1820
+  %1823 = fcmp olt <4 x float> %arg103.i, splat (float -8.700000e+01)
+  %1824 = select <4 x i1> %1823, <4 x float> zeroinitializer, <4 x float> %1822
+  %1825 = fcmp one <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, zeroinitializer
+  %1826 = select <4 x i1> %1825, <4 x float> %1824, <4 x float> zeroinitializer
+  %1827 = fmul <4 x float> %old_sum.i, %1802
+  %1828 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1826, <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, <4 x float> %1827)
+  store <4 x float> %m.i, ptr %1770, align 16, !tbaa !20
+  store <4 x float> %1828, ptr %1772, align 16, !tbaa !18
+  %1829 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> zeroinitializer
+  %1830 = shl nuw nsw i64 %indvars.iv783.i, 9
+  %1831 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> zeroinitializer
+  %1832 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1833 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1834 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1835 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1836 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1837 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1838 = select i1 %494, i32 128, i32 0
+  %1839 = zext nneg i32 %496 to i64
+  %1840 = mul nsw i64 %v_head, %1839
+  %1841 = mul nsw i64 %indvars.iv783.i, %v_head
+  %invariant.gep586.i = getelementptr i32, ptr %value_cache, i64 %1841
+  br label %for_body_d_0_m.i
+
+for_body_d_0_m.i:                                 ; preds = %if_end185.i, %for_end_ax185.3.i
+  %indvars.iv779.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next780.i, %if_end185.i ]
+  br i1 %453, label %for_begin_ax1121.preheader.lr.ph.i, label %for_end_to118.i, !prof !3
+
+for_begin_ax1121.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
+  %1842 = mul nuw nsw i64 %indvars.iv779.i, %457
+  %gep587.idx.i = shl i64 %indvars.iv779.i, 6
+  %gep587.i = getelementptr i8, ptr %invariant.gep586.i, i64 %gep587.idx.i
+  br label %for_begin_ax1121.preheader.i
+
+for_end_d_0_m.i:                                  ; preds = %if_end185.i
+  %1843 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1844 = tail call i32 %1843(i32 1, i32 %dev_id, ptr nonnull %scaled916918921.i)
+  %.not272.i = icmp eq i32 %1844, 0
+  br i1 %.not272.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !17
+
+for_begin_ax1121.preheader.i:                     ; preds = %for_begin_ax1121.preheader.i, %for_begin_ax1121.preheader.lr.ph.i
+  %indvars.iv755.i = phi i64 [ 0, %for_begin_ax1121.preheader.lr.ph.i ], [ %indvars.iv.next756.i, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.238.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2401, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.204.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2395, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.170.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2400, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.136.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2390, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.102.0475.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2399, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.0.0474.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2380, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.34.0473.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2398, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.68.0472.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2385, %for_begin_ax1121.preheader.i ]
+  %1845 = add nuw nsw i64 %indvars.iv755.i, %1842
+  %1846 = trunc i64 %1845 to i32
+  %1847 = shl i32 %1846, 2
+  %1848 = add i32 %1847, %1838
+  %1849 = sext i32 %1848 to i64
+  %1850 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1849
+  %1851 = load i64, ptr %1850, align 8, !tbaa !5
+  %1852 = getelementptr i32, ptr %value_cache, i64 %1851
+  %1853 = getelementptr i32, ptr %1852, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1853, i32 0, i32 2, i32 1)
+  %1854 = getelementptr i8, ptr %1852, i64 64
+  %1855 = getelementptr i32, ptr %1854, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1855, i32 0, i32 2, i32 1)
+  %1856 = getelementptr i8, ptr %1852, i64 128
+  %1857 = getelementptr i32, ptr %1856, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1857, i32 0, i32 2, i32 1)
+  %1858 = getelementptr i8, ptr %1852, i64 192
+  %1859 = getelementptr i32, ptr %1858, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1859, i32 0, i32 2, i32 1)
+  %1860 = getelementptr i8, ptr %1850, i64 8
+  %1861 = load i64, ptr %1860, align 8, !tbaa !5
+  %1862 = getelementptr i32, ptr %value_cache, i64 %1861
+  %1863 = getelementptr i32, ptr %1862, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1863, i32 0, i32 2, i32 1)
+  %1864 = getelementptr i8, ptr %1862, i64 64
+  %1865 = getelementptr i32, ptr %1864, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1865, i32 0, i32 2, i32 1)
+  %1866 = getelementptr i8, ptr %1862, i64 128
+  %1867 = getelementptr i32, ptr %1866, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1867, i32 0, i32 2, i32 1)
+  %1868 = getelementptr i8, ptr %1862, i64 192
+  %1869 = getelementptr i32, ptr %1868, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1869, i32 0, i32 2, i32 1)
+  %1870 = getelementptr i8, ptr %1850, i64 16
+  %1871 = load i64, ptr %1870, align 8, !tbaa !5
+  %1872 = getelementptr i32, ptr %value_cache, i64 %1871
+  %1873 = getelementptr i32, ptr %1872, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1873, i32 0, i32 2, i32 1)
+  %1874 = getelementptr i8, ptr %1872, i64 64
+  %1875 = getelementptr i32, ptr %1874, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1875, i32 0, i32 2, i32 1)
+  %1876 = getelementptr i8, ptr %1872, i64 128
+  %1877 = getelementptr i32, ptr %1876, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1877, i32 0, i32 2, i32 1)
+  %1878 = getelementptr i8, ptr %1872, i64 192
+  %1879 = getelementptr i32, ptr %1878, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1879, i32 0, i32 2, i32 1)
+  %1880 = getelementptr i8, ptr %1850, i64 24
   %1881 = load i64, ptr %1880, align 8, !tbaa !5
-  %gep504.i = getelementptr i32, ptr %gep534.i, i64 %1881
-  %1882 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
-  %1883 = shl <16 x i32> %1882, splat (i32 16)
-  %1884 = bitcast <16 x i32> %1883 to <16 x float>
-  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1884, <16 x float> %1853)
-  %1886 = getelementptr inbounds nuw i8, ptr %1620, i64 544
-  %1887 = load float, ptr %1886, align 4, !tbaa !5
-  %1888 = insertelement <16 x float> poison, float %1887, i64 0
-  %1889 = shufflevector <16 x float> %1888, <16 x float> poison, <16 x i32> zeroinitializer
-  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1884, <16 x float> %1858)
-  %1891 = getelementptr inbounds nuw i8, ptr %1620, i64 1056
+  %1882 = getelementptr i32, ptr %value_cache, i64 %1881
+  %1883 = getelementptr i32, ptr %1882, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1883, i32 0, i32 2, i32 1)
+  %1884 = getelementptr i8, ptr %1882, i64 64
+  %1885 = getelementptr i32, ptr %1884, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1885, i32 0, i32 2, i32 1)
+  %1886 = getelementptr i8, ptr %1882, i64 128
+  %1887 = getelementptr i32, ptr %1886, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1887, i32 0, i32 2, i32 1)
+  %1888 = getelementptr i8, ptr %1882, i64 192
+  %1889 = getelementptr i32, ptr %1888, i64 %1840
+  tail call void @llvm.prefetch.p0(ptr readonly %1889, i32 0, i32 2, i32 1)
+  %1890 = shl nsw i64 %indvars.iv755.i, 4
+  %1891 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1890
   %1892 = load float, ptr %1891, align 4, !tbaa !5
   %1893 = insertelement <16 x float> poison, float %1892, i64 0
   %1894 = shufflevector <16 x float> %1893, <16 x float> poison, <16 x i32> zeroinitializer
-  %1895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1884, <16 x float> %1863)
-  %1896 = getelementptr inbounds nuw i8, ptr %1620, i64 1568
-  %1897 = load float, ptr %1896, align 4, !tbaa !5
-  %1898 = insertelement <16 x float> poison, float %1897, i64 0
-  %1899 = shufflevector <16 x float> %1898, <16 x float> poison, <16 x i32> zeroinitializer
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1884, <16 x float> %1868)
-  %1901 = and <16 x i32> %1882, splat (i32 -65536)
-  %1902 = bitcast <16 x i32> %1901 to <16 x float>
-  %1903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1902, <16 x float> %1871)
-  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1902, <16 x float> %1872)
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1902, <16 x float> %1873)
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1902, <16 x float> %1874)
-  %1907 = or disjoint i64 %1619, 9
-  %1908 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1907
-  %1909 = load float, ptr %1908, align 4, !tbaa !5
-  %1910 = insertelement <16 x float> poison, float %1909, i64 0
-  %1911 = shufflevector <16 x float> %1910, <16 x float> poison, <16 x i32> zeroinitializer
-  %1912 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1907
-  %1913 = load i64, ptr %1912, align 8, !tbaa !5
-  %gep508.i = getelementptr i32, ptr %gep534.i, i64 %1913
-  %1914 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
-  %1915 = shl <16 x i32> %1914, splat (i32 16)
-  %1916 = bitcast <16 x i32> %1915 to <16 x float>
-  %1917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1916, <16 x float> %1885)
-  %1918 = getelementptr inbounds nuw i8, ptr %1620, i64 548
-  %1919 = load float, ptr %1918, align 4, !tbaa !5
-  %1920 = insertelement <16 x float> poison, float %1919, i64 0
-  %1921 = shufflevector <16 x float> %1920, <16 x float> poison, <16 x i32> zeroinitializer
-  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1916, <16 x float> %1890)
-  %1923 = getelementptr inbounds nuw i8, ptr %1620, i64 1060
+  %1895 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1890
+  %1896 = load i64, ptr %1895, align 8, !tbaa !5
+  %gep492.i = getelementptr i32, ptr %gep587.i, i64 %1896
+  %1897 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
+  %1898 = shl <16 x i32> %1897, splat (i32 16)
+  %1899 = bitcast <16 x i32> %1898 to <16 x float>
+  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1899, <16 x float> %full_acc251.sroa.0.0474.i)
+  %1901 = getelementptr inbounds nuw i8, ptr %1891, i64 512
+  %1902 = load float, ptr %1901, align 4, !tbaa !5
+  %1903 = insertelement <16 x float> poison, float %1902, i64 0
+  %1904 = shufflevector <16 x float> %1903, <16 x float> poison, <16 x i32> zeroinitializer
+  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1899, <16 x float> %full_acc251.sroa.68.0472.i)
+  %1906 = getelementptr inbounds nuw i8, ptr %1891, i64 1024
+  %1907 = load float, ptr %1906, align 4, !tbaa !5
+  %1908 = insertelement <16 x float> poison, float %1907, i64 0
+  %1909 = shufflevector <16 x float> %1908, <16 x float> poison, <16 x i32> zeroinitializer
+  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1899, <16 x float> %full_acc251.sroa.136.0476.i)
+  %1911 = getelementptr inbounds nuw i8, ptr %1891, i64 1536
+  %1912 = load float, ptr %1911, align 4, !tbaa !5
+  %1913 = insertelement <16 x float> poison, float %1912, i64 0
+  %1914 = shufflevector <16 x float> %1913, <16 x float> poison, <16 x i32> zeroinitializer
+  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1899, <16 x float> %full_acc251.sroa.204.0478.i)
+  %1916 = and <16 x i32> %1897, splat (i32 -65536)
+  %1917 = bitcast <16 x i32> %1916 to <16 x float>
+  %1918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1917, <16 x float> %full_acc251.sroa.34.0473.i)
+  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1917, <16 x float> %full_acc251.sroa.102.0475.i)
+  %1920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1917, <16 x float> %full_acc251.sroa.170.0477.i)
+  %1921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1917, <16 x float> %full_acc251.sroa.238.0479.i)
+  %1922 = or disjoint i64 %1890, 1
+  %1923 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1922
   %1924 = load float, ptr %1923, align 4, !tbaa !5
   %1925 = insertelement <16 x float> poison, float %1924, i64 0
   %1926 = shufflevector <16 x float> %1925, <16 x float> poison, <16 x i32> zeroinitializer
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1916, <16 x float> %1895)
-  %1928 = getelementptr inbounds nuw i8, ptr %1620, i64 1572
-  %1929 = load float, ptr %1928, align 4, !tbaa !5
-  %1930 = insertelement <16 x float> poison, float %1929, i64 0
-  %1931 = shufflevector <16 x float> %1930, <16 x float> poison, <16 x i32> zeroinitializer
-  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1916, <16 x float> %1900)
-  %1933 = and <16 x i32> %1914, splat (i32 -65536)
-  %1934 = bitcast <16 x i32> %1933 to <16 x float>
-  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1934, <16 x float> %1903)
-  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1934, <16 x float> %1904)
-  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1934, <16 x float> %1905)
-  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1934, <16 x float> %1906)
-  %1939 = or disjoint i64 %1619, 10
-  %1940 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1939
-  %1941 = load float, ptr %1940, align 4, !tbaa !5
-  %1942 = insertelement <16 x float> poison, float %1941, i64 0
-  %1943 = shufflevector <16 x float> %1942, <16 x float> poison, <16 x i32> zeroinitializer
-  %1944 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1939
-  %1945 = load i64, ptr %1944, align 8, !tbaa !5
-  %gep512.i = getelementptr i32, ptr %gep534.i, i64 %1945
-  %1946 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
-  %1947 = shl <16 x i32> %1946, splat (i32 16)
-  %1948 = bitcast <16 x i32> %1947 to <16 x float>
-  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1948, <16 x float> %1917)
-  %1950 = getelementptr inbounds nuw i8, ptr %1620, i64 552
-  %1951 = load float, ptr %1950, align 4, !tbaa !5
-  %1952 = insertelement <16 x float> poison, float %1951, i64 0
-  %1953 = shufflevector <16 x float> %1952, <16 x float> poison, <16 x i32> zeroinitializer
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1948, <16 x float> %1922)
-  %1955 = getelementptr inbounds nuw i8, ptr %1620, i64 1064
+  %1927 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1922
+  %1928 = load i64, ptr %1927, align 8, !tbaa !5
+  %gep496.i = getelementptr i32, ptr %gep587.i, i64 %1928
+  %1929 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
+  %1930 = shl <16 x i32> %1929, splat (i32 16)
+  %1931 = bitcast <16 x i32> %1930 to <16 x float>
+  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1931, <16 x float> %1900)
+  %1933 = getelementptr inbounds nuw i8, ptr %1891, i64 516
+  %1934 = load float, ptr %1933, align 4, !tbaa !5
+  %1935 = insertelement <16 x float> poison, float %1934, i64 0
+  %1936 = shufflevector <16 x float> %1935, <16 x float> poison, <16 x i32> zeroinitializer
+  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1931, <16 x float> %1905)
+  %1938 = getelementptr inbounds nuw i8, ptr %1891, i64 1028
+  %1939 = load float, ptr %1938, align 4, !tbaa !5
+  %1940 = insertelement <16 x float> poison, float %1939, i64 0
+  %1941 = shufflevector <16 x float> %1940, <16 x float> poison, <16 x i32> zeroinitializer
+  %1942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1931, <16 x float> %1910)
+  %1943 = getelementptr inbounds nuw i8, ptr %1891, i64 1540
+  %1944 = load float, ptr %1943, align 4, !tbaa !5
+  %1945 = insertelement <16 x float> poison, float %1944, i64 0
+  %1946 = shufflevector <16 x float> %1945, <16 x float> poison, <16 x i32> zeroinitializer
+  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1931, <16 x float> %1915)
+  %1948 = and <16 x i32> %1929, splat (i32 -65536)
+  %1949 = bitcast <16 x i32> %1948 to <16 x float>
+  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1949, <16 x float> %1918)
+  %1951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1949, <16 x float> %1919)
+  %1952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1949, <16 x float> %1920)
+  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1949, <16 x float> %1921)
+  %1954 = or disjoint i64 %1890, 2
+  %1955 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1954
   %1956 = load float, ptr %1955, align 4, !tbaa !5
   %1957 = insertelement <16 x float> poison, float %1956, i64 0
   %1958 = shufflevector <16 x float> %1957, <16 x float> poison, <16 x i32> zeroinitializer
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1948, <16 x float> %1927)
-  %1960 = getelementptr inbounds nuw i8, ptr %1620, i64 1576
-  %1961 = load float, ptr %1960, align 4, !tbaa !5
-  %1962 = insertelement <16 x float> poison, float %1961, i64 0
-  %1963 = shufflevector <16 x float> %1962, <16 x float> poison, <16 x i32> zeroinitializer
-  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1948, <16 x float> %1932)
-  %1965 = and <16 x i32> %1946, splat (i32 -65536)
-  %1966 = bitcast <16 x i32> %1965 to <16 x float>
-  %1967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1966, <16 x float> %1935)
-  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1966, <16 x float> %1936)
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1966, <16 x float> %1937)
-  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1966, <16 x float> %1938)
-  %1971 = or disjoint i64 %1619, 11
-  %1972 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1971
-  %1973 = load float, ptr %1972, align 4, !tbaa !5
-  %1974 = insertelement <16 x float> poison, float %1973, i64 0
-  %1975 = shufflevector <16 x float> %1974, <16 x float> poison, <16 x i32> zeroinitializer
-  %1976 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1971
-  %1977 = load i64, ptr %1976, align 8, !tbaa !5
-  %gep516.i = getelementptr i32, ptr %gep534.i, i64 %1977
-  %1978 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
-  %1979 = shl <16 x i32> %1978, splat (i32 16)
-  %1980 = bitcast <16 x i32> %1979 to <16 x float>
-  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1980, <16 x float> %1949)
-  %1982 = getelementptr inbounds nuw i8, ptr %1620, i64 556
-  %1983 = load float, ptr %1982, align 4, !tbaa !5
-  %1984 = insertelement <16 x float> poison, float %1983, i64 0
-  %1985 = shufflevector <16 x float> %1984, <16 x float> poison, <16 x i32> zeroinitializer
-  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1980, <16 x float> %1954)
-  %1987 = getelementptr inbounds nuw i8, ptr %1620, i64 1068
+  %1959 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1954
+  %1960 = load i64, ptr %1959, align 8, !tbaa !5
+  %gep500.i = getelementptr i32, ptr %gep587.i, i64 %1960
+  %1961 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
+  %1962 = shl <16 x i32> %1961, splat (i32 16)
+  %1963 = bitcast <16 x i32> %1962 to <16 x float>
+  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1963, <16 x float> %1932)
+  %1965 = getelementptr inbounds nuw i8, ptr %1891, i64 520
+  %1966 = load float, ptr %1965, align 4, !tbaa !5
+  %1967 = insertelement <16 x float> poison, float %1966, i64 0
+  %1968 = shufflevector <16 x float> %1967, <16 x float> poison, <16 x i32> zeroinitializer
+  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1963, <16 x float> %1937)
+  %1970 = getelementptr inbounds nuw i8, ptr %1891, i64 1032
+  %1971 = load float, ptr %1970, align 4, !tbaa !5
+  %1972 = insertelement <16 x float> poison, float %1971, i64 0
+  %1973 = shufflevector <16 x float> %1972, <16 x float> poison, <16 x i32> zeroinitializer
+  %1974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1963, <16 x float> %1942)
+  %1975 = getelementptr inbounds nuw i8, ptr %1891, i64 1544
+  %1976 = load float, ptr %1975, align 4, !tbaa !5
+  %1977 = insertelement <16 x float> poison, float %1976, i64 0
+  %1978 = shufflevector <16 x float> %1977, <16 x float> poison, <16 x i32> zeroinitializer
+  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1963, <16 x float> %1947)
+  %1980 = and <16 x i32> %1961, splat (i32 -65536)
+  %1981 = bitcast <16 x i32> %1980 to <16 x float>
+  %1982 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1981, <16 x float> %1950)
+  %1983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1981, <16 x float> %1951)
+  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1981, <16 x float> %1952)
+  %1985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1981, <16 x float> %1953)
+  %1986 = or disjoint i64 %1890, 3
+  %1987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1986
   %1988 = load float, ptr %1987, align 4, !tbaa !5
   %1989 = insertelement <16 x float> poison, float %1988, i64 0
   %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
-  %1991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1980, <16 x float> %1959)
-  %1992 = getelementptr inbounds nuw i8, ptr %1620, i64 1580
-  %1993 = load float, ptr %1992, align 4, !tbaa !5
-  %1994 = insertelement <16 x float> poison, float %1993, i64 0
-  %1995 = shufflevector <16 x float> %1994, <16 x float> poison, <16 x i32> zeroinitializer
-  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1980, <16 x float> %1964)
-  %1997 = and <16 x i32> %1978, splat (i32 -65536)
-  %1998 = bitcast <16 x i32> %1997 to <16 x float>
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1998, <16 x float> %1967)
-  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1998, <16 x float> %1968)
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1998, <16 x float> %1969)
-  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1998, <16 x float> %1970)
-  %2003 = or disjoint i64 %1619, 12
-  %2004 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2003
-  %2005 = load float, ptr %2004, align 4, !tbaa !5
-  %2006 = insertelement <16 x float> poison, float %2005, i64 0
-  %2007 = shufflevector <16 x float> %2006, <16 x float> poison, <16 x i32> zeroinitializer
-  %2008 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2003
-  %2009 = load i64, ptr %2008, align 8, !tbaa !5
-  %gep520.i = getelementptr i32, ptr %gep534.i, i64 %2009
-  %2010 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
-  %2011 = shl <16 x i32> %2010, splat (i32 16)
-  %2012 = bitcast <16 x i32> %2011 to <16 x float>
-  %2013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2012, <16 x float> %1981)
-  %2014 = getelementptr inbounds nuw i8, ptr %1620, i64 560
-  %2015 = load float, ptr %2014, align 4, !tbaa !5
-  %2016 = insertelement <16 x float> poison, float %2015, i64 0
-  %2017 = shufflevector <16 x float> %2016, <16 x float> poison, <16 x i32> zeroinitializer
-  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2012, <16 x float> %1986)
-  %2019 = getelementptr inbounds nuw i8, ptr %1620, i64 1072
+  %1991 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1986
+  %1992 = load i64, ptr %1991, align 8, !tbaa !5
+  %gep504.i = getelementptr i32, ptr %gep587.i, i64 %1992
+  %1993 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
+  %1994 = shl <16 x i32> %1993, splat (i32 16)
+  %1995 = bitcast <16 x i32> %1994 to <16 x float>
+  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1995, <16 x float> %1964)
+  %1997 = getelementptr inbounds nuw i8, ptr %1891, i64 524
+  %1998 = load float, ptr %1997, align 4, !tbaa !5
+  %1999 = insertelement <16 x float> poison, float %1998, i64 0
+  %2000 = shufflevector <16 x float> %1999, <16 x float> poison, <16 x i32> zeroinitializer
+  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %1995, <16 x float> %1969)
+  %2002 = getelementptr inbounds nuw i8, ptr %1891, i64 1036
+  %2003 = load float, ptr %2002, align 4, !tbaa !5
+  %2004 = insertelement <16 x float> poison, float %2003, i64 0
+  %2005 = shufflevector <16 x float> %2004, <16 x float> poison, <16 x i32> zeroinitializer
+  %2006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %1995, <16 x float> %1974)
+  %2007 = getelementptr inbounds nuw i8, ptr %1891, i64 1548
+  %2008 = load float, ptr %2007, align 4, !tbaa !5
+  %2009 = insertelement <16 x float> poison, float %2008, i64 0
+  %2010 = shufflevector <16 x float> %2009, <16 x float> poison, <16 x i32> zeroinitializer
+  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %1995, <16 x float> %1979)
+  %2012 = and <16 x i32> %1993, splat (i32 -65536)
+  %2013 = bitcast <16 x i32> %2012 to <16 x float>
+  %2014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %2013, <16 x float> %1982)
+  %2015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %2013, <16 x float> %1983)
+  %2016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %2013, <16 x float> %1984)
+  %2017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %2013, <16 x float> %1985)
+  %2018 = or disjoint i64 %1890, 4
+  %2019 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2018
   %2020 = load float, ptr %2019, align 4, !tbaa !5
   %2021 = insertelement <16 x float> poison, float %2020, i64 0
   %2022 = shufflevector <16 x float> %2021, <16 x float> poison, <16 x i32> zeroinitializer
-  %2023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2012, <16 x float> %1991)
-  %2024 = getelementptr inbounds nuw i8, ptr %1620, i64 1584
-  %2025 = load float, ptr %2024, align 4, !tbaa !5
-  %2026 = insertelement <16 x float> poison, float %2025, i64 0
-  %2027 = shufflevector <16 x float> %2026, <16 x float> poison, <16 x i32> zeroinitializer
-  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2012, <16 x float> %1996)
-  %2029 = and <16 x i32> %2010, splat (i32 -65536)
-  %2030 = bitcast <16 x i32> %2029 to <16 x float>
-  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2030, <16 x float> %1999)
-  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2030, <16 x float> %2000)
-  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2030, <16 x float> %2001)
-  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2030, <16 x float> %2002)
-  %2035 = or disjoint i64 %1619, 13
-  %2036 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2035
-  %2037 = load float, ptr %2036, align 4, !tbaa !5
-  %2038 = insertelement <16 x float> poison, float %2037, i64 0
-  %2039 = shufflevector <16 x float> %2038, <16 x float> poison, <16 x i32> zeroinitializer
-  %2040 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2035
-  %2041 = load i64, ptr %2040, align 8, !tbaa !5
-  %gep524.i = getelementptr i32, ptr %gep534.i, i64 %2041
-  %2042 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
-  %2043 = shl <16 x i32> %2042, splat (i32 16)
-  %2044 = bitcast <16 x i32> %2043 to <16 x float>
-  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2044, <16 x float> %2013)
-  %2046 = getelementptr inbounds nuw i8, ptr %1620, i64 564
-  %2047 = load float, ptr %2046, align 4, !tbaa !5
-  %2048 = insertelement <16 x float> poison, float %2047, i64 0
-  %2049 = shufflevector <16 x float> %2048, <16 x float> poison, <16 x i32> zeroinitializer
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2044, <16 x float> %2018)
-  %2051 = getelementptr inbounds nuw i8, ptr %1620, i64 1076
+  %2023 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2018
+  %2024 = load i64, ptr %2023, align 8, !tbaa !5
+  %gep508.i = getelementptr i32, ptr %gep587.i, i64 %2024
+  %2025 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
+  %2026 = shl <16 x i32> %2025, splat (i32 16)
+  %2027 = bitcast <16 x i32> %2026 to <16 x float>
+  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2027, <16 x float> %1996)
+  %2029 = getelementptr inbounds nuw i8, ptr %1891, i64 528
+  %2030 = load float, ptr %2029, align 4, !tbaa !5
+  %2031 = insertelement <16 x float> poison, float %2030, i64 0
+  %2032 = shufflevector <16 x float> %2031, <16 x float> poison, <16 x i32> zeroinitializer
+  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2027, <16 x float> %2001)
+  %2034 = getelementptr inbounds nuw i8, ptr %1891, i64 1040
+  %2035 = load float, ptr %2034, align 4, !tbaa !5
+  %2036 = insertelement <16 x float> poison, float %2035, i64 0
+  %2037 = shufflevector <16 x float> %2036, <16 x float> poison, <16 x i32> zeroinitializer
+  %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2027, <16 x float> %2006)
+  %2039 = getelementptr inbounds nuw i8, ptr %1891, i64 1552
+  %2040 = load float, ptr %2039, align 4, !tbaa !5
+  %2041 = insertelement <16 x float> poison, float %2040, i64 0
+  %2042 = shufflevector <16 x float> %2041, <16 x float> poison, <16 x i32> zeroinitializer
+  %2043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2027, <16 x float> %2011)
+  %2044 = and <16 x i32> %2025, splat (i32 -65536)
+  %2045 = bitcast <16 x i32> %2044 to <16 x float>
+  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2045, <16 x float> %2014)
+  %2047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2045, <16 x float> %2015)
+  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2045, <16 x float> %2016)
+  %2049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2045, <16 x float> %2017)
+  %2050 = or disjoint i64 %1890, 5
+  %2051 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2050
   %2052 = load float, ptr %2051, align 4, !tbaa !5
   %2053 = insertelement <16 x float> poison, float %2052, i64 0
   %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
-  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2044, <16 x float> %2023)
-  %2056 = getelementptr inbounds nuw i8, ptr %1620, i64 1588
-  %2057 = load float, ptr %2056, align 4, !tbaa !5
-  %2058 = insertelement <16 x float> poison, float %2057, i64 0
-  %2059 = shufflevector <16 x float> %2058, <16 x float> poison, <16 x i32> zeroinitializer
-  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2044, <16 x float> %2028)
-  %2061 = and <16 x i32> %2042, splat (i32 -65536)
-  %2062 = bitcast <16 x i32> %2061 to <16 x float>
-  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2062, <16 x float> %2031)
-  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2062, <16 x float> %2032)
-  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2062, <16 x float> %2033)
-  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2062, <16 x float> %2034)
-  %2067 = or disjoint i64 %1619, 14
-  %2068 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2067
-  %2069 = load float, ptr %2068, align 4, !tbaa !5
-  %2070 = insertelement <16 x float> poison, float %2069, i64 0
-  %2071 = shufflevector <16 x float> %2070, <16 x float> poison, <16 x i32> zeroinitializer
-  %2072 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2067
-  %2073 = load i64, ptr %2072, align 8, !tbaa !5
-  %gep528.i = getelementptr i32, ptr %gep534.i, i64 %2073
-  %2074 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
-  %2075 = shl <16 x i32> %2074, splat (i32 16)
-  %2076 = bitcast <16 x i32> %2075 to <16 x float>
-  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2076, <16 x float> %2045)
-  %2078 = getelementptr inbounds nuw i8, ptr %1620, i64 568
-  %2079 = load float, ptr %2078, align 4, !tbaa !5
-  %2080 = insertelement <16 x float> poison, float %2079, i64 0
-  %2081 = shufflevector <16 x float> %2080, <16 x float> poison, <16 x i32> zeroinitializer
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2076, <16 x float> %2050)
-  %2083 = getelementptr inbounds nuw i8, ptr %1620, i64 1080
+  %2055 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2050
+  %2056 = load i64, ptr %2055, align 8, !tbaa !5
+  %gep512.i = getelementptr i32, ptr %gep587.i, i64 %2056
+  %2057 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
+  %2058 = shl <16 x i32> %2057, splat (i32 16)
+  %2059 = bitcast <16 x i32> %2058 to <16 x float>
+  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2059, <16 x float> %2028)
+  %2061 = getelementptr inbounds nuw i8, ptr %1891, i64 532
+  %2062 = load float, ptr %2061, align 4, !tbaa !5
+  %2063 = insertelement <16 x float> poison, float %2062, i64 0
+  %2064 = shufflevector <16 x float> %2063, <16 x float> poison, <16 x i32> zeroinitializer
+  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2059, <16 x float> %2033)
+  %2066 = getelementptr inbounds nuw i8, ptr %1891, i64 1044
+  %2067 = load float, ptr %2066, align 4, !tbaa !5
+  %2068 = insertelement <16 x float> poison, float %2067, i64 0
+  %2069 = shufflevector <16 x float> %2068, <16 x float> poison, <16 x i32> zeroinitializer
+  %2070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2059, <16 x float> %2038)
+  %2071 = getelementptr inbounds nuw i8, ptr %1891, i64 1556
+  %2072 = load float, ptr %2071, align 4, !tbaa !5
+  %2073 = insertelement <16 x float> poison, float %2072, i64 0
+  %2074 = shufflevector <16 x float> %2073, <16 x float> poison, <16 x i32> zeroinitializer
+  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2059, <16 x float> %2043)
+  %2076 = and <16 x i32> %2057, splat (i32 -65536)
+  %2077 = bitcast <16 x i32> %2076 to <16 x float>
+  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2077, <16 x float> %2046)
+  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2077, <16 x float> %2047)
+  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2077, <16 x float> %2048)
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2077, <16 x float> %2049)
+  %2082 = or disjoint i64 %1890, 6
+  %2083 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2082
   %2084 = load float, ptr %2083, align 4, !tbaa !5
   %2085 = insertelement <16 x float> poison, float %2084, i64 0
   %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2076, <16 x float> %2055)
-  %2088 = getelementptr inbounds nuw i8, ptr %1620, i64 1592
-  %2089 = load float, ptr %2088, align 4, !tbaa !5
-  %2090 = insertelement <16 x float> poison, float %2089, i64 0
-  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2076, <16 x float> %2060)
-  %2093 = and <16 x i32> %2074, splat (i32 -65536)
-  %2094 = bitcast <16 x i32> %2093 to <16 x float>
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2094, <16 x float> %2063)
-  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2094, <16 x float> %2064)
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2094, <16 x float> %2065)
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2094, <16 x float> %2066)
-  %2099 = or disjoint i64 %1619, 15
-  %2100 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2099
-  %2101 = load float, ptr %2100, align 4, !tbaa !5
-  %2102 = insertelement <16 x float> poison, float %2101, i64 0
-  %2103 = shufflevector <16 x float> %2102, <16 x float> poison, <16 x i32> zeroinitializer
-  %2104 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2099
-  %2105 = load i64, ptr %2104, align 8, !tbaa !5
-  %gep532.i = getelementptr i32, ptr %gep534.i, i64 %2105
-  %2106 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
-  %2107 = shl <16 x i32> %2106, splat (i32 16)
-  %2108 = bitcast <16 x i32> %2107 to <16 x float>
-  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2108, <16 x float> %2077)
-  %2110 = getelementptr inbounds nuw i8, ptr %1620, i64 572
-  %2111 = load float, ptr %2110, align 4, !tbaa !5
-  %2112 = insertelement <16 x float> poison, float %2111, i64 0
-  %2113 = shufflevector <16 x float> %2112, <16 x float> poison, <16 x i32> zeroinitializer
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2108, <16 x float> %2082)
-  %2115 = getelementptr inbounds nuw i8, ptr %1620, i64 1084
+  %2087 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2082
+  %2088 = load i64, ptr %2087, align 8, !tbaa !5
+  %gep516.i = getelementptr i32, ptr %gep587.i, i64 %2088
+  %2089 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
+  %2090 = shl <16 x i32> %2089, splat (i32 16)
+  %2091 = bitcast <16 x i32> %2090 to <16 x float>
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2091, <16 x float> %2060)
+  %2093 = getelementptr inbounds nuw i8, ptr %1891, i64 536
+  %2094 = load float, ptr %2093, align 4, !tbaa !5
+  %2095 = insertelement <16 x float> poison, float %2094, i64 0
+  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2091, <16 x float> %2065)
+  %2098 = getelementptr inbounds nuw i8, ptr %1891, i64 1048
+  %2099 = load float, ptr %2098, align 4, !tbaa !5
+  %2100 = insertelement <16 x float> poison, float %2099, i64 0
+  %2101 = shufflevector <16 x float> %2100, <16 x float> poison, <16 x i32> zeroinitializer
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2091, <16 x float> %2070)
+  %2103 = getelementptr inbounds nuw i8, ptr %1891, i64 1560
+  %2104 = load float, ptr %2103, align 4, !tbaa !5
+  %2105 = insertelement <16 x float> poison, float %2104, i64 0
+  %2106 = shufflevector <16 x float> %2105, <16 x float> poison, <16 x i32> zeroinitializer
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2091, <16 x float> %2075)
+  %2108 = and <16 x i32> %2089, splat (i32 -65536)
+  %2109 = bitcast <16 x i32> %2108 to <16 x float>
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2109, <16 x float> %2078)
+  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2109, <16 x float> %2079)
+  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2109, <16 x float> %2080)
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2109, <16 x float> %2081)
+  %2114 = or disjoint i64 %1890, 7
+  %2115 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2114
   %2116 = load float, ptr %2115, align 4, !tbaa !5
   %2117 = insertelement <16 x float> poison, float %2116, i64 0
   %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2108, <16 x float> %2087)
-  %2120 = getelementptr inbounds nuw i8, ptr %1620, i64 1596
-  %2121 = load float, ptr %2120, align 4, !tbaa !5
-  %2122 = insertelement <16 x float> poison, float %2121, i64 0
-  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2108, <16 x float> %2092)
-  %2125 = and <16 x i32> %2106, splat (i32 -65536)
-  %2126 = bitcast <16 x i32> %2125 to <16 x float>
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2126, <16 x float> %2095)
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2126, <16 x float> %2096)
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2126, <16 x float> %2097)
-  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2126, <16 x float> %2098)
-  %indvars.iv.next715.i = add nuw nsw i64 %indvars.iv714.i, 1
-  %exitcond734.not.i = icmp eq i64 %indvars.iv.next715.i, %258
-  br i1 %exitcond734.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
-
-for_end_to91.i:                                   ; preds = %for_body_to90.i, %for_begin_to89.preheader.i
-  %full_acc_global237.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2129, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2130, %for_body_to90.i ]
-  %.idx1080.i = shl nuw nsw i64 %indvars.iv735.i, 7
-  %2131 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx1080.i
-  store <16 x float> %full_acc_global237.sroa.0.0.lcssa.i, ptr %2131, align 4, !tbaa !5
-  %2132 = getelementptr inbounds nuw i8, ptr %2131, i64 64
-  store <16 x float> %full_acc_global237.sroa.34.0.lcssa.i, ptr %2132, align 4, !tbaa !5
-  %2133 = getelementptr inbounds nuw i8, ptr %2131, i64 512
-  store <16 x float> %full_acc_global237.sroa.68.0.lcssa.i, ptr %2133, align 4, !tbaa !5
-  %2134 = getelementptr inbounds nuw i8, ptr %2131, i64 576
-  store <16 x float> %full_acc_global237.sroa.102.0.lcssa.i, ptr %2134, align 4, !tbaa !5
-  %2135 = getelementptr inbounds nuw i8, ptr %2131, i64 1024
-  store <16 x float> %full_acc_global237.sroa.136.0.lcssa.i, ptr %2135, align 4, !tbaa !5
-  %2136 = getelementptr inbounds nuw i8, ptr %2131, i64 1088
-  store <16 x float> %full_acc_global237.sroa.170.0.lcssa.i, ptr %2136, align 4, !tbaa !5
-  %2137 = getelementptr inbounds nuw i8, ptr %2131, i64 1536
-  store <16 x float> %full_acc_global237.sroa.204.0.lcssa.i, ptr %2137, align 4, !tbaa !5
-  %2138 = getelementptr inbounds nuw i8, ptr %2131, i64 1600
-  store <16 x float> %full_acc_global237.sroa.238.0.lcssa.i, ptr %2138, align 4, !tbaa !5
-  %indvars.iv.next736.i = add nuw nsw i64 %indvars.iv735.i, 1
-  %exitcond740.not.i = icmp eq i64 %indvars.iv.next736.i, 4
-  br i1 %exitcond740.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
-
-for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to91.i
-  %2139 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
-  store <16 x float> %2139, ptr %tile_acc.i, align 4, !tbaa !5
-  %2140 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2141 = load <16 x float>, ptr %2140, align 4, !tbaa !5
-  %2142 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2141, ptr %2142, align 4, !tbaa !5
-  %2143 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2144 = load <16 x float>, ptr %2143, align 4, !tbaa !5
-  %2145 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
-  %2146 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !5
-  %2148 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2147, ptr %2148, align 4, !tbaa !5
-  %2149 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2150 = load <16 x float>, ptr %2149, align 4, !tbaa !5
-  %2151 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2150, ptr %2151, align 4, !tbaa !5
-  %2152 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2153 = load <16 x float>, ptr %2152, align 4, !tbaa !5
-  %2154 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2153, ptr %2154, align 4, !tbaa !5
-  %2155 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
-  %2157 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2156, ptr %2157, align 4, !tbaa !5
-  %2158 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
-  %2160 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2159, ptr %2160, align 4, !tbaa !5
-  %2161 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2162 = load <16 x float>, ptr %2161, align 4, !tbaa !5
-  %2163 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2162, ptr %2163, align 4, !tbaa !5
-  %2164 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2165 = load <16 x float>, ptr %2164, align 4, !tbaa !5
-  %2166 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
-  %2167 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
-  %2169 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2168, ptr %2169, align 4, !tbaa !5
-  %2170 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !5
-  %2172 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2171, ptr %2172, align 4, !tbaa !5
-  %2173 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !5
-  %2175 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2174, ptr %2175, align 4, !tbaa !5
-  %2176 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2177 = load <16 x float>, ptr %2176, align 4, !tbaa !5
-  %2178 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2177, ptr %2178, align 4, !tbaa !5
-  %2179 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
-  %2181 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2180, ptr %2181, align 4, !tbaa !5
-  %2182 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2183 = load <16 x float>, ptr %2182, align 4, !tbaa !5
-  %2184 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2183, ptr %2184, align 4, !tbaa !5
-  %2185 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
-  %2187 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
-  %2188 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !5
-  %2190 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2189, ptr %2190, align 4, !tbaa !5
-  %2191 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2192 = load <16 x float>, ptr %2191, align 4, !tbaa !5
-  %2193 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2192, ptr %2193, align 4, !tbaa !5
-  %2194 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !5
-  %2196 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2195, ptr %2196, align 4, !tbaa !5
-  %2197 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !5
-  %2199 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2198, ptr %2199, align 4, !tbaa !5
-  %2200 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
-  %2202 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2201, ptr %2202, align 4, !tbaa !5
-  %2203 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !5
-  %2205 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2204, ptr %2205, align 4, !tbaa !5
-  %2206 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !5
-  %2208 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
-  %2209 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
-  %2211 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2210, ptr %2211, align 4, !tbaa !5
-  %2212 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !5
-  %2214 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2213, ptr %2214, align 4, !tbaa !5
-  %2215 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !5
-  %2217 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2216, ptr %2217, align 4, !tbaa !5
-  %2218 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !5
-  %2220 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2219, ptr %2220, align 4, !tbaa !5
-  %2221 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
-  %2223 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2222, ptr %2223, align 4, !tbaa !5
-  %2224 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !5
-  %2226 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2225, ptr %2226, align 4, !tbaa !5
-  %2227 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
-  %2229 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
-  %2230 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2231 = load <16 x float>, ptr %2230, align 4, !tbaa !5
-  %2232 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2231, ptr %2232, align 4, !tbaa !5
-  br i1 %.not601.i, label %for_end_ti.i, label %for_begin_r101.preheader.lr.ph.i, !prof !56
-
-for_begin_r101.preheader.lr.ph.i:                 ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %gep576.1.i = getelementptr i8, ptr %invariant.gep533.i, i64 64
-  %gep576.2.i = getelementptr i8, ptr %invariant.gep533.i, i64 128
-  %gep576.3.i = getelementptr i8, ptr %invariant.gep533.i, i64 192
-  br label %for_begin_r101.preheader.i
-
-for_begin_r101.preheader.i:                       ; preds = %for_begin_r101.preheader.i, %for_begin_r101.preheader.lr.ph.i
-  %2233 = phi <16 x float> [ %2231, %for_begin_r101.preheader.lr.ph.i ], [ %2530, %for_begin_r101.preheader.i ]
-  %2234 = phi <16 x float> [ %2228, %for_begin_r101.preheader.lr.ph.i ], [ %2522, %for_begin_r101.preheader.i ]
-  %2235 = phi <16 x float> [ %2225, %for_begin_r101.preheader.lr.ph.i ], [ %2514, %for_begin_r101.preheader.i ]
-  %2236 = phi <16 x float> [ %2222, %for_begin_r101.preheader.lr.ph.i ], [ %2506, %for_begin_r101.preheader.i ]
-  %2237 = phi <16 x float> [ %2219, %for_begin_r101.preheader.lr.ph.i ], [ %2498, %for_begin_r101.preheader.i ]
-  %2238 = phi <16 x float> [ %2216, %for_begin_r101.preheader.lr.ph.i ], [ %2490, %for_begin_r101.preheader.i ]
-  %2239 = phi <16 x float> [ %2213, %for_begin_r101.preheader.lr.ph.i ], [ %2482, %for_begin_r101.preheader.i ]
-  %2240 = phi <16 x float> [ %2210, %for_begin_r101.preheader.lr.ph.i ], [ %2474, %for_begin_r101.preheader.i ]
-  %2241 = phi <16 x float> [ %2207, %for_begin_r101.preheader.lr.ph.i ], [ %2464, %for_begin_r101.preheader.i ]
-  %2242 = phi <16 x float> [ %2204, %for_begin_r101.preheader.lr.ph.i ], [ %2456, %for_begin_r101.preheader.i ]
-  %2243 = phi <16 x float> [ %2201, %for_begin_r101.preheader.lr.ph.i ], [ %2448, %for_begin_r101.preheader.i ]
-  %2244 = phi <16 x float> [ %2198, %for_begin_r101.preheader.lr.ph.i ], [ %2440, %for_begin_r101.preheader.i ]
-  %2245 = phi <16 x float> [ %2195, %for_begin_r101.preheader.lr.ph.i ], [ %2432, %for_begin_r101.preheader.i ]
-  %2246 = phi <16 x float> [ %2192, %for_begin_r101.preheader.lr.ph.i ], [ %2424, %for_begin_r101.preheader.i ]
-  %2247 = phi <16 x float> [ %2189, %for_begin_r101.preheader.lr.ph.i ], [ %2416, %for_begin_r101.preheader.i ]
-  %2248 = phi <16 x float> [ %2186, %for_begin_r101.preheader.lr.ph.i ], [ %2408, %for_begin_r101.preheader.i ]
-  %2249 = phi <16 x float> [ %2183, %for_begin_r101.preheader.lr.ph.i ], [ %2398, %for_begin_r101.preheader.i ]
-  %2250 = phi <16 x float> [ %2180, %for_begin_r101.preheader.lr.ph.i ], [ %2390, %for_begin_r101.preheader.i ]
-  %2251 = phi <16 x float> [ %2177, %for_begin_r101.preheader.lr.ph.i ], [ %2382, %for_begin_r101.preheader.i ]
-  %2252 = phi <16 x float> [ %2174, %for_begin_r101.preheader.lr.ph.i ], [ %2374, %for_begin_r101.preheader.i ]
-  %2253 = phi <16 x float> [ %2171, %for_begin_r101.preheader.lr.ph.i ], [ %2366, %for_begin_r101.preheader.i ]
-  %2254 = phi <16 x float> [ %2168, %for_begin_r101.preheader.lr.ph.i ], [ %2358, %for_begin_r101.preheader.i ]
-  %2255 = phi <16 x float> [ %2165, %for_begin_r101.preheader.lr.ph.i ], [ %2350, %for_begin_r101.preheader.i ]
-  %2256 = phi <16 x float> [ %2162, %for_begin_r101.preheader.lr.ph.i ], [ %2342, %for_begin_r101.preheader.i ]
-  %2257 = phi <16 x float> [ %2159, %for_begin_r101.preheader.lr.ph.i ], [ %2331, %for_begin_r101.preheader.i ]
-  %2258 = phi <16 x float> [ %2156, %for_begin_r101.preheader.lr.ph.i ], [ %2323, %for_begin_r101.preheader.i ]
-  %2259 = phi <16 x float> [ %2153, %for_begin_r101.preheader.lr.ph.i ], [ %2315, %for_begin_r101.preheader.i ]
-  %2260 = phi <16 x float> [ %2150, %for_begin_r101.preheader.lr.ph.i ], [ %2307, %for_begin_r101.preheader.i ]
-  %2261 = phi <16 x float> [ %2147, %for_begin_r101.preheader.lr.ph.i ], [ %2299, %for_begin_r101.preheader.i ]
-  %2262 = phi <16 x float> [ %2144, %for_begin_r101.preheader.lr.ph.i ], [ %2291, %for_begin_r101.preheader.i ]
-  %2263 = phi <16 x float> [ %2141, %for_begin_r101.preheader.lr.ph.i ], [ %2283, %for_begin_r101.preheader.i ]
-  %2264 = phi <16 x float> [ %2139, %for_begin_r101.preheader.lr.ph.i ], [ %2275, %for_begin_r101.preheader.i ]
-  %indvars.iv783.i = phi i64 [ 0, %for_begin_r101.preheader.lr.ph.i ], [ %indvars.iv.next784.i, %for_begin_r101.preheader.i ]
-  %2265 = add nuw nsw i64 %indvars.iv783.i, %259
-  %2266 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2265
-  %2267 = getelementptr inbounds float, ptr %probs.i, i64 %2265
-  %2268 = load float, ptr %2267, align 4, !tbaa !5
-  %2269 = insertelement <16 x float> poison, float %2268, i64 0
-  %2270 = shufflevector <16 x float> %2269, <16 x float> poison, <16 x i32> zeroinitializer
-  %2271 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2271
-  %2272 = load <16 x i32>, ptr %gep573.i, align 4, !tbaa !5
-  %2273 = shl <16 x i32> %2272, splat (i32 16)
-  %2274 = bitcast <16 x i32> %2273 to <16 x float>
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2264)
-  store <16 x float> %2275, ptr %tile_acc.i, align 4, !tbaa !5
-  %2276 = load float, ptr %2267, align 4, !tbaa !5
+  %2119 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2114
+  %2120 = load i64, ptr %2119, align 8, !tbaa !5
+  %gep520.i = getelementptr i32, ptr %gep587.i, i64 %2120
+  %2121 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
+  %2122 = shl <16 x i32> %2121, splat (i32 16)
+  %2123 = bitcast <16 x i32> %2122 to <16 x float>
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2123, <16 x float> %2092)
+  %2125 = getelementptr inbounds nuw i8, ptr %1891, i64 540
+  %2126 = load float, ptr %2125, align 4, !tbaa !5
+  %2127 = insertelement <16 x float> poison, float %2126, i64 0
+  %2128 = shufflevector <16 x float> %2127, <16 x float> poison, <16 x i32> zeroinitializer
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2123, <16 x float> %2097)
+  %2130 = getelementptr inbounds nuw i8, ptr %1891, i64 1052
+  %2131 = load float, ptr %2130, align 4, !tbaa !5
+  %2132 = insertelement <16 x float> poison, float %2131, i64 0
+  %2133 = shufflevector <16 x float> %2132, <16 x float> poison, <16 x i32> zeroinitializer
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2123, <16 x float> %2102)
+  %2135 = getelementptr inbounds nuw i8, ptr %1891, i64 1564
+  %2136 = load float, ptr %2135, align 4, !tbaa !5
+  %2137 = insertelement <16 x float> poison, float %2136, i64 0
+  %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2123, <16 x float> %2107)
+  %2140 = and <16 x i32> %2121, splat (i32 -65536)
+  %2141 = bitcast <16 x i32> %2140 to <16 x float>
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2141, <16 x float> %2110)
+  %2143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2141, <16 x float> %2111)
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2141, <16 x float> %2112)
+  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2141, <16 x float> %2113)
+  %2146 = or disjoint i64 %1890, 8
+  %2147 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
+  %2148 = load float, ptr %2147, align 4, !tbaa !5
+  %2149 = insertelement <16 x float> poison, float %2148, i64 0
+  %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
+  %2151 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2146
+  %2152 = load i64, ptr %2151, align 8, !tbaa !5
+  %gep524.i = getelementptr i32, ptr %gep587.i, i64 %2152
+  %2153 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
+  %2154 = shl <16 x i32> %2153, splat (i32 16)
+  %2155 = bitcast <16 x i32> %2154 to <16 x float>
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2155, <16 x float> %2124)
+  %2157 = getelementptr inbounds nuw i8, ptr %1891, i64 544
+  %2158 = load float, ptr %2157, align 4, !tbaa !5
+  %2159 = insertelement <16 x float> poison, float %2158, i64 0
+  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
+  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2155, <16 x float> %2129)
+  %2162 = getelementptr inbounds nuw i8, ptr %1891, i64 1056
+  %2163 = load float, ptr %2162, align 4, !tbaa !5
+  %2164 = insertelement <16 x float> poison, float %2163, i64 0
+  %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2155, <16 x float> %2134)
+  %2167 = getelementptr inbounds nuw i8, ptr %1891, i64 1568
+  %2168 = load float, ptr %2167, align 4, !tbaa !5
+  %2169 = insertelement <16 x float> poison, float %2168, i64 0
+  %2170 = shufflevector <16 x float> %2169, <16 x float> poison, <16 x i32> zeroinitializer
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2155, <16 x float> %2139)
+  %2172 = and <16 x i32> %2153, splat (i32 -65536)
+  %2173 = bitcast <16 x i32> %2172 to <16 x float>
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2173, <16 x float> %2142)
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2173, <16 x float> %2143)
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2173, <16 x float> %2144)
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2173, <16 x float> %2145)
+  %2178 = or disjoint i64 %1890, 9
+  %2179 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
+  %2180 = load float, ptr %2179, align 4, !tbaa !5
+  %2181 = insertelement <16 x float> poison, float %2180, i64 0
+  %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
+  %2183 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2178
+  %2184 = load i64, ptr %2183, align 8, !tbaa !5
+  %gep528.i = getelementptr i32, ptr %gep587.i, i64 %2184
+  %2185 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
+  %2186 = shl <16 x i32> %2185, splat (i32 16)
+  %2187 = bitcast <16 x i32> %2186 to <16 x float>
+  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2187, <16 x float> %2156)
+  %2189 = getelementptr inbounds nuw i8, ptr %1891, i64 548
+  %2190 = load float, ptr %2189, align 4, !tbaa !5
+  %2191 = insertelement <16 x float> poison, float %2190, i64 0
+  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
+  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2187, <16 x float> %2161)
+  %2194 = getelementptr inbounds nuw i8, ptr %1891, i64 1060
+  %2195 = load float, ptr %2194, align 4, !tbaa !5
+  %2196 = insertelement <16 x float> poison, float %2195, i64 0
+  %2197 = shufflevector <16 x float> %2196, <16 x float> poison, <16 x i32> zeroinitializer
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2187, <16 x float> %2166)
+  %2199 = getelementptr inbounds nuw i8, ptr %1891, i64 1572
+  %2200 = load float, ptr %2199, align 4, !tbaa !5
+  %2201 = insertelement <16 x float> poison, float %2200, i64 0
+  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
+  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2187, <16 x float> %2171)
+  %2204 = and <16 x i32> %2185, splat (i32 -65536)
+  %2205 = bitcast <16 x i32> %2204 to <16 x float>
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2205, <16 x float> %2174)
+  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2205, <16 x float> %2175)
+  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2205, <16 x float> %2176)
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2205, <16 x float> %2177)
+  %2210 = or disjoint i64 %1890, 10
+  %2211 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2210
+  %2212 = load float, ptr %2211, align 4, !tbaa !5
+  %2213 = insertelement <16 x float> poison, float %2212, i64 0
+  %2214 = shufflevector <16 x float> %2213, <16 x float> poison, <16 x i32> zeroinitializer
+  %2215 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2210
+  %2216 = load i64, ptr %2215, align 8, !tbaa !5
+  %gep532.i = getelementptr i32, ptr %gep587.i, i64 %2216
+  %2217 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
+  %2218 = shl <16 x i32> %2217, splat (i32 16)
+  %2219 = bitcast <16 x i32> %2218 to <16 x float>
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2219, <16 x float> %2188)
+  %2221 = getelementptr inbounds nuw i8, ptr %1891, i64 552
+  %2222 = load float, ptr %2221, align 4, !tbaa !5
+  %2223 = insertelement <16 x float> poison, float %2222, i64 0
+  %2224 = shufflevector <16 x float> %2223, <16 x float> poison, <16 x i32> zeroinitializer
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2219, <16 x float> %2193)
+  %2226 = getelementptr inbounds nuw i8, ptr %1891, i64 1064
+  %2227 = load float, ptr %2226, align 4, !tbaa !5
+  %2228 = insertelement <16 x float> poison, float %2227, i64 0
+  %2229 = shufflevector <16 x float> %2228, <16 x float> poison, <16 x i32> zeroinitializer
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2219, <16 x float> %2198)
+  %2231 = getelementptr inbounds nuw i8, ptr %1891, i64 1576
+  %2232 = load float, ptr %2231, align 4, !tbaa !5
+  %2233 = insertelement <16 x float> poison, float %2232, i64 0
+  %2234 = shufflevector <16 x float> %2233, <16 x float> poison, <16 x i32> zeroinitializer
+  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2219, <16 x float> %2203)
+  %2236 = and <16 x i32> %2217, splat (i32 -65536)
+  %2237 = bitcast <16 x i32> %2236 to <16 x float>
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2237, <16 x float> %2206)
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2237, <16 x float> %2207)
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2237, <16 x float> %2208)
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2237, <16 x float> %2209)
+  %2242 = or disjoint i64 %1890, 11
+  %2243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2242
+  %2244 = load float, ptr %2243, align 4, !tbaa !5
+  %2245 = insertelement <16 x float> poison, float %2244, i64 0
+  %2246 = shufflevector <16 x float> %2245, <16 x float> poison, <16 x i32> zeroinitializer
+  %2247 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2242
+  %2248 = load i64, ptr %2247, align 8, !tbaa !5
+  %gep536.i = getelementptr i32, ptr %gep587.i, i64 %2248
+  %2249 = load <16 x i32>, ptr %gep536.i, align 4, !tbaa !5
+  %2250 = shl <16 x i32> %2249, splat (i32 16)
+  %2251 = bitcast <16 x i32> %2250 to <16 x float>
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2251, <16 x float> %2220)
+  %2253 = getelementptr inbounds nuw i8, ptr %1891, i64 556
+  %2254 = load float, ptr %2253, align 4, !tbaa !5
+  %2255 = insertelement <16 x float> poison, float %2254, i64 0
+  %2256 = shufflevector <16 x float> %2255, <16 x float> poison, <16 x i32> zeroinitializer
+  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2251, <16 x float> %2225)
+  %2258 = getelementptr inbounds nuw i8, ptr %1891, i64 1068
+  %2259 = load float, ptr %2258, align 4, !tbaa !5
+  %2260 = insertelement <16 x float> poison, float %2259, i64 0
+  %2261 = shufflevector <16 x float> %2260, <16 x float> poison, <16 x i32> zeroinitializer
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2251, <16 x float> %2230)
+  %2263 = getelementptr inbounds nuw i8, ptr %1891, i64 1580
+  %2264 = load float, ptr %2263, align 4, !tbaa !5
+  %2265 = insertelement <16 x float> poison, float %2264, i64 0
+  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
+  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2251, <16 x float> %2235)
+  %2268 = and <16 x i32> %2249, splat (i32 -65536)
+  %2269 = bitcast <16 x i32> %2268 to <16 x float>
+  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2269, <16 x float> %2238)
+  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2269, <16 x float> %2239)
+  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2269, <16 x float> %2240)
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2269, <16 x float> %2241)
+  %2274 = or disjoint i64 %1890, 12
+  %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
+  %2276 = load float, ptr %2275, align 4, !tbaa !5
   %2277 = insertelement <16 x float> poison, float %2276, i64 0
   %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
-  %2279 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2279
-  %2280 = load <16 x i32>, ptr %gep573.1.i, align 4, !tbaa !5
-  %2281 = and <16 x i32> %2280, splat (i32 -65536)
-  %2282 = bitcast <16 x i32> %2281 to <16 x float>
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2282, <16 x float> %2263)
-  store <16 x float> %2283, ptr %2142, align 4, !tbaa !5
-  %2284 = load float, ptr %2267, align 4, !tbaa !5
-  %2285 = insertelement <16 x float> poison, float %2284, i64 0
-  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
-  %2287 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.i = getelementptr i32, ptr %gep576.1.i, i64 %2287
-  %2288 = load <16 x i32>, ptr %gep573.1768.i, align 4, !tbaa !5
-  %2289 = shl <16 x i32> %2288, splat (i32 16)
-  %2290 = bitcast <16 x i32> %2289 to <16 x float>
-  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> %2290, <16 x float> %2262)
-  store <16 x float> %2291, ptr %2145, align 4, !tbaa !5
-  %2292 = load float, ptr %2267, align 4, !tbaa !5
-  %2293 = insertelement <16 x float> poison, float %2292, i64 0
-  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
-  %2295 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2295
-  %2296 = load <16 x i32>, ptr %gep573.1.1.i, align 4, !tbaa !5
-  %2297 = and <16 x i32> %2296, splat (i32 -65536)
-  %2298 = bitcast <16 x i32> %2297 to <16 x float>
-  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2298, <16 x float> %2261)
-  store <16 x float> %2299, ptr %2148, align 4, !tbaa !5
-  %2300 = load float, ptr %2267, align 4, !tbaa !5
-  %2301 = insertelement <16 x float> poison, float %2300, i64 0
-  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
-  %2303 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2303
-  %2304 = load <16 x i32>, ptr %gep573.2.i, align 4, !tbaa !5
-  %2305 = shl <16 x i32> %2304, splat (i32 16)
-  %2306 = bitcast <16 x i32> %2305 to <16 x float>
-  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2306, <16 x float> %2260)
-  store <16 x float> %2307, ptr %2151, align 4, !tbaa !5
-  %2308 = load float, ptr %2267, align 4, !tbaa !5
+  %2279 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2274
+  %2280 = load i64, ptr %2279, align 8, !tbaa !5
+  %gep540.i = getelementptr i32, ptr %gep587.i, i64 %2280
+  %2281 = load <16 x i32>, ptr %gep540.i, align 4, !tbaa !5
+  %2282 = shl <16 x i32> %2281, splat (i32 16)
+  %2283 = bitcast <16 x i32> %2282 to <16 x float>
+  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2283, <16 x float> %2252)
+  %2285 = getelementptr inbounds nuw i8, ptr %1891, i64 560
+  %2286 = load float, ptr %2285, align 4, !tbaa !5
+  %2287 = insertelement <16 x float> poison, float %2286, i64 0
+  %2288 = shufflevector <16 x float> %2287, <16 x float> poison, <16 x i32> zeroinitializer
+  %2289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2283, <16 x float> %2257)
+  %2290 = getelementptr inbounds nuw i8, ptr %1891, i64 1072
+  %2291 = load float, ptr %2290, align 4, !tbaa !5
+  %2292 = insertelement <16 x float> poison, float %2291, i64 0
+  %2293 = shufflevector <16 x float> %2292, <16 x float> poison, <16 x i32> zeroinitializer
+  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2283, <16 x float> %2262)
+  %2295 = getelementptr inbounds nuw i8, ptr %1891, i64 1584
+  %2296 = load float, ptr %2295, align 4, !tbaa !5
+  %2297 = insertelement <16 x float> poison, float %2296, i64 0
+  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
+  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2283, <16 x float> %2267)
+  %2300 = and <16 x i32> %2281, splat (i32 -65536)
+  %2301 = bitcast <16 x i32> %2300 to <16 x float>
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2301, <16 x float> %2270)
+  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2301, <16 x float> %2271)
+  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2301, <16 x float> %2272)
+  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2301, <16 x float> %2273)
+  %2306 = or disjoint i64 %1890, 13
+  %2307 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2306
+  %2308 = load float, ptr %2307, align 4, !tbaa !5
   %2309 = insertelement <16 x float> poison, float %2308, i64 0
   %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2311
-  %2312 = load <16 x i32>, ptr %gep573.1.2.i, align 4, !tbaa !5
-  %2313 = and <16 x i32> %2312, splat (i32 -65536)
-  %2314 = bitcast <16 x i32> %2313 to <16 x float>
-  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2314, <16 x float> %2259)
-  store <16 x float> %2315, ptr %2154, align 4, !tbaa !5
-  %2316 = load float, ptr %2267, align 4, !tbaa !5
-  %2317 = insertelement <16 x float> poison, float %2316, i64 0
-  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
-  %2319 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2319
-  %2320 = load <16 x i32>, ptr %gep573.3.i, align 4, !tbaa !5
-  %2321 = shl <16 x i32> %2320, splat (i32 16)
-  %2322 = bitcast <16 x i32> %2321 to <16 x float>
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2322, <16 x float> %2258)
-  store <16 x float> %2323, ptr %2157, align 4, !tbaa !5
-  %2324 = load float, ptr %2267, align 4, !tbaa !5
-  %2325 = insertelement <16 x float> poison, float %2324, i64 0
-  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
-  %2327 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2327
-  %2328 = load <16 x i32>, ptr %gep573.1.3.i, align 4, !tbaa !5
-  %2329 = and <16 x i32> %2328, splat (i32 -65536)
-  %2330 = bitcast <16 x i32> %2329 to <16 x float>
-  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2330, <16 x float> %2257)
-  store <16 x float> %2331, ptr %2160, align 4, !tbaa !5
-  %2332 = shl i64 %2265, 32
-  %sext.i = add i64 %2332, 549755813888
-  %2333 = ashr exact i64 %sext.i, 30
-  %2334 = getelementptr inbounds i8, ptr %probs.i, i64 %2333
-  %2335 = load float, ptr %2334, align 4, !tbaa !5
-  %2336 = insertelement <16 x float> poison, float %2335, i64 0
-  %2337 = shufflevector <16 x float> %2336, <16 x float> poison, <16 x i32> zeroinitializer
-  %2338 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1774.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2338
-  %2339 = load <16 x i32>, ptr %gep573.1774.i, align 4, !tbaa !5
-  %2340 = shl <16 x i32> %2339, splat (i32 16)
-  %2341 = bitcast <16 x i32> %2340 to <16 x float>
-  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2337, <16 x float> %2341, <16 x float> %2256)
-  store <16 x float> %2342, ptr %2163, align 4, !tbaa !5
-  %2343 = load float, ptr %2334, align 4, !tbaa !5
-  %2344 = insertelement <16 x float> poison, float %2343, i64 0
-  %2345 = shufflevector <16 x float> %2344, <16 x float> poison, <16 x i32> zeroinitializer
-  %2346 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1775.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2346
-  %2347 = load <16 x i32>, ptr %gep573.1.1775.i, align 4, !tbaa !5
-  %2348 = and <16 x i32> %2347, splat (i32 -65536)
-  %2349 = bitcast <16 x i32> %2348 to <16 x float>
-  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2349, <16 x float> %2255)
-  store <16 x float> %2350, ptr %2166, align 4, !tbaa !5
-  %2351 = load float, ptr %2334, align 4, !tbaa !5
-  %2352 = insertelement <16 x float> poison, float %2351, i64 0
-  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2354
-  %2355 = load <16 x i32>, ptr %gep573.1768.1.i, align 4, !tbaa !5
-  %2356 = shl <16 x i32> %2355, splat (i32 16)
-  %2357 = bitcast <16 x i32> %2356 to <16 x float>
-  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2357, <16 x float> %2254)
-  store <16 x float> %2358, ptr %2169, align 4, !tbaa !5
-  %2359 = load float, ptr %2334, align 4, !tbaa !5
-  %2360 = insertelement <16 x float> poison, float %2359, i64 0
-  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
-  %2362 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2362
-  %2363 = load <16 x i32>, ptr %gep573.1.1.1.i, align 4, !tbaa !5
-  %2364 = and <16 x i32> %2363, splat (i32 -65536)
+  %2311 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2306
+  %2312 = load i64, ptr %2311, align 8, !tbaa !5
+  %gep544.i = getelementptr i32, ptr %gep587.i, i64 %2312
+  %2313 = load <16 x i32>, ptr %gep544.i, align 4, !tbaa !5
+  %2314 = shl <16 x i32> %2313, splat (i32 16)
+  %2315 = bitcast <16 x i32> %2314 to <16 x float>
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2315, <16 x float> %2284)
+  %2317 = getelementptr inbounds nuw i8, ptr %1891, i64 564
+  %2318 = load float, ptr %2317, align 4, !tbaa !5
+  %2319 = insertelement <16 x float> poison, float %2318, i64 0
+  %2320 = shufflevector <16 x float> %2319, <16 x float> poison, <16 x i32> zeroinitializer
+  %2321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2315, <16 x float> %2289)
+  %2322 = getelementptr inbounds nuw i8, ptr %1891, i64 1076
+  %2323 = load float, ptr %2322, align 4, !tbaa !5
+  %2324 = insertelement <16 x float> poison, float %2323, i64 0
+  %2325 = shufflevector <16 x float> %2324, <16 x float> poison, <16 x i32> zeroinitializer
+  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2315, <16 x float> %2294)
+  %2327 = getelementptr inbounds nuw i8, ptr %1891, i64 1588
+  %2328 = load float, ptr %2327, align 4, !tbaa !5
+  %2329 = insertelement <16 x float> poison, float %2328, i64 0
+  %2330 = shufflevector <16 x float> %2329, <16 x float> poison, <16 x i32> zeroinitializer
+  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2330, <16 x float> %2315, <16 x float> %2299)
+  %2332 = and <16 x i32> %2313, splat (i32 -65536)
+  %2333 = bitcast <16 x i32> %2332 to <16 x float>
+  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2333, <16 x float> %2302)
+  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2333, <16 x float> %2303)
+  %2336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2333, <16 x float> %2304)
+  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2330, <16 x float> %2333, <16 x float> %2305)
+  %2338 = or disjoint i64 %1890, 14
+  %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
+  %2340 = load float, ptr %2339, align 4, !tbaa !5
+  %2341 = insertelement <16 x float> poison, float %2340, i64 0
+  %2342 = shufflevector <16 x float> %2341, <16 x float> poison, <16 x i32> zeroinitializer
+  %2343 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2338
+  %2344 = load i64, ptr %2343, align 8, !tbaa !5
+  %gep548.i = getelementptr i32, ptr %gep587.i, i64 %2344
+  %2345 = load <16 x i32>, ptr %gep548.i, align 4, !tbaa !5
+  %2346 = shl <16 x i32> %2345, splat (i32 16)
+  %2347 = bitcast <16 x i32> %2346 to <16 x float>
+  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2347, <16 x float> %2316)
+  %2349 = getelementptr inbounds nuw i8, ptr %1891, i64 568
+  %2350 = load float, ptr %2349, align 4, !tbaa !5
+  %2351 = insertelement <16 x float> poison, float %2350, i64 0
+  %2352 = shufflevector <16 x float> %2351, <16 x float> poison, <16 x i32> zeroinitializer
+  %2353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2347, <16 x float> %2321)
+  %2354 = getelementptr inbounds nuw i8, ptr %1891, i64 1080
+  %2355 = load float, ptr %2354, align 4, !tbaa !5
+  %2356 = insertelement <16 x float> poison, float %2355, i64 0
+  %2357 = shufflevector <16 x float> %2356, <16 x float> poison, <16 x i32> zeroinitializer
+  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2357, <16 x float> %2347, <16 x float> %2326)
+  %2359 = getelementptr inbounds nuw i8, ptr %1891, i64 1592
+  %2360 = load float, ptr %2359, align 4, !tbaa !5
+  %2361 = insertelement <16 x float> poison, float %2360, i64 0
+  %2362 = shufflevector <16 x float> %2361, <16 x float> poison, <16 x i32> zeroinitializer
+  %2363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2362, <16 x float> %2347, <16 x float> %2331)
+  %2364 = and <16 x i32> %2345, splat (i32 -65536)
   %2365 = bitcast <16 x i32> %2364 to <16 x float>
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2365, <16 x float> %2253)
-  store <16 x float> %2366, ptr %2172, align 4, !tbaa !5
-  %2367 = load float, ptr %2334, align 4, !tbaa !5
-  %2368 = insertelement <16 x float> poison, float %2367, i64 0
-  %2369 = shufflevector <16 x float> %2368, <16 x float> poison, <16 x i32> zeroinitializer
-  %2370 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2370
-  %2371 = load <16 x i32>, ptr %gep573.2.1.i, align 4, !tbaa !5
-  %2372 = shl <16 x i32> %2371, splat (i32 16)
-  %2373 = bitcast <16 x i32> %2372 to <16 x float>
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2369, <16 x float> %2373, <16 x float> %2252)
-  store <16 x float> %2374, ptr %2175, align 4, !tbaa !5
-  %2375 = load float, ptr %2334, align 4, !tbaa !5
-  %2376 = insertelement <16 x float> poison, float %2375, i64 0
-  %2377 = shufflevector <16 x float> %2376, <16 x float> poison, <16 x i32> zeroinitializer
-  %2378 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2378
-  %2379 = load <16 x i32>, ptr %gep573.1.2.1.i, align 4, !tbaa !5
-  %2380 = and <16 x i32> %2379, splat (i32 -65536)
-  %2381 = bitcast <16 x i32> %2380 to <16 x float>
-  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2377, <16 x float> %2381, <16 x float> %2251)
-  store <16 x float> %2382, ptr %2178, align 4, !tbaa !5
-  %2383 = load float, ptr %2334, align 4, !tbaa !5
-  %2384 = insertelement <16 x float> poison, float %2383, i64 0
-  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
-  %2386 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2386
-  %2387 = load <16 x i32>, ptr %gep573.3.1.i, align 4, !tbaa !5
-  %2388 = shl <16 x i32> %2387, splat (i32 16)
-  %2389 = bitcast <16 x i32> %2388 to <16 x float>
-  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2389, <16 x float> %2250)
-  store <16 x float> %2390, ptr %2181, align 4, !tbaa !5
-  %2391 = load float, ptr %2334, align 4, !tbaa !5
-  %2392 = insertelement <16 x float> poison, float %2391, i64 0
-  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
-  %2394 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2394
-  %2395 = load <16 x i32>, ptr %gep573.1.3.1.i, align 4, !tbaa !5
-  %2396 = and <16 x i32> %2395, splat (i32 -65536)
+  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2365, <16 x float> %2334)
+  %2367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2365, <16 x float> %2335)
+  %2368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2357, <16 x float> %2365, <16 x float> %2336)
+  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2362, <16 x float> %2365, <16 x float> %2337)
+  %2370 = or disjoint i64 %1890, 15
+  %2371 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2370
+  %2372 = load float, ptr %2371, align 4, !tbaa !5
+  %2373 = insertelement <16 x float> poison, float %2372, i64 0
+  %2374 = shufflevector <16 x float> %2373, <16 x float> poison, <16 x i32> zeroinitializer
+  %2375 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2370
+  %2376 = load i64, ptr %2375, align 8, !tbaa !5
+  %gep552.i = getelementptr i32, ptr %gep587.i, i64 %2376
+  %2377 = load <16 x i32>, ptr %gep552.i, align 4, !tbaa !5
+  %2378 = shl <16 x i32> %2377, splat (i32 16)
+  %2379 = bitcast <16 x i32> %2378 to <16 x float>
+  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2379, <16 x float> %2348)
+  %2381 = getelementptr inbounds nuw i8, ptr %1891, i64 572
+  %2382 = load float, ptr %2381, align 4, !tbaa !5
+  %2383 = insertelement <16 x float> poison, float %2382, i64 0
+  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
+  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2379, <16 x float> %2353)
+  %2386 = getelementptr inbounds nuw i8, ptr %1891, i64 1084
+  %2387 = load float, ptr %2386, align 4, !tbaa !5
+  %2388 = insertelement <16 x float> poison, float %2387, i64 0
+  %2389 = shufflevector <16 x float> %2388, <16 x float> poison, <16 x i32> zeroinitializer
+  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2379, <16 x float> %2358)
+  %2391 = getelementptr inbounds nuw i8, ptr %1891, i64 1596
+  %2392 = load float, ptr %2391, align 4, !tbaa !5
+  %2393 = insertelement <16 x float> poison, float %2392, i64 0
+  %2394 = shufflevector <16 x float> %2393, <16 x float> poison, <16 x i32> zeroinitializer
+  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2379, <16 x float> %2363)
+  %2396 = and <16 x i32> %2377, splat (i32 -65536)
   %2397 = bitcast <16 x i32> %2396 to <16 x float>
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2397, <16 x float> %2249)
-  store <16 x float> %2398, ptr %2184, align 4, !tbaa !5
-  %sext1081.i = add i64 %2332, 1099511627776
-  %2399 = ashr exact i64 %sext1081.i, 30
-  %2400 = getelementptr inbounds i8, ptr %probs.i, i64 %2399
-  %2401 = load float, ptr %2400, align 4, !tbaa !5
-  %2402 = insertelement <16 x float> poison, float %2401, i64 0
-  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
-  %2404 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2777.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2404
-  %2405 = load <16 x i32>, ptr %gep573.2777.i, align 4, !tbaa !5
-  %2406 = shl <16 x i32> %2405, splat (i32 16)
-  %2407 = bitcast <16 x i32> %2406 to <16 x float>
-  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2407, <16 x float> %2248)
-  store <16 x float> %2408, ptr %2187, align 4, !tbaa !5
-  %2409 = load float, ptr %2400, align 4, !tbaa !5
-  %2410 = insertelement <16 x float> poison, float %2409, i64 0
-  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
-  %2412 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2778.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2412
-  %2413 = load <16 x i32>, ptr %gep573.1.2778.i, align 4, !tbaa !5
-  %2414 = and <16 x i32> %2413, splat (i32 -65536)
-  %2415 = bitcast <16 x i32> %2414 to <16 x float>
-  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2415, <16 x float> %2247)
-  store <16 x float> %2416, ptr %2190, align 4, !tbaa !5
-  %2417 = load float, ptr %2400, align 4, !tbaa !5
-  %2418 = insertelement <16 x float> poison, float %2417, i64 0
-  %2419 = shufflevector <16 x float> %2418, <16 x float> poison, <16 x i32> zeroinitializer
-  %2420 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2420
-  %2421 = load <16 x i32>, ptr %gep573.1768.2.i, align 4, !tbaa !5
-  %2422 = shl <16 x i32> %2421, splat (i32 16)
-  %2423 = bitcast <16 x i32> %2422 to <16 x float>
-  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2423, <16 x float> %2246)
-  store <16 x float> %2424, ptr %2193, align 4, !tbaa !5
-  %2425 = load float, ptr %2400, align 4, !tbaa !5
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %2428 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2428
-  %2429 = load <16 x i32>, ptr %gep573.1.1.2.i, align 4, !tbaa !5
-  %2430 = and <16 x i32> %2429, splat (i32 -65536)
-  %2431 = bitcast <16 x i32> %2430 to <16 x float>
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2431, <16 x float> %2245)
-  store <16 x float> %2432, ptr %2196, align 4, !tbaa !5
-  %2433 = load float, ptr %2400, align 4, !tbaa !5
-  %2434 = insertelement <16 x float> poison, float %2433, i64 0
-  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
-  %2436 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2436
-  %2437 = load <16 x i32>, ptr %gep573.2.2.i, align 4, !tbaa !5
-  %2438 = shl <16 x i32> %2437, splat (i32 16)
-  %2439 = bitcast <16 x i32> %2438 to <16 x float>
-  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %2439, <16 x float> %2244)
-  store <16 x float> %2440, ptr %2199, align 4, !tbaa !5
-  %2441 = load float, ptr %2400, align 4, !tbaa !5
-  %2442 = insertelement <16 x float> poison, float %2441, i64 0
-  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
-  %2444 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2444
-  %2445 = load <16 x i32>, ptr %gep573.1.2.2.i, align 4, !tbaa !5
-  %2446 = and <16 x i32> %2445, splat (i32 -65536)
-  %2447 = bitcast <16 x i32> %2446 to <16 x float>
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2447, <16 x float> %2243)
-  store <16 x float> %2448, ptr %2202, align 4, !tbaa !5
-  %2449 = load float, ptr %2400, align 4, !tbaa !5
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2452
-  %2453 = load <16 x i32>, ptr %gep573.3.2.i, align 4, !tbaa !5
-  %2454 = shl <16 x i32> %2453, splat (i32 16)
-  %2455 = bitcast <16 x i32> %2454 to <16 x float>
-  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2455, <16 x float> %2242)
-  store <16 x float> %2456, ptr %2205, align 4, !tbaa !5
-  %2457 = load float, ptr %2400, align 4, !tbaa !5
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2397, <16 x float> %2366)
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2397, <16 x float> %2367)
+  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2397, <16 x float> %2368)
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2397, <16 x float> %2369)
+  %indvars.iv.next756.i = add nuw nsw i64 %indvars.iv755.i, 1
+  %exitcond759.not.i = icmp eq i64 %indvars.iv.next756.i, %457
+  br i1 %exitcond759.not.i, label %for_end_to118.i, label %for_begin_ax1121.preheader.i, !prof !13
+
+for_end_to118.i:                                  ; preds = %for_begin_ax1121.preheader.i, %for_body_d_0_m.i
+  %full_acc251.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2385, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2398, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2380, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2399, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2390, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2400, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2395, %for_begin_ax1121.preheader.i ]
+  %full_acc251.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2401, %for_begin_ax1121.preheader.i ]
+  br i1 %.not635.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !59
+
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to118.i
+  %gep619.idx.i = shl i64 %indvars.iv779.i, 6
+  %gep619.i = getelementptr i8, ptr %invariant.gep586.i, i64 %gep619.idx.i
+  br i1 %470, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
+
+for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
+  br i1 %lcmp.mod294.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
+
+for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
+  %indvars.iv760.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next761.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc251.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2487, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init281 = phi <16 x float> [ %full_acc251.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2505, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init283 = phi <16 x float> [ %full_acc251.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2492, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init285 = phi <16 x float> [ %full_acc251.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2506, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init287 = phi <16 x float> [ %full_acc251.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2497, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init289 = phi <16 x float> [ %full_acc251.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2507, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init291 = phi <16 x float> [ %full_acc251.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2502, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init293 = phi <16 x float> [ %full_acc251.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2508, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod303)
+  %2402 = add nuw nsw i64 %indvars.iv760.i.epil.init, %456
+  %2403 = getelementptr inbounds float, ptr %probs.i, i64 %2402
+  %2404 = load float, ptr %2403, align 4, !tbaa !5
+  %2405 = insertelement <16 x float> poison, float %2404, i64 0
+  %2406 = shufflevector <16 x float> %2405, <16 x float> poison, <16 x i32> zeroinitializer
+  %2407 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2402
+  %2408 = load i64, ptr %2407, align 8, !tbaa !5
+  %gep578.i.epil = getelementptr i32, ptr %gep619.i, i64 %2408
+  %2409 = load <16 x i32>, ptr %gep578.i.epil, align 4, !tbaa !5
+  %2410 = shl <16 x i32> %2409, splat (i32 16)
+  %2411 = bitcast <16 x i32> %2410 to <16 x float>
+  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2411, <16 x float> %.epil.init)
+  %2413 = getelementptr i8, ptr %2403, i64 512
+  %2414 = load float, ptr %2413, align 4, !tbaa !5
+  %2415 = insertelement <16 x float> poison, float %2414, i64 0
+  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
+  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2411, <16 x float> %.epil.init283)
+  %2418 = getelementptr i8, ptr %2403, i64 1024
+  %2419 = load float, ptr %2418, align 4, !tbaa !5
+  %2420 = insertelement <16 x float> poison, float %2419, i64 0
+  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
+  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2411, <16 x float> %.epil.init287)
+  %2423 = getelementptr i8, ptr %2403, i64 1536
+  %2424 = load float, ptr %2423, align 4, !tbaa !5
+  %2425 = insertelement <16 x float> poison, float %2424, i64 0
+  %2426 = shufflevector <16 x float> %2425, <16 x float> poison, <16 x i32> zeroinitializer
+  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2426, <16 x float> %2411, <16 x float> %.epil.init291)
+  %2428 = and <16 x i32> %2409, splat (i32 -65536)
+  %2429 = bitcast <16 x i32> %2428 to <16 x float>
+  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2429, <16 x float> %.epil.init281)
+  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2429, <16 x float> %.epil.init285)
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2429, <16 x float> %.epil.init289)
+  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2426, <16 x float> %2429, <16 x float> %.epil.init293)
+  br label %for_begin_ax4_0.preheader.i
+
+for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to118.i
+  %.lcssa565.i = phi <16 x float> [ %full_acc251.sroa.238.0.lcssa.i, %for_end_to118.i ], [ %2508, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2433, %for_body_ti.i.epil.preheader ]
+  %.lcssa563.i = phi <16 x float> [ %full_acc251.sroa.170.0.lcssa.i, %for_end_to118.i ], [ %2507, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2432, %for_body_ti.i.epil.preheader ]
+  %.lcssa561.i = phi <16 x float> [ %full_acc251.sroa.102.0.lcssa.i, %for_end_to118.i ], [ %2506, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2431, %for_body_ti.i.epil.preheader ]
+  %.lcssa559.i = phi <16 x float> [ %full_acc251.sroa.34.0.lcssa.i, %for_end_to118.i ], [ %2505, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2430, %for_body_ti.i.epil.preheader ]
+  %.lcssa557.i = phi <16 x float> [ %full_acc251.sroa.204.0.lcssa.i, %for_end_to118.i ], [ %2502, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2427, %for_body_ti.i.epil.preheader ]
+  %.lcssa555.i = phi <16 x float> [ %full_acc251.sroa.136.0.lcssa.i, %for_end_to118.i ], [ %2497, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2422, %for_body_ti.i.epil.preheader ]
+  %.lcssa553.i = phi <16 x float> [ %full_acc251.sroa.68.0.lcssa.i, %for_end_to118.i ], [ %2492, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2417, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc251.sroa.0.0.lcssa.i, %for_end_to118.i ], [ %2487, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2412, %for_body_ti.i.epil.preheader ]
+  %2434 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa559.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2435 = shl nuw nsw i64 %indvars.iv779.i, 5
+  %2436 = add nuw nsw i64 %2435, %1830
+  br i1 %449, label %if_end137.i, label %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge, !prof !8
+
+for_begin_ax4_0.preheader.i.if_end137.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
+  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2436
+  %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
+  br label %if_end137.i
+
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
+  %indvars.iv760.i = phi i64 [ %indvars.iv.next761.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2437 = phi <16 x float> [ %2487, %for_body_ti.i ], [ %full_acc251.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2438 = phi <16 x float> [ %2505, %for_body_ti.i ], [ %full_acc251.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2439 = phi <16 x float> [ %2492, %for_body_ti.i ], [ %full_acc251.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2440 = phi <16 x float> [ %2506, %for_body_ti.i ], [ %full_acc251.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2441 = phi <16 x float> [ %2497, %for_body_ti.i ], [ %full_acc251.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2442 = phi <16 x float> [ %2507, %for_body_ti.i ], [ %full_acc251.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2443 = phi <16 x float> [ %2502, %for_body_ti.i ], [ %full_acc251.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2444 = phi <16 x float> [ %2508, %for_body_ti.i ], [ %full_acc251.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %niter305 = phi i64 [ %niter305.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2445 = add nuw nsw i64 %indvars.iv760.i, %456
+  %2446 = getelementptr inbounds float, ptr %probs.i, i64 %2445
+  %2447 = load float, ptr %2446, align 4, !tbaa !5
+  %2448 = insertelement <16 x float> poison, float %2447, i64 0
+  %2449 = shufflevector <16 x float> %2448, <16 x float> poison, <16 x i32> zeroinitializer
+  %2450 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2445
+  %2451 = load i64, ptr %2450, align 8, !tbaa !5
+  %gep578.i = getelementptr i32, ptr %gep619.i, i64 %2451
+  %2452 = load <16 x i32>, ptr %gep578.i, align 4, !tbaa !5
+  %2453 = shl <16 x i32> %2452, splat (i32 16)
+  %2454 = bitcast <16 x i32> %2453 to <16 x float>
+  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2454, <16 x float> %2437)
+  %2456 = getelementptr i8, ptr %2446, i64 512
+  %2457 = load float, ptr %2456, align 4, !tbaa !5
   %2458 = insertelement <16 x float> poison, float %2457, i64 0
   %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
-  %2460 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2460
-  %2461 = load <16 x i32>, ptr %gep573.1.3.2.i, align 4, !tbaa !5
-  %2462 = and <16 x i32> %2461, splat (i32 -65536)
-  %2463 = bitcast <16 x i32> %2462 to <16 x float>
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2463, <16 x float> %2241)
-  store <16 x float> %2464, ptr %2208, align 4, !tbaa !5
-  %sext1082.i = add i64 %2332, 1649267441664
-  %2465 = ashr exact i64 %sext1082.i, 30
-  %2466 = getelementptr inbounds i8, ptr %probs.i, i64 %2465
+  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2454, <16 x float> %2439)
+  %2461 = getelementptr i8, ptr %2446, i64 1024
+  %2462 = load float, ptr %2461, align 4, !tbaa !5
+  %2463 = insertelement <16 x float> poison, float %2462, i64 0
+  %2464 = shufflevector <16 x float> %2463, <16 x float> poison, <16 x i32> zeroinitializer
+  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %2454, <16 x float> %2441)
+  %2466 = getelementptr i8, ptr %2446, i64 1536
   %2467 = load float, ptr %2466, align 4, !tbaa !5
   %2468 = insertelement <16 x float> poison, float %2467, i64 0
   %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
-  %2470 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3780.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2470
-  %2471 = load <16 x i32>, ptr %gep573.3780.i, align 4, !tbaa !5
-  %2472 = shl <16 x i32> %2471, splat (i32 16)
-  %2473 = bitcast <16 x i32> %2472 to <16 x float>
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2473, <16 x float> %2240)
-  store <16 x float> %2474, ptr %2211, align 4, !tbaa !5
-  %2475 = load float, ptr %2466, align 4, !tbaa !5
-  %2476 = insertelement <16 x float> poison, float %2475, i64 0
-  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %2478 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3781.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2478
-  %2479 = load <16 x i32>, ptr %gep573.1.3781.i, align 4, !tbaa !5
-  %2480 = and <16 x i32> %2479, splat (i32 -65536)
-  %2481 = bitcast <16 x i32> %2480 to <16 x float>
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2481, <16 x float> %2239)
-  store <16 x float> %2482, ptr %2214, align 4, !tbaa !5
-  %2483 = load float, ptr %2466, align 4, !tbaa !5
-  %2484 = insertelement <16 x float> poison, float %2483, i64 0
-  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
-  %2486 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2486
-  %2487 = load <16 x i32>, ptr %gep573.1768.3.i, align 4, !tbaa !5
-  %2488 = shl <16 x i32> %2487, splat (i32 16)
-  %2489 = bitcast <16 x i32> %2488 to <16 x float>
-  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2485, <16 x float> %2489, <16 x float> %2238)
-  store <16 x float> %2490, ptr %2217, align 4, !tbaa !5
-  %2491 = load float, ptr %2466, align 4, !tbaa !5
-  %2492 = insertelement <16 x float> poison, float %2491, i64 0
-  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
-  %2494 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2494
-  %2495 = load <16 x i32>, ptr %gep573.1.1.3.i, align 4, !tbaa !5
-  %2496 = and <16 x i32> %2495, splat (i32 -65536)
-  %2497 = bitcast <16 x i32> %2496 to <16 x float>
-  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2493, <16 x float> %2497, <16 x float> %2237)
-  store <16 x float> %2498, ptr %2220, align 4, !tbaa !5
-  %2499 = load float, ptr %2466, align 4, !tbaa !5
+  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2454, <16 x float> %2443)
+  %2471 = and <16 x i32> %2452, splat (i32 -65536)
+  %2472 = bitcast <16 x i32> %2471 to <16 x float>
+  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2472, <16 x float> %2438)
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2472, <16 x float> %2440)
+  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %2472, <16 x float> %2442)
+  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2472, <16 x float> %2444)
+  %indvars.iv.next761.i = or disjoint i64 %indvars.iv760.i, 1
+  %2477 = add nuw nsw i64 %indvars.iv.next761.i, %456
+  %2478 = getelementptr inbounds float, ptr %probs.i, i64 %2477
+  %2479 = load float, ptr %2478, align 4, !tbaa !5
+  %2480 = insertelement <16 x float> poison, float %2479, i64 0
+  %2481 = shufflevector <16 x float> %2480, <16 x float> poison, <16 x i32> zeroinitializer
+  %2482 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2477
+  %2483 = load i64, ptr %2482, align 8, !tbaa !5
+  %gep578.i.1 = getelementptr i32, ptr %gep619.i, i64 %2483
+  %2484 = load <16 x i32>, ptr %gep578.i.1, align 4, !tbaa !5
+  %2485 = shl <16 x i32> %2484, splat (i32 16)
+  %2486 = bitcast <16 x i32> %2485 to <16 x float>
+  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2486, <16 x float> %2455)
+  %2488 = getelementptr i8, ptr %2478, i64 512
+  %2489 = load float, ptr %2488, align 4, !tbaa !5
+  %2490 = insertelement <16 x float> poison, float %2489, i64 0
+  %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
+  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2486, <16 x float> %2460)
+  %2493 = getelementptr i8, ptr %2478, i64 1024
+  %2494 = load float, ptr %2493, align 4, !tbaa !5
+  %2495 = insertelement <16 x float> poison, float %2494, i64 0
+  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
+  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2486, <16 x float> %2465)
+  %2498 = getelementptr i8, ptr %2478, i64 1536
+  %2499 = load float, ptr %2498, align 4, !tbaa !5
   %2500 = insertelement <16 x float> poison, float %2499, i64 0
   %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
-  %2502 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2502
-  %2503 = load <16 x i32>, ptr %gep573.2.3.i, align 4, !tbaa !5
-  %2504 = shl <16 x i32> %2503, splat (i32 16)
-  %2505 = bitcast <16 x i32> %2504 to <16 x float>
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2505, <16 x float> %2236)
-  store <16 x float> %2506, ptr %2223, align 4, !tbaa !5
-  %2507 = load float, ptr %2466, align 4, !tbaa !5
-  %2508 = insertelement <16 x float> poison, float %2507, i64 0
-  %2509 = shufflevector <16 x float> %2508, <16 x float> poison, <16 x i32> zeroinitializer
-  %2510 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2510
-  %2511 = load <16 x i32>, ptr %gep573.1.2.3.i, align 4, !tbaa !5
-  %2512 = and <16 x i32> %2511, splat (i32 -65536)
-  %2513 = bitcast <16 x i32> %2512 to <16 x float>
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2509, <16 x float> %2513, <16 x float> %2235)
-  store <16 x float> %2514, ptr %2226, align 4, !tbaa !5
-  %2515 = load float, ptr %2466, align 4, !tbaa !5
-  %2516 = insertelement <16 x float> poison, float %2515, i64 0
-  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
-  %2518 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2518
-  %2519 = load <16 x i32>, ptr %gep573.3.3.i, align 4, !tbaa !5
-  %2520 = shl <16 x i32> %2519, splat (i32 16)
-  %2521 = bitcast <16 x i32> %2520 to <16 x float>
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2517, <16 x float> %2521, <16 x float> %2234)
-  store <16 x float> %2522, ptr %2229, align 4, !tbaa !5
-  %2523 = load float, ptr %2466, align 4, !tbaa !5
-  %2524 = insertelement <16 x float> poison, float %2523, i64 0
-  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
-  %2526 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2526
-  %2527 = load <16 x i32>, ptr %gep573.1.3.3.i, align 4, !tbaa !5
-  %2528 = and <16 x i32> %2527, splat (i32 -65536)
-  %2529 = bitcast <16 x i32> %2528 to <16 x float>
-  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2529, <16 x float> %2233)
-  store <16 x float> %2530, ptr %2232, align 4, !tbaa !5
-  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next784.i, %213
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r101.preheader.i, !prof !13
+  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2486, <16 x float> %2470)
+  %2503 = and <16 x i32> %2484, splat (i32 -65536)
+  %2504 = bitcast <16 x i32> %2503 to <16 x float>
+  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2504, <16 x float> %2473)
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2504, <16 x float> %2474)
+  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2504, <16 x float> %2475)
+  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2504, <16 x float> %2476)
+  %indvars.iv.next761.i.1 = add nuw nsw i64 %indvars.iv760.i, 2
+  %niter305.next.1 = add i64 %niter305, 2
+  %niter305.ncmp.1 = icmp eq i64 %niter305.next.1, %unroll_iter304
+  br i1 %niter305.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !60
 
-for_end_ti.i:                                     ; preds = %for_begin_r101.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2531 = shl nuw nsw i64 %indvars.iv821.i, 2
-  %2532 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2531
-  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !57
-  %old_max.i = select <4 x i1> %257, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2533
-  %2534 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2531
-  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !59
-  %old_sum.i = select <4 x i1> %257, <4 x float> zeroinitializer, <4 x float> %2535
-  %2536 = fcmp ogt <4 x float> %old_max.i, %tile_max245.sroa.0.12.vec.insert.i
-  %2537 = fcmp oeq <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
-  %2538 = select <4 x i1> %2537, <4 x i1> splat (i1 true), <4 x i1> %2536
-  %old_or_both.i = select <4 x i1> %2538, <4 x float> %old_max.i, <4 x float> %tile_max245.sroa.0.12.vec.insert.i
-  %2539 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2539, <4 x float> %tile_max245.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
-  %arg117.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v122.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2540 = bitcast <4 x float> %cse_v122.i to <4 x i32>
-  %2541 = add nsw <4 x i32> %2540, splat (i32 -1262485504)
-  %2542 = sitofp <4 x i32> %2541 to <4 x float>
-  %2543 = fmul <4 x float> %2542, splat (float 0x3F2BD01060000000)
-  %2544 = fmul <4 x float> %2542, splat (float 0x3FE6300000000000)
-  %2545 = fsub <4 x float> %arg117.i, %2544
-  %2546 = fadd <4 x float> %2543, %2545
-  %2547 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2546, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2548 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2547, <4 x float> %2546, <4 x float> splat (float 0x3F81112100000000))
-  %2549 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2548, <4 x float> %2546, <4 x float> splat (float 0x3FA5553820000000))
-  %2550 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2549, <4 x float> %2546, <4 x float> splat (float 0x3FC5555540000000))
-  %2551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2550, <4 x float> %2546, <4 x float> splat (float 5.000000e-01))
-  %2552 = fmul <4 x float> %2546, %2551
-  %2553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2552, <4 x float> %2546, <4 x float> %2546)
-  %2554 = shl <4 x i32> %2540, splat (i32 23)
-  %2555 = add <4 x i32> %2554, splat (i32 1065353216)
-  %2556 = bitcast <4 x i32> %2555 to <4 x float>
-  %2557 = fadd <4 x float> %2553, splat (float 1.000000e+00)
-  %2558 = fmul <4 x float> %2557, %2556
-  %2559 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
-  %2560 = select <4 x i1> %2559, <4 x float> zeroinitializer, <4 x float> %2558
-  %2561 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2562 = select <4 x i1> %2561, <4 x float> %2560, <4 x float> zeroinitializer
-  store <4 x float> %2562, ptr %alpha234.i, align 16, !tbaa !61
-  %arg131.i = fsub <4 x float> %tile_max245.sroa.0.12.vec.insert.i, %m.i
-  %cse_v103.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg131.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2563 = bitcast <4 x float> %cse_v103.i to <4 x i32>
-  %2564 = add nsw <4 x i32> %2563, splat (i32 -1262485504)
-  %2565 = sitofp <4 x i32> %2564 to <4 x float>
-  %2566 = fmul <4 x float> %2565, splat (float 0x3F2BD01060000000)
-  %2567 = fmul <4 x float> %2565, splat (float 0x3FE6300000000000)
-  %2568 = fsub <4 x float> %arg131.i, %2567
-  %2569 = fadd <4 x float> %2566, %2568
-  %2570 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2569, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2571 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2569, <4 x float> splat (float 0x3F81112100000000))
-  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2571, <4 x float> %2569, <4 x float> splat (float 0x3FA5553820000000))
-  %2573 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2572, <4 x float> %2569, <4 x float> splat (float 0x3FC5555540000000))
-  %2574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2573, <4 x float> %2569, <4 x float> splat (float 5.000000e-01))
-  %2575 = fmul <4 x float> %2569, %2574
-  %2576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2575, <4 x float> %2569, <4 x float> %2569)
-  %2577 = shl <4 x i32> %2563, splat (i32 23)
-  %2578 = add <4 x i32> %2577, splat (i32 1065353216)
-  %2579 = bitcast <4 x i32> %2578 to <4 x float>
-  %2580 = fadd <4 x float> %2576, splat (float 1.000000e+00)
-  %2581 = fmul <4 x float> %2580, %2579
-  %2582 = fcmp olt <4 x float> %arg131.i, splat (float -8.700000e+01)
-  %2583 = select <4 x i1> %2582, <4 x float> zeroinitializer, <4 x float> %2581
-  %2584 = fcmp one <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
-  %2585 = select <4 x i1> %2584, <4 x float> %2583, <4 x float> zeroinitializer
-  store <4 x float> %2585, ptr %beta233.i, align 16, !tbaa !70
-  %2586 = fmul <4 x float> %old_sum.i, %2562
-  %2587 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2585, <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, <4 x float> %2586)
-  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !57
-  store <4 x float> %2587, ptr %2534, align 16, !tbaa !59
-  %invariant.gep82 = getelementptr inbounds nuw float, ptr %acc.i, i64 %300
-  br label %for_begin_d_0149.preheader.i
+if_end137.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge, %for_begin_ax4_0.preheader.i
+  %2509 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2510 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2436
+  %2511 = fmul <32 x float> %1831, %2509
+  %2512 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1829, <32 x float> %2434, <32 x float> %2511)
+  store <32 x float> %2512, ptr %2510, align 4, !tbaa !5
+  %2513 = shufflevector <16 x float> %.lcssa553.i, <16 x float> %.lcssa561.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %449, label %if_end153.i, label %if_end137.if_end153_crit_edge.i, !prof !8
 
-for_begin_d_0149.preheader.i:                     ; preds = %for_end_d_0151.i, %for_end_ti.i
-  %indvars.iv815.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next816.i, %for_end_d_0151.i ]
-  %2588 = shl nuw nsw i64 %indvars.iv815.i, 7
-  %2589 = getelementptr inbounds nuw float, ptr %beta233.i, i64 %indvars.iv815.i
-  %2590 = load float, ptr %2589, align 4, !tbaa !79
-  %2591 = insertelement <32 x float> poison, float %2590, i64 0
-  %2592 = shufflevector <32 x float> %2591, <32 x float> poison, <32 x i32> zeroinitializer
-  %2593 = getelementptr inbounds nuw float, ptr %alpha234.i, i64 %indvars.iv815.i
-  %2594 = load float, ptr %2593, align 4, !tbaa !80
-  %2595 = insertelement <32 x float> poison, float %2594, i64 0
-  %2596 = shufflevector <32 x float> %2595, <32 x float> poison, <32 x i32> zeroinitializer
-  %2597 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2588
-  %2598 = load <4 x float>, ptr %2597, align 4, !tbaa !5
-  %2599 = getelementptr inbounds nuw i8, ptr %2597, i64 64
-  %2600 = load <4 x float>, ptr %2599, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend932.i = shufflevector <4 x float> %2598, <4 x float> %2600, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2601 = getelementptr inbounds nuw i8, ptr %2597, i64 16
-  %2602 = load <4 x float>, ptr %2601, align 4, !tbaa !5
-  %2603 = getelementptr inbounds nuw i8, ptr %2597, i64 80
-  %2604 = load <4 x float>, ptr %2603, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand952.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend953.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend932.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand952.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand973.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend974.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend953.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand973.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2605 = getelementptr inbounds nuw i8, ptr %2597, i64 32
-  %2606 = load <4 x float>, ptr %2605, align 4, !tbaa !5
-  %2607 = getelementptr inbounds nuw i8, ptr %2597, i64 96
-  %2608 = load <4 x float>, ptr %2607, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand994.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend995.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend974.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand994.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1015.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1016.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend995.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1015.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2609 = getelementptr inbounds nuw i8, ptr %2597, i64 48
-  %2610 = load <4 x float>, ptr %2609, align 4, !tbaa !5
-  %2611 = getelementptr inbounds nuw i8, ptr %2597, i64 112
-  %2612 = load <4 x float>, ptr %2611, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1036.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1037.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1016.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1036.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1057.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1058.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1037.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1057.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %gep83 = getelementptr inbounds nuw float, ptr %invariant.gep82, i64 %2588
-  br i1 %255, label %for_body_d_0150.us.preheader.i, label %for_body_d_0150.preheader.i, !prof !8
+if_end137.if_end153_crit_edge.i:                  ; preds = %if_end137.i
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2510, i64 512
+  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  br label %if_end153.i
 
-for_body_d_0150.preheader.i:                      ; preds = %for_begin_d_0149.preheader.i
-  %2613 = load <32 x float>, ptr %gep83, align 4, !tbaa !5
-  %2614 = fmul <32 x float> %2596, %2613
-  %2615 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2614)
-  store <32 x float> %2615, ptr %gep83, align 4, !tbaa !5
-  %2616 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2617 = load <4 x float>, ptr %2616, align 4, !tbaa !5
-  %2618 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2619 = load <4 x float>, ptr %2618, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend923.i = shufflevector <4 x float> %2617, <4 x float> %2619, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2620 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2621 = load <4 x float>, ptr %2620, align 4, !tbaa !5
-  %2622 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2623 = load <4 x float>, ptr %2622, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand943.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend944.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend923.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand943.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand964.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend965.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend944.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand964.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2624 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2625 = load <4 x float>, ptr %2624, align 4, !tbaa !5
-  %2626 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2627 = load <4 x float>, ptr %2626, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand985.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend986.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend965.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand985.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1006.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1007.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend986.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1006.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2628 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2629 = load <4 x float>, ptr %2628, align 4, !tbaa !5
-  %2630 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2631 = load <4 x float>, ptr %2630, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1027.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1028.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1007.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1027.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1048.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1049.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1028.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1048.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2632 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2633 = load <32 x float>, ptr %2632, align 4, !tbaa !5
-  %2634 = fmul <32 x float> %2596, %2633
-  %2635 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1049.i, <32 x float> %2634)
-  store <32 x float> %2635, ptr %2632, align 4, !tbaa !5
-  %2636 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2637 = load <4 x float>, ptr %2636, align 4, !tbaa !5
-  %2638 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2639 = load <4 x float>, ptr %2638, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend926.i = shufflevector <4 x float> %2637, <4 x float> %2639, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2640 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2641 = load <4 x float>, ptr %2640, align 4, !tbaa !5
-  %2642 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2643 = load <4 x float>, ptr %2642, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand946.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend947.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend926.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand946.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand967.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend968.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend947.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand967.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2644 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2645 = load <4 x float>, ptr %2644, align 4, !tbaa !5
-  %2646 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2647 = load <4 x float>, ptr %2646, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand988.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend989.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend968.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand988.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1009.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1010.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend989.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1009.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2648 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2649 = load <4 x float>, ptr %2648, align 4, !tbaa !5
-  %2650 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2651 = load <4 x float>, ptr %2650, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1030.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1031.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1010.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1030.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1051.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1052.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1031.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1051.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2652 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2653 = load <32 x float>, ptr %2652, align 4, !tbaa !5
-  %2654 = fmul <32 x float> %2596, %2653
-  %2655 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1052.i, <32 x float> %2654)
-  store <32 x float> %2655, ptr %2652, align 4, !tbaa !5
-  %2656 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2657 = load <4 x float>, ptr %2656, align 4, !tbaa !5
-  %2658 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2659 = load <4 x float>, ptr %2658, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend929.i = shufflevector <4 x float> %2657, <4 x float> %2659, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2660 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2661 = load <4 x float>, ptr %2660, align 4, !tbaa !5
-  %2662 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2663 = load <4 x float>, ptr %2662, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand949.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend950.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend929.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand949.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand970.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend971.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend950.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand970.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2664 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2665 = load <4 x float>, ptr %2664, align 4, !tbaa !5
-  %2666 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2667 = load <4 x float>, ptr %2666, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand991.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend992.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend971.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand991.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1012.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1013.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend992.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1012.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2668 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2669 = load <4 x float>, ptr %2668, align 4, !tbaa !5
-  %2670 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2671 = load <4 x float>, ptr %2670, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1033.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1034.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1013.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1033.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1054.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1055.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1034.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1054.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2672 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2673 = load <32 x float>, ptr %2672, align 4, !tbaa !5
-  %2674 = fmul <32 x float> %2596, %2673
-  %2675 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1055.i, <32 x float> %2674)
-  store <32 x float> %2675, ptr %2672, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+if_end153.i:                                      ; preds = %if_end137.if_end153_crit_edge.i, %if_end137.i
+  %2514 = phi <32 x float> [ %.pre.i, %if_end137.if_end153_crit_edge.i ], [ zeroinitializer, %if_end137.i ]
+  %2515 = getelementptr inbounds nuw i8, ptr %2510, i64 512
+  %2516 = fmul <32 x float> %1833, %2514
+  %2517 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1832, <32 x float> %2513, <32 x float> %2516)
+  store <32 x float> %2517, ptr %2515, align 4, !tbaa !5
+  %2518 = shufflevector <16 x float> %.lcssa555.i, <16 x float> %.lcssa563.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %449, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !8
 
-for_body_d_0150.us.preheader.i:                   ; preds = %for_begin_d_0149.preheader.i
-  %2676 = fmul <32 x float> %2596, zeroinitializer
-  %2677 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2676)
-  store <32 x float> %2677, ptr %gep83, align 4, !tbaa !5
-  %2678 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2679 = load <4 x float>, ptr %2678, align 4, !tbaa !5
-  %2680 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2681 = load <4 x float>, ptr %2680, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend935.i = shufflevector <4 x float> %2679, <4 x float> %2681, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2682 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2683 = load <4 x float>, ptr %2682, align 4, !tbaa !5
-  %2684 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2685 = load <4 x float>, ptr %2684, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand955.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend956.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend935.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand955.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand976.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend977.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend956.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand976.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2686 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2687 = load <4 x float>, ptr %2686, align 4, !tbaa !5
-  %2688 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2689 = load <4 x float>, ptr %2688, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand997.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend998.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend977.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand997.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1018.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1019.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend998.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1018.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2690 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2691 = load <4 x float>, ptr %2690, align 4, !tbaa !5
-  %2692 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2693 = load <4 x float>, ptr %2692, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1039.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1040.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1019.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1039.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1060.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1061.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1040.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1060.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2694 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1061.i, <32 x float> %2676)
-  store <32 x float> %2695, ptr %2694, align 4, !tbaa !5
-  %2696 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2697 = load <4 x float>, ptr %2696, align 4, !tbaa !5
-  %2698 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2699 = load <4 x float>, ptr %2698, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend938.i = shufflevector <4 x float> %2697, <4 x float> %2699, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2700 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2701 = load <4 x float>, ptr %2700, align 4, !tbaa !5
-  %2702 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2703 = load <4 x float>, ptr %2702, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand958.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend959.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend938.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand958.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand979.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend980.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend959.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand979.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2704 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2705 = load <4 x float>, ptr %2704, align 4, !tbaa !5
-  %2706 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2707 = load <4 x float>, ptr %2706, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1000.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1001.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend980.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1000.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1021.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1022.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1001.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1021.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2708 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2709 = load <4 x float>, ptr %2708, align 4, !tbaa !5
-  %2710 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2711 = load <4 x float>, ptr %2710, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1042.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1043.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1022.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1042.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1063.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1064.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1043.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1063.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2712 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2713 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1064.i, <32 x float> %2676)
-  store <32 x float> %2713, ptr %2712, align 4, !tbaa !5
-  %2714 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2715 = load <4 x float>, ptr %2714, align 4, !tbaa !5
-  %2716 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2717 = load <4 x float>, ptr %2716, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend941.i = shufflevector <4 x float> %2715, <4 x float> %2717, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2718 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2719 = load <4 x float>, ptr %2718, align 4, !tbaa !5
-  %2720 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2721 = load <4 x float>, ptr %2720, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand961.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend962.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend941.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand961.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand982.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend983.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend962.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand982.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2722 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2723 = load <4 x float>, ptr %2722, align 4, !tbaa !5
-  %2724 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2725 = load <4 x float>, ptr %2724, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1003.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1004.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend983.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1003.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1024.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1025.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1004.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1024.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2726 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2727 = load <4 x float>, ptr %2726, align 4, !tbaa !5
-  %2728 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2729 = load <4 x float>, ptr %2728, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1045.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1046.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1025.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1045.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1066.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1067.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1046.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1066.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2730 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2731 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1067.i, <32 x float> %2676)
-  store <32 x float> %2731, ptr %2730, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+if_end153.if_end169_crit_edge.i:                  ; preds = %if_end153.i
+  %.phi.trans.insert892.i = getelementptr inbounds nuw i8, ptr %2510, i64 1024
+  %.pre893.i = load <32 x float>, ptr %.phi.trans.insert892.i, align 4, !tbaa !5
+  br label %if_end169.i
 
-for_end_r146.i:                                   ; preds = %for_end_d_0151.i
-  %2732 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2733 = tail call i32 %2732(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not252.i = icmp eq i32 %2733, 0
-  br i1 %.not252.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !18
+if_end169.i:                                      ; preds = %if_end153.if_end169_crit_edge.i, %if_end153.i
+  %2519 = phi <32 x float> [ %.pre893.i, %if_end153.if_end169_crit_edge.i ], [ zeroinitializer, %if_end153.i ]
+  %2520 = getelementptr inbounds nuw i8, ptr %2510, i64 1024
+  %2521 = fmul <32 x float> %1835, %2519
+  %2522 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1834, <32 x float> %2518, <32 x float> %2521)
+  store <32 x float> %2522, ptr %2520, align 4, !tbaa !5
+  %2523 = shufflevector <16 x float> %.lcssa557.i, <16 x float> %.lcssa565.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %449, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !8
 
-for_end_d_0151.i:                                 ; preds = %for_body_d_0150.us.preheader.i, %for_body_d_0150.preheader.i
-  %indvars.iv.next816.i = add nuw nsw i64 %indvars.iv815.i, 1
-  %exitcond820.not.i = icmp eq i64 %indvars.iv.next816.i, 4
-  br i1 %exitcond820.not.i, label %for_end_r146.i, label %for_begin_d_0149.preheader.i, !prof !17
+if_end169.if_end185_crit_edge.i:                  ; preds = %if_end169.i
+  %.phi.trans.insert894.i = getelementptr inbounds nuw i8, ptr %2510, i64 1536
+  %.pre895.i = load <32 x float>, ptr %.phi.trans.insert894.i, align 4, !tbaa !5
+  br label %if_end185.i
 
-if_end157.i:                                      ; preds = %for_end_r146.i
-  %2734 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2735 = tail call i32 %2734(i32 1, i32 %dev_id, ptr nonnull %scaled108410861089.i)
-  %.not253.i = icmp eq i32 %2735, 0
-  br i1 %.not253.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !18
+if_end185.i:                                      ; preds = %if_end169.if_end185_crit_edge.i, %if_end169.i
+  %2524 = phi <32 x float> [ %.pre895.i, %if_end169.if_end185_crit_edge.i ], [ zeroinitializer, %if_end169.i ]
+  %2525 = getelementptr inbounds nuw i8, ptr %2510, i64 1536
+  %2526 = fmul <32 x float> %1837, %2524
+  %2527 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1836, <32 x float> %2523, <32 x float> %2526)
+  store <32 x float> %2527, ptr %2525, align 4, !tbaa !5
+  %indvars.iv.next780.i = add nuw nsw i64 %indvars.iv779.i, 1
+  %exitcond782.not.i = icmp eq i64 %indvars.iv.next780.i, 4
+  br i1 %exitcond782.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end160.i:                                      ; preds = %if_end157.i
-  %2736 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2737 = tail call i32 %2736(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not254.i = icmp eq i32 %2737, 0
-  br i1 %.not254.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !18
+if_end187.i:                                      ; preds = %for_end_d_0_m.i
+  %2528 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2529 = tail call i32 %2528(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not273.i = icmp eq i32 %2529, 0
+  br i1 %.not273.i, label %if_end190.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end163.i:                                      ; preds = %if_end160.i
-  %2738 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2739 = tail call i32 %2738(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not255.i = icmp eq i32 %2739, 0
-  br i1 %.not255.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !18
+if_end190.i:                                      ; preds = %if_end187.i
+  %2530 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2531 = tail call i32 %2530(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not274.i = icmp eq i32 %2531, 0
+  br i1 %.not274.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end166.i:                                      ; preds = %if_end163.i
-  %2740 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2741 = tail call i32 %2740(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not256.i = icmp eq i32 %2741, 0
-  br i1 %.not256.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
-
-if_end172.i:                                      ; preds = %for_end_kv_head.i
-  %2742 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2743 = tail call i32 %2742(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not251.i = icmp eq i32 %2743, 0
+if_end196.i:                                      ; preds = %for_end_kv_head.i
+  %2532 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2533 = tail call i32 %2532(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not271.i = icmp eq i32 %2533, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not251.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not271.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end178.i:                                      ; preds = %for_body_tile204.i, %if_end202.3.i
-  %2744 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2745 = tail call i32 %2744(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2745, 0
-  br i1 %.not.i, label %if_end226.i, label %fused_decode_compute_.exit, !prof !18
+for_body_tile202.i:                               ; preds = %for_body_tile202.i, %for_begin_tile201.preheader.i
+  %indvars.iv807.i = phi i64 [ %indvars.iv.next808.i, %for_body_tile202.i ], [ 0, %for_begin_tile201.preheader.i ]
+  %2534 = shl nuw nsw i64 %indvars.iv807.i, 2
+  %2535 = add nuw nsw i64 %2534, %193
+  %2536 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2534
+  %2537 = load float, ptr %2536, align 16, !tbaa !20
+  %2538 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2535
+  store float %2537, ptr %2538, align 4, !tbaa !5
+  %2539 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2534
+  %2540 = load float, ptr %2539, align 16, !tbaa !18
+  %2541 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2535
+  store float %2540, ptr %2541, align 4, !tbaa !5
+  %2542 = or disjoint i64 %2534, 1
+  %2543 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2542
+  %2544 = load float, ptr %2543, align 4, !tbaa !20
+  %2545 = or disjoint i64 %2535, 1
+  %2546 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2545
+  store float %2544, ptr %2546, align 4, !tbaa !5
+  %2547 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2542
+  %2548 = load float, ptr %2547, align 4, !tbaa !18
+  %2549 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2545
+  store float %2548, ptr %2549, align 4, !tbaa !5
+  %2550 = or disjoint i64 %2534, 2
+  %2551 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2550
+  %2552 = load float, ptr %2551, align 8, !tbaa !20
+  %2553 = or disjoint i64 %2535, 2
+  %2554 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2553
+  store float %2552, ptr %2554, align 4, !tbaa !5
+  %2555 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2550
+  %2556 = load float, ptr %2555, align 8, !tbaa !18
+  %2557 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2553
+  store float %2556, ptr %2557, align 4, !tbaa !5
+  %2558 = or disjoint i64 %2534, 3
+  %2559 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2558
+  %2560 = load float, ptr %2559, align 4, !tbaa !20
+  %2561 = or disjoint i64 %2535, 3
+  %2562 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2561
+  store float %2560, ptr %2562, align 4, !tbaa !5
+  %2563 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2558
+  %2564 = load float, ptr %2563, align 4, !tbaa !18
+  %2565 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2561
+  store float %2564, ptr %2565, align 4, !tbaa !5
+  %2566 = shl nuw nsw i64 %indvars.iv807.i, 9
+  %2567 = getelementptr inbounds nuw float, ptr %194, i64 %2566
+  %2568 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2566
+  %2569 = load <32 x float>, ptr %2568, align 4, !tbaa !5
+  store <32 x float> %2569, ptr %2567, align 4, !tbaa !5
+  %2570 = getelementptr inbounds nuw i8, ptr %2568, i64 128
+  %2571 = load <32 x float>, ptr %2570, align 4, !tbaa !5
+  %2572 = getelementptr inbounds nuw i8, ptr %2567, i64 128
+  store <32 x float> %2571, ptr %2572, align 4, !tbaa !5
+  %2573 = getelementptr inbounds nuw i8, ptr %2568, i64 256
+  %2574 = load <32 x float>, ptr %2573, align 4, !tbaa !5
+  %2575 = getelementptr inbounds nuw i8, ptr %2567, i64 256
+  store <32 x float> %2574, ptr %2575, align 4, !tbaa !5
+  %2576 = getelementptr inbounds nuw i8, ptr %2568, i64 384
+  %2577 = load <32 x float>, ptr %2576, align 4, !tbaa !5
+  %2578 = getelementptr inbounds nuw i8, ptr %2567, i64 384
+  store <32 x float> %2577, ptr %2578, align 4, !tbaa !5
+  %2579 = getelementptr inbounds nuw i8, ptr %2567, i64 512
+  %2580 = getelementptr inbounds nuw i8, ptr %2568, i64 512
+  %2581 = load <32 x float>, ptr %2580, align 4, !tbaa !5
+  store <32 x float> %2581, ptr %2579, align 4, !tbaa !5
+  %2582 = getelementptr inbounds nuw i8, ptr %2568, i64 640
+  %2583 = load <32 x float>, ptr %2582, align 4, !tbaa !5
+  %2584 = getelementptr inbounds nuw i8, ptr %2567, i64 640
+  store <32 x float> %2583, ptr %2584, align 4, !tbaa !5
+  %2585 = getelementptr inbounds nuw i8, ptr %2568, i64 768
+  %2586 = load <32 x float>, ptr %2585, align 4, !tbaa !5
+  %2587 = getelementptr inbounds nuw i8, ptr %2567, i64 768
+  store <32 x float> %2586, ptr %2587, align 4, !tbaa !5
+  %2588 = getelementptr inbounds nuw i8, ptr %2568, i64 896
+  %2589 = load <32 x float>, ptr %2588, align 4, !tbaa !5
+  %2590 = getelementptr inbounds nuw i8, ptr %2567, i64 896
+  store <32 x float> %2589, ptr %2590, align 4, !tbaa !5
+  %2591 = getelementptr inbounds nuw i8, ptr %2567, i64 1024
+  %2592 = getelementptr inbounds nuw i8, ptr %2568, i64 1024
+  %2593 = load <32 x float>, ptr %2592, align 4, !tbaa !5
+  store <32 x float> %2593, ptr %2591, align 4, !tbaa !5
+  %2594 = getelementptr inbounds nuw i8, ptr %2568, i64 1152
+  %2595 = load <32 x float>, ptr %2594, align 4, !tbaa !5
+  %2596 = getelementptr inbounds nuw i8, ptr %2567, i64 1152
+  store <32 x float> %2595, ptr %2596, align 4, !tbaa !5
+  %2597 = getelementptr inbounds nuw i8, ptr %2568, i64 1280
+  %2598 = load <32 x float>, ptr %2597, align 4, !tbaa !5
+  %2599 = getelementptr inbounds nuw i8, ptr %2567, i64 1280
+  store <32 x float> %2598, ptr %2599, align 4, !tbaa !5
+  %2600 = getelementptr inbounds nuw i8, ptr %2568, i64 1408
+  %2601 = load <32 x float>, ptr %2600, align 4, !tbaa !5
+  %2602 = getelementptr inbounds nuw i8, ptr %2567, i64 1408
+  store <32 x float> %2601, ptr %2602, align 4, !tbaa !5
+  %2603 = getelementptr inbounds nuw i8, ptr %2567, i64 1536
+  %2604 = getelementptr inbounds nuw i8, ptr %2568, i64 1536
+  %2605 = load <32 x float>, ptr %2604, align 4, !tbaa !5
+  store <32 x float> %2605, ptr %2603, align 4, !tbaa !5
+  %2606 = getelementptr inbounds nuw i8, ptr %2568, i64 1664
+  %2607 = load <32 x float>, ptr %2606, align 4, !tbaa !5
+  %2608 = getelementptr inbounds nuw i8, ptr %2567, i64 1664
+  store <32 x float> %2607, ptr %2608, align 4, !tbaa !5
+  %2609 = getelementptr inbounds nuw i8, ptr %2568, i64 1792
+  %2610 = load <32 x float>, ptr %2609, align 4, !tbaa !5
+  %2611 = getelementptr inbounds nuw i8, ptr %2567, i64 1792
+  store <32 x float> %2610, ptr %2611, align 4, !tbaa !5
+  %2612 = getelementptr inbounds nuw i8, ptr %2568, i64 1920
+  %2613 = load <32 x float>, ptr %2612, align 4, !tbaa !5
+  %2614 = getelementptr inbounds nuw i8, ptr %2567, i64 1920
+  store <32 x float> %2613, ptr %2614, align 4, !tbaa !5
+  %indvars.iv.next808.i = add nuw nsw i64 %indvars.iv807.i, 1
+  %exitcond810.not.i = icmp eq i64 %indvars.iv.next808.i, 8
+  br i1 %exitcond810.not.i, label %for_end_tile203.i, label %for_body_tile202.i, !prof !16
 
-for_body_tile181.i:                               ; preds = %if_end202.3.i, %for_begin_tile180.preheader.i
-  %indvars.iv876.i = phi i64 [ 0, %for_begin_tile180.preheader.i ], [ %indvars.iv.next877.i, %if_end202.3.i ]
-  %2746 = shl nuw nsw i64 %indvars.iv876.i, 2
-  %2747 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2746
-  %total.i = load <4 x float>, ptr %2747, align 16, !tbaa !59
-  %2748 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2749 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2750 = select <4 x i1> %2749, <4 x float> zeroinitializer, <4 x float> %2748
-  %2751 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> zeroinitializer
-  %2752 = mul nsw i64 %2746, %out_head
-  %invariant.gep589.i = getelementptr i16, ptr %220, i64 %2752
-  %.idx60 = shl nuw nsw i64 %indvars.iv876.i, 11
-  %2753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2754 = load <32 x float>, ptr %2753, align 4, !tbaa !5
-  %2755 = fmul <32 x float> %2754, %2751
-  %2756 = bitcast <32 x float> %2755 to <32 x i32>
-  %2757 = lshr <32 x i32> %2756, splat (i32 16)
-  %2758 = and <32 x i32> %2757, splat (i32 1)
-  %2759 = add nuw <32 x i32> %2756, splat (i32 32767)
-  %2760 = add nuw <32 x i32> %2759, %2758
-  %2761 = lshr <32 x i32> %2760, splat (i32 16)
-  %2762 = trunc nuw <32 x i32> %2761 to <32 x i16>
-  store <32 x i16> %2762, ptr %invariant.gep589.i, align 2, !tbaa !5
-  %2763 = getelementptr inbounds nuw i8, ptr %2753, i64 128
-  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !5
-  %2765 = fmul <32 x float> %2764, %2751
-  %2766 = bitcast <32 x float> %2765 to <32 x i32>
-  %2767 = lshr <32 x i32> %2766, splat (i32 16)
-  %2768 = and <32 x i32> %2767, splat (i32 1)
-  %2769 = add nuw <32 x i32> %2766, splat (i32 32767)
-  %2770 = add nuw <32 x i32> %2769, %2768
-  %2771 = lshr <32 x i32> %2770, splat (i32 16)
-  %2772 = trunc nuw <32 x i32> %2771 to <32 x i16>
-  %gep590.1.i = getelementptr i8, ptr %invariant.gep589.i, i64 64
-  store <32 x i16> %2772, ptr %gep590.1.i, align 2, !tbaa !5
-  %2773 = getelementptr inbounds nuw i8, ptr %2753, i64 256
-  %2774 = load <32 x float>, ptr %2773, align 4, !tbaa !5
-  %2775 = fmul <32 x float> %2751, %2774
-  %2776 = bitcast <32 x float> %2775 to <32 x i32>
-  %2777 = lshr <32 x i32> %2776, splat (i32 16)
-  %2778 = and <32 x i32> %2777, splat (i32 1)
-  %2779 = add nuw <32 x i32> %2776, splat (i32 32767)
-  %2780 = add nuw <32 x i32> %2779, %2778
-  %2781 = lshr <32 x i32> %2780, splat (i32 16)
-  %2782 = trunc nuw <32 x i32> %2781 to <32 x i16>
-  %gep590.2.i = getelementptr i8, ptr %invariant.gep589.i, i64 128
-  store <32 x i16> %2782, ptr %gep590.2.i, align 2, !tbaa !5
-  %2783 = getelementptr inbounds nuw i8, ptr %2753, i64 384
-  %2784 = load <32 x float>, ptr %2783, align 4, !tbaa !5
-  %2785 = fmul <32 x float> %2751, %2784
-  %2786 = bitcast <32 x float> %2785 to <32 x i32>
-  %2787 = lshr <32 x i32> %2786, splat (i32 16)
-  %2788 = and <32 x i32> %2787, splat (i32 1)
-  %2789 = add nuw <32 x i32> %2786, splat (i32 32767)
-  %2790 = add nuw <32 x i32> %2789, %2788
-  %2791 = lshr <32 x i32> %2790, splat (i32 16)
-  %2792 = trunc nuw <32 x i32> %2791 to <32 x i16>
-  %gep590.3.i = getelementptr i8, ptr %invariant.gep589.i, i64 192
-  store <32 x i16> %2792, ptr %gep590.3.i, align 2, !tbaa !5
-  %2793 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2794 = or disjoint i64 %2746, 1
-  %2795 = mul nsw i64 %2794, %out_head
-  %invariant.gep589.1.i = getelementptr i16, ptr %220, i64 %2795
-  %2796 = getelementptr inbounds nuw i8, ptr %2753, i64 512
-  %2797 = load <32 x float>, ptr %2796, align 4, !tbaa !5
-  %2798 = fmul <32 x float> %2793, %2797
-  %2799 = bitcast <32 x float> %2798 to <32 x i32>
-  %2800 = lshr <32 x i32> %2799, splat (i32 16)
-  %2801 = and <32 x i32> %2800, splat (i32 1)
-  %2802 = add nuw <32 x i32> %2799, splat (i32 32767)
-  %2803 = add nuw <32 x i32> %2802, %2801
-  %2804 = lshr <32 x i32> %2803, splat (i32 16)
-  %2805 = trunc nuw <32 x i32> %2804 to <32 x i16>
-  store <32 x i16> %2805, ptr %invariant.gep589.1.i, align 2, !tbaa !5
-  %2806 = getelementptr inbounds nuw i8, ptr %2753, i64 640
-  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !5
-  %2808 = fmul <32 x float> %2793, %2807
-  %2809 = bitcast <32 x float> %2808 to <32 x i32>
-  %2810 = lshr <32 x i32> %2809, splat (i32 16)
-  %2811 = and <32 x i32> %2810, splat (i32 1)
-  %2812 = add nuw <32 x i32> %2809, splat (i32 32767)
-  %2813 = add nuw <32 x i32> %2812, %2811
-  %2814 = lshr <32 x i32> %2813, splat (i32 16)
-  %2815 = trunc nuw <32 x i32> %2814 to <32 x i16>
-  %gep590.1.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 64
-  store <32 x i16> %2815, ptr %gep590.1.1.i, align 2, !tbaa !5
-  %2816 = getelementptr inbounds nuw i8, ptr %2753, i64 768
-  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !5
-  %2818 = fmul <32 x float> %2793, %2817
-  %2819 = bitcast <32 x float> %2818 to <32 x i32>
-  %2820 = lshr <32 x i32> %2819, splat (i32 16)
-  %2821 = and <32 x i32> %2820, splat (i32 1)
-  %2822 = add nuw <32 x i32> %2819, splat (i32 32767)
-  %2823 = add nuw <32 x i32> %2822, %2821
-  %2824 = lshr <32 x i32> %2823, splat (i32 16)
-  %2825 = trunc nuw <32 x i32> %2824 to <32 x i16>
-  %gep590.2.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 128
-  store <32 x i16> %2825, ptr %gep590.2.1.i, align 2, !tbaa !5
-  %2826 = getelementptr inbounds nuw i8, ptr %2753, i64 896
-  %2827 = load <32 x float>, ptr %2826, align 4, !tbaa !5
-  %2828 = fmul <32 x float> %2793, %2827
-  %2829 = bitcast <32 x float> %2828 to <32 x i32>
-  %2830 = lshr <32 x i32> %2829, splat (i32 16)
-  %2831 = and <32 x i32> %2830, splat (i32 1)
-  %2832 = add nuw <32 x i32> %2829, splat (i32 32767)
-  %2833 = add nuw <32 x i32> %2832, %2831
-  %2834 = lshr <32 x i32> %2833, splat (i32 16)
-  %2835 = trunc nuw <32 x i32> %2834 to <32 x i16>
-  %gep590.3.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 192
-  store <32 x i16> %2835, ptr %gep590.3.1.i, align 2, !tbaa !5
-  %2836 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2837 = or disjoint i64 %2746, 2
-  %2838 = mul nsw i64 %2837, %out_head
-  %invariant.gep589.2.i = getelementptr i16, ptr %220, i64 %2838
-  %2839 = getelementptr inbounds nuw i8, ptr %2753, i64 1024
-  %2840 = load <32 x float>, ptr %2839, align 4, !tbaa !5
-  %2841 = fmul <32 x float> %2836, %2840
-  %2842 = bitcast <32 x float> %2841 to <32 x i32>
-  %2843 = lshr <32 x i32> %2842, splat (i32 16)
-  %2844 = and <32 x i32> %2843, splat (i32 1)
-  %2845 = add nuw <32 x i32> %2842, splat (i32 32767)
-  %2846 = add nuw <32 x i32> %2845, %2844
-  %2847 = lshr <32 x i32> %2846, splat (i32 16)
-  %2848 = trunc nuw <32 x i32> %2847 to <32 x i16>
-  store <32 x i16> %2848, ptr %invariant.gep589.2.i, align 2, !tbaa !5
-  %2849 = getelementptr inbounds nuw i8, ptr %2753, i64 1152
-  %2850 = load <32 x float>, ptr %2849, align 4, !tbaa !5
-  %2851 = fmul <32 x float> %2836, %2850
-  %2852 = bitcast <32 x float> %2851 to <32 x i32>
-  %2853 = lshr <32 x i32> %2852, splat (i32 16)
-  %2854 = and <32 x i32> %2853, splat (i32 1)
-  %2855 = add nuw <32 x i32> %2852, splat (i32 32767)
-  %2856 = add nuw <32 x i32> %2855, %2854
-  %2857 = lshr <32 x i32> %2856, splat (i32 16)
-  %2858 = trunc nuw <32 x i32> %2857 to <32 x i16>
-  %gep590.1.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 64
-  store <32 x i16> %2858, ptr %gep590.1.2.i, align 2, !tbaa !5
-  %2859 = getelementptr inbounds nuw i8, ptr %2753, i64 1280
-  %2860 = load <32 x float>, ptr %2859, align 4, !tbaa !5
-  %2861 = fmul <32 x float> %2836, %2860
-  %2862 = bitcast <32 x float> %2861 to <32 x i32>
-  %2863 = lshr <32 x i32> %2862, splat (i32 16)
-  %2864 = and <32 x i32> %2863, splat (i32 1)
-  %2865 = add nuw <32 x i32> %2862, splat (i32 32767)
-  %2866 = add nuw <32 x i32> %2865, %2864
-  %2867 = lshr <32 x i32> %2866, splat (i32 16)
-  %2868 = trunc nuw <32 x i32> %2867 to <32 x i16>
-  %gep590.2.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 128
-  store <32 x i16> %2868, ptr %gep590.2.2.i, align 2, !tbaa !5
-  %2869 = getelementptr inbounds nuw i8, ptr %2753, i64 1408
-  %2870 = load <32 x float>, ptr %2869, align 4, !tbaa !5
-  %2871 = fmul <32 x float> %2836, %2870
-  %2872 = bitcast <32 x float> %2871 to <32 x i32>
-  %2873 = lshr <32 x i32> %2872, splat (i32 16)
-  %2874 = and <32 x i32> %2873, splat (i32 1)
-  %2875 = add nuw <32 x i32> %2872, splat (i32 32767)
-  %2876 = add nuw <32 x i32> %2875, %2874
-  %2877 = lshr <32 x i32> %2876, splat (i32 16)
-  %2878 = trunc nuw <32 x i32> %2877 to <32 x i16>
-  %gep590.3.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 192
-  store <32 x i16> %2878, ptr %gep590.3.2.i, align 2, !tbaa !5
-  %2879 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2880 = or disjoint i64 %2746, 3
-  %2881 = mul nsw i64 %2880, %out_head
-  %invariant.gep589.3.i = getelementptr i16, ptr %220, i64 %2881
-  %2882 = getelementptr inbounds nuw i8, ptr %2753, i64 1536
-  %2883 = load <32 x float>, ptr %2882, align 4, !tbaa !5
-  %2884 = fmul <32 x float> %2879, %2883
-  %2885 = bitcast <32 x float> %2884 to <32 x i32>
-  %2886 = lshr <32 x i32> %2885, splat (i32 16)
-  %2887 = and <32 x i32> %2886, splat (i32 1)
-  %2888 = add nuw <32 x i32> %2885, splat (i32 32767)
-  %2889 = add nuw <32 x i32> %2888, %2887
-  %2890 = lshr <32 x i32> %2889, splat (i32 16)
-  %2891 = trunc nuw <32 x i32> %2890 to <32 x i16>
-  store <32 x i16> %2891, ptr %invariant.gep589.3.i, align 2, !tbaa !5
-  %2892 = getelementptr inbounds nuw i8, ptr %2753, i64 1664
-  %2893 = load <32 x float>, ptr %2892, align 4, !tbaa !5
-  %2894 = fmul <32 x float> %2879, %2893
-  %2895 = bitcast <32 x float> %2894 to <32 x i32>
-  %2896 = lshr <32 x i32> %2895, splat (i32 16)
-  %2897 = and <32 x i32> %2896, splat (i32 1)
-  %2898 = add nuw <32 x i32> %2895, splat (i32 32767)
-  %2899 = add nuw <32 x i32> %2898, %2897
-  %2900 = lshr <32 x i32> %2899, splat (i32 16)
-  %2901 = trunc nuw <32 x i32> %2900 to <32 x i16>
-  %gep590.1.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 64
-  store <32 x i16> %2901, ptr %gep590.1.3.i, align 2, !tbaa !5
-  %2902 = getelementptr inbounds nuw i8, ptr %2753, i64 1792
-  %2903 = load <32 x float>, ptr %2902, align 4, !tbaa !5
-  %2904 = fmul <32 x float> %2879, %2903
-  %2905 = bitcast <32 x float> %2904 to <32 x i32>
-  %2906 = lshr <32 x i32> %2905, splat (i32 16)
-  %2907 = and <32 x i32> %2906, splat (i32 1)
-  %2908 = add nuw <32 x i32> %2905, splat (i32 32767)
-  %2909 = add nuw <32 x i32> %2908, %2907
-  %2910 = lshr <32 x i32> %2909, splat (i32 16)
-  %2911 = trunc nuw <32 x i32> %2910 to <32 x i16>
-  %gep590.2.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 128
-  store <32 x i16> %2911, ptr %gep590.2.3.i, align 2, !tbaa !5
-  %2912 = getelementptr inbounds nuw i8, ptr %2753, i64 1920
-  %2913 = load <32 x float>, ptr %2912, align 4, !tbaa !5
-  %2914 = fmul <32 x float> %2879, %2913
-  %2915 = bitcast <32 x float> %2914 to <32 x i32>
-  %2916 = lshr <32 x i32> %2915, splat (i32 16)
-  %2917 = and <32 x i32> %2916, splat (i32 1)
-  %2918 = add nuw <32 x i32> %2915, splat (i32 32767)
-  %2919 = add nuw <32 x i32> %2918, %2917
-  %2920 = lshr <32 x i32> %2919, splat (i32 16)
-  %2921 = trunc nuw <32 x i32> %2920 to <32 x i16>
-  %gep590.3.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 192
-  store <32 x i16> %2921, ptr %gep590.3.3.i, align 2, !tbaa !5
-  %2922 = getelementptr float, ptr %222, i64 %2746
-  %2923 = load float, ptr %2747, align 16, !tbaa !59
-  %2924 = fcmp oeq float %2923, 0.000000e+00
-  br i1 %2924, label %if_end202.i, label %if_else201.i
+for_end_tile203.i:                                ; preds = %for_body_tile202.i, %if_end221.us.3.i
+  %2615 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2616 = tail call i32 %2615(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2616, 0
+  br i1 %.not.i, label %if_end238.i, label %fused_decode_compute_.exit, !prof !17
 
-if_else201.i:                                     ; preds = %for_body_tile181.i
-  %2925 = tail call float @llvm.log.f32(float %2923)
-  %2926 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2746
-  %2927 = load float, ptr %2926, align 16, !tbaa !57
-  %2928 = fadd float %2925, %2927
-  br label %if_end202.i
+if_end238.i:                                      ; preds = %for_end_tile203.i
+  %2617 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2618 = tail call i32 %2617(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not268.i = icmp eq i32 %2618, 0
+  br i1 %.not268.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end202.i:                                      ; preds = %if_else201.i, %for_body_tile181.i
-  %2929 = phi float [ %2928, %if_else201.i ], [ 0xFFF0000000000000, %for_body_tile181.i ]
-  store float %2929, ptr %2922, align 4, !tbaa !5
-  %2930 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2794
-  %2931 = load float, ptr %2930, align 4, !tbaa !59
-  %2932 = fcmp oeq float %2931, 0.000000e+00
-  br i1 %2932, label %if_end202.1.i, label %if_else201.1.i
-
-if_else201.1.i:                                   ; preds = %if_end202.i
-  %2933 = tail call float @llvm.log.f32(float %2931)
-  %2934 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2794
-  %2935 = load float, ptr %2934, align 4, !tbaa !57
-  %2936 = fadd float %2933, %2935
-  br label %if_end202.1.i
-
-if_end202.1.i:                                    ; preds = %if_else201.1.i, %if_end202.i
-  %2937 = phi float [ %2936, %if_else201.1.i ], [ 0xFFF0000000000000, %if_end202.i ]
-  %2938 = getelementptr i8, ptr %2922, i64 4
-  store float %2937, ptr %2938, align 4, !tbaa !5
-  %2939 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2837
-  %2940 = load float, ptr %2939, align 8, !tbaa !59
-  %2941 = fcmp oeq float %2940, 0.000000e+00
-  br i1 %2941, label %if_end202.2.i, label %if_else201.2.i
-
-if_else201.2.i:                                   ; preds = %if_end202.1.i
-  %2942 = tail call float @llvm.log.f32(float %2940)
-  %2943 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2837
-  %2944 = load float, ptr %2943, align 8, !tbaa !57
-  %2945 = fadd float %2942, %2944
-  br label %if_end202.2.i
-
-if_end202.2.i:                                    ; preds = %if_else201.2.i, %if_end202.1.i
-  %2946 = phi float [ %2945, %if_else201.2.i ], [ 0xFFF0000000000000, %if_end202.1.i ]
-  %2947 = getelementptr i8, ptr %2922, i64 8
-  store float %2946, ptr %2947, align 4, !tbaa !5
-  %2948 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2880
-  %2949 = load float, ptr %2948, align 4, !tbaa !59
-  %2950 = fcmp oeq float %2949, 0.000000e+00
-  br i1 %2950, label %if_end202.3.i, label %if_else201.3.i
-
-if_else201.3.i:                                   ; preds = %if_end202.2.i
-  %2951 = tail call float @llvm.log.f32(float %2949)
-  %2952 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2880
-  %2953 = load float, ptr %2952, align 4, !tbaa !57
-  %2954 = fadd float %2951, %2953
-  br label %if_end202.3.i
-
-if_end202.3.i:                                    ; preds = %if_else201.3.i, %if_end202.2.i
-  %2955 = phi float [ %2954, %if_else201.3.i ], [ 0xFFF0000000000000, %if_end202.2.i ]
-  %2956 = getelementptr i8, ptr %2922, i64 12
-  store float %2955, ptr %2956, align 4, !tbaa !5
-  %indvars.iv.next877.i = add nuw nsw i64 %indvars.iv876.i, 1
-  %exitcond880.not.i = icmp eq i64 %indvars.iv.next877.i, 8
-  br i1 %exitcond880.not.i, label %if_end178.i, label %for_body_tile181.i, !prof !17
-
-for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
-  %indvars.iv857.i = phi i64 [ 0, %for_begin_tile203.preheader.i ], [ %indvars.iv.next858.i, %for_body_tile204.i ]
-  %2957 = shl nuw nsw i64 %indvars.iv857.i, 2
-  %2958 = add nuw nsw i64 %2957, %217
-  %2959 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2957
-  %2960 = load float, ptr %2959, align 16, !tbaa !57
-  %2961 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2958
-  store float %2960, ptr %2961, align 4, !tbaa !5
-  %2962 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2957
-  %2963 = load float, ptr %2962, align 16, !tbaa !59
-  %2964 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2958
-  store float %2963, ptr %2964, align 4, !tbaa !5
-  %2965 = or disjoint i64 %2957, 1
-  %cse_v135.1.i = or disjoint i64 %2958, 1
-  %2966 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2965
-  %2967 = load float, ptr %2966, align 4, !tbaa !57
-  %2968 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.1.i
-  store float %2967, ptr %2968, align 4, !tbaa !5
-  %2969 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2965
-  %2970 = load float, ptr %2969, align 4, !tbaa !59
-  %2971 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.1.i
-  store float %2970, ptr %2971, align 4, !tbaa !5
-  %2972 = or disjoint i64 %2957, 2
-  %cse_v135.2.i = or disjoint i64 %2958, 2
-  %2973 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2972
-  %2974 = load float, ptr %2973, align 8, !tbaa !57
-  %2975 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.2.i
-  store float %2974, ptr %2975, align 4, !tbaa !5
-  %2976 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2972
-  %2977 = load float, ptr %2976, align 8, !tbaa !59
-  %2978 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.2.i
-  store float %2977, ptr %2978, align 4, !tbaa !5
-  %2979 = or disjoint i64 %2957, 3
-  %cse_v135.3.i = or disjoint i64 %2958, 3
-  %2980 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2979
-  %2981 = load float, ptr %2980, align 4, !tbaa !57
-  %2982 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.3.i
-  store float %2981, ptr %2982, align 4, !tbaa !5
-  %2983 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2979
-  %2984 = load float, ptr %2983, align 4, !tbaa !59
-  %2985 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.3.i
-  store float %2984, ptr %2985, align 4, !tbaa !5
-  %.idx248.i = shl nuw nsw i64 %indvars.iv857.i, 11
-  %2986 = getelementptr inbounds nuw i8, ptr %218, i64 %.idx248.i
-  %2987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx248.i
-  %2988 = load <32 x float>, ptr %2987, align 4, !tbaa !5
-  store <32 x float> %2988, ptr %2986, align 4, !tbaa !5
-  %2989 = getelementptr inbounds nuw i8, ptr %2987, i64 128
-  %2990 = load <32 x float>, ptr %2989, align 4, !tbaa !5
-  %2991 = getelementptr inbounds nuw i8, ptr %2986, i64 128
-  store <32 x float> %2990, ptr %2991, align 4, !tbaa !5
-  %2992 = getelementptr inbounds nuw i8, ptr %2987, i64 256
-  %2993 = load <32 x float>, ptr %2992, align 4, !tbaa !5
-  %2994 = getelementptr inbounds nuw i8, ptr %2986, i64 256
-  store <32 x float> %2993, ptr %2994, align 4, !tbaa !5
-  %2995 = getelementptr inbounds nuw i8, ptr %2987, i64 384
-  %2996 = load <32 x float>, ptr %2995, align 4, !tbaa !5
-  %2997 = getelementptr inbounds nuw i8, ptr %2986, i64 384
-  store <32 x float> %2996, ptr %2997, align 4, !tbaa !5
-  %2998 = getelementptr inbounds nuw i8, ptr %2986, i64 512
-  %2999 = getelementptr inbounds nuw i8, ptr %2987, i64 512
-  %3000 = load <32 x float>, ptr %2999, align 4, !tbaa !5
-  store <32 x float> %3000, ptr %2998, align 4, !tbaa !5
-  %3001 = getelementptr inbounds nuw i8, ptr %2987, i64 640
-  %3002 = load <32 x float>, ptr %3001, align 4, !tbaa !5
-  %3003 = getelementptr inbounds nuw i8, ptr %2986, i64 640
-  store <32 x float> %3002, ptr %3003, align 4, !tbaa !5
-  %3004 = getelementptr inbounds nuw i8, ptr %2987, i64 768
-  %3005 = load <32 x float>, ptr %3004, align 4, !tbaa !5
-  %3006 = getelementptr inbounds nuw i8, ptr %2986, i64 768
-  store <32 x float> %3005, ptr %3006, align 4, !tbaa !5
-  %3007 = getelementptr inbounds nuw i8, ptr %2987, i64 896
-  %3008 = load <32 x float>, ptr %3007, align 4, !tbaa !5
-  %3009 = getelementptr inbounds nuw i8, ptr %2986, i64 896
-  store <32 x float> %3008, ptr %3009, align 4, !tbaa !5
-  %3010 = getelementptr inbounds nuw i8, ptr %2986, i64 1024
-  %3011 = getelementptr inbounds nuw i8, ptr %2987, i64 1024
-  %3012 = load <32 x float>, ptr %3011, align 4, !tbaa !5
-  store <32 x float> %3012, ptr %3010, align 4, !tbaa !5
-  %3013 = getelementptr inbounds nuw i8, ptr %2987, i64 1152
-  %3014 = load <32 x float>, ptr %3013, align 4, !tbaa !5
-  %3015 = getelementptr inbounds nuw i8, ptr %2986, i64 1152
-  store <32 x float> %3014, ptr %3015, align 4, !tbaa !5
-  %3016 = getelementptr inbounds nuw i8, ptr %2987, i64 1280
-  %3017 = load <32 x float>, ptr %3016, align 4, !tbaa !5
-  %3018 = getelementptr inbounds nuw i8, ptr %2986, i64 1280
-  store <32 x float> %3017, ptr %3018, align 4, !tbaa !5
-  %3019 = getelementptr inbounds nuw i8, ptr %2987, i64 1408
-  %3020 = load <32 x float>, ptr %3019, align 4, !tbaa !5
-  %3021 = getelementptr inbounds nuw i8, ptr %2986, i64 1408
-  store <32 x float> %3020, ptr %3021, align 4, !tbaa !5
-  %3022 = getelementptr inbounds nuw i8, ptr %2986, i64 1536
-  %3023 = getelementptr inbounds nuw i8, ptr %2987, i64 1536
-  %3024 = load <32 x float>, ptr %3023, align 4, !tbaa !5
-  store <32 x float> %3024, ptr %3022, align 4, !tbaa !5
-  %3025 = getelementptr inbounds nuw i8, ptr %2987, i64 1664
-  %3026 = load <32 x float>, ptr %3025, align 4, !tbaa !5
-  %3027 = getelementptr inbounds nuw i8, ptr %2986, i64 1664
-  store <32 x float> %3026, ptr %3027, align 4, !tbaa !5
-  %3028 = getelementptr inbounds nuw i8, ptr %2987, i64 1792
-  %3029 = load <32 x float>, ptr %3028, align 4, !tbaa !5
-  %3030 = getelementptr inbounds nuw i8, ptr %2986, i64 1792
-  store <32 x float> %3029, ptr %3030, align 4, !tbaa !5
-  %3031 = getelementptr inbounds nuw i8, ptr %2987, i64 1920
-  %3032 = load <32 x float>, ptr %3031, align 4, !tbaa !5
-  %3033 = getelementptr inbounds nuw i8, ptr %2986, i64 1920
-  store <32 x float> %3032, ptr %3033, align 4, !tbaa !5
-  %indvars.iv.next858.i = add nuw nsw i64 %indvars.iv857.i, 1
-  %exitcond861.not.i = icmp eq i64 %indvars.iv.next858.i, 8
-  br i1 %exitcond861.not.i, label %if_end178.i, label %for_body_tile204.i, !prof !17
-
-if_end226.i:                                      ; preds = %if_end178.i
-  %3034 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %3035 = tail call i32 %3034(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not249.i = icmp eq i32 %3035, 0
-  br i1 %.not249.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
-
-fused_decode_compute_.exit:                       ; preds = %if_end226.i, %if_end178.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_r146.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_r146.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end178.i ], [ 0, %for_begin_s.i ], [ -1, %if_end226.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max247.i)
+fused_decode_compute_.exit:                       ; preds = %if_end238.i, %for_end_tile203.i, %if_end196.i, %if_end190.i, %if_end187.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end190.i ], [ -1, %if_end187.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end196.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile203.i ], [ -1, %if_end238.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum266.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max267.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [32 x float], align 16
-  %beta38.i = alloca [32 x float], align 16
-  %alpha39.i = alloca [32 x float], align 16
-  %row_sum42.i = alloca [32 x float], align 16
-  %row_max43.i = alloca [32 x float], align 16
+  %factor46.i = alloca [32 x float], align 16
+  %beta49.i = alloca [32 x float], align 16
+  %alpha50.i = alloca [32 x float], align 16
+  %row_sum51.i = alloca [32 x float], align 16
+  %row_max52.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5303,17 +4454,17 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max52.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %41 = icmp eq ptr %acc.i, null
   br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
@@ -5325,444 +4476,815 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %22, 32
-  %cse_v2.i = ashr exact i64 %sext, 32
+  %43 = ashr exact i64 %sext, 32
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
-  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
-  %45 = insertelement <32 x i1> poison, i1 %44, i64 0
-  %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
-  %cse_v9.i = shl nsw i64 %47, 5
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
-  %49 = load <32 x float>, ptr %48, align 4, !tbaa !5
-  %50 = fcmp ogt <32 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
-  %52 = load <32 x float>, ptr %51, align 4, !tbaa !5
-  %53 = fcmp oeq <32 x float> %52, zeroinitializer
-  %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
-  %old_or_both.i = select <32 x i1> %54, <32 x float> %old_max.i, <32 x float> %49
-  %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
-  %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
-  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <32 x i32> %57 to <32 x float>
-  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <32 x float> %arg.i, %60
-  %62 = fadd <32 x float> %59, %61
-  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
-  %68 = fmul <32 x float> %62, %67
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
-  %70 = shl <32 x i32> %56, splat (i32 23)
-  %71 = add <32 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <32 x i32> %71 to <32 x float>
-  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <32 x float> %73, %72
-  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
-  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !81
-  %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
-  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <32 x i32> %80 to <32 x float>
-  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <32 x float> %arg2.i, %83
-  %85 = fadd <32 x float> %82, %84
-  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
-  %91 = fmul <32 x float> %85, %90
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
-  %93 = shl <32 x i32> %79, splat (i32 23)
-  %94 = add <32 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <32 x i32> %94 to <32 x float>
-  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <32 x float> %96, %95
-  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
-  %100 = fcmp one <32 x float> %52, zeroinitializer
-  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !87
-  %102 = fmul <32 x float> %old_sum.i, %78
-  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
-  %.idx.i = shl nsw i64 %47, 14
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r_0.i ]
+  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total5357.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %467, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
+  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
+  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5357.i
+  %48 = add nsw i64 %indvars.iv67.i, %43
+  %49 = shl nsw i64 %48, 5
+  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
+  %51 = load <32 x float>, ptr %50, align 4, !tbaa !5
+  %52 = fcmp ogt <32 x float> %old_max.i, %51
+  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
+  %54 = load <32 x float>, ptr %53, align 4, !tbaa !5
+  %55 = fcmp oeq <32 x float> %54, zeroinitializer
+  %56 = select <32 x i1> %55, <32 x i1> splat (i1 true), <32 x i1> %52
+  %old_or_both.i = select <32 x i1> %56, <32 x float> %old_max.i, <32 x float> %51
+  %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
+  %58 = fsub <32 x float> %old_max.i, %m.i
+  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %60 = bitcast <32 x float> %59 to <32 x i32>
+  %61 = add nsw <32 x i32> %60, splat (i32 -1262485504)
+  %62 = sitofp <32 x i32> %61 to <32 x float>
+  %63 = fmul <32 x float> %62, splat (float 0x3F2BD01060000000)
+  %64 = fmul <32 x float> %62, splat (float 0x3FE6300000000000)
+  %65 = fsub <32 x float> %58, %64
+  %66 = fadd <32 x float> %63, %65
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %66, <32 x float> splat (float 0x3F81112100000000))
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %66, <32 x float> splat (float 0x3FA5553820000000))
+  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %66, <32 x float> splat (float 0x3FC5555540000000))
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %66, <32 x float> splat (float 5.000000e-01))
+  %72 = fmul <32 x float> %66, %71
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %66, <32 x float> %66)
+  %74 = shl <32 x i32> %60, splat (i32 23)
+  %75 = add <32 x i32> %74, splat (i32 1065353216)
+  %76 = bitcast <32 x i32> %75 to <32 x float>
+  %77 = fadd <32 x float> %73, splat (float 1.000000e+00)
+  %78 = fmul <32 x float> %77, %76
+  %79 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
+  %80 = select <32 x i1> %79, <32 x float> zeroinitializer, <32 x float> %78
+  %81 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %82 = select <32 x i1> %81, <32 x float> %80, <32 x float> zeroinitializer
+  store <32 x float> %82, ptr %alpha50.i, align 16, !tbaa !61
+  %arg2.i = fsub <32 x float> %51, %m.i
+  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <32 x float> %83 to <32 x i32>
+  %85 = add nsw <32 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <32 x i32> %85 to <32 x float>
+  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <32 x float> %arg2.i, %88
+  %90 = fadd <32 x float> %87, %89
+  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %90, <32 x float> splat (float 5.000000e-01))
+  %96 = fmul <32 x float> %90, %95
+  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %90, <32 x float> %90)
+  %98 = shl <32 x i32> %84, splat (i32 23)
+  %99 = add <32 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %54, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta49.i, align 16, !tbaa !67
+  %.idx.i = shl nsw i64 %48, 14
+  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !93
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !94
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !5
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !5
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !5
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !5
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !5
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
+for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
+  %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
+  %108 = shl nuw nsw i64 %indvars.iv.i.us, 2
+  %109 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %108
+  %110 = load float, ptr %109, align 16, !tbaa !73
+  %111 = insertelement <16 x float> poison, float %110, i64 0
+  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
+  %113 = shl nuw nsw i64 %indvars.iv.i.us, 9
+  %114 = getelementptr float, ptr %107, i64 %113
+  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %108
+  %116 = load float, ptr %115, align 16, !tbaa !74
+  %117 = or disjoint i64 %108, 1
+  %118 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %117
+  %119 = load float, ptr %118, align 4, !tbaa !73
+  %120 = insertelement <16 x float> poison, float %119, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %117
+  %123 = load float, ptr %122, align 4, !tbaa !74
+  %124 = or disjoint i64 %108, 2
+  %125 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %124
+  %126 = load float, ptr %125, align 8, !tbaa !73
+  %127 = insertelement <16 x float> poison, float %126, i64 0
+  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
+  %129 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %124
+  %130 = load float, ptr %129, align 8, !tbaa !74
+  %131 = or disjoint i64 %108, 3
+  %132 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %131
+  %133 = load float, ptr %132, align 4, !tbaa !73
+  %134 = insertelement <16 x float> poison, float %133, i64 0
+  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
+  %136 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %131
+  %137 = load float, ptr %136, align 4, !tbaa !74
+  %138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %113
+  %.scalar = fmul float %130, 0.000000e+00
+  %139 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar30 = fmul float %123, 0.000000e+00
+  %141 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %116, 0.000000e+00
+  %143 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
   store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !5
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !5
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
+  %145 = load <16 x float>, ptr %114, align 4, !tbaa !5
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %145, <16 x float> %144)
+  store <16 x float> %146, ptr %138, align 4, !tbaa !5
+  %147 = getelementptr inbounds nuw i8, ptr %138, i64 64
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
+  %148 = getelementptr i8, ptr %114, i64 64
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %149, <16 x float> %144)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %151 = getelementptr inbounds nuw i8, ptr %138, i64 512
+  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !5
+  %152 = getelementptr i8, ptr %114, i64 512
+  %153 = load <16 x float>, ptr %152, align 4, !tbaa !5
+  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %153, <16 x float> %142)
+  store <16 x float> %154, ptr %151, align 4, !tbaa !5
+  %155 = getelementptr inbounds nuw i8, ptr %138, i64 576
+  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
+  %156 = getelementptr i8, ptr %114, i64 576
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %157, <16 x float> %142)
+  store <16 x float> %158, ptr %155, align 4, !tbaa !5
+  %159 = getelementptr inbounds nuw i8, ptr %138, i64 1024
+  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !5
+  %160 = getelementptr i8, ptr %114, i64 1024
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
+  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %161, <16 x float> %140)
+  store <16 x float> %162, ptr %159, align 4, !tbaa !5
+  %163 = getelementptr inbounds nuw i8, ptr %138, i64 1088
+  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !5
+  %164 = getelementptr i8, ptr %114, i64 1088
+  %165 = load <16 x float>, ptr %164, align 4, !tbaa !5
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %165, <16 x float> %140)
+  store <16 x float> %166, ptr %163, align 4, !tbaa !5
+  %167 = getelementptr inbounds nuw i8, ptr %138, i64 1536
+  store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !5
+  %168 = getelementptr i8, ptr %114, i64 1536
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %.scalar34 = fmul float %137, 0.000000e+00
+  %170 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> zeroinitializer
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %169, <16 x float> %171)
+  store <16 x float> %172, ptr %167, align 4, !tbaa !5
+  %173 = getelementptr inbounds nuw i8, ptr %138, i64 1600
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
+  %174 = getelementptr i8, ptr %114, i64 1600
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %175, <16 x float> %171)
+  store <16 x float> %176, ptr %173, align 4, !tbaa !5
+  %177 = getelementptr inbounds nuw i8, ptr %138, i64 128
+  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %114, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %179, <16 x float> %144)
+  store <16 x float> %180, ptr %177, align 4, !tbaa !5
+  %181 = getelementptr inbounds nuw i8, ptr %138, i64 192
+  store <16 x float> zeroinitializer, ptr %181, align 4, !tbaa !5
+  %182 = getelementptr i8, ptr %114, i64 192
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %183, <16 x float> %144)
+  store <16 x float> %184, ptr %181, align 4, !tbaa !5
+  %185 = getelementptr inbounds nuw i8, ptr %138, i64 640
+  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !5
+  %186 = getelementptr i8, ptr %114, i64 640
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %187, <16 x float> %142)
+  store <16 x float> %188, ptr %185, align 4, !tbaa !5
+  %189 = getelementptr inbounds nuw i8, ptr %138, i64 704
+  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %114, i64 704
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %191, <16 x float> %142)
+  store <16 x float> %192, ptr %189, align 4, !tbaa !5
+  %193 = getelementptr inbounds nuw i8, ptr %138, i64 1152
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
+  %194 = getelementptr i8, ptr %114, i64 1152
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %195, <16 x float> %140)
+  store <16 x float> %196, ptr %193, align 4, !tbaa !5
+  %197 = getelementptr inbounds nuw i8, ptr %138, i64 1216
+  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !5
+  %198 = getelementptr i8, ptr %114, i64 1216
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %199, <16 x float> %140)
+  store <16 x float> %200, ptr %197, align 4, !tbaa !5
+  %201 = getelementptr inbounds nuw i8, ptr %138, i64 1664
+  store <16 x float> zeroinitializer, ptr %201, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %114, i64 1664
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %203, <16 x float> %171)
+  store <16 x float> %204, ptr %201, align 4, !tbaa !5
+  %205 = getelementptr inbounds nuw i8, ptr %138, i64 1728
+  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !5
+  %206 = getelementptr i8, ptr %114, i64 1728
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %207, <16 x float> %171)
+  store <16 x float> %208, ptr %205, align 4, !tbaa !5
+  %209 = getelementptr inbounds nuw i8, ptr %138, i64 256
+  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !5
+  %210 = getelementptr i8, ptr %114, i64 256
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %211, <16 x float> %144)
+  store <16 x float> %212, ptr %209, align 4, !tbaa !5
+  %213 = getelementptr inbounds nuw i8, ptr %138, i64 320
+  store <16 x float> zeroinitializer, ptr %213, align 4, !tbaa !5
+  %214 = getelementptr i8, ptr %114, i64 320
+  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %215, <16 x float> %144)
+  store <16 x float> %216, ptr %213, align 4, !tbaa !5
+  %217 = getelementptr inbounds nuw i8, ptr %138, i64 768
+  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !5
+  %218 = getelementptr i8, ptr %114, i64 768
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %219, <16 x float> %142)
+  store <16 x float> %220, ptr %217, align 4, !tbaa !5
+  %221 = getelementptr inbounds nuw i8, ptr %138, i64 832
+  store <16 x float> zeroinitializer, ptr %221, align 4, !tbaa !5
+  %222 = getelementptr i8, ptr %114, i64 832
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %223, <16 x float> %142)
+  store <16 x float> %224, ptr %221, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %138, i64 1280
+  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !5
+  %226 = getelementptr i8, ptr %114, i64 1280
+  %227 = load <16 x float>, ptr %226, align 4, !tbaa !5
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %227, <16 x float> %140)
+  store <16 x float> %228, ptr %225, align 4, !tbaa !5
+  %229 = getelementptr inbounds nuw i8, ptr %138, i64 1344
+  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !5
+  %230 = getelementptr i8, ptr %114, i64 1344
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %231, <16 x float> %140)
+  store <16 x float> %232, ptr %229, align 4, !tbaa !5
+  %233 = getelementptr inbounds nuw i8, ptr %138, i64 1792
+  store <16 x float> zeroinitializer, ptr %233, align 4, !tbaa !5
+  %234 = getelementptr i8, ptr %114, i64 1792
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
+  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %235, <16 x float> %171)
+  store <16 x float> %236, ptr %233, align 4, !tbaa !5
+  %237 = getelementptr inbounds nuw i8, ptr %138, i64 1856
+  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !5
+  %238 = getelementptr i8, ptr %114, i64 1856
+  %239 = load <16 x float>, ptr %238, align 4, !tbaa !5
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %239, <16 x float> %171)
+  store <16 x float> %240, ptr %237, align 4, !tbaa !5
+  %241 = getelementptr inbounds nuw i8, ptr %138, i64 384
+  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !5
+  %242 = getelementptr i8, ptr %114, i64 384
+  %243 = load <16 x float>, ptr %242, align 4, !tbaa !5
+  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %243, <16 x float> %144)
+  store <16 x float> %244, ptr %241, align 4, !tbaa !5
+  %245 = getelementptr inbounds nuw i8, ptr %138, i64 448
+  store <16 x float> zeroinitializer, ptr %245, align 4, !tbaa !5
+  %246 = getelementptr i8, ptr %114, i64 448
+  %247 = load <16 x float>, ptr %246, align 4, !tbaa !5
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %247, <16 x float> %144)
+  store <16 x float> %248, ptr %245, align 4, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %138, i64 896
+  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !5
+  %250 = getelementptr i8, ptr %114, i64 896
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %251, <16 x float> %142)
+  store <16 x float> %252, ptr %249, align 4, !tbaa !5
+  %253 = getelementptr inbounds nuw i8, ptr %138, i64 960
+  store <16 x float> zeroinitializer, ptr %253, align 4, !tbaa !5
+  %254 = getelementptr i8, ptr %114, i64 960
+  %255 = load <16 x float>, ptr %254, align 4, !tbaa !5
+  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %255, <16 x float> %142)
+  store <16 x float> %256, ptr %253, align 4, !tbaa !5
+  %257 = getelementptr inbounds nuw i8, ptr %138, i64 1408
+  store <16 x float> zeroinitializer, ptr %257, align 4, !tbaa !5
+  %258 = getelementptr i8, ptr %114, i64 1408
+  %259 = load <16 x float>, ptr %258, align 4, !tbaa !5
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %259, <16 x float> %140)
+  store <16 x float> %260, ptr %257, align 4, !tbaa !5
+  %261 = getelementptr inbounds nuw i8, ptr %138, i64 1472
+  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !5
+  %262 = getelementptr i8, ptr %114, i64 1472
+  %263 = load <16 x float>, ptr %262, align 4, !tbaa !5
+  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %263, <16 x float> %140)
+  store <16 x float> %264, ptr %261, align 4, !tbaa !5
+  %265 = getelementptr inbounds nuw i8, ptr %138, i64 1920
+  store <16 x float> zeroinitializer, ptr %265, align 4, !tbaa !5
+  %266 = getelementptr i8, ptr %114, i64 1920
+  %267 = load <16 x float>, ptr %266, align 4, !tbaa !5
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %267, <16 x float> %171)
+  store <16 x float> %268, ptr %265, align 4, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %138, i64 1984
+  store <16 x float> zeroinitializer, ptr %269, align 4, !tbaa !5
+  %270 = getelementptr i8, ptr %114, i64 1984
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
+  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %271, <16 x float> %171)
+  store <16 x float> %272, ptr %269, align 4, !tbaa !5
+  %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
+  %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 8
+  br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !16
 
-for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
-  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
-  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !95
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %467, %for_end_r_0.i ]
+  %m56.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m56.lcssa.i, ptr %row_max52.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum51.i, align 16
+  %273 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %274 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %275 = select <32 x i1> %274, <32 x float> zeroinitializer, <32 x float> %273
+  store <32 x float> %275, ptr %factor46.i, align 16, !tbaa !75
   %sext28 = shl i64 %20, 32
-  %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr i16, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %276 = ashr exact i64 %sext28, 32
+  %277 = mul nsw i64 %out_batch, %276
+  %278 = getelementptr i16, ptr %out, i64 %277
+  br label %for_begin_d_031.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !93
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !94
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %279 = shl nuw nsw i64 %indvars.iv.i, 2
+  %280 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %279
+  %281 = load float, ptr %280, align 16, !tbaa !73
+  %282 = insertelement <16 x float> poison, float %281, i64 0
+  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
+  %284 = shl nuw nsw i64 %indvars.iv.i, 9
+  %285 = getelementptr float, ptr %107, i64 %284
+  %286 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %279
+  %287 = load float, ptr %286, align 16, !tbaa !74
+  %288 = insertelement <16 x float> poison, float %287, i64 0
+  %289 = shufflevector <16 x float> %288, <16 x float> poison, <16 x i32> zeroinitializer
+  %290 = or disjoint i64 %279, 1
+  %291 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %290
+  %292 = load float, ptr %291, align 4, !tbaa !73
+  %293 = insertelement <16 x float> poison, float %292, i64 0
+  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
+  %295 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %290
+  %296 = load float, ptr %295, align 4, !tbaa !74
+  %297 = insertelement <16 x float> poison, float %296, i64 0
+  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
+  %299 = or disjoint i64 %279, 2
+  %300 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %299
+  %301 = load float, ptr %300, align 8, !tbaa !73
+  %302 = insertelement <16 x float> poison, float %301, i64 0
+  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
+  %304 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %299
+  %305 = load float, ptr %304, align 8, !tbaa !74
+  %306 = insertelement <16 x float> poison, float %305, i64 0
+  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
+  %308 = or disjoint i64 %279, 3
+  %309 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %308
+  %310 = load float, ptr %309, align 4, !tbaa !73
+  %311 = insertelement <16 x float> poison, float %310, i64 0
+  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
+  %313 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %308
+  %314 = load float, ptr %313, align 4, !tbaa !74
+  %315 = insertelement <16 x float> poison, float %314, i64 0
+  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
+  %317 = getelementptr inbounds nuw float, ptr %acc.i, i64 %284
+  %.pre.i = load <16 x float>, ptr %317, align 4, !tbaa !5
+  %.pre115.i = fmul <16 x float> %289, %.pre.i
+  %318 = load <16 x float>, ptr %285, align 4, !tbaa !5
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %318, <16 x float> %.pre115.i)
+  store <16 x float> %319, ptr %317, align 4, !tbaa !5
+  %320 = getelementptr i8, ptr %285, i64 64
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %322 = getelementptr inbounds nuw i8, ptr %317, i64 64
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %324 = fmul <16 x float> %289, %323
+  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %321, <16 x float> %324)
+  store <16 x float> %325, ptr %322, align 4, !tbaa !5
+  %.phi.trans.insert83.i = getelementptr inbounds nuw i8, ptr %317, i64 512
+  %.pre84.i = load <16 x float>, ptr %.phi.trans.insert83.i, align 4, !tbaa !5
+  %.pre116.i = fmul <16 x float> %298, %.pre84.i
+  %326 = getelementptr i8, ptr %285, i64 512
+  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %327, <16 x float> %.pre116.i)
+  store <16 x float> %328, ptr %.phi.trans.insert83.i, align 4, !tbaa !5
+  %329 = getelementptr i8, ptr %285, i64 576
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %331 = getelementptr inbounds nuw i8, ptr %317, i64 576
+  %332 = load <16 x float>, ptr %331, align 4, !tbaa !5
+  %333 = fmul <16 x float> %298, %332
+  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %330, <16 x float> %333)
+  store <16 x float> %334, ptr %331, align 4, !tbaa !5
+  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %317, i64 1024
+  %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
+  %.pre118.i = fmul <16 x float> %307, %.pre86.i
+  %335 = getelementptr i8, ptr %285, i64 1024
+  %336 = load <16 x float>, ptr %335, align 4, !tbaa !5
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %336, <16 x float> %.pre118.i)
+  store <16 x float> %337, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
+  %338 = getelementptr i8, ptr %285, i64 1088
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
+  %340 = getelementptr inbounds nuw i8, ptr %317, i64 1088
+  %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
+  %342 = fmul <16 x float> %307, %341
+  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %339, <16 x float> %342)
+  store <16 x float> %343, ptr %340, align 4, !tbaa !5
+  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %317, i64 1536
+  %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %344 = getelementptr i8, ptr %285, i64 1536
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !5
+  %346 = fmul <16 x float> %316, %.pre88.i
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %345, <16 x float> %346)
+  store <16 x float> %347, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %317, i64 1600
+  %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %348 = getelementptr i8, ptr %285, i64 1600
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
+  %350 = fmul <16 x float> %316, %.pre90.i
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %349, <16 x float> %350)
+  store <16 x float> %351, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %352 = getelementptr i8, ptr %285, i64 128
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
+  %354 = getelementptr inbounds nuw i8, ptr %317, i64 128
+  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
+  %356 = fmul <16 x float> %289, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 4, !tbaa !5
+  %358 = getelementptr i8, ptr %285, i64 192
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
+  %360 = getelementptr inbounds nuw i8, ptr %317, i64 192
+  %361 = load <16 x float>, ptr %360, align 4, !tbaa !5
+  %362 = fmul <16 x float> %289, %361
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %359, <16 x float> %362)
+  store <16 x float> %363, ptr %360, align 4, !tbaa !5
+  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %317, i64 640
+  %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %.pre120.i = fmul <16 x float> %298, %.pre92.i
+  %364 = getelementptr i8, ptr %285, i64 640
+  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %365, <16 x float> %.pre120.i)
+  store <16 x float> %366, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %367 = getelementptr i8, ptr %285, i64 704
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %369 = getelementptr inbounds nuw i8, ptr %317, i64 704
+  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
+  %371 = fmul <16 x float> %298, %370
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %368, <16 x float> %371)
+  store <16 x float> %372, ptr %369, align 4, !tbaa !5
+  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %317, i64 1152
+  %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %.pre122.i = fmul <16 x float> %307, %.pre94.i
+  %373 = getelementptr i8, ptr %285, i64 1152
+  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %374, <16 x float> %.pre122.i)
+  store <16 x float> %375, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %376 = getelementptr i8, ptr %285, i64 1216
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %378 = getelementptr inbounds nuw i8, ptr %317, i64 1216
+  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
+  %380 = fmul <16 x float> %307, %379
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %377, <16 x float> %380)
+  store <16 x float> %381, ptr %378, align 4, !tbaa !5
+  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %317, i64 1664
+  %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %382 = getelementptr i8, ptr %285, i64 1664
+  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
+  %384 = fmul <16 x float> %316, %.pre96.i
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %383, <16 x float> %384)
+  store <16 x float> %385, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %317, i64 1728
+  %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %386 = getelementptr i8, ptr %285, i64 1728
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
+  %388 = fmul <16 x float> %316, %.pre98.i
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %387, <16 x float> %388)
+  store <16 x float> %389, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %390 = getelementptr i8, ptr %285, i64 256
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw i8, ptr %317, i64 256
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
+  %394 = fmul <16 x float> %289, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 4, !tbaa !5
+  %396 = getelementptr i8, ptr %285, i64 320
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
+  %398 = getelementptr inbounds nuw i8, ptr %317, i64 320
+  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
+  %400 = fmul <16 x float> %289, %399
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %397, <16 x float> %400)
+  store <16 x float> %401, ptr %398, align 4, !tbaa !5
+  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %317, i64 768
+  %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %.pre124.i = fmul <16 x float> %298, %.pre100.i
+  %402 = getelementptr i8, ptr %285, i64 768
+  %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %403, <16 x float> %.pre124.i)
+  store <16 x float> %404, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %405 = getelementptr i8, ptr %285, i64 832
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %407 = getelementptr inbounds nuw i8, ptr %317, i64 832
+  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
+  %409 = fmul <16 x float> %298, %408
+  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %406, <16 x float> %409)
+  store <16 x float> %410, ptr %407, align 4, !tbaa !5
+  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %317, i64 1280
+  %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %.pre126.i = fmul <16 x float> %307, %.pre102.i
+  %411 = getelementptr i8, ptr %285, i64 1280
+  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %412, <16 x float> %.pre126.i)
+  store <16 x float> %413, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %414 = getelementptr i8, ptr %285, i64 1344
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %416 = getelementptr inbounds nuw i8, ptr %317, i64 1344
+  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
+  %418 = fmul <16 x float> %307, %417
+  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %415, <16 x float> %418)
+  store <16 x float> %419, ptr %416, align 4, !tbaa !5
+  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %317, i64 1792
+  %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %420 = getelementptr i8, ptr %285, i64 1792
+  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
+  %422 = fmul <16 x float> %316, %.pre104.i
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %421, <16 x float> %422)
+  store <16 x float> %423, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %317, i64 1856
+  %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %424 = getelementptr i8, ptr %285, i64 1856
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
+  %426 = fmul <16 x float> %316, %.pre106.i
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %425, <16 x float> %426)
+  store <16 x float> %427, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %428 = getelementptr i8, ptr %285, i64 384
+  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
+  %430 = getelementptr inbounds nuw i8, ptr %317, i64 384
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
+  %432 = fmul <16 x float> %289, %431
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %429, <16 x float> %432)
+  store <16 x float> %433, ptr %430, align 4, !tbaa !5
+  %434 = getelementptr i8, ptr %285, i64 448
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
+  %436 = getelementptr inbounds nuw i8, ptr %317, i64 448
+  %437 = load <16 x float>, ptr %436, align 4, !tbaa !5
+  %438 = fmul <16 x float> %289, %437
+  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %435, <16 x float> %438)
+  store <16 x float> %439, ptr %436, align 4, !tbaa !5
+  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %317, i64 896
+  %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %.pre128.i = fmul <16 x float> %298, %.pre108.i
+  %440 = getelementptr i8, ptr %285, i64 896
+  %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %441, <16 x float> %.pre128.i)
+  store <16 x float> %442, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %443 = getelementptr i8, ptr %285, i64 960
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
+  %445 = getelementptr inbounds nuw i8, ptr %317, i64 960
+  %446 = load <16 x float>, ptr %445, align 4, !tbaa !5
+  %447 = fmul <16 x float> %298, %446
+  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %444, <16 x float> %447)
+  store <16 x float> %448, ptr %445, align 4, !tbaa !5
+  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %317, i64 1408
+  %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %.pre130.i = fmul <16 x float> %307, %.pre110.i
+  %449 = getelementptr i8, ptr %285, i64 1408
+  %450 = load <16 x float>, ptr %449, align 4, !tbaa !5
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %450, <16 x float> %.pre130.i)
+  store <16 x float> %451, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %452 = getelementptr i8, ptr %285, i64 1472
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
+  %454 = getelementptr inbounds nuw i8, ptr %317, i64 1472
+  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
+  %456 = fmul <16 x float> %307, %455
+  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %453, <16 x float> %456)
+  store <16 x float> %457, ptr %454, align 4, !tbaa !5
+  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %317, i64 1920
+  %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %458 = getelementptr i8, ptr %285, i64 1920
+  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
+  %460 = fmul <16 x float> %316, %.pre112.i
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %459, <16 x float> %460)
+  store <16 x float> %461, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %317, i64 1984
+  %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
+  %462 = getelementptr i8, ptr %285, i64 1984
+  %463 = load <16 x float>, ptr %462, align 4, !tbaa !5
+  %464 = fmul <16 x float> %316, %.pre114.i
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %463, <16 x float> %464)
+  store <16 x float> %465, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
+  %466 = fmul <32 x float> %old_sum.i, %82
+  %467 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %54, <32 x float> %466)
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
+  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
-  %209 = load float, ptr %208, align 4, !tbaa !101
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv78.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
-  %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
+for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
+  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_031.preheader.i ]
+  %468 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv75.i
+  %469 = load float, ptr %468, align 4, !tbaa !81
+  %470 = insertelement <16 x float> poison, float %469, i64 0
+  %471 = shufflevector <16 x float> %470, <16 x float> poison, <16 x i32> zeroinitializer
+  %472 = mul nsw i64 %indvars.iv75.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %278, i64 %472
+  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
+  %473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
+  %475 = fmul <16 x float> %474, %471
+  %476 = bitcast <16 x float> %475 to <16 x i32>
+  %477 = lshr <16 x i32> %476, splat (i32 16)
+  %478 = and <16 x i32> %477, splat (i32 1)
+  %479 = add nuw <16 x i32> %476, splat (i32 32767)
+  %480 = add nuw <16 x i32> %479, %478
+  %481 = lshr <16 x i32> %480, splat (i32 16)
+  %482 = trunc nuw <16 x i32> %481 to <16 x i16>
+  store <16 x i16> %482, ptr %invariant.gep.i, align 2, !tbaa !5
+  %483 = getelementptr inbounds nuw i8, ptr %473, i64 64
+  %484 = load <16 x float>, ptr %483, align 4, !tbaa !5
+  %485 = fmul <16 x float> %471, %484
+  %486 = bitcast <16 x float> %485 to <16 x i32>
+  %487 = lshr <16 x i32> %486, splat (i32 16)
+  %488 = and <16 x i32> %487, splat (i32 1)
+  %489 = add nuw <16 x i32> %486, splat (i32 32767)
+  %490 = add nuw <16 x i32> %489, %488
+  %491 = lshr <16 x i32> %490, splat (i32 16)
+  %492 = trunc nuw <16 x i32> %491 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !5
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !5
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
+  store <16 x i16> %492, ptr %gep.1.i, align 2, !tbaa !5
+  %493 = getelementptr inbounds nuw i8, ptr %473, i64 128
+  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
+  %495 = fmul <16 x float> %471, %494
+  %496 = bitcast <16 x float> %495 to <16 x i32>
+  %497 = lshr <16 x i32> %496, splat (i32 16)
+  %498 = and <16 x i32> %497, splat (i32 1)
+  %499 = add nuw <16 x i32> %496, splat (i32 32767)
+  %500 = add nuw <16 x i32> %499, %498
+  %501 = lshr <16 x i32> %500, splat (i32 16)
+  %502 = trunc nuw <16 x i32> %501 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !5
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
+  store <16 x i16> %502, ptr %gep.2.i, align 2, !tbaa !5
+  %503 = getelementptr inbounds nuw i8, ptr %473, i64 192
+  %504 = load <16 x float>, ptr %503, align 4, !tbaa !5
+  %505 = fmul <16 x float> %471, %504
+  %506 = bitcast <16 x float> %505 to <16 x i32>
+  %507 = lshr <16 x i32> %506, splat (i32 16)
+  %508 = and <16 x i32> %507, splat (i32 1)
+  %509 = add nuw <16 x i32> %506, splat (i32 32767)
+  %510 = add nuw <16 x i32> %509, %508
+  %511 = lshr <16 x i32> %510, splat (i32 16)
+  %512 = trunc nuw <16 x i32> %511 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !5
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !5
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
+  store <16 x i16> %512, ptr %gep.3.i, align 2, !tbaa !5
+  %513 = getelementptr inbounds nuw i8, ptr %473, i64 256
+  %514 = load <16 x float>, ptr %513, align 4, !tbaa !5
+  %515 = fmul <16 x float> %471, %514
+  %516 = bitcast <16 x float> %515 to <16 x i32>
+  %517 = lshr <16 x i32> %516, splat (i32 16)
+  %518 = and <16 x i32> %517, splat (i32 1)
+  %519 = add nuw <16 x i32> %516, splat (i32 32767)
+  %520 = add nuw <16 x i32> %519, %518
+  %521 = lshr <16 x i32> %520, splat (i32 16)
+  %522 = trunc nuw <16 x i32> %521 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !5
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
+  store <16 x i16> %522, ptr %gep.4.i, align 2, !tbaa !5
+  %523 = getelementptr inbounds nuw i8, ptr %473, i64 320
+  %524 = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %525 = fmul <16 x float> %471, %524
+  %526 = bitcast <16 x float> %525 to <16 x i32>
+  %527 = lshr <16 x i32> %526, splat (i32 16)
+  %528 = and <16 x i32> %527, splat (i32 1)
+  %529 = add nuw <16 x i32> %526, splat (i32 32767)
+  %530 = add nuw <16 x i32> %529, %528
+  %531 = lshr <16 x i32> %530, splat (i32 16)
+  %532 = trunc nuw <16 x i32> %531 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !5
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !5
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
+  store <16 x i16> %532, ptr %gep.5.i, align 2, !tbaa !5
+  %533 = getelementptr inbounds nuw i8, ptr %473, i64 384
+  %534 = load <16 x float>, ptr %533, align 4, !tbaa !5
+  %535 = fmul <16 x float> %471, %534
+  %536 = bitcast <16 x float> %535 to <16 x i32>
+  %537 = lshr <16 x i32> %536, splat (i32 16)
+  %538 = and <16 x i32> %537, splat (i32 1)
+  %539 = add nuw <16 x i32> %536, splat (i32 32767)
+  %540 = add nuw <16 x i32> %539, %538
+  %541 = lshr <16 x i32> %540, splat (i32 16)
+  %542 = trunc nuw <16 x i32> %541 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !5
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  store <16 x i16> %542, ptr %gep.6.i, align 2, !tbaa !5
+  %543 = getelementptr inbounds nuw i8, ptr %473, i64 448
+  %544 = load <16 x float>, ptr %543, align 4, !tbaa !5
+  %545 = fmul <16 x float> %471, %544
+  %546 = bitcast <16 x float> %545 to <16 x i32>
+  %547 = lshr <16 x i32> %546, splat (i32 16)
+  %548 = and <16 x i32> %547, splat (i32 1)
+  %549 = add nuw <16 x i32> %546, splat (i32 32767)
+  %550 = add nuw <16 x i32> %549, %548
+  %551 = lshr <16 x i32> %550, splat (i32 16)
+  %552 = trunc nuw <16 x i32> %551 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
-  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
+  store <16 x i16> %552, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 32
+  br i1 %exitcond78.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !16
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %293 = mul nsw i64 %lse_batch, %cse_v5.i
-  %294 = getelementptr float, ptr %lse, i64 %293
-  br label %for_body_r28.i
+for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
+  %553 = mul nsw i64 %lse_batch, %276
+  %554 = getelementptr float, ptr %lse, i64 %553
+  br label %for_body_r37.i
 
-for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
-  %296 = load float, ptr %295, align 16, !tbaa !102
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end33.i, label %if_else.i
+for_body_r37.i:                                   ; preds = %if_end42.i.3, %for_begin_r36.preheader.i
+  %indvars.iv79.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next80.i.3, %if_end42.i.3 ]
+  %555 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv79.i
+  %556 = load float, ptr %555, align 16, !tbaa !82
+  %557 = fcmp oeq float %556, 0.000000e+00
+  br i1 %557, label %if_end42.i, label %if_else.i
 
-for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+for_end_r38.i:                                    ; preds = %if_end42.i.3
+  %558 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %559 = tail call i32 %558(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %559, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r28.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
-  %302 = load float, ptr %301, align 16, !tbaa !104
-  %303 = fadd float %300, %302
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_body_r37.i
+  %560 = tail call float @llvm.log.f32(float %556)
+  %561 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv79.i
+  %562 = load float, ptr %561, align 16, !tbaa !84
+  %563 = fadd float %560, %562
+  br label %if_end42.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
-  store float %304, ptr %305, align 4, !tbaa !5
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
-  %307 = load float, ptr %306, align 4, !tbaa !102
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end33.i.1, label %if_else.i.1
+if_end42.i:                                       ; preds = %if_else.i, %for_body_r37.i
+  %564 = phi float [ %563, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
+  %565 = getelementptr float, ptr %554, i64 %indvars.iv79.i
+  store float %564, ptr %565, align 4, !tbaa !5
+  %indvars.iv.next80.i = or disjoint i64 %indvars.iv79.i, 1
+  %566 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i
+  %567 = load float, ptr %566, align 4, !tbaa !82
+  %568 = fcmp oeq float %567, 0.000000e+00
+  br i1 %568, label %if_end42.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end33.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
-  %311 = load float, ptr %310, align 4, !tbaa !104
-  %312 = fadd float %309, %311
-  br label %if_end33.i.1
+if_else.i.1:                                      ; preds = %if_end42.i
+  %569 = tail call float @llvm.log.f32(float %567)
+  %570 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i
+  %571 = load float, ptr %570, align 4, !tbaa !84
+  %572 = fadd float %569, %571
+  br label %if_end42.i.1
 
-if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
-  store float %313, ptr %314, align 4, !tbaa !5
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !102
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end33.i.2, label %if_else.i.2
+if_end42.i.1:                                     ; preds = %if_else.i.1, %if_end42.i
+  %573 = phi float [ %572, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
+  %574 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i
+  store float %573, ptr %574, align 4, !tbaa !5
+  %indvars.iv.next80.i.1 = or disjoint i64 %indvars.iv79.i, 2
+  %575 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.1
+  %576 = load float, ptr %575, align 8, !tbaa !82
+  %577 = fcmp oeq float %576, 0.000000e+00
+  br i1 %577, label %if_end42.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end33.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !104
-  %321 = fadd float %318, %320
-  br label %if_end33.i.2
+if_else.i.2:                                      ; preds = %if_end42.i.1
+  %578 = tail call float @llvm.log.f32(float %576)
+  %579 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.1
+  %580 = load float, ptr %579, align 8, !tbaa !84
+  %581 = fadd float %578, %580
+  br label %if_end42.i.2
 
-if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
-  store float %322, ptr %323, align 4, !tbaa !5
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !102
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end33.i.3, label %if_else.i.3
+if_end42.i.2:                                     ; preds = %if_else.i.2, %if_end42.i.1
+  %582 = phi float [ %581, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
+  %583 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.1
+  store float %582, ptr %583, align 4, !tbaa !5
+  %indvars.iv.next80.i.2 = or disjoint i64 %indvars.iv79.i, 3
+  %584 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.2
+  %585 = load float, ptr %584, align 4, !tbaa !82
+  %586 = fcmp oeq float %585, 0.000000e+00
+  br i1 %586, label %if_end42.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end33.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !104
-  %330 = fadd float %327, %329
-  br label %if_end33.i.3
+if_else.i.3:                                      ; preds = %if_end42.i.2
+  %587 = tail call float @llvm.log.f32(float %585)
+  %588 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.2
+  %589 = load float, ptr %588, align 4, !tbaa !84
+  %590 = fadd float %587, %589
+  br label %if_end42.i.3
 
-if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
-  store float %331, ptr %332, align 4, !tbaa !5
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
-  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
-  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !17, !llvm.loop !106
+if_end42.i.3:                                     ; preds = %if_else.i.3, %if_end42.i.2
+  %591 = phi float [ %590, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
+  %592 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.2
+  store float %591, ptr %592, align 4, !tbaa !5
+  %indvars.iv.next80.i.3 = add nuw nsw i64 %indvars.iv79.i, 4
+  %exitcond82.not.i.3 = icmp eq i64 %indvars.iv.next80.i.3, 32
+  br i1 %exitcond82.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !16, !llvm.loop !86
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r38.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r38.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max52.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5987,97 +5509,77 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = distinct !{!14, !11}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"ctx_ptr", !7, i64 0}
-!17 = !{!"branch_weights", i32 1, i32 1048575}
-!18 = !{!"branch_weights", i32 1, i32 1048576}
-!19 = distinct !{!19, !20}
-!20 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!21 = distinct !{!21, !20}
-!22 = !{!"branch_weights", i32 6096, i32 2147477552}
-!23 = !{!"branch_weights", i32 8128, i32 2147475520}
-!24 = distinct !{!24, !25}
-!25 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!26 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!27 = distinct !{!27, !28, !29}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!29 = !{!"llvm.loop.unroll.disable"}
-!30 = distinct !{!30, !25}
-!31 = distinct !{!31, !28, !29}
-!32 = distinct !{!32, !25}
-!33 = distinct !{!33, !28, !29}
-!34 = distinct !{!34, !25}
-!35 = distinct !{!35, !28, !29}
-!36 = !{!"branch_weights", i32 14224, i32 2147469424}
-!37 = !{!"branch_weights", i32 16256, i32 2147467392}
-!38 = distinct !{!38, !39}
-!39 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!40 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!41 = distinct !{!41, !28, !29}
-!42 = distinct !{!42, !39}
-!43 = distinct !{!43, !28, !29}
-!44 = distinct !{!44, !39}
-!45 = distinct !{!45, !28, !29}
-!46 = distinct !{!46, !39}
-!47 = distinct !{!47, !28, !29}
-!48 = distinct !{!48, !39}
-!49 = distinct !{!49, !28, !29}
-!50 = distinct !{!50, !39}
-!51 = distinct !{!51, !28, !29}
-!52 = distinct !{!52, !39}
-!53 = distinct !{!53, !28, !29}
-!54 = distinct !{!54, !39}
-!55 = distinct !{!55, !28, !29}
-!56 = !{!"branch_weights", i32 1, i32 127}
-!57 = !{!58, !58, i64 0}
-!58 = !{!"buffer0", !7, i64 0}
-!59 = !{!60, !60, i64 0}
-!60 = !{!"buffer1", !7, i64 0}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"ctx_ptr", !7, i64 0}
+!16 = !{!"branch_weights", i32 1, i32 1048575}
+!17 = !{!"branch_weights", i32 1, i32 1048576}
+!18 = !{!19, !19, i64 0}
+!19 = !{!"buffer0", !7, i64 0}
+!20 = !{!21, !21, i64 0}
+!21 = !{!"buffer1", !7, i64 0}
+!22 = distinct !{!22, !23}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!24 = distinct !{!24, !23}
+!25 = !{!"branch_weights", i32 6096, i32 2147477552}
+!26 = !{!"branch_weights", i32 8128, i32 2147475520}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!29 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!30 = distinct !{!30, !31, !32}
+!31 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!32 = !{!"llvm.loop.unroll.disable"}
+!33 = distinct !{!33, !28}
+!34 = distinct !{!34, !31, !32}
+!35 = distinct !{!35, !28}
+!36 = distinct !{!36, !31, !32}
+!37 = distinct !{!37, !28}
+!38 = distinct !{!38, !31, !32}
+!39 = !{!"branch_weights", i32 14224, i32 2147469424}
+!40 = !{!"branch_weights", i32 16256, i32 2147467392}
+!41 = distinct !{!41, !42}
+!42 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!43 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!44 = distinct !{!44, !31, !32}
+!45 = distinct !{!45, !42}
+!46 = distinct !{!46, !31, !32}
+!47 = distinct !{!47, !42}
+!48 = distinct !{!48, !31, !32}
+!49 = distinct !{!49, !42}
+!50 = distinct !{!50, !31, !32}
+!51 = distinct !{!51, !42}
+!52 = distinct !{!52, !31, !32}
+!53 = distinct !{!53, !42}
+!54 = distinct !{!54, !31, !32}
+!55 = distinct !{!55, !42}
+!56 = distinct !{!56, !31, !32}
+!57 = distinct !{!57, !42}
+!58 = distinct !{!58, !31, !32}
+!59 = !{!"branch_weights", i32 1, i32 127}
+!60 = distinct !{!60, !11}
 !61 = !{!62, !62, i64 0}
-!62 = !{!"buffer2.w16.b0", !63, i64 0}
-!63 = !{!"buffer2.w32.b0", !64, i64 0}
-!64 = !{!"buffer2.w64.b0", !65, i64 0}
-!65 = !{!"buffer2.w128.b0", !66, i64 0}
-!66 = !{!"buffer2.w256.b0", !67, i64 0}
-!67 = !{!"buffer2.w512.b0", !68, i64 0}
-!68 = !{!"buffer2.w1024.b0", !69, i64 0}
-!69 = !{!"buffer2", !7, i64 0}
-!70 = !{!71, !71, i64 0}
-!71 = !{!"buffer3.w16.b0", !72, i64 0}
-!72 = !{!"buffer3.w32.b0", !73, i64 0}
-!73 = !{!"buffer3.w64.b0", !74, i64 0}
-!74 = !{!"buffer3.w128.b0", !75, i64 0}
-!75 = !{!"buffer3.w256.b0", !76, i64 0}
-!76 = !{!"buffer3.w512.b0", !77, i64 0}
-!77 = !{!"buffer3.w1024.b0", !78, i64 0}
-!78 = !{!"buffer3", !7, i64 0}
-!79 = !{!78, !78, i64 0}
-!80 = !{!69, !69, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer4.w128.b0", !83, i64 0}
-!83 = !{!"buffer4.w256.b0", !84, i64 0}
-!84 = !{!"buffer4.w512.b0", !85, i64 0}
-!85 = !{!"buffer4.w1024.b0", !86, i64 0}
-!86 = !{!"buffer4", !7, i64 0}
-!87 = !{!88, !88, i64 0}
-!88 = !{!"buffer5.w128.b0", !89, i64 0}
-!89 = !{!"buffer5.w256.b0", !90, i64 0}
-!90 = !{!"buffer5.w512.b0", !91, i64 0}
-!91 = !{!"buffer5.w1024.b0", !92, i64 0}
-!92 = !{!"buffer5", !7, i64 0}
-!93 = !{!92, !92, i64 0}
-!94 = !{!86, !86, i64 0}
-!95 = !{!96, !96, i64 0}
-!96 = !{!"buffer6.w128.b0", !97, i64 0}
-!97 = !{!"buffer6.w256.b0", !98, i64 0}
-!98 = !{!"buffer6.w512.b0", !99, i64 0}
-!99 = !{!"buffer6.w1024.b0", !100, i64 0}
-!100 = !{!"buffer6", !7, i64 0}
-!101 = !{!100, !100, i64 0}
-!102 = !{!103, !103, i64 0}
-!103 = !{!"buffer7", !7, i64 0}
-!104 = !{!105, !105, i64 0}
-!105 = !{!"buffer8", !7, i64 0}
-!106 = distinct !{!106, !107}
-!107 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!62 = !{!"buffer2.w128.b0", !63, i64 0}
+!63 = !{!"buffer2.w256.b0", !64, i64 0}
+!64 = !{!"buffer2.w512.b0", !65, i64 0}
+!65 = !{!"buffer2.w1024.b0", !66, i64 0}
+!66 = !{!"buffer2", !7, i64 0}
+!67 = !{!68, !68, i64 0}
+!68 = !{!"buffer3.w128.b0", !69, i64 0}
+!69 = !{!"buffer3.w256.b0", !70, i64 0}
+!70 = !{!"buffer3.w512.b0", !71, i64 0}
+!71 = !{!"buffer3.w1024.b0", !72, i64 0}
+!72 = !{!"buffer3", !7, i64 0}
+!73 = !{!72, !72, i64 0}
+!74 = !{!66, !66, i64 0}
+!75 = !{!76, !76, i64 0}
+!76 = !{!"buffer4.w128.b0", !77, i64 0}
+!77 = !{!"buffer4.w256.b0", !78, i64 0}
+!78 = !{!"buffer4.w512.b0", !79, i64 0}
+!79 = !{!"buffer4.w1024.b0", !80, i64 0}
+!80 = !{!"buffer4", !7, i64 0}
+!81 = !{!80, !80, i64 0}
+!82 = !{!83, !83, i64 0}
+!83 = !{!"buffer5", !7, i64 0}
+!84 = !{!85, !85, i64 0}
+!85 = !{!"buffer6", !7, i64 0}
+!86 = distinct !{!86, !87}
+!87 = !{!"llvm.loop.estimated_trip_count", i32 262144}

@@ -117,358 +117,358 @@ for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
 for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
   %wide.trip.count.i = and i64 %14, 2147483647
   %.idx.i = shl i64 %cache_2, 2
-  %.idx17.i = mul i64 %cache_2, 6
-  %.idx18.i = shl i64 %cache_2, 3
-  %.idx19.i = mul i64 %cache_2, 10
-  %.idx20.i = mul i64 %cache_2, 12
-  %.idx21.i = mul i64 %cache_2, 14
-  %.idx22.i = shl i64 %cache_2, 4
-  %.idx23.i = mul i64 %cache_2, 18
-  %.idx24.i = mul i64 %cache_2, 20
-  %.idx25.i = mul i64 %cache_2, 22
-  %.idx26.i = mul i64 %cache_2, 24
-  %.idx27.i = mul i64 %cache_2, 26
-  %.idx28.i = mul i64 %cache_2, 28
-  %.idx29.i = mul i64 %cache_2, 30
-  %.idx30.i = mul i64 %cache_2, 34
-  %.idx31.i = mul i64 %cache_2, 36
-  %.idx32.i = mul i64 %cache_2, 38
-  %.idx33.i = mul i64 %cache_2, 40
-  %.idx34.i = mul i64 %cache_2, 42
-  %.idx35.i = mul i64 %cache_2, 44
-  %.idx36.i = mul i64 %cache_2, 46
-  %.idx37.i = mul i64 %cache_2, 48
-  %.idx38.i = mul i64 %cache_2, 50
-  %.idx39.i = mul i64 %cache_2, 52
-  %.idx40.i = mul i64 %cache_2, 54
-  %.idx41.i = mul i64 %cache_2, 56
-  %.idx42.i = mul i64 %cache_2, 58
-  %.idx43.i = mul i64 %cache_2, 60
-  %.idx44.i = mul i64 %cache_2, 62
+  %.idx12.i = mul i64 %cache_2, 6
+  %.idx13.i = shl i64 %cache_2, 3
+  %.idx14.i = mul i64 %cache_2, 10
+  %.idx15.i = mul i64 %cache_2, 12
+  %.idx16.i = mul i64 %cache_2, 14
+  %.idx17.i = shl i64 %cache_2, 4
+  %.idx18.i = mul i64 %cache_2, 18
+  %.idx19.i = mul i64 %cache_2, 20
+  %.idx20.i = mul i64 %cache_2, 22
+  %.idx21.i = mul i64 %cache_2, 24
+  %.idx22.i = mul i64 %cache_2, 26
+  %.idx23.i = mul i64 %cache_2, 28
+  %.idx24.i = mul i64 %cache_2, 30
+  %.idx25.i = mul i64 %cache_2, 34
+  %.idx26.i = mul i64 %cache_2, 36
+  %.idx27.i = mul i64 %cache_2, 38
+  %.idx28.i = mul i64 %cache_2, 40
+  %.idx29.i = mul i64 %cache_2, 42
+  %.idx30.i = mul i64 %cache_2, 44
+  %.idx31.i = mul i64 %cache_2, 46
+  %.idx32.i = mul i64 %cache_2, 48
+  %.idx33.i = mul i64 %cache_2, 50
+  %.idx34.i = mul i64 %cache_2, 52
+  %.idx35.i = mul i64 %cache_2, 54
+  %.idx36.i = mul i64 %cache_2, 56
+  %.idx37.i = mul i64 %cache_2, 58
+  %.idx38.i = mul i64 %cache_2, 60
+  %.idx39.i = mul i64 %cache_2, 62
   %.idx.us.2.i = shl i64 %cache_2, 6
-  %.idx45.i = mul i64 %cache_2, 66
-  %.idx46.i = mul i64 %cache_2, 68
-  %.idx47.i = mul i64 %cache_2, 70
-  %.idx48.i = mul i64 %cache_2, 72
-  %.idx49.i = mul i64 %cache_2, 74
-  %.idx50.i = mul i64 %cache_2, 76
-  %.idx51.i = mul i64 %cache_2, 78
-  %.idx52.i = mul i64 %cache_2, 80
-  %.idx53.i = mul i64 %cache_2, 82
-  %.idx54.i = mul i64 %cache_2, 84
-  %.idx55.i = mul i64 %cache_2, 86
-  %.idx56.i = mul i64 %cache_2, 88
-  %.idx57.i = mul i64 %cache_2, 90
-  %.idx58.i = mul i64 %cache_2, 92
-  %.idx59.i = mul i64 %cache_2, 94
+  %.idx40.i = mul i64 %cache_2, 66
+  %.idx41.i = mul i64 %cache_2, 68
+  %.idx42.i = mul i64 %cache_2, 70
+  %.idx43.i = mul i64 %cache_2, 72
+  %.idx44.i = mul i64 %cache_2, 74
+  %.idx45.i = mul i64 %cache_2, 76
+  %.idx46.i = mul i64 %cache_2, 78
+  %.idx47.i = mul i64 %cache_2, 80
+  %.idx48.i = mul i64 %cache_2, 82
+  %.idx49.i = mul i64 %cache_2, 84
+  %.idx50.i = mul i64 %cache_2, 86
+  %.idx51.i = mul i64 %cache_2, 88
+  %.idx52.i = mul i64 %cache_2, 90
+  %.idx53.i = mul i64 %cache_2, 92
+  %.idx54.i = mul i64 %cache_2, 94
   %.idx.us.3.i = mul i64 %cache_2, 96
-  %.idx60.i = mul i64 %cache_2, 98
-  %.idx61.i = mul i64 %cache_2, 100
-  %.idx62.i = mul i64 %cache_2, 102
-  %.idx63.i = mul i64 %cache_2, 104
-  %.idx64.i = mul i64 %cache_2, 106
-  %.idx65.i = mul i64 %cache_2, 108
-  %.idx66.i = mul i64 %cache_2, 110
-  %.idx67.i = mul i64 %cache_2, 112
-  %.idx68.i = mul i64 %cache_2, 114
-  %.idx69.i = mul i64 %cache_2, 116
-  %.idx70.i = mul i64 %cache_2, 118
-  %.idx71.i = mul i64 %cache_2, 120
-  %.idx72.i = mul i64 %cache_2, 122
-  %.idx73.i = mul i64 %cache_2, 124
-  %.idx74.i = mul i64 %cache_2, 126
+  %.idx55.i = mul i64 %cache_2, 98
+  %.idx56.i = mul i64 %cache_2, 100
+  %.idx57.i = mul i64 %cache_2, 102
+  %.idx58.i = mul i64 %cache_2, 104
+  %.idx59.i = mul i64 %cache_2, 106
+  %.idx60.i = mul i64 %cache_2, 108
+  %.idx61.i = mul i64 %cache_2, 110
+  %.idx62.i = mul i64 %cache_2, 112
+  %.idx63.i = mul i64 %cache_2, 114
+  %.idx64.i = mul i64 %cache_2, 116
+  %.idx65.i = mul i64 %cache_2, 118
+  %.idx66.i = mul i64 %cache_2, 120
+  %.idx67.i = mul i64 %cache_2, 122
+  %.idx68.i = mul i64 %cache_2, 124
+  %.idx69.i = mul i64 %cache_2, 126
   br label %for_begin_t.preheader.us.i
 
 for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v2.us.i = add nsw i64 %indvars.iv.i, %42
-  %cse_v6.us.i = mul nsw i64 %cse_v2.us.i, %cache_125
-  %44 = mul nsw i64 %cse_v2.us.i, %new_head
-  %invariant.gep10.us.i = getelementptr i16, ptr %new, i64 %44
+  %44 = add nsw i64 %indvars.iv.i, %42
+  %45 = mul nsw i64 %44, %new_head
+  %invariant.gep6.us.i = getelementptr i16, ptr %new, i64 %45
+  %46 = mul nsw i64 %44, %cache_125
   br label %for_body_t.us.i
 
 for_body_t.us.i:                                  ; preds = %if_end.us.i, %for_begin_t.preheader.us.i
-  %t9.us.i = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %47, %if_end.us.i ]
-  %45 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t9.us.i
-  %target.us.i = load i64, ptr %45, align 8, !tbaa !4
-  %46 = icmp sgt i64 %target.us.i, -1
-  br i1 %46, label %for_begin_run_i_0_fused_0.preheader.us.i, label %if_end.us.i, !prof !7
+  %t5.us.i = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %49, %if_end.us.i ]
+  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t5.us.i
+  %target.us.i = load i64, ptr %47, align 8, !tbaa !4
+  %48 = icmp sgt i64 %target.us.i, -1
+  br i1 %48, label %for_begin_run_i_0_fused_0.preheader.us.i, label %if_end.us.i, !prof !7
 
 if_end.us.i:                                      ; preds = %for_begin_run_i_0_fused_0.preheader.us.i, %for_body_t.us.i
-  %47 = add nuw nsw i64 %t9.us.i, 1
-  %exitcond.not.i = icmp eq i64 %47, %num_tokens
+  %49 = add nuw nsw i64 %t5.us.i, 1
+  %exitcond.not.i = icmp eq i64 %49, %num_tokens
   br i1 %exitcond.not.i, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i, !prof !8
 
 for_begin_run_i_0_fused_0.preheader.us.i:         ; preds = %for_body_t.us.i
-  %48 = shl nuw i64 %target.us.i, 1
-  %cse_v3.us.i = and i64 %48, 30
-  %49 = lshr i64 %target.us.i, 4
-  %cse_v4.us.i = mul nsw i64 %49, %cache_0
-  %50 = mul nsw i64 %t9.us.i, %new_token
-  %gep11.us.i = getelementptr i16, ptr %invariant.gep10.us.i, i64 %50
-  %invariant.gep4.us.i = getelementptr i16, ptr %cache, i64 %cse_v3.us.i
-  %invariant.gep5.us.i = getelementptr i16, ptr %invariant.gep4.us.i, i64 %cse_v4.us.i
-  %invariant.gep7.us.i = getelementptr i16, ptr %invariant.gep5.us.i, i64 %cse_v6.us.i
-  %51 = load <2 x i16>, ptr %gep11.us.i, align 2, !tbaa !4
-  store <2 x i16> %51, ptr %invariant.gep7.us.i, align 2, !tbaa !4
-  %52 = getelementptr i8, ptr %gep11.us.i, i64 4
-  %53 = load <2 x i16>, ptr %52, align 2, !tbaa !4
-  %54 = getelementptr i16, ptr %invariant.gep7.us.i, i64 %cache_2
-  store <2 x i16> %53, ptr %54, align 2, !tbaa !4
-  %55 = getelementptr i8, ptr %gep11.us.i, i64 8
-  %56 = load <2 x i16>, ptr %55, align 2, !tbaa !4
-  %57 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx.i
-  store <2 x i16> %56, ptr %57, align 2, !tbaa !4
-  %58 = getelementptr i8, ptr %gep11.us.i, i64 12
-  %59 = load <2 x i16>, ptr %58, align 2, !tbaa !4
-  %60 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx17.i
-  store <2 x i16> %59, ptr %60, align 2, !tbaa !4
-  %61 = getelementptr i8, ptr %gep11.us.i, i64 16
-  %62 = load <2 x i16>, ptr %61, align 2, !tbaa !4
-  %63 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx18.i
-  store <2 x i16> %62, ptr %63, align 2, !tbaa !4
-  %64 = getelementptr i8, ptr %gep11.us.i, i64 20
-  %65 = load <2 x i16>, ptr %64, align 2, !tbaa !4
-  %66 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx19.i
-  store <2 x i16> %65, ptr %66, align 2, !tbaa !4
-  %67 = getelementptr i8, ptr %gep11.us.i, i64 24
-  %68 = load <2 x i16>, ptr %67, align 2, !tbaa !4
-  %69 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx20.i
-  store <2 x i16> %68, ptr %69, align 2, !tbaa !4
-  %70 = getelementptr i8, ptr %gep11.us.i, i64 28
-  %71 = load <2 x i16>, ptr %70, align 2, !tbaa !4
-  %72 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx21.i
-  store <2 x i16> %71, ptr %72, align 2, !tbaa !4
-  %73 = getelementptr i8, ptr %gep11.us.i, i64 32
-  %74 = load <2 x i16>, ptr %73, align 2, !tbaa !4
-  %75 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx22.i
-  store <2 x i16> %74, ptr %75, align 2, !tbaa !4
-  %76 = getelementptr i8, ptr %gep11.us.i, i64 36
-  %77 = load <2 x i16>, ptr %76, align 2, !tbaa !4
-  %78 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx23.i
-  store <2 x i16> %77, ptr %78, align 2, !tbaa !4
-  %79 = getelementptr i8, ptr %gep11.us.i, i64 40
-  %80 = load <2 x i16>, ptr %79, align 2, !tbaa !4
-  %81 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx24.i
-  store <2 x i16> %80, ptr %81, align 2, !tbaa !4
-  %82 = getelementptr i8, ptr %gep11.us.i, i64 44
-  %83 = load <2 x i16>, ptr %82, align 2, !tbaa !4
-  %84 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx25.i
-  store <2 x i16> %83, ptr %84, align 2, !tbaa !4
-  %85 = getelementptr i8, ptr %gep11.us.i, i64 48
-  %86 = load <2 x i16>, ptr %85, align 2, !tbaa !4
-  %87 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx26.i
-  store <2 x i16> %86, ptr %87, align 2, !tbaa !4
-  %88 = getelementptr i8, ptr %gep11.us.i, i64 52
-  %89 = load <2 x i16>, ptr %88, align 2, !tbaa !4
-  %90 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx27.i
-  store <2 x i16> %89, ptr %90, align 2, !tbaa !4
-  %91 = getelementptr i8, ptr %gep11.us.i, i64 56
-  %92 = load <2 x i16>, ptr %91, align 2, !tbaa !4
-  %93 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx28.i
-  store <2 x i16> %92, ptr %93, align 2, !tbaa !4
-  %94 = getelementptr i8, ptr %gep11.us.i, i64 60
-  %95 = load <2 x i16>, ptr %94, align 2, !tbaa !4
-  %96 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx29.i
-  store <2 x i16> %95, ptr %96, align 2, !tbaa !4
-  %gep3.us.1.i = getelementptr i8, ptr %gep11.us.i, i64 64
-  %97 = load <2 x i16>, ptr %gep3.us.1.i, align 2, !tbaa !4
-  %gep.us.1.i = getelementptr i8, ptr %invariant.gep7.us.i, i64 %43
-  store <2 x i16> %97, ptr %gep.us.1.i, align 2, !tbaa !4
-  %98 = getelementptr i8, ptr %gep11.us.i, i64 68
+  %50 = mul nsw i64 %t5.us.i, %new_token
+  %gep.us.i = getelementptr i16, ptr %invariant.gep6.us.i, i64 %50
+  %51 = lshr i64 %target.us.i, 4
+  %52 = mul nsw i64 %51, %cache_0
+  %53 = shl nuw i64 %target.us.i, 1
+  %54 = and i64 %53, 30
+  %55 = getelementptr i16, ptr %cache, i64 %54
+  %56 = getelementptr i16, ptr %55, i64 %52
+  %57 = getelementptr i16, ptr %56, i64 %46
+  %58 = load <2 x i16>, ptr %gep.us.i, align 2, !tbaa !4
+  store <2 x i16> %58, ptr %57, align 2, !tbaa !4
+  %59 = getelementptr i8, ptr %gep.us.i, i64 4
+  %60 = load <2 x i16>, ptr %59, align 2, !tbaa !4
+  %61 = getelementptr i16, ptr %57, i64 %cache_2
+  store <2 x i16> %60, ptr %61, align 2, !tbaa !4
+  %62 = getelementptr i8, ptr %gep.us.i, i64 8
+  %63 = load <2 x i16>, ptr %62, align 2, !tbaa !4
+  %64 = getelementptr i8, ptr %57, i64 %.idx.i
+  store <2 x i16> %63, ptr %64, align 2, !tbaa !4
+  %65 = getelementptr i8, ptr %gep.us.i, i64 12
+  %66 = load <2 x i16>, ptr %65, align 2, !tbaa !4
+  %67 = getelementptr i8, ptr %57, i64 %.idx12.i
+  store <2 x i16> %66, ptr %67, align 2, !tbaa !4
+  %68 = getelementptr i8, ptr %gep.us.i, i64 16
+  %69 = load <2 x i16>, ptr %68, align 2, !tbaa !4
+  %70 = getelementptr i8, ptr %57, i64 %.idx13.i
+  store <2 x i16> %69, ptr %70, align 2, !tbaa !4
+  %71 = getelementptr i8, ptr %gep.us.i, i64 20
+  %72 = load <2 x i16>, ptr %71, align 2, !tbaa !4
+  %73 = getelementptr i8, ptr %57, i64 %.idx14.i
+  store <2 x i16> %72, ptr %73, align 2, !tbaa !4
+  %74 = getelementptr i8, ptr %gep.us.i, i64 24
+  %75 = load <2 x i16>, ptr %74, align 2, !tbaa !4
+  %76 = getelementptr i8, ptr %57, i64 %.idx15.i
+  store <2 x i16> %75, ptr %76, align 2, !tbaa !4
+  %77 = getelementptr i8, ptr %gep.us.i, i64 28
+  %78 = load <2 x i16>, ptr %77, align 2, !tbaa !4
+  %79 = getelementptr i8, ptr %57, i64 %.idx16.i
+  store <2 x i16> %78, ptr %79, align 2, !tbaa !4
+  %80 = getelementptr i8, ptr %gep.us.i, i64 32
+  %81 = load <2 x i16>, ptr %80, align 2, !tbaa !4
+  %82 = getelementptr i8, ptr %57, i64 %.idx17.i
+  store <2 x i16> %81, ptr %82, align 2, !tbaa !4
+  %83 = getelementptr i8, ptr %gep.us.i, i64 36
+  %84 = load <2 x i16>, ptr %83, align 2, !tbaa !4
+  %85 = getelementptr i8, ptr %57, i64 %.idx18.i
+  store <2 x i16> %84, ptr %85, align 2, !tbaa !4
+  %86 = getelementptr i8, ptr %gep.us.i, i64 40
+  %87 = load <2 x i16>, ptr %86, align 2, !tbaa !4
+  %88 = getelementptr i8, ptr %57, i64 %.idx19.i
+  store <2 x i16> %87, ptr %88, align 2, !tbaa !4
+  %89 = getelementptr i8, ptr %gep.us.i, i64 44
+  %90 = load <2 x i16>, ptr %89, align 2, !tbaa !4
+  %91 = getelementptr i8, ptr %57, i64 %.idx20.i
+  store <2 x i16> %90, ptr %91, align 2, !tbaa !4
+  %92 = getelementptr i8, ptr %gep.us.i, i64 48
+  %93 = load <2 x i16>, ptr %92, align 2, !tbaa !4
+  %94 = getelementptr i8, ptr %57, i64 %.idx21.i
+  store <2 x i16> %93, ptr %94, align 2, !tbaa !4
+  %95 = getelementptr i8, ptr %gep.us.i, i64 52
+  %96 = load <2 x i16>, ptr %95, align 2, !tbaa !4
+  %97 = getelementptr i8, ptr %57, i64 %.idx22.i
+  store <2 x i16> %96, ptr %97, align 2, !tbaa !4
+  %98 = getelementptr i8, ptr %gep.us.i, i64 56
   %99 = load <2 x i16>, ptr %98, align 2, !tbaa !4
-  %100 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx30.i
+  %100 = getelementptr i8, ptr %57, i64 %.idx23.i
   store <2 x i16> %99, ptr %100, align 2, !tbaa !4
-  %101 = getelementptr i8, ptr %gep11.us.i, i64 72
+  %101 = getelementptr i8, ptr %gep.us.i, i64 60
   %102 = load <2 x i16>, ptr %101, align 2, !tbaa !4
-  %103 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx31.i
+  %103 = getelementptr i8, ptr %57, i64 %.idx24.i
   store <2 x i16> %102, ptr %103, align 2, !tbaa !4
-  %104 = getelementptr i8, ptr %gep11.us.i, i64 76
-  %105 = load <2 x i16>, ptr %104, align 2, !tbaa !4
-  %106 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx32.i
-  store <2 x i16> %105, ptr %106, align 2, !tbaa !4
-  %107 = getelementptr i8, ptr %gep11.us.i, i64 80
-  %108 = load <2 x i16>, ptr %107, align 2, !tbaa !4
-  %109 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx33.i
-  store <2 x i16> %108, ptr %109, align 2, !tbaa !4
-  %110 = getelementptr i8, ptr %gep11.us.i, i64 84
-  %111 = load <2 x i16>, ptr %110, align 2, !tbaa !4
-  %112 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx34.i
-  store <2 x i16> %111, ptr %112, align 2, !tbaa !4
-  %113 = getelementptr i8, ptr %gep11.us.i, i64 88
-  %114 = load <2 x i16>, ptr %113, align 2, !tbaa !4
-  %115 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx35.i
-  store <2 x i16> %114, ptr %115, align 2, !tbaa !4
-  %116 = getelementptr i8, ptr %gep11.us.i, i64 92
-  %117 = load <2 x i16>, ptr %116, align 2, !tbaa !4
-  %118 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx36.i
-  store <2 x i16> %117, ptr %118, align 2, !tbaa !4
-  %119 = getelementptr i8, ptr %gep11.us.i, i64 96
-  %120 = load <2 x i16>, ptr %119, align 2, !tbaa !4
-  %121 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx37.i
-  store <2 x i16> %120, ptr %121, align 2, !tbaa !4
-  %122 = getelementptr i8, ptr %gep11.us.i, i64 100
-  %123 = load <2 x i16>, ptr %122, align 2, !tbaa !4
-  %124 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx38.i
-  store <2 x i16> %123, ptr %124, align 2, !tbaa !4
-  %125 = getelementptr i8, ptr %gep11.us.i, i64 104
-  %126 = load <2 x i16>, ptr %125, align 2, !tbaa !4
-  %127 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx39.i
-  store <2 x i16> %126, ptr %127, align 2, !tbaa !4
-  %128 = getelementptr i8, ptr %gep11.us.i, i64 108
-  %129 = load <2 x i16>, ptr %128, align 2, !tbaa !4
-  %130 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx40.i
-  store <2 x i16> %129, ptr %130, align 2, !tbaa !4
-  %131 = getelementptr i8, ptr %gep11.us.i, i64 112
-  %132 = load <2 x i16>, ptr %131, align 2, !tbaa !4
-  %133 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx41.i
-  store <2 x i16> %132, ptr %133, align 2, !tbaa !4
-  %134 = getelementptr i8, ptr %gep11.us.i, i64 116
-  %135 = load <2 x i16>, ptr %134, align 2, !tbaa !4
-  %136 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx42.i
-  store <2 x i16> %135, ptr %136, align 2, !tbaa !4
-  %137 = getelementptr i8, ptr %gep11.us.i, i64 120
-  %138 = load <2 x i16>, ptr %137, align 2, !tbaa !4
-  %139 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx43.i
-  store <2 x i16> %138, ptr %139, align 2, !tbaa !4
-  %140 = getelementptr i8, ptr %gep11.us.i, i64 124
-  %141 = load <2 x i16>, ptr %140, align 2, !tbaa !4
-  %142 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx44.i
-  store <2 x i16> %141, ptr %142, align 2, !tbaa !4
-  %gep3.us.2.i = getelementptr i8, ptr %gep11.us.i, i64 128
-  %143 = load <2 x i16>, ptr %gep3.us.2.i, align 2, !tbaa !4
-  %gep.us.2.i = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx.us.2.i
-  store <2 x i16> %143, ptr %gep.us.2.i, align 2, !tbaa !4
-  %144 = getelementptr i8, ptr %gep11.us.i, i64 132
-  %145 = load <2 x i16>, ptr %144, align 2, !tbaa !4
-  %146 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx45.i
-  store <2 x i16> %145, ptr %146, align 2, !tbaa !4
-  %147 = getelementptr i8, ptr %gep11.us.i, i64 136
-  %148 = load <2 x i16>, ptr %147, align 2, !tbaa !4
-  %149 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx46.i
-  store <2 x i16> %148, ptr %149, align 2, !tbaa !4
-  %150 = getelementptr i8, ptr %gep11.us.i, i64 140
-  %151 = load <2 x i16>, ptr %150, align 2, !tbaa !4
-  %152 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx47.i
+  %gep3.us.1.i = getelementptr i8, ptr %gep.us.i, i64 64
+  %104 = load <2 x i16>, ptr %gep3.us.1.i, align 2, !tbaa !4
+  %105 = getelementptr i8, ptr %57, i64 %43
+  store <2 x i16> %104, ptr %105, align 2, !tbaa !4
+  %106 = getelementptr i8, ptr %gep.us.i, i64 68
+  %107 = load <2 x i16>, ptr %106, align 2, !tbaa !4
+  %108 = getelementptr i8, ptr %57, i64 %.idx25.i
+  store <2 x i16> %107, ptr %108, align 2, !tbaa !4
+  %109 = getelementptr i8, ptr %gep.us.i, i64 72
+  %110 = load <2 x i16>, ptr %109, align 2, !tbaa !4
+  %111 = getelementptr i8, ptr %57, i64 %.idx26.i
+  store <2 x i16> %110, ptr %111, align 2, !tbaa !4
+  %112 = getelementptr i8, ptr %gep.us.i, i64 76
+  %113 = load <2 x i16>, ptr %112, align 2, !tbaa !4
+  %114 = getelementptr i8, ptr %57, i64 %.idx27.i
+  store <2 x i16> %113, ptr %114, align 2, !tbaa !4
+  %115 = getelementptr i8, ptr %gep.us.i, i64 80
+  %116 = load <2 x i16>, ptr %115, align 2, !tbaa !4
+  %117 = getelementptr i8, ptr %57, i64 %.idx28.i
+  store <2 x i16> %116, ptr %117, align 2, !tbaa !4
+  %118 = getelementptr i8, ptr %gep.us.i, i64 84
+  %119 = load <2 x i16>, ptr %118, align 2, !tbaa !4
+  %120 = getelementptr i8, ptr %57, i64 %.idx29.i
+  store <2 x i16> %119, ptr %120, align 2, !tbaa !4
+  %121 = getelementptr i8, ptr %gep.us.i, i64 88
+  %122 = load <2 x i16>, ptr %121, align 2, !tbaa !4
+  %123 = getelementptr i8, ptr %57, i64 %.idx30.i
+  store <2 x i16> %122, ptr %123, align 2, !tbaa !4
+  %124 = getelementptr i8, ptr %gep.us.i, i64 92
+  %125 = load <2 x i16>, ptr %124, align 2, !tbaa !4
+  %126 = getelementptr i8, ptr %57, i64 %.idx31.i
+  store <2 x i16> %125, ptr %126, align 2, !tbaa !4
+  %127 = getelementptr i8, ptr %gep.us.i, i64 96
+  %128 = load <2 x i16>, ptr %127, align 2, !tbaa !4
+  %129 = getelementptr i8, ptr %57, i64 %.idx32.i
+  store <2 x i16> %128, ptr %129, align 2, !tbaa !4
+  %130 = getelementptr i8, ptr %gep.us.i, i64 100
+  %131 = load <2 x i16>, ptr %130, align 2, !tbaa !4
+  %132 = getelementptr i8, ptr %57, i64 %.idx33.i
+  store <2 x i16> %131, ptr %132, align 2, !tbaa !4
+  %133 = getelementptr i8, ptr %gep.us.i, i64 104
+  %134 = load <2 x i16>, ptr %133, align 2, !tbaa !4
+  %135 = getelementptr i8, ptr %57, i64 %.idx34.i
+  store <2 x i16> %134, ptr %135, align 2, !tbaa !4
+  %136 = getelementptr i8, ptr %gep.us.i, i64 108
+  %137 = load <2 x i16>, ptr %136, align 2, !tbaa !4
+  %138 = getelementptr i8, ptr %57, i64 %.idx35.i
+  store <2 x i16> %137, ptr %138, align 2, !tbaa !4
+  %139 = getelementptr i8, ptr %gep.us.i, i64 112
+  %140 = load <2 x i16>, ptr %139, align 2, !tbaa !4
+  %141 = getelementptr i8, ptr %57, i64 %.idx36.i
+  store <2 x i16> %140, ptr %141, align 2, !tbaa !4
+  %142 = getelementptr i8, ptr %gep.us.i, i64 116
+  %143 = load <2 x i16>, ptr %142, align 2, !tbaa !4
+  %144 = getelementptr i8, ptr %57, i64 %.idx37.i
+  store <2 x i16> %143, ptr %144, align 2, !tbaa !4
+  %145 = getelementptr i8, ptr %gep.us.i, i64 120
+  %146 = load <2 x i16>, ptr %145, align 2, !tbaa !4
+  %147 = getelementptr i8, ptr %57, i64 %.idx38.i
+  store <2 x i16> %146, ptr %147, align 2, !tbaa !4
+  %148 = getelementptr i8, ptr %gep.us.i, i64 124
+  %149 = load <2 x i16>, ptr %148, align 2, !tbaa !4
+  %150 = getelementptr i8, ptr %57, i64 %.idx39.i
+  store <2 x i16> %149, ptr %150, align 2, !tbaa !4
+  %gep3.us.2.i = getelementptr i8, ptr %gep.us.i, i64 128
+  %151 = load <2 x i16>, ptr %gep3.us.2.i, align 2, !tbaa !4
+  %152 = getelementptr i8, ptr %57, i64 %.idx.us.2.i
   store <2 x i16> %151, ptr %152, align 2, !tbaa !4
-  %153 = getelementptr i8, ptr %gep11.us.i, i64 144
+  %153 = getelementptr i8, ptr %gep.us.i, i64 132
   %154 = load <2 x i16>, ptr %153, align 2, !tbaa !4
-  %155 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx48.i
+  %155 = getelementptr i8, ptr %57, i64 %.idx40.i
   store <2 x i16> %154, ptr %155, align 2, !tbaa !4
-  %156 = getelementptr i8, ptr %gep11.us.i, i64 148
+  %156 = getelementptr i8, ptr %gep.us.i, i64 136
   %157 = load <2 x i16>, ptr %156, align 2, !tbaa !4
-  %158 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx49.i
+  %158 = getelementptr i8, ptr %57, i64 %.idx41.i
   store <2 x i16> %157, ptr %158, align 2, !tbaa !4
-  %159 = getelementptr i8, ptr %gep11.us.i, i64 152
+  %159 = getelementptr i8, ptr %gep.us.i, i64 140
   %160 = load <2 x i16>, ptr %159, align 2, !tbaa !4
-  %161 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx50.i
+  %161 = getelementptr i8, ptr %57, i64 %.idx42.i
   store <2 x i16> %160, ptr %161, align 2, !tbaa !4
-  %162 = getelementptr i8, ptr %gep11.us.i, i64 156
+  %162 = getelementptr i8, ptr %gep.us.i, i64 144
   %163 = load <2 x i16>, ptr %162, align 2, !tbaa !4
-  %164 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx51.i
+  %164 = getelementptr i8, ptr %57, i64 %.idx43.i
   store <2 x i16> %163, ptr %164, align 2, !tbaa !4
-  %165 = getelementptr i8, ptr %gep11.us.i, i64 160
+  %165 = getelementptr i8, ptr %gep.us.i, i64 148
   %166 = load <2 x i16>, ptr %165, align 2, !tbaa !4
-  %167 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx52.i
+  %167 = getelementptr i8, ptr %57, i64 %.idx44.i
   store <2 x i16> %166, ptr %167, align 2, !tbaa !4
-  %168 = getelementptr i8, ptr %gep11.us.i, i64 164
+  %168 = getelementptr i8, ptr %gep.us.i, i64 152
   %169 = load <2 x i16>, ptr %168, align 2, !tbaa !4
-  %170 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx53.i
+  %170 = getelementptr i8, ptr %57, i64 %.idx45.i
   store <2 x i16> %169, ptr %170, align 2, !tbaa !4
-  %171 = getelementptr i8, ptr %gep11.us.i, i64 168
+  %171 = getelementptr i8, ptr %gep.us.i, i64 156
   %172 = load <2 x i16>, ptr %171, align 2, !tbaa !4
-  %173 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx54.i
+  %173 = getelementptr i8, ptr %57, i64 %.idx46.i
   store <2 x i16> %172, ptr %173, align 2, !tbaa !4
-  %174 = getelementptr i8, ptr %gep11.us.i, i64 172
+  %174 = getelementptr i8, ptr %gep.us.i, i64 160
   %175 = load <2 x i16>, ptr %174, align 2, !tbaa !4
-  %176 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx55.i
+  %176 = getelementptr i8, ptr %57, i64 %.idx47.i
   store <2 x i16> %175, ptr %176, align 2, !tbaa !4
-  %177 = getelementptr i8, ptr %gep11.us.i, i64 176
+  %177 = getelementptr i8, ptr %gep.us.i, i64 164
   %178 = load <2 x i16>, ptr %177, align 2, !tbaa !4
-  %179 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx56.i
+  %179 = getelementptr i8, ptr %57, i64 %.idx48.i
   store <2 x i16> %178, ptr %179, align 2, !tbaa !4
-  %180 = getelementptr i8, ptr %gep11.us.i, i64 180
+  %180 = getelementptr i8, ptr %gep.us.i, i64 168
   %181 = load <2 x i16>, ptr %180, align 2, !tbaa !4
-  %182 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx57.i
+  %182 = getelementptr i8, ptr %57, i64 %.idx49.i
   store <2 x i16> %181, ptr %182, align 2, !tbaa !4
-  %183 = getelementptr i8, ptr %gep11.us.i, i64 184
+  %183 = getelementptr i8, ptr %gep.us.i, i64 172
   %184 = load <2 x i16>, ptr %183, align 2, !tbaa !4
-  %185 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx58.i
+  %185 = getelementptr i8, ptr %57, i64 %.idx50.i
   store <2 x i16> %184, ptr %185, align 2, !tbaa !4
-  %186 = getelementptr i8, ptr %gep11.us.i, i64 188
+  %186 = getelementptr i8, ptr %gep.us.i, i64 176
   %187 = load <2 x i16>, ptr %186, align 2, !tbaa !4
-  %188 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx59.i
+  %188 = getelementptr i8, ptr %57, i64 %.idx51.i
   store <2 x i16> %187, ptr %188, align 2, !tbaa !4
-  %gep3.us.3.i = getelementptr i8, ptr %gep11.us.i, i64 192
-  %189 = load <2 x i16>, ptr %gep3.us.3.i, align 2, !tbaa !4
-  %gep.us.3.i = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx.us.3.i
-  store <2 x i16> %189, ptr %gep.us.3.i, align 2, !tbaa !4
-  %190 = getelementptr i8, ptr %gep11.us.i, i64 196
-  %191 = load <2 x i16>, ptr %190, align 2, !tbaa !4
-  %192 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx60.i
-  store <2 x i16> %191, ptr %192, align 2, !tbaa !4
-  %193 = getelementptr i8, ptr %gep11.us.i, i64 200
-  %194 = load <2 x i16>, ptr %193, align 2, !tbaa !4
-  %195 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx61.i
-  store <2 x i16> %194, ptr %195, align 2, !tbaa !4
-  %196 = getelementptr i8, ptr %gep11.us.i, i64 204
-  %197 = load <2 x i16>, ptr %196, align 2, !tbaa !4
-  %198 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx62.i
-  store <2 x i16> %197, ptr %198, align 2, !tbaa !4
-  %199 = getelementptr i8, ptr %gep11.us.i, i64 208
-  %200 = load <2 x i16>, ptr %199, align 2, !tbaa !4
-  %201 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx63.i
-  store <2 x i16> %200, ptr %201, align 2, !tbaa !4
-  %202 = getelementptr i8, ptr %gep11.us.i, i64 212
-  %203 = load <2 x i16>, ptr %202, align 2, !tbaa !4
-  %204 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx64.i
-  store <2 x i16> %203, ptr %204, align 2, !tbaa !4
-  %205 = getelementptr i8, ptr %gep11.us.i, i64 216
-  %206 = load <2 x i16>, ptr %205, align 2, !tbaa !4
-  %207 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx65.i
-  store <2 x i16> %206, ptr %207, align 2, !tbaa !4
-  %208 = getelementptr i8, ptr %gep11.us.i, i64 220
-  %209 = load <2 x i16>, ptr %208, align 2, !tbaa !4
-  %210 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx66.i
-  store <2 x i16> %209, ptr %210, align 2, !tbaa !4
-  %211 = getelementptr i8, ptr %gep11.us.i, i64 224
-  %212 = load <2 x i16>, ptr %211, align 2, !tbaa !4
-  %213 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx67.i
-  store <2 x i16> %212, ptr %213, align 2, !tbaa !4
-  %214 = getelementptr i8, ptr %gep11.us.i, i64 228
-  %215 = load <2 x i16>, ptr %214, align 2, !tbaa !4
-  %216 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx68.i
-  store <2 x i16> %215, ptr %216, align 2, !tbaa !4
-  %217 = getelementptr i8, ptr %gep11.us.i, i64 232
-  %218 = load <2 x i16>, ptr %217, align 2, !tbaa !4
-  %219 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx69.i
-  store <2 x i16> %218, ptr %219, align 2, !tbaa !4
-  %220 = getelementptr i8, ptr %gep11.us.i, i64 236
-  %221 = load <2 x i16>, ptr %220, align 2, !tbaa !4
-  %222 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx70.i
-  store <2 x i16> %221, ptr %222, align 2, !tbaa !4
-  %223 = getelementptr i8, ptr %gep11.us.i, i64 240
-  %224 = load <2 x i16>, ptr %223, align 2, !tbaa !4
-  %225 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx71.i
-  store <2 x i16> %224, ptr %225, align 2, !tbaa !4
-  %226 = getelementptr i8, ptr %gep11.us.i, i64 244
-  %227 = load <2 x i16>, ptr %226, align 2, !tbaa !4
-  %228 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx72.i
-  store <2 x i16> %227, ptr %228, align 2, !tbaa !4
-  %229 = getelementptr i8, ptr %gep11.us.i, i64 248
-  %230 = load <2 x i16>, ptr %229, align 2, !tbaa !4
-  %231 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx73.i
-  store <2 x i16> %230, ptr %231, align 2, !tbaa !4
-  %232 = getelementptr i8, ptr %gep11.us.i, i64 252
-  %233 = load <2 x i16>, ptr %232, align 2, !tbaa !4
-  %234 = getelementptr i8, ptr %invariant.gep7.us.i, i64 %.idx74.i
-  store <2 x i16> %233, ptr %234, align 2, !tbaa !4
+  %189 = getelementptr i8, ptr %gep.us.i, i64 180
+  %190 = load <2 x i16>, ptr %189, align 2, !tbaa !4
+  %191 = getelementptr i8, ptr %57, i64 %.idx52.i
+  store <2 x i16> %190, ptr %191, align 2, !tbaa !4
+  %192 = getelementptr i8, ptr %gep.us.i, i64 184
+  %193 = load <2 x i16>, ptr %192, align 2, !tbaa !4
+  %194 = getelementptr i8, ptr %57, i64 %.idx53.i
+  store <2 x i16> %193, ptr %194, align 2, !tbaa !4
+  %195 = getelementptr i8, ptr %gep.us.i, i64 188
+  %196 = load <2 x i16>, ptr %195, align 2, !tbaa !4
+  %197 = getelementptr i8, ptr %57, i64 %.idx54.i
+  store <2 x i16> %196, ptr %197, align 2, !tbaa !4
+  %gep3.us.3.i = getelementptr i8, ptr %gep.us.i, i64 192
+  %198 = load <2 x i16>, ptr %gep3.us.3.i, align 2, !tbaa !4
+  %199 = getelementptr i8, ptr %57, i64 %.idx.us.3.i
+  store <2 x i16> %198, ptr %199, align 2, !tbaa !4
+  %200 = getelementptr i8, ptr %gep.us.i, i64 196
+  %201 = load <2 x i16>, ptr %200, align 2, !tbaa !4
+  %202 = getelementptr i8, ptr %57, i64 %.idx55.i
+  store <2 x i16> %201, ptr %202, align 2, !tbaa !4
+  %203 = getelementptr i8, ptr %gep.us.i, i64 200
+  %204 = load <2 x i16>, ptr %203, align 2, !tbaa !4
+  %205 = getelementptr i8, ptr %57, i64 %.idx56.i
+  store <2 x i16> %204, ptr %205, align 2, !tbaa !4
+  %206 = getelementptr i8, ptr %gep.us.i, i64 204
+  %207 = load <2 x i16>, ptr %206, align 2, !tbaa !4
+  %208 = getelementptr i8, ptr %57, i64 %.idx57.i
+  store <2 x i16> %207, ptr %208, align 2, !tbaa !4
+  %209 = getelementptr i8, ptr %gep.us.i, i64 208
+  %210 = load <2 x i16>, ptr %209, align 2, !tbaa !4
+  %211 = getelementptr i8, ptr %57, i64 %.idx58.i
+  store <2 x i16> %210, ptr %211, align 2, !tbaa !4
+  %212 = getelementptr i8, ptr %gep.us.i, i64 212
+  %213 = load <2 x i16>, ptr %212, align 2, !tbaa !4
+  %214 = getelementptr i8, ptr %57, i64 %.idx59.i
+  store <2 x i16> %213, ptr %214, align 2, !tbaa !4
+  %215 = getelementptr i8, ptr %gep.us.i, i64 216
+  %216 = load <2 x i16>, ptr %215, align 2, !tbaa !4
+  %217 = getelementptr i8, ptr %57, i64 %.idx60.i
+  store <2 x i16> %216, ptr %217, align 2, !tbaa !4
+  %218 = getelementptr i8, ptr %gep.us.i, i64 220
+  %219 = load <2 x i16>, ptr %218, align 2, !tbaa !4
+  %220 = getelementptr i8, ptr %57, i64 %.idx61.i
+  store <2 x i16> %219, ptr %220, align 2, !tbaa !4
+  %221 = getelementptr i8, ptr %gep.us.i, i64 224
+  %222 = load <2 x i16>, ptr %221, align 2, !tbaa !4
+  %223 = getelementptr i8, ptr %57, i64 %.idx62.i
+  store <2 x i16> %222, ptr %223, align 2, !tbaa !4
+  %224 = getelementptr i8, ptr %gep.us.i, i64 228
+  %225 = load <2 x i16>, ptr %224, align 2, !tbaa !4
+  %226 = getelementptr i8, ptr %57, i64 %.idx63.i
+  store <2 x i16> %225, ptr %226, align 2, !tbaa !4
+  %227 = getelementptr i8, ptr %gep.us.i, i64 232
+  %228 = load <2 x i16>, ptr %227, align 2, !tbaa !4
+  %229 = getelementptr i8, ptr %57, i64 %.idx64.i
+  store <2 x i16> %228, ptr %229, align 2, !tbaa !4
+  %230 = getelementptr i8, ptr %gep.us.i, i64 236
+  %231 = load <2 x i16>, ptr %230, align 2, !tbaa !4
+  %232 = getelementptr i8, ptr %57, i64 %.idx65.i
+  store <2 x i16> %231, ptr %232, align 2, !tbaa !4
+  %233 = getelementptr i8, ptr %gep.us.i, i64 240
+  %234 = load <2 x i16>, ptr %233, align 2, !tbaa !4
+  %235 = getelementptr i8, ptr %57, i64 %.idx66.i
+  store <2 x i16> %234, ptr %235, align 2, !tbaa !4
+  %236 = getelementptr i8, ptr %gep.us.i, i64 244
+  %237 = load <2 x i16>, ptr %236, align 2, !tbaa !4
+  %238 = getelementptr i8, ptr %57, i64 %.idx67.i
+  store <2 x i16> %237, ptr %238, align 2, !tbaa !4
+  %239 = getelementptr i8, ptr %gep.us.i, i64 248
+  %240 = load <2 x i16>, ptr %239, align 2, !tbaa !4
+  %241 = getelementptr i8, ptr %57, i64 %.idx68.i
+  store <2 x i16> %240, ptr %241, align 2, !tbaa !4
+  %242 = getelementptr i8, ptr %gep.us.i, i64 252
+  %243 = load <2 x i16>, ptr %242, align 2, !tbaa !4
+  %244 = getelementptr i8, ptr %57, i64 %.idx69.i
+  store <2 x i16> %243, ptr %244, align 2, !tbaa !4
   br label %if_end.us.i
 
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_end.us.i
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond16.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond16.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !8
+  %exitcond11.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
+  br i1 %exitcond11.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !8
 
 append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
@@ -581,547 +581,547 @@ for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.prehead
 
 for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v2.us.i = add nsw i64 %indvars.iv.i, %42
-  %43 = mul nsw i64 %cse_v2.us.i, %new_head
-  %44 = mul nsw i64 %cse_v2.us.i, %cache_125
-  %invariant.gep12.us.i = getelementptr i16, ptr %new, i64 %43
-  %invariant.gep.us.i = getelementptr i16, ptr %cache, i64 %44
+  %43 = add nsw i64 %indvars.iv.i, %42
+  %44 = mul nsw i64 %43, %new_head
+  %invariant.gep12.us.i = getelementptr i16, ptr %new, i64 %44
+  %45 = mul nsw i64 %43, %cache_125
+  %invariant.gep.us.i = getelementptr i16, ptr %cache, i64 %45
   br label %for_body_t.us.i
 
 for_body_t.us.i:                                  ; preds = %if_end.us.i, %for_begin_t.preheader.us.i
-  %t11.us.i = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %47, %if_end.us.i ]
-  %45 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t11.us.i
-  %target.us.i = load i64, ptr %45, align 8, !tbaa !4
-  %46 = icmp sgt i64 %target.us.i, -1
-  br i1 %46, label %for_begin_run_i_0_fused_0.preheader.us.i, label %if_end.us.i, !prof !7
+  %t11.us.i = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %48, %if_end.us.i ]
+  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t11.us.i
+  %target.us.i = load i64, ptr %46, align 8, !tbaa !4
+  %47 = icmp sgt i64 %target.us.i, -1
+  br i1 %47, label %for_begin_run_i_0_fused_0.preheader.us.i, label %if_end.us.i, !prof !7
 
 if_end.us.i:                                      ; preds = %for_begin_run_i_0_fused_0.preheader.us.i, %for_body_t.us.i
-  %47 = add nuw nsw i64 %t11.us.i, 1
-  %exitcond.not.i = icmp eq i64 %47, %num_tokens
+  %48 = add nuw nsw i64 %t11.us.i, 1
+  %exitcond.not.i = icmp eq i64 %48, %num_tokens
   br i1 %exitcond.not.i, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i, !prof !8
 
 for_begin_run_i_0_fused_0.preheader.us.i:         ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t11.us.i, %new_token
-  %49 = and i64 %target.us.i, 1
-  %50 = lshr i64 %target.us.i, 1
-  %51 = and i64 %50, 7
-  %52 = mul nsw i64 %51, %cache_2
-  %53 = lshr i64 %target.us.i, 4
-  %54 = mul nsw i64 %53, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep12.us.i, i64 %48
-  %gep13.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %54
-  %invariant.gep7.us.i = getelementptr i16, ptr %gep13.us.i, i64 %52
-  %invariant.gep8.us.i = getelementptr i16, ptr %invariant.gep7.us.i, i64 %49
-  %55 = load i16, ptr %gep.us.i, align 2, !tbaa !4
-  store i16 %55, ptr %invariant.gep8.us.i, align 2, !tbaa !4
-  %56 = getelementptr i8, ptr %gep.us.i, i64 2
-  %57 = load i16, ptr %56, align 2, !tbaa !4
-  %58 = getelementptr i8, ptr %invariant.gep8.us.i, i64 4
-  store i16 %57, ptr %58, align 2, !tbaa !4
-  %59 = getelementptr i8, ptr %gep.us.i, i64 4
-  %60 = load i16, ptr %59, align 2, !tbaa !4
-  %61 = getelementptr i8, ptr %invariant.gep8.us.i, i64 8
-  store i16 %60, ptr %61, align 2, !tbaa !4
-  %62 = getelementptr i8, ptr %gep.us.i, i64 6
-  %63 = load i16, ptr %62, align 2, !tbaa !4
-  %64 = getelementptr i8, ptr %invariant.gep8.us.i, i64 12
-  store i16 %63, ptr %64, align 2, !tbaa !4
-  %65 = getelementptr i8, ptr %gep.us.i, i64 8
-  %66 = load i16, ptr %65, align 2, !tbaa !4
-  %67 = getelementptr i8, ptr %invariant.gep8.us.i, i64 16
-  store i16 %66, ptr %67, align 2, !tbaa !4
-  %68 = getelementptr i8, ptr %gep.us.i, i64 10
-  %69 = load i16, ptr %68, align 2, !tbaa !4
-  %70 = getelementptr i8, ptr %invariant.gep8.us.i, i64 20
-  store i16 %69, ptr %70, align 2, !tbaa !4
-  %71 = getelementptr i8, ptr %gep.us.i, i64 12
-  %72 = load i16, ptr %71, align 2, !tbaa !4
-  %73 = getelementptr i8, ptr %invariant.gep8.us.i, i64 24
-  store i16 %72, ptr %73, align 2, !tbaa !4
-  %74 = getelementptr i8, ptr %gep.us.i, i64 14
-  %75 = load i16, ptr %74, align 2, !tbaa !4
-  %76 = getelementptr i8, ptr %invariant.gep8.us.i, i64 28
-  store i16 %75, ptr %76, align 2, !tbaa !4
-  %77 = getelementptr i8, ptr %gep.us.i, i64 16
-  %78 = load i16, ptr %77, align 2, !tbaa !4
-  %79 = getelementptr i8, ptr %invariant.gep8.us.i, i64 32
-  store i16 %78, ptr %79, align 2, !tbaa !4
-  %80 = getelementptr i8, ptr %gep.us.i, i64 18
-  %81 = load i16, ptr %80, align 2, !tbaa !4
-  %82 = getelementptr i8, ptr %invariant.gep8.us.i, i64 36
-  store i16 %81, ptr %82, align 2, !tbaa !4
-  %83 = getelementptr i8, ptr %gep.us.i, i64 20
-  %84 = load i16, ptr %83, align 2, !tbaa !4
-  %85 = getelementptr i8, ptr %invariant.gep8.us.i, i64 40
-  store i16 %84, ptr %85, align 2, !tbaa !4
-  %86 = getelementptr i8, ptr %gep.us.i, i64 22
-  %87 = load i16, ptr %86, align 2, !tbaa !4
-  %88 = getelementptr i8, ptr %invariant.gep8.us.i, i64 44
-  store i16 %87, ptr %88, align 2, !tbaa !4
-  %89 = getelementptr i8, ptr %gep.us.i, i64 24
-  %90 = load i16, ptr %89, align 2, !tbaa !4
-  %91 = getelementptr i8, ptr %invariant.gep8.us.i, i64 48
-  store i16 %90, ptr %91, align 2, !tbaa !4
-  %92 = getelementptr i8, ptr %gep.us.i, i64 26
-  %93 = load i16, ptr %92, align 2, !tbaa !4
-  %94 = getelementptr i8, ptr %invariant.gep8.us.i, i64 52
-  store i16 %93, ptr %94, align 2, !tbaa !4
-  %95 = getelementptr i8, ptr %gep.us.i, i64 28
-  %96 = load i16, ptr %95, align 2, !tbaa !4
-  %97 = getelementptr i8, ptr %invariant.gep8.us.i, i64 56
-  store i16 %96, ptr %97, align 2, !tbaa !4
-  %98 = getelementptr i8, ptr %gep.us.i, i64 30
-  %99 = load i16, ptr %98, align 2, !tbaa !4
-  %100 = getelementptr i8, ptr %invariant.gep8.us.i, i64 60
-  store i16 %99, ptr %100, align 2, !tbaa !4
+  %49 = mul nsw i64 %t11.us.i, %new_token
+  %gep.us.i = getelementptr i16, ptr %invariant.gep12.us.i, i64 %49
+  %50 = and i64 %target.us.i, 1
+  %51 = lshr i64 %target.us.i, 1
+  %52 = and i64 %51, 7
+  %53 = mul nsw i64 %52, %cache_2
+  %54 = lshr i64 %target.us.i, 4
+  %55 = mul nsw i64 %54, %cache_0
+  %gep13.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %55
+  %invariant.gep7.us.i = getelementptr i16, ptr %gep13.us.i, i64 %53
+  %invariant.gep8.us.i = getelementptr i16, ptr %invariant.gep7.us.i, i64 %50
+  %56 = load i16, ptr %gep.us.i, align 2, !tbaa !4
+  store i16 %56, ptr %invariant.gep8.us.i, align 2, !tbaa !4
+  %57 = getelementptr i8, ptr %gep.us.i, i64 2
+  %58 = load i16, ptr %57, align 2, !tbaa !4
+  %59 = getelementptr i8, ptr %invariant.gep8.us.i, i64 4
+  store i16 %58, ptr %59, align 2, !tbaa !4
+  %60 = getelementptr i8, ptr %gep.us.i, i64 4
+  %61 = load i16, ptr %60, align 2, !tbaa !4
+  %62 = getelementptr i8, ptr %invariant.gep8.us.i, i64 8
+  store i16 %61, ptr %62, align 2, !tbaa !4
+  %63 = getelementptr i8, ptr %gep.us.i, i64 6
+  %64 = load i16, ptr %63, align 2, !tbaa !4
+  %65 = getelementptr i8, ptr %invariant.gep8.us.i, i64 12
+  store i16 %64, ptr %65, align 2, !tbaa !4
+  %66 = getelementptr i8, ptr %gep.us.i, i64 8
+  %67 = load i16, ptr %66, align 2, !tbaa !4
+  %68 = getelementptr i8, ptr %invariant.gep8.us.i, i64 16
+  store i16 %67, ptr %68, align 2, !tbaa !4
+  %69 = getelementptr i8, ptr %gep.us.i, i64 10
+  %70 = load i16, ptr %69, align 2, !tbaa !4
+  %71 = getelementptr i8, ptr %invariant.gep8.us.i, i64 20
+  store i16 %70, ptr %71, align 2, !tbaa !4
+  %72 = getelementptr i8, ptr %gep.us.i, i64 12
+  %73 = load i16, ptr %72, align 2, !tbaa !4
+  %74 = getelementptr i8, ptr %invariant.gep8.us.i, i64 24
+  store i16 %73, ptr %74, align 2, !tbaa !4
+  %75 = getelementptr i8, ptr %gep.us.i, i64 14
+  %76 = load i16, ptr %75, align 2, !tbaa !4
+  %77 = getelementptr i8, ptr %invariant.gep8.us.i, i64 28
+  store i16 %76, ptr %77, align 2, !tbaa !4
+  %78 = getelementptr i8, ptr %gep.us.i, i64 16
+  %79 = load i16, ptr %78, align 2, !tbaa !4
+  %80 = getelementptr i8, ptr %invariant.gep8.us.i, i64 32
+  store i16 %79, ptr %80, align 2, !tbaa !4
+  %81 = getelementptr i8, ptr %gep.us.i, i64 18
+  %82 = load i16, ptr %81, align 2, !tbaa !4
+  %83 = getelementptr i8, ptr %invariant.gep8.us.i, i64 36
+  store i16 %82, ptr %83, align 2, !tbaa !4
+  %84 = getelementptr i8, ptr %gep.us.i, i64 20
+  %85 = load i16, ptr %84, align 2, !tbaa !4
+  %86 = getelementptr i8, ptr %invariant.gep8.us.i, i64 40
+  store i16 %85, ptr %86, align 2, !tbaa !4
+  %87 = getelementptr i8, ptr %gep.us.i, i64 22
+  %88 = load i16, ptr %87, align 2, !tbaa !4
+  %89 = getelementptr i8, ptr %invariant.gep8.us.i, i64 44
+  store i16 %88, ptr %89, align 2, !tbaa !4
+  %90 = getelementptr i8, ptr %gep.us.i, i64 24
+  %91 = load i16, ptr %90, align 2, !tbaa !4
+  %92 = getelementptr i8, ptr %invariant.gep8.us.i, i64 48
+  store i16 %91, ptr %92, align 2, !tbaa !4
+  %93 = getelementptr i8, ptr %gep.us.i, i64 26
+  %94 = load i16, ptr %93, align 2, !tbaa !4
+  %95 = getelementptr i8, ptr %invariant.gep8.us.i, i64 52
+  store i16 %94, ptr %95, align 2, !tbaa !4
+  %96 = getelementptr i8, ptr %gep.us.i, i64 28
+  %97 = load i16, ptr %96, align 2, !tbaa !4
+  %98 = getelementptr i8, ptr %invariant.gep8.us.i, i64 56
+  store i16 %97, ptr %98, align 2, !tbaa !4
+  %99 = getelementptr i8, ptr %gep.us.i, i64 30
+  %100 = load i16, ptr %99, align 2, !tbaa !4
+  %101 = getelementptr i8, ptr %invariant.gep8.us.i, i64 60
+  store i16 %100, ptr %101, align 2, !tbaa !4
   %gep3.us.1.i = getelementptr i8, ptr %gep.us.i, i64 32
-  %101 = load i16, ptr %gep3.us.1.i, align 2, !tbaa !4
+  %102 = load i16, ptr %gep3.us.1.i, align 2, !tbaa !4
   %gep9.us.1.i = getelementptr i8, ptr %invariant.gep8.us.i, i64 64
-  store i16 %101, ptr %gep9.us.1.i, align 2, !tbaa !4
-  %102 = getelementptr i8, ptr %gep.us.i, i64 34
-  %103 = load i16, ptr %102, align 2, !tbaa !4
-  %104 = getelementptr i8, ptr %invariant.gep8.us.i, i64 68
-  store i16 %103, ptr %104, align 2, !tbaa !4
-  %105 = getelementptr i8, ptr %gep.us.i, i64 36
-  %106 = load i16, ptr %105, align 2, !tbaa !4
-  %107 = getelementptr i8, ptr %invariant.gep8.us.i, i64 72
-  store i16 %106, ptr %107, align 2, !tbaa !4
-  %108 = getelementptr i8, ptr %gep.us.i, i64 38
-  %109 = load i16, ptr %108, align 2, !tbaa !4
-  %110 = getelementptr i8, ptr %invariant.gep8.us.i, i64 76
-  store i16 %109, ptr %110, align 2, !tbaa !4
-  %111 = getelementptr i8, ptr %gep.us.i, i64 40
-  %112 = load i16, ptr %111, align 2, !tbaa !4
-  %113 = getelementptr i8, ptr %invariant.gep8.us.i, i64 80
-  store i16 %112, ptr %113, align 2, !tbaa !4
-  %114 = getelementptr i8, ptr %gep.us.i, i64 42
-  %115 = load i16, ptr %114, align 2, !tbaa !4
-  %116 = getelementptr i8, ptr %invariant.gep8.us.i, i64 84
-  store i16 %115, ptr %116, align 2, !tbaa !4
-  %117 = getelementptr i8, ptr %gep.us.i, i64 44
-  %118 = load i16, ptr %117, align 2, !tbaa !4
-  %119 = getelementptr i8, ptr %invariant.gep8.us.i, i64 88
-  store i16 %118, ptr %119, align 2, !tbaa !4
-  %120 = getelementptr i8, ptr %gep.us.i, i64 46
-  %121 = load i16, ptr %120, align 2, !tbaa !4
-  %122 = getelementptr i8, ptr %invariant.gep8.us.i, i64 92
-  store i16 %121, ptr %122, align 2, !tbaa !4
-  %123 = getelementptr i8, ptr %gep.us.i, i64 48
-  %124 = load i16, ptr %123, align 2, !tbaa !4
-  %125 = getelementptr i8, ptr %invariant.gep8.us.i, i64 96
-  store i16 %124, ptr %125, align 2, !tbaa !4
-  %126 = getelementptr i8, ptr %gep.us.i, i64 50
-  %127 = load i16, ptr %126, align 2, !tbaa !4
-  %128 = getelementptr i8, ptr %invariant.gep8.us.i, i64 100
-  store i16 %127, ptr %128, align 2, !tbaa !4
-  %129 = getelementptr i8, ptr %gep.us.i, i64 52
-  %130 = load i16, ptr %129, align 2, !tbaa !4
-  %131 = getelementptr i8, ptr %invariant.gep8.us.i, i64 104
-  store i16 %130, ptr %131, align 2, !tbaa !4
-  %132 = getelementptr i8, ptr %gep.us.i, i64 54
-  %133 = load i16, ptr %132, align 2, !tbaa !4
-  %134 = getelementptr i8, ptr %invariant.gep8.us.i, i64 108
-  store i16 %133, ptr %134, align 2, !tbaa !4
-  %135 = getelementptr i8, ptr %gep.us.i, i64 56
-  %136 = load i16, ptr %135, align 2, !tbaa !4
-  %137 = getelementptr i8, ptr %invariant.gep8.us.i, i64 112
-  store i16 %136, ptr %137, align 2, !tbaa !4
-  %138 = getelementptr i8, ptr %gep.us.i, i64 58
-  %139 = load i16, ptr %138, align 2, !tbaa !4
-  %140 = getelementptr i8, ptr %invariant.gep8.us.i, i64 116
-  store i16 %139, ptr %140, align 2, !tbaa !4
-  %141 = getelementptr i8, ptr %gep.us.i, i64 60
-  %142 = load i16, ptr %141, align 2, !tbaa !4
-  %143 = getelementptr i8, ptr %invariant.gep8.us.i, i64 120
-  store i16 %142, ptr %143, align 2, !tbaa !4
-  %144 = getelementptr i8, ptr %gep.us.i, i64 62
-  %145 = load i16, ptr %144, align 2, !tbaa !4
-  %146 = getelementptr i8, ptr %invariant.gep8.us.i, i64 124
-  store i16 %145, ptr %146, align 2, !tbaa !4
+  store i16 %102, ptr %gep9.us.1.i, align 2, !tbaa !4
+  %103 = getelementptr i8, ptr %gep.us.i, i64 34
+  %104 = load i16, ptr %103, align 2, !tbaa !4
+  %105 = getelementptr i8, ptr %invariant.gep8.us.i, i64 68
+  store i16 %104, ptr %105, align 2, !tbaa !4
+  %106 = getelementptr i8, ptr %gep.us.i, i64 36
+  %107 = load i16, ptr %106, align 2, !tbaa !4
+  %108 = getelementptr i8, ptr %invariant.gep8.us.i, i64 72
+  store i16 %107, ptr %108, align 2, !tbaa !4
+  %109 = getelementptr i8, ptr %gep.us.i, i64 38
+  %110 = load i16, ptr %109, align 2, !tbaa !4
+  %111 = getelementptr i8, ptr %invariant.gep8.us.i, i64 76
+  store i16 %110, ptr %111, align 2, !tbaa !4
+  %112 = getelementptr i8, ptr %gep.us.i, i64 40
+  %113 = load i16, ptr %112, align 2, !tbaa !4
+  %114 = getelementptr i8, ptr %invariant.gep8.us.i, i64 80
+  store i16 %113, ptr %114, align 2, !tbaa !4
+  %115 = getelementptr i8, ptr %gep.us.i, i64 42
+  %116 = load i16, ptr %115, align 2, !tbaa !4
+  %117 = getelementptr i8, ptr %invariant.gep8.us.i, i64 84
+  store i16 %116, ptr %117, align 2, !tbaa !4
+  %118 = getelementptr i8, ptr %gep.us.i, i64 44
+  %119 = load i16, ptr %118, align 2, !tbaa !4
+  %120 = getelementptr i8, ptr %invariant.gep8.us.i, i64 88
+  store i16 %119, ptr %120, align 2, !tbaa !4
+  %121 = getelementptr i8, ptr %gep.us.i, i64 46
+  %122 = load i16, ptr %121, align 2, !tbaa !4
+  %123 = getelementptr i8, ptr %invariant.gep8.us.i, i64 92
+  store i16 %122, ptr %123, align 2, !tbaa !4
+  %124 = getelementptr i8, ptr %gep.us.i, i64 48
+  %125 = load i16, ptr %124, align 2, !tbaa !4
+  %126 = getelementptr i8, ptr %invariant.gep8.us.i, i64 96
+  store i16 %125, ptr %126, align 2, !tbaa !4
+  %127 = getelementptr i8, ptr %gep.us.i, i64 50
+  %128 = load i16, ptr %127, align 2, !tbaa !4
+  %129 = getelementptr i8, ptr %invariant.gep8.us.i, i64 100
+  store i16 %128, ptr %129, align 2, !tbaa !4
+  %130 = getelementptr i8, ptr %gep.us.i, i64 52
+  %131 = load i16, ptr %130, align 2, !tbaa !4
+  %132 = getelementptr i8, ptr %invariant.gep8.us.i, i64 104
+  store i16 %131, ptr %132, align 2, !tbaa !4
+  %133 = getelementptr i8, ptr %gep.us.i, i64 54
+  %134 = load i16, ptr %133, align 2, !tbaa !4
+  %135 = getelementptr i8, ptr %invariant.gep8.us.i, i64 108
+  store i16 %134, ptr %135, align 2, !tbaa !4
+  %136 = getelementptr i8, ptr %gep.us.i, i64 56
+  %137 = load i16, ptr %136, align 2, !tbaa !4
+  %138 = getelementptr i8, ptr %invariant.gep8.us.i, i64 112
+  store i16 %137, ptr %138, align 2, !tbaa !4
+  %139 = getelementptr i8, ptr %gep.us.i, i64 58
+  %140 = load i16, ptr %139, align 2, !tbaa !4
+  %141 = getelementptr i8, ptr %invariant.gep8.us.i, i64 116
+  store i16 %140, ptr %141, align 2, !tbaa !4
+  %142 = getelementptr i8, ptr %gep.us.i, i64 60
+  %143 = load i16, ptr %142, align 2, !tbaa !4
+  %144 = getelementptr i8, ptr %invariant.gep8.us.i, i64 120
+  store i16 %143, ptr %144, align 2, !tbaa !4
+  %145 = getelementptr i8, ptr %gep.us.i, i64 62
+  %146 = load i16, ptr %145, align 2, !tbaa !4
+  %147 = getelementptr i8, ptr %invariant.gep8.us.i, i64 124
+  store i16 %146, ptr %147, align 2, !tbaa !4
   %gep3.us.2.i = getelementptr i8, ptr %gep.us.i, i64 64
-  %147 = load i16, ptr %gep3.us.2.i, align 2, !tbaa !4
+  %148 = load i16, ptr %gep3.us.2.i, align 2, !tbaa !4
   %gep9.us.2.i = getelementptr i8, ptr %invariant.gep8.us.i, i64 128
-  store i16 %147, ptr %gep9.us.2.i, align 2, !tbaa !4
-  %148 = getelementptr i8, ptr %gep.us.i, i64 66
-  %149 = load i16, ptr %148, align 2, !tbaa !4
-  %150 = getelementptr i8, ptr %invariant.gep8.us.i, i64 132
-  store i16 %149, ptr %150, align 2, !tbaa !4
-  %151 = getelementptr i8, ptr %gep.us.i, i64 68
-  %152 = load i16, ptr %151, align 2, !tbaa !4
-  %153 = getelementptr i8, ptr %invariant.gep8.us.i, i64 136
-  store i16 %152, ptr %153, align 2, !tbaa !4
-  %154 = getelementptr i8, ptr %gep.us.i, i64 70
-  %155 = load i16, ptr %154, align 2, !tbaa !4
-  %156 = getelementptr i8, ptr %invariant.gep8.us.i, i64 140
-  store i16 %155, ptr %156, align 2, !tbaa !4
-  %157 = getelementptr i8, ptr %gep.us.i, i64 72
-  %158 = load i16, ptr %157, align 2, !tbaa !4
-  %159 = getelementptr i8, ptr %invariant.gep8.us.i, i64 144
-  store i16 %158, ptr %159, align 2, !tbaa !4
-  %160 = getelementptr i8, ptr %gep.us.i, i64 74
-  %161 = load i16, ptr %160, align 2, !tbaa !4
-  %162 = getelementptr i8, ptr %invariant.gep8.us.i, i64 148
-  store i16 %161, ptr %162, align 2, !tbaa !4
-  %163 = getelementptr i8, ptr %gep.us.i, i64 76
-  %164 = load i16, ptr %163, align 2, !tbaa !4
-  %165 = getelementptr i8, ptr %invariant.gep8.us.i, i64 152
-  store i16 %164, ptr %165, align 2, !tbaa !4
-  %166 = getelementptr i8, ptr %gep.us.i, i64 78
-  %167 = load i16, ptr %166, align 2, !tbaa !4
-  %168 = getelementptr i8, ptr %invariant.gep8.us.i, i64 156
-  store i16 %167, ptr %168, align 2, !tbaa !4
-  %169 = getelementptr i8, ptr %gep.us.i, i64 80
-  %170 = load i16, ptr %169, align 2, !tbaa !4
-  %171 = getelementptr i8, ptr %invariant.gep8.us.i, i64 160
-  store i16 %170, ptr %171, align 2, !tbaa !4
-  %172 = getelementptr i8, ptr %gep.us.i, i64 82
-  %173 = load i16, ptr %172, align 2, !tbaa !4
-  %174 = getelementptr i8, ptr %invariant.gep8.us.i, i64 164
-  store i16 %173, ptr %174, align 2, !tbaa !4
-  %175 = getelementptr i8, ptr %gep.us.i, i64 84
-  %176 = load i16, ptr %175, align 2, !tbaa !4
-  %177 = getelementptr i8, ptr %invariant.gep8.us.i, i64 168
-  store i16 %176, ptr %177, align 2, !tbaa !4
-  %178 = getelementptr i8, ptr %gep.us.i, i64 86
-  %179 = load i16, ptr %178, align 2, !tbaa !4
-  %180 = getelementptr i8, ptr %invariant.gep8.us.i, i64 172
-  store i16 %179, ptr %180, align 2, !tbaa !4
-  %181 = getelementptr i8, ptr %gep.us.i, i64 88
-  %182 = load i16, ptr %181, align 2, !tbaa !4
-  %183 = getelementptr i8, ptr %invariant.gep8.us.i, i64 176
-  store i16 %182, ptr %183, align 2, !tbaa !4
-  %184 = getelementptr i8, ptr %gep.us.i, i64 90
-  %185 = load i16, ptr %184, align 2, !tbaa !4
-  %186 = getelementptr i8, ptr %invariant.gep8.us.i, i64 180
-  store i16 %185, ptr %186, align 2, !tbaa !4
-  %187 = getelementptr i8, ptr %gep.us.i, i64 92
-  %188 = load i16, ptr %187, align 2, !tbaa !4
-  %189 = getelementptr i8, ptr %invariant.gep8.us.i, i64 184
-  store i16 %188, ptr %189, align 2, !tbaa !4
-  %190 = getelementptr i8, ptr %gep.us.i, i64 94
-  %191 = load i16, ptr %190, align 2, !tbaa !4
-  %192 = getelementptr i8, ptr %invariant.gep8.us.i, i64 188
-  store i16 %191, ptr %192, align 2, !tbaa !4
+  store i16 %148, ptr %gep9.us.2.i, align 2, !tbaa !4
+  %149 = getelementptr i8, ptr %gep.us.i, i64 66
+  %150 = load i16, ptr %149, align 2, !tbaa !4
+  %151 = getelementptr i8, ptr %invariant.gep8.us.i, i64 132
+  store i16 %150, ptr %151, align 2, !tbaa !4
+  %152 = getelementptr i8, ptr %gep.us.i, i64 68
+  %153 = load i16, ptr %152, align 2, !tbaa !4
+  %154 = getelementptr i8, ptr %invariant.gep8.us.i, i64 136
+  store i16 %153, ptr %154, align 2, !tbaa !4
+  %155 = getelementptr i8, ptr %gep.us.i, i64 70
+  %156 = load i16, ptr %155, align 2, !tbaa !4
+  %157 = getelementptr i8, ptr %invariant.gep8.us.i, i64 140
+  store i16 %156, ptr %157, align 2, !tbaa !4
+  %158 = getelementptr i8, ptr %gep.us.i, i64 72
+  %159 = load i16, ptr %158, align 2, !tbaa !4
+  %160 = getelementptr i8, ptr %invariant.gep8.us.i, i64 144
+  store i16 %159, ptr %160, align 2, !tbaa !4
+  %161 = getelementptr i8, ptr %gep.us.i, i64 74
+  %162 = load i16, ptr %161, align 2, !tbaa !4
+  %163 = getelementptr i8, ptr %invariant.gep8.us.i, i64 148
+  store i16 %162, ptr %163, align 2, !tbaa !4
+  %164 = getelementptr i8, ptr %gep.us.i, i64 76
+  %165 = load i16, ptr %164, align 2, !tbaa !4
+  %166 = getelementptr i8, ptr %invariant.gep8.us.i, i64 152
+  store i16 %165, ptr %166, align 2, !tbaa !4
+  %167 = getelementptr i8, ptr %gep.us.i, i64 78
+  %168 = load i16, ptr %167, align 2, !tbaa !4
+  %169 = getelementptr i8, ptr %invariant.gep8.us.i, i64 156
+  store i16 %168, ptr %169, align 2, !tbaa !4
+  %170 = getelementptr i8, ptr %gep.us.i, i64 80
+  %171 = load i16, ptr %170, align 2, !tbaa !4
+  %172 = getelementptr i8, ptr %invariant.gep8.us.i, i64 160
+  store i16 %171, ptr %172, align 2, !tbaa !4
+  %173 = getelementptr i8, ptr %gep.us.i, i64 82
+  %174 = load i16, ptr %173, align 2, !tbaa !4
+  %175 = getelementptr i8, ptr %invariant.gep8.us.i, i64 164
+  store i16 %174, ptr %175, align 2, !tbaa !4
+  %176 = getelementptr i8, ptr %gep.us.i, i64 84
+  %177 = load i16, ptr %176, align 2, !tbaa !4
+  %178 = getelementptr i8, ptr %invariant.gep8.us.i, i64 168
+  store i16 %177, ptr %178, align 2, !tbaa !4
+  %179 = getelementptr i8, ptr %gep.us.i, i64 86
+  %180 = load i16, ptr %179, align 2, !tbaa !4
+  %181 = getelementptr i8, ptr %invariant.gep8.us.i, i64 172
+  store i16 %180, ptr %181, align 2, !tbaa !4
+  %182 = getelementptr i8, ptr %gep.us.i, i64 88
+  %183 = load i16, ptr %182, align 2, !tbaa !4
+  %184 = getelementptr i8, ptr %invariant.gep8.us.i, i64 176
+  store i16 %183, ptr %184, align 2, !tbaa !4
+  %185 = getelementptr i8, ptr %gep.us.i, i64 90
+  %186 = load i16, ptr %185, align 2, !tbaa !4
+  %187 = getelementptr i8, ptr %invariant.gep8.us.i, i64 180
+  store i16 %186, ptr %187, align 2, !tbaa !4
+  %188 = getelementptr i8, ptr %gep.us.i, i64 92
+  %189 = load i16, ptr %188, align 2, !tbaa !4
+  %190 = getelementptr i8, ptr %invariant.gep8.us.i, i64 184
+  store i16 %189, ptr %190, align 2, !tbaa !4
+  %191 = getelementptr i8, ptr %gep.us.i, i64 94
+  %192 = load i16, ptr %191, align 2, !tbaa !4
+  %193 = getelementptr i8, ptr %invariant.gep8.us.i, i64 188
+  store i16 %192, ptr %193, align 2, !tbaa !4
   %gep3.us.3.i = getelementptr i8, ptr %gep.us.i, i64 96
-  %193 = load i16, ptr %gep3.us.3.i, align 2, !tbaa !4
+  %194 = load i16, ptr %gep3.us.3.i, align 2, !tbaa !4
   %gep9.us.3.i = getelementptr i8, ptr %invariant.gep8.us.i, i64 192
-  store i16 %193, ptr %gep9.us.3.i, align 2, !tbaa !4
-  %194 = getelementptr i8, ptr %gep.us.i, i64 98
-  %195 = load i16, ptr %194, align 2, !tbaa !4
-  %196 = getelementptr i8, ptr %invariant.gep8.us.i, i64 196
-  store i16 %195, ptr %196, align 2, !tbaa !4
-  %197 = getelementptr i8, ptr %gep.us.i, i64 100
-  %198 = load i16, ptr %197, align 2, !tbaa !4
-  %199 = getelementptr i8, ptr %invariant.gep8.us.i, i64 200
-  store i16 %198, ptr %199, align 2, !tbaa !4
-  %200 = getelementptr i8, ptr %gep.us.i, i64 102
-  %201 = load i16, ptr %200, align 2, !tbaa !4
-  %202 = getelementptr i8, ptr %invariant.gep8.us.i, i64 204
-  store i16 %201, ptr %202, align 2, !tbaa !4
-  %203 = getelementptr i8, ptr %gep.us.i, i64 104
-  %204 = load i16, ptr %203, align 2, !tbaa !4
-  %205 = getelementptr i8, ptr %invariant.gep8.us.i, i64 208
-  store i16 %204, ptr %205, align 2, !tbaa !4
-  %206 = getelementptr i8, ptr %gep.us.i, i64 106
-  %207 = load i16, ptr %206, align 2, !tbaa !4
-  %208 = getelementptr i8, ptr %invariant.gep8.us.i, i64 212
-  store i16 %207, ptr %208, align 2, !tbaa !4
-  %209 = getelementptr i8, ptr %gep.us.i, i64 108
-  %210 = load i16, ptr %209, align 2, !tbaa !4
-  %211 = getelementptr i8, ptr %invariant.gep8.us.i, i64 216
-  store i16 %210, ptr %211, align 2, !tbaa !4
-  %212 = getelementptr i8, ptr %gep.us.i, i64 110
-  %213 = load i16, ptr %212, align 2, !tbaa !4
-  %214 = getelementptr i8, ptr %invariant.gep8.us.i, i64 220
-  store i16 %213, ptr %214, align 2, !tbaa !4
-  %215 = getelementptr i8, ptr %gep.us.i, i64 112
-  %216 = load i16, ptr %215, align 2, !tbaa !4
-  %217 = getelementptr i8, ptr %invariant.gep8.us.i, i64 224
-  store i16 %216, ptr %217, align 2, !tbaa !4
-  %218 = getelementptr i8, ptr %gep.us.i, i64 114
-  %219 = load i16, ptr %218, align 2, !tbaa !4
-  %220 = getelementptr i8, ptr %invariant.gep8.us.i, i64 228
-  store i16 %219, ptr %220, align 2, !tbaa !4
-  %221 = getelementptr i8, ptr %gep.us.i, i64 116
-  %222 = load i16, ptr %221, align 2, !tbaa !4
-  %223 = getelementptr i8, ptr %invariant.gep8.us.i, i64 232
-  store i16 %222, ptr %223, align 2, !tbaa !4
-  %224 = getelementptr i8, ptr %gep.us.i, i64 118
-  %225 = load i16, ptr %224, align 2, !tbaa !4
-  %226 = getelementptr i8, ptr %invariant.gep8.us.i, i64 236
-  store i16 %225, ptr %226, align 2, !tbaa !4
-  %227 = getelementptr i8, ptr %gep.us.i, i64 120
-  %228 = load i16, ptr %227, align 2, !tbaa !4
-  %229 = getelementptr i8, ptr %invariant.gep8.us.i, i64 240
-  store i16 %228, ptr %229, align 2, !tbaa !4
-  %230 = getelementptr i8, ptr %gep.us.i, i64 122
-  %231 = load i16, ptr %230, align 2, !tbaa !4
-  %232 = getelementptr i8, ptr %invariant.gep8.us.i, i64 244
-  store i16 %231, ptr %232, align 2, !tbaa !4
-  %233 = getelementptr i8, ptr %gep.us.i, i64 124
-  %234 = load i16, ptr %233, align 2, !tbaa !4
-  %235 = getelementptr i8, ptr %invariant.gep8.us.i, i64 248
-  store i16 %234, ptr %235, align 2, !tbaa !4
-  %236 = getelementptr i8, ptr %gep.us.i, i64 126
-  %237 = load i16, ptr %236, align 2, !tbaa !4
-  %238 = getelementptr i8, ptr %invariant.gep8.us.i, i64 252
-  store i16 %237, ptr %238, align 2, !tbaa !4
+  store i16 %194, ptr %gep9.us.3.i, align 2, !tbaa !4
+  %195 = getelementptr i8, ptr %gep.us.i, i64 98
+  %196 = load i16, ptr %195, align 2, !tbaa !4
+  %197 = getelementptr i8, ptr %invariant.gep8.us.i, i64 196
+  store i16 %196, ptr %197, align 2, !tbaa !4
+  %198 = getelementptr i8, ptr %gep.us.i, i64 100
+  %199 = load i16, ptr %198, align 2, !tbaa !4
+  %200 = getelementptr i8, ptr %invariant.gep8.us.i, i64 200
+  store i16 %199, ptr %200, align 2, !tbaa !4
+  %201 = getelementptr i8, ptr %gep.us.i, i64 102
+  %202 = load i16, ptr %201, align 2, !tbaa !4
+  %203 = getelementptr i8, ptr %invariant.gep8.us.i, i64 204
+  store i16 %202, ptr %203, align 2, !tbaa !4
+  %204 = getelementptr i8, ptr %gep.us.i, i64 104
+  %205 = load i16, ptr %204, align 2, !tbaa !4
+  %206 = getelementptr i8, ptr %invariant.gep8.us.i, i64 208
+  store i16 %205, ptr %206, align 2, !tbaa !4
+  %207 = getelementptr i8, ptr %gep.us.i, i64 106
+  %208 = load i16, ptr %207, align 2, !tbaa !4
+  %209 = getelementptr i8, ptr %invariant.gep8.us.i, i64 212
+  store i16 %208, ptr %209, align 2, !tbaa !4
+  %210 = getelementptr i8, ptr %gep.us.i, i64 108
+  %211 = load i16, ptr %210, align 2, !tbaa !4
+  %212 = getelementptr i8, ptr %invariant.gep8.us.i, i64 216
+  store i16 %211, ptr %212, align 2, !tbaa !4
+  %213 = getelementptr i8, ptr %gep.us.i, i64 110
+  %214 = load i16, ptr %213, align 2, !tbaa !4
+  %215 = getelementptr i8, ptr %invariant.gep8.us.i, i64 220
+  store i16 %214, ptr %215, align 2, !tbaa !4
+  %216 = getelementptr i8, ptr %gep.us.i, i64 112
+  %217 = load i16, ptr %216, align 2, !tbaa !4
+  %218 = getelementptr i8, ptr %invariant.gep8.us.i, i64 224
+  store i16 %217, ptr %218, align 2, !tbaa !4
+  %219 = getelementptr i8, ptr %gep.us.i, i64 114
+  %220 = load i16, ptr %219, align 2, !tbaa !4
+  %221 = getelementptr i8, ptr %invariant.gep8.us.i, i64 228
+  store i16 %220, ptr %221, align 2, !tbaa !4
+  %222 = getelementptr i8, ptr %gep.us.i, i64 116
+  %223 = load i16, ptr %222, align 2, !tbaa !4
+  %224 = getelementptr i8, ptr %invariant.gep8.us.i, i64 232
+  store i16 %223, ptr %224, align 2, !tbaa !4
+  %225 = getelementptr i8, ptr %gep.us.i, i64 118
+  %226 = load i16, ptr %225, align 2, !tbaa !4
+  %227 = getelementptr i8, ptr %invariant.gep8.us.i, i64 236
+  store i16 %226, ptr %227, align 2, !tbaa !4
+  %228 = getelementptr i8, ptr %gep.us.i, i64 120
+  %229 = load i16, ptr %228, align 2, !tbaa !4
+  %230 = getelementptr i8, ptr %invariant.gep8.us.i, i64 240
+  store i16 %229, ptr %230, align 2, !tbaa !4
+  %231 = getelementptr i8, ptr %gep.us.i, i64 122
+  %232 = load i16, ptr %231, align 2, !tbaa !4
+  %233 = getelementptr i8, ptr %invariant.gep8.us.i, i64 244
+  store i16 %232, ptr %233, align 2, !tbaa !4
+  %234 = getelementptr i8, ptr %gep.us.i, i64 124
+  %235 = load i16, ptr %234, align 2, !tbaa !4
+  %236 = getelementptr i8, ptr %invariant.gep8.us.i, i64 248
+  store i16 %235, ptr %236, align 2, !tbaa !4
+  %237 = getelementptr i8, ptr %gep.us.i, i64 126
+  %238 = load i16, ptr %237, align 2, !tbaa !4
+  %239 = getelementptr i8, ptr %invariant.gep8.us.i, i64 252
+  store i16 %238, ptr %239, align 2, !tbaa !4
   %gep3.us.4.i = getelementptr i8, ptr %gep.us.i, i64 128
-  %239 = load i16, ptr %gep3.us.4.i, align 2, !tbaa !4
+  %240 = load i16, ptr %gep3.us.4.i, align 2, !tbaa !4
   %gep9.us.4.i = getelementptr i8, ptr %invariant.gep8.us.i, i64 256
-  store i16 %239, ptr %gep9.us.4.i, align 2, !tbaa !4
-  %240 = getelementptr i8, ptr %gep.us.i, i64 130
-  %241 = load i16, ptr %240, align 2, !tbaa !4
-  %242 = getelementptr i8, ptr %invariant.gep8.us.i, i64 260
-  store i16 %241, ptr %242, align 2, !tbaa !4
-  %243 = getelementptr i8, ptr %gep.us.i, i64 132
-  %244 = load i16, ptr %243, align 2, !tbaa !4
-  %245 = getelementptr i8, ptr %invariant.gep8.us.i, i64 264
-  store i16 %244, ptr %245, align 2, !tbaa !4
-  %246 = getelementptr i8, ptr %gep.us.i, i64 134
-  %247 = load i16, ptr %246, align 2, !tbaa !4
-  %248 = getelementptr i8, ptr %invariant.gep8.us.i, i64 268
-  store i16 %247, ptr %248, align 2, !tbaa !4
-  %249 = getelementptr i8, ptr %gep.us.i, i64 136
-  %250 = load i16, ptr %249, align 2, !tbaa !4
-  %251 = getelementptr i8, ptr %invariant.gep8.us.i, i64 272
-  store i16 %250, ptr %251, align 2, !tbaa !4
-  %252 = getelementptr i8, ptr %gep.us.i, i64 138
-  %253 = load i16, ptr %252, align 2, !tbaa !4
-  %254 = getelementptr i8, ptr %invariant.gep8.us.i, i64 276
-  store i16 %253, ptr %254, align 2, !tbaa !4
-  %255 = getelementptr i8, ptr %gep.us.i, i64 140
-  %256 = load i16, ptr %255, align 2, !tbaa !4
-  %257 = getelementptr i8, ptr %invariant.gep8.us.i, i64 280
-  store i16 %256, ptr %257, align 2, !tbaa !4
-  %258 = getelementptr i8, ptr %gep.us.i, i64 142
-  %259 = load i16, ptr %258, align 2, !tbaa !4
-  %260 = getelementptr i8, ptr %invariant.gep8.us.i, i64 284
-  store i16 %259, ptr %260, align 2, !tbaa !4
-  %261 = getelementptr i8, ptr %gep.us.i, i64 144
-  %262 = load i16, ptr %261, align 2, !tbaa !4
-  %263 = getelementptr i8, ptr %invariant.gep8.us.i, i64 288
-  store i16 %262, ptr %263, align 2, !tbaa !4
-  %264 = getelementptr i8, ptr %gep.us.i, i64 146
-  %265 = load i16, ptr %264, align 2, !tbaa !4
-  %266 = getelementptr i8, ptr %invariant.gep8.us.i, i64 292
-  store i16 %265, ptr %266, align 2, !tbaa !4
-  %267 = getelementptr i8, ptr %gep.us.i, i64 148
-  %268 = load i16, ptr %267, align 2, !tbaa !4
-  %269 = getelementptr i8, ptr %invariant.gep8.us.i, i64 296
-  store i16 %268, ptr %269, align 2, !tbaa !4
-  %270 = getelementptr i8, ptr %gep.us.i, i64 150
-  %271 = load i16, ptr %270, align 2, !tbaa !4
-  %272 = getelementptr i8, ptr %invariant.gep8.us.i, i64 300
-  store i16 %271, ptr %272, align 2, !tbaa !4
-  %273 = getelementptr i8, ptr %gep.us.i, i64 152
-  %274 = load i16, ptr %273, align 2, !tbaa !4
-  %275 = getelementptr i8, ptr %invariant.gep8.us.i, i64 304
-  store i16 %274, ptr %275, align 2, !tbaa !4
-  %276 = getelementptr i8, ptr %gep.us.i, i64 154
-  %277 = load i16, ptr %276, align 2, !tbaa !4
-  %278 = getelementptr i8, ptr %invariant.gep8.us.i, i64 308
-  store i16 %277, ptr %278, align 2, !tbaa !4
-  %279 = getelementptr i8, ptr %gep.us.i, i64 156
-  %280 = load i16, ptr %279, align 2, !tbaa !4
-  %281 = getelementptr i8, ptr %invariant.gep8.us.i, i64 312
-  store i16 %280, ptr %281, align 2, !tbaa !4
-  %282 = getelementptr i8, ptr %gep.us.i, i64 158
-  %283 = load i16, ptr %282, align 2, !tbaa !4
-  %284 = getelementptr i8, ptr %invariant.gep8.us.i, i64 316
-  store i16 %283, ptr %284, align 2, !tbaa !4
+  store i16 %240, ptr %gep9.us.4.i, align 2, !tbaa !4
+  %241 = getelementptr i8, ptr %gep.us.i, i64 130
+  %242 = load i16, ptr %241, align 2, !tbaa !4
+  %243 = getelementptr i8, ptr %invariant.gep8.us.i, i64 260
+  store i16 %242, ptr %243, align 2, !tbaa !4
+  %244 = getelementptr i8, ptr %gep.us.i, i64 132
+  %245 = load i16, ptr %244, align 2, !tbaa !4
+  %246 = getelementptr i8, ptr %invariant.gep8.us.i, i64 264
+  store i16 %245, ptr %246, align 2, !tbaa !4
+  %247 = getelementptr i8, ptr %gep.us.i, i64 134
+  %248 = load i16, ptr %247, align 2, !tbaa !4
+  %249 = getelementptr i8, ptr %invariant.gep8.us.i, i64 268
+  store i16 %248, ptr %249, align 2, !tbaa !4
+  %250 = getelementptr i8, ptr %gep.us.i, i64 136
+  %251 = load i16, ptr %250, align 2, !tbaa !4
+  %252 = getelementptr i8, ptr %invariant.gep8.us.i, i64 272
+  store i16 %251, ptr %252, align 2, !tbaa !4
+  %253 = getelementptr i8, ptr %gep.us.i, i64 138
+  %254 = load i16, ptr %253, align 2, !tbaa !4
+  %255 = getelementptr i8, ptr %invariant.gep8.us.i, i64 276
+  store i16 %254, ptr %255, align 2, !tbaa !4
+  %256 = getelementptr i8, ptr %gep.us.i, i64 140
+  %257 = load i16, ptr %256, align 2, !tbaa !4
+  %258 = getelementptr i8, ptr %invariant.gep8.us.i, i64 280
+  store i16 %257, ptr %258, align 2, !tbaa !4
+  %259 = getelementptr i8, ptr %gep.us.i, i64 142
+  %260 = load i16, ptr %259, align 2, !tbaa !4
+  %261 = getelementptr i8, ptr %invariant.gep8.us.i, i64 284
+  store i16 %260, ptr %261, align 2, !tbaa !4
+  %262 = getelementptr i8, ptr %gep.us.i, i64 144
+  %263 = load i16, ptr %262, align 2, !tbaa !4
+  %264 = getelementptr i8, ptr %invariant.gep8.us.i, i64 288
+  store i16 %263, ptr %264, align 2, !tbaa !4
+  %265 = getelementptr i8, ptr %gep.us.i, i64 146
+  %266 = load i16, ptr %265, align 2, !tbaa !4
+  %267 = getelementptr i8, ptr %invariant.gep8.us.i, i64 292
+  store i16 %266, ptr %267, align 2, !tbaa !4
+  %268 = getelementptr i8, ptr %gep.us.i, i64 148
+  %269 = load i16, ptr %268, align 2, !tbaa !4
+  %270 = getelementptr i8, ptr %invariant.gep8.us.i, i64 296
+  store i16 %269, ptr %270, align 2, !tbaa !4
+  %271 = getelementptr i8, ptr %gep.us.i, i64 150
+  %272 = load i16, ptr %271, align 2, !tbaa !4
+  %273 = getelementptr i8, ptr %invariant.gep8.us.i, i64 300
+  store i16 %272, ptr %273, align 2, !tbaa !4
+  %274 = getelementptr i8, ptr %gep.us.i, i64 152
+  %275 = load i16, ptr %274, align 2, !tbaa !4
+  %276 = getelementptr i8, ptr %invariant.gep8.us.i, i64 304
+  store i16 %275, ptr %276, align 2, !tbaa !4
+  %277 = getelementptr i8, ptr %gep.us.i, i64 154
+  %278 = load i16, ptr %277, align 2, !tbaa !4
+  %279 = getelementptr i8, ptr %invariant.gep8.us.i, i64 308
+  store i16 %278, ptr %279, align 2, !tbaa !4
+  %280 = getelementptr i8, ptr %gep.us.i, i64 156
+  %281 = load i16, ptr %280, align 2, !tbaa !4
+  %282 = getelementptr i8, ptr %invariant.gep8.us.i, i64 312
+  store i16 %281, ptr %282, align 2, !tbaa !4
+  %283 = getelementptr i8, ptr %gep.us.i, i64 158
+  %284 = load i16, ptr %283, align 2, !tbaa !4
+  %285 = getelementptr i8, ptr %invariant.gep8.us.i, i64 316
+  store i16 %284, ptr %285, align 2, !tbaa !4
   %gep3.us.5.i = getelementptr i8, ptr %gep.us.i, i64 160
-  %285 = load i16, ptr %gep3.us.5.i, align 2, !tbaa !4
+  %286 = load i16, ptr %gep3.us.5.i, align 2, !tbaa !4
   %gep9.us.5.i = getelementptr i8, ptr %invariant.gep8.us.i, i64 320
-  store i16 %285, ptr %gep9.us.5.i, align 2, !tbaa !4
-  %286 = getelementptr i8, ptr %gep.us.i, i64 162
-  %287 = load i16, ptr %286, align 2, !tbaa !4
-  %288 = getelementptr i8, ptr %invariant.gep8.us.i, i64 324
-  store i16 %287, ptr %288, align 2, !tbaa !4
-  %289 = getelementptr i8, ptr %gep.us.i, i64 164
-  %290 = load i16, ptr %289, align 2, !tbaa !4
-  %291 = getelementptr i8, ptr %invariant.gep8.us.i, i64 328
-  store i16 %290, ptr %291, align 2, !tbaa !4
-  %292 = getelementptr i8, ptr %gep.us.i, i64 166
-  %293 = load i16, ptr %292, align 2, !tbaa !4
-  %294 = getelementptr i8, ptr %invariant.gep8.us.i, i64 332
-  store i16 %293, ptr %294, align 2, !tbaa !4
-  %295 = getelementptr i8, ptr %gep.us.i, i64 168
-  %296 = load i16, ptr %295, align 2, !tbaa !4
-  %297 = getelementptr i8, ptr %invariant.gep8.us.i, i64 336
-  store i16 %296, ptr %297, align 2, !tbaa !4
-  %298 = getelementptr i8, ptr %gep.us.i, i64 170
-  %299 = load i16, ptr %298, align 2, !tbaa !4
-  %300 = getelementptr i8, ptr %invariant.gep8.us.i, i64 340
-  store i16 %299, ptr %300, align 2, !tbaa !4
-  %301 = getelementptr i8, ptr %gep.us.i, i64 172
-  %302 = load i16, ptr %301, align 2, !tbaa !4
-  %303 = getelementptr i8, ptr %invariant.gep8.us.i, i64 344
-  store i16 %302, ptr %303, align 2, !tbaa !4
-  %304 = getelementptr i8, ptr %gep.us.i, i64 174
-  %305 = load i16, ptr %304, align 2, !tbaa !4
-  %306 = getelementptr i8, ptr %invariant.gep8.us.i, i64 348
-  store i16 %305, ptr %306, align 2, !tbaa !4
-  %307 = getelementptr i8, ptr %gep.us.i, i64 176
-  %308 = load i16, ptr %307, align 2, !tbaa !4
-  %309 = getelementptr i8, ptr %invariant.gep8.us.i, i64 352
-  store i16 %308, ptr %309, align 2, !tbaa !4
-  %310 = getelementptr i8, ptr %gep.us.i, i64 178
-  %311 = load i16, ptr %310, align 2, !tbaa !4
-  %312 = getelementptr i8, ptr %invariant.gep8.us.i, i64 356
-  store i16 %311, ptr %312, align 2, !tbaa !4
-  %313 = getelementptr i8, ptr %gep.us.i, i64 180
-  %314 = load i16, ptr %313, align 2, !tbaa !4
-  %315 = getelementptr i8, ptr %invariant.gep8.us.i, i64 360
-  store i16 %314, ptr %315, align 2, !tbaa !4
-  %316 = getelementptr i8, ptr %gep.us.i, i64 182
-  %317 = load i16, ptr %316, align 2, !tbaa !4
-  %318 = getelementptr i8, ptr %invariant.gep8.us.i, i64 364
-  store i16 %317, ptr %318, align 2, !tbaa !4
-  %319 = getelementptr i8, ptr %gep.us.i, i64 184
-  %320 = load i16, ptr %319, align 2, !tbaa !4
-  %321 = getelementptr i8, ptr %invariant.gep8.us.i, i64 368
-  store i16 %320, ptr %321, align 2, !tbaa !4
-  %322 = getelementptr i8, ptr %gep.us.i, i64 186
-  %323 = load i16, ptr %322, align 2, !tbaa !4
-  %324 = getelementptr i8, ptr %invariant.gep8.us.i, i64 372
-  store i16 %323, ptr %324, align 2, !tbaa !4
-  %325 = getelementptr i8, ptr %gep.us.i, i64 188
-  %326 = load i16, ptr %325, align 2, !tbaa !4
-  %327 = getelementptr i8, ptr %invariant.gep8.us.i, i64 376
-  store i16 %326, ptr %327, align 2, !tbaa !4
-  %328 = getelementptr i8, ptr %gep.us.i, i64 190
-  %329 = load i16, ptr %328, align 2, !tbaa !4
-  %330 = getelementptr i8, ptr %invariant.gep8.us.i, i64 380
-  store i16 %329, ptr %330, align 2, !tbaa !4
+  store i16 %286, ptr %gep9.us.5.i, align 2, !tbaa !4
+  %287 = getelementptr i8, ptr %gep.us.i, i64 162
+  %288 = load i16, ptr %287, align 2, !tbaa !4
+  %289 = getelementptr i8, ptr %invariant.gep8.us.i, i64 324
+  store i16 %288, ptr %289, align 2, !tbaa !4
+  %290 = getelementptr i8, ptr %gep.us.i, i64 164
+  %291 = load i16, ptr %290, align 2, !tbaa !4
+  %292 = getelementptr i8, ptr %invariant.gep8.us.i, i64 328
+  store i16 %291, ptr %292, align 2, !tbaa !4
+  %293 = getelementptr i8, ptr %gep.us.i, i64 166
+  %294 = load i16, ptr %293, align 2, !tbaa !4
+  %295 = getelementptr i8, ptr %invariant.gep8.us.i, i64 332
+  store i16 %294, ptr %295, align 2, !tbaa !4
+  %296 = getelementptr i8, ptr %gep.us.i, i64 168
+  %297 = load i16, ptr %296, align 2, !tbaa !4
+  %298 = getelementptr i8, ptr %invariant.gep8.us.i, i64 336
+  store i16 %297, ptr %298, align 2, !tbaa !4
+  %299 = getelementptr i8, ptr %gep.us.i, i64 170
+  %300 = load i16, ptr %299, align 2, !tbaa !4
+  %301 = getelementptr i8, ptr %invariant.gep8.us.i, i64 340
+  store i16 %300, ptr %301, align 2, !tbaa !4
+  %302 = getelementptr i8, ptr %gep.us.i, i64 172
+  %303 = load i16, ptr %302, align 2, !tbaa !4
+  %304 = getelementptr i8, ptr %invariant.gep8.us.i, i64 344
+  store i16 %303, ptr %304, align 2, !tbaa !4
+  %305 = getelementptr i8, ptr %gep.us.i, i64 174
+  %306 = load i16, ptr %305, align 2, !tbaa !4
+  %307 = getelementptr i8, ptr %invariant.gep8.us.i, i64 348
+  store i16 %306, ptr %307, align 2, !tbaa !4
+  %308 = getelementptr i8, ptr %gep.us.i, i64 176
+  %309 = load i16, ptr %308, align 2, !tbaa !4
+  %310 = getelementptr i8, ptr %invariant.gep8.us.i, i64 352
+  store i16 %309, ptr %310, align 2, !tbaa !4
+  %311 = getelementptr i8, ptr %gep.us.i, i64 178
+  %312 = load i16, ptr %311, align 2, !tbaa !4
+  %313 = getelementptr i8, ptr %invariant.gep8.us.i, i64 356
+  store i16 %312, ptr %313, align 2, !tbaa !4
+  %314 = getelementptr i8, ptr %gep.us.i, i64 180
+  %315 = load i16, ptr %314, align 2, !tbaa !4
+  %316 = getelementptr i8, ptr %invariant.gep8.us.i, i64 360
+  store i16 %315, ptr %316, align 2, !tbaa !4
+  %317 = getelementptr i8, ptr %gep.us.i, i64 182
+  %318 = load i16, ptr %317, align 2, !tbaa !4
+  %319 = getelementptr i8, ptr %invariant.gep8.us.i, i64 364
+  store i16 %318, ptr %319, align 2, !tbaa !4
+  %320 = getelementptr i8, ptr %gep.us.i, i64 184
+  %321 = load i16, ptr %320, align 2, !tbaa !4
+  %322 = getelementptr i8, ptr %invariant.gep8.us.i, i64 368
+  store i16 %321, ptr %322, align 2, !tbaa !4
+  %323 = getelementptr i8, ptr %gep.us.i, i64 186
+  %324 = load i16, ptr %323, align 2, !tbaa !4
+  %325 = getelementptr i8, ptr %invariant.gep8.us.i, i64 372
+  store i16 %324, ptr %325, align 2, !tbaa !4
+  %326 = getelementptr i8, ptr %gep.us.i, i64 188
+  %327 = load i16, ptr %326, align 2, !tbaa !4
+  %328 = getelementptr i8, ptr %invariant.gep8.us.i, i64 376
+  store i16 %327, ptr %328, align 2, !tbaa !4
+  %329 = getelementptr i8, ptr %gep.us.i, i64 190
+  %330 = load i16, ptr %329, align 2, !tbaa !4
+  %331 = getelementptr i8, ptr %invariant.gep8.us.i, i64 380
+  store i16 %330, ptr %331, align 2, !tbaa !4
   %gep3.us.6.i = getelementptr i8, ptr %gep.us.i, i64 192
-  %331 = load i16, ptr %gep3.us.6.i, align 2, !tbaa !4
+  %332 = load i16, ptr %gep3.us.6.i, align 2, !tbaa !4
   %gep9.us.6.i = getelementptr i8, ptr %invariant.gep8.us.i, i64 384
-  store i16 %331, ptr %gep9.us.6.i, align 2, !tbaa !4
-  %332 = getelementptr i8, ptr %gep.us.i, i64 194
-  %333 = load i16, ptr %332, align 2, !tbaa !4
-  %334 = getelementptr i8, ptr %invariant.gep8.us.i, i64 388
-  store i16 %333, ptr %334, align 2, !tbaa !4
-  %335 = getelementptr i8, ptr %gep.us.i, i64 196
-  %336 = load i16, ptr %335, align 2, !tbaa !4
-  %337 = getelementptr i8, ptr %invariant.gep8.us.i, i64 392
-  store i16 %336, ptr %337, align 2, !tbaa !4
-  %338 = getelementptr i8, ptr %gep.us.i, i64 198
-  %339 = load i16, ptr %338, align 2, !tbaa !4
-  %340 = getelementptr i8, ptr %invariant.gep8.us.i, i64 396
-  store i16 %339, ptr %340, align 2, !tbaa !4
-  %341 = getelementptr i8, ptr %gep.us.i, i64 200
-  %342 = load i16, ptr %341, align 2, !tbaa !4
-  %343 = getelementptr i8, ptr %invariant.gep8.us.i, i64 400
-  store i16 %342, ptr %343, align 2, !tbaa !4
-  %344 = getelementptr i8, ptr %gep.us.i, i64 202
-  %345 = load i16, ptr %344, align 2, !tbaa !4
-  %346 = getelementptr i8, ptr %invariant.gep8.us.i, i64 404
-  store i16 %345, ptr %346, align 2, !tbaa !4
-  %347 = getelementptr i8, ptr %gep.us.i, i64 204
-  %348 = load i16, ptr %347, align 2, !tbaa !4
-  %349 = getelementptr i8, ptr %invariant.gep8.us.i, i64 408
-  store i16 %348, ptr %349, align 2, !tbaa !4
-  %350 = getelementptr i8, ptr %gep.us.i, i64 206
-  %351 = load i16, ptr %350, align 2, !tbaa !4
-  %352 = getelementptr i8, ptr %invariant.gep8.us.i, i64 412
-  store i16 %351, ptr %352, align 2, !tbaa !4
-  %353 = getelementptr i8, ptr %gep.us.i, i64 208
-  %354 = load i16, ptr %353, align 2, !tbaa !4
-  %355 = getelementptr i8, ptr %invariant.gep8.us.i, i64 416
-  store i16 %354, ptr %355, align 2, !tbaa !4
-  %356 = getelementptr i8, ptr %gep.us.i, i64 210
-  %357 = load i16, ptr %356, align 2, !tbaa !4
-  %358 = getelementptr i8, ptr %invariant.gep8.us.i, i64 420
-  store i16 %357, ptr %358, align 2, !tbaa !4
-  %359 = getelementptr i8, ptr %gep.us.i, i64 212
-  %360 = load i16, ptr %359, align 2, !tbaa !4
-  %361 = getelementptr i8, ptr %invariant.gep8.us.i, i64 424
-  store i16 %360, ptr %361, align 2, !tbaa !4
-  %362 = getelementptr i8, ptr %gep.us.i, i64 214
-  %363 = load i16, ptr %362, align 2, !tbaa !4
-  %364 = getelementptr i8, ptr %invariant.gep8.us.i, i64 428
-  store i16 %363, ptr %364, align 2, !tbaa !4
-  %365 = getelementptr i8, ptr %gep.us.i, i64 216
-  %366 = load i16, ptr %365, align 2, !tbaa !4
-  %367 = getelementptr i8, ptr %invariant.gep8.us.i, i64 432
-  store i16 %366, ptr %367, align 2, !tbaa !4
-  %368 = getelementptr i8, ptr %gep.us.i, i64 218
-  %369 = load i16, ptr %368, align 2, !tbaa !4
-  %370 = getelementptr i8, ptr %invariant.gep8.us.i, i64 436
-  store i16 %369, ptr %370, align 2, !tbaa !4
-  %371 = getelementptr i8, ptr %gep.us.i, i64 220
-  %372 = load i16, ptr %371, align 2, !tbaa !4
-  %373 = getelementptr i8, ptr %invariant.gep8.us.i, i64 440
-  store i16 %372, ptr %373, align 2, !tbaa !4
-  %374 = getelementptr i8, ptr %gep.us.i, i64 222
-  %375 = load i16, ptr %374, align 2, !tbaa !4
-  %376 = getelementptr i8, ptr %invariant.gep8.us.i, i64 444
-  store i16 %375, ptr %376, align 2, !tbaa !4
+  store i16 %332, ptr %gep9.us.6.i, align 2, !tbaa !4
+  %333 = getelementptr i8, ptr %gep.us.i, i64 194
+  %334 = load i16, ptr %333, align 2, !tbaa !4
+  %335 = getelementptr i8, ptr %invariant.gep8.us.i, i64 388
+  store i16 %334, ptr %335, align 2, !tbaa !4
+  %336 = getelementptr i8, ptr %gep.us.i, i64 196
+  %337 = load i16, ptr %336, align 2, !tbaa !4
+  %338 = getelementptr i8, ptr %invariant.gep8.us.i, i64 392
+  store i16 %337, ptr %338, align 2, !tbaa !4
+  %339 = getelementptr i8, ptr %gep.us.i, i64 198
+  %340 = load i16, ptr %339, align 2, !tbaa !4
+  %341 = getelementptr i8, ptr %invariant.gep8.us.i, i64 396
+  store i16 %340, ptr %341, align 2, !tbaa !4
+  %342 = getelementptr i8, ptr %gep.us.i, i64 200
+  %343 = load i16, ptr %342, align 2, !tbaa !4
+  %344 = getelementptr i8, ptr %invariant.gep8.us.i, i64 400
+  store i16 %343, ptr %344, align 2, !tbaa !4
+  %345 = getelementptr i8, ptr %gep.us.i, i64 202
+  %346 = load i16, ptr %345, align 2, !tbaa !4
+  %347 = getelementptr i8, ptr %invariant.gep8.us.i, i64 404
+  store i16 %346, ptr %347, align 2, !tbaa !4
+  %348 = getelementptr i8, ptr %gep.us.i, i64 204
+  %349 = load i16, ptr %348, align 2, !tbaa !4
+  %350 = getelementptr i8, ptr %invariant.gep8.us.i, i64 408
+  store i16 %349, ptr %350, align 2, !tbaa !4
+  %351 = getelementptr i8, ptr %gep.us.i, i64 206
+  %352 = load i16, ptr %351, align 2, !tbaa !4
+  %353 = getelementptr i8, ptr %invariant.gep8.us.i, i64 412
+  store i16 %352, ptr %353, align 2, !tbaa !4
+  %354 = getelementptr i8, ptr %gep.us.i, i64 208
+  %355 = load i16, ptr %354, align 2, !tbaa !4
+  %356 = getelementptr i8, ptr %invariant.gep8.us.i, i64 416
+  store i16 %355, ptr %356, align 2, !tbaa !4
+  %357 = getelementptr i8, ptr %gep.us.i, i64 210
+  %358 = load i16, ptr %357, align 2, !tbaa !4
+  %359 = getelementptr i8, ptr %invariant.gep8.us.i, i64 420
+  store i16 %358, ptr %359, align 2, !tbaa !4
+  %360 = getelementptr i8, ptr %gep.us.i, i64 212
+  %361 = load i16, ptr %360, align 2, !tbaa !4
+  %362 = getelementptr i8, ptr %invariant.gep8.us.i, i64 424
+  store i16 %361, ptr %362, align 2, !tbaa !4
+  %363 = getelementptr i8, ptr %gep.us.i, i64 214
+  %364 = load i16, ptr %363, align 2, !tbaa !4
+  %365 = getelementptr i8, ptr %invariant.gep8.us.i, i64 428
+  store i16 %364, ptr %365, align 2, !tbaa !4
+  %366 = getelementptr i8, ptr %gep.us.i, i64 216
+  %367 = load i16, ptr %366, align 2, !tbaa !4
+  %368 = getelementptr i8, ptr %invariant.gep8.us.i, i64 432
+  store i16 %367, ptr %368, align 2, !tbaa !4
+  %369 = getelementptr i8, ptr %gep.us.i, i64 218
+  %370 = load i16, ptr %369, align 2, !tbaa !4
+  %371 = getelementptr i8, ptr %invariant.gep8.us.i, i64 436
+  store i16 %370, ptr %371, align 2, !tbaa !4
+  %372 = getelementptr i8, ptr %gep.us.i, i64 220
+  %373 = load i16, ptr %372, align 2, !tbaa !4
+  %374 = getelementptr i8, ptr %invariant.gep8.us.i, i64 440
+  store i16 %373, ptr %374, align 2, !tbaa !4
+  %375 = getelementptr i8, ptr %gep.us.i, i64 222
+  %376 = load i16, ptr %375, align 2, !tbaa !4
+  %377 = getelementptr i8, ptr %invariant.gep8.us.i, i64 444
+  store i16 %376, ptr %377, align 2, !tbaa !4
   %gep3.us.7.i = getelementptr i8, ptr %gep.us.i, i64 224
-  %377 = load i16, ptr %gep3.us.7.i, align 2, !tbaa !4
+  %378 = load i16, ptr %gep3.us.7.i, align 2, !tbaa !4
   %gep9.us.7.i = getelementptr i8, ptr %invariant.gep8.us.i, i64 448
-  store i16 %377, ptr %gep9.us.7.i, align 2, !tbaa !4
-  %378 = getelementptr i8, ptr %gep.us.i, i64 226
-  %379 = load i16, ptr %378, align 2, !tbaa !4
-  %380 = getelementptr i8, ptr %invariant.gep8.us.i, i64 452
-  store i16 %379, ptr %380, align 2, !tbaa !4
-  %381 = getelementptr i8, ptr %gep.us.i, i64 228
-  %382 = load i16, ptr %381, align 2, !tbaa !4
-  %383 = getelementptr i8, ptr %invariant.gep8.us.i, i64 456
-  store i16 %382, ptr %383, align 2, !tbaa !4
-  %384 = getelementptr i8, ptr %gep.us.i, i64 230
-  %385 = load i16, ptr %384, align 2, !tbaa !4
-  %386 = getelementptr i8, ptr %invariant.gep8.us.i, i64 460
-  store i16 %385, ptr %386, align 2, !tbaa !4
-  %387 = getelementptr i8, ptr %gep.us.i, i64 232
-  %388 = load i16, ptr %387, align 2, !tbaa !4
-  %389 = getelementptr i8, ptr %invariant.gep8.us.i, i64 464
-  store i16 %388, ptr %389, align 2, !tbaa !4
-  %390 = getelementptr i8, ptr %gep.us.i, i64 234
-  %391 = load i16, ptr %390, align 2, !tbaa !4
-  %392 = getelementptr i8, ptr %invariant.gep8.us.i, i64 468
-  store i16 %391, ptr %392, align 2, !tbaa !4
-  %393 = getelementptr i8, ptr %gep.us.i, i64 236
-  %394 = load i16, ptr %393, align 2, !tbaa !4
-  %395 = getelementptr i8, ptr %invariant.gep8.us.i, i64 472
-  store i16 %394, ptr %395, align 2, !tbaa !4
-  %396 = getelementptr i8, ptr %gep.us.i, i64 238
-  %397 = load i16, ptr %396, align 2, !tbaa !4
-  %398 = getelementptr i8, ptr %invariant.gep8.us.i, i64 476
-  store i16 %397, ptr %398, align 2, !tbaa !4
-  %399 = getelementptr i8, ptr %gep.us.i, i64 240
-  %400 = load i16, ptr %399, align 2, !tbaa !4
-  %401 = getelementptr i8, ptr %invariant.gep8.us.i, i64 480
-  store i16 %400, ptr %401, align 2, !tbaa !4
-  %402 = getelementptr i8, ptr %gep.us.i, i64 242
-  %403 = load i16, ptr %402, align 2, !tbaa !4
-  %404 = getelementptr i8, ptr %invariant.gep8.us.i, i64 484
-  store i16 %403, ptr %404, align 2, !tbaa !4
-  %405 = getelementptr i8, ptr %gep.us.i, i64 244
-  %406 = load i16, ptr %405, align 2, !tbaa !4
-  %407 = getelementptr i8, ptr %invariant.gep8.us.i, i64 488
-  store i16 %406, ptr %407, align 2, !tbaa !4
-  %408 = getelementptr i8, ptr %gep.us.i, i64 246
-  %409 = load i16, ptr %408, align 2, !tbaa !4
-  %410 = getelementptr i8, ptr %invariant.gep8.us.i, i64 492
-  store i16 %409, ptr %410, align 2, !tbaa !4
-  %411 = getelementptr i8, ptr %gep.us.i, i64 248
-  %412 = load i16, ptr %411, align 2, !tbaa !4
-  %413 = getelementptr i8, ptr %invariant.gep8.us.i, i64 496
-  store i16 %412, ptr %413, align 2, !tbaa !4
-  %414 = getelementptr i8, ptr %gep.us.i, i64 250
-  %415 = load i16, ptr %414, align 2, !tbaa !4
-  %416 = getelementptr i8, ptr %invariant.gep8.us.i, i64 500
-  store i16 %415, ptr %416, align 2, !tbaa !4
-  %417 = getelementptr i8, ptr %gep.us.i, i64 252
-  %418 = load i16, ptr %417, align 2, !tbaa !4
-  %419 = getelementptr i8, ptr %invariant.gep8.us.i, i64 504
-  store i16 %418, ptr %419, align 2, !tbaa !4
-  %420 = getelementptr i8, ptr %gep.us.i, i64 254
-  %421 = load i16, ptr %420, align 2, !tbaa !4
-  %422 = getelementptr i8, ptr %invariant.gep8.us.i, i64 508
-  store i16 %421, ptr %422, align 2, !tbaa !4
+  store i16 %378, ptr %gep9.us.7.i, align 2, !tbaa !4
+  %379 = getelementptr i8, ptr %gep.us.i, i64 226
+  %380 = load i16, ptr %379, align 2, !tbaa !4
+  %381 = getelementptr i8, ptr %invariant.gep8.us.i, i64 452
+  store i16 %380, ptr %381, align 2, !tbaa !4
+  %382 = getelementptr i8, ptr %gep.us.i, i64 228
+  %383 = load i16, ptr %382, align 2, !tbaa !4
+  %384 = getelementptr i8, ptr %invariant.gep8.us.i, i64 456
+  store i16 %383, ptr %384, align 2, !tbaa !4
+  %385 = getelementptr i8, ptr %gep.us.i, i64 230
+  %386 = load i16, ptr %385, align 2, !tbaa !4
+  %387 = getelementptr i8, ptr %invariant.gep8.us.i, i64 460
+  store i16 %386, ptr %387, align 2, !tbaa !4
+  %388 = getelementptr i8, ptr %gep.us.i, i64 232
+  %389 = load i16, ptr %388, align 2, !tbaa !4
+  %390 = getelementptr i8, ptr %invariant.gep8.us.i, i64 464
+  store i16 %389, ptr %390, align 2, !tbaa !4
+  %391 = getelementptr i8, ptr %gep.us.i, i64 234
+  %392 = load i16, ptr %391, align 2, !tbaa !4
+  %393 = getelementptr i8, ptr %invariant.gep8.us.i, i64 468
+  store i16 %392, ptr %393, align 2, !tbaa !4
+  %394 = getelementptr i8, ptr %gep.us.i, i64 236
+  %395 = load i16, ptr %394, align 2, !tbaa !4
+  %396 = getelementptr i8, ptr %invariant.gep8.us.i, i64 472
+  store i16 %395, ptr %396, align 2, !tbaa !4
+  %397 = getelementptr i8, ptr %gep.us.i, i64 238
+  %398 = load i16, ptr %397, align 2, !tbaa !4
+  %399 = getelementptr i8, ptr %invariant.gep8.us.i, i64 476
+  store i16 %398, ptr %399, align 2, !tbaa !4
+  %400 = getelementptr i8, ptr %gep.us.i, i64 240
+  %401 = load i16, ptr %400, align 2, !tbaa !4
+  %402 = getelementptr i8, ptr %invariant.gep8.us.i, i64 480
+  store i16 %401, ptr %402, align 2, !tbaa !4
+  %403 = getelementptr i8, ptr %gep.us.i, i64 242
+  %404 = load i16, ptr %403, align 2, !tbaa !4
+  %405 = getelementptr i8, ptr %invariant.gep8.us.i, i64 484
+  store i16 %404, ptr %405, align 2, !tbaa !4
+  %406 = getelementptr i8, ptr %gep.us.i, i64 244
+  %407 = load i16, ptr %406, align 2, !tbaa !4
+  %408 = getelementptr i8, ptr %invariant.gep8.us.i, i64 488
+  store i16 %407, ptr %408, align 2, !tbaa !4
+  %409 = getelementptr i8, ptr %gep.us.i, i64 246
+  %410 = load i16, ptr %409, align 2, !tbaa !4
+  %411 = getelementptr i8, ptr %invariant.gep8.us.i, i64 492
+  store i16 %410, ptr %411, align 2, !tbaa !4
+  %412 = getelementptr i8, ptr %gep.us.i, i64 248
+  %413 = load i16, ptr %412, align 2, !tbaa !4
+  %414 = getelementptr i8, ptr %invariant.gep8.us.i, i64 496
+  store i16 %413, ptr %414, align 2, !tbaa !4
+  %415 = getelementptr i8, ptr %gep.us.i, i64 250
+  %416 = load i16, ptr %415, align 2, !tbaa !4
+  %417 = getelementptr i8, ptr %invariant.gep8.us.i, i64 500
+  store i16 %416, ptr %417, align 2, !tbaa !4
+  %418 = getelementptr i8, ptr %gep.us.i, i64 252
+  %419 = load i16, ptr %418, align 2, !tbaa !4
+  %420 = getelementptr i8, ptr %invariant.gep8.us.i, i64 504
+  store i16 %419, ptr %420, align 2, !tbaa !4
+  %421 = getelementptr i8, ptr %gep.us.i, i64 254
+  %422 = load i16, ptr %421, align 2, !tbaa !4
+  %423 = getelementptr i8, ptr %invariant.gep8.us.i, i64 508
+  store i16 %422, ptr %423, align 2, !tbaa !4
   br label %if_end.us.i
 
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_end.us.i
@@ -1135,12 +1135,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta243.i = alloca [4 x float], align 16
-  %alpha244.i = alloca [4 x float], align 16
-  %peak252.i = alloca [4 x float], align 16
-  %tile_sum254.i = alloca [4 x float], align 16
-  %row_sum256.i = alloca [32 x float], align 16
-  %row_max257.i = alloca [32 x float], align 16
+  %peak223.i = alloca [4 x float], align 16
+  %tile_sum224.i = alloca [4 x float], align 16
+  %row_sum229.i = alloca [32 x float], align 16
+  %row_max230.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1323,12 +1321,10 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta243.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha244.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak252.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum254.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum256.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max257.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak223.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum224.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum229.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max230.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1350,5382 +1346,4882 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %85 = fptrunc double %.cast to float
   %86 = sitofp i64 %53 to float
   %scale = select i1 %84, float %85, float %86
-  %range_begin.i = shl nsw i32 %block_begin, 4
-  %sext = shl i64 %42, 32
-  %87 = ashr exact i64 %sext, 32
+  %87 = shl nsw i32 %block_begin, 4
   %88 = shl nsw i32 %block_end, 4
-  %89 = add i32 %range_begin.i, -1
+  %sext = shl i64 %42, 32
+  %89 = ashr exact i64 %sext, 32
   %90 = insertelement <32 x float> poison, float %scale, i64 0
   %91 = shufflevector <32 x float> %90, <32 x float> poison, <32 x i32> zeroinitializer
   %92 = and i64 %50, 2147483648
   %.not = icmp eq i64 %92, 0
-  %cse_v21.i = and i64 %50, 4294967295
-  %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count1288.i = and i64 %44, 2147483647
-  %94 = mul i64 %q_batch, %87
-  %95 = shl i64 %94, 1
-  %96 = shl i64 %q_batch, 1
-  %97 = mul i64 %q_head, 56
-  %98 = getelementptr i8, ptr %query, i64 %95
-  %99 = getelementptr i8, ptr %query, i64 %95
-  %100 = getelementptr i8, ptr %99, i64 %97
-  %101 = getelementptr i8, ptr %100, i64 256
+  %93 = zext i32 %87 to i64
+  %94 = and i64 %50, 4294967295
+  %wide.trip.count1250.i = and i64 %44, 2147483647
+  %invariant.op.i = add i32 %87, -1
+  %95 = mul i64 %q_batch, %89
+  %96 = shl i64 %95, 1
+  %97 = shl i64 %q_batch, 1
+  %98 = mul i64 %q_head, 56
+  %99 = getelementptr i8, ptr %query, i64 %96
+  %100 = getelementptr i8, ptr %query, i64 %96
+  %101 = getelementptr i8, ptr %100, i64 %98
+  %102 = getelementptr i8, ptr %101, i64 256
   %.mask = and i64 %q_head, 1152921504606846976
   %stride.check = icmp ne i64 %.mask, 0
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end237.i
-  %indvars.iv.next1286.i = add nuw nsw i64 %indvars.iv1285.i, 1
-  %exitcond1289.not.i = icmp eq i64 %indvars.iv.next1286.i, %wide.trip.count1288.i
-  br i1 %exitcond1289.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end207.i
+  %indvars.iv.next1246.i = add nuw nsw i64 %indvars.iv1245.i, 1
+  %exitcond1251.not.i = icmp eq i64 %indvars.iv.next1246.i, %wide.trip.count1250.i
+  br i1 %exitcond1251.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1285.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1286.i, %for_begin_s.i ]
-  %102 = mul i64 %96, %indvars.iv1285.i
-  %scevgep88 = getelementptr i8, ptr %98, i64 %102
-  %scevgep89 = getelementptr i8, ptr %101, i64 %102
-  %103 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile.i = tail call ptr %103(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %104 = icmp eq ptr %q_tile.i, null
-  br i1 %104, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  %indvars.iv1245.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1246.i, %for_begin_s.i ]
+  %103 = mul i64 %97, %indvars.iv1245.i
+  %scevgep86 = getelementptr i8, ptr %99, i64 %103
+  %scevgep87 = getelementptr i8, ptr %102, i64 %103
+  %104 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile.i = tail call ptr %104(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %105 = icmp eq ptr %q_tile.i, null
+  br i1 %105, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %105 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %105(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %106 = icmp eq ptr %acc.i, null
-  br i1 %106, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  %106 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %106(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %107 = icmp eq ptr %acc.i, null
+  br i1 %107, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v23.i = add nsw i64 %indvars.iv1285.i, %87
-  %107 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v23.i
-  %108 = load i32, ptr %107, align 4, !tbaa !4
-  %109 = mul nsw i64 %cse_v23.i, %q_batch
-  %110 = getelementptr i16, ptr %query, i64 %109
+  %108 = add nsw i64 %indvars.iv1245.i, %89
+  %109 = getelementptr inbounds i32, ptr %context_lens, i64 %108
+  %110 = load i32, ptr %109, align 4, !tbaa !4
+  %111 = mul nsw i64 %108, %q_batch
+  %112 = getelementptr i16, ptr %query, i64 %111
   %scevgep = getelementptr i8, ptr %q_tile.i, i64 7424
-  %bound0 = icmp ult ptr %q_tile.i, %scevgep89
-  %bound1 = icmp ult ptr %scevgep88, %scevgep
+  %bound0 = icmp ult ptr %q_tile.i, %scevgep87
+  %bound1 = icmp ult ptr %scevgep86, %scevgep
   %found.conflict = and i1 %bound0, %bound1
-  %111 = or i1 %found.conflict, %stride.check
+  %113 = or i1 %found.conflict, %stride.check
   br label %for_begin_r.preheader.i
 
-for_begin_step.preheader.i:                       ; preds = %for_end_d.i
-  %112 = tail call i32 @llvm.smin.i32(i32 %88, i32 %108)
-  %113 = sub nsw i32 %112, %range_begin.i
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %113, i32 0)
-  %114 = add nuw nsw i32 %range_len.i, 127
-  %cse_v24.i = lshr i32 %114, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v24.i, i32 1)
-  %last_token.i = add i32 %89, %range_len.i
-  %cse_v124.i = mul nsw i64 %cse_v23.i, %table_seq
-  %115 = getelementptr i32, ptr %block_table, i64 %cse_v124.i
-  %116 = zext nneg i32 %cse_v24.i to i64
-  %117 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1237.i = zext nneg i32 %num_steps.i to i64
-  br label %for_begin_step.i
-
 for_begin_r.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv1065.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1066.i, %for_end_d.i ]
-  %118 = shl nuw nsw i64 %indvars.iv1065.i, 2
-  %119 = mul nsw i64 %118, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %110, i64 %119
-  %invariant.gep1327.i.idx = shl nuw nsw i64 %indvars.iv1065.i, 10
-  %invariant.gep1327.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1327.i.idx
-  br i1 %111, label %for_body_d.i, label %vector.body, !prof !11
+  %indvars.iv1101.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1102.i, %for_end_d.i ]
+  %114 = shl nuw nsw i64 %indvars.iv1101.i, 2
+  %115 = mul nsw i64 %114, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %112, i64 %115
+  %invariant.gep1310.i.idx = shl nuw nsw i64 %indvars.iv1101.i, 10
+  %invariant.gep1310.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1310.i.idx
+  br i1 %113, label %for_body_d.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %for_begin_r.preheader.i
-  %120 = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %121 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %122 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %116 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %117 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %118 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.load = load <8 x i32>, ptr %invariant.gep.i, align 2, !alias.scope !12
-  %wide.load90 = load <8 x i32>, ptr %120, align 2, !alias.scope !12
-  %wide.load91 = load <8 x i32>, ptr %121, align 2, !alias.scope !12
-  %wide.load92 = load <8 x i32>, ptr %122, align 2, !alias.scope !12
-  %123 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 32
-  %124 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 64
-  %125 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 96
-  store <8 x i32> %wide.load, ptr %invariant.gep1327.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90, ptr %123, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load91, ptr %124, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load92, ptr %125, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  %126 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %127 = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %128 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %129 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.load.1 = load <8 x i32>, ptr %126, align 2, !alias.scope !12
-  %wide.load90.1 = load <8 x i32>, ptr %127, align 2, !alias.scope !12
-  %wide.load91.1 = load <8 x i32>, ptr %128, align 2, !alias.scope !12
-  %wide.load92.1 = load <8 x i32>, ptr %129, align 2, !alias.scope !12
-  %130 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 128
-  %131 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 160
-  %132 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 192
-  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 224
-  store <8 x i32> %wide.load.1, ptr %130, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90.1, ptr %131, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load91.1, ptr %132, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load92.1, ptr %133, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %wide.load88 = load <8 x i32>, ptr %116, align 2, !alias.scope !12
+  %wide.load89 = load <8 x i32>, ptr %117, align 2, !alias.scope !12
+  %wide.load90 = load <8 x i32>, ptr %118, align 2, !alias.scope !12
+  %119 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 32
+  %120 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 64
+  %121 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 96
+  store <8 x i32> %wide.load, ptr %invariant.gep1310.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load88, ptr %119, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load89, ptr %120, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90, ptr %121, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %122 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %123 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %124 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %125 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.load.1 = load <8 x i32>, ptr %122, align 2, !alias.scope !12
+  %wide.load88.1 = load <8 x i32>, ptr %123, align 2, !alias.scope !12
+  %wide.load89.1 = load <8 x i32>, ptr %124, align 2, !alias.scope !12
+  %wide.load90.1 = load <8 x i32>, ptr %125, align 2, !alias.scope !12
+  %126 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 128
+  %127 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 160
+  %128 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 192
+  %129 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 224
+  store <8 x i32> %wide.load.1, ptr %126, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load88.1, ptr %127, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load89.1, ptr %128, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90.1, ptr %129, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   br label %for_end_d.i
+
+for_end_tile.i:                                   ; preds = %for_end_d.i
+  %130 = tail call i32 @llvm.smin.i32(i32 %88, i32 %110)
+  %131 = sub nsw i32 %130, %87
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %131, i32 0)
+  %132 = add nuw nsw i32 %range_len.i, 127
+  %133 = lshr i32 %132, 7
+  %134 = tail call i32 @llvm.umax.i32(i32 %133, i32 1)
+  %.reass.i = add i32 %invariant.op.i, %range_len.i
+  %135 = mul nsw i64 %108, %table_seq
+  %136 = getelementptr i32, ptr %block_table, i64 %135
+  %137 = zext nneg i32 %133 to i64
+  %138 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count1208.i = zext nneg i32 %134 to i64
+  br label %for_begin_step.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r.preheader.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.7, %for_body_d.i ], [ 0, %for_begin_r.preheader.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
-  %134 = load i32, ptr %gep.i, align 2
-  %gep1328.i = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.i
-  store i32 %134, ptr %gep1328.i, align 4, !tbaa !4
+  %139 = load i32, ptr %gep.i, align 2
+  %gep1311.i = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.i
+  store i32 %139, ptr %gep1311.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
-  %135 = load i32, ptr %gep.i.1, align 2
-  %gep1328.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i
-  store i32 %135, ptr %gep1328.i.1, align 4, !tbaa !4
+  %140 = load i32, ptr %gep.i.1, align 2
+  %gep1311.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i
+  store i32 %140, ptr %gep1311.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
-  %136 = load i32, ptr %gep.i.2, align 2
-  %gep1328.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.1
-  store i32 %136, ptr %gep1328.i.2, align 4, !tbaa !4
+  %141 = load i32, ptr %gep.i.2, align 2
+  %gep1311.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.1
+  store i32 %141, ptr %gep1311.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
-  %137 = load i32, ptr %gep.i.3, align 2
-  %gep1328.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.2
-  store i32 %137, ptr %gep1328.i.3, align 4, !tbaa !4
+  %142 = load i32, ptr %gep.i.3, align 2
+  %gep1311.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.2
+  store i32 %142, ptr %gep1311.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = or disjoint i64 %indvars.iv.i, 4
   %gep.idx.i.4 = shl i64 %indvars.iv.next.i.3, 2
   %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.4
-  %138 = load i32, ptr %gep.i.4, align 2
-  %gep1328.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.3
-  store i32 %138, ptr %gep1328.i.4, align 4, !tbaa !4
+  %143 = load i32, ptr %gep.i.4, align 2
+  %gep1311.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.3
+  store i32 %143, ptr %gep1311.i.4, align 4, !tbaa !4
   %indvars.iv.next.i.4 = or disjoint i64 %indvars.iv.i, 5
   %gep.idx.i.5 = shl i64 %indvars.iv.next.i.4, 2
   %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.5
-  %139 = load i32, ptr %gep.i.5, align 2
-  %gep1328.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.4
-  store i32 %139, ptr %gep1328.i.5, align 4, !tbaa !4
+  %144 = load i32, ptr %gep.i.5, align 2
+  %gep1311.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.4
+  store i32 %144, ptr %gep1311.i.5, align 4, !tbaa !4
   %indvars.iv.next.i.5 = or disjoint i64 %indvars.iv.i, 6
   %gep.idx.i.6 = shl i64 %indvars.iv.next.i.5, 2
   %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.6
-  %140 = load i32, ptr %gep.i.6, align 2
-  %gep1328.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.5
-  store i32 %140, ptr %gep1328.i.6, align 4, !tbaa !4
+  %145 = load i32, ptr %gep.i.6, align 2
+  %gep1311.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.5
+  store i32 %145, ptr %gep1311.i.6, align 4, !tbaa !4
   %indvars.iv.next.i.6 = or disjoint i64 %indvars.iv.i, 7
   %gep.idx.i.7 = shl i64 %indvars.iv.next.i.6, 2
   %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.7
-  %141 = load i32, ptr %gep.i.7, align 2
-  %gep1328.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.6
-  store i32 %141, ptr %gep1328.i.7, align 4, !tbaa !4
+  %146 = load i32, ptr %gep.i.7, align 2
+  %gep1311.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.6
+  store i32 %146, ptr %gep1311.i.7, align 4, !tbaa !4
   %indvars.iv.next.i.7 = add nuw nsw i64 %indvars.iv.i, 8
   %exitcond.not.i.7 = icmp eq i64 %indvars.iv.next.i.7, 64
   br i1 %exitcond.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body
-  %142 = or disjoint i64 %118, 1
-  %143 = mul nsw i64 %142, %q_head
-  %invariant.gep.1.i = getelementptr i16, ptr %110, i64 %143
-  %144 = load i32, ptr %invariant.gep.1.i, align 2
-  %145 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 256
-  store i32 %144, ptr %145, align 4, !tbaa !4
+  %147 = or disjoint i64 %114, 1
+  %148 = mul nsw i64 %147, %q_head
+  %invariant.gep.1.i = getelementptr i16, ptr %112, i64 %148
+  %149 = load i32, ptr %invariant.gep.1.i, align 2
+  %150 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 256
+  store i32 %149, ptr %150, align 4, !tbaa !4
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 4
-  %146 = load i32, ptr %gep.1.i.1, align 2
-  %147 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 260
-  store i32 %146, ptr %147, align 4, !tbaa !4
+  %151 = load i32, ptr %gep.1.i.1, align 2
+  %152 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 260
+  store i32 %151, ptr %152, align 4, !tbaa !4
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 8
-  %148 = load i32, ptr %gep.1.i.2, align 2
-  %149 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 264
-  store i32 %148, ptr %149, align 4, !tbaa !4
+  %153 = load i32, ptr %gep.1.i.2, align 2
+  %154 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 264
+  store i32 %153, ptr %154, align 4, !tbaa !4
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 12
-  %150 = load i32, ptr %gep.1.i.3, align 2
-  %151 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 268
-  store i32 %150, ptr %151, align 4, !tbaa !4
+  %155 = load i32, ptr %gep.1.i.3, align 2
+  %156 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 268
+  store i32 %155, ptr %156, align 4, !tbaa !4
   %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 16
-  %152 = load i32, ptr %gep.1.i.4, align 2
-  %153 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 272
-  store i32 %152, ptr %153, align 4, !tbaa !4
+  %157 = load i32, ptr %gep.1.i.4, align 2
+  %158 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 272
+  store i32 %157, ptr %158, align 4, !tbaa !4
   %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 20
-  %154 = load i32, ptr %gep.1.i.5, align 2
-  %155 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 276
-  store i32 %154, ptr %155, align 4, !tbaa !4
+  %159 = load i32, ptr %gep.1.i.5, align 2
+  %160 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 276
+  store i32 %159, ptr %160, align 4, !tbaa !4
   %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 24
-  %156 = load i32, ptr %gep.1.i.6, align 2
-  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 280
-  store i32 %156, ptr %157, align 4, !tbaa !4
+  %161 = load i32, ptr %gep.1.i.6, align 2
+  %162 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 280
+  store i32 %161, ptr %162, align 4, !tbaa !4
   %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 28
-  %158 = load i32, ptr %gep.1.i.7, align 2
-  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 284
-  store i32 %158, ptr %159, align 4, !tbaa !4
+  %163 = load i32, ptr %gep.1.i.7, align 2
+  %164 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 284
+  store i32 %163, ptr %164, align 4, !tbaa !4
   %gep.1.i.8 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
-  %160 = load i32, ptr %gep.1.i.8, align 2
-  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 288
-  store i32 %160, ptr %161, align 4, !tbaa !4
+  %165 = load i32, ptr %gep.1.i.8, align 2
+  %166 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 288
+  store i32 %165, ptr %166, align 4, !tbaa !4
   %gep.1.i.9 = getelementptr i8, ptr %invariant.gep.1.i, i64 36
-  %162 = load i32, ptr %gep.1.i.9, align 2
-  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 292
-  store i32 %162, ptr %163, align 4, !tbaa !4
+  %167 = load i32, ptr %gep.1.i.9, align 2
+  %168 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 292
+  store i32 %167, ptr %168, align 4, !tbaa !4
   %gep.1.i.10 = getelementptr i8, ptr %invariant.gep.1.i, i64 40
-  %164 = load i32, ptr %gep.1.i.10, align 2
-  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 296
-  store i32 %164, ptr %165, align 4, !tbaa !4
+  %169 = load i32, ptr %gep.1.i.10, align 2
+  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 296
+  store i32 %169, ptr %170, align 4, !tbaa !4
   %gep.1.i.11 = getelementptr i8, ptr %invariant.gep.1.i, i64 44
-  %166 = load i32, ptr %gep.1.i.11, align 2
-  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 300
-  store i32 %166, ptr %167, align 4, !tbaa !4
+  %171 = load i32, ptr %gep.1.i.11, align 2
+  %172 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 300
+  store i32 %171, ptr %172, align 4, !tbaa !4
   %gep.1.i.12 = getelementptr i8, ptr %invariant.gep.1.i, i64 48
-  %168 = load i32, ptr %gep.1.i.12, align 2
-  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 304
-  store i32 %168, ptr %169, align 4, !tbaa !4
+  %173 = load i32, ptr %gep.1.i.12, align 2
+  %174 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 304
+  store i32 %173, ptr %174, align 4, !tbaa !4
   %gep.1.i.13 = getelementptr i8, ptr %invariant.gep.1.i, i64 52
-  %170 = load i32, ptr %gep.1.i.13, align 2
-  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 308
-  store i32 %170, ptr %171, align 4, !tbaa !4
+  %175 = load i32, ptr %gep.1.i.13, align 2
+  %176 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 308
+  store i32 %175, ptr %176, align 4, !tbaa !4
   %gep.1.i.14 = getelementptr i8, ptr %invariant.gep.1.i, i64 56
-  %172 = load i32, ptr %gep.1.i.14, align 2
-  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 312
-  store i32 %172, ptr %173, align 4, !tbaa !4
+  %177 = load i32, ptr %gep.1.i.14, align 2
+  %178 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 312
+  store i32 %177, ptr %178, align 4, !tbaa !4
   %gep.1.i.15 = getelementptr i8, ptr %invariant.gep.1.i, i64 60
-  %174 = load i32, ptr %gep.1.i.15, align 2
-  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 316
-  store i32 %174, ptr %175, align 4, !tbaa !4
+  %179 = load i32, ptr %gep.1.i.15, align 2
+  %180 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 316
+  store i32 %179, ptr %180, align 4, !tbaa !4
   %gep.1.i.16 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
-  %176 = load i32, ptr %gep.1.i.16, align 2
-  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 320
-  store i32 %176, ptr %177, align 4, !tbaa !4
+  %181 = load i32, ptr %gep.1.i.16, align 2
+  %182 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 320
+  store i32 %181, ptr %182, align 4, !tbaa !4
   %gep.1.i.17 = getelementptr i8, ptr %invariant.gep.1.i, i64 68
-  %178 = load i32, ptr %gep.1.i.17, align 2
-  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 324
-  store i32 %178, ptr %179, align 4, !tbaa !4
+  %183 = load i32, ptr %gep.1.i.17, align 2
+  %184 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 324
+  store i32 %183, ptr %184, align 4, !tbaa !4
   %gep.1.i.18 = getelementptr i8, ptr %invariant.gep.1.i, i64 72
-  %180 = load i32, ptr %gep.1.i.18, align 2
-  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 328
-  store i32 %180, ptr %181, align 4, !tbaa !4
+  %185 = load i32, ptr %gep.1.i.18, align 2
+  %186 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 328
+  store i32 %185, ptr %186, align 4, !tbaa !4
   %gep.1.i.19 = getelementptr i8, ptr %invariant.gep.1.i, i64 76
-  %182 = load i32, ptr %gep.1.i.19, align 2
-  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 332
-  store i32 %182, ptr %183, align 4, !tbaa !4
+  %187 = load i32, ptr %gep.1.i.19, align 2
+  %188 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 332
+  store i32 %187, ptr %188, align 4, !tbaa !4
   %gep.1.i.20 = getelementptr i8, ptr %invariant.gep.1.i, i64 80
-  %184 = load i32, ptr %gep.1.i.20, align 2
-  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 336
-  store i32 %184, ptr %185, align 4, !tbaa !4
+  %189 = load i32, ptr %gep.1.i.20, align 2
+  %190 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 336
+  store i32 %189, ptr %190, align 4, !tbaa !4
   %gep.1.i.21 = getelementptr i8, ptr %invariant.gep.1.i, i64 84
-  %186 = load i32, ptr %gep.1.i.21, align 2
-  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 340
-  store i32 %186, ptr %187, align 4, !tbaa !4
+  %191 = load i32, ptr %gep.1.i.21, align 2
+  %192 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 340
+  store i32 %191, ptr %192, align 4, !tbaa !4
   %gep.1.i.22 = getelementptr i8, ptr %invariant.gep.1.i, i64 88
-  %188 = load i32, ptr %gep.1.i.22, align 2
-  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 344
-  store i32 %188, ptr %189, align 4, !tbaa !4
+  %193 = load i32, ptr %gep.1.i.22, align 2
+  %194 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 344
+  store i32 %193, ptr %194, align 4, !tbaa !4
   %gep.1.i.23 = getelementptr i8, ptr %invariant.gep.1.i, i64 92
-  %190 = load i32, ptr %gep.1.i.23, align 2
-  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 348
-  store i32 %190, ptr %191, align 4, !tbaa !4
+  %195 = load i32, ptr %gep.1.i.23, align 2
+  %196 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 348
+  store i32 %195, ptr %196, align 4, !tbaa !4
   %gep.1.i.24 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %192 = load i32, ptr %gep.1.i.24, align 2
-  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 352
-  store i32 %192, ptr %193, align 4, !tbaa !4
+  %197 = load i32, ptr %gep.1.i.24, align 2
+  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 352
+  store i32 %197, ptr %198, align 4, !tbaa !4
   %gep.1.i.25 = getelementptr i8, ptr %invariant.gep.1.i, i64 100
-  %194 = load i32, ptr %gep.1.i.25, align 2
-  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 356
-  store i32 %194, ptr %195, align 4, !tbaa !4
+  %199 = load i32, ptr %gep.1.i.25, align 2
+  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 356
+  store i32 %199, ptr %200, align 4, !tbaa !4
   %gep.1.i.26 = getelementptr i8, ptr %invariant.gep.1.i, i64 104
-  %196 = load i32, ptr %gep.1.i.26, align 2
-  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 360
-  store i32 %196, ptr %197, align 4, !tbaa !4
+  %201 = load i32, ptr %gep.1.i.26, align 2
+  %202 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 360
+  store i32 %201, ptr %202, align 4, !tbaa !4
   %gep.1.i.27 = getelementptr i8, ptr %invariant.gep.1.i, i64 108
-  %198 = load i32, ptr %gep.1.i.27, align 2
-  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 364
-  store i32 %198, ptr %199, align 4, !tbaa !4
+  %203 = load i32, ptr %gep.1.i.27, align 2
+  %204 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 364
+  store i32 %203, ptr %204, align 4, !tbaa !4
   %gep.1.i.28 = getelementptr i8, ptr %invariant.gep.1.i, i64 112
-  %200 = load i32, ptr %gep.1.i.28, align 2
-  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 368
-  store i32 %200, ptr %201, align 4, !tbaa !4
+  %205 = load i32, ptr %gep.1.i.28, align 2
+  %206 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 368
+  store i32 %205, ptr %206, align 4, !tbaa !4
   %gep.1.i.29 = getelementptr i8, ptr %invariant.gep.1.i, i64 116
-  %202 = load i32, ptr %gep.1.i.29, align 2
-  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 372
-  store i32 %202, ptr %203, align 4, !tbaa !4
+  %207 = load i32, ptr %gep.1.i.29, align 2
+  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 372
+  store i32 %207, ptr %208, align 4, !tbaa !4
   %gep.1.i.30 = getelementptr i8, ptr %invariant.gep.1.i, i64 120
-  %204 = load i32, ptr %gep.1.i.30, align 2
-  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 376
-  store i32 %204, ptr %205, align 4, !tbaa !4
+  %209 = load i32, ptr %gep.1.i.30, align 2
+  %210 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 376
+  store i32 %209, ptr %210, align 4, !tbaa !4
   %gep.1.i.31 = getelementptr i8, ptr %invariant.gep.1.i, i64 124
-  %206 = load i32, ptr %gep.1.i.31, align 2
-  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 380
-  store i32 %206, ptr %207, align 4, !tbaa !4
+  %211 = load i32, ptr %gep.1.i.31, align 2
+  %212 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 380
+  store i32 %211, ptr %212, align 4, !tbaa !4
   %gep.1.i.32 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
-  %208 = load i32, ptr %gep.1.i.32, align 2
-  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 384
-  store i32 %208, ptr %209, align 4, !tbaa !4
+  %213 = load i32, ptr %gep.1.i.32, align 2
+  %214 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 384
+  store i32 %213, ptr %214, align 4, !tbaa !4
   %gep.1.i.33 = getelementptr i8, ptr %invariant.gep.1.i, i64 132
-  %210 = load i32, ptr %gep.1.i.33, align 2
-  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 388
-  store i32 %210, ptr %211, align 4, !tbaa !4
+  %215 = load i32, ptr %gep.1.i.33, align 2
+  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 388
+  store i32 %215, ptr %216, align 4, !tbaa !4
   %gep.1.i.34 = getelementptr i8, ptr %invariant.gep.1.i, i64 136
-  %212 = load i32, ptr %gep.1.i.34, align 2
-  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 392
-  store i32 %212, ptr %213, align 4, !tbaa !4
+  %217 = load i32, ptr %gep.1.i.34, align 2
+  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 392
+  store i32 %217, ptr %218, align 4, !tbaa !4
   %gep.1.i.35 = getelementptr i8, ptr %invariant.gep.1.i, i64 140
-  %214 = load i32, ptr %gep.1.i.35, align 2
-  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 396
-  store i32 %214, ptr %215, align 4, !tbaa !4
+  %219 = load i32, ptr %gep.1.i.35, align 2
+  %220 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 396
+  store i32 %219, ptr %220, align 4, !tbaa !4
   %gep.1.i.36 = getelementptr i8, ptr %invariant.gep.1.i, i64 144
-  %216 = load i32, ptr %gep.1.i.36, align 2
-  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 400
-  store i32 %216, ptr %217, align 4, !tbaa !4
+  %221 = load i32, ptr %gep.1.i.36, align 2
+  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 400
+  store i32 %221, ptr %222, align 4, !tbaa !4
   %gep.1.i.37 = getelementptr i8, ptr %invariant.gep.1.i, i64 148
-  %218 = load i32, ptr %gep.1.i.37, align 2
-  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 404
-  store i32 %218, ptr %219, align 4, !tbaa !4
+  %223 = load i32, ptr %gep.1.i.37, align 2
+  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 404
+  store i32 %223, ptr %224, align 4, !tbaa !4
   %gep.1.i.38 = getelementptr i8, ptr %invariant.gep.1.i, i64 152
-  %220 = load i32, ptr %gep.1.i.38, align 2
-  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 408
-  store i32 %220, ptr %221, align 4, !tbaa !4
+  %225 = load i32, ptr %gep.1.i.38, align 2
+  %226 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 408
+  store i32 %225, ptr %226, align 4, !tbaa !4
   %gep.1.i.39 = getelementptr i8, ptr %invariant.gep.1.i, i64 156
-  %222 = load i32, ptr %gep.1.i.39, align 2
-  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 412
-  store i32 %222, ptr %223, align 4, !tbaa !4
+  %227 = load i32, ptr %gep.1.i.39, align 2
+  %228 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 412
+  store i32 %227, ptr %228, align 4, !tbaa !4
   %gep.1.i.40 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
-  %224 = load i32, ptr %gep.1.i.40, align 2
-  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 416
-  store i32 %224, ptr %225, align 4, !tbaa !4
+  %229 = load i32, ptr %gep.1.i.40, align 2
+  %230 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 416
+  store i32 %229, ptr %230, align 4, !tbaa !4
   %gep.1.i.41 = getelementptr i8, ptr %invariant.gep.1.i, i64 164
-  %226 = load i32, ptr %gep.1.i.41, align 2
-  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 420
-  store i32 %226, ptr %227, align 4, !tbaa !4
+  %231 = load i32, ptr %gep.1.i.41, align 2
+  %232 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 420
+  store i32 %231, ptr %232, align 4, !tbaa !4
   %gep.1.i.42 = getelementptr i8, ptr %invariant.gep.1.i, i64 168
-  %228 = load i32, ptr %gep.1.i.42, align 2
-  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 424
-  store i32 %228, ptr %229, align 4, !tbaa !4
+  %233 = load i32, ptr %gep.1.i.42, align 2
+  %234 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 424
+  store i32 %233, ptr %234, align 4, !tbaa !4
   %gep.1.i.43 = getelementptr i8, ptr %invariant.gep.1.i, i64 172
-  %230 = load i32, ptr %gep.1.i.43, align 2
-  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 428
-  store i32 %230, ptr %231, align 4, !tbaa !4
+  %235 = load i32, ptr %gep.1.i.43, align 2
+  %236 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 428
+  store i32 %235, ptr %236, align 4, !tbaa !4
   %gep.1.i.44 = getelementptr i8, ptr %invariant.gep.1.i, i64 176
-  %232 = load i32, ptr %gep.1.i.44, align 2
-  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 432
-  store i32 %232, ptr %233, align 4, !tbaa !4
+  %237 = load i32, ptr %gep.1.i.44, align 2
+  %238 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 432
+  store i32 %237, ptr %238, align 4, !tbaa !4
   %gep.1.i.45 = getelementptr i8, ptr %invariant.gep.1.i, i64 180
-  %234 = load i32, ptr %gep.1.i.45, align 2
-  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 436
-  store i32 %234, ptr %235, align 4, !tbaa !4
+  %239 = load i32, ptr %gep.1.i.45, align 2
+  %240 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 436
+  store i32 %239, ptr %240, align 4, !tbaa !4
   %gep.1.i.46 = getelementptr i8, ptr %invariant.gep.1.i, i64 184
-  %236 = load i32, ptr %gep.1.i.46, align 2
-  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 440
-  store i32 %236, ptr %237, align 4, !tbaa !4
+  %241 = load i32, ptr %gep.1.i.46, align 2
+  %242 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 440
+  store i32 %241, ptr %242, align 4, !tbaa !4
   %gep.1.i.47 = getelementptr i8, ptr %invariant.gep.1.i, i64 188
-  %238 = load i32, ptr %gep.1.i.47, align 2
-  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 444
-  store i32 %238, ptr %239, align 4, !tbaa !4
+  %243 = load i32, ptr %gep.1.i.47, align 2
+  %244 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 444
+  store i32 %243, ptr %244, align 4, !tbaa !4
   %gep.1.i.48 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
-  %240 = load i32, ptr %gep.1.i.48, align 2
-  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 448
-  store i32 %240, ptr %241, align 4, !tbaa !4
+  %245 = load i32, ptr %gep.1.i.48, align 2
+  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 448
+  store i32 %245, ptr %246, align 4, !tbaa !4
   %gep.1.i.49 = getelementptr i8, ptr %invariant.gep.1.i, i64 196
-  %242 = load i32, ptr %gep.1.i.49, align 2
-  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 452
-  store i32 %242, ptr %243, align 4, !tbaa !4
+  %247 = load i32, ptr %gep.1.i.49, align 2
+  %248 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 452
+  store i32 %247, ptr %248, align 4, !tbaa !4
   %gep.1.i.50 = getelementptr i8, ptr %invariant.gep.1.i, i64 200
-  %244 = load i32, ptr %gep.1.i.50, align 2
-  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 456
-  store i32 %244, ptr %245, align 4, !tbaa !4
+  %249 = load i32, ptr %gep.1.i.50, align 2
+  %250 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 456
+  store i32 %249, ptr %250, align 4, !tbaa !4
   %gep.1.i.51 = getelementptr i8, ptr %invariant.gep.1.i, i64 204
-  %246 = load i32, ptr %gep.1.i.51, align 2
-  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 460
-  store i32 %246, ptr %247, align 4, !tbaa !4
+  %251 = load i32, ptr %gep.1.i.51, align 2
+  %252 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 460
+  store i32 %251, ptr %252, align 4, !tbaa !4
   %gep.1.i.52 = getelementptr i8, ptr %invariant.gep.1.i, i64 208
-  %248 = load i32, ptr %gep.1.i.52, align 2
-  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 464
-  store i32 %248, ptr %249, align 4, !tbaa !4
+  %253 = load i32, ptr %gep.1.i.52, align 2
+  %254 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 464
+  store i32 %253, ptr %254, align 4, !tbaa !4
   %gep.1.i.53 = getelementptr i8, ptr %invariant.gep.1.i, i64 212
-  %250 = load i32, ptr %gep.1.i.53, align 2
-  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 468
-  store i32 %250, ptr %251, align 4, !tbaa !4
+  %255 = load i32, ptr %gep.1.i.53, align 2
+  %256 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 468
+  store i32 %255, ptr %256, align 4, !tbaa !4
   %gep.1.i.54 = getelementptr i8, ptr %invariant.gep.1.i, i64 216
-  %252 = load i32, ptr %gep.1.i.54, align 2
-  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 472
-  store i32 %252, ptr %253, align 4, !tbaa !4
+  %257 = load i32, ptr %gep.1.i.54, align 2
+  %258 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 472
+  store i32 %257, ptr %258, align 4, !tbaa !4
   %gep.1.i.55 = getelementptr i8, ptr %invariant.gep.1.i, i64 220
-  %254 = load i32, ptr %gep.1.i.55, align 2
-  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 476
-  store i32 %254, ptr %255, align 4, !tbaa !4
+  %259 = load i32, ptr %gep.1.i.55, align 2
+  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 476
+  store i32 %259, ptr %260, align 4, !tbaa !4
   %gep.1.i.56 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %256 = load i32, ptr %gep.1.i.56, align 2
-  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 480
-  store i32 %256, ptr %257, align 4, !tbaa !4
+  %261 = load i32, ptr %gep.1.i.56, align 2
+  %262 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 480
+  store i32 %261, ptr %262, align 4, !tbaa !4
   %gep.1.i.57 = getelementptr i8, ptr %invariant.gep.1.i, i64 228
-  %258 = load i32, ptr %gep.1.i.57, align 2
-  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 484
-  store i32 %258, ptr %259, align 4, !tbaa !4
+  %263 = load i32, ptr %gep.1.i.57, align 2
+  %264 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 484
+  store i32 %263, ptr %264, align 4, !tbaa !4
   %gep.1.i.58 = getelementptr i8, ptr %invariant.gep.1.i, i64 232
-  %260 = load i32, ptr %gep.1.i.58, align 2
-  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 488
-  store i32 %260, ptr %261, align 4, !tbaa !4
+  %265 = load i32, ptr %gep.1.i.58, align 2
+  %266 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 488
+  store i32 %265, ptr %266, align 4, !tbaa !4
   %gep.1.i.59 = getelementptr i8, ptr %invariant.gep.1.i, i64 236
-  %262 = load i32, ptr %gep.1.i.59, align 2
-  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 492
-  store i32 %262, ptr %263, align 4, !tbaa !4
+  %267 = load i32, ptr %gep.1.i.59, align 2
+  %268 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 492
+  store i32 %267, ptr %268, align 4, !tbaa !4
   %gep.1.i.60 = getelementptr i8, ptr %invariant.gep.1.i, i64 240
-  %264 = load i32, ptr %gep.1.i.60, align 2
-  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 496
-  store i32 %264, ptr %265, align 4, !tbaa !4
+  %269 = load i32, ptr %gep.1.i.60, align 2
+  %270 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 496
+  store i32 %269, ptr %270, align 4, !tbaa !4
   %gep.1.i.61 = getelementptr i8, ptr %invariant.gep.1.i, i64 244
-  %266 = load i32, ptr %gep.1.i.61, align 2
-  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 500
-  store i32 %266, ptr %267, align 4, !tbaa !4
+  %271 = load i32, ptr %gep.1.i.61, align 2
+  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 500
+  store i32 %271, ptr %272, align 4, !tbaa !4
   %gep.1.i.62 = getelementptr i8, ptr %invariant.gep.1.i, i64 248
-  %268 = load i32, ptr %gep.1.i.62, align 2
-  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 504
-  store i32 %268, ptr %269, align 4, !tbaa !4
+  %273 = load i32, ptr %gep.1.i.62, align 2
+  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 504
+  store i32 %273, ptr %274, align 4, !tbaa !4
   %gep.1.i.63 = getelementptr i8, ptr %invariant.gep.1.i, i64 252
-  %270 = load i32, ptr %gep.1.i.63, align 2
-  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 508
-  store i32 %270, ptr %271, align 4, !tbaa !4
-  %272 = or disjoint i64 %118, 2
-  %273 = mul nsw i64 %272, %q_head
-  %invariant.gep.2.i = getelementptr i16, ptr %110, i64 %273
-  %274 = load i32, ptr %invariant.gep.2.i, align 2
-  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 512
-  store i32 %274, ptr %275, align 4, !tbaa !4
+  %275 = load i32, ptr %gep.1.i.63, align 2
+  %276 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 508
+  store i32 %275, ptr %276, align 4, !tbaa !4
+  %277 = or disjoint i64 %114, 2
+  %278 = mul nsw i64 %277, %q_head
+  %invariant.gep.2.i = getelementptr i16, ptr %112, i64 %278
+  %279 = load i32, ptr %invariant.gep.2.i, align 2
+  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 512
+  store i32 %279, ptr %280, align 4, !tbaa !4
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 4
-  %276 = load i32, ptr %gep.2.i.1, align 2
-  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 516
-  store i32 %276, ptr %277, align 4, !tbaa !4
+  %281 = load i32, ptr %gep.2.i.1, align 2
+  %282 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 516
+  store i32 %281, ptr %282, align 4, !tbaa !4
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 8
-  %278 = load i32, ptr %gep.2.i.2, align 2
-  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 520
-  store i32 %278, ptr %279, align 4, !tbaa !4
+  %283 = load i32, ptr %gep.2.i.2, align 2
+  %284 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 520
+  store i32 %283, ptr %284, align 4, !tbaa !4
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 12
-  %280 = load i32, ptr %gep.2.i.3, align 2
-  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 524
-  store i32 %280, ptr %281, align 4, !tbaa !4
+  %285 = load i32, ptr %gep.2.i.3, align 2
+  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 524
+  store i32 %285, ptr %286, align 4, !tbaa !4
   %gep.2.i.4 = getelementptr i8, ptr %invariant.gep.2.i, i64 16
-  %282 = load i32, ptr %gep.2.i.4, align 2
-  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 528
-  store i32 %282, ptr %283, align 4, !tbaa !4
+  %287 = load i32, ptr %gep.2.i.4, align 2
+  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 528
+  store i32 %287, ptr %288, align 4, !tbaa !4
   %gep.2.i.5 = getelementptr i8, ptr %invariant.gep.2.i, i64 20
-  %284 = load i32, ptr %gep.2.i.5, align 2
-  %285 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 532
-  store i32 %284, ptr %285, align 4, !tbaa !4
+  %289 = load i32, ptr %gep.2.i.5, align 2
+  %290 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 532
+  store i32 %289, ptr %290, align 4, !tbaa !4
   %gep.2.i.6 = getelementptr i8, ptr %invariant.gep.2.i, i64 24
-  %286 = load i32, ptr %gep.2.i.6, align 2
-  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 536
-  store i32 %286, ptr %287, align 4, !tbaa !4
+  %291 = load i32, ptr %gep.2.i.6, align 2
+  %292 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 536
+  store i32 %291, ptr %292, align 4, !tbaa !4
   %gep.2.i.7 = getelementptr i8, ptr %invariant.gep.2.i, i64 28
-  %288 = load i32, ptr %gep.2.i.7, align 2
-  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 540
-  store i32 %288, ptr %289, align 4, !tbaa !4
+  %293 = load i32, ptr %gep.2.i.7, align 2
+  %294 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 540
+  store i32 %293, ptr %294, align 4, !tbaa !4
   %gep.2.i.8 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
-  %290 = load i32, ptr %gep.2.i.8, align 2
-  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 544
-  store i32 %290, ptr %291, align 4, !tbaa !4
+  %295 = load i32, ptr %gep.2.i.8, align 2
+  %296 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 544
+  store i32 %295, ptr %296, align 4, !tbaa !4
   %gep.2.i.9 = getelementptr i8, ptr %invariant.gep.2.i, i64 36
-  %292 = load i32, ptr %gep.2.i.9, align 2
-  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 548
-  store i32 %292, ptr %293, align 4, !tbaa !4
+  %297 = load i32, ptr %gep.2.i.9, align 2
+  %298 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 548
+  store i32 %297, ptr %298, align 4, !tbaa !4
   %gep.2.i.10 = getelementptr i8, ptr %invariant.gep.2.i, i64 40
-  %294 = load i32, ptr %gep.2.i.10, align 2
-  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 552
-  store i32 %294, ptr %295, align 4, !tbaa !4
+  %299 = load i32, ptr %gep.2.i.10, align 2
+  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 552
+  store i32 %299, ptr %300, align 4, !tbaa !4
   %gep.2.i.11 = getelementptr i8, ptr %invariant.gep.2.i, i64 44
-  %296 = load i32, ptr %gep.2.i.11, align 2
-  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 556
-  store i32 %296, ptr %297, align 4, !tbaa !4
+  %301 = load i32, ptr %gep.2.i.11, align 2
+  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 556
+  store i32 %301, ptr %302, align 4, !tbaa !4
   %gep.2.i.12 = getelementptr i8, ptr %invariant.gep.2.i, i64 48
-  %298 = load i32, ptr %gep.2.i.12, align 2
-  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 560
-  store i32 %298, ptr %299, align 4, !tbaa !4
+  %303 = load i32, ptr %gep.2.i.12, align 2
+  %304 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 560
+  store i32 %303, ptr %304, align 4, !tbaa !4
   %gep.2.i.13 = getelementptr i8, ptr %invariant.gep.2.i, i64 52
-  %300 = load i32, ptr %gep.2.i.13, align 2
-  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 564
-  store i32 %300, ptr %301, align 4, !tbaa !4
+  %305 = load i32, ptr %gep.2.i.13, align 2
+  %306 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 564
+  store i32 %305, ptr %306, align 4, !tbaa !4
   %gep.2.i.14 = getelementptr i8, ptr %invariant.gep.2.i, i64 56
-  %302 = load i32, ptr %gep.2.i.14, align 2
-  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 568
-  store i32 %302, ptr %303, align 4, !tbaa !4
+  %307 = load i32, ptr %gep.2.i.14, align 2
+  %308 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 568
+  store i32 %307, ptr %308, align 4, !tbaa !4
   %gep.2.i.15 = getelementptr i8, ptr %invariant.gep.2.i, i64 60
-  %304 = load i32, ptr %gep.2.i.15, align 2
-  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 572
-  store i32 %304, ptr %305, align 4, !tbaa !4
+  %309 = load i32, ptr %gep.2.i.15, align 2
+  %310 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 572
+  store i32 %309, ptr %310, align 4, !tbaa !4
   %gep.2.i.16 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
-  %306 = load i32, ptr %gep.2.i.16, align 2
-  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 576
-  store i32 %306, ptr %307, align 4, !tbaa !4
+  %311 = load i32, ptr %gep.2.i.16, align 2
+  %312 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 576
+  store i32 %311, ptr %312, align 4, !tbaa !4
   %gep.2.i.17 = getelementptr i8, ptr %invariant.gep.2.i, i64 68
-  %308 = load i32, ptr %gep.2.i.17, align 2
-  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 580
-  store i32 %308, ptr %309, align 4, !tbaa !4
+  %313 = load i32, ptr %gep.2.i.17, align 2
+  %314 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 580
+  store i32 %313, ptr %314, align 4, !tbaa !4
   %gep.2.i.18 = getelementptr i8, ptr %invariant.gep.2.i, i64 72
-  %310 = load i32, ptr %gep.2.i.18, align 2
-  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 584
-  store i32 %310, ptr %311, align 4, !tbaa !4
+  %315 = load i32, ptr %gep.2.i.18, align 2
+  %316 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 584
+  store i32 %315, ptr %316, align 4, !tbaa !4
   %gep.2.i.19 = getelementptr i8, ptr %invariant.gep.2.i, i64 76
-  %312 = load i32, ptr %gep.2.i.19, align 2
-  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 588
-  store i32 %312, ptr %313, align 4, !tbaa !4
+  %317 = load i32, ptr %gep.2.i.19, align 2
+  %318 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 588
+  store i32 %317, ptr %318, align 4, !tbaa !4
   %gep.2.i.20 = getelementptr i8, ptr %invariant.gep.2.i, i64 80
-  %314 = load i32, ptr %gep.2.i.20, align 2
-  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 592
-  store i32 %314, ptr %315, align 4, !tbaa !4
+  %319 = load i32, ptr %gep.2.i.20, align 2
+  %320 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 592
+  store i32 %319, ptr %320, align 4, !tbaa !4
   %gep.2.i.21 = getelementptr i8, ptr %invariant.gep.2.i, i64 84
-  %316 = load i32, ptr %gep.2.i.21, align 2
-  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 596
-  store i32 %316, ptr %317, align 4, !tbaa !4
+  %321 = load i32, ptr %gep.2.i.21, align 2
+  %322 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 596
+  store i32 %321, ptr %322, align 4, !tbaa !4
   %gep.2.i.22 = getelementptr i8, ptr %invariant.gep.2.i, i64 88
-  %318 = load i32, ptr %gep.2.i.22, align 2
-  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 600
-  store i32 %318, ptr %319, align 4, !tbaa !4
+  %323 = load i32, ptr %gep.2.i.22, align 2
+  %324 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 600
+  store i32 %323, ptr %324, align 4, !tbaa !4
   %gep.2.i.23 = getelementptr i8, ptr %invariant.gep.2.i, i64 92
-  %320 = load i32, ptr %gep.2.i.23, align 2
-  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 604
-  store i32 %320, ptr %321, align 4, !tbaa !4
+  %325 = load i32, ptr %gep.2.i.23, align 2
+  %326 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 604
+  store i32 %325, ptr %326, align 4, !tbaa !4
   %gep.2.i.24 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %322 = load i32, ptr %gep.2.i.24, align 2
-  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 608
-  store i32 %322, ptr %323, align 4, !tbaa !4
+  %327 = load i32, ptr %gep.2.i.24, align 2
+  %328 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 608
+  store i32 %327, ptr %328, align 4, !tbaa !4
   %gep.2.i.25 = getelementptr i8, ptr %invariant.gep.2.i, i64 100
-  %324 = load i32, ptr %gep.2.i.25, align 2
-  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 612
-  store i32 %324, ptr %325, align 4, !tbaa !4
+  %329 = load i32, ptr %gep.2.i.25, align 2
+  %330 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 612
+  store i32 %329, ptr %330, align 4, !tbaa !4
   %gep.2.i.26 = getelementptr i8, ptr %invariant.gep.2.i, i64 104
-  %326 = load i32, ptr %gep.2.i.26, align 2
-  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 616
-  store i32 %326, ptr %327, align 4, !tbaa !4
+  %331 = load i32, ptr %gep.2.i.26, align 2
+  %332 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 616
+  store i32 %331, ptr %332, align 4, !tbaa !4
   %gep.2.i.27 = getelementptr i8, ptr %invariant.gep.2.i, i64 108
-  %328 = load i32, ptr %gep.2.i.27, align 2
-  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 620
-  store i32 %328, ptr %329, align 4, !tbaa !4
+  %333 = load i32, ptr %gep.2.i.27, align 2
+  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 620
+  store i32 %333, ptr %334, align 4, !tbaa !4
   %gep.2.i.28 = getelementptr i8, ptr %invariant.gep.2.i, i64 112
-  %330 = load i32, ptr %gep.2.i.28, align 2
-  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 624
-  store i32 %330, ptr %331, align 4, !tbaa !4
+  %335 = load i32, ptr %gep.2.i.28, align 2
+  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 624
+  store i32 %335, ptr %336, align 4, !tbaa !4
   %gep.2.i.29 = getelementptr i8, ptr %invariant.gep.2.i, i64 116
-  %332 = load i32, ptr %gep.2.i.29, align 2
-  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 628
-  store i32 %332, ptr %333, align 4, !tbaa !4
+  %337 = load i32, ptr %gep.2.i.29, align 2
+  %338 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 628
+  store i32 %337, ptr %338, align 4, !tbaa !4
   %gep.2.i.30 = getelementptr i8, ptr %invariant.gep.2.i, i64 120
-  %334 = load i32, ptr %gep.2.i.30, align 2
-  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 632
-  store i32 %334, ptr %335, align 4, !tbaa !4
+  %339 = load i32, ptr %gep.2.i.30, align 2
+  %340 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 632
+  store i32 %339, ptr %340, align 4, !tbaa !4
   %gep.2.i.31 = getelementptr i8, ptr %invariant.gep.2.i, i64 124
-  %336 = load i32, ptr %gep.2.i.31, align 2
-  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 636
-  store i32 %336, ptr %337, align 4, !tbaa !4
+  %341 = load i32, ptr %gep.2.i.31, align 2
+  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 636
+  store i32 %341, ptr %342, align 4, !tbaa !4
   %gep.2.i.32 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
-  %338 = load i32, ptr %gep.2.i.32, align 2
-  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 640
-  store i32 %338, ptr %339, align 4, !tbaa !4
+  %343 = load i32, ptr %gep.2.i.32, align 2
+  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 640
+  store i32 %343, ptr %344, align 4, !tbaa !4
   %gep.2.i.33 = getelementptr i8, ptr %invariant.gep.2.i, i64 132
-  %340 = load i32, ptr %gep.2.i.33, align 2
-  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 644
-  store i32 %340, ptr %341, align 4, !tbaa !4
+  %345 = load i32, ptr %gep.2.i.33, align 2
+  %346 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 644
+  store i32 %345, ptr %346, align 4, !tbaa !4
   %gep.2.i.34 = getelementptr i8, ptr %invariant.gep.2.i, i64 136
-  %342 = load i32, ptr %gep.2.i.34, align 2
-  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 648
-  store i32 %342, ptr %343, align 4, !tbaa !4
+  %347 = load i32, ptr %gep.2.i.34, align 2
+  %348 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 648
+  store i32 %347, ptr %348, align 4, !tbaa !4
   %gep.2.i.35 = getelementptr i8, ptr %invariant.gep.2.i, i64 140
-  %344 = load i32, ptr %gep.2.i.35, align 2
-  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 652
-  store i32 %344, ptr %345, align 4, !tbaa !4
+  %349 = load i32, ptr %gep.2.i.35, align 2
+  %350 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 652
+  store i32 %349, ptr %350, align 4, !tbaa !4
   %gep.2.i.36 = getelementptr i8, ptr %invariant.gep.2.i, i64 144
-  %346 = load i32, ptr %gep.2.i.36, align 2
-  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 656
-  store i32 %346, ptr %347, align 4, !tbaa !4
+  %351 = load i32, ptr %gep.2.i.36, align 2
+  %352 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 656
+  store i32 %351, ptr %352, align 4, !tbaa !4
   %gep.2.i.37 = getelementptr i8, ptr %invariant.gep.2.i, i64 148
-  %348 = load i32, ptr %gep.2.i.37, align 2
-  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 660
-  store i32 %348, ptr %349, align 4, !tbaa !4
+  %353 = load i32, ptr %gep.2.i.37, align 2
+  %354 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 660
+  store i32 %353, ptr %354, align 4, !tbaa !4
   %gep.2.i.38 = getelementptr i8, ptr %invariant.gep.2.i, i64 152
-  %350 = load i32, ptr %gep.2.i.38, align 2
-  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 664
-  store i32 %350, ptr %351, align 4, !tbaa !4
+  %355 = load i32, ptr %gep.2.i.38, align 2
+  %356 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 664
+  store i32 %355, ptr %356, align 4, !tbaa !4
   %gep.2.i.39 = getelementptr i8, ptr %invariant.gep.2.i, i64 156
-  %352 = load i32, ptr %gep.2.i.39, align 2
-  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 668
-  store i32 %352, ptr %353, align 4, !tbaa !4
+  %357 = load i32, ptr %gep.2.i.39, align 2
+  %358 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 668
+  store i32 %357, ptr %358, align 4, !tbaa !4
   %gep.2.i.40 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
-  %354 = load i32, ptr %gep.2.i.40, align 2
-  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 672
-  store i32 %354, ptr %355, align 4, !tbaa !4
+  %359 = load i32, ptr %gep.2.i.40, align 2
+  %360 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 672
+  store i32 %359, ptr %360, align 4, !tbaa !4
   %gep.2.i.41 = getelementptr i8, ptr %invariant.gep.2.i, i64 164
-  %356 = load i32, ptr %gep.2.i.41, align 2
-  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 676
-  store i32 %356, ptr %357, align 4, !tbaa !4
+  %361 = load i32, ptr %gep.2.i.41, align 2
+  %362 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 676
+  store i32 %361, ptr %362, align 4, !tbaa !4
   %gep.2.i.42 = getelementptr i8, ptr %invariant.gep.2.i, i64 168
-  %358 = load i32, ptr %gep.2.i.42, align 2
-  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 680
-  store i32 %358, ptr %359, align 4, !tbaa !4
+  %363 = load i32, ptr %gep.2.i.42, align 2
+  %364 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 680
+  store i32 %363, ptr %364, align 4, !tbaa !4
   %gep.2.i.43 = getelementptr i8, ptr %invariant.gep.2.i, i64 172
-  %360 = load i32, ptr %gep.2.i.43, align 2
-  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 684
-  store i32 %360, ptr %361, align 4, !tbaa !4
+  %365 = load i32, ptr %gep.2.i.43, align 2
+  %366 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 684
+  store i32 %365, ptr %366, align 4, !tbaa !4
   %gep.2.i.44 = getelementptr i8, ptr %invariant.gep.2.i, i64 176
-  %362 = load i32, ptr %gep.2.i.44, align 2
-  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 688
-  store i32 %362, ptr %363, align 4, !tbaa !4
+  %367 = load i32, ptr %gep.2.i.44, align 2
+  %368 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 688
+  store i32 %367, ptr %368, align 4, !tbaa !4
   %gep.2.i.45 = getelementptr i8, ptr %invariant.gep.2.i, i64 180
-  %364 = load i32, ptr %gep.2.i.45, align 2
-  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 692
-  store i32 %364, ptr %365, align 4, !tbaa !4
+  %369 = load i32, ptr %gep.2.i.45, align 2
+  %370 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 692
+  store i32 %369, ptr %370, align 4, !tbaa !4
   %gep.2.i.46 = getelementptr i8, ptr %invariant.gep.2.i, i64 184
-  %366 = load i32, ptr %gep.2.i.46, align 2
-  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 696
-  store i32 %366, ptr %367, align 4, !tbaa !4
+  %371 = load i32, ptr %gep.2.i.46, align 2
+  %372 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 696
+  store i32 %371, ptr %372, align 4, !tbaa !4
   %gep.2.i.47 = getelementptr i8, ptr %invariant.gep.2.i, i64 188
-  %368 = load i32, ptr %gep.2.i.47, align 2
-  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 700
-  store i32 %368, ptr %369, align 4, !tbaa !4
+  %373 = load i32, ptr %gep.2.i.47, align 2
+  %374 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 700
+  store i32 %373, ptr %374, align 4, !tbaa !4
   %gep.2.i.48 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
-  %370 = load i32, ptr %gep.2.i.48, align 2
-  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 704
-  store i32 %370, ptr %371, align 4, !tbaa !4
+  %375 = load i32, ptr %gep.2.i.48, align 2
+  %376 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 704
+  store i32 %375, ptr %376, align 4, !tbaa !4
   %gep.2.i.49 = getelementptr i8, ptr %invariant.gep.2.i, i64 196
-  %372 = load i32, ptr %gep.2.i.49, align 2
-  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 708
-  store i32 %372, ptr %373, align 4, !tbaa !4
+  %377 = load i32, ptr %gep.2.i.49, align 2
+  %378 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 708
+  store i32 %377, ptr %378, align 4, !tbaa !4
   %gep.2.i.50 = getelementptr i8, ptr %invariant.gep.2.i, i64 200
-  %374 = load i32, ptr %gep.2.i.50, align 2
-  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 712
-  store i32 %374, ptr %375, align 4, !tbaa !4
+  %379 = load i32, ptr %gep.2.i.50, align 2
+  %380 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 712
+  store i32 %379, ptr %380, align 4, !tbaa !4
   %gep.2.i.51 = getelementptr i8, ptr %invariant.gep.2.i, i64 204
-  %376 = load i32, ptr %gep.2.i.51, align 2
-  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 716
-  store i32 %376, ptr %377, align 4, !tbaa !4
+  %381 = load i32, ptr %gep.2.i.51, align 2
+  %382 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 716
+  store i32 %381, ptr %382, align 4, !tbaa !4
   %gep.2.i.52 = getelementptr i8, ptr %invariant.gep.2.i, i64 208
-  %378 = load i32, ptr %gep.2.i.52, align 2
-  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 720
-  store i32 %378, ptr %379, align 4, !tbaa !4
+  %383 = load i32, ptr %gep.2.i.52, align 2
+  %384 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 720
+  store i32 %383, ptr %384, align 4, !tbaa !4
   %gep.2.i.53 = getelementptr i8, ptr %invariant.gep.2.i, i64 212
-  %380 = load i32, ptr %gep.2.i.53, align 2
-  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 724
-  store i32 %380, ptr %381, align 4, !tbaa !4
+  %385 = load i32, ptr %gep.2.i.53, align 2
+  %386 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 724
+  store i32 %385, ptr %386, align 4, !tbaa !4
   %gep.2.i.54 = getelementptr i8, ptr %invariant.gep.2.i, i64 216
-  %382 = load i32, ptr %gep.2.i.54, align 2
-  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 728
-  store i32 %382, ptr %383, align 4, !tbaa !4
+  %387 = load i32, ptr %gep.2.i.54, align 2
+  %388 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 728
+  store i32 %387, ptr %388, align 4, !tbaa !4
   %gep.2.i.55 = getelementptr i8, ptr %invariant.gep.2.i, i64 220
-  %384 = load i32, ptr %gep.2.i.55, align 2
-  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 732
-  store i32 %384, ptr %385, align 4, !tbaa !4
+  %389 = load i32, ptr %gep.2.i.55, align 2
+  %390 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 732
+  store i32 %389, ptr %390, align 4, !tbaa !4
   %gep.2.i.56 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %386 = load i32, ptr %gep.2.i.56, align 2
-  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 736
-  store i32 %386, ptr %387, align 4, !tbaa !4
+  %391 = load i32, ptr %gep.2.i.56, align 2
+  %392 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 736
+  store i32 %391, ptr %392, align 4, !tbaa !4
   %gep.2.i.57 = getelementptr i8, ptr %invariant.gep.2.i, i64 228
-  %388 = load i32, ptr %gep.2.i.57, align 2
-  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 740
-  store i32 %388, ptr %389, align 4, !tbaa !4
+  %393 = load i32, ptr %gep.2.i.57, align 2
+  %394 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 740
+  store i32 %393, ptr %394, align 4, !tbaa !4
   %gep.2.i.58 = getelementptr i8, ptr %invariant.gep.2.i, i64 232
-  %390 = load i32, ptr %gep.2.i.58, align 2
-  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 744
-  store i32 %390, ptr %391, align 4, !tbaa !4
+  %395 = load i32, ptr %gep.2.i.58, align 2
+  %396 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 744
+  store i32 %395, ptr %396, align 4, !tbaa !4
   %gep.2.i.59 = getelementptr i8, ptr %invariant.gep.2.i, i64 236
-  %392 = load i32, ptr %gep.2.i.59, align 2
-  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 748
-  store i32 %392, ptr %393, align 4, !tbaa !4
+  %397 = load i32, ptr %gep.2.i.59, align 2
+  %398 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 748
+  store i32 %397, ptr %398, align 4, !tbaa !4
   %gep.2.i.60 = getelementptr i8, ptr %invariant.gep.2.i, i64 240
-  %394 = load i32, ptr %gep.2.i.60, align 2
-  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 752
-  store i32 %394, ptr %395, align 4, !tbaa !4
+  %399 = load i32, ptr %gep.2.i.60, align 2
+  %400 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 752
+  store i32 %399, ptr %400, align 4, !tbaa !4
   %gep.2.i.61 = getelementptr i8, ptr %invariant.gep.2.i, i64 244
-  %396 = load i32, ptr %gep.2.i.61, align 2
-  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 756
-  store i32 %396, ptr %397, align 4, !tbaa !4
+  %401 = load i32, ptr %gep.2.i.61, align 2
+  %402 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 756
+  store i32 %401, ptr %402, align 4, !tbaa !4
   %gep.2.i.62 = getelementptr i8, ptr %invariant.gep.2.i, i64 248
-  %398 = load i32, ptr %gep.2.i.62, align 2
-  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 760
-  store i32 %398, ptr %399, align 4, !tbaa !4
+  %403 = load i32, ptr %gep.2.i.62, align 2
+  %404 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 760
+  store i32 %403, ptr %404, align 4, !tbaa !4
   %gep.2.i.63 = getelementptr i8, ptr %invariant.gep.2.i, i64 252
-  %400 = load i32, ptr %gep.2.i.63, align 2
-  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 764
-  store i32 %400, ptr %401, align 4, !tbaa !4
-  %402 = or disjoint i64 %118, 3
-  %403 = mul nsw i64 %402, %q_head
-  %invariant.gep.3.i = getelementptr i16, ptr %110, i64 %403
-  %404 = load i32, ptr %invariant.gep.3.i, align 2
-  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 768
-  store i32 %404, ptr %405, align 4, !tbaa !4
+  %405 = load i32, ptr %gep.2.i.63, align 2
+  %406 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 764
+  store i32 %405, ptr %406, align 4, !tbaa !4
+  %407 = or disjoint i64 %114, 3
+  %408 = mul nsw i64 %407, %q_head
+  %invariant.gep.3.i = getelementptr i16, ptr %112, i64 %408
+  %409 = load i32, ptr %invariant.gep.3.i, align 2
+  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 768
+  store i32 %409, ptr %410, align 4, !tbaa !4
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 4
-  %406 = load i32, ptr %gep.3.i.1, align 2
-  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 772
-  store i32 %406, ptr %407, align 4, !tbaa !4
+  %411 = load i32, ptr %gep.3.i.1, align 2
+  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 772
+  store i32 %411, ptr %412, align 4, !tbaa !4
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 8
-  %408 = load i32, ptr %gep.3.i.2, align 2
-  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 776
-  store i32 %408, ptr %409, align 4, !tbaa !4
+  %413 = load i32, ptr %gep.3.i.2, align 2
+  %414 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 776
+  store i32 %413, ptr %414, align 4, !tbaa !4
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 12
-  %410 = load i32, ptr %gep.3.i.3, align 2
-  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 780
-  store i32 %410, ptr %411, align 4, !tbaa !4
+  %415 = load i32, ptr %gep.3.i.3, align 2
+  %416 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 780
+  store i32 %415, ptr %416, align 4, !tbaa !4
   %gep.3.i.4 = getelementptr i8, ptr %invariant.gep.3.i, i64 16
-  %412 = load i32, ptr %gep.3.i.4, align 2
-  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 784
-  store i32 %412, ptr %413, align 4, !tbaa !4
+  %417 = load i32, ptr %gep.3.i.4, align 2
+  %418 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 784
+  store i32 %417, ptr %418, align 4, !tbaa !4
   %gep.3.i.5 = getelementptr i8, ptr %invariant.gep.3.i, i64 20
-  %414 = load i32, ptr %gep.3.i.5, align 2
-  %415 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 788
-  store i32 %414, ptr %415, align 4, !tbaa !4
+  %419 = load i32, ptr %gep.3.i.5, align 2
+  %420 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 788
+  store i32 %419, ptr %420, align 4, !tbaa !4
   %gep.3.i.6 = getelementptr i8, ptr %invariant.gep.3.i, i64 24
-  %416 = load i32, ptr %gep.3.i.6, align 2
-  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 792
-  store i32 %416, ptr %417, align 4, !tbaa !4
+  %421 = load i32, ptr %gep.3.i.6, align 2
+  %422 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 792
+  store i32 %421, ptr %422, align 4, !tbaa !4
   %gep.3.i.7 = getelementptr i8, ptr %invariant.gep.3.i, i64 28
-  %418 = load i32, ptr %gep.3.i.7, align 2
-  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 796
-  store i32 %418, ptr %419, align 4, !tbaa !4
+  %423 = load i32, ptr %gep.3.i.7, align 2
+  %424 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 796
+  store i32 %423, ptr %424, align 4, !tbaa !4
   %gep.3.i.8 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
-  %420 = load i32, ptr %gep.3.i.8, align 2
-  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 800
-  store i32 %420, ptr %421, align 4, !tbaa !4
+  %425 = load i32, ptr %gep.3.i.8, align 2
+  %426 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 800
+  store i32 %425, ptr %426, align 4, !tbaa !4
   %gep.3.i.9 = getelementptr i8, ptr %invariant.gep.3.i, i64 36
-  %422 = load i32, ptr %gep.3.i.9, align 2
-  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 804
-  store i32 %422, ptr %423, align 4, !tbaa !4
+  %427 = load i32, ptr %gep.3.i.9, align 2
+  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 804
+  store i32 %427, ptr %428, align 4, !tbaa !4
   %gep.3.i.10 = getelementptr i8, ptr %invariant.gep.3.i, i64 40
-  %424 = load i32, ptr %gep.3.i.10, align 2
-  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 808
-  store i32 %424, ptr %425, align 4, !tbaa !4
+  %429 = load i32, ptr %gep.3.i.10, align 2
+  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 808
+  store i32 %429, ptr %430, align 4, !tbaa !4
   %gep.3.i.11 = getelementptr i8, ptr %invariant.gep.3.i, i64 44
-  %426 = load i32, ptr %gep.3.i.11, align 2
-  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 812
-  store i32 %426, ptr %427, align 4, !tbaa !4
+  %431 = load i32, ptr %gep.3.i.11, align 2
+  %432 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 812
+  store i32 %431, ptr %432, align 4, !tbaa !4
   %gep.3.i.12 = getelementptr i8, ptr %invariant.gep.3.i, i64 48
-  %428 = load i32, ptr %gep.3.i.12, align 2
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 816
-  store i32 %428, ptr %429, align 4, !tbaa !4
+  %433 = load i32, ptr %gep.3.i.12, align 2
+  %434 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 816
+  store i32 %433, ptr %434, align 4, !tbaa !4
   %gep.3.i.13 = getelementptr i8, ptr %invariant.gep.3.i, i64 52
-  %430 = load i32, ptr %gep.3.i.13, align 2
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 820
-  store i32 %430, ptr %431, align 4, !tbaa !4
+  %435 = load i32, ptr %gep.3.i.13, align 2
+  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 820
+  store i32 %435, ptr %436, align 4, !tbaa !4
   %gep.3.i.14 = getelementptr i8, ptr %invariant.gep.3.i, i64 56
-  %432 = load i32, ptr %gep.3.i.14, align 2
-  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 824
-  store i32 %432, ptr %433, align 4, !tbaa !4
+  %437 = load i32, ptr %gep.3.i.14, align 2
+  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 824
+  store i32 %437, ptr %438, align 4, !tbaa !4
   %gep.3.i.15 = getelementptr i8, ptr %invariant.gep.3.i, i64 60
-  %434 = load i32, ptr %gep.3.i.15, align 2
-  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 828
-  store i32 %434, ptr %435, align 4, !tbaa !4
+  %439 = load i32, ptr %gep.3.i.15, align 2
+  %440 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 828
+  store i32 %439, ptr %440, align 4, !tbaa !4
   %gep.3.i.16 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
-  %436 = load i32, ptr %gep.3.i.16, align 2
-  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 832
-  store i32 %436, ptr %437, align 4, !tbaa !4
+  %441 = load i32, ptr %gep.3.i.16, align 2
+  %442 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 832
+  store i32 %441, ptr %442, align 4, !tbaa !4
   %gep.3.i.17 = getelementptr i8, ptr %invariant.gep.3.i, i64 68
-  %438 = load i32, ptr %gep.3.i.17, align 2
-  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 836
-  store i32 %438, ptr %439, align 4, !tbaa !4
+  %443 = load i32, ptr %gep.3.i.17, align 2
+  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 836
+  store i32 %443, ptr %444, align 4, !tbaa !4
   %gep.3.i.18 = getelementptr i8, ptr %invariant.gep.3.i, i64 72
-  %440 = load i32, ptr %gep.3.i.18, align 2
-  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 840
-  store i32 %440, ptr %441, align 4, !tbaa !4
+  %445 = load i32, ptr %gep.3.i.18, align 2
+  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 840
+  store i32 %445, ptr %446, align 4, !tbaa !4
   %gep.3.i.19 = getelementptr i8, ptr %invariant.gep.3.i, i64 76
-  %442 = load i32, ptr %gep.3.i.19, align 2
-  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 844
-  store i32 %442, ptr %443, align 4, !tbaa !4
+  %447 = load i32, ptr %gep.3.i.19, align 2
+  %448 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 844
+  store i32 %447, ptr %448, align 4, !tbaa !4
   %gep.3.i.20 = getelementptr i8, ptr %invariant.gep.3.i, i64 80
-  %444 = load i32, ptr %gep.3.i.20, align 2
-  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 848
-  store i32 %444, ptr %445, align 4, !tbaa !4
+  %449 = load i32, ptr %gep.3.i.20, align 2
+  %450 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 848
+  store i32 %449, ptr %450, align 4, !tbaa !4
   %gep.3.i.21 = getelementptr i8, ptr %invariant.gep.3.i, i64 84
-  %446 = load i32, ptr %gep.3.i.21, align 2
-  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 852
-  store i32 %446, ptr %447, align 4, !tbaa !4
+  %451 = load i32, ptr %gep.3.i.21, align 2
+  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 852
+  store i32 %451, ptr %452, align 4, !tbaa !4
   %gep.3.i.22 = getelementptr i8, ptr %invariant.gep.3.i, i64 88
-  %448 = load i32, ptr %gep.3.i.22, align 2
-  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 856
-  store i32 %448, ptr %449, align 4, !tbaa !4
+  %453 = load i32, ptr %gep.3.i.22, align 2
+  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 856
+  store i32 %453, ptr %454, align 4, !tbaa !4
   %gep.3.i.23 = getelementptr i8, ptr %invariant.gep.3.i, i64 92
-  %450 = load i32, ptr %gep.3.i.23, align 2
-  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 860
-  store i32 %450, ptr %451, align 4, !tbaa !4
+  %455 = load i32, ptr %gep.3.i.23, align 2
+  %456 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 860
+  store i32 %455, ptr %456, align 4, !tbaa !4
   %gep.3.i.24 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %452 = load i32, ptr %gep.3.i.24, align 2
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 864
-  store i32 %452, ptr %453, align 4, !tbaa !4
+  %457 = load i32, ptr %gep.3.i.24, align 2
+  %458 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 864
+  store i32 %457, ptr %458, align 4, !tbaa !4
   %gep.3.i.25 = getelementptr i8, ptr %invariant.gep.3.i, i64 100
-  %454 = load i32, ptr %gep.3.i.25, align 2
-  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 868
-  store i32 %454, ptr %455, align 4, !tbaa !4
+  %459 = load i32, ptr %gep.3.i.25, align 2
+  %460 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 868
+  store i32 %459, ptr %460, align 4, !tbaa !4
   %gep.3.i.26 = getelementptr i8, ptr %invariant.gep.3.i, i64 104
-  %456 = load i32, ptr %gep.3.i.26, align 2
-  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 872
-  store i32 %456, ptr %457, align 4, !tbaa !4
+  %461 = load i32, ptr %gep.3.i.26, align 2
+  %462 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 872
+  store i32 %461, ptr %462, align 4, !tbaa !4
   %gep.3.i.27 = getelementptr i8, ptr %invariant.gep.3.i, i64 108
-  %458 = load i32, ptr %gep.3.i.27, align 2
-  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 876
-  store i32 %458, ptr %459, align 4, !tbaa !4
+  %463 = load i32, ptr %gep.3.i.27, align 2
+  %464 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 876
+  store i32 %463, ptr %464, align 4, !tbaa !4
   %gep.3.i.28 = getelementptr i8, ptr %invariant.gep.3.i, i64 112
-  %460 = load i32, ptr %gep.3.i.28, align 2
-  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 880
-  store i32 %460, ptr %461, align 4, !tbaa !4
+  %465 = load i32, ptr %gep.3.i.28, align 2
+  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 880
+  store i32 %465, ptr %466, align 4, !tbaa !4
   %gep.3.i.29 = getelementptr i8, ptr %invariant.gep.3.i, i64 116
-  %462 = load i32, ptr %gep.3.i.29, align 2
-  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 884
-  store i32 %462, ptr %463, align 4, !tbaa !4
+  %467 = load i32, ptr %gep.3.i.29, align 2
+  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 884
+  store i32 %467, ptr %468, align 4, !tbaa !4
   %gep.3.i.30 = getelementptr i8, ptr %invariant.gep.3.i, i64 120
-  %464 = load i32, ptr %gep.3.i.30, align 2
-  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 888
-  store i32 %464, ptr %465, align 4, !tbaa !4
+  %469 = load i32, ptr %gep.3.i.30, align 2
+  %470 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 888
+  store i32 %469, ptr %470, align 4, !tbaa !4
   %gep.3.i.31 = getelementptr i8, ptr %invariant.gep.3.i, i64 124
-  %466 = load i32, ptr %gep.3.i.31, align 2
-  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 892
-  store i32 %466, ptr %467, align 4, !tbaa !4
+  %471 = load i32, ptr %gep.3.i.31, align 2
+  %472 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 892
+  store i32 %471, ptr %472, align 4, !tbaa !4
   %gep.3.i.32 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
-  %468 = load i32, ptr %gep.3.i.32, align 2
-  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 896
-  store i32 %468, ptr %469, align 4, !tbaa !4
+  %473 = load i32, ptr %gep.3.i.32, align 2
+  %474 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 896
+  store i32 %473, ptr %474, align 4, !tbaa !4
   %gep.3.i.33 = getelementptr i8, ptr %invariant.gep.3.i, i64 132
-  %470 = load i32, ptr %gep.3.i.33, align 2
-  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 900
-  store i32 %470, ptr %471, align 4, !tbaa !4
+  %475 = load i32, ptr %gep.3.i.33, align 2
+  %476 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 900
+  store i32 %475, ptr %476, align 4, !tbaa !4
   %gep.3.i.34 = getelementptr i8, ptr %invariant.gep.3.i, i64 136
-  %472 = load i32, ptr %gep.3.i.34, align 2
-  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 904
-  store i32 %472, ptr %473, align 4, !tbaa !4
+  %477 = load i32, ptr %gep.3.i.34, align 2
+  %478 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 904
+  store i32 %477, ptr %478, align 4, !tbaa !4
   %gep.3.i.35 = getelementptr i8, ptr %invariant.gep.3.i, i64 140
-  %474 = load i32, ptr %gep.3.i.35, align 2
-  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 908
-  store i32 %474, ptr %475, align 4, !tbaa !4
+  %479 = load i32, ptr %gep.3.i.35, align 2
+  %480 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 908
+  store i32 %479, ptr %480, align 4, !tbaa !4
   %gep.3.i.36 = getelementptr i8, ptr %invariant.gep.3.i, i64 144
-  %476 = load i32, ptr %gep.3.i.36, align 2
-  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 912
-  store i32 %476, ptr %477, align 4, !tbaa !4
+  %481 = load i32, ptr %gep.3.i.36, align 2
+  %482 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 912
+  store i32 %481, ptr %482, align 4, !tbaa !4
   %gep.3.i.37 = getelementptr i8, ptr %invariant.gep.3.i, i64 148
-  %478 = load i32, ptr %gep.3.i.37, align 2
-  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 916
-  store i32 %478, ptr %479, align 4, !tbaa !4
+  %483 = load i32, ptr %gep.3.i.37, align 2
+  %484 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 916
+  store i32 %483, ptr %484, align 4, !tbaa !4
   %gep.3.i.38 = getelementptr i8, ptr %invariant.gep.3.i, i64 152
-  %480 = load i32, ptr %gep.3.i.38, align 2
-  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 920
-  store i32 %480, ptr %481, align 4, !tbaa !4
+  %485 = load i32, ptr %gep.3.i.38, align 2
+  %486 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 920
+  store i32 %485, ptr %486, align 4, !tbaa !4
   %gep.3.i.39 = getelementptr i8, ptr %invariant.gep.3.i, i64 156
-  %482 = load i32, ptr %gep.3.i.39, align 2
-  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 924
-  store i32 %482, ptr %483, align 4, !tbaa !4
+  %487 = load i32, ptr %gep.3.i.39, align 2
+  %488 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 924
+  store i32 %487, ptr %488, align 4, !tbaa !4
   %gep.3.i.40 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
-  %484 = load i32, ptr %gep.3.i.40, align 2
-  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 928
-  store i32 %484, ptr %485, align 4, !tbaa !4
+  %489 = load i32, ptr %gep.3.i.40, align 2
+  %490 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 928
+  store i32 %489, ptr %490, align 4, !tbaa !4
   %gep.3.i.41 = getelementptr i8, ptr %invariant.gep.3.i, i64 164
-  %486 = load i32, ptr %gep.3.i.41, align 2
-  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 932
-  store i32 %486, ptr %487, align 4, !tbaa !4
+  %491 = load i32, ptr %gep.3.i.41, align 2
+  %492 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 932
+  store i32 %491, ptr %492, align 4, !tbaa !4
   %gep.3.i.42 = getelementptr i8, ptr %invariant.gep.3.i, i64 168
-  %488 = load i32, ptr %gep.3.i.42, align 2
-  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 936
-  store i32 %488, ptr %489, align 4, !tbaa !4
+  %493 = load i32, ptr %gep.3.i.42, align 2
+  %494 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 936
+  store i32 %493, ptr %494, align 4, !tbaa !4
   %gep.3.i.43 = getelementptr i8, ptr %invariant.gep.3.i, i64 172
-  %490 = load i32, ptr %gep.3.i.43, align 2
-  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 940
-  store i32 %490, ptr %491, align 4, !tbaa !4
+  %495 = load i32, ptr %gep.3.i.43, align 2
+  %496 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 940
+  store i32 %495, ptr %496, align 4, !tbaa !4
   %gep.3.i.44 = getelementptr i8, ptr %invariant.gep.3.i, i64 176
-  %492 = load i32, ptr %gep.3.i.44, align 2
-  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 944
-  store i32 %492, ptr %493, align 4, !tbaa !4
+  %497 = load i32, ptr %gep.3.i.44, align 2
+  %498 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 944
+  store i32 %497, ptr %498, align 4, !tbaa !4
   %gep.3.i.45 = getelementptr i8, ptr %invariant.gep.3.i, i64 180
-  %494 = load i32, ptr %gep.3.i.45, align 2
-  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 948
-  store i32 %494, ptr %495, align 4, !tbaa !4
+  %499 = load i32, ptr %gep.3.i.45, align 2
+  %500 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 948
+  store i32 %499, ptr %500, align 4, !tbaa !4
   %gep.3.i.46 = getelementptr i8, ptr %invariant.gep.3.i, i64 184
-  %496 = load i32, ptr %gep.3.i.46, align 2
-  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 952
-  store i32 %496, ptr %497, align 4, !tbaa !4
+  %501 = load i32, ptr %gep.3.i.46, align 2
+  %502 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 952
+  store i32 %501, ptr %502, align 4, !tbaa !4
   %gep.3.i.47 = getelementptr i8, ptr %invariant.gep.3.i, i64 188
-  %498 = load i32, ptr %gep.3.i.47, align 2
-  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 956
-  store i32 %498, ptr %499, align 4, !tbaa !4
+  %503 = load i32, ptr %gep.3.i.47, align 2
+  %504 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 956
+  store i32 %503, ptr %504, align 4, !tbaa !4
   %gep.3.i.48 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
-  %500 = load i32, ptr %gep.3.i.48, align 2
-  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 960
-  store i32 %500, ptr %501, align 4, !tbaa !4
+  %505 = load i32, ptr %gep.3.i.48, align 2
+  %506 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 960
+  store i32 %505, ptr %506, align 4, !tbaa !4
   %gep.3.i.49 = getelementptr i8, ptr %invariant.gep.3.i, i64 196
-  %502 = load i32, ptr %gep.3.i.49, align 2
-  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 964
-  store i32 %502, ptr %503, align 4, !tbaa !4
+  %507 = load i32, ptr %gep.3.i.49, align 2
+  %508 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 964
+  store i32 %507, ptr %508, align 4, !tbaa !4
   %gep.3.i.50 = getelementptr i8, ptr %invariant.gep.3.i, i64 200
-  %504 = load i32, ptr %gep.3.i.50, align 2
-  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 968
-  store i32 %504, ptr %505, align 4, !tbaa !4
+  %509 = load i32, ptr %gep.3.i.50, align 2
+  %510 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 968
+  store i32 %509, ptr %510, align 4, !tbaa !4
   %gep.3.i.51 = getelementptr i8, ptr %invariant.gep.3.i, i64 204
-  %506 = load i32, ptr %gep.3.i.51, align 2
-  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 972
-  store i32 %506, ptr %507, align 4, !tbaa !4
+  %511 = load i32, ptr %gep.3.i.51, align 2
+  %512 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 972
+  store i32 %511, ptr %512, align 4, !tbaa !4
   %gep.3.i.52 = getelementptr i8, ptr %invariant.gep.3.i, i64 208
-  %508 = load i32, ptr %gep.3.i.52, align 2
-  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 976
-  store i32 %508, ptr %509, align 4, !tbaa !4
+  %513 = load i32, ptr %gep.3.i.52, align 2
+  %514 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 976
+  store i32 %513, ptr %514, align 4, !tbaa !4
   %gep.3.i.53 = getelementptr i8, ptr %invariant.gep.3.i, i64 212
-  %510 = load i32, ptr %gep.3.i.53, align 2
-  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 980
-  store i32 %510, ptr %511, align 4, !tbaa !4
+  %515 = load i32, ptr %gep.3.i.53, align 2
+  %516 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 980
+  store i32 %515, ptr %516, align 4, !tbaa !4
   %gep.3.i.54 = getelementptr i8, ptr %invariant.gep.3.i, i64 216
-  %512 = load i32, ptr %gep.3.i.54, align 2
-  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 984
-  store i32 %512, ptr %513, align 4, !tbaa !4
+  %517 = load i32, ptr %gep.3.i.54, align 2
+  %518 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 984
+  store i32 %517, ptr %518, align 4, !tbaa !4
   %gep.3.i.55 = getelementptr i8, ptr %invariant.gep.3.i, i64 220
-  %514 = load i32, ptr %gep.3.i.55, align 2
-  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 988
-  store i32 %514, ptr %515, align 4, !tbaa !4
+  %519 = load i32, ptr %gep.3.i.55, align 2
+  %520 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 988
+  store i32 %519, ptr %520, align 4, !tbaa !4
   %gep.3.i.56 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %516 = load i32, ptr %gep.3.i.56, align 2
-  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 992
-  store i32 %516, ptr %517, align 4, !tbaa !4
+  %521 = load i32, ptr %gep.3.i.56, align 2
+  %522 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 992
+  store i32 %521, ptr %522, align 4, !tbaa !4
   %gep.3.i.57 = getelementptr i8, ptr %invariant.gep.3.i, i64 228
-  %518 = load i32, ptr %gep.3.i.57, align 2
-  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 996
-  store i32 %518, ptr %519, align 4, !tbaa !4
+  %523 = load i32, ptr %gep.3.i.57, align 2
+  %524 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 996
+  store i32 %523, ptr %524, align 4, !tbaa !4
   %gep.3.i.58 = getelementptr i8, ptr %invariant.gep.3.i, i64 232
-  %520 = load i32, ptr %gep.3.i.58, align 2
-  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1000
-  store i32 %520, ptr %521, align 4, !tbaa !4
+  %525 = load i32, ptr %gep.3.i.58, align 2
+  %526 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1000
+  store i32 %525, ptr %526, align 4, !tbaa !4
   %gep.3.i.59 = getelementptr i8, ptr %invariant.gep.3.i, i64 236
-  %522 = load i32, ptr %gep.3.i.59, align 2
-  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1004
-  store i32 %522, ptr %523, align 4, !tbaa !4
+  %527 = load i32, ptr %gep.3.i.59, align 2
+  %528 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1004
+  store i32 %527, ptr %528, align 4, !tbaa !4
   %gep.3.i.60 = getelementptr i8, ptr %invariant.gep.3.i, i64 240
-  %524 = load i32, ptr %gep.3.i.60, align 2
-  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1008
-  store i32 %524, ptr %525, align 4, !tbaa !4
+  %529 = load i32, ptr %gep.3.i.60, align 2
+  %530 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1008
+  store i32 %529, ptr %530, align 4, !tbaa !4
   %gep.3.i.61 = getelementptr i8, ptr %invariant.gep.3.i, i64 244
-  %526 = load i32, ptr %gep.3.i.61, align 2
-  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1012
-  store i32 %526, ptr %527, align 4, !tbaa !4
+  %531 = load i32, ptr %gep.3.i.61, align 2
+  %532 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1012
+  store i32 %531, ptr %532, align 4, !tbaa !4
   %gep.3.i.62 = getelementptr i8, ptr %invariant.gep.3.i, i64 248
-  %528 = load i32, ptr %gep.3.i.62, align 2
-  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1016
-  store i32 %528, ptr %529, align 4, !tbaa !4
+  %533 = load i32, ptr %gep.3.i.62, align 2
+  %534 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1016
+  store i32 %533, ptr %534, align 4, !tbaa !4
   %gep.3.i.63 = getelementptr i8, ptr %invariant.gep.3.i, i64 252
-  %530 = load i32, ptr %gep.3.i.63, align 2
-  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1020
-  store i32 %530, ptr %531, align 4, !tbaa !4
-  %indvars.iv.next1066.i = add nuw nsw i64 %indvars.iv1065.i, 1
-  %exitcond1068.not.i = icmp eq i64 %indvars.iv.next1066.i, 8
-  br i1 %exitcond1068.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !21
+  %535 = load i32, ptr %gep.3.i.63, align 2
+  %536 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1020
+  store i32 %535, ptr %536, align 4, !tbaa !4
+  %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
+  %exitcond1104.not.i = icmp eq i64 %indvars.iv.next1102.i, 8
+  br i1 %exitcond1104.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !21
 
-for_begin_step.i:                                 ; preds = %if_end183.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end183.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv1231.i = phi i64 [ %indvars.iv.next1232.i, %if_end183.i ], [ 0, %for_begin_step.preheader.i ]
-  %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %532 = and i32 %smin, 31
-  %narrow = add nuw nsw i32 %532, 1
-  %533 = lshr i32 %narrow, 1
-  %534 = zext nneg i32 %533 to i64
-  %exitcond1238.not.i = icmp eq i64 %indvars.iv1231.i, %wide.trip.count1237.i
-  br i1 %exitcond1238.not.i, label %for_end_step.i, label %for_body_step.i, !prof !22
+for_begin_step.i:                                 ; preds = %if_end165.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end165.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv1205.i = phi i64 [ %indvars.iv.next1206.i, %if_end165.i ], [ 0, %for_end_tile.i ]
+  %smin177 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %537 = and i32 %smin177, 31
+  %narrow = add nuw nsw i32 %537, 1
+  %538 = lshr i32 %narrow, 1
+  %539 = zext nneg i32 %538 to i64
+  %exitcond1209.not.i = icmp eq i64 %indvars.iv1205.i, %wide.trip.count1208.i
+  br i1 %exitcond1209.not.i, label %for_begin_tile170.preheader.i, label %for_body_step.i, !prof !22
+
+for_begin_tile170.preheader.i:                    ; preds = %for_begin_step.i
+  %540 = add nuw nsw i64 %indvars.iv1245.i, %94
+  %541 = shl nuw nsw i64 %540, 5
+  %.idx.i = shl nuw nsw i64 %540, 14
+  %542 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %543 = mul nsw i64 %108, %out_batch
+  %544 = getelementptr i16, ptr %out, i64 %543
+  %545 = mul nsw i64 %108, %lse_batch
+  %546 = getelementptr float, ptr %lse, i64 %545
+  br i1 %.not, label %for_body_tile171.i, label %for_body_tile171.us.i
+
+for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %for_begin_tile170.preheader.i
+  %indvars.iv1241.i = phi i64 [ %indvars.iv.next1242.i, %if_end190.us.3.i ], [ 0, %for_begin_tile170.preheader.i ]
+  %547 = shl nuw nsw i64 %indvars.iv1241.i, 2
+  %548 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %547
+  %total.us.i = load <4 x float>, ptr %548, align 16, !tbaa !23
+  %549 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %550 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %551 = select <4 x i1> %550, <4 x float> zeroinitializer, <4 x float> %549
+  %.idx59 = shl nuw nsw i64 %indvars.iv1241.i, 11
+  %invariant.gep64 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx59
+  %552 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> zeroinitializer
+  %553 = mul nsw i64 %547, %out_head
+  %invariant.gep1059.us.i = getelementptr i16, ptr %544, i64 %553
+  %554 = load <16 x float>, ptr %invariant.gep64, align 4, !tbaa !4
+  %555 = fmul <16 x float> %554, %552
+  %556 = bitcast <16 x float> %555 to <16 x i32>
+  %557 = lshr <16 x i32> %556, splat (i32 16)
+  %558 = and <16 x i32> %557, splat (i32 1)
+  %559 = add nuw <16 x i32> %556, splat (i32 32767)
+  %560 = add nuw <16 x i32> %559, %558
+  %561 = lshr <16 x i32> %560, splat (i32 16)
+  %562 = trunc nuw <16 x i32> %561 to <16 x i16>
+  store <16 x i16> %562, ptr %invariant.gep1059.us.i, align 2, !tbaa !4
+  %563 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 64
+  %564 = load <16 x float>, ptr %563, align 4, !tbaa !4
+  %565 = fmul <16 x float> %552, %564
+  %566 = bitcast <16 x float> %565 to <16 x i32>
+  %567 = lshr <16 x i32> %566, splat (i32 16)
+  %568 = and <16 x i32> %567, splat (i32 1)
+  %569 = add nuw <16 x i32> %566, splat (i32 32767)
+  %570 = add nuw <16 x i32> %569, %568
+  %571 = lshr <16 x i32> %570, splat (i32 16)
+  %572 = trunc nuw <16 x i32> %571 to <16 x i16>
+  %gep1060.us.1.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 32
+  store <16 x i16> %572, ptr %gep1060.us.1.i, align 2, !tbaa !4
+  %573 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 128
+  %574 = load <16 x float>, ptr %573, align 4, !tbaa !4
+  %575 = fmul <16 x float> %552, %574
+  %576 = bitcast <16 x float> %575 to <16 x i32>
+  %577 = lshr <16 x i32> %576, splat (i32 16)
+  %578 = and <16 x i32> %577, splat (i32 1)
+  %579 = add nuw <16 x i32> %576, splat (i32 32767)
+  %580 = add nuw <16 x i32> %579, %578
+  %581 = lshr <16 x i32> %580, splat (i32 16)
+  %582 = trunc nuw <16 x i32> %581 to <16 x i16>
+  %gep1060.us.2.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 64
+  store <16 x i16> %582, ptr %gep1060.us.2.i, align 2, !tbaa !4
+  %583 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 192
+  %584 = load <16 x float>, ptr %583, align 4, !tbaa !4
+  %585 = fmul <16 x float> %552, %584
+  %586 = bitcast <16 x float> %585 to <16 x i32>
+  %587 = lshr <16 x i32> %586, splat (i32 16)
+  %588 = and <16 x i32> %587, splat (i32 1)
+  %589 = add nuw <16 x i32> %586, splat (i32 32767)
+  %590 = add nuw <16 x i32> %589, %588
+  %591 = lshr <16 x i32> %590, splat (i32 16)
+  %592 = trunc nuw <16 x i32> %591 to <16 x i16>
+  %gep1060.us.3.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 96
+  store <16 x i16> %592, ptr %gep1060.us.3.i, align 2, !tbaa !4
+  %593 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 256
+  %594 = load <16 x float>, ptr %593, align 4, !tbaa !4
+  %595 = fmul <16 x float> %552, %594
+  %596 = bitcast <16 x float> %595 to <16 x i32>
+  %597 = lshr <16 x i32> %596, splat (i32 16)
+  %598 = and <16 x i32> %597, splat (i32 1)
+  %599 = add nuw <16 x i32> %596, splat (i32 32767)
+  %600 = add nuw <16 x i32> %599, %598
+  %601 = lshr <16 x i32> %600, splat (i32 16)
+  %602 = trunc nuw <16 x i32> %601 to <16 x i16>
+  %gep1060.us.4.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 128
+  store <16 x i16> %602, ptr %gep1060.us.4.i, align 2, !tbaa !4
+  %603 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 320
+  %604 = load <16 x float>, ptr %603, align 4, !tbaa !4
+  %605 = fmul <16 x float> %552, %604
+  %606 = bitcast <16 x float> %605 to <16 x i32>
+  %607 = lshr <16 x i32> %606, splat (i32 16)
+  %608 = and <16 x i32> %607, splat (i32 1)
+  %609 = add nuw <16 x i32> %606, splat (i32 32767)
+  %610 = add nuw <16 x i32> %609, %608
+  %611 = lshr <16 x i32> %610, splat (i32 16)
+  %612 = trunc nuw <16 x i32> %611 to <16 x i16>
+  %gep1060.us.5.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 160
+  store <16 x i16> %612, ptr %gep1060.us.5.i, align 2, !tbaa !4
+  %613 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 384
+  %614 = load <16 x float>, ptr %613, align 4, !tbaa !4
+  %615 = fmul <16 x float> %552, %614
+  %616 = bitcast <16 x float> %615 to <16 x i32>
+  %617 = lshr <16 x i32> %616, splat (i32 16)
+  %618 = and <16 x i32> %617, splat (i32 1)
+  %619 = add nuw <16 x i32> %616, splat (i32 32767)
+  %620 = add nuw <16 x i32> %619, %618
+  %621 = lshr <16 x i32> %620, splat (i32 16)
+  %622 = trunc nuw <16 x i32> %621 to <16 x i16>
+  %gep1060.us.6.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 192
+  store <16 x i16> %622, ptr %gep1060.us.6.i, align 2, !tbaa !4
+  %623 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 448
+  %624 = load <16 x float>, ptr %623, align 4, !tbaa !4
+  %625 = fmul <16 x float> %552, %624
+  %626 = bitcast <16 x float> %625 to <16 x i32>
+  %627 = lshr <16 x i32> %626, splat (i32 16)
+  %628 = and <16 x i32> %627, splat (i32 1)
+  %629 = add nuw <16 x i32> %626, splat (i32 32767)
+  %630 = add nuw <16 x i32> %629, %628
+  %631 = lshr <16 x i32> %630, splat (i32 16)
+  %632 = trunc nuw <16 x i32> %631 to <16 x i16>
+  %gep1060.us.7.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 224
+  store <16 x i16> %632, ptr %gep1060.us.7.i, align 2, !tbaa !4
+  %633 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %634 = or disjoint i64 %547, 1
+  %635 = mul nsw i64 %634, %out_head
+  %invariant.gep1059.us.i.1 = getelementptr i16, ptr %544, i64 %635
+  %gep65.1 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 512
+  %636 = load <16 x float>, ptr %gep65.1, align 4, !tbaa !4
+  %637 = fmul <16 x float> %636, %633
+  %638 = bitcast <16 x float> %637 to <16 x i32>
+  %639 = lshr <16 x i32> %638, splat (i32 16)
+  %640 = and <16 x i32> %639, splat (i32 1)
+  %641 = add nuw <16 x i32> %638, splat (i32 32767)
+  %642 = add nuw <16 x i32> %641, %640
+  %643 = lshr <16 x i32> %642, splat (i32 16)
+  %644 = trunc nuw <16 x i32> %643 to <16 x i16>
+  store <16 x i16> %644, ptr %invariant.gep1059.us.i.1, align 2, !tbaa !4
+  %645 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 576
+  %646 = load <16 x float>, ptr %645, align 4, !tbaa !4
+  %647 = fmul <16 x float> %633, %646
+  %648 = bitcast <16 x float> %647 to <16 x i32>
+  %649 = lshr <16 x i32> %648, splat (i32 16)
+  %650 = and <16 x i32> %649, splat (i32 1)
+  %651 = add nuw <16 x i32> %648, splat (i32 32767)
+  %652 = add nuw <16 x i32> %651, %650
+  %653 = lshr <16 x i32> %652, splat (i32 16)
+  %654 = trunc nuw <16 x i32> %653 to <16 x i16>
+  %gep1060.us.1.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 32
+  store <16 x i16> %654, ptr %gep1060.us.1.i.1, align 2, !tbaa !4
+  %655 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 640
+  %656 = load <16 x float>, ptr %655, align 4, !tbaa !4
+  %657 = fmul <16 x float> %633, %656
+  %658 = bitcast <16 x float> %657 to <16 x i32>
+  %659 = lshr <16 x i32> %658, splat (i32 16)
+  %660 = and <16 x i32> %659, splat (i32 1)
+  %661 = add nuw <16 x i32> %658, splat (i32 32767)
+  %662 = add nuw <16 x i32> %661, %660
+  %663 = lshr <16 x i32> %662, splat (i32 16)
+  %664 = trunc nuw <16 x i32> %663 to <16 x i16>
+  %gep1060.us.2.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 64
+  store <16 x i16> %664, ptr %gep1060.us.2.i.1, align 2, !tbaa !4
+  %665 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 704
+  %666 = load <16 x float>, ptr %665, align 4, !tbaa !4
+  %667 = fmul <16 x float> %633, %666
+  %668 = bitcast <16 x float> %667 to <16 x i32>
+  %669 = lshr <16 x i32> %668, splat (i32 16)
+  %670 = and <16 x i32> %669, splat (i32 1)
+  %671 = add nuw <16 x i32> %668, splat (i32 32767)
+  %672 = add nuw <16 x i32> %671, %670
+  %673 = lshr <16 x i32> %672, splat (i32 16)
+  %674 = trunc nuw <16 x i32> %673 to <16 x i16>
+  %gep1060.us.3.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 96
+  store <16 x i16> %674, ptr %gep1060.us.3.i.1, align 2, !tbaa !4
+  %675 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 768
+  %676 = load <16 x float>, ptr %675, align 4, !tbaa !4
+  %677 = fmul <16 x float> %633, %676
+  %678 = bitcast <16 x float> %677 to <16 x i32>
+  %679 = lshr <16 x i32> %678, splat (i32 16)
+  %680 = and <16 x i32> %679, splat (i32 1)
+  %681 = add nuw <16 x i32> %678, splat (i32 32767)
+  %682 = add nuw <16 x i32> %681, %680
+  %683 = lshr <16 x i32> %682, splat (i32 16)
+  %684 = trunc nuw <16 x i32> %683 to <16 x i16>
+  %gep1060.us.4.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 128
+  store <16 x i16> %684, ptr %gep1060.us.4.i.1, align 2, !tbaa !4
+  %685 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 832
+  %686 = load <16 x float>, ptr %685, align 4, !tbaa !4
+  %687 = fmul <16 x float> %633, %686
+  %688 = bitcast <16 x float> %687 to <16 x i32>
+  %689 = lshr <16 x i32> %688, splat (i32 16)
+  %690 = and <16 x i32> %689, splat (i32 1)
+  %691 = add nuw <16 x i32> %688, splat (i32 32767)
+  %692 = add nuw <16 x i32> %691, %690
+  %693 = lshr <16 x i32> %692, splat (i32 16)
+  %694 = trunc nuw <16 x i32> %693 to <16 x i16>
+  %gep1060.us.5.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 160
+  store <16 x i16> %694, ptr %gep1060.us.5.i.1, align 2, !tbaa !4
+  %695 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 896
+  %696 = load <16 x float>, ptr %695, align 4, !tbaa !4
+  %697 = fmul <16 x float> %633, %696
+  %698 = bitcast <16 x float> %697 to <16 x i32>
+  %699 = lshr <16 x i32> %698, splat (i32 16)
+  %700 = and <16 x i32> %699, splat (i32 1)
+  %701 = add nuw <16 x i32> %698, splat (i32 32767)
+  %702 = add nuw <16 x i32> %701, %700
+  %703 = lshr <16 x i32> %702, splat (i32 16)
+  %704 = trunc nuw <16 x i32> %703 to <16 x i16>
+  %gep1060.us.6.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 192
+  store <16 x i16> %704, ptr %gep1060.us.6.i.1, align 2, !tbaa !4
+  %705 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 960
+  %706 = load <16 x float>, ptr %705, align 4, !tbaa !4
+  %707 = fmul <16 x float> %633, %706
+  %708 = bitcast <16 x float> %707 to <16 x i32>
+  %709 = lshr <16 x i32> %708, splat (i32 16)
+  %710 = and <16 x i32> %709, splat (i32 1)
+  %711 = add nuw <16 x i32> %708, splat (i32 32767)
+  %712 = add nuw <16 x i32> %711, %710
+  %713 = lshr <16 x i32> %712, splat (i32 16)
+  %714 = trunc nuw <16 x i32> %713 to <16 x i16>
+  %gep1060.us.7.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 224
+  store <16 x i16> %714, ptr %gep1060.us.7.i.1, align 2, !tbaa !4
+  %715 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %716 = or disjoint i64 %547, 2
+  %717 = mul nsw i64 %716, %out_head
+  %invariant.gep1059.us.i.2 = getelementptr i16, ptr %544, i64 %717
+  %gep65.2 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1024
+  %718 = load <16 x float>, ptr %gep65.2, align 4, !tbaa !4
+  %719 = fmul <16 x float> %718, %715
+  %720 = bitcast <16 x float> %719 to <16 x i32>
+  %721 = lshr <16 x i32> %720, splat (i32 16)
+  %722 = and <16 x i32> %721, splat (i32 1)
+  %723 = add nuw <16 x i32> %720, splat (i32 32767)
+  %724 = add nuw <16 x i32> %723, %722
+  %725 = lshr <16 x i32> %724, splat (i32 16)
+  %726 = trunc nuw <16 x i32> %725 to <16 x i16>
+  store <16 x i16> %726, ptr %invariant.gep1059.us.i.2, align 2, !tbaa !4
+  %727 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1088
+  %728 = load <16 x float>, ptr %727, align 4, !tbaa !4
+  %729 = fmul <16 x float> %715, %728
+  %730 = bitcast <16 x float> %729 to <16 x i32>
+  %731 = lshr <16 x i32> %730, splat (i32 16)
+  %732 = and <16 x i32> %731, splat (i32 1)
+  %733 = add nuw <16 x i32> %730, splat (i32 32767)
+  %734 = add nuw <16 x i32> %733, %732
+  %735 = lshr <16 x i32> %734, splat (i32 16)
+  %736 = trunc nuw <16 x i32> %735 to <16 x i16>
+  %gep1060.us.1.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 32
+  store <16 x i16> %736, ptr %gep1060.us.1.i.2, align 2, !tbaa !4
+  %737 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1152
+  %738 = load <16 x float>, ptr %737, align 4, !tbaa !4
+  %739 = fmul <16 x float> %715, %738
+  %740 = bitcast <16 x float> %739 to <16 x i32>
+  %741 = lshr <16 x i32> %740, splat (i32 16)
+  %742 = and <16 x i32> %741, splat (i32 1)
+  %743 = add nuw <16 x i32> %740, splat (i32 32767)
+  %744 = add nuw <16 x i32> %743, %742
+  %745 = lshr <16 x i32> %744, splat (i32 16)
+  %746 = trunc nuw <16 x i32> %745 to <16 x i16>
+  %gep1060.us.2.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 64
+  store <16 x i16> %746, ptr %gep1060.us.2.i.2, align 2, !tbaa !4
+  %747 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1216
+  %748 = load <16 x float>, ptr %747, align 4, !tbaa !4
+  %749 = fmul <16 x float> %715, %748
+  %750 = bitcast <16 x float> %749 to <16 x i32>
+  %751 = lshr <16 x i32> %750, splat (i32 16)
+  %752 = and <16 x i32> %751, splat (i32 1)
+  %753 = add nuw <16 x i32> %750, splat (i32 32767)
+  %754 = add nuw <16 x i32> %753, %752
+  %755 = lshr <16 x i32> %754, splat (i32 16)
+  %756 = trunc nuw <16 x i32> %755 to <16 x i16>
+  %gep1060.us.3.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 96
+  store <16 x i16> %756, ptr %gep1060.us.3.i.2, align 2, !tbaa !4
+  %757 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1280
+  %758 = load <16 x float>, ptr %757, align 4, !tbaa !4
+  %759 = fmul <16 x float> %715, %758
+  %760 = bitcast <16 x float> %759 to <16 x i32>
+  %761 = lshr <16 x i32> %760, splat (i32 16)
+  %762 = and <16 x i32> %761, splat (i32 1)
+  %763 = add nuw <16 x i32> %760, splat (i32 32767)
+  %764 = add nuw <16 x i32> %763, %762
+  %765 = lshr <16 x i32> %764, splat (i32 16)
+  %766 = trunc nuw <16 x i32> %765 to <16 x i16>
+  %gep1060.us.4.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 128
+  store <16 x i16> %766, ptr %gep1060.us.4.i.2, align 2, !tbaa !4
+  %767 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1344
+  %768 = load <16 x float>, ptr %767, align 4, !tbaa !4
+  %769 = fmul <16 x float> %715, %768
+  %770 = bitcast <16 x float> %769 to <16 x i32>
+  %771 = lshr <16 x i32> %770, splat (i32 16)
+  %772 = and <16 x i32> %771, splat (i32 1)
+  %773 = add nuw <16 x i32> %770, splat (i32 32767)
+  %774 = add nuw <16 x i32> %773, %772
+  %775 = lshr <16 x i32> %774, splat (i32 16)
+  %776 = trunc nuw <16 x i32> %775 to <16 x i16>
+  %gep1060.us.5.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 160
+  store <16 x i16> %776, ptr %gep1060.us.5.i.2, align 2, !tbaa !4
+  %777 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1408
+  %778 = load <16 x float>, ptr %777, align 4, !tbaa !4
+  %779 = fmul <16 x float> %715, %778
+  %780 = bitcast <16 x float> %779 to <16 x i32>
+  %781 = lshr <16 x i32> %780, splat (i32 16)
+  %782 = and <16 x i32> %781, splat (i32 1)
+  %783 = add nuw <16 x i32> %780, splat (i32 32767)
+  %784 = add nuw <16 x i32> %783, %782
+  %785 = lshr <16 x i32> %784, splat (i32 16)
+  %786 = trunc nuw <16 x i32> %785 to <16 x i16>
+  %gep1060.us.6.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 192
+  store <16 x i16> %786, ptr %gep1060.us.6.i.2, align 2, !tbaa !4
+  %787 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1472
+  %788 = load <16 x float>, ptr %787, align 4, !tbaa !4
+  %789 = fmul <16 x float> %715, %788
+  %790 = bitcast <16 x float> %789 to <16 x i32>
+  %791 = lshr <16 x i32> %790, splat (i32 16)
+  %792 = and <16 x i32> %791, splat (i32 1)
+  %793 = add nuw <16 x i32> %790, splat (i32 32767)
+  %794 = add nuw <16 x i32> %793, %792
+  %795 = lshr <16 x i32> %794, splat (i32 16)
+  %796 = trunc nuw <16 x i32> %795 to <16 x i16>
+  %gep1060.us.7.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 224
+  store <16 x i16> %796, ptr %gep1060.us.7.i.2, align 2, !tbaa !4
+  %797 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %798 = or disjoint i64 %547, 3
+  %799 = mul nsw i64 %798, %out_head
+  %invariant.gep1059.us.i.3 = getelementptr i16, ptr %544, i64 %799
+  %gep65.3 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1536
+  %800 = load <16 x float>, ptr %gep65.3, align 4, !tbaa !4
+  %801 = fmul <16 x float> %800, %797
+  %802 = bitcast <16 x float> %801 to <16 x i32>
+  %803 = lshr <16 x i32> %802, splat (i32 16)
+  %804 = and <16 x i32> %803, splat (i32 1)
+  %805 = add nuw <16 x i32> %802, splat (i32 32767)
+  %806 = add nuw <16 x i32> %805, %804
+  %807 = lshr <16 x i32> %806, splat (i32 16)
+  %808 = trunc nuw <16 x i32> %807 to <16 x i16>
+  store <16 x i16> %808, ptr %invariant.gep1059.us.i.3, align 2, !tbaa !4
+  %809 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1600
+  %810 = load <16 x float>, ptr %809, align 4, !tbaa !4
+  %811 = fmul <16 x float> %797, %810
+  %812 = bitcast <16 x float> %811 to <16 x i32>
+  %813 = lshr <16 x i32> %812, splat (i32 16)
+  %814 = and <16 x i32> %813, splat (i32 1)
+  %815 = add nuw <16 x i32> %812, splat (i32 32767)
+  %816 = add nuw <16 x i32> %815, %814
+  %817 = lshr <16 x i32> %816, splat (i32 16)
+  %818 = trunc nuw <16 x i32> %817 to <16 x i16>
+  %gep1060.us.1.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 32
+  store <16 x i16> %818, ptr %gep1060.us.1.i.3, align 2, !tbaa !4
+  %819 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1664
+  %820 = load <16 x float>, ptr %819, align 4, !tbaa !4
+  %821 = fmul <16 x float> %797, %820
+  %822 = bitcast <16 x float> %821 to <16 x i32>
+  %823 = lshr <16 x i32> %822, splat (i32 16)
+  %824 = and <16 x i32> %823, splat (i32 1)
+  %825 = add nuw <16 x i32> %822, splat (i32 32767)
+  %826 = add nuw <16 x i32> %825, %824
+  %827 = lshr <16 x i32> %826, splat (i32 16)
+  %828 = trunc nuw <16 x i32> %827 to <16 x i16>
+  %gep1060.us.2.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 64
+  store <16 x i16> %828, ptr %gep1060.us.2.i.3, align 2, !tbaa !4
+  %829 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1728
+  %830 = load <16 x float>, ptr %829, align 4, !tbaa !4
+  %831 = fmul <16 x float> %797, %830
+  %832 = bitcast <16 x float> %831 to <16 x i32>
+  %833 = lshr <16 x i32> %832, splat (i32 16)
+  %834 = and <16 x i32> %833, splat (i32 1)
+  %835 = add nuw <16 x i32> %832, splat (i32 32767)
+  %836 = add nuw <16 x i32> %835, %834
+  %837 = lshr <16 x i32> %836, splat (i32 16)
+  %838 = trunc nuw <16 x i32> %837 to <16 x i16>
+  %gep1060.us.3.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 96
+  store <16 x i16> %838, ptr %gep1060.us.3.i.3, align 2, !tbaa !4
+  %839 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1792
+  %840 = load <16 x float>, ptr %839, align 4, !tbaa !4
+  %841 = fmul <16 x float> %797, %840
+  %842 = bitcast <16 x float> %841 to <16 x i32>
+  %843 = lshr <16 x i32> %842, splat (i32 16)
+  %844 = and <16 x i32> %843, splat (i32 1)
+  %845 = add nuw <16 x i32> %842, splat (i32 32767)
+  %846 = add nuw <16 x i32> %845, %844
+  %847 = lshr <16 x i32> %846, splat (i32 16)
+  %848 = trunc nuw <16 x i32> %847 to <16 x i16>
+  %gep1060.us.4.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 128
+  store <16 x i16> %848, ptr %gep1060.us.4.i.3, align 2, !tbaa !4
+  %849 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1856
+  %850 = load <16 x float>, ptr %849, align 4, !tbaa !4
+  %851 = fmul <16 x float> %797, %850
+  %852 = bitcast <16 x float> %851 to <16 x i32>
+  %853 = lshr <16 x i32> %852, splat (i32 16)
+  %854 = and <16 x i32> %853, splat (i32 1)
+  %855 = add nuw <16 x i32> %852, splat (i32 32767)
+  %856 = add nuw <16 x i32> %855, %854
+  %857 = lshr <16 x i32> %856, splat (i32 16)
+  %858 = trunc nuw <16 x i32> %857 to <16 x i16>
+  %gep1060.us.5.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 160
+  store <16 x i16> %858, ptr %gep1060.us.5.i.3, align 2, !tbaa !4
+  %859 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1920
+  %860 = load <16 x float>, ptr %859, align 4, !tbaa !4
+  %861 = fmul <16 x float> %797, %860
+  %862 = bitcast <16 x float> %861 to <16 x i32>
+  %863 = lshr <16 x i32> %862, splat (i32 16)
+  %864 = and <16 x i32> %863, splat (i32 1)
+  %865 = add nuw <16 x i32> %862, splat (i32 32767)
+  %866 = add nuw <16 x i32> %865, %864
+  %867 = lshr <16 x i32> %866, splat (i32 16)
+  %868 = trunc nuw <16 x i32> %867 to <16 x i16>
+  %gep1060.us.6.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 192
+  store <16 x i16> %868, ptr %gep1060.us.6.i.3, align 2, !tbaa !4
+  %869 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1984
+  %870 = load <16 x float>, ptr %869, align 4, !tbaa !4
+  %871 = fmul <16 x float> %797, %870
+  %872 = bitcast <16 x float> %871 to <16 x i32>
+  %873 = lshr <16 x i32> %872, splat (i32 16)
+  %874 = and <16 x i32> %873, splat (i32 1)
+  %875 = add nuw <16 x i32> %872, splat (i32 32767)
+  %876 = add nuw <16 x i32> %875, %874
+  %877 = lshr <16 x i32> %876, splat (i32 16)
+  %878 = trunc nuw <16 x i32> %877 to <16 x i16>
+  %gep1060.us.7.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 224
+  store <16 x i16> %878, ptr %gep1060.us.7.i.3, align 2, !tbaa !4
+  %879 = getelementptr float, ptr %546, i64 %547
+  %880 = load float, ptr %548, align 16, !tbaa !23
+  %881 = fcmp oeq float %880, 0.000000e+00
+  br i1 %881, label %if_end190.us.i, label %if_else189.us.i
+
+if_else189.us.i:                                  ; preds = %for_body_tile171.us.i
+  %882 = tail call float @llvm.log.f32(float %880)
+  %883 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %547
+  %884 = load float, ptr %883, align 16, !tbaa !25
+  %885 = fadd float %882, %884
+  br label %if_end190.us.i
+
+if_end190.us.i:                                   ; preds = %if_else189.us.i, %for_body_tile171.us.i
+  %886 = phi float [ %885, %if_else189.us.i ], [ 0xFFF0000000000000, %for_body_tile171.us.i ]
+  store float %886, ptr %879, align 4, !tbaa !4
+  %887 = or disjoint i64 %547, 1
+  %888 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %887
+  %889 = load float, ptr %888, align 4, !tbaa !23
+  %890 = fcmp oeq float %889, 0.000000e+00
+  br i1 %890, label %if_end190.us.1.i, label %if_else189.us.1.i
+
+if_else189.us.1.i:                                ; preds = %if_end190.us.i
+  %891 = tail call float @llvm.log.f32(float %889)
+  %892 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %887
+  %893 = load float, ptr %892, align 4, !tbaa !25
+  %894 = fadd float %891, %893
+  br label %if_end190.us.1.i
+
+if_end190.us.1.i:                                 ; preds = %if_else189.us.1.i, %if_end190.us.i
+  %895 = phi float [ %894, %if_else189.us.1.i ], [ 0xFFF0000000000000, %if_end190.us.i ]
+  %896 = getelementptr i8, ptr %879, i64 4
+  store float %895, ptr %896, align 4, !tbaa !4
+  %897 = or disjoint i64 %547, 2
+  %898 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %897
+  %899 = load float, ptr %898, align 8, !tbaa !23
+  %900 = fcmp oeq float %899, 0.000000e+00
+  br i1 %900, label %if_end190.us.2.i, label %if_else189.us.2.i
+
+if_else189.us.2.i:                                ; preds = %if_end190.us.1.i
+  %901 = tail call float @llvm.log.f32(float %899)
+  %902 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %897
+  %903 = load float, ptr %902, align 8, !tbaa !25
+  %904 = fadd float %901, %903
+  br label %if_end190.us.2.i
+
+if_end190.us.2.i:                                 ; preds = %if_else189.us.2.i, %if_end190.us.1.i
+  %905 = phi float [ %904, %if_else189.us.2.i ], [ 0xFFF0000000000000, %if_end190.us.1.i ]
+  %906 = getelementptr i8, ptr %879, i64 8
+  store float %905, ptr %906, align 4, !tbaa !4
+  %907 = or disjoint i64 %547, 3
+  %908 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %907
+  %909 = load float, ptr %908, align 4, !tbaa !23
+  %910 = fcmp oeq float %909, 0.000000e+00
+  br i1 %910, label %if_end190.us.3.i, label %if_else189.us.3.i
+
+if_else189.us.3.i:                                ; preds = %if_end190.us.2.i
+  %911 = tail call float @llvm.log.f32(float %909)
+  %912 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %907
+  %913 = load float, ptr %912, align 4, !tbaa !25
+  %914 = fadd float %911, %913
+  br label %if_end190.us.3.i
+
+if_end190.us.3.i:                                 ; preds = %if_else189.us.3.i, %if_end190.us.2.i
+  %915 = phi float [ %914, %if_else189.us.3.i ], [ 0xFFF0000000000000, %if_end190.us.2.i ]
+  %916 = getelementptr i8, ptr %879, i64 12
+  store float %915, ptr %916, align 4, !tbaa !4
+  %indvars.iv.next1242.i = add nuw nsw i64 %indvars.iv1241.i, 1
+  %exitcond1244.not.i = icmp eq i64 %indvars.iv.next1242.i, 8
+  br i1 %exitcond1244.not.i, label %for_end_tile172.i, label %for_body_tile171.us.i, !prof !21
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %535 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %535(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %536 = icmp eq ptr %key_offsets.i, null
-  br i1 %536, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
-
-for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile214.preheader.i, label %for_begin_tile191.preheader.i
-
-for_begin_tile214.preheader.i:                    ; preds = %for_end_step.i
-  %537 = add nuw nsw i64 %indvars.iv1285.i, %cse_v21.i
-  %538 = shl nuw nsw i64 %537, 5
-  %.idx.i = shl nuw nsw i64 %537, 14
-  %539 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile215.i
-
-for_begin_tile191.preheader.i:                    ; preds = %for_end_step.i
-  %540 = mul nsw i64 %cse_v23.i, %out_batch
-  %541 = getelementptr i16, ptr %out, i64 %540
-  %542 = mul nsw i64 %cse_v23.i, %lse_batch
-  %543 = getelementptr float, ptr %lse, i64 %542
-  br label %for_body_tile192.i
+  %917 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %917(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %918 = icmp eq ptr %key_offsets.i, null
+  br i1 %918, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %544(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %545 = icmp eq ptr %value_offsets.i, null
-  br i1 %545, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
+  %919 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %919(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %920 = icmp eq ptr %value_offsets.i, null
+  br i1 %920, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %546 = shl nsw i64 %indvars.iv1231.i, 7
-  %547 = add nuw nsw i64 %546, %93
-  %548 = sub nsw i64 %117, %546
-  %549 = trunc nsw i64 %548 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %549, i32 128)
-  %550 = add nsw i32 %valid_len.i, 31
-  %num_groups.i = ashr i32 %550, 5
-  %indvars.iv.next1232.i = add nuw nsw i64 %indvars.iv1231.i, 1
-  %551 = and i32 %550, -32
-  %552 = icmp samesign ult i64 %indvars.iv.next1232.i, %116
-  %num_offsets.i = select i1 %552, i32 256, i32 %551
-  %553 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %553, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %921 = shl nsw i64 %indvars.iv1205.i, 7
+  %922 = sub nsw i64 %138, %921
+  %923 = trunc nsw i64 %922 to i32
+  %924 = tail call i32 @llvm.smin.i32(i32 %923, i32 128)
+  %925 = add nsw i32 %924, 31
+  %indvars.iv.next1206.i = add nuw nsw i64 %indvars.iv1205.i, 1
+  %926 = ashr i32 %925, 5
+  %927 = and i32 %925, -32
+  %928 = icmp samesign ult i64 %indvars.iv.next1206.i, %137
+  %929 = select i1 %928, i32 256, i32 %927
+  %930 = icmp sgt i32 %929, 0
+  br i1 %930, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.preheader.i:                           ; preds = %if_end8.i
-  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
+for_body_t.lr.ph.i:                               ; preds = %if_end8.i
+  %931 = add nuw nsw i64 %921, %93
+  %wide.trip.count.i = zext nneg i32 %929 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv1069.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1070.i.3, %for_body_t.i ]
-  %554 = add nuw nsw i64 %indvars.iv1069.i, %547
-  %555 = trunc i64 %554 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %555, i32 %last_token.i)
-  %556 = ashr i32 %token.i, 4
-  %557 = sext i32 %556 to i64
-  %558 = getelementptr i32, ptr %115, i64 %557
-  %559 = load i32, ptr %558, align 4, !tbaa !4
-  %block.i = sext i32 %559 to i64
-  %560 = mul nsw i64 %k_block, %block.i
-  %561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1069.i
-  store i64 %560, ptr %561, align 8, !tbaa !4
-  %indvars.iv.next1070.i = or disjoint i64 %indvars.iv1069.i, 1
-  %562 = add nuw nsw i64 %indvars.iv.next1070.i, %547
-  %563 = trunc i64 %562 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %563, i32 %last_token.i)
-  %564 = ashr i32 %token.i.1, 4
-  %565 = sext i32 %564 to i64
-  %566 = getelementptr i32, ptr %115, i64 %565
-  %567 = load i32, ptr %566, align 4, !tbaa !4
-  %block.i.1 = sext i32 %567 to i64
-  %568 = mul nsw i64 %k_block, %block.i.1
-  %569 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i
-  store i64 %568, ptr %569, align 8, !tbaa !4
-  %indvars.iv.next1070.i.1 = or disjoint i64 %indvars.iv1069.i, 2
-  %570 = add nuw nsw i64 %indvars.iv.next1070.i.1, %547
-  %571 = trunc i64 %570 to i32
-  %token.i.2 = tail call i32 @llvm.smin.i32(i32 %571, i32 %last_token.i)
-  %572 = ashr i32 %token.i.2, 4
-  %573 = sext i32 %572 to i64
-  %574 = getelementptr i32, ptr %115, i64 %573
-  %575 = load i32, ptr %574, align 4, !tbaa !4
-  %block.i.2 = sext i32 %575 to i64
-  %576 = mul nsw i64 %k_block, %block.i.2
-  %577 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.1
-  store i64 %576, ptr %577, align 8, !tbaa !4
-  %indvars.iv.next1070.i.2 = or disjoint i64 %indvars.iv1069.i, 3
-  %578 = add nuw nsw i64 %indvars.iv.next1070.i.2, %547
-  %579 = trunc i64 %578 to i32
-  %token.i.3 = tail call i32 @llvm.smin.i32(i32 %579, i32 %last_token.i)
-  %580 = ashr i32 %token.i.3, 4
-  %581 = sext i32 %580 to i64
-  %582 = getelementptr i32, ptr %115, i64 %581
-  %583 = load i32, ptr %582, align 4, !tbaa !4
-  %block.i.3 = sext i32 %583 to i64
-  %584 = mul nsw i64 %k_block, %block.i.3
-  %585 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.2
-  store i64 %584, ptr %585, align 8, !tbaa !4
-  %indvars.iv.next1070.i.3 = add nuw nsw i64 %indvars.iv1069.i, 4
-  %exitcond1072.not.i.3 = icmp eq i64 %indvars.iv.next1070.i.3, %wide.trip.count.i
-  br i1 %exitcond1072.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !23
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
+  %indvars.iv1105.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1106.i.3, %for_body_t.i ]
+  %932 = add nuw nsw i64 %indvars.iv1105.i, %931
+  %933 = trunc i64 %932 to i32
+  %934 = tail call i32 @llvm.smin.i32(i32 %933, i32 %.reass.i)
+  %935 = ashr i32 %934, 4
+  %936 = sext i32 %935 to i64
+  %937 = getelementptr i32, ptr %136, i64 %936
+  %938 = load i32, ptr %937, align 4, !tbaa !4
+  %block.i = sext i32 %938 to i64
+  %939 = mul nsw i64 %k_block, %block.i
+  %940 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1105.i
+  store i64 %939, ptr %940, align 8, !tbaa !4
+  %indvars.iv.next1106.i = or disjoint i64 %indvars.iv1105.i, 1
+  %941 = add nuw nsw i64 %indvars.iv.next1106.i, %931
+  %942 = trunc i64 %941 to i32
+  %943 = tail call i32 @llvm.smin.i32(i32 %942, i32 %.reass.i)
+  %944 = ashr i32 %943, 4
+  %945 = sext i32 %944 to i64
+  %946 = getelementptr i32, ptr %136, i64 %945
+  %947 = load i32, ptr %946, align 4, !tbaa !4
+  %block.i.1 = sext i32 %947 to i64
+  %948 = mul nsw i64 %k_block, %block.i.1
+  %949 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1106.i
+  store i64 %948, ptr %949, align 8, !tbaa !4
+  %indvars.iv.next1106.i.1 = or disjoint i64 %indvars.iv1105.i, 2
+  %950 = add nuw nsw i64 %indvars.iv.next1106.i.1, %931
+  %951 = trunc i64 %950 to i32
+  %952 = tail call i32 @llvm.smin.i32(i32 %951, i32 %.reass.i)
+  %953 = ashr i32 %952, 4
+  %954 = sext i32 %953 to i64
+  %955 = getelementptr i32, ptr %136, i64 %954
+  %956 = load i32, ptr %955, align 4, !tbaa !4
+  %block.i.2 = sext i32 %956 to i64
+  %957 = mul nsw i64 %k_block, %block.i.2
+  %958 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1106.i.1
+  store i64 %957, ptr %958, align 8, !tbaa !4
+  %indvars.iv.next1106.i.2 = or disjoint i64 %indvars.iv1105.i, 3
+  %959 = add nuw nsw i64 %indvars.iv.next1106.i.2, %931
+  %960 = trunc i64 %959 to i32
+  %961 = tail call i32 @llvm.smin.i32(i32 %960, i32 %.reass.i)
+  %962 = ashr i32 %961, 4
+  %963 = sext i32 %962 to i64
+  %964 = getelementptr i32, ptr %136, i64 %963
+  %965 = load i32, ptr %964, align 4, !tbaa !4
+  %block.i.3 = sext i32 %965 to i64
+  %966 = mul nsw i64 %k_block, %block.i.3
+  %967 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1106.i.2
+  store i64 %966, ptr %967, align 8, !tbaa !4
+  %indvars.iv.next1106.i.3 = add nuw nsw i64 %indvars.iv1105.i, 4
+  %exitcond1108.not.i.3 = icmp eq i64 %indvars.iv.next1106.i.3, %wide.trip.count.i
+  br i1 %exitcond1108.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !27
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %586 = icmp sgt i32 %num_groups.i, 0
-  %587 = icmp sgt i64 %548, 0
-  %num_full.i = ashr i32 %valid_len.i, 5
-  %588 = icmp sgt i32 %num_full.i, 0
-  %589 = and i32 %valid_len.i, 31
-  %.not1037.i = icmp eq i32 %589, 0
-  %590 = and i32 %valid_len.i, -32
-  %591 = shl nsw i32 %num_full.i, 4
-  %592 = icmp eq i64 %indvars.iv1231.i, 0
-  %593 = insertelement <4 x i1> poison, i1 %592, i64 0
-  %594 = shufflevector <4 x i1> %593, <4 x i1> poison, <4 x i32> zeroinitializer
-  %595 = zext i32 %num_full.i to i64
-  %596 = sext i32 %591 to i64
-  %597 = sext i32 %590 to i64
-  %wide.trip.count1096.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count1096.i, 3
-  %598 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count1096.i, 2147483644
+  %968 = icmp sgt i32 %926, 0
+  %969 = icmp sgt i64 %922, 0
+  %970 = icmp eq i64 %indvars.iv1205.i, 0
+  %971 = insertelement <4 x i1> poison, i1 %970, i64 0
+  %972 = shufflevector <4 x i1> %971, <4 x i1> poison, <4 x i32> zeroinitializer
+  %973 = ashr i32 %924, 5
+  %974 = icmp sgt i32 %973, 0
+  %975 = and i32 %924, 31
+  %.not1071.i = icmp eq i32 %975, 0
+  %976 = shl nsw i32 %973, 4
+  %977 = and i32 %924, -32
+  %978 = sext i32 %977 to i64
+  %979 = sext i32 %976 to i64
+  %980 = zext i32 %973 to i64
+  %wide.trip.count1128.i = zext i32 %926 to i64
+  %xtraiter = and i64 %wide.trip.count1128.i, 3
+  %981 = icmp ult i32 %926, 4
+  %unroll_iter = and i64 %wide.trip.count1128.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod98 = icmp ne i64 %xtraiter, 0
-  %xtraiter99 = and i64 %wide.trip.count1096.i, 3
-  %599 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter103 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod101.not = icmp eq i64 %xtraiter99, 0
-  %lcmp.mod102 = icmp ne i64 %xtraiter99, 0
-  %xtraiter105 = and i64 %wide.trip.count1096.i, 3
-  %600 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter109 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod107.not = icmp eq i64 %xtraiter105, 0
-  %lcmp.mod108 = icmp ne i64 %xtraiter105, 0
-  %xtraiter111 = and i64 %wide.trip.count1096.i, 3
-  %601 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter115 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod113.not = icmp eq i64 %xtraiter111, 0
-  %lcmp.mod114 = icmp ne i64 %xtraiter111, 0
-  %xtraiter117 = and i64 %wide.trip.count1096.i, 7
-  %602 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter122 = and i64 %wide.trip.count1096.i, 2147483640
-  %lcmp.mod119.not = icmp eq i64 %xtraiter117, 0
-  %lcmp.mod121 = icmp ne i64 %xtraiter117, 0
-  %xtraiter124 = and i64 %wide.trip.count1096.i, 3
-  %603 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter128 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod126.not = icmp eq i64 %xtraiter124, 0
-  %lcmp.mod127 = icmp ne i64 %xtraiter124, 0
-  %xtraiter130 = and i64 %wide.trip.count1096.i, 3
-  %604 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter134 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod132.not = icmp eq i64 %xtraiter130, 0
-  %lcmp.mod133 = icmp ne i64 %xtraiter130, 0
-  %xtraiter136 = and i64 %wide.trip.count1096.i, 3
-  %605 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter140 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod138.not = icmp eq i64 %xtraiter136, 0
-  %lcmp.mod139 = icmp ne i64 %xtraiter136, 0
-  %xtraiter142 = and i64 %wide.trip.count1096.i, 3
-  %606 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter146 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod144.not = icmp eq i64 %xtraiter142, 0
-  %lcmp.mod145 = icmp ne i64 %xtraiter142, 0
-  %xtraiter148 = and i64 %wide.trip.count1096.i, 7
-  %607 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter153 = and i64 %wide.trip.count1096.i, 2147483640
-  %lcmp.mod150.not = icmp eq i64 %xtraiter148, 0
-  %lcmp.mod152 = icmp ne i64 %xtraiter148, 0
-  %xtraiter155 = and i64 %wide.trip.count1096.i, 3
-  %608 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter159 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod157.not = icmp eq i64 %xtraiter155, 0
-  %lcmp.mod158 = icmp ne i64 %xtraiter155, 0
-  %xtraiter161 = and i64 %wide.trip.count1096.i, 3
-  %609 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter165 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod163.not = icmp eq i64 %xtraiter161, 0
-  %lcmp.mod164 = icmp ne i64 %xtraiter161, 0
-  %xtraiter167 = and i64 %wide.trip.count1096.i, 3
-  %610 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter171 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod169.not = icmp eq i64 %xtraiter167, 0
-  %lcmp.mod170 = icmp ne i64 %xtraiter167, 0
-  %xtraiter173 = and i64 %wide.trip.count1096.i, 3
-  %611 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter177 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod175.not = icmp eq i64 %xtraiter173, 0
-  %lcmp.mod176 = icmp ne i64 %xtraiter173, 0
+  %lcmp.mod96 = icmp ne i64 %xtraiter, 0
+  %xtraiter97 = and i64 %wide.trip.count1128.i, 3
+  %982 = icmp ult i32 %926, 4
+  %unroll_iter101 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod99.not = icmp eq i64 %xtraiter97, 0
+  %lcmp.mod100 = icmp ne i64 %xtraiter97, 0
+  %xtraiter103 = and i64 %wide.trip.count1128.i, 3
+  %983 = icmp ult i32 %926, 4
+  %unroll_iter107 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod105.not = icmp eq i64 %xtraiter103, 0
+  %lcmp.mod106 = icmp ne i64 %xtraiter103, 0
+  %xtraiter109 = and i64 %wide.trip.count1128.i, 3
+  %984 = icmp ult i32 %926, 4
+  %unroll_iter113 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod111.not = icmp eq i64 %xtraiter109, 0
+  %lcmp.mod112 = icmp ne i64 %xtraiter109, 0
+  %xtraiter115 = and i64 %wide.trip.count1128.i, 7
+  %985 = icmp ult i32 %926, 8
+  %unroll_iter120 = and i64 %wide.trip.count1128.i, 2147483640
+  %lcmp.mod117.not = icmp eq i64 %xtraiter115, 0
+  %lcmp.mod119 = icmp ne i64 %xtraiter115, 0
+  %xtraiter122 = and i64 %wide.trip.count1128.i, 3
+  %986 = icmp ult i32 %926, 4
+  %unroll_iter126 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod124.not = icmp eq i64 %xtraiter122, 0
+  %lcmp.mod125 = icmp ne i64 %xtraiter122, 0
+  %xtraiter128 = and i64 %wide.trip.count1128.i, 3
+  %987 = icmp ult i32 %926, 4
+  %unroll_iter132 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod130.not = icmp eq i64 %xtraiter128, 0
+  %lcmp.mod131 = icmp ne i64 %xtraiter128, 0
+  %xtraiter134 = and i64 %wide.trip.count1128.i, 3
+  %988 = icmp ult i32 %926, 4
+  %unroll_iter138 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod136.not = icmp eq i64 %xtraiter134, 0
+  %lcmp.mod137 = icmp ne i64 %xtraiter134, 0
+  %xtraiter140 = and i64 %wide.trip.count1128.i, 3
+  %989 = icmp ult i32 %926, 4
+  %unroll_iter144 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod142.not = icmp eq i64 %xtraiter140, 0
+  %lcmp.mod143 = icmp ne i64 %xtraiter140, 0
+  %xtraiter146 = and i64 %wide.trip.count1128.i, 7
+  %990 = icmp ult i32 %926, 8
+  %unroll_iter151 = and i64 %wide.trip.count1128.i, 2147483640
+  %lcmp.mod148.not = icmp eq i64 %xtraiter146, 0
+  %lcmp.mod150 = icmp ne i64 %xtraiter146, 0
+  %xtraiter153 = and i64 %wide.trip.count1128.i, 3
+  %991 = icmp ult i32 %926, 4
+  %unroll_iter157 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod155.not = icmp eq i64 %xtraiter153, 0
+  %lcmp.mod156 = icmp ne i64 %xtraiter153, 0
+  %xtraiter159 = and i64 %wide.trip.count1128.i, 3
+  %992 = icmp ult i32 %926, 4
+  %unroll_iter163 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod161.not = icmp eq i64 %xtraiter159, 0
+  %lcmp.mod162 = icmp ne i64 %xtraiter159, 0
+  %xtraiter165 = and i64 %wide.trip.count1128.i, 3
+  %993 = icmp ult i32 %926, 4
+  %unroll_iter169 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod167.not = icmp eq i64 %xtraiter165, 0
+  %lcmp.mod168 = icmp ne i64 %xtraiter165, 0
+  %xtraiter171 = and i64 %wide.trip.count1128.i, 3
+  %994 = icmp ult i32 %926, 4
+  %unroll_iter175 = and i64 %wide.trip.count1128.i, 2147483644
+  %lcmp.mod173.not = icmp eq i64 %xtraiter171, 0
+  %lcmp.mod174 = icmp ne i64 %xtraiter171, 0
+  %xtraiter178 = and i64 %539, 1
+  %995 = icmp eq i32 %538, 1
+  %unroll_iter190 = and i64 %539, 30
+  %lcmp.mod180.not = icmp eq i64 %xtraiter178, 0
+  %lcmp.mod189 = icmp ne i64 %xtraiter178, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1073.i = phi i64 [ %indvars.iv.next1074.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %612 = add nuw nsw i64 %indvars.iv1073.i, %547
-  %613 = trunc i64 %612 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %613, i32 %last_token.i)
-  %cse_v145.i = sext i32 %token16.i to i64
-  %614 = ashr i64 %cse_v145.i, 4
-  %gep855.i = getelementptr i32, ptr %115, i64 %614
-  %615 = load i32, ptr %gep855.i, align 4, !tbaa !4
-  %block18.i = sext i32 %615 to i64
-  %616 = lshr i64 %cse_v145.i, 1
-  %617 = and i64 %616, 7
-  %618 = mul nsw i64 %617, %v_row
-  %619 = mul nsw i64 %v_block, %block18.i
-  %620 = add nsw i64 %618, %619
-  %621 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1073.i
-  store i64 %620, ptr %621, align 8, !tbaa !4
-  %indvars.iv.next1074.i = or disjoint i64 %indvars.iv1073.i, 1
-  %622 = add nuw nsw i64 %indvars.iv.next1074.i, %547
-  %623 = trunc i64 %622 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %623, i32 %last_token.i)
-  %cse_v145.i.1 = sext i32 %token16.i.1 to i64
-  %624 = ashr i64 %cse_v145.i.1, 4
-  %gep855.i.1 = getelementptr i32, ptr %115, i64 %624
-  %625 = load i32, ptr %gep855.i.1, align 4, !tbaa !4
-  %block18.i.1 = sext i32 %625 to i64
-  %626 = lshr i64 %cse_v145.i.1, 1
-  %627 = and i64 %626, 7
-  %628 = mul nsw i64 %627, %v_row
-  %629 = mul nsw i64 %v_block, %block18.i.1
-  %630 = add nsw i64 %628, %629
-  %631 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i
-  store i64 %630, ptr %631, align 8, !tbaa !4
-  %indvars.iv.next1074.i.1 = or disjoint i64 %indvars.iv1073.i, 2
-  %632 = add nuw nsw i64 %indvars.iv.next1074.i.1, %547
-  %633 = trunc i64 %632 to i32
-  %token16.i.2 = tail call i32 @llvm.smin.i32(i32 %633, i32 %last_token.i)
-  %cse_v145.i.2 = sext i32 %token16.i.2 to i64
-  %634 = ashr i64 %cse_v145.i.2, 4
-  %gep855.i.2 = getelementptr i32, ptr %115, i64 %634
-  %635 = load i32, ptr %gep855.i.2, align 4, !tbaa !4
-  %block18.i.2 = sext i32 %635 to i64
-  %636 = lshr i64 %cse_v145.i.2, 1
-  %637 = and i64 %636, 7
-  %638 = mul nsw i64 %637, %v_row
-  %639 = mul nsw i64 %v_block, %block18.i.2
-  %640 = add nsw i64 %638, %639
-  %641 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.1
-  store i64 %640, ptr %641, align 8, !tbaa !4
-  %indvars.iv.next1074.i.2 = or disjoint i64 %indvars.iv1073.i, 3
-  %642 = add nuw nsw i64 %indvars.iv.next1074.i.2, %547
-  %643 = trunc i64 %642 to i32
-  %token16.i.3 = tail call i32 @llvm.smin.i32(i32 %643, i32 %last_token.i)
-  %cse_v145.i.3 = sext i32 %token16.i.3 to i64
-  %644 = ashr i64 %cse_v145.i.3, 4
-  %gep855.i.3 = getelementptr i32, ptr %115, i64 %644
-  %645 = load i32, ptr %gep855.i.3, align 4, !tbaa !4
-  %block18.i.3 = sext i32 %645 to i64
-  %646 = lshr i64 %cse_v145.i.3, 1
-  %647 = and i64 %646, 7
-  %648 = mul nsw i64 %647, %v_row
-  %649 = mul nsw i64 %v_block, %block18.i.3
-  %650 = add nsw i64 %648, %649
-  %651 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.2
-  store i64 %650, ptr %651, align 8, !tbaa !4
-  %indvars.iv.next1074.i.3 = add nuw nsw i64 %indvars.iv1073.i, 4
-  %exitcond1077.not.i.3 = icmp eq i64 %indvars.iv.next1074.i.3, %wide.trip.count.i
-  br i1 %exitcond1077.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !25
+  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %996 = add nuw nsw i64 %indvars.iv1109.i, %931
+  %997 = trunc i64 %996 to i32
+  %998 = tail call i32 @llvm.smin.i32(i32 %997, i32 %.reass.i)
+  %999 = sext i32 %998 to i64
+  %1000 = ashr i64 %999, 4
+  %gep874.i = getelementptr i32, ptr %136, i64 %1000
+  %1001 = load i32, ptr %gep874.i, align 4, !tbaa !4
+  %block18.i = sext i32 %1001 to i64
+  %1002 = lshr i64 %999, 1
+  %1003 = and i64 %1002, 7
+  %1004 = mul nsw i64 %1003, %v_row
+  %1005 = mul nsw i64 %v_block, %block18.i
+  %1006 = add nsw i64 %1004, %1005
+  %1007 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1109.i
+  store i64 %1006, ptr %1007, align 8, !tbaa !4
+  %indvars.iv.next1110.i = or disjoint i64 %indvars.iv1109.i, 1
+  %1008 = add nuw nsw i64 %indvars.iv.next1110.i, %931
+  %1009 = trunc i64 %1008 to i32
+  %1010 = tail call i32 @llvm.smin.i32(i32 %1009, i32 %.reass.i)
+  %1011 = sext i32 %1010 to i64
+  %1012 = ashr i64 %1011, 4
+  %gep874.i.1 = getelementptr i32, ptr %136, i64 %1012
+  %1013 = load i32, ptr %gep874.i.1, align 4, !tbaa !4
+  %block18.i.1 = sext i32 %1013 to i64
+  %1014 = lshr i64 %1011, 1
+  %1015 = and i64 %1014, 7
+  %1016 = mul nsw i64 %1015, %v_row
+  %1017 = mul nsw i64 %v_block, %block18.i.1
+  %1018 = add nsw i64 %1016, %1017
+  %1019 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1110.i
+  store i64 %1018, ptr %1019, align 8, !tbaa !4
+  %indvars.iv.next1110.i.1 = or disjoint i64 %indvars.iv1109.i, 2
+  %1020 = add nuw nsw i64 %indvars.iv.next1110.i.1, %931
+  %1021 = trunc i64 %1020 to i32
+  %1022 = tail call i32 @llvm.smin.i32(i32 %1021, i32 %.reass.i)
+  %1023 = sext i32 %1022 to i64
+  %1024 = ashr i64 %1023, 4
+  %gep874.i.2 = getelementptr i32, ptr %136, i64 %1024
+  %1025 = load i32, ptr %gep874.i.2, align 4, !tbaa !4
+  %block18.i.2 = sext i32 %1025 to i64
+  %1026 = lshr i64 %1023, 1
+  %1027 = and i64 %1026, 7
+  %1028 = mul nsw i64 %1027, %v_row
+  %1029 = mul nsw i64 %v_block, %block18.i.2
+  %1030 = add nsw i64 %1028, %1029
+  %1031 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1110.i.1
+  store i64 %1030, ptr %1031, align 8, !tbaa !4
+  %indvars.iv.next1110.i.2 = or disjoint i64 %indvars.iv1109.i, 3
+  %1032 = add nuw nsw i64 %indvars.iv.next1110.i.2, %931
+  %1033 = trunc i64 %1032 to i32
+  %1034 = tail call i32 @llvm.smin.i32(i32 %1033, i32 %.reass.i)
+  %1035 = sext i32 %1034 to i64
+  %1036 = ashr i64 %1035, 4
+  %gep874.i.3 = getelementptr i32, ptr %136, i64 %1036
+  %1037 = load i32, ptr %gep874.i.3, align 4, !tbaa !4
+  %block18.i.3 = sext i32 %1037 to i64
+  %1038 = lshr i64 %1035, 1
+  %1039 = and i64 %1038, 7
+  %1040 = mul nsw i64 %1039, %v_row
+  %1041 = mul nsw i64 %v_block, %block18.i.3
+  %1042 = add nsw i64 %1040, %1041
+  %1043 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1110.i.2
+  store i64 %1042, ptr %1043, align 8, !tbaa !4
+  %indvars.iv.next1110.i.3 = add nuw nsw i64 %indvars.iv1109.i, 4
+  %exitcond1113.not.i.3 = icmp eq i64 %indvars.iv.next1110.i.3, %wide.trip.count.i
+  br i1 %exitcond1113.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !29
 
-for_begin_kv_head.i:                              ; preds = %if_end177.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1226.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1227.i, %if_end177.i ]
-  %exitcond1230.not.i = icmp eq i64 %indvars.iv1226.i, 8
-  br i1 %exitcond1230.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
+for_begin_kv_head.i:                              ; preds = %if_end159.i, %for_begin_kv_head.preheader.i
+  %indvars.iv1201.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1202.i, %if_end159.i ]
+  %exitcond1204.not.i = icmp eq i64 %indvars.iv1201.i, 8
+  br i1 %exitcond1204.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %652 = icmp eq i64 %indvars.iv1226.i, 7
-  %653 = and i1 %552, %652
-  %ahead_t.i = select i1 %653, i32 128, i32 0
-  %indvars.iv.next1227.i = add nuw nsw i64 %indvars.iv1226.i, 1
-  %ahead_head.i = select i1 %652, i64 0, i64 %indvars.iv.next1227.i
-  %k_now.i = mul nsw i64 %indvars.iv1226.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv1226.i, %v_head
-  %654 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.i = tail call ptr %654(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %655 = icmp eq ptr %scores.i, null
-  br i1 %655, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
+  %1044 = icmp eq i64 %indvars.iv1201.i, 7
+  %1045 = and i1 %928, %1044
+  %indvars.iv.next1202.i = add nuw nsw i64 %indvars.iv1201.i, 1
+  %1046 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.i = tail call ptr %1046(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1047 = icmp eq ptr %scores.i, null
+  br i1 %1047, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %657 = tail call i32 %656(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not260.i = icmp eq i32 %657, 0
-  br i1 %.not260.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !22
+  %1048 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1049 = tail call i32 %1048(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not233.i = icmp eq i32 %1049, 0
+  br i1 %.not233.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %658 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %tile_acc.i = tail call ptr %658(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %659 = icmp eq ptr %tile_acc.i, null
-  br i1 %659, label %fused_decode_compute_.exit, label %if_end25.i, !prof !7
+  %1050 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.i = tail call ptr %1050(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
+  %1051 = icmp eq ptr %prob_pairs.i, null
+  br i1 %1051, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
 
-if_end25.i:                                       ; preds = %if_end22.i
-  %660 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.i = tail call ptr %660(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
-  %661 = icmp eq ptr %prob_pairs.i, null
-  br i1 %661, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
+for_begin___m.preheader.i:                        ; preds = %if_end22.i
+  %1052 = select i1 %1045, i32 128, i32 0
+  %1053 = select i1 %1044, i64 0, i64 %indvars.iv.next1202.i
+  %1054 = mul nsw i64 %1053, %k_head
+  %invariant.gep885.i = getelementptr i32, ptr %key_cache, i64 %1054
+  %1055 = mul nsw i64 %indvars.iv1201.i, %k_head
+  %invariant.gep897.i = getelementptr i32, ptr %key_cache, i64 %1055
+  br i1 %968, label %for_begin_n_1_m.preheader.us.i.preheader, label %for_end___m.i, !prof !3
 
-for_begin___m.preheader.i:                        ; preds = %if_end25.i
-  %invariant.gep878.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %662 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep867.i = getelementptr i32, ptr %key_cache, i64 %662
-  br i1 %586, label %for_body_to_m.us.i.preheader, label %for_end___m.i, !prof !3
-
-for_body_to_m.us.i.preheader:                     ; preds = %for_begin___m.preheader.i
-  %.idx = shl nuw nsw i64 %indvars.iv1226.i, 10
+for_begin_n_1_m.preheader.us.i.preheader:         ; preds = %for_begin___m.preheader.i
+  %.idx = shl nuw nsw i64 %indvars.iv1201.i, 10
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  br label %for_body_to_m.us.i
+  br label %for_begin_n_1_m.preheader.us.i
 
-for_body_to_m.us.i:                               ; preds = %for_end_n_1_m.us.i, %for_body_to_m.us.i.preheader
-  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %for_end_n_1_m.us.i ], [ 0, %for_body_to_m.us.i.preheader ]
-  %663 = shl nsw i64 %indvars.iv1091.i, 5
-  %664 = or disjoint i64 %663, 16
-  %665 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %663
-  %666 = load i64, ptr %665, align 8, !tbaa !4
-  %gep879.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %666
-  %667 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %664
-  %668 = load i64, ptr %667, align 8, !tbaa !4
-  %gep881.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %668
-  %669 = trunc i64 %663 to i32
-  %670 = add i32 %ahead_t.i, %669
-  br label %for_body_n_1_m.us.i
+for_end_n_1_m.us.i:                               ; preds = %for_begin_n_2.preheader.us.i
+  %1056 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1180
+  store <16 x float> %r.i264.us.1.i, ptr %1056, align 4, !tbaa !4
+  %1057 = getelementptr inbounds nuw i8, ptr %1056, i64 64
+  store <16 x float> %r.i267.us.1.i, ptr %1057, align 4, !tbaa !4
+  %1058 = getelementptr inbounds nuw i8, ptr %1056, i64 512
+  store <16 x float> %r.i270.us.1.i, ptr %1058, align 4, !tbaa !4
+  %1059 = getelementptr inbounds nuw i8, ptr %1056, i64 576
+  store <16 x float> %r.i273.us.1.i, ptr %1059, align 4, !tbaa !4
+  %1060 = getelementptr inbounds nuw i8, ptr %1056, i64 1024
+  store <16 x float> %r.i276.us.1.i, ptr %1060, align 4, !tbaa !4
+  %1061 = getelementptr inbounds nuw i8, ptr %1056, i64 1088
+  store <16 x float> %r.i279.us.1.i, ptr %1061, align 4, !tbaa !4
+  %1062 = getelementptr inbounds nuw i8, ptr %1056, i64 1536
+  store <16 x float> %r.i282.us.1.i, ptr %1062, align 4, !tbaa !4
+  %1063 = getelementptr inbounds nuw i8, ptr %1056, i64 1600
+  store <16 x float> %r.i285.us.1.i, ptr %1063, align 4, !tbaa !4
+  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
+  %exitcond1129.not.i = icmp eq i64 %indvars.iv.next1126.i, %wide.trip.count1128.i
+  br i1 %exitcond1129.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
 
-for_end_n_1_m.us.i:                               ; preds = %for_body_n_1_m.us.i
-  %671 = getelementptr inbounds nuw float, ptr %scores.i, i64 %663
-  store <16 x float> %r.i292.us.1.i, ptr %671, align 4, !tbaa !4
-  %672 = getelementptr inbounds nuw float, ptr %scores.i, i64 %664
-  store <16 x float> %r.i295.us.1.i, ptr %672, align 4, !tbaa !4
-  %673 = getelementptr inbounds nuw i8, ptr %671, i64 512
-  store <16 x float> %r.i298.us.1.i, ptr %673, align 4, !tbaa !4
-  %674 = getelementptr inbounds nuw i8, ptr %671, i64 576
-  store <16 x float> %r.i301.us.1.i, ptr %674, align 4, !tbaa !4
-  %675 = getelementptr inbounds nuw i8, ptr %671, i64 1024
-  store <16 x float> %r.i304.us.1.i, ptr %675, align 4, !tbaa !4
-  %676 = getelementptr inbounds nuw i8, ptr %671, i64 1088
-  store <16 x float> %r.i307.us.1.i, ptr %676, align 4, !tbaa !4
-  %677 = getelementptr inbounds nuw i8, ptr %671, i64 1536
-  store <16 x float> %r.i310.us.1.i, ptr %677, align 4, !tbaa !4
-  %678 = getelementptr inbounds nuw i8, ptr %671, i64 1600
-  store <16 x float> %r.i313.us.1.i, ptr %678, align 4, !tbaa !4
-  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
-  %exitcond1097.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1096.i
-  br i1 %exitcond1097.not.i, label %for_end___m.i, label %for_body_to_m.us.i, !prof !8
+for_begin_n_2.preheader.us.i:                     ; preds = %for_begin_n_1_m.preheader.us.i, %for_begin_n_2.preheader.us.i
+  %indvars.iv1121.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1122.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.0.0894.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i264.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.6.0893.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i267.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.12.0892.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i270.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.18.0891.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i273.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.24.0890.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i276.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.30.0889.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i279.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.36.0888.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i282.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global226.sroa.42.0887.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i285.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %1064 = shl i64 %indvars.iv1121.i, 3
+  %.masked.us.i = and i64 %1064, 56
+  %indvars.iv1121.tr1277.i = trunc i64 %indvars.iv1121.i to i32
+  %1065 = shl i32 %indvars.iv1121.tr1277.i, 1
+  %.masked240.us.i = and i32 %1065, 16
+  %1066 = or disjoint i32 %.masked240.us.i, %1186
+  %1067 = zext nneg i32 %1066 to i64
+  %1068 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1067
+  %1069 = load i64, ptr %1068, align 8, !tbaa !4
+  %gep886.us.i = getelementptr i32, ptr %invariant.gep885.i, i64 %1069
+  %1070 = mul nsw i64 %.masked.us.i, %k_row
+  %1071 = getelementptr i32, ptr %gep886.us.i, i64 %1070
+  tail call void @llvm.prefetch.p0(ptr readonly %1071, i32 0, i32 2, i32 1)
+  %1072 = or disjoint i64 %.masked.us.i, 1
+  %1073 = mul nsw i64 %1072, %k_row
+  %1074 = getelementptr i32, ptr %gep886.us.i, i64 %1073
+  tail call void @llvm.prefetch.p0(ptr readonly %1074, i32 0, i32 2, i32 1)
+  %1075 = or disjoint i64 %.masked.us.i, 2
+  %1076 = mul nsw i64 %1075, %k_row
+  %1077 = getelementptr i32, ptr %gep886.us.i, i64 %1076
+  tail call void @llvm.prefetch.p0(ptr readonly %1077, i32 0, i32 2, i32 1)
+  %1078 = or disjoint i64 %.masked.us.i, 3
+  %1079 = mul nsw i64 %1078, %k_row
+  %1080 = getelementptr i32, ptr %gep886.us.i, i64 %1079
+  tail call void @llvm.prefetch.p0(ptr readonly %1080, i32 0, i32 2, i32 1)
+  %1081 = or disjoint i64 %.masked.us.i, 4
+  %1082 = mul nsw i64 %1081, %k_row
+  %1083 = getelementptr i32, ptr %gep886.us.i, i64 %1082
+  tail call void @llvm.prefetch.p0(ptr readonly %1083, i32 0, i32 2, i32 1)
+  %1084 = or disjoint i64 %.masked.us.i, 5
+  %1085 = mul nsw i64 %1084, %k_row
+  %1086 = getelementptr i32, ptr %gep886.us.i, i64 %1085
+  tail call void @llvm.prefetch.p0(ptr readonly %1086, i32 0, i32 2, i32 1)
+  %1087 = or disjoint i64 %.masked.us.i, 6
+  %1088 = mul nsw i64 %1087, %k_row
+  %1089 = getelementptr i32, ptr %gep886.us.i, i64 %1088
+  tail call void @llvm.prefetch.p0(ptr readonly %1089, i32 0, i32 2, i32 1)
+  %1090 = or disjoint i64 %.masked.us.i, 7
+  %1091 = mul nsw i64 %1090, %k_row
+  %1092 = getelementptr i32, ptr %gep886.us.i, i64 %1091
+  tail call void @llvm.prefetch.p0(ptr readonly %1092, i32 0, i32 2, i32 1)
+  %1093 = shl nuw nsw i64 %indvars.iv1121.i, 2
+  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %1093
+  %1094 = load i32, ptr %gep, align 4, !tbaa !4
+  %1095 = insertelement <16 x i32> poison, i32 %1094, i64 0
+  %1096 = shufflevector <16 x i32> %1095, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1097 = mul nsw i64 %1093, %k_row
+  %1098 = getelementptr i32, ptr %gep898.us.i, i64 %1097
+  %1099 = load <32 x bfloat>, ptr %1098, align 4, !tbaa !4
+  %x.i.us.i = bitcast <16 x i32> %1096 to <32 x bfloat>
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.0.0894.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1099)
+  %1100 = getelementptr i32, ptr %gep900.us.i, i64 %1097
+  %1101 = load <32 x bfloat>, ptr %1100, align 4, !tbaa !4
+  %r.i243.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.6.0893.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1101)
+  %1102 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %1103 = load i32, ptr %1102, align 4, !tbaa !4
+  %1104 = insertelement <16 x i32> poison, i32 %1103, i64 0
+  %1105 = shufflevector <16 x i32> %1104, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i244.us.i = bitcast <16 x i32> %1105 to <32 x bfloat>
+  %r.i246.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.12.0892.us.i, <32 x bfloat> %x.i244.us.i, <32 x bfloat> %1099)
+  %r.i249.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.18.0891.us.i, <32 x bfloat> %x.i244.us.i, <32 x bfloat> %1101)
+  %1106 = getelementptr inbounds nuw i8, ptr %gep, i64 512
+  %1107 = load i32, ptr %1106, align 4, !tbaa !4
+  %1108 = insertelement <16 x i32> poison, i32 %1107, i64 0
+  %1109 = shufflevector <16 x i32> %1108, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i250.us.i = bitcast <16 x i32> %1109 to <32 x bfloat>
+  %r.i252.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.24.0890.us.i, <32 x bfloat> %x.i250.us.i, <32 x bfloat> %1099)
+  %r.i255.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.30.0889.us.i, <32 x bfloat> %x.i250.us.i, <32 x bfloat> %1101)
+  %1110 = getelementptr inbounds nuw i8, ptr %gep, i64 768
+  %1111 = load i32, ptr %1110, align 4, !tbaa !4
+  %1112 = insertelement <16 x i32> poison, i32 %1111, i64 0
+  %1113 = shufflevector <16 x i32> %1112, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i256.us.i = bitcast <16 x i32> %1113 to <32 x bfloat>
+  %r.i258.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.36.0888.us.i, <32 x bfloat> %x.i256.us.i, <32 x bfloat> %1099)
+  %r.i261.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.42.0887.us.i, <32 x bfloat> %x.i256.us.i, <32 x bfloat> %1101)
+  %1114 = getelementptr inbounds nuw i8, ptr %gep, i64 4
+  %1115 = load i32, ptr %1114, align 4, !tbaa !4
+  %1116 = insertelement <16 x i32> poison, i32 %1115, i64 0
+  %1117 = shufflevector <16 x i32> %1116, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1118 = or disjoint i64 %1093, 1
+  %1119 = mul nsw i64 %1118, %k_row
+  %1120 = getelementptr i32, ptr %gep898.us.i, i64 %1119
+  %1121 = load <32 x bfloat>, ptr %1120, align 4, !tbaa !4
+  %x.i262.us.i = bitcast <16 x i32> %1117 to <32 x bfloat>
+  %r.i264.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i262.us.i, <32 x bfloat> %1121)
+  %1122 = getelementptr i32, ptr %gep900.us.i, i64 %1119
+  %1123 = load <32 x bfloat>, ptr %1122, align 4, !tbaa !4
+  %r.i267.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i243.us.i, <32 x bfloat> %x.i262.us.i, <32 x bfloat> %1123)
+  %1124 = getelementptr inbounds nuw i8, ptr %gep, i64 260
+  %1125 = load i32, ptr %1124, align 4, !tbaa !4
+  %1126 = insertelement <16 x i32> poison, i32 %1125, i64 0
+  %1127 = shufflevector <16 x i32> %1126, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i268.us.i = bitcast <16 x i32> %1127 to <32 x bfloat>
+  %r.i270.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i246.us.i, <32 x bfloat> %x.i268.us.i, <32 x bfloat> %1121)
+  %r.i273.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i249.us.i, <32 x bfloat> %x.i268.us.i, <32 x bfloat> %1123)
+  %1128 = getelementptr inbounds nuw i8, ptr %gep, i64 516
+  %1129 = load i32, ptr %1128, align 4, !tbaa !4
+  %1130 = insertelement <16 x i32> poison, i32 %1129, i64 0
+  %1131 = shufflevector <16 x i32> %1130, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i274.us.i = bitcast <16 x i32> %1131 to <32 x bfloat>
+  %r.i276.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i252.us.i, <32 x bfloat> %x.i274.us.i, <32 x bfloat> %1121)
+  %r.i279.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i255.us.i, <32 x bfloat> %x.i274.us.i, <32 x bfloat> %1123)
+  %1132 = getelementptr inbounds nuw i8, ptr %gep, i64 772
+  %1133 = load i32, ptr %1132, align 4, !tbaa !4
+  %1134 = insertelement <16 x i32> poison, i32 %1133, i64 0
+  %1135 = shufflevector <16 x i32> %1134, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i280.us.i = bitcast <16 x i32> %1135 to <32 x bfloat>
+  %r.i282.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i258.us.i, <32 x bfloat> %x.i280.us.i, <32 x bfloat> %1121)
+  %r.i285.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i261.us.i, <32 x bfloat> %x.i280.us.i, <32 x bfloat> %1123)
+  %1136 = getelementptr inbounds nuw i8, ptr %gep, i64 8
+  %1137 = load i32, ptr %1136, align 4, !tbaa !4
+  %1138 = insertelement <16 x i32> poison, i32 %1137, i64 0
+  %1139 = shufflevector <16 x i32> %1138, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1140 = or disjoint i64 %1093, 2
+  %1141 = mul nsw i64 %1140, %k_row
+  %1142 = getelementptr i32, ptr %gep898.us.i, i64 %1141
+  %1143 = load <32 x bfloat>, ptr %1142, align 4, !tbaa !4
+  %x.i.us.1.i = bitcast <16 x i32> %1139 to <32 x bfloat>
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i264.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1143)
+  %1144 = getelementptr i32, ptr %gep900.us.i, i64 %1141
+  %1145 = load <32 x bfloat>, ptr %1144, align 4, !tbaa !4
+  %r.i243.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i267.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1145)
+  %1146 = getelementptr inbounds nuw i8, ptr %gep, i64 264
+  %1147 = load i32, ptr %1146, align 4, !tbaa !4
+  %1148 = insertelement <16 x i32> poison, i32 %1147, i64 0
+  %1149 = shufflevector <16 x i32> %1148, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i244.us.1.i = bitcast <16 x i32> %1149 to <32 x bfloat>
+  %r.i246.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i270.us.i, <32 x bfloat> %x.i244.us.1.i, <32 x bfloat> %1143)
+  %r.i249.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i273.us.i, <32 x bfloat> %x.i244.us.1.i, <32 x bfloat> %1145)
+  %1150 = getelementptr inbounds nuw i8, ptr %gep, i64 520
+  %1151 = load i32, ptr %1150, align 4, !tbaa !4
+  %1152 = insertelement <16 x i32> poison, i32 %1151, i64 0
+  %1153 = shufflevector <16 x i32> %1152, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i250.us.1.i = bitcast <16 x i32> %1153 to <32 x bfloat>
+  %r.i252.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i276.us.i, <32 x bfloat> %x.i250.us.1.i, <32 x bfloat> %1143)
+  %r.i255.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i279.us.i, <32 x bfloat> %x.i250.us.1.i, <32 x bfloat> %1145)
+  %1154 = getelementptr inbounds nuw i8, ptr %gep, i64 776
+  %1155 = load i32, ptr %1154, align 4, !tbaa !4
+  %1156 = insertelement <16 x i32> poison, i32 %1155, i64 0
+  %1157 = shufflevector <16 x i32> %1156, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i256.us.1.i = bitcast <16 x i32> %1157 to <32 x bfloat>
+  %r.i258.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i282.us.i, <32 x bfloat> %x.i256.us.1.i, <32 x bfloat> %1143)
+  %r.i261.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i285.us.i, <32 x bfloat> %x.i256.us.1.i, <32 x bfloat> %1145)
+  %1158 = getelementptr inbounds nuw i8, ptr %gep, i64 12
+  %1159 = load i32, ptr %1158, align 4, !tbaa !4
+  %1160 = insertelement <16 x i32> poison, i32 %1159, i64 0
+  %1161 = shufflevector <16 x i32> %1160, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1162 = or disjoint i64 %1093, 3
+  %1163 = mul nsw i64 %1162, %k_row
+  %1164 = getelementptr i32, ptr %gep898.us.i, i64 %1163
+  %1165 = load <32 x bfloat>, ptr %1164, align 4, !tbaa !4
+  %x.i262.us.1.i = bitcast <16 x i32> %1161 to <32 x bfloat>
+  %r.i264.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i262.us.1.i, <32 x bfloat> %1165)
+  %1166 = getelementptr i32, ptr %gep900.us.i, i64 %1163
+  %1167 = load <32 x bfloat>, ptr %1166, align 4, !tbaa !4
+  %r.i267.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i243.us.1.i, <32 x bfloat> %x.i262.us.1.i, <32 x bfloat> %1167)
+  %1168 = getelementptr inbounds nuw i8, ptr %gep, i64 268
+  %1169 = load i32, ptr %1168, align 4, !tbaa !4
+  %1170 = insertelement <16 x i32> poison, i32 %1169, i64 0
+  %1171 = shufflevector <16 x i32> %1170, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i268.us.1.i = bitcast <16 x i32> %1171 to <32 x bfloat>
+  %r.i270.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i246.us.1.i, <32 x bfloat> %x.i268.us.1.i, <32 x bfloat> %1165)
+  %r.i273.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i249.us.1.i, <32 x bfloat> %x.i268.us.1.i, <32 x bfloat> %1167)
+  %1172 = getelementptr inbounds nuw i8, ptr %gep, i64 524
+  %1173 = load i32, ptr %1172, align 4, !tbaa !4
+  %1174 = insertelement <16 x i32> poison, i32 %1173, i64 0
+  %1175 = shufflevector <16 x i32> %1174, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i274.us.1.i = bitcast <16 x i32> %1175 to <32 x bfloat>
+  %r.i276.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i252.us.1.i, <32 x bfloat> %x.i274.us.1.i, <32 x bfloat> %1165)
+  %r.i279.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i255.us.1.i, <32 x bfloat> %x.i274.us.1.i, <32 x bfloat> %1167)
+  %1176 = getelementptr inbounds nuw i8, ptr %gep, i64 780
+  %1177 = load i32, ptr %1176, align 4, !tbaa !4
+  %1178 = insertelement <16 x i32> poison, i32 %1177, i64 0
+  %1179 = shufflevector <16 x i32> %1178, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i280.us.1.i = bitcast <16 x i32> %1179 to <32 x bfloat>
+  %r.i282.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i258.us.1.i, <32 x bfloat> %x.i280.us.1.i, <32 x bfloat> %1165)
+  %r.i285.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i261.us.1.i, <32 x bfloat> %x.i280.us.1.i, <32 x bfloat> %1167)
+  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
+  %exitcond1124.not.i = icmp eq i64 %indvars.iv.next1122.i, 16
+  br i1 %exitcond1124.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !21
 
-for_body_n_1_m.us.i:                              ; preds = %for_body_n_1_m.us.i, %for_body_to_m.us.i
-  %indvars.iv1086.i = phi i64 [ %indvars.iv.next1087.i, %for_body_n_1_m.us.i ], [ 0, %for_body_to_m.us.i ]
-  %scores_global253.sroa.0.0876.us.i = phi <16 x float> [ %r.i292.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.6.0875.us.i = phi <16 x float> [ %r.i295.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.12.0874.us.i = phi <16 x float> [ %r.i298.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.18.0873.us.i = phi <16 x float> [ %r.i301.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.24.0872.us.i = phi <16 x float> [ %r.i304.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.30.0871.us.i = phi <16 x float> [ %r.i307.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.36.0870.us.i = phi <16 x float> [ %r.i310.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.42.0869.us.i = phi <16 x float> [ %r.i313.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %679 = shl nuw nsw i64 %indvars.iv1086.i, 3
-  %.masked.us.i = and i64 %679, 56
-  %indvars.iv1086.tr.i = trunc i64 %indvars.iv1086.i to i32
-  %680 = shl i32 %indvars.iv1086.tr.i, 1
-  %cse_v8.masked.us.i = and i32 %680, 16
-  %681 = or disjoint i32 %cse_v8.masked.us.i, %670
-  %682 = zext nneg i32 %681 to i64
-  %683 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %682
-  %684 = load i64, ptr %683, align 8, !tbaa !4
-  %gep868.us.i = getelementptr i32, ptr %invariant.gep867.i, i64 %684
-  %685 = mul nsw i64 %.masked.us.i, %k_row
-  %686 = getelementptr i32, ptr %gep868.us.i, i64 %685
-  tail call void @llvm.prefetch.p0(ptr readonly %686, i32 0, i32 2, i32 1)
-  %687 = or disjoint i64 %.masked.us.i, 1
-  %688 = mul nsw i64 %687, %k_row
-  %689 = getelementptr i32, ptr %gep868.us.i, i64 %688
-  tail call void @llvm.prefetch.p0(ptr readonly %689, i32 0, i32 2, i32 1)
-  %690 = or disjoint i64 %.masked.us.i, 2
-  %691 = mul nsw i64 %690, %k_row
-  %692 = getelementptr i32, ptr %gep868.us.i, i64 %691
-  tail call void @llvm.prefetch.p0(ptr readonly %692, i32 0, i32 2, i32 1)
-  %693 = or disjoint i64 %.masked.us.i, 3
-  %694 = mul nsw i64 %693, %k_row
-  %695 = getelementptr i32, ptr %gep868.us.i, i64 %694
-  tail call void @llvm.prefetch.p0(ptr readonly %695, i32 0, i32 2, i32 1)
-  %696 = or disjoint i64 %.masked.us.i, 4
-  %697 = mul nsw i64 %696, %k_row
-  %698 = getelementptr i32, ptr %gep868.us.i, i64 %697
-  tail call void @llvm.prefetch.p0(ptr readonly %698, i32 0, i32 2, i32 1)
-  %699 = or disjoint i64 %.masked.us.i, 5
-  %700 = mul nsw i64 %699, %k_row
-  %701 = getelementptr i32, ptr %gep868.us.i, i64 %700
-  tail call void @llvm.prefetch.p0(ptr readonly %701, i32 0, i32 2, i32 1)
-  %702 = or disjoint i64 %.masked.us.i, 6
-  %703 = mul nsw i64 %702, %k_row
-  %704 = getelementptr i32, ptr %gep868.us.i, i64 %703
-  tail call void @llvm.prefetch.p0(ptr readonly %704, i32 0, i32 2, i32 1)
-  %705 = or disjoint i64 %.masked.us.i, 7
-  %706 = mul nsw i64 %705, %k_row
-  %707 = getelementptr i32, ptr %gep868.us.i, i64 %706
-  tail call void @llvm.prefetch.p0(ptr readonly %707, i32 0, i32 2, i32 1)
-  %708 = shl nuw nsw i64 %indvars.iv1086.i, 2
-  %cse_v134.us.i = mul nsw i64 %708, %k_row
-  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %708
-  %709 = load i32, ptr %gep, align 4, !tbaa !4
-  %710 = insertelement <16 x i32> poison, i32 %709, i64 0
-  %711 = shufflevector <16 x i32> %710, <16 x i32> poison, <16 x i32> zeroinitializer
-  %712 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.i
-  %713 = load <32 x bfloat>, ptr %712, align 4, !tbaa !4
-  %x.i.us.i = bitcast <16 x i32> %711 to <32 x bfloat>
-  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.0.0876.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %713)
-  %714 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.i
-  %715 = load <32 x bfloat>, ptr %714, align 4, !tbaa !4
-  %r.i271.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.6.0875.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %715)
-  %716 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %717 = load i32, ptr %716, align 4, !tbaa !4
-  %718 = insertelement <16 x i32> poison, i32 %717, i64 0
-  %719 = shufflevector <16 x i32> %718, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i272.us.i = bitcast <16 x i32> %719 to <32 x bfloat>
-  %r.i274.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.12.0874.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %713)
-  %r.i277.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.18.0873.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %715)
-  %720 = getelementptr inbounds nuw i8, ptr %gep, i64 512
-  %721 = load i32, ptr %720, align 4, !tbaa !4
-  %722 = insertelement <16 x i32> poison, i32 %721, i64 0
-  %723 = shufflevector <16 x i32> %722, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i278.us.i = bitcast <16 x i32> %723 to <32 x bfloat>
-  %r.i280.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.24.0872.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %713)
-  %r.i283.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.30.0871.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %715)
-  %724 = getelementptr inbounds nuw i8, ptr %gep, i64 768
-  %725 = load i32, ptr %724, align 4, !tbaa !4
-  %726 = insertelement <16 x i32> poison, i32 %725, i64 0
-  %727 = shufflevector <16 x i32> %726, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i284.us.i = bitcast <16 x i32> %727 to <32 x bfloat>
-  %r.i286.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.36.0870.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %713)
-  %r.i289.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.42.0869.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %715)
-  %728 = or disjoint i64 %708, 1
-  %cse_v146.us.i = mul nsw i64 %728, %k_row
-  %729 = getelementptr inbounds nuw i8, ptr %gep, i64 4
-  %730 = load i32, ptr %729, align 4, !tbaa !4
-  %731 = insertelement <16 x i32> poison, i32 %730, i64 0
-  %732 = shufflevector <16 x i32> %731, <16 x i32> poison, <16 x i32> zeroinitializer
-  %733 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.i
-  %734 = load <32 x bfloat>, ptr %733, align 4, !tbaa !4
-  %x.i290.us.i = bitcast <16 x i32> %732 to <32 x bfloat>
-  %r.i292.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %734)
-  %735 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.i
-  %736 = load <32 x bfloat>, ptr %735, align 4, !tbaa !4
-  %r.i295.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %736)
-  %737 = getelementptr inbounds nuw i8, ptr %gep, i64 260
-  %738 = load i32, ptr %737, align 4, !tbaa !4
-  %739 = insertelement <16 x i32> poison, i32 %738, i64 0
-  %740 = shufflevector <16 x i32> %739, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i296.us.i = bitcast <16 x i32> %740 to <32 x bfloat>
-  %r.i298.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %734)
-  %r.i301.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %736)
-  %741 = getelementptr inbounds nuw i8, ptr %gep, i64 516
-  %742 = load i32, ptr %741, align 4, !tbaa !4
-  %743 = insertelement <16 x i32> poison, i32 %742, i64 0
-  %744 = shufflevector <16 x i32> %743, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i302.us.i = bitcast <16 x i32> %744 to <32 x bfloat>
-  %r.i304.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %734)
-  %r.i307.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %736)
-  %745 = getelementptr inbounds nuw i8, ptr %gep, i64 772
-  %746 = load i32, ptr %745, align 4, !tbaa !4
-  %747 = insertelement <16 x i32> poison, i32 %746, i64 0
-  %748 = shufflevector <16 x i32> %747, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i308.us.i = bitcast <16 x i32> %748 to <32 x bfloat>
-  %r.i310.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %734)
-  %r.i313.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %736)
-  %cse_v128.us.1.i = or disjoint i64 %708, 2
-  %cse_v134.us.1.i = mul nsw i64 %cse_v128.us.1.i, %k_row
-  %749 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %750 = load i32, ptr %749, align 4, !tbaa !4
-  %751 = insertelement <16 x i32> poison, i32 %750, i64 0
-  %752 = shufflevector <16 x i32> %751, <16 x i32> poison, <16 x i32> zeroinitializer
-  %753 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.1.i
-  %754 = load <32 x bfloat>, ptr %753, align 4, !tbaa !4
-  %x.i.us.1.i = bitcast <16 x i32> %752 to <32 x bfloat>
-  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i292.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %754)
-  %755 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.1.i
-  %756 = load <32 x bfloat>, ptr %755, align 4, !tbaa !4
-  %r.i271.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i295.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %756)
-  %757 = getelementptr inbounds nuw i8, ptr %gep, i64 264
-  %758 = load i32, ptr %757, align 4, !tbaa !4
-  %759 = insertelement <16 x i32> poison, i32 %758, i64 0
-  %760 = shufflevector <16 x i32> %759, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i272.us.1.i = bitcast <16 x i32> %760 to <32 x bfloat>
-  %r.i274.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i298.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %754)
-  %r.i277.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i301.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %756)
-  %761 = getelementptr inbounds nuw i8, ptr %gep, i64 520
-  %762 = load i32, ptr %761, align 4, !tbaa !4
-  %763 = insertelement <16 x i32> poison, i32 %762, i64 0
-  %764 = shufflevector <16 x i32> %763, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i278.us.1.i = bitcast <16 x i32> %764 to <32 x bfloat>
-  %r.i280.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i304.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %754)
-  %r.i283.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i307.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %756)
-  %765 = getelementptr inbounds nuw i8, ptr %gep, i64 776
-  %766 = load i32, ptr %765, align 4, !tbaa !4
-  %767 = insertelement <16 x i32> poison, i32 %766, i64 0
-  %768 = shufflevector <16 x i32> %767, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i284.us.1.i = bitcast <16 x i32> %768 to <32 x bfloat>
-  %r.i286.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i310.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %754)
-  %r.i289.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i313.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %756)
-  %769 = or disjoint i64 %708, 3
-  %cse_v146.us.1.i = mul nsw i64 %769, %k_row
-  %770 = getelementptr inbounds nuw i8, ptr %gep, i64 12
-  %771 = load i32, ptr %770, align 4, !tbaa !4
-  %772 = insertelement <16 x i32> poison, i32 %771, i64 0
-  %773 = shufflevector <16 x i32> %772, <16 x i32> poison, <16 x i32> zeroinitializer
-  %774 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.1.i
-  %775 = load <32 x bfloat>, ptr %774, align 4, !tbaa !4
-  %x.i290.us.1.i = bitcast <16 x i32> %773 to <32 x bfloat>
-  %r.i292.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %775)
-  %776 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.1.i
-  %777 = load <32 x bfloat>, ptr %776, align 4, !tbaa !4
-  %r.i295.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %777)
-  %778 = getelementptr inbounds nuw i8, ptr %gep, i64 268
-  %779 = load i32, ptr %778, align 4, !tbaa !4
-  %780 = insertelement <16 x i32> poison, i32 %779, i64 0
-  %781 = shufflevector <16 x i32> %780, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i296.us.1.i = bitcast <16 x i32> %781 to <32 x bfloat>
-  %r.i298.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %775)
-  %r.i301.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %777)
-  %782 = getelementptr inbounds nuw i8, ptr %gep, i64 524
-  %783 = load i32, ptr %782, align 4, !tbaa !4
-  %784 = insertelement <16 x i32> poison, i32 %783, i64 0
-  %785 = shufflevector <16 x i32> %784, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i302.us.1.i = bitcast <16 x i32> %785 to <32 x bfloat>
-  %r.i304.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %775)
-  %r.i307.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %777)
-  %786 = getelementptr inbounds nuw i8, ptr %gep, i64 780
-  %787 = load i32, ptr %786, align 4, !tbaa !4
-  %788 = insertelement <16 x i32> poison, i32 %787, i64 0
-  %789 = shufflevector <16 x i32> %788, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i308.us.1.i = bitcast <16 x i32> %789 to <32 x bfloat>
-  %r.i310.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %775)
-  %r.i313.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %777)
-  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
-  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, 16
-  br i1 %exitcond1090.not.i, label %for_end_n_1_m.us.i, label %for_body_n_1_m.us.i, !prof !21
+for_begin_n_1_m.preheader.us.i:                   ; preds = %for_end_n_1_m.us.i, %for_begin_n_1_m.preheader.us.i.preheader
+  %indvars.iv1125.i = phi i64 [ %indvars.iv.next1126.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
+  %1180 = shl nsw i64 %indvars.iv1125.i, 5
+  %1181 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1180
+  %1182 = load i64, ptr %1181, align 8, !tbaa !4
+  %gep898.us.i = getelementptr i32, ptr %invariant.gep897.i, i64 %1182
+  %1183 = getelementptr inbounds nuw i8, ptr %1181, i64 128
+  %1184 = load i64, ptr %1183, align 8, !tbaa !4
+  %gep900.us.i = getelementptr i32, ptr %invariant.gep897.i, i64 %1184
+  %1185 = trunc i64 %1180 to i32
+  %1186 = add i32 %1052, %1185
+  br label %for_begin_n_2.preheader.us.i
 
 for_end___m.i:                                    ; preds = %for_end_n_1_m.us.i, %for_begin___m.preheader.i
-  %790 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %790(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %791 = icmp eq ptr %probs.i, null
-  br i1 %791, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
+  %1187 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.i = tail call ptr %1187(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1188 = icmp eq ptr %probs.i, null
+  br i1 %1188, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
 
-if_end31.i:                                       ; preds = %for_end___m.i
-  %792 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.i = tail call ptr %792(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %793 = icmp eq ptr %scaled.i, null
-  br i1 %793, label %fused_decode_compute_.exit, label %if_end34.i, !prof !7
+if_end28.i:                                       ; preds = %for_end___m.i
+  %1189 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.i = tail call ptr %1189(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1190 = icmp eq ptr %scaled.i, null
+  br i1 %1190, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
 
-if_end34.i:                                       ; preds = %if_end31.i
-  %794 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %exact.i = tail call ptr %794(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %795 = icmp eq ptr %exact.i, null
-  br i1 %795, label %fused_decode_compute_.exit, label %for_begin_to.preheader.preheader.i, !prof !7
+if_end31.i:                                       ; preds = %if_end28.i
+  %1191 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %exact.i = tail call ptr %1191(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1192 = icmp eq ptr %exact.i, null
+  br i1 %1192, label %fused_decode_compute_.exit, label %for_begin_r36.preheader.i, !prof !7
 
-for_begin_to.preheader.preheader.i:               ; preds = %if_end34.i
-  br i1 %586, label %for_body_to.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
+for_begin_r36.preheader.i:                        ; preds = %if_end31.i
+  br i1 %968, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
-for_body_to.i.preheader:                          ; preds = %for_begin_to.preheader.preheader.i
-  br i1 %598, label %for_body_to.i.epil.preheader, label %for_body_to.i, !prof !26
+for_body_to.us.i.preheader:                       ; preds = %for_begin_r36.preheader.i
+  br i1 %981, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !30
 
-for_body_to.i:                                    ; preds = %for_body_to.i, %for_body_to.i.preheader
-  %indvars.iv1098.i = phi i64 [ %indvars.iv.next1099.i.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
-  %niter = phi i64 [ %niter.next.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
-  %796 = shl nsw i64 %indvars.iv1098.i, 5
-  %797 = getelementptr inbounds nuw float, ptr %scores.i, i64 %796
-  %798 = load <32 x float>, ptr %797, align 4, !tbaa !4
-  %799 = fmul <32 x float> %91, %798
-  %800 = trunc i64 %796 to i32
-  %801 = sub i32 %valid_len.i, %800
-  %802 = insertelement <32 x i32> poison, i32 %801, i64 0
-  %803 = shufflevector <32 x i32> %802, <32 x i32> poison, <32 x i32> zeroinitializer
-  %804 = icmp sgt <32 x i32> %803, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %805 = select <32 x i1> %804, <32 x float> %799, <32 x float> splat (float 0xFFF0000000000000)
-  %806 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %796
-  store <32 x float> %805, ptr %806, align 4, !tbaa !4
-  %indvars.iv.next1099.i = shl i64 %indvars.iv1098.i, 5
-  %807 = or disjoint i64 %indvars.iv.next1099.i, 32
-  %808 = getelementptr inbounds nuw float, ptr %scores.i, i64 %807
-  %809 = load <32 x float>, ptr %808, align 4, !tbaa !4
-  %810 = fmul <32 x float> %91, %809
-  %811 = trunc i64 %807 to i32
-  %812 = sub i32 %valid_len.i, %811
-  %813 = insertelement <32 x i32> poison, i32 %812, i64 0
-  %814 = shufflevector <32 x i32> %813, <32 x i32> poison, <32 x i32> zeroinitializer
-  %815 = icmp sgt <32 x i32> %814, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %816 = select <32 x i1> %815, <32 x float> %810, <32 x float> splat (float 0xFFF0000000000000)
-  %817 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %807
-  store <32 x float> %816, ptr %817, align 4, !tbaa !4
-  %indvars.iv.next1099.i.1 = shl i64 %indvars.iv1098.i, 5
-  %818 = or disjoint i64 %indvars.iv.next1099.i.1, 64
-  %819 = getelementptr inbounds nuw float, ptr %scores.i, i64 %818
-  %820 = load <32 x float>, ptr %819, align 4, !tbaa !4
-  %821 = fmul <32 x float> %91, %820
-  %822 = trunc i64 %818 to i32
-  %823 = sub i32 %valid_len.i, %822
-  %824 = insertelement <32 x i32> poison, i32 %823, i64 0
-  %825 = shufflevector <32 x i32> %824, <32 x i32> poison, <32 x i32> zeroinitializer
-  %826 = icmp sgt <32 x i32> %825, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %827 = select <32 x i1> %826, <32 x float> %821, <32 x float> splat (float 0xFFF0000000000000)
-  %828 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %818
-  store <32 x float> %827, ptr %828, align 4, !tbaa !4
-  %indvars.iv.next1099.i.2 = shl i64 %indvars.iv1098.i, 5
-  %829 = or disjoint i64 %indvars.iv.next1099.i.2, 96
-  %830 = getelementptr inbounds nuw float, ptr %scores.i, i64 %829
-  %831 = load <32 x float>, ptr %830, align 4, !tbaa !4
-  %832 = fmul <32 x float> %91, %831
-  %833 = trunc i64 %829 to i32
-  %834 = sub i32 %valid_len.i, %833
-  %835 = insertelement <32 x i32> poison, i32 %834, i64 0
-  %836 = shufflevector <32 x i32> %835, <32 x i32> poison, <32 x i32> zeroinitializer
-  %837 = icmp sgt <32 x i32> %836, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %838 = select <32 x i1> %837, <32 x float> %832, <32 x float> splat (float 0xFFF0000000000000)
-  %839 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %829
-  store <32 x float> %838, ptr %839, align 4, !tbaa !4
-  %indvars.iv.next1099.i.3 = add nuw nsw i64 %indvars.iv1098.i, 4
+for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
+  %indvars.iv1130.i = phi i64 [ %indvars.iv.next1131.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %1193 = shl nsw i64 %indvars.iv1130.i, 5
+  %1194 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1193
+  %1195 = load <32 x float>, ptr %1194, align 4, !tbaa !4
+  %1196 = fmul <32 x float> %91, %1195
+  %1197 = trunc i64 %1193 to i32
+  %1198 = sub i32 %924, %1197
+  %1199 = insertelement <32 x i32> poison, i32 %1198, i64 0
+  %1200 = shufflevector <32 x i32> %1199, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1201 = icmp sgt <32 x i32> %1200, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1202 = select <32 x i1> %1201, <32 x float> %1196, <32 x float> splat (float 0xFFF0000000000000)
+  %1203 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1193
+  store <32 x float> %1202, ptr %1203, align 4, !tbaa !4
+  %indvars.iv.next1131.i = shl i64 %indvars.iv1130.i, 5
+  %1204 = or disjoint i64 %indvars.iv.next1131.i, 32
+  %1205 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1204
+  %1206 = load <32 x float>, ptr %1205, align 4, !tbaa !4
+  %1207 = fmul <32 x float> %91, %1206
+  %1208 = trunc i64 %1204 to i32
+  %1209 = sub i32 %924, %1208
+  %1210 = insertelement <32 x i32> poison, i32 %1209, i64 0
+  %1211 = shufflevector <32 x i32> %1210, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1212 = icmp sgt <32 x i32> %1211, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1213 = select <32 x i1> %1212, <32 x float> %1207, <32 x float> splat (float 0xFFF0000000000000)
+  %1214 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1204
+  store <32 x float> %1213, ptr %1214, align 4, !tbaa !4
+  %indvars.iv.next1131.i.1 = shl i64 %indvars.iv1130.i, 5
+  %1215 = or disjoint i64 %indvars.iv.next1131.i.1, 64
+  %1216 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1215
+  %1217 = load <32 x float>, ptr %1216, align 4, !tbaa !4
+  %1218 = fmul <32 x float> %91, %1217
+  %1219 = trunc i64 %1215 to i32
+  %1220 = sub i32 %924, %1219
+  %1221 = insertelement <32 x i32> poison, i32 %1220, i64 0
+  %1222 = shufflevector <32 x i32> %1221, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1223 = icmp sgt <32 x i32> %1222, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1224 = select <32 x i1> %1223, <32 x float> %1218, <32 x float> splat (float 0xFFF0000000000000)
+  %1225 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1215
+  store <32 x float> %1224, ptr %1225, align 4, !tbaa !4
+  %indvars.iv.next1131.i.2 = shl i64 %indvars.iv1130.i, 5
+  %1226 = or disjoint i64 %indvars.iv.next1131.i.2, 96
+  %1227 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1226
+  %1228 = load <32 x float>, ptr %1227, align 4, !tbaa !4
+  %1229 = fmul <32 x float> %91, %1228
+  %1230 = trunc i64 %1226 to i32
+  %1231 = sub i32 %924, %1230
+  %1232 = insertelement <32 x i32> poison, i32 %1231, i64 0
+  %1233 = shufflevector <32 x i32> %1232, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1234 = icmp sgt <32 x i32> %1233, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1235 = select <32 x i1> %1234, <32 x float> %1229, <32 x float> splat (float 0xFFF0000000000000)
+  %1236 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1226
+  store <32 x float> %1235, ptr %1236, align 4, !tbaa !4
+  %indvars.iv.next1131.i.3 = add nuw nsw i64 %indvars.iv1130.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.1.i.preheader.unr-lcssa, label %for_body_to.i, !prof !27, !llvm.loop !28
+  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !31, !llvm.loop !32
 
-for_body_to.1.i.preheader.unr-lcssa:              ; preds = %for_body_to.i
-  br i1 %lcmp.mod.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil.preheader, !prof !30
+for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
+  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !34
 
-for_body_to.i.epil.preheader:                     ; preds = %for_body_to.1.i.preheader.unr-lcssa, %for_body_to.i.preheader
-  %indvars.iv1098.i.epil.init = phi i64 [ 0, %for_body_to.i.preheader ], [ %indvars.iv.next1099.i.3, %for_body_to.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod98)
-  br label %for_body_to.i.epil
+for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
+  %indvars.iv1130.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1131.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod96)
+  br label %for_body_to.us.i.epil
 
-for_body_to.i.epil:                               ; preds = %for_body_to.i.epil, %for_body_to.i.epil.preheader
-  %indvars.iv1098.i.epil = phi i64 [ %indvars.iv.next1099.i.epil, %for_body_to.i.epil ], [ %indvars.iv1098.i.epil.init, %for_body_to.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.i.epil ], [ 0, %for_body_to.i.epil.preheader ]
-  %840 = shl nsw i64 %indvars.iv1098.i.epil, 5
-  %841 = getelementptr inbounds nuw float, ptr %scores.i, i64 %840
-  %842 = load <32 x float>, ptr %841, align 4, !tbaa !4
-  %843 = fmul <32 x float> %91, %842
-  %844 = trunc i64 %840 to i32
-  %845 = sub i32 %valid_len.i, %844
-  %846 = insertelement <32 x i32> poison, i32 %845, i64 0
-  %847 = shufflevector <32 x i32> %846, <32 x i32> poison, <32 x i32> zeroinitializer
-  %848 = icmp sgt <32 x i32> %847, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %849 = select <32 x i1> %848, <32 x float> %843, <32 x float> splat (float 0xFFF0000000000000)
-  %850 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %840
-  store <32 x float> %849, ptr %850, align 4, !tbaa !4
-  %indvars.iv.next1099.i.epil = add nuw nsw i64 %indvars.iv1098.i.epil, 1
+for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
+  %indvars.iv1130.i.epil = phi i64 [ %indvars.iv.next1131.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1130.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
+  %1237 = shl nsw i64 %indvars.iv1130.i.epil, 5
+  %1238 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1237
+  %1239 = load <32 x float>, ptr %1238, align 4, !tbaa !4
+  %1240 = fmul <32 x float> %91, %1239
+  %1241 = trunc i64 %1237 to i32
+  %1242 = sub i32 %924, %1241
+  %1243 = insertelement <32 x i32> poison, i32 %1242, i64 0
+  %1244 = shufflevector <32 x i32> %1243, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1245 = icmp sgt <32 x i32> %1244, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1246 = select <32 x i1> %1245, <32 x float> %1240, <32 x float> splat (float 0xFFF0000000000000)
+  %1247 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1237
+  store <32 x float> %1246, ptr %1247, align 4, !tbaa !4
+  %indvars.iv.next1131.i.epil = add nuw nsw i64 %indvars.iv1130.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil, !prof !31, !llvm.loop !32
+  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !35, !llvm.loop !36
 
-for_body_to.1.i.preheader:                        ; preds = %for_body_to.i.epil, %for_body_to.1.i.preheader.unr-lcssa
-  br i1 %599, label %for_body_to.1.i.epil.preheader, label %for_body_to.1.i, !prof !26
+for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
+  br i1 %982, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !30
 
-for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %for_body_to.1.i.preheader
-  %indvars.iv1098.1.i = phi i64 [ %indvars.iv.next1099.1.i.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
-  %niter104 = phi i64 [ %niter104.next.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
-  %851 = shl nsw i64 %indvars.iv1098.1.i, 5
-  %852 = add nuw nsw i64 %851, 128
-  %853 = getelementptr inbounds nuw float, ptr %scores.i, i64 %852
-  %854 = load <32 x float>, ptr %853, align 4, !tbaa !4
-  %855 = fmul <32 x float> %91, %854
-  %856 = trunc i64 %851 to i32
-  %857 = sub i32 %valid_len.i, %856
-  %858 = insertelement <32 x i32> poison, i32 %857, i64 0
-  %859 = shufflevector <32 x i32> %858, <32 x i32> poison, <32 x i32> zeroinitializer
-  %860 = icmp sgt <32 x i32> %859, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %861 = select <32 x i1> %860, <32 x float> %855, <32 x float> splat (float 0xFFF0000000000000)
-  %862 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %852
-  store <32 x float> %861, ptr %862, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i = shl i64 %indvars.iv1098.1.i, 5
-  %863 = add nuw nsw i64 %indvars.iv.next1099.1.i, 160
-  %864 = getelementptr inbounds nuw float, ptr %scores.i, i64 %863
-  %865 = load <32 x float>, ptr %864, align 4, !tbaa !4
-  %866 = fmul <32 x float> %91, %865
-  %867 = trunc i64 %indvars.iv.next1099.1.i to i32
-  %868 = or disjoint i32 %867, 32
-  %869 = sub i32 %valid_len.i, %868
-  %870 = insertelement <32 x i32> poison, i32 %869, i64 0
-  %871 = shufflevector <32 x i32> %870, <32 x i32> poison, <32 x i32> zeroinitializer
-  %872 = icmp sgt <32 x i32> %871, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %873 = select <32 x i1> %872, <32 x float> %866, <32 x float> splat (float 0xFFF0000000000000)
-  %874 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %863
-  store <32 x float> %873, ptr %874, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.1 = shl i64 %indvars.iv1098.1.i, 5
-  %875 = add nuw nsw i64 %indvars.iv.next1099.1.i.1, 192
-  %876 = getelementptr inbounds nuw float, ptr %scores.i, i64 %875
-  %877 = load <32 x float>, ptr %876, align 4, !tbaa !4
-  %878 = fmul <32 x float> %91, %877
-  %879 = trunc i64 %indvars.iv.next1099.1.i.1 to i32
-  %880 = or disjoint i32 %879, 64
-  %881 = sub i32 %valid_len.i, %880
-  %882 = insertelement <32 x i32> poison, i32 %881, i64 0
-  %883 = shufflevector <32 x i32> %882, <32 x i32> poison, <32 x i32> zeroinitializer
-  %884 = icmp sgt <32 x i32> %883, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %885 = select <32 x i1> %884, <32 x float> %878, <32 x float> splat (float 0xFFF0000000000000)
-  %886 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %875
-  store <32 x float> %885, ptr %886, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.2 = shl i64 %indvars.iv1098.1.i, 5
-  %887 = add nuw nsw i64 %indvars.iv.next1099.1.i.2, 224
-  %888 = getelementptr inbounds nuw float, ptr %scores.i, i64 %887
-  %889 = load <32 x float>, ptr %888, align 4, !tbaa !4
-  %890 = fmul <32 x float> %91, %889
-  %891 = trunc i64 %indvars.iv.next1099.1.i.2 to i32
-  %892 = or disjoint i32 %891, 96
-  %893 = sub i32 %valid_len.i, %892
-  %894 = insertelement <32 x i32> poison, i32 %893, i64 0
-  %895 = shufflevector <32 x i32> %894, <32 x i32> poison, <32 x i32> zeroinitializer
-  %896 = icmp sgt <32 x i32> %895, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %897 = select <32 x i1> %896, <32 x float> %890, <32 x float> splat (float 0xFFF0000000000000)
-  %898 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %887
-  store <32 x float> %897, ptr %898, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.3 = add nuw nsw i64 %indvars.iv1098.1.i, 4
-  %niter104.next.3 = add i64 %niter104, 4
-  %niter104.ncmp.3 = icmp eq i64 %niter104.next.3, %unroll_iter103
-  br i1 %niter104.ncmp.3, label %for_body_to.2.i.preheader.unr-lcssa, label %for_body_to.1.i, !prof !27, !llvm.loop !35
+for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
+  %indvars.iv1130.1.i = phi i64 [ %indvars.iv.next1131.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter102 = phi i64 [ %niter102.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %1248 = shl nsw i64 %indvars.iv1130.1.i, 5
+  %1249 = add nuw nsw i64 %1248, 128
+  %1250 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1249
+  %1251 = load <32 x float>, ptr %1250, align 4, !tbaa !4
+  %1252 = fmul <32 x float> %91, %1251
+  %1253 = trunc i64 %1248 to i32
+  %1254 = sub i32 %924, %1253
+  %1255 = insertelement <32 x i32> poison, i32 %1254, i64 0
+  %1256 = shufflevector <32 x i32> %1255, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1257 = icmp sgt <32 x i32> %1256, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1258 = select <32 x i1> %1257, <32 x float> %1252, <32 x float> splat (float 0xFFF0000000000000)
+  %1259 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1249
+  store <32 x float> %1258, ptr %1259, align 4, !tbaa !4
+  %indvars.iv.next1131.1.i = shl i64 %indvars.iv1130.1.i, 5
+  %1260 = add nuw nsw i64 %indvars.iv.next1131.1.i, 160
+  %1261 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1260
+  %1262 = load <32 x float>, ptr %1261, align 4, !tbaa !4
+  %1263 = fmul <32 x float> %91, %1262
+  %1264 = trunc i64 %indvars.iv.next1131.1.i to i32
+  %1265 = or disjoint i32 %1264, 32
+  %1266 = sub i32 %924, %1265
+  %1267 = insertelement <32 x i32> poison, i32 %1266, i64 0
+  %1268 = shufflevector <32 x i32> %1267, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1269 = icmp sgt <32 x i32> %1268, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1270 = select <32 x i1> %1269, <32 x float> %1263, <32 x float> splat (float 0xFFF0000000000000)
+  %1271 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1260
+  store <32 x float> %1270, ptr %1271, align 4, !tbaa !4
+  %indvars.iv.next1131.1.i.1 = shl i64 %indvars.iv1130.1.i, 5
+  %1272 = add nuw nsw i64 %indvars.iv.next1131.1.i.1, 192
+  %1273 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1272
+  %1274 = load <32 x float>, ptr %1273, align 4, !tbaa !4
+  %1275 = fmul <32 x float> %91, %1274
+  %1276 = trunc i64 %indvars.iv.next1131.1.i.1 to i32
+  %1277 = or disjoint i32 %1276, 64
+  %1278 = sub i32 %924, %1277
+  %1279 = insertelement <32 x i32> poison, i32 %1278, i64 0
+  %1280 = shufflevector <32 x i32> %1279, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1281 = icmp sgt <32 x i32> %1280, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1282 = select <32 x i1> %1281, <32 x float> %1275, <32 x float> splat (float 0xFFF0000000000000)
+  %1283 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1272
+  store <32 x float> %1282, ptr %1283, align 4, !tbaa !4
+  %indvars.iv.next1131.1.i.2 = shl i64 %indvars.iv1130.1.i, 5
+  %1284 = add nuw nsw i64 %indvars.iv.next1131.1.i.2, 224
+  %1285 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1284
+  %1286 = load <32 x float>, ptr %1285, align 4, !tbaa !4
+  %1287 = fmul <32 x float> %91, %1286
+  %1288 = trunc i64 %indvars.iv.next1131.1.i.2 to i32
+  %1289 = or disjoint i32 %1288, 96
+  %1290 = sub i32 %924, %1289
+  %1291 = insertelement <32 x i32> poison, i32 %1290, i64 0
+  %1292 = shufflevector <32 x i32> %1291, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1293 = icmp sgt <32 x i32> %1292, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1294 = select <32 x i1> %1293, <32 x float> %1287, <32 x float> splat (float 0xFFF0000000000000)
+  %1295 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1284
+  store <32 x float> %1294, ptr %1295, align 4, !tbaa !4
+  %indvars.iv.next1131.1.i.3 = add nuw nsw i64 %indvars.iv1130.1.i, 4
+  %niter102.next.3 = add i64 %niter102, 4
+  %niter102.ncmp.3 = icmp eq i64 %niter102.next.3, %unroll_iter101
+  br i1 %niter102.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !31, !llvm.loop !39
 
-for_body_to.2.i.preheader.unr-lcssa:              ; preds = %for_body_to.1.i
-  br i1 %lcmp.mod101.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil.preheader, !prof !30
+for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
+  br i1 %lcmp.mod99.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !34
 
-for_body_to.1.i.epil.preheader:                   ; preds = %for_body_to.2.i.preheader.unr-lcssa, %for_body_to.1.i.preheader
-  %indvars.iv1098.1.i.epil.init = phi i64 [ 0, %for_body_to.1.i.preheader ], [ %indvars.iv.next1099.1.i.3, %for_body_to.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod102)
-  br label %for_body_to.1.i.epil
+for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
+  %indvars.iv1130.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1131.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod100)
+  br label %for_body_to.us.1.i.epil
 
-for_body_to.1.i.epil:                             ; preds = %for_body_to.1.i.epil, %for_body_to.1.i.epil.preheader
-  %indvars.iv1098.1.i.epil = phi i64 [ %indvars.iv.next1099.1.i.epil, %for_body_to.1.i.epil ], [ %indvars.iv1098.1.i.epil.init, %for_body_to.1.i.epil.preheader ]
-  %epil.iter100 = phi i64 [ %epil.iter100.next, %for_body_to.1.i.epil ], [ 0, %for_body_to.1.i.epil.preheader ]
-  %899 = shl nsw i64 %indvars.iv1098.1.i.epil, 5
-  %900 = add nuw nsw i64 %899, 128
-  %901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %900
-  %902 = load <32 x float>, ptr %901, align 4, !tbaa !4
-  %903 = fmul <32 x float> %91, %902
-  %904 = trunc i64 %899 to i32
-  %905 = sub i32 %valid_len.i, %904
-  %906 = insertelement <32 x i32> poison, i32 %905, i64 0
-  %907 = shufflevector <32 x i32> %906, <32 x i32> poison, <32 x i32> zeroinitializer
-  %908 = icmp sgt <32 x i32> %907, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %909 = select <32 x i1> %908, <32 x float> %903, <32 x float> splat (float 0xFFF0000000000000)
-  %910 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %900
-  store <32 x float> %909, ptr %910, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.epil = add nuw nsw i64 %indvars.iv1098.1.i.epil, 1
-  %epil.iter100.next = add i64 %epil.iter100, 1
-  %epil.iter100.cmp.not = icmp eq i64 %epil.iter100.next, %xtraiter99
-  br i1 %epil.iter100.cmp.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil, !prof !31, !llvm.loop !36
+for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
+  %indvars.iv1130.1.i.epil = phi i64 [ %indvars.iv.next1131.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1130.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter98 = phi i64 [ %epil.iter98.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %1296 = shl nsw i64 %indvars.iv1130.1.i.epil, 5
+  %1297 = add nuw nsw i64 %1296, 128
+  %1298 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1297
+  %1299 = load <32 x float>, ptr %1298, align 4, !tbaa !4
+  %1300 = fmul <32 x float> %91, %1299
+  %1301 = trunc i64 %1296 to i32
+  %1302 = sub i32 %924, %1301
+  %1303 = insertelement <32 x i32> poison, i32 %1302, i64 0
+  %1304 = shufflevector <32 x i32> %1303, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1305 = icmp sgt <32 x i32> %1304, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1306 = select <32 x i1> %1305, <32 x float> %1300, <32 x float> splat (float 0xFFF0000000000000)
+  %1307 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1297
+  store <32 x float> %1306, ptr %1307, align 4, !tbaa !4
+  %indvars.iv.next1131.1.i.epil = add nuw nsw i64 %indvars.iv1130.1.i.epil, 1
+  %epil.iter98.next = add i64 %epil.iter98, 1
+  %epil.iter98.cmp.not = icmp eq i64 %epil.iter98.next, %xtraiter97
+  br i1 %epil.iter98.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !35, !llvm.loop !40
 
-for_body_to.2.i.preheader:                        ; preds = %for_body_to.1.i.epil, %for_body_to.2.i.preheader.unr-lcssa
-  br i1 %600, label %for_body_to.2.i.epil.preheader, label %for_body_to.2.i, !prof !26
+for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
+  br i1 %983, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !30
 
-for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %for_body_to.2.i.preheader
-  %indvars.iv1098.2.i = phi i64 [ %indvars.iv.next1099.2.i.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
-  %niter110 = phi i64 [ %niter110.next.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
-  %911 = shl nsw i64 %indvars.iv1098.2.i, 5
-  %912 = add nuw nsw i64 %911, 256
-  %913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %912
-  %914 = load <32 x float>, ptr %913, align 4, !tbaa !4
-  %915 = fmul <32 x float> %91, %914
-  %916 = trunc i64 %911 to i32
-  %917 = sub i32 %valid_len.i, %916
-  %918 = insertelement <32 x i32> poison, i32 %917, i64 0
-  %919 = shufflevector <32 x i32> %918, <32 x i32> poison, <32 x i32> zeroinitializer
-  %920 = icmp sgt <32 x i32> %919, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %921 = select <32 x i1> %920, <32 x float> %915, <32 x float> splat (float 0xFFF0000000000000)
-  %922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %912
-  store <32 x float> %921, ptr %922, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i = shl i64 %indvars.iv1098.2.i, 5
-  %923 = add nuw nsw i64 %indvars.iv.next1099.2.i, 288
-  %924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %923
-  %925 = load <32 x float>, ptr %924, align 4, !tbaa !4
-  %926 = fmul <32 x float> %91, %925
-  %927 = trunc i64 %indvars.iv.next1099.2.i to i32
-  %928 = or disjoint i32 %927, 32
-  %929 = sub i32 %valid_len.i, %928
-  %930 = insertelement <32 x i32> poison, i32 %929, i64 0
-  %931 = shufflevector <32 x i32> %930, <32 x i32> poison, <32 x i32> zeroinitializer
-  %932 = icmp sgt <32 x i32> %931, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %933 = select <32 x i1> %932, <32 x float> %926, <32 x float> splat (float 0xFFF0000000000000)
-  %934 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %923
-  store <32 x float> %933, ptr %934, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.1 = shl i64 %indvars.iv1098.2.i, 5
-  %935 = add nuw nsw i64 %indvars.iv.next1099.2.i.1, 320
-  %936 = getelementptr inbounds nuw float, ptr %scores.i, i64 %935
-  %937 = load <32 x float>, ptr %936, align 4, !tbaa !4
-  %938 = fmul <32 x float> %91, %937
-  %939 = trunc i64 %indvars.iv.next1099.2.i.1 to i32
-  %940 = or disjoint i32 %939, 64
-  %941 = sub i32 %valid_len.i, %940
-  %942 = insertelement <32 x i32> poison, i32 %941, i64 0
-  %943 = shufflevector <32 x i32> %942, <32 x i32> poison, <32 x i32> zeroinitializer
-  %944 = icmp sgt <32 x i32> %943, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %945 = select <32 x i1> %944, <32 x float> %938, <32 x float> splat (float 0xFFF0000000000000)
-  %946 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %935
-  store <32 x float> %945, ptr %946, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.2 = shl i64 %indvars.iv1098.2.i, 5
-  %947 = add nuw nsw i64 %indvars.iv.next1099.2.i.2, 352
-  %948 = getelementptr inbounds nuw float, ptr %scores.i, i64 %947
-  %949 = load <32 x float>, ptr %948, align 4, !tbaa !4
-  %950 = fmul <32 x float> %91, %949
-  %951 = trunc i64 %indvars.iv.next1099.2.i.2 to i32
-  %952 = or disjoint i32 %951, 96
-  %953 = sub i32 %valid_len.i, %952
-  %954 = insertelement <32 x i32> poison, i32 %953, i64 0
-  %955 = shufflevector <32 x i32> %954, <32 x i32> poison, <32 x i32> zeroinitializer
-  %956 = icmp sgt <32 x i32> %955, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %957 = select <32 x i1> %956, <32 x float> %950, <32 x float> splat (float 0xFFF0000000000000)
-  %958 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %947
-  store <32 x float> %957, ptr %958, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.3 = add nuw nsw i64 %indvars.iv1098.2.i, 4
-  %niter110.next.3 = add i64 %niter110, 4
-  %niter110.ncmp.3 = icmp eq i64 %niter110.next.3, %unroll_iter109
-  br i1 %niter110.ncmp.3, label %for_body_to.3.i.preheader.unr-lcssa, label %for_body_to.2.i, !prof !27, !llvm.loop !37
+for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
+  %indvars.iv1130.2.i = phi i64 [ %indvars.iv.next1131.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter108 = phi i64 [ %niter108.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %1308 = shl nsw i64 %indvars.iv1130.2.i, 5
+  %1309 = add nuw nsw i64 %1308, 256
+  %1310 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1309
+  %1311 = load <32 x float>, ptr %1310, align 4, !tbaa !4
+  %1312 = fmul <32 x float> %91, %1311
+  %1313 = trunc i64 %1308 to i32
+  %1314 = sub i32 %924, %1313
+  %1315 = insertelement <32 x i32> poison, i32 %1314, i64 0
+  %1316 = shufflevector <32 x i32> %1315, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1317 = icmp sgt <32 x i32> %1316, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1318 = select <32 x i1> %1317, <32 x float> %1312, <32 x float> splat (float 0xFFF0000000000000)
+  %1319 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1309
+  store <32 x float> %1318, ptr %1319, align 4, !tbaa !4
+  %indvars.iv.next1131.2.i = shl i64 %indvars.iv1130.2.i, 5
+  %1320 = add nuw nsw i64 %indvars.iv.next1131.2.i, 288
+  %1321 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1320
+  %1322 = load <32 x float>, ptr %1321, align 4, !tbaa !4
+  %1323 = fmul <32 x float> %91, %1322
+  %1324 = trunc i64 %indvars.iv.next1131.2.i to i32
+  %1325 = or disjoint i32 %1324, 32
+  %1326 = sub i32 %924, %1325
+  %1327 = insertelement <32 x i32> poison, i32 %1326, i64 0
+  %1328 = shufflevector <32 x i32> %1327, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1329 = icmp sgt <32 x i32> %1328, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1330 = select <32 x i1> %1329, <32 x float> %1323, <32 x float> splat (float 0xFFF0000000000000)
+  %1331 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1320
+  store <32 x float> %1330, ptr %1331, align 4, !tbaa !4
+  %indvars.iv.next1131.2.i.1 = shl i64 %indvars.iv1130.2.i, 5
+  %1332 = add nuw nsw i64 %indvars.iv.next1131.2.i.1, 320
+  %1333 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1332
+  %1334 = load <32 x float>, ptr %1333, align 4, !tbaa !4
+  %1335 = fmul <32 x float> %91, %1334
+  %1336 = trunc i64 %indvars.iv.next1131.2.i.1 to i32
+  %1337 = or disjoint i32 %1336, 64
+  %1338 = sub i32 %924, %1337
+  %1339 = insertelement <32 x i32> poison, i32 %1338, i64 0
+  %1340 = shufflevector <32 x i32> %1339, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1341 = icmp sgt <32 x i32> %1340, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1342 = select <32 x i1> %1341, <32 x float> %1335, <32 x float> splat (float 0xFFF0000000000000)
+  %1343 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1332
+  store <32 x float> %1342, ptr %1343, align 4, !tbaa !4
+  %indvars.iv.next1131.2.i.2 = shl i64 %indvars.iv1130.2.i, 5
+  %1344 = add nuw nsw i64 %indvars.iv.next1131.2.i.2, 352
+  %1345 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1344
+  %1346 = load <32 x float>, ptr %1345, align 4, !tbaa !4
+  %1347 = fmul <32 x float> %91, %1346
+  %1348 = trunc i64 %indvars.iv.next1131.2.i.2 to i32
+  %1349 = or disjoint i32 %1348, 96
+  %1350 = sub i32 %924, %1349
+  %1351 = insertelement <32 x i32> poison, i32 %1350, i64 0
+  %1352 = shufflevector <32 x i32> %1351, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1353 = icmp sgt <32 x i32> %1352, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1354 = select <32 x i1> %1353, <32 x float> %1347, <32 x float> splat (float 0xFFF0000000000000)
+  %1355 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1344
+  store <32 x float> %1354, ptr %1355, align 4, !tbaa !4
+  %indvars.iv.next1131.2.i.3 = add nuw nsw i64 %indvars.iv1130.2.i, 4
+  %niter108.next.3 = add i64 %niter108, 4
+  %niter108.ncmp.3 = icmp eq i64 %niter108.next.3, %unroll_iter107
+  br i1 %niter108.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !31, !llvm.loop !41
 
-for_body_to.3.i.preheader.unr-lcssa:              ; preds = %for_body_to.2.i
-  br i1 %lcmp.mod107.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil.preheader, !prof !30
+for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
+  br i1 %lcmp.mod105.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !34
 
-for_body_to.2.i.epil.preheader:                   ; preds = %for_body_to.3.i.preheader.unr-lcssa, %for_body_to.2.i.preheader
-  %indvars.iv1098.2.i.epil.init = phi i64 [ 0, %for_body_to.2.i.preheader ], [ %indvars.iv.next1099.2.i.3, %for_body_to.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod108)
-  br label %for_body_to.2.i.epil
+for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
+  %indvars.iv1130.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1131.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod106)
+  br label %for_body_to.us.2.i.epil
 
-for_body_to.2.i.epil:                             ; preds = %for_body_to.2.i.epil, %for_body_to.2.i.epil.preheader
-  %indvars.iv1098.2.i.epil = phi i64 [ %indvars.iv.next1099.2.i.epil, %for_body_to.2.i.epil ], [ %indvars.iv1098.2.i.epil.init, %for_body_to.2.i.epil.preheader ]
-  %epil.iter106 = phi i64 [ %epil.iter106.next, %for_body_to.2.i.epil ], [ 0, %for_body_to.2.i.epil.preheader ]
-  %959 = shl nsw i64 %indvars.iv1098.2.i.epil, 5
-  %960 = add nuw nsw i64 %959, 256
-  %961 = getelementptr inbounds nuw float, ptr %scores.i, i64 %960
-  %962 = load <32 x float>, ptr %961, align 4, !tbaa !4
-  %963 = fmul <32 x float> %91, %962
-  %964 = trunc i64 %959 to i32
-  %965 = sub i32 %valid_len.i, %964
-  %966 = insertelement <32 x i32> poison, i32 %965, i64 0
-  %967 = shufflevector <32 x i32> %966, <32 x i32> poison, <32 x i32> zeroinitializer
-  %968 = icmp sgt <32 x i32> %967, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %969 = select <32 x i1> %968, <32 x float> %963, <32 x float> splat (float 0xFFF0000000000000)
-  %970 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %960
-  store <32 x float> %969, ptr %970, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.epil = add nuw nsw i64 %indvars.iv1098.2.i.epil, 1
-  %epil.iter106.next = add i64 %epil.iter106, 1
-  %epil.iter106.cmp.not = icmp eq i64 %epil.iter106.next, %xtraiter105
-  br i1 %epil.iter106.cmp.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil, !prof !31, !llvm.loop !38
+for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
+  %indvars.iv1130.2.i.epil = phi i64 [ %indvars.iv.next1131.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1130.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter104 = phi i64 [ %epil.iter104.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %1356 = shl nsw i64 %indvars.iv1130.2.i.epil, 5
+  %1357 = add nuw nsw i64 %1356, 256
+  %1358 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1357
+  %1359 = load <32 x float>, ptr %1358, align 4, !tbaa !4
+  %1360 = fmul <32 x float> %91, %1359
+  %1361 = trunc i64 %1356 to i32
+  %1362 = sub i32 %924, %1361
+  %1363 = insertelement <32 x i32> poison, i32 %1362, i64 0
+  %1364 = shufflevector <32 x i32> %1363, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1365 = icmp sgt <32 x i32> %1364, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1366 = select <32 x i1> %1365, <32 x float> %1360, <32 x float> splat (float 0xFFF0000000000000)
+  %1367 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1357
+  store <32 x float> %1366, ptr %1367, align 4, !tbaa !4
+  %indvars.iv.next1131.2.i.epil = add nuw nsw i64 %indvars.iv1130.2.i.epil, 1
+  %epil.iter104.next = add i64 %epil.iter104, 1
+  %epil.iter104.cmp.not = icmp eq i64 %epil.iter104.next, %xtraiter103
+  br i1 %epil.iter104.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !35, !llvm.loop !42
 
-for_body_to.3.i.preheader:                        ; preds = %for_body_to.2.i.epil, %for_body_to.3.i.preheader.unr-lcssa
-  br i1 %601, label %for_body_to.3.i.epil.preheader, label %for_body_to.3.i, !prof !26
+for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
+  br i1 %984, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !30
 
-for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %for_body_to.3.i.preheader
-  %indvars.iv1098.3.i = phi i64 [ %indvars.iv.next1099.3.i.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
-  %niter116 = phi i64 [ %niter116.next.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
-  %971 = shl nsw i64 %indvars.iv1098.3.i, 5
-  %972 = add nuw nsw i64 %971, 384
-  %973 = getelementptr inbounds nuw float, ptr %scores.i, i64 %972
-  %974 = load <32 x float>, ptr %973, align 4, !tbaa !4
-  %975 = fmul <32 x float> %91, %974
-  %976 = trunc i64 %971 to i32
-  %977 = sub i32 %valid_len.i, %976
-  %978 = insertelement <32 x i32> poison, i32 %977, i64 0
-  %979 = shufflevector <32 x i32> %978, <32 x i32> poison, <32 x i32> zeroinitializer
-  %980 = icmp sgt <32 x i32> %979, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %981 = select <32 x i1> %980, <32 x float> %975, <32 x float> splat (float 0xFFF0000000000000)
-  %982 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %972
-  store <32 x float> %981, ptr %982, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i = shl i64 %indvars.iv1098.3.i, 5
-  %983 = add nuw nsw i64 %indvars.iv.next1099.3.i, 416
-  %984 = getelementptr inbounds nuw float, ptr %scores.i, i64 %983
-  %985 = load <32 x float>, ptr %984, align 4, !tbaa !4
-  %986 = fmul <32 x float> %91, %985
-  %987 = trunc i64 %indvars.iv.next1099.3.i to i32
-  %988 = or disjoint i32 %987, 32
-  %989 = sub i32 %valid_len.i, %988
-  %990 = insertelement <32 x i32> poison, i32 %989, i64 0
-  %991 = shufflevector <32 x i32> %990, <32 x i32> poison, <32 x i32> zeroinitializer
-  %992 = icmp sgt <32 x i32> %991, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %993 = select <32 x i1> %992, <32 x float> %986, <32 x float> splat (float 0xFFF0000000000000)
-  %994 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %983
-  store <32 x float> %993, ptr %994, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.1 = shl i64 %indvars.iv1098.3.i, 5
-  %995 = add nuw nsw i64 %indvars.iv.next1099.3.i.1, 448
-  %996 = getelementptr inbounds nuw float, ptr %scores.i, i64 %995
-  %997 = load <32 x float>, ptr %996, align 4, !tbaa !4
-  %998 = fmul <32 x float> %91, %997
-  %999 = trunc i64 %indvars.iv.next1099.3.i.1 to i32
-  %1000 = or disjoint i32 %999, 64
-  %1001 = sub i32 %valid_len.i, %1000
-  %1002 = insertelement <32 x i32> poison, i32 %1001, i64 0
-  %1003 = shufflevector <32 x i32> %1002, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1004 = icmp sgt <32 x i32> %1003, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1005 = select <32 x i1> %1004, <32 x float> %998, <32 x float> splat (float 0xFFF0000000000000)
-  %1006 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %995
-  store <32 x float> %1005, ptr %1006, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.2 = shl i64 %indvars.iv1098.3.i, 5
-  %1007 = add nuw nsw i64 %indvars.iv.next1099.3.i.2, 480
-  %1008 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1007
-  %1009 = load <32 x float>, ptr %1008, align 4, !tbaa !4
-  %1010 = fmul <32 x float> %91, %1009
-  %1011 = trunc i64 %indvars.iv.next1099.3.i.2 to i32
-  %1012 = or disjoint i32 %1011, 96
-  %1013 = sub i32 %valid_len.i, %1012
-  %1014 = insertelement <32 x i32> poison, i32 %1013, i64 0
-  %1015 = shufflevector <32 x i32> %1014, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1016 = icmp sgt <32 x i32> %1015, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1017 = select <32 x i1> %1016, <32 x float> %1010, <32 x float> splat (float 0xFFF0000000000000)
-  %1018 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1007
-  store <32 x float> %1017, ptr %1018, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.3 = add nuw nsw i64 %indvars.iv1098.3.i, 4
-  %niter116.next.3 = add i64 %niter116, 4
-  %niter116.ncmp.3 = icmp eq i64 %niter116.next.3, %unroll_iter115
-  br i1 %niter116.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.3.i, !prof !27, !llvm.loop !39
+for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
+  %indvars.iv1130.3.i = phi i64 [ %indvars.iv.next1131.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter114 = phi i64 [ %niter114.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %1368 = shl nsw i64 %indvars.iv1130.3.i, 5
+  %1369 = add nuw nsw i64 %1368, 384
+  %1370 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1369
+  %1371 = load <32 x float>, ptr %1370, align 4, !tbaa !4
+  %1372 = fmul <32 x float> %91, %1371
+  %1373 = trunc i64 %1368 to i32
+  %1374 = sub i32 %924, %1373
+  %1375 = insertelement <32 x i32> poison, i32 %1374, i64 0
+  %1376 = shufflevector <32 x i32> %1375, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1377 = icmp sgt <32 x i32> %1376, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1378 = select <32 x i1> %1377, <32 x float> %1372, <32 x float> splat (float 0xFFF0000000000000)
+  %1379 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1369
+  store <32 x float> %1378, ptr %1379, align 4, !tbaa !4
+  %indvars.iv.next1131.3.i = shl i64 %indvars.iv1130.3.i, 5
+  %1380 = add nuw nsw i64 %indvars.iv.next1131.3.i, 416
+  %1381 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1380
+  %1382 = load <32 x float>, ptr %1381, align 4, !tbaa !4
+  %1383 = fmul <32 x float> %91, %1382
+  %1384 = trunc i64 %indvars.iv.next1131.3.i to i32
+  %1385 = or disjoint i32 %1384, 32
+  %1386 = sub i32 %924, %1385
+  %1387 = insertelement <32 x i32> poison, i32 %1386, i64 0
+  %1388 = shufflevector <32 x i32> %1387, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1389 = icmp sgt <32 x i32> %1388, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1390 = select <32 x i1> %1389, <32 x float> %1383, <32 x float> splat (float 0xFFF0000000000000)
+  %1391 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1380
+  store <32 x float> %1390, ptr %1391, align 4, !tbaa !4
+  %indvars.iv.next1131.3.i.1 = shl i64 %indvars.iv1130.3.i, 5
+  %1392 = add nuw nsw i64 %indvars.iv.next1131.3.i.1, 448
+  %1393 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1392
+  %1394 = load <32 x float>, ptr %1393, align 4, !tbaa !4
+  %1395 = fmul <32 x float> %91, %1394
+  %1396 = trunc i64 %indvars.iv.next1131.3.i.1 to i32
+  %1397 = or disjoint i32 %1396, 64
+  %1398 = sub i32 %924, %1397
+  %1399 = insertelement <32 x i32> poison, i32 %1398, i64 0
+  %1400 = shufflevector <32 x i32> %1399, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1401 = icmp sgt <32 x i32> %1400, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1402 = select <32 x i1> %1401, <32 x float> %1395, <32 x float> splat (float 0xFFF0000000000000)
+  %1403 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1392
+  store <32 x float> %1402, ptr %1403, align 4, !tbaa !4
+  %indvars.iv.next1131.3.i.2 = shl i64 %indvars.iv1130.3.i, 5
+  %1404 = add nuw nsw i64 %indvars.iv.next1131.3.i.2, 480
+  %1405 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1404
+  %1406 = load <32 x float>, ptr %1405, align 4, !tbaa !4
+  %1407 = fmul <32 x float> %91, %1406
+  %1408 = trunc i64 %indvars.iv.next1131.3.i.2 to i32
+  %1409 = or disjoint i32 %1408, 96
+  %1410 = sub i32 %924, %1409
+  %1411 = insertelement <32 x i32> poison, i32 %1410, i64 0
+  %1412 = shufflevector <32 x i32> %1411, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1413 = icmp sgt <32 x i32> %1412, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1414 = select <32 x i1> %1413, <32 x float> %1407, <32 x float> splat (float 0xFFF0000000000000)
+  %1415 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1404
+  store <32 x float> %1414, ptr %1415, align 4, !tbaa !4
+  %indvars.iv.next1131.3.i.3 = add nuw nsw i64 %indvars.iv1130.3.i, 4
+  %niter114.next.3 = add i64 %niter114, 4
+  %niter114.ncmp.3 = icmp eq i64 %niter114.next.3, %unroll_iter113
+  br i1 %niter114.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !31, !llvm.loop !43
 
-for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.3.i
-  br i1 %lcmp.mod113.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil.preheader, !prof !30
+for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.us.3.i
+  br i1 %lcmp.mod111.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !34
 
-for_body_to.3.i.epil.preheader:                   ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.3.i.preheader
-  %indvars.iv1098.3.i.epil.init = phi i64 [ 0, %for_body_to.3.i.preheader ], [ %indvars.iv.next1099.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod114)
-  br label %for_body_to.3.i.epil
+for_body_to.us.3.i.epil.preheader:                ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.us.3.i.preheader
+  %indvars.iv1130.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1131.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod112)
+  br label %for_body_to.us.3.i.epil
 
-for_body_to.3.i.epil:                             ; preds = %for_body_to.3.i.epil, %for_body_to.3.i.epil.preheader
-  %indvars.iv1098.3.i.epil = phi i64 [ %indvars.iv.next1099.3.i.epil, %for_body_to.3.i.epil ], [ %indvars.iv1098.3.i.epil.init, %for_body_to.3.i.epil.preheader ]
-  %epil.iter112 = phi i64 [ %epil.iter112.next, %for_body_to.3.i.epil ], [ 0, %for_body_to.3.i.epil.preheader ]
-  %1019 = shl nsw i64 %indvars.iv1098.3.i.epil, 5
-  %1020 = add nuw nsw i64 %1019, 384
-  %1021 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1020
-  %1022 = load <32 x float>, ptr %1021, align 4, !tbaa !4
-  %1023 = fmul <32 x float> %91, %1022
-  %1024 = trunc i64 %1019 to i32
-  %1025 = sub i32 %valid_len.i, %1024
-  %1026 = insertelement <32 x i32> poison, i32 %1025, i64 0
-  %1027 = shufflevector <32 x i32> %1026, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1028 = icmp sgt <32 x i32> %1027, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1029 = select <32 x i1> %1028, <32 x float> %1023, <32 x float> splat (float 0xFFF0000000000000)
-  %1030 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1020
-  store <32 x float> %1029, ptr %1030, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.epil = add nuw nsw i64 %indvars.iv1098.3.i.epil, 1
-  %epil.iter112.next = add i64 %epil.iter112, 1
-  %epil.iter112.cmp.not = icmp eq i64 %epil.iter112.next, %xtraiter111
-  br i1 %epil.iter112.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil, !prof !31, !llvm.loop !40
+for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
+  %indvars.iv1130.3.i.epil = phi i64 [ %indvars.iv.next1131.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1130.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter110 = phi i64 [ %epil.iter110.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %1416 = shl nsw i64 %indvars.iv1130.3.i.epil, 5
+  %1417 = add nuw nsw i64 %1416, 384
+  %1418 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1417
+  %1419 = load <32 x float>, ptr %1418, align 4, !tbaa !4
+  %1420 = fmul <32 x float> %91, %1419
+  %1421 = trunc i64 %1416 to i32
+  %1422 = sub i32 %924, %1421
+  %1423 = insertelement <32 x i32> poison, i32 %1422, i64 0
+  %1424 = shufflevector <32 x i32> %1423, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1425 = icmp sgt <32 x i32> %1424, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1426 = select <32 x i1> %1425, <32 x float> %1420, <32 x float> splat (float 0xFFF0000000000000)
+  %1427 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1417
+  store <32 x float> %1426, ptr %1427, align 4, !tbaa !4
+  %indvars.iv.next1131.3.i.epil = add nuw nsw i64 %indvars.iv1130.3.i.epil, 1
+  %epil.iter110.next = add i64 %epil.iter110, 1
+  %epil.iter110.cmp.not = icmp eq i64 %epil.iter110.next, %xtraiter109
+  br i1 %epil.iter110.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !35, !llvm.loop !44
 
-for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_to.preheader.preheader.i
+for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1114.i = phi i64 [ %indvars.iv.next1115.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
-  br i1 %586, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
+  %indvars.iv1144.i = phi i64 [ %indvars.iv.next1145.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  br i1 %968, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1299.i = shl nuw nsw i64 %indvars.iv1114.i, 9
-  %invariant.gep1335.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1299.i
-  br i1 %602, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !41
+  %.idx1279.i = shl nuw nsw i64 %indvars.iv1144.i, 9
+  %invariant.gep1318.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1279.i
+  br i1 %985, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !45
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global250.sroa.0.0885.i = phi <32 x float> [ %1061, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
-  %niter123 = phi i64 [ %niter123.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1298.i = shl nsw i64 %indvars.iv1109.i, 7
-  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i
-  %1031 = load <32 x float>, ptr %gep1336.i, align 4, !tbaa !4
-  %1032 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i, %1031
-  %1033 = select <32 x i1> %1032, <32 x float> %peak.rf_global250.sroa.0.0885.i, <32 x float> %1031
-  %indvars.iv.next1110.i = shl i64 %indvars.iv1109.i, 7
-  %1034 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i
-  %gep1336.i.1 = getelementptr inbounds nuw i8, ptr %1034, i64 128
-  %1035 = load <32 x float>, ptr %gep1336.i.1, align 4, !tbaa !4
-  %1036 = fcmp ogt <32 x float> %1033, %1035
-  %1037 = select <32 x i1> %1036, <32 x float> %1033, <32 x float> %1035
-  %indvars.iv.next1110.i.1 = shl i64 %indvars.iv1109.i, 7
-  %1038 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.1
-  %gep1336.i.2 = getelementptr inbounds nuw i8, ptr %1038, i64 256
-  %1039 = load <32 x float>, ptr %gep1336.i.2, align 4, !tbaa !4
-  %1040 = fcmp ogt <32 x float> %1037, %1039
-  %1041 = select <32 x i1> %1040, <32 x float> %1037, <32 x float> %1039
-  %indvars.iv.next1110.i.2 = shl i64 %indvars.iv1109.i, 7
-  %1042 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.2
-  %gep1336.i.3 = getelementptr inbounds nuw i8, ptr %1042, i64 384
-  %1043 = load <32 x float>, ptr %gep1336.i.3, align 4, !tbaa !4
-  %1044 = fcmp ogt <32 x float> %1041, %1043
-  %1045 = select <32 x i1> %1044, <32 x float> %1041, <32 x float> %1043
-  %indvars.iv.next1110.i.3 = shl i64 %indvars.iv1109.i, 7
-  %1046 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.3
-  %gep1336.i.4 = getelementptr inbounds nuw i8, ptr %1046, i64 512
-  %1047 = load <32 x float>, ptr %gep1336.i.4, align 4, !tbaa !4
-  %1048 = fcmp ogt <32 x float> %1045, %1047
-  %1049 = select <32 x i1> %1048, <32 x float> %1045, <32 x float> %1047
-  %indvars.iv.next1110.i.4 = shl i64 %indvars.iv1109.i, 7
-  %1050 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.4
-  %gep1336.i.5 = getelementptr inbounds nuw i8, ptr %1050, i64 640
-  %1051 = load <32 x float>, ptr %gep1336.i.5, align 4, !tbaa !4
-  %1052 = fcmp ogt <32 x float> %1049, %1051
-  %1053 = select <32 x i1> %1052, <32 x float> %1049, <32 x float> %1051
-  %indvars.iv.next1110.i.5 = shl i64 %indvars.iv1109.i, 7
-  %1054 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.5
-  %gep1336.i.6 = getelementptr inbounds nuw i8, ptr %1054, i64 768
-  %1055 = load <32 x float>, ptr %gep1336.i.6, align 4, !tbaa !4
-  %1056 = fcmp ogt <32 x float> %1053, %1055
-  %1057 = select <32 x i1> %1056, <32 x float> %1053, <32 x float> %1055
-  %indvars.iv.next1110.i.6 = shl i64 %indvars.iv1109.i, 7
-  %1058 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.6
-  %gep1336.i.7 = getelementptr inbounds nuw i8, ptr %1058, i64 896
-  %1059 = load <32 x float>, ptr %gep1336.i.7, align 4, !tbaa !4
-  %1060 = fcmp ogt <32 x float> %1057, %1059
-  %1061 = select <32 x i1> %1060, <32 x float> %1057, <32 x float> %1059
-  %indvars.iv.next1110.i.7 = add nuw nsw i64 %indvars.iv1109.i, 8
-  %niter123.next.7 = add i64 %niter123, 8
-  %niter123.ncmp.7 = icmp eq i64 %niter123.next.7, %unroll_iter122
-  br i1 %niter123.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !42, !llvm.loop !43
+  %indvars.iv1139.i = phi i64 [ %indvars.iv.next1140.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global221.sroa.0.0903.i = phi <32 x float> [ %1458, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %niter121 = phi i64 [ %niter121.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %.idx1278.i = shl nsw i64 %indvars.iv1139.i, 7
+  %gep1319.i = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %.idx1278.i
+  %1428 = load <32 x float>, ptr %gep1319.i, align 4, !tbaa !4
+  %1429 = fcmp ogt <32 x float> %peak.rf_global221.sroa.0.0903.i, %1428
+  %1430 = select <32 x i1> %1429, <32 x float> %peak.rf_global221.sroa.0.0903.i, <32 x float> %1428
+  %indvars.iv.next1140.i = shl i64 %indvars.iv1139.i, 7
+  %1431 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i
+  %gep1319.i.1 = getelementptr inbounds nuw i8, ptr %1431, i64 128
+  %1432 = load <32 x float>, ptr %gep1319.i.1, align 4, !tbaa !4
+  %1433 = fcmp ogt <32 x float> %1430, %1432
+  %1434 = select <32 x i1> %1433, <32 x float> %1430, <32 x float> %1432
+  %indvars.iv.next1140.i.1 = shl i64 %indvars.iv1139.i, 7
+  %1435 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.1
+  %gep1319.i.2 = getelementptr inbounds nuw i8, ptr %1435, i64 256
+  %1436 = load <32 x float>, ptr %gep1319.i.2, align 4, !tbaa !4
+  %1437 = fcmp ogt <32 x float> %1434, %1436
+  %1438 = select <32 x i1> %1437, <32 x float> %1434, <32 x float> %1436
+  %indvars.iv.next1140.i.2 = shl i64 %indvars.iv1139.i, 7
+  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.2
+  %gep1319.i.3 = getelementptr inbounds nuw i8, ptr %1439, i64 384
+  %1440 = load <32 x float>, ptr %gep1319.i.3, align 4, !tbaa !4
+  %1441 = fcmp ogt <32 x float> %1438, %1440
+  %1442 = select <32 x i1> %1441, <32 x float> %1438, <32 x float> %1440
+  %indvars.iv.next1140.i.3 = shl i64 %indvars.iv1139.i, 7
+  %1443 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.3
+  %gep1319.i.4 = getelementptr inbounds nuw i8, ptr %1443, i64 512
+  %1444 = load <32 x float>, ptr %gep1319.i.4, align 4, !tbaa !4
+  %1445 = fcmp ogt <32 x float> %1442, %1444
+  %1446 = select <32 x i1> %1445, <32 x float> %1442, <32 x float> %1444
+  %indvars.iv.next1140.i.4 = shl i64 %indvars.iv1139.i, 7
+  %1447 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.4
+  %gep1319.i.5 = getelementptr inbounds nuw i8, ptr %1447, i64 640
+  %1448 = load <32 x float>, ptr %gep1319.i.5, align 4, !tbaa !4
+  %1449 = fcmp ogt <32 x float> %1446, %1448
+  %1450 = select <32 x i1> %1449, <32 x float> %1446, <32 x float> %1448
+  %indvars.iv.next1140.i.5 = shl i64 %indvars.iv1139.i, 7
+  %1451 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.5
+  %gep1319.i.6 = getelementptr inbounds nuw i8, ptr %1451, i64 768
+  %1452 = load <32 x float>, ptr %gep1319.i.6, align 4, !tbaa !4
+  %1453 = fcmp ogt <32 x float> %1450, %1452
+  %1454 = select <32 x i1> %1453, <32 x float> %1450, <32 x float> %1452
+  %indvars.iv.next1140.i.6 = shl i64 %indvars.iv1139.i, 7
+  %1455 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.6
+  %gep1319.i.7 = getelementptr inbounds nuw i8, ptr %1455, i64 896
+  %1456 = load <32 x float>, ptr %gep1319.i.7, align 4, !tbaa !4
+  %1457 = fcmp ogt <32 x float> %1454, %1456
+  %1458 = select <32 x i1> %1457, <32 x float> %1454, <32 x float> %1456
+  %indvars.iv.next1140.i.7 = add nuw nsw i64 %indvars.iv1139.i, 8
+  %niter121.next.7 = add i64 %niter121, 8
+  %niter121.ncmp.7 = icmp eq i64 %niter121.next.7, %unroll_iter120
+  br i1 %niter121.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !46, !llvm.loop !47
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod119.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod117.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !49
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1109.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1110.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global250.sroa.0.0885.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod121)
+  %indvars.iv1139.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1140.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global221.sroa.0.0903.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod119)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1109.i.epil = phi i64 [ %indvars.iv1109.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1110.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global250.sroa.0.0885.i.epil = phi <32 x float> [ %peak.rf_global250.sroa.0.0885.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1064, %for_body_ax1.i.epil ]
-  %epil.iter118 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter118.next, %for_body_ax1.i.epil ]
-  %.idx1298.i.epil = shl nsw i64 %indvars.iv1109.i.epil, 7
-  %gep1336.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i.epil
-  %1062 = load <32 x float>, ptr %gep1336.i.epil, align 4, !tbaa !4
-  %1063 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, %1062
-  %1064 = select <32 x i1> %1063, <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, <32 x float> %1062
-  %indvars.iv.next1110.i.epil = add nuw nsw i64 %indvars.iv1109.i.epil, 1
-  %epil.iter118.next = add i64 %epil.iter118, 1
-  %epil.iter118.cmp.not = icmp eq i64 %epil.iter118.next, %xtraiter117
-  br i1 %epil.iter118.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !30, !llvm.loop !46
+  %indvars.iv1139.i.epil = phi i64 [ %indvars.iv1139.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1140.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global221.sroa.0.0903.i.epil = phi <32 x float> [ %peak.rf_global221.sroa.0.0903.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1461, %for_body_ax1.i.epil ]
+  %epil.iter116 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter116.next, %for_body_ax1.i.epil ]
+  %.idx1278.i.epil = shl nsw i64 %indvars.iv1139.i.epil, 7
+  %gep1319.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %.idx1278.i.epil
+  %1459 = load <32 x float>, ptr %gep1319.i.epil, align 4, !tbaa !4
+  %1460 = fcmp ogt <32 x float> %peak.rf_global221.sroa.0.0903.i.epil, %1459
+  %1461 = select <32 x i1> %1460, <32 x float> %peak.rf_global221.sroa.0.0903.i.epil, <32 x float> %1459
+  %indvars.iv.next1140.i.epil = add nuw nsw i64 %indvars.iv1139.i.epil, 1
+  %epil.iter116.next = add i64 %epil.iter116, 1
+  %epil.iter116.cmp.not = icmp eq i64 %epil.iter116.next, %xtraiter115
+  br i1 %epil.iter116.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !34, !llvm.loop !50
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global250.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1064, %for_body_ax1.i.epil ]
-  %1065 = getelementptr inbounds nuw float, ptr %peak252.i, i64 %indvars.iv1114.i
-  %peak.rf251.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 0
-  %1066 = fcmp olt float %peak.rf251.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1067 = select i1 %1066, float 0xC7EFFFFFE0000000, float %peak.rf251.sroa.0.0.vec.extract.i
-  %peak.rf251.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 1
-  %1068 = fcmp ogt float %1067, %peak.rf251.sroa.0.4.vec.extract.i
-  %1069 = select i1 %1068, float %1067, float %peak.rf251.sroa.0.4.vec.extract.i
-  %peak.rf251.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 2
-  %1070 = fcmp ogt float %1069, %peak.rf251.sroa.0.8.vec.extract.i
-  %1071 = select i1 %1070, float %1069, float %peak.rf251.sroa.0.8.vec.extract.i
-  %peak.rf251.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 3
-  %1072 = fcmp ogt float %1071, %peak.rf251.sroa.0.12.vec.extract.i
-  %1073 = select i1 %1072, float %1071, float %peak.rf251.sroa.0.12.vec.extract.i
-  %peak.rf251.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 4
-  %1074 = fcmp ogt float %1073, %peak.rf251.sroa.0.16.vec.extract.i
-  %1075 = select i1 %1074, float %1073, float %peak.rf251.sroa.0.16.vec.extract.i
-  %peak.rf251.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 5
-  %1076 = fcmp ogt float %1075, %peak.rf251.sroa.0.20.vec.extract.i
-  %1077 = select i1 %1076, float %1075, float %peak.rf251.sroa.0.20.vec.extract.i
-  %peak.rf251.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 6
-  %1078 = fcmp ogt float %1077, %peak.rf251.sroa.0.24.vec.extract.i
-  %1079 = select i1 %1078, float %1077, float %peak.rf251.sroa.0.24.vec.extract.i
-  %peak.rf251.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 7
-  %1080 = fcmp ogt float %1079, %peak.rf251.sroa.0.28.vec.extract.i
-  %1081 = select i1 %1080, float %1079, float %peak.rf251.sroa.0.28.vec.extract.i
-  %peak.rf251.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 8
-  %1082 = fcmp ogt float %1081, %peak.rf251.sroa.0.32.vec.extract.i
-  %1083 = select i1 %1082, float %1081, float %peak.rf251.sroa.0.32.vec.extract.i
-  %peak.rf251.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 9
-  %1084 = fcmp ogt float %1083, %peak.rf251.sroa.0.36.vec.extract.i
-  %1085 = select i1 %1084, float %1083, float %peak.rf251.sroa.0.36.vec.extract.i
-  %peak.rf251.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 10
-  %1086 = fcmp ogt float %1085, %peak.rf251.sroa.0.40.vec.extract.i
-  %1087 = select i1 %1086, float %1085, float %peak.rf251.sroa.0.40.vec.extract.i
-  %peak.rf251.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 11
-  %1088 = fcmp ogt float %1087, %peak.rf251.sroa.0.44.vec.extract.i
-  %1089 = select i1 %1088, float %1087, float %peak.rf251.sroa.0.44.vec.extract.i
-  %peak.rf251.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 12
-  %1090 = fcmp ogt float %1089, %peak.rf251.sroa.0.48.vec.extract.i
-  %1091 = select i1 %1090, float %1089, float %peak.rf251.sroa.0.48.vec.extract.i
-  %peak.rf251.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 13
-  %1092 = fcmp ogt float %1091, %peak.rf251.sroa.0.52.vec.extract.i
-  %1093 = select i1 %1092, float %1091, float %peak.rf251.sroa.0.52.vec.extract.i
-  %peak.rf251.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 14
-  %1094 = fcmp ogt float %1093, %peak.rf251.sroa.0.56.vec.extract.i
-  %1095 = select i1 %1094, float %1093, float %peak.rf251.sroa.0.56.vec.extract.i
-  %peak.rf251.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 15
-  %1096 = fcmp ogt float %1095, %peak.rf251.sroa.0.60.vec.extract.i
-  %1097 = select i1 %1096, float %1095, float %peak.rf251.sroa.0.60.vec.extract.i
-  %peak.rf251.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 16
-  %1098 = fcmp ogt float %1097, %peak.rf251.sroa.0.64.vec.extract.i
-  %1099 = select i1 %1098, float %1097, float %peak.rf251.sroa.0.64.vec.extract.i
-  %peak.rf251.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 17
-  %1100 = fcmp ogt float %1099, %peak.rf251.sroa.0.68.vec.extract.i
-  %1101 = select i1 %1100, float %1099, float %peak.rf251.sroa.0.68.vec.extract.i
-  %peak.rf251.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 18
-  %1102 = fcmp ogt float %1101, %peak.rf251.sroa.0.72.vec.extract.i
-  %1103 = select i1 %1102, float %1101, float %peak.rf251.sroa.0.72.vec.extract.i
-  %peak.rf251.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 19
-  %1104 = fcmp ogt float %1103, %peak.rf251.sroa.0.76.vec.extract.i
-  %1105 = select i1 %1104, float %1103, float %peak.rf251.sroa.0.76.vec.extract.i
-  %peak.rf251.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 20
-  %1106 = fcmp ogt float %1105, %peak.rf251.sroa.0.80.vec.extract.i
-  %1107 = select i1 %1106, float %1105, float %peak.rf251.sroa.0.80.vec.extract.i
-  %peak.rf251.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 21
-  %1108 = fcmp ogt float %1107, %peak.rf251.sroa.0.84.vec.extract.i
-  %1109 = select i1 %1108, float %1107, float %peak.rf251.sroa.0.84.vec.extract.i
-  %peak.rf251.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 22
-  %1110 = fcmp ogt float %1109, %peak.rf251.sroa.0.88.vec.extract.i
-  %1111 = select i1 %1110, float %1109, float %peak.rf251.sroa.0.88.vec.extract.i
-  %peak.rf251.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 23
-  %1112 = fcmp ogt float %1111, %peak.rf251.sroa.0.92.vec.extract.i
-  %1113 = select i1 %1112, float %1111, float %peak.rf251.sroa.0.92.vec.extract.i
-  %peak.rf251.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 24
-  %1114 = fcmp ogt float %1113, %peak.rf251.sroa.0.96.vec.extract.i
-  %1115 = select i1 %1114, float %1113, float %peak.rf251.sroa.0.96.vec.extract.i
-  %peak.rf251.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 25
-  %1116 = fcmp ogt float %1115, %peak.rf251.sroa.0.100.vec.extract.i
-  %1117 = select i1 %1116, float %1115, float %peak.rf251.sroa.0.100.vec.extract.i
-  %peak.rf251.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 26
-  %1118 = fcmp ogt float %1117, %peak.rf251.sroa.0.104.vec.extract.i
-  %1119 = select i1 %1118, float %1117, float %peak.rf251.sroa.0.104.vec.extract.i
-  %peak.rf251.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 27
-  %1120 = fcmp ogt float %1119, %peak.rf251.sroa.0.108.vec.extract.i
-  %1121 = select i1 %1120, float %1119, float %peak.rf251.sroa.0.108.vec.extract.i
-  %peak.rf251.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 28
-  %1122 = fcmp ogt float %1121, %peak.rf251.sroa.0.112.vec.extract.i
-  %1123 = select i1 %1122, float %1121, float %peak.rf251.sroa.0.112.vec.extract.i
-  %peak.rf251.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 29
-  %1124 = fcmp ogt float %1123, %peak.rf251.sroa.0.116.vec.extract.i
-  %1125 = select i1 %1124, float %1123, float %peak.rf251.sroa.0.116.vec.extract.i
-  %peak.rf251.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 30
-  %1126 = fcmp ogt float %1125, %peak.rf251.sroa.0.120.vec.extract.i
-  %1127 = select i1 %1126, float %1125, float %peak.rf251.sroa.0.120.vec.extract.i
-  %peak.rf251.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 31
-  %1128 = fcmp ogt float %1127, %peak.rf251.sroa.0.124.vec.extract.i
-  %1129 = select i1 %1128, float %1127, float %peak.rf251.sroa.0.124.vec.extract.i
-  store float %1129, ptr %1065, align 4, !tbaa !47
-  %indvars.iv.next1115.i = add nuw nsw i64 %indvars.iv1114.i, 1
-  %exitcond1117.not.i = icmp eq i64 %indvars.iv.next1115.i, 4
-  br i1 %exitcond1117.not.i, label %for_body_r50.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
-
-for_body_r50.preheader.i:                         ; preds = %for_end_ax1.i
-  %1130 = load <4 x float>, ptr %peak252.i, align 16
-  %spec.select = select i1 %587, <4 x float> %1130, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
-  %spec.select183 = select i1 %587, <4 x float> %1130, <4 x float> splat (float 0xC6293E5940000000)
-  %1131 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select183, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
-  br i1 %586, label %for_body_to62.lr.ph.i, label %for_begin_ax181.preheader.i.preheader, !prof !3
-
-for_body_to62.lr.ph.i:                            ; preds = %for_body_r50.preheader.i
-  %1132 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> zeroinitializer
-  br label %for_body_to62.i
-
-for_body_to62.i:                                  ; preds = %for_body_to62.i, %for_body_to62.lr.ph.i
-  %indvars.iv1122.i = phi i64 [ 0, %for_body_to62.lr.ph.i ], [ %indvars.iv.next1123.i, %for_body_to62.i ]
-  %1133 = shl nsw i64 %indvars.iv1122.i, 5
-  %1134 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1133
-  %1135 = load <32 x float>, ptr %1134, align 4, !tbaa !4
-  %arg.i = fsub <32 x float> %1135, %1132
-  %cse_v33.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1136 = bitcast <32 x float> %cse_v33.i to <32 x i32>
-  %1137 = add nsw <32 x i32> %1136, splat (i32 -1262485504)
-  %1138 = sitofp <32 x i32> %1137 to <32 x float>
-  %1139 = fmul <32 x float> %1138, splat (float 0x3F2BD01060000000)
-  %1140 = fmul <32 x float> %1138, splat (float 0x3FE6300000000000)
-  %1141 = fsub <32 x float> %arg.i, %1140
-  %1142 = fadd <32 x float> %1139, %1141
-  %1143 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1142, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1143, <32 x float> %1142, <32 x float> splat (float 0x3F81112100000000))
-  %1145 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1144, <32 x float> %1142, <32 x float> splat (float 0x3FA5553820000000))
-  %1146 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1145, <32 x float> %1142, <32 x float> splat (float 0x3FC5555540000000))
-  %1147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1146, <32 x float> %1142, <32 x float> splat (float 5.000000e-01))
-  %1148 = fmul <32 x float> %1142, %1147
-  %1149 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1148, <32 x float> %1142, <32 x float> %1142)
-  %1150 = shl <32 x i32> %1136, splat (i32 23)
-  %1151 = add <32 x i32> %1150, splat (i32 1065353216)
-  %1152 = bitcast <32 x i32> %1151 to <32 x float>
-  %1153 = fadd <32 x float> %1149, splat (float 1.000000e+00)
-  %1154 = fmul <32 x float> %1153, %1152
-  %1155 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %1156 = select <32 x i1> %1155, <32 x float> zeroinitializer, <32 x float> %1154
-  %1157 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1133
-  store <32 x float> %1156, ptr %1157, align 4, !tbaa !4
-  %indvars.iv.next1123.i = add nuw nsw i64 %indvars.iv1122.i, 1
-  %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1123.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.not.i, label %for_body_to62.lr.ph.1.i, label %for_body_to62.i, !prof !8
-
-for_body_to62.lr.ph.1.i:                          ; preds = %for_body_to62.i
-  %1158 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br label %for_body_to62.1.i
-
-for_body_to62.1.i:                                ; preds = %for_body_to62.1.i, %for_body_to62.lr.ph.1.i
-  %indvars.iv1122.1.i = phi i64 [ 0, %for_body_to62.lr.ph.1.i ], [ %indvars.iv.next1123.1.i, %for_body_to62.1.i ]
-  %1159 = shl nsw i64 %indvars.iv1122.1.i, 5
-  %1160 = add nuw nsw i64 %1159, 128
-  %1161 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1160
-  %1162 = load <32 x float>, ptr %1161, align 4, !tbaa !4
-  %arg.1.i = fsub <32 x float> %1162, %1158
-  %cse_v33.1.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1163 = bitcast <32 x float> %cse_v33.1.i to <32 x i32>
-  %1164 = add nsw <32 x i32> %1163, splat (i32 -1262485504)
-  %1165 = sitofp <32 x i32> %1164 to <32 x float>
-  %1166 = fmul <32 x float> %1165, splat (float 0x3F2BD01060000000)
-  %1167 = fmul <32 x float> %1165, splat (float 0x3FE6300000000000)
-  %1168 = fsub <32 x float> %arg.1.i, %1167
-  %1169 = fadd <32 x float> %1166, %1168
-  %1170 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1169, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1171 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1170, <32 x float> %1169, <32 x float> splat (float 0x3F81112100000000))
-  %1172 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1171, <32 x float> %1169, <32 x float> splat (float 0x3FA5553820000000))
-  %1173 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1172, <32 x float> %1169, <32 x float> splat (float 0x3FC5555540000000))
-  %1174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1173, <32 x float> %1169, <32 x float> splat (float 5.000000e-01))
-  %1175 = fmul <32 x float> %1169, %1174
-  %1176 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1175, <32 x float> %1169, <32 x float> %1169)
-  %1177 = shl <32 x i32> %1163, splat (i32 23)
-  %1178 = add <32 x i32> %1177, splat (i32 1065353216)
-  %1179 = bitcast <32 x i32> %1178 to <32 x float>
-  %1180 = fadd <32 x float> %1176, splat (float 1.000000e+00)
-  %1181 = fmul <32 x float> %1180, %1179
-  %1182 = fcmp olt <32 x float> %arg.1.i, splat (float -8.700000e+01)
-  %1183 = select <32 x i1> %1182, <32 x float> zeroinitializer, <32 x float> %1181
-  %1184 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1160
-  store <32 x float> %1183, ptr %1184, align 4, !tbaa !4
-  %indvars.iv.next1123.1.i = add nuw nsw i64 %indvars.iv1122.1.i, 1
-  %exitcond1127.1.not.i = icmp eq i64 %indvars.iv.next1123.1.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.1.not.i, label %for_body_to62.lr.ph.2.i, label %for_body_to62.1.i, !prof !8
-
-for_body_to62.lr.ph.2.i:                          ; preds = %for_body_to62.1.i
-  %1185 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br label %for_body_to62.2.i
-
-for_body_to62.2.i:                                ; preds = %for_body_to62.2.i, %for_body_to62.lr.ph.2.i
-  %indvars.iv1122.2.i = phi i64 [ 0, %for_body_to62.lr.ph.2.i ], [ %indvars.iv.next1123.2.i, %for_body_to62.2.i ]
-  %1186 = shl nsw i64 %indvars.iv1122.2.i, 5
-  %1187 = add nuw nsw i64 %1186, 256
-  %1188 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1187
-  %1189 = load <32 x float>, ptr %1188, align 4, !tbaa !4
-  %arg.2.i = fsub <32 x float> %1189, %1185
-  %cse_v33.2.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1190 = bitcast <32 x float> %cse_v33.2.i to <32 x i32>
-  %1191 = add nsw <32 x i32> %1190, splat (i32 -1262485504)
-  %1192 = sitofp <32 x i32> %1191 to <32 x float>
-  %1193 = fmul <32 x float> %1192, splat (float 0x3F2BD01060000000)
-  %1194 = fmul <32 x float> %1192, splat (float 0x3FE6300000000000)
-  %1195 = fsub <32 x float> %arg.2.i, %1194
-  %1196 = fadd <32 x float> %1193, %1195
-  %1197 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1196, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1198 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1197, <32 x float> %1196, <32 x float> splat (float 0x3F81112100000000))
-  %1199 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1198, <32 x float> %1196, <32 x float> splat (float 0x3FA5553820000000))
-  %1200 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1199, <32 x float> %1196, <32 x float> splat (float 0x3FC5555540000000))
-  %1201 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1200, <32 x float> %1196, <32 x float> splat (float 5.000000e-01))
-  %1202 = fmul <32 x float> %1196, %1201
-  %1203 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1202, <32 x float> %1196, <32 x float> %1196)
-  %1204 = shl <32 x i32> %1190, splat (i32 23)
-  %1205 = add <32 x i32> %1204, splat (i32 1065353216)
-  %1206 = bitcast <32 x i32> %1205 to <32 x float>
-  %1207 = fadd <32 x float> %1203, splat (float 1.000000e+00)
-  %1208 = fmul <32 x float> %1207, %1206
-  %1209 = fcmp olt <32 x float> %arg.2.i, splat (float -8.700000e+01)
-  %1210 = select <32 x i1> %1209, <32 x float> zeroinitializer, <32 x float> %1208
-  %1211 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1187
-  store <32 x float> %1210, ptr %1211, align 4, !tbaa !4
-  %indvars.iv.next1123.2.i = add nuw nsw i64 %indvars.iv1122.2.i, 1
-  %exitcond1127.2.not.i = icmp eq i64 %indvars.iv.next1123.2.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.2.not.i, label %for_body_to62.lr.ph.3.i, label %for_body_to62.2.i, !prof !8
-
-for_body_to62.lr.ph.3.i:                          ; preds = %for_body_to62.2.i
-  %1212 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br label %for_body_to62.3.i
-
-for_body_to62.3.i:                                ; preds = %for_body_to62.3.i, %for_body_to62.lr.ph.3.i
-  %indvars.iv1122.3.i = phi i64 [ 0, %for_body_to62.lr.ph.3.i ], [ %indvars.iv.next1123.3.i, %for_body_to62.3.i ]
-  %1213 = shl nsw i64 %indvars.iv1122.3.i, 5
-  %1214 = add nuw nsw i64 %1213, 384
-  %1215 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1214
-  %1216 = load <32 x float>, ptr %1215, align 4, !tbaa !4
-  %arg.3.i = fsub <32 x float> %1216, %1212
-  %cse_v33.3.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1217 = bitcast <32 x float> %cse_v33.3.i to <32 x i32>
-  %1218 = add nsw <32 x i32> %1217, splat (i32 -1262485504)
-  %1219 = sitofp <32 x i32> %1218 to <32 x float>
-  %1220 = fmul <32 x float> %1219, splat (float 0x3F2BD01060000000)
-  %1221 = fmul <32 x float> %1219, splat (float 0x3FE6300000000000)
-  %1222 = fsub <32 x float> %arg.3.i, %1221
-  %1223 = fadd <32 x float> %1220, %1222
-  %1224 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1223, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1225 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1224, <32 x float> %1223, <32 x float> splat (float 0x3F81112100000000))
-  %1226 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1225, <32 x float> %1223, <32 x float> splat (float 0x3FA5553820000000))
-  %1227 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1226, <32 x float> %1223, <32 x float> splat (float 0x3FC5555540000000))
-  %1228 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1227, <32 x float> %1223, <32 x float> splat (float 5.000000e-01))
-  %1229 = fmul <32 x float> %1223, %1228
-  %1230 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1229, <32 x float> %1223, <32 x float> %1223)
-  %1231 = shl <32 x i32> %1217, splat (i32 23)
-  %1232 = add <32 x i32> %1231, splat (i32 1065353216)
-  %1233 = bitcast <32 x i32> %1232 to <32 x float>
-  %1234 = fadd <32 x float> %1230, splat (float 1.000000e+00)
-  %1235 = fmul <32 x float> %1234, %1233
-  %1236 = fcmp olt <32 x float> %arg.3.i, splat (float -8.700000e+01)
-  %1237 = select <32 x i1> %1236, <32 x float> zeroinitializer, <32 x float> %1235
-  %1238 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1214
-  store <32 x float> %1237, ptr %1238, align 4, !tbaa !4
-  %indvars.iv.next1123.3.i = add nuw nsw i64 %indvars.iv1122.3.i, 1
-  %exitcond1127.3.not.i = icmp eq i64 %indvars.iv.next1123.3.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.3.not.i, label %for_body_to72.i.preheader, label %for_body_to62.3.i, !prof !8
-
-for_body_to72.i.preheader:                        ; preds = %for_body_to62.3.i
-  br i1 %603, label %for_body_to72.i.epil.preheader, label %for_body_to72.i, !prof !26
-
-for_body_to72.i:                                  ; preds = %for_body_to72.i, %for_body_to72.i.preheader
-  %indvars.iv1132.i = phi i64 [ %indvars.iv.next1133.i.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
-  %niter129 = phi i64 [ %niter129.next.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
-  %1239 = shl nsw i64 %indvars.iv1132.i, 5
-  %1240 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1239
-  %1241 = load <32 x i32>, ptr %1240, align 4, !tbaa !4
-  %1242 = lshr <32 x i32> %1241, splat (i32 16)
-  %1243 = and <32 x i32> %1242, splat (i32 1)
-  %1244 = add <32 x i32> %1241, splat (i32 32767)
-  %1245 = add <32 x i32> %1244, %1243
-  %1246 = and <32 x i32> %1245, splat (i32 -65536)
-  %1247 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1239
-  store <32 x i32> %1246, ptr %1247, align 4, !tbaa !4
-  %indvars.iv.next1133.i = shl i64 %indvars.iv1132.i, 5
-  %1248 = or disjoint i64 %indvars.iv.next1133.i, 32
-  %1249 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1248
-  %1250 = load <32 x i32>, ptr %1249, align 4, !tbaa !4
-  %1251 = lshr <32 x i32> %1250, splat (i32 16)
-  %1252 = and <32 x i32> %1251, splat (i32 1)
-  %1253 = add <32 x i32> %1250, splat (i32 32767)
-  %1254 = add <32 x i32> %1253, %1252
-  %1255 = and <32 x i32> %1254, splat (i32 -65536)
-  %1256 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1248
-  store <32 x i32> %1255, ptr %1256, align 4, !tbaa !4
-  %indvars.iv.next1133.i.1 = shl i64 %indvars.iv1132.i, 5
-  %1257 = or disjoint i64 %indvars.iv.next1133.i.1, 64
-  %1258 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1257
-  %1259 = load <32 x i32>, ptr %1258, align 4, !tbaa !4
-  %1260 = lshr <32 x i32> %1259, splat (i32 16)
-  %1261 = and <32 x i32> %1260, splat (i32 1)
-  %1262 = add <32 x i32> %1259, splat (i32 32767)
-  %1263 = add <32 x i32> %1262, %1261
-  %1264 = and <32 x i32> %1263, splat (i32 -65536)
-  %1265 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1257
-  store <32 x i32> %1264, ptr %1265, align 4, !tbaa !4
-  %indvars.iv.next1133.i.2 = shl i64 %indvars.iv1132.i, 5
-  %1266 = or disjoint i64 %indvars.iv.next1133.i.2, 96
-  %1267 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1266
-  %1268 = load <32 x i32>, ptr %1267, align 4, !tbaa !4
-  %1269 = lshr <32 x i32> %1268, splat (i32 16)
-  %1270 = and <32 x i32> %1269, splat (i32 1)
-  %1271 = add <32 x i32> %1268, splat (i32 32767)
-  %1272 = add <32 x i32> %1271, %1270
-  %1273 = and <32 x i32> %1272, splat (i32 -65536)
-  %1274 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1266
-  store <32 x i32> %1273, ptr %1274, align 4, !tbaa !4
-  %indvars.iv.next1133.i.3 = add nuw nsw i64 %indvars.iv1132.i, 4
-  %niter129.next.3 = add i64 %niter129, 4
-  %niter129.ncmp.3 = icmp eq i64 %niter129.next.3, %unroll_iter128
-  br i1 %niter129.ncmp.3, label %for_body_to72.1.i.preheader.unr-lcssa, label %for_body_to72.i, !prof !27, !llvm.loop !49
-
-for_body_to72.1.i.preheader.unr-lcssa:            ; preds = %for_body_to72.i
-  br i1 %lcmp.mod126.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil.preheader, !prof !30
-
-for_body_to72.i.epil.preheader:                   ; preds = %for_body_to72.1.i.preheader.unr-lcssa, %for_body_to72.i.preheader
-  %indvars.iv1132.i.epil.init = phi i64 [ 0, %for_body_to72.i.preheader ], [ %indvars.iv.next1133.i.3, %for_body_to72.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod127)
-  br label %for_body_to72.i.epil
-
-for_body_to72.i.epil:                             ; preds = %for_body_to72.i.epil, %for_body_to72.i.epil.preheader
-  %indvars.iv1132.i.epil = phi i64 [ %indvars.iv.next1133.i.epil, %for_body_to72.i.epil ], [ %indvars.iv1132.i.epil.init, %for_body_to72.i.epil.preheader ]
-  %epil.iter125 = phi i64 [ %epil.iter125.next, %for_body_to72.i.epil ], [ 0, %for_body_to72.i.epil.preheader ]
-  %1275 = shl nsw i64 %indvars.iv1132.i.epil, 5
-  %1276 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1275
-  %1277 = load <32 x i32>, ptr %1276, align 4, !tbaa !4
-  %1278 = lshr <32 x i32> %1277, splat (i32 16)
-  %1279 = and <32 x i32> %1278, splat (i32 1)
-  %1280 = add <32 x i32> %1277, splat (i32 32767)
-  %1281 = add <32 x i32> %1280, %1279
-  %1282 = and <32 x i32> %1281, splat (i32 -65536)
-  %1283 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
-  store <32 x i32> %1282, ptr %1283, align 4, !tbaa !4
-  %indvars.iv.next1133.i.epil = add nuw nsw i64 %indvars.iv1132.i.epil, 1
-  %epil.iter125.next = add i64 %epil.iter125, 1
-  %epil.iter125.cmp.not = icmp eq i64 %epil.iter125.next, %xtraiter124
-  br i1 %epil.iter125.cmp.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil, !prof !31, !llvm.loop !50
-
-for_body_to72.1.i.preheader:                      ; preds = %for_body_to72.i.epil, %for_body_to72.1.i.preheader.unr-lcssa
-  br i1 %604, label %for_body_to72.1.i.epil.preheader, label %for_body_to72.1.i, !prof !26
-
-for_body_to72.1.i:                                ; preds = %for_body_to72.1.i, %for_body_to72.1.i.preheader
-  %indvars.iv1132.1.i = phi i64 [ %indvars.iv.next1133.1.i.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
-  %niter135 = phi i64 [ %niter135.next.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
-  %1284 = shl nsw i64 %indvars.iv1132.1.i, 5
-  %1285 = add nuw nsw i64 %1284, 128
-  %1286 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1285
-  %1287 = load <32 x i32>, ptr %1286, align 4, !tbaa !4
-  %1288 = lshr <32 x i32> %1287, splat (i32 16)
-  %1289 = and <32 x i32> %1288, splat (i32 1)
-  %1290 = add <32 x i32> %1287, splat (i32 32767)
-  %1291 = add <32 x i32> %1290, %1289
-  %1292 = and <32 x i32> %1291, splat (i32 -65536)
-  %1293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1285
-  store <32 x i32> %1292, ptr %1293, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i = shl i64 %indvars.iv1132.1.i, 5
-  %1294 = add nuw nsw i64 %indvars.iv.next1133.1.i, 160
-  %1295 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1294
-  %1296 = load <32 x i32>, ptr %1295, align 4, !tbaa !4
-  %1297 = lshr <32 x i32> %1296, splat (i32 16)
-  %1298 = and <32 x i32> %1297, splat (i32 1)
-  %1299 = add <32 x i32> %1296, splat (i32 32767)
-  %1300 = add <32 x i32> %1299, %1298
-  %1301 = and <32 x i32> %1300, splat (i32 -65536)
-  %1302 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1294
-  store <32 x i32> %1301, ptr %1302, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.1 = shl i64 %indvars.iv1132.1.i, 5
-  %1303 = add nuw nsw i64 %indvars.iv.next1133.1.i.1, 192
-  %1304 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1303
-  %1305 = load <32 x i32>, ptr %1304, align 4, !tbaa !4
-  %1306 = lshr <32 x i32> %1305, splat (i32 16)
-  %1307 = and <32 x i32> %1306, splat (i32 1)
-  %1308 = add <32 x i32> %1305, splat (i32 32767)
-  %1309 = add <32 x i32> %1308, %1307
-  %1310 = and <32 x i32> %1309, splat (i32 -65536)
-  %1311 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
-  store <32 x i32> %1310, ptr %1311, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.2 = shl i64 %indvars.iv1132.1.i, 5
-  %1312 = add nuw nsw i64 %indvars.iv.next1133.1.i.2, 224
-  %1313 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1312
-  %1314 = load <32 x i32>, ptr %1313, align 4, !tbaa !4
-  %1315 = lshr <32 x i32> %1314, splat (i32 16)
-  %1316 = and <32 x i32> %1315, splat (i32 1)
-  %1317 = add <32 x i32> %1314, splat (i32 32767)
-  %1318 = add <32 x i32> %1317, %1316
-  %1319 = and <32 x i32> %1318, splat (i32 -65536)
-  %1320 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1312
-  store <32 x i32> %1319, ptr %1320, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.3 = add nuw nsw i64 %indvars.iv1132.1.i, 4
-  %niter135.next.3 = add i64 %niter135, 4
-  %niter135.ncmp.3 = icmp eq i64 %niter135.next.3, %unroll_iter134
-  br i1 %niter135.ncmp.3, label %for_body_to72.2.i.preheader.unr-lcssa, label %for_body_to72.1.i, !prof !27, !llvm.loop !51
-
-for_body_to72.2.i.preheader.unr-lcssa:            ; preds = %for_body_to72.1.i
-  br i1 %lcmp.mod132.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil.preheader, !prof !30
-
-for_body_to72.1.i.epil.preheader:                 ; preds = %for_body_to72.2.i.preheader.unr-lcssa, %for_body_to72.1.i.preheader
-  %indvars.iv1132.1.i.epil.init = phi i64 [ 0, %for_body_to72.1.i.preheader ], [ %indvars.iv.next1133.1.i.3, %for_body_to72.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod133)
-  br label %for_body_to72.1.i.epil
-
-for_body_to72.1.i.epil:                           ; preds = %for_body_to72.1.i.epil, %for_body_to72.1.i.epil.preheader
-  %indvars.iv1132.1.i.epil = phi i64 [ %indvars.iv.next1133.1.i.epil, %for_body_to72.1.i.epil ], [ %indvars.iv1132.1.i.epil.init, %for_body_to72.1.i.epil.preheader ]
-  %epil.iter131 = phi i64 [ %epil.iter131.next, %for_body_to72.1.i.epil ], [ 0, %for_body_to72.1.i.epil.preheader ]
-  %1321 = shl nsw i64 %indvars.iv1132.1.i.epil, 5
-  %1322 = add nuw nsw i64 %1321, 128
-  %1323 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1322
-  %1324 = load <32 x i32>, ptr %1323, align 4, !tbaa !4
-  %1325 = lshr <32 x i32> %1324, splat (i32 16)
-  %1326 = and <32 x i32> %1325, splat (i32 1)
-  %1327 = add <32 x i32> %1324, splat (i32 32767)
-  %1328 = add <32 x i32> %1327, %1326
-  %1329 = and <32 x i32> %1328, splat (i32 -65536)
-  %1330 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1322
-  store <32 x i32> %1329, ptr %1330, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.epil = add nuw nsw i64 %indvars.iv1132.1.i.epil, 1
-  %epil.iter131.next = add i64 %epil.iter131, 1
-  %epil.iter131.cmp.not = icmp eq i64 %epil.iter131.next, %xtraiter130
-  br i1 %epil.iter131.cmp.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil, !prof !31, !llvm.loop !52
-
-for_body_to72.2.i.preheader:                      ; preds = %for_body_to72.1.i.epil, %for_body_to72.2.i.preheader.unr-lcssa
-  br i1 %605, label %for_body_to72.2.i.epil.preheader, label %for_body_to72.2.i, !prof !26
-
-for_body_to72.2.i:                                ; preds = %for_body_to72.2.i, %for_body_to72.2.i.preheader
-  %indvars.iv1132.2.i = phi i64 [ %indvars.iv.next1133.2.i.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
-  %niter141 = phi i64 [ %niter141.next.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
-  %1331 = shl nsw i64 %indvars.iv1132.2.i, 5
-  %1332 = add nuw nsw i64 %1331, 256
-  %1333 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1332
-  %1334 = load <32 x i32>, ptr %1333, align 4, !tbaa !4
-  %1335 = lshr <32 x i32> %1334, splat (i32 16)
-  %1336 = and <32 x i32> %1335, splat (i32 1)
-  %1337 = add <32 x i32> %1334, splat (i32 32767)
-  %1338 = add <32 x i32> %1337, %1336
-  %1339 = and <32 x i32> %1338, splat (i32 -65536)
-  %1340 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1332
-  store <32 x i32> %1339, ptr %1340, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i = shl i64 %indvars.iv1132.2.i, 5
-  %1341 = add nuw nsw i64 %indvars.iv.next1133.2.i, 288
-  %1342 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1341
-  %1343 = load <32 x i32>, ptr %1342, align 4, !tbaa !4
-  %1344 = lshr <32 x i32> %1343, splat (i32 16)
-  %1345 = and <32 x i32> %1344, splat (i32 1)
-  %1346 = add <32 x i32> %1343, splat (i32 32767)
-  %1347 = add <32 x i32> %1346, %1345
-  %1348 = and <32 x i32> %1347, splat (i32 -65536)
-  %1349 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1341
-  store <32 x i32> %1348, ptr %1349, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.1 = shl i64 %indvars.iv1132.2.i, 5
-  %1350 = add nuw nsw i64 %indvars.iv.next1133.2.i.1, 320
-  %1351 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1350
-  %1352 = load <32 x i32>, ptr %1351, align 4, !tbaa !4
-  %1353 = lshr <32 x i32> %1352, splat (i32 16)
-  %1354 = and <32 x i32> %1353, splat (i32 1)
-  %1355 = add <32 x i32> %1352, splat (i32 32767)
-  %1356 = add <32 x i32> %1355, %1354
-  %1357 = and <32 x i32> %1356, splat (i32 -65536)
-  %1358 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1350
-  store <32 x i32> %1357, ptr %1358, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.2 = shl i64 %indvars.iv1132.2.i, 5
-  %1359 = add nuw nsw i64 %indvars.iv.next1133.2.i.2, 352
-  %1360 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1359
-  %1361 = load <32 x i32>, ptr %1360, align 4, !tbaa !4
-  %1362 = lshr <32 x i32> %1361, splat (i32 16)
-  %1363 = and <32 x i32> %1362, splat (i32 1)
-  %1364 = add <32 x i32> %1361, splat (i32 32767)
-  %1365 = add <32 x i32> %1364, %1363
-  %1366 = and <32 x i32> %1365, splat (i32 -65536)
-  %1367 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1359
-  store <32 x i32> %1366, ptr %1367, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.3 = add nuw nsw i64 %indvars.iv1132.2.i, 4
-  %niter141.next.3 = add i64 %niter141, 4
-  %niter141.ncmp.3 = icmp eq i64 %niter141.next.3, %unroll_iter140
-  br i1 %niter141.ncmp.3, label %for_body_to72.3.i.preheader.unr-lcssa, label %for_body_to72.2.i, !prof !27, !llvm.loop !53
-
-for_body_to72.3.i.preheader.unr-lcssa:            ; preds = %for_body_to72.2.i
-  br i1 %lcmp.mod138.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil.preheader, !prof !30
-
-for_body_to72.2.i.epil.preheader:                 ; preds = %for_body_to72.3.i.preheader.unr-lcssa, %for_body_to72.2.i.preheader
-  %indvars.iv1132.2.i.epil.init = phi i64 [ 0, %for_body_to72.2.i.preheader ], [ %indvars.iv.next1133.2.i.3, %for_body_to72.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod139)
-  br label %for_body_to72.2.i.epil
-
-for_body_to72.2.i.epil:                           ; preds = %for_body_to72.2.i.epil, %for_body_to72.2.i.epil.preheader
-  %indvars.iv1132.2.i.epil = phi i64 [ %indvars.iv.next1133.2.i.epil, %for_body_to72.2.i.epil ], [ %indvars.iv1132.2.i.epil.init, %for_body_to72.2.i.epil.preheader ]
-  %epil.iter137 = phi i64 [ %epil.iter137.next, %for_body_to72.2.i.epil ], [ 0, %for_body_to72.2.i.epil.preheader ]
-  %1368 = shl nsw i64 %indvars.iv1132.2.i.epil, 5
-  %1369 = add nuw nsw i64 %1368, 256
-  %1370 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1369
-  %1371 = load <32 x i32>, ptr %1370, align 4, !tbaa !4
-  %1372 = lshr <32 x i32> %1371, splat (i32 16)
-  %1373 = and <32 x i32> %1372, splat (i32 1)
-  %1374 = add <32 x i32> %1371, splat (i32 32767)
-  %1375 = add <32 x i32> %1374, %1373
-  %1376 = and <32 x i32> %1375, splat (i32 -65536)
-  %1377 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1369
-  store <32 x i32> %1376, ptr %1377, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.epil = add nuw nsw i64 %indvars.iv1132.2.i.epil, 1
-  %epil.iter137.next = add i64 %epil.iter137, 1
-  %epil.iter137.cmp.not = icmp eq i64 %epil.iter137.next, %xtraiter136
-  br i1 %epil.iter137.cmp.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil, !prof !31, !llvm.loop !54
-
-for_body_to72.3.i.preheader:                      ; preds = %for_body_to72.2.i.epil, %for_body_to72.3.i.preheader.unr-lcssa
-  br i1 %606, label %for_body_to72.3.i.epil.preheader, label %for_body_to72.3.i, !prof !26
-
-for_body_to72.3.i:                                ; preds = %for_body_to72.3.i, %for_body_to72.3.i.preheader
-  %indvars.iv1132.3.i = phi i64 [ %indvars.iv.next1133.3.i.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
-  %niter147 = phi i64 [ %niter147.next.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
-  %1378 = shl nsw i64 %indvars.iv1132.3.i, 5
-  %1379 = add nuw nsw i64 %1378, 384
-  %1380 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1379
-  %1381 = load <32 x i32>, ptr %1380, align 4, !tbaa !4
-  %1382 = lshr <32 x i32> %1381, splat (i32 16)
-  %1383 = and <32 x i32> %1382, splat (i32 1)
-  %1384 = add <32 x i32> %1381, splat (i32 32767)
-  %1385 = add <32 x i32> %1384, %1383
-  %1386 = and <32 x i32> %1385, splat (i32 -65536)
-  %1387 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1379
-  store <32 x i32> %1386, ptr %1387, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i = shl i64 %indvars.iv1132.3.i, 5
-  %1388 = add nuw nsw i64 %indvars.iv.next1133.3.i, 416
-  %1389 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1388
-  %1390 = load <32 x i32>, ptr %1389, align 4, !tbaa !4
-  %1391 = lshr <32 x i32> %1390, splat (i32 16)
-  %1392 = and <32 x i32> %1391, splat (i32 1)
-  %1393 = add <32 x i32> %1390, splat (i32 32767)
-  %1394 = add <32 x i32> %1393, %1392
-  %1395 = and <32 x i32> %1394, splat (i32 -65536)
-  %1396 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1388
-  store <32 x i32> %1395, ptr %1396, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.1 = shl i64 %indvars.iv1132.3.i, 5
-  %1397 = add nuw nsw i64 %indvars.iv.next1133.3.i.1, 448
-  %1398 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1397
-  %1399 = load <32 x i32>, ptr %1398, align 4, !tbaa !4
-  %1400 = lshr <32 x i32> %1399, splat (i32 16)
-  %1401 = and <32 x i32> %1400, splat (i32 1)
-  %1402 = add <32 x i32> %1399, splat (i32 32767)
-  %1403 = add <32 x i32> %1402, %1401
-  %1404 = and <32 x i32> %1403, splat (i32 -65536)
-  %1405 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1397
-  store <32 x i32> %1404, ptr %1405, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.2 = shl i64 %indvars.iv1132.3.i, 5
-  %1406 = add nuw nsw i64 %indvars.iv.next1133.3.i.2, 480
-  %1407 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1406
-  %1408 = load <32 x i32>, ptr %1407, align 4, !tbaa !4
-  %1409 = lshr <32 x i32> %1408, splat (i32 16)
-  %1410 = and <32 x i32> %1409, splat (i32 1)
-  %1411 = add <32 x i32> %1408, splat (i32 32767)
-  %1412 = add <32 x i32> %1411, %1410
-  %1413 = and <32 x i32> %1412, splat (i32 -65536)
-  %1414 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1406
-  store <32 x i32> %1413, ptr %1414, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.3 = add nuw nsw i64 %indvars.iv1132.3.i, 4
-  %niter147.next.3 = add i64 %niter147, 4
-  %niter147.ncmp.3 = icmp eq i64 %niter147.next.3, %unroll_iter146
-  br i1 %niter147.ncmp.3, label %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to72.3.i, !prof !27, !llvm.loop !55
-
-for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to72.3.i
-  br i1 %lcmp.mod144.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil.preheader, !prof !30
-
-for_body_to72.3.i.epil.preheader:                 ; preds = %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to72.3.i.preheader
-  %indvars.iv1132.3.i.epil.init = phi i64 [ 0, %for_body_to72.3.i.preheader ], [ %indvars.iv.next1133.3.i.3, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod145)
-  br label %for_body_to72.3.i.epil
-
-for_body_to72.3.i.epil:                           ; preds = %for_body_to72.3.i.epil, %for_body_to72.3.i.epil.preheader
-  %indvars.iv1132.3.i.epil = phi i64 [ %indvars.iv.next1133.3.i.epil, %for_body_to72.3.i.epil ], [ %indvars.iv1132.3.i.epil.init, %for_body_to72.3.i.epil.preheader ]
-  %epil.iter143 = phi i64 [ %epil.iter143.next, %for_body_to72.3.i.epil ], [ 0, %for_body_to72.3.i.epil.preheader ]
-  %1415 = shl nsw i64 %indvars.iv1132.3.i.epil, 5
-  %1416 = add nuw nsw i64 %1415, 384
-  %1417 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1416
-  %1418 = load <32 x i32>, ptr %1417, align 4, !tbaa !4
-  %1419 = lshr <32 x i32> %1418, splat (i32 16)
-  %1420 = and <32 x i32> %1419, splat (i32 1)
-  %1421 = add <32 x i32> %1418, splat (i32 32767)
-  %1422 = add <32 x i32> %1421, %1420
-  %1423 = and <32 x i32> %1422, splat (i32 -65536)
-  %1424 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1416
-  store <32 x i32> %1423, ptr %1424, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.epil = add nuw nsw i64 %indvars.iv1132.3.i.epil, 1
-  %epil.iter143.next = add i64 %epil.iter143, 1
-  %epil.iter143.cmp.not = icmp eq i64 %epil.iter143.next, %xtraiter142
-  br i1 %epil.iter143.cmp.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil, !prof !31, !llvm.loop !56
-
-for_begin_ax181.preheader.i.preheader:            ; preds = %for_body_to72.3.i.epil, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r50.preheader.i
-  br label %for_begin_ax181.preheader.i
-
-for_begin_ax181.preheader.i:                      ; preds = %for_end_ax183.i, %for_begin_ax181.preheader.i.preheader
-  %indvars.iv1147.i = phi i64 [ %indvars.iv.next1148.i, %for_end_ax183.i ], [ 0, %for_begin_ax181.preheader.i.preheader ]
-  br i1 %586, label %for_body_ax182.lr.ph.i, label %for_end_ax183.i, !prof !3
-
-for_body_ax182.lr.ph.i:                           ; preds = %for_begin_ax181.preheader.i
-  %.idx1301.i = shl nuw nsw i64 %indvars.iv1147.i, 9
-  %invariant.gep1337.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i
-  br i1 %607, label %for_body_ax182.i.epil.preheader, label %for_body_ax182.i, !prof !41
-
-for_body_ax182.i:                                 ; preds = %for_body_ax182.i, %for_body_ax182.lr.ph.i
-  %indvars.iv1142.i = phi i64 [ %indvars.iv.next1143.i.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %tile_sum.rf_global248.sroa.0.0893.i = phi <32 x float> [ %1447, %for_body_ax182.i ], [ zeroinitializer, %for_body_ax182.lr.ph.i ]
-  %niter154 = phi i64 [ %niter154.next.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %.idx1300.i = shl nsw i64 %indvars.iv1142.i, 7
-  %gep1338.i = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i
-  %1425 = load <32 x float>, ptr %gep1338.i, align 4, !tbaa !4
-  %1426 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i, %1425
-  %indvars.iv.next1143.i = shl i64 %indvars.iv1142.i, 7
-  %1427 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i
-  %gep1338.i.1 = getelementptr inbounds nuw i8, ptr %1427, i64 128
-  %1428 = load <32 x float>, ptr %gep1338.i.1, align 4, !tbaa !4
-  %1429 = fadd <32 x float> %1426, %1428
-  %indvars.iv.next1143.i.1 = shl i64 %indvars.iv1142.i, 7
-  %1430 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.1
-  %gep1338.i.2 = getelementptr inbounds nuw i8, ptr %1430, i64 256
-  %1431 = load <32 x float>, ptr %gep1338.i.2, align 4, !tbaa !4
-  %1432 = fadd <32 x float> %1429, %1431
-  %indvars.iv.next1143.i.2 = shl i64 %indvars.iv1142.i, 7
-  %1433 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.2
-  %gep1338.i.3 = getelementptr inbounds nuw i8, ptr %1433, i64 384
-  %1434 = load <32 x float>, ptr %gep1338.i.3, align 4, !tbaa !4
-  %1435 = fadd <32 x float> %1432, %1434
-  %indvars.iv.next1143.i.3 = shl i64 %indvars.iv1142.i, 7
-  %1436 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.3
-  %gep1338.i.4 = getelementptr inbounds nuw i8, ptr %1436, i64 512
-  %1437 = load <32 x float>, ptr %gep1338.i.4, align 4, !tbaa !4
-  %1438 = fadd <32 x float> %1435, %1437
-  %indvars.iv.next1143.i.4 = shl i64 %indvars.iv1142.i, 7
-  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.4
-  %gep1338.i.5 = getelementptr inbounds nuw i8, ptr %1439, i64 640
-  %1440 = load <32 x float>, ptr %gep1338.i.5, align 4, !tbaa !4
-  %1441 = fadd <32 x float> %1438, %1440
-  %indvars.iv.next1143.i.5 = shl i64 %indvars.iv1142.i, 7
-  %1442 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.5
-  %gep1338.i.6 = getelementptr inbounds nuw i8, ptr %1442, i64 768
-  %1443 = load <32 x float>, ptr %gep1338.i.6, align 4, !tbaa !4
-  %1444 = fadd <32 x float> %1441, %1443
-  %indvars.iv.next1143.i.6 = shl i64 %indvars.iv1142.i, 7
-  %1445 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.6
-  %gep1338.i.7 = getelementptr inbounds nuw i8, ptr %1445, i64 896
-  %1446 = load <32 x float>, ptr %gep1338.i.7, align 4, !tbaa !4
-  %1447 = fadd <32 x float> %1444, %1446
-  %indvars.iv.next1143.i.7 = add nuw nsw i64 %indvars.iv1142.i, 8
-  %niter154.next.7 = add i64 %niter154, 8
-  %niter154.ncmp.7 = icmp eq i64 %niter154.next.7, %unroll_iter153
-  br i1 %niter154.ncmp.7, label %for_end_ax183.i.loopexit.unr-lcssa, label %for_body_ax182.i, !prof !42, !llvm.loop !57
-
-for_end_ax183.i.loopexit.unr-lcssa:               ; preds = %for_body_ax182.i
-  br i1 %lcmp.mod150.not, label %for_end_ax183.i, label %for_body_ax182.i.epil.preheader, !prof !45
-
-for_body_ax182.i.epil.preheader:                  ; preds = %for_end_ax183.i.loopexit.unr-lcssa, %for_body_ax182.lr.ph.i
-  %indvars.iv1142.i.epil.init = phi i64 [ 0, %for_body_ax182.lr.ph.i ], [ %indvars.iv.next1143.i.7, %for_end_ax183.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global248.sroa.0.0893.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax182.lr.ph.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod152)
-  br label %for_body_ax182.i.epil
-
-for_body_ax182.i.epil:                            ; preds = %for_body_ax182.i.epil, %for_body_ax182.i.epil.preheader
-  %indvars.iv1142.i.epil = phi i64 [ %indvars.iv1142.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %indvars.iv.next1143.i.epil, %for_body_ax182.i.epil ]
-  %tile_sum.rf_global248.sroa.0.0893.i.epil = phi <32 x float> [ %tile_sum.rf_global248.sroa.0.0893.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %1449, %for_body_ax182.i.epil ]
-  %epil.iter149 = phi i64 [ 0, %for_body_ax182.i.epil.preheader ], [ %epil.iter149.next, %for_body_ax182.i.epil ]
-  %.idx1300.i.epil = shl nsw i64 %indvars.iv1142.i.epil, 7
-  %gep1338.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i.epil
-  %1448 = load <32 x float>, ptr %gep1338.i.epil, align 4, !tbaa !4
-  %1449 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i.epil, %1448
-  %indvars.iv.next1143.i.epil = add nuw nsw i64 %indvars.iv1142.i.epil, 1
-  %epil.iter149.next = add i64 %epil.iter149, 1
-  %epil.iter149.cmp.not = icmp eq i64 %epil.iter149.next, %xtraiter148
-  br i1 %epil.iter149.cmp.not, label %for_end_ax183.i, label %for_body_ax182.i.epil, !prof !30, !llvm.loop !58
-
-for_end_ax183.i:                                  ; preds = %for_body_ax182.i.epil, %for_end_ax183.i.loopexit.unr-lcssa, %for_begin_ax181.preheader.i
-  %tile_sum.rf_global248.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax181.preheader.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ], [ %1449, %for_body_ax182.i.epil ]
-  %1450 = getelementptr inbounds nuw float, ptr %tile_sum254.i, i64 %indvars.iv1147.i
-  %tile_sum.rf249.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 0
-  %1451 = fadd float %tile_sum.rf249.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf249.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 1
-  %1452 = fadd float %tile_sum.rf249.sroa.0.4.vec.extract.i, %1451
-  %tile_sum.rf249.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 2
-  %1453 = fadd float %tile_sum.rf249.sroa.0.8.vec.extract.i, %1452
-  %tile_sum.rf249.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 3
-  %1454 = fadd float %tile_sum.rf249.sroa.0.12.vec.extract.i, %1453
-  %tile_sum.rf249.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 4
-  %1455 = fadd float %tile_sum.rf249.sroa.0.16.vec.extract.i, %1454
-  %tile_sum.rf249.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 5
-  %1456 = fadd float %tile_sum.rf249.sroa.0.20.vec.extract.i, %1455
-  %tile_sum.rf249.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 6
-  %1457 = fadd float %tile_sum.rf249.sroa.0.24.vec.extract.i, %1456
-  %tile_sum.rf249.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 7
-  %1458 = fadd float %tile_sum.rf249.sroa.0.28.vec.extract.i, %1457
-  %tile_sum.rf249.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 8
-  %1459 = fadd float %tile_sum.rf249.sroa.0.32.vec.extract.i, %1458
-  %tile_sum.rf249.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 9
-  %1460 = fadd float %tile_sum.rf249.sroa.0.36.vec.extract.i, %1459
-  %tile_sum.rf249.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 10
-  %1461 = fadd float %tile_sum.rf249.sroa.0.40.vec.extract.i, %1460
-  %tile_sum.rf249.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 11
-  %1462 = fadd float %tile_sum.rf249.sroa.0.44.vec.extract.i, %1461
-  %tile_sum.rf249.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 12
-  %1463 = fadd float %tile_sum.rf249.sroa.0.48.vec.extract.i, %1462
-  %tile_sum.rf249.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 13
-  %1464 = fadd float %tile_sum.rf249.sroa.0.52.vec.extract.i, %1463
-  %tile_sum.rf249.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 14
-  %1465 = fadd float %tile_sum.rf249.sroa.0.56.vec.extract.i, %1464
-  %tile_sum.rf249.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 15
-  %1466 = fadd float %tile_sum.rf249.sroa.0.60.vec.extract.i, %1465
-  %tile_sum.rf249.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 16
-  %1467 = fadd float %tile_sum.rf249.sroa.0.64.vec.extract.i, %1466
-  %tile_sum.rf249.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 17
-  %1468 = fadd float %tile_sum.rf249.sroa.0.68.vec.extract.i, %1467
-  %tile_sum.rf249.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 18
-  %1469 = fadd float %tile_sum.rf249.sroa.0.72.vec.extract.i, %1468
-  %tile_sum.rf249.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 19
-  %1470 = fadd float %tile_sum.rf249.sroa.0.76.vec.extract.i, %1469
-  %tile_sum.rf249.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 20
-  %1471 = fadd float %tile_sum.rf249.sroa.0.80.vec.extract.i, %1470
-  %tile_sum.rf249.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 21
-  %1472 = fadd float %tile_sum.rf249.sroa.0.84.vec.extract.i, %1471
-  %tile_sum.rf249.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 22
-  %1473 = fadd float %tile_sum.rf249.sroa.0.88.vec.extract.i, %1472
-  %tile_sum.rf249.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 23
-  %1474 = fadd float %tile_sum.rf249.sroa.0.92.vec.extract.i, %1473
-  %tile_sum.rf249.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 24
-  %1475 = fadd float %tile_sum.rf249.sroa.0.96.vec.extract.i, %1474
-  %tile_sum.rf249.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 25
-  %1476 = fadd float %tile_sum.rf249.sroa.0.100.vec.extract.i, %1475
-  %tile_sum.rf249.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 26
-  %1477 = fadd float %tile_sum.rf249.sroa.0.104.vec.extract.i, %1476
-  %tile_sum.rf249.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 27
-  %1478 = fadd float %tile_sum.rf249.sroa.0.108.vec.extract.i, %1477
-  %tile_sum.rf249.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 28
-  %1479 = fadd float %tile_sum.rf249.sroa.0.112.vec.extract.i, %1478
-  %tile_sum.rf249.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 29
-  %1480 = fadd float %tile_sum.rf249.sroa.0.116.vec.extract.i, %1479
-  %tile_sum.rf249.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 30
-  %1481 = fadd float %tile_sum.rf249.sroa.0.120.vec.extract.i, %1480
-  %tile_sum.rf249.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 31
-  %1482 = fadd float %tile_sum.rf249.sroa.0.124.vec.extract.i, %1481
-  store float %1482, ptr %1450, align 4, !tbaa !59
-  %indvars.iv.next1148.i = add nuw nsw i64 %indvars.iv1147.i, 1
-  %exitcond1150.not.i = icmp eq i64 %indvars.iv.next1148.i, 4
-  br i1 %exitcond1150.not.i, label %for_begin_to91.preheader.preheader.i, label %for_begin_ax181.preheader.i, !prof !21
-
-for_begin_to91.preheader.preheader.i:             ; preds = %for_end_ax183.i
-  br i1 %586, label %for_body_to92.i.preheader, label %for_end_to93.3.i, !prof !3
-
-for_body_to92.i.preheader:                        ; preds = %for_begin_to91.preheader.preheader.i
-  br i1 %608, label %for_body_to92.i.epil.preheader, label %for_body_to92.i, !prof !26
-
-for_begin_d_0.preheader.i:                        ; preds = %for_end_to93.3.i
-  %invariant.gep981.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1483 = mul nsw i64 %ahead_head.i, %v_head
-  br label %for_begin_to99.preheader.i
-
-for_body_to92.i:                                  ; preds = %for_body_to92.i, %for_body_to92.i.preheader
-  %indvars.iv1151.i = phi i64 [ %indvars.iv.next1152.i.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
-  %niter160 = phi i64 [ %niter160.next.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
-  %.idx1302.i = shl nsw i64 %indvars.iv1151.i, 7
-  %1484 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i
-  %1485 = load <32 x float>, ptr %1484, align 4, !tbaa !4
-  %1486 = bitcast <32 x float> %1485 to <32 x i32>
-  %1487 = shufflevector <32 x i32> %1486, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1488 = lshr <16 x i32> %1487, splat (i32 16)
-  %1489 = bitcast <32 x float> %1485 to <32 x i32>
-  %1490 = shufflevector <32 x i32> %1489, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1491 = or <16 x i32> %1488, %1490
-  %.idx1303.i = shl nsw i64 %indvars.iv1151.i, 6
-  %1492 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i
-  store <16 x i32> %1491, ptr %1492, align 4, !tbaa !4
-  %indvars.iv.next1152.i = or disjoint i64 %indvars.iv1151.i, 1
-  %.idx1302.i.1 = shl nsw i64 %indvars.iv.next1152.i, 7
-  %1493 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.1
-  %1494 = load <32 x float>, ptr %1493, align 4, !tbaa !4
-  %1495 = bitcast <32 x float> %1494 to <32 x i32>
-  %1496 = shufflevector <32 x i32> %1495, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1497 = lshr <16 x i32> %1496, splat (i32 16)
-  %1498 = bitcast <32 x float> %1494 to <32 x i32>
-  %1499 = shufflevector <32 x i32> %1498, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1500 = or <16 x i32> %1497, %1499
-  %.idx1303.i.1 = shl nsw i64 %indvars.iv.next1152.i, 6
-  %1501 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.1
-  store <16 x i32> %1500, ptr %1501, align 4, !tbaa !4
-  %indvars.iv.next1152.i.1 = or disjoint i64 %indvars.iv1151.i, 2
-  %.idx1302.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 7
-  %1502 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.2
-  %1503 = load <32 x float>, ptr %1502, align 4, !tbaa !4
-  %1504 = bitcast <32 x float> %1503 to <32 x i32>
-  %1505 = shufflevector <32 x i32> %1504, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1506 = lshr <16 x i32> %1505, splat (i32 16)
-  %1507 = bitcast <32 x float> %1503 to <32 x i32>
-  %1508 = shufflevector <32 x i32> %1507, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1509 = or <16 x i32> %1506, %1508
-  %.idx1303.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 6
-  %1510 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.2
-  store <16 x i32> %1509, ptr %1510, align 4, !tbaa !4
-  %indvars.iv.next1152.i.2 = or disjoint i64 %indvars.iv1151.i, 3
-  %.idx1302.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 7
-  %1511 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.3
-  %1512 = load <32 x float>, ptr %1511, align 4, !tbaa !4
-  %1513 = bitcast <32 x float> %1512 to <32 x i32>
-  %1514 = shufflevector <32 x i32> %1513, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1515 = lshr <16 x i32> %1514, splat (i32 16)
-  %1516 = bitcast <32 x float> %1512 to <32 x i32>
-  %1517 = shufflevector <32 x i32> %1516, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1518 = or <16 x i32> %1515, %1517
-  %.idx1303.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 6
-  %1519 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.3
-  store <16 x i32> %1518, ptr %1519, align 4, !tbaa !4
-  %indvars.iv.next1152.i.3 = add nuw nsw i64 %indvars.iv1151.i, 4
-  %niter160.next.3 = add i64 %niter160, 4
-  %niter160.ncmp.3 = icmp eq i64 %niter160.next.3, %unroll_iter159
-  br i1 %niter160.ncmp.3, label %for_body_to92.1.i.preheader.unr-lcssa, label %for_body_to92.i, !prof !27, !llvm.loop !61
-
-for_body_to92.1.i.preheader.unr-lcssa:            ; preds = %for_body_to92.i
-  br i1 %lcmp.mod157.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil.preheader, !prof !30
-
-for_body_to92.i.epil.preheader:                   ; preds = %for_body_to92.1.i.preheader.unr-lcssa, %for_body_to92.i.preheader
-  %indvars.iv1151.i.epil.init = phi i64 [ 0, %for_body_to92.i.preheader ], [ %indvars.iv.next1152.i.3, %for_body_to92.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod158)
-  br label %for_body_to92.i.epil
-
-for_body_to92.i.epil:                             ; preds = %for_body_to92.i.epil, %for_body_to92.i.epil.preheader
-  %indvars.iv1151.i.epil = phi i64 [ %indvars.iv.next1152.i.epil, %for_body_to92.i.epil ], [ %indvars.iv1151.i.epil.init, %for_body_to92.i.epil.preheader ]
-  %epil.iter156 = phi i64 [ %epil.iter156.next, %for_body_to92.i.epil ], [ 0, %for_body_to92.i.epil.preheader ]
-  %.idx1302.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 7
-  %1520 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.epil
-  %1521 = load <32 x float>, ptr %1520, align 4, !tbaa !4
-  %1522 = bitcast <32 x float> %1521 to <32 x i32>
-  %1523 = shufflevector <32 x i32> %1522, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1524 = lshr <16 x i32> %1523, splat (i32 16)
-  %1525 = bitcast <32 x float> %1521 to <32 x i32>
-  %1526 = shufflevector <32 x i32> %1525, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1527 = or <16 x i32> %1524, %1526
-  %.idx1303.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 6
-  %1528 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.epil
-  store <16 x i32> %1527, ptr %1528, align 4, !tbaa !4
-  %indvars.iv.next1152.i.epil = add nuw nsw i64 %indvars.iv1151.i.epil, 1
-  %epil.iter156.next = add i64 %epil.iter156, 1
-  %epil.iter156.cmp.not = icmp eq i64 %epil.iter156.next, %xtraiter155
-  br i1 %epil.iter156.cmp.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil, !prof !31, !llvm.loop !62
-
-for_body_to92.1.i.preheader:                      ; preds = %for_body_to92.i.epil, %for_body_to92.1.i.preheader.unr-lcssa
-  br i1 %609, label %for_body_to92.1.i.epil.preheader, label %for_body_to92.1.i, !prof !26
-
-for_body_to92.1.i:                                ; preds = %for_body_to92.1.i, %for_body_to92.1.i.preheader
-  %indvars.iv1151.1.i = phi i64 [ %indvars.iv.next1152.1.i.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
-  %niter166 = phi i64 [ %niter166.next.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
-  %.idx1304.i = shl nsw i64 %indvars.iv1151.1.i, 7
-  %1529 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i
-  %1530 = getelementptr inbounds nuw i8, ptr %1529, i64 512
-  %1531 = load <32 x float>, ptr %1530, align 4, !tbaa !4
-  %1532 = bitcast <32 x float> %1531 to <32 x i32>
-  %1533 = shufflevector <32 x i32> %1532, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1534 = lshr <16 x i32> %1533, splat (i32 16)
-  %1535 = bitcast <32 x float> %1531 to <32 x i32>
-  %1536 = shufflevector <32 x i32> %1535, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1537 = or <16 x i32> %1534, %1536
-  %.idx1305.i = shl nsw i64 %indvars.iv1151.1.i, 6
-  %1538 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i
-  %1539 = getelementptr inbounds nuw i8, ptr %1538, i64 256
-  store <16 x i32> %1537, ptr %1539, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i = or disjoint i64 %indvars.iv1151.1.i, 1
-  %.idx1304.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 7
-  %1540 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.1
-  %1541 = getelementptr inbounds nuw i8, ptr %1540, i64 512
-  %1542 = load <32 x float>, ptr %1541, align 4, !tbaa !4
-  %1543 = bitcast <32 x float> %1542 to <32 x i32>
-  %1544 = shufflevector <32 x i32> %1543, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1545 = lshr <16 x i32> %1544, splat (i32 16)
-  %1546 = bitcast <32 x float> %1542 to <32 x i32>
-  %1547 = shufflevector <32 x i32> %1546, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1548 = or <16 x i32> %1545, %1547
-  %.idx1305.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 6
-  %1549 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.1
-  %1550 = getelementptr inbounds nuw i8, ptr %1549, i64 256
-  store <16 x i32> %1548, ptr %1550, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.1 = or disjoint i64 %indvars.iv1151.1.i, 2
-  %.idx1304.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 7
-  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.2
-  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 512
-  %1553 = load <32 x float>, ptr %1552, align 4, !tbaa !4
-  %1554 = bitcast <32 x float> %1553 to <32 x i32>
-  %1555 = shufflevector <32 x i32> %1554, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1556 = lshr <16 x i32> %1555, splat (i32 16)
-  %1557 = bitcast <32 x float> %1553 to <32 x i32>
-  %1558 = shufflevector <32 x i32> %1557, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1559 = or <16 x i32> %1556, %1558
-  %.idx1305.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 6
-  %1560 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.2
-  %1561 = getelementptr inbounds nuw i8, ptr %1560, i64 256
-  store <16 x i32> %1559, ptr %1561, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.2 = or disjoint i64 %indvars.iv1151.1.i, 3
-  %.idx1304.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 7
-  %1562 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.3
-  %1563 = getelementptr inbounds nuw i8, ptr %1562, i64 512
-  %1564 = load <32 x float>, ptr %1563, align 4, !tbaa !4
-  %1565 = bitcast <32 x float> %1564 to <32 x i32>
-  %1566 = shufflevector <32 x i32> %1565, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1567 = lshr <16 x i32> %1566, splat (i32 16)
-  %1568 = bitcast <32 x float> %1564 to <32 x i32>
-  %1569 = shufflevector <32 x i32> %1568, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1570 = or <16 x i32> %1567, %1569
-  %.idx1305.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 6
-  %1571 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.3
-  %1572 = getelementptr inbounds nuw i8, ptr %1571, i64 256
-  store <16 x i32> %1570, ptr %1572, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.3 = add nuw nsw i64 %indvars.iv1151.1.i, 4
-  %niter166.next.3 = add i64 %niter166, 4
-  %niter166.ncmp.3 = icmp eq i64 %niter166.next.3, %unroll_iter165
-  br i1 %niter166.ncmp.3, label %for_body_to92.2.i.preheader.unr-lcssa, label %for_body_to92.1.i, !prof !27, !llvm.loop !63
-
-for_body_to92.2.i.preheader.unr-lcssa:            ; preds = %for_body_to92.1.i
-  br i1 %lcmp.mod163.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil.preheader, !prof !30
-
-for_body_to92.1.i.epil.preheader:                 ; preds = %for_body_to92.2.i.preheader.unr-lcssa, %for_body_to92.1.i.preheader
-  %indvars.iv1151.1.i.epil.init = phi i64 [ 0, %for_body_to92.1.i.preheader ], [ %indvars.iv.next1152.1.i.3, %for_body_to92.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod164)
-  br label %for_body_to92.1.i.epil
-
-for_body_to92.1.i.epil:                           ; preds = %for_body_to92.1.i.epil, %for_body_to92.1.i.epil.preheader
-  %indvars.iv1151.1.i.epil = phi i64 [ %indvars.iv.next1152.1.i.epil, %for_body_to92.1.i.epil ], [ %indvars.iv1151.1.i.epil.init, %for_body_to92.1.i.epil.preheader ]
-  %epil.iter162 = phi i64 [ %epil.iter162.next, %for_body_to92.1.i.epil ], [ 0, %for_body_to92.1.i.epil.preheader ]
-  %.idx1304.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 7
-  %1573 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.epil
-  %1574 = getelementptr inbounds nuw i8, ptr %1573, i64 512
-  %1575 = load <32 x float>, ptr %1574, align 4, !tbaa !4
-  %1576 = bitcast <32 x float> %1575 to <32 x i32>
-  %1577 = shufflevector <32 x i32> %1576, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1578 = lshr <16 x i32> %1577, splat (i32 16)
-  %1579 = bitcast <32 x float> %1575 to <32 x i32>
-  %1580 = shufflevector <32 x i32> %1579, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1581 = or <16 x i32> %1578, %1580
-  %.idx1305.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 6
-  %1582 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.epil
-  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 256
-  store <16 x i32> %1581, ptr %1583, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.epil = add nuw nsw i64 %indvars.iv1151.1.i.epil, 1
-  %epil.iter162.next = add i64 %epil.iter162, 1
-  %epil.iter162.cmp.not = icmp eq i64 %epil.iter162.next, %xtraiter161
-  br i1 %epil.iter162.cmp.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil, !prof !31, !llvm.loop !64
-
-for_body_to92.2.i.preheader:                      ; preds = %for_body_to92.1.i.epil, %for_body_to92.2.i.preheader.unr-lcssa
-  br i1 %610, label %for_body_to92.2.i.epil.preheader, label %for_body_to92.2.i, !prof !26
-
-for_body_to92.2.i:                                ; preds = %for_body_to92.2.i, %for_body_to92.2.i.preheader
-  %indvars.iv1151.2.i = phi i64 [ %indvars.iv.next1152.2.i.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
-  %niter172 = phi i64 [ %niter172.next.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
-  %.idx1306.i = shl nsw i64 %indvars.iv1151.2.i, 7
-  %1584 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i
-  %1585 = getelementptr inbounds nuw i8, ptr %1584, i64 1024
-  %1586 = load <32 x float>, ptr %1585, align 4, !tbaa !4
-  %1587 = bitcast <32 x float> %1586 to <32 x i32>
-  %1588 = shufflevector <32 x i32> %1587, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1589 = lshr <16 x i32> %1588, splat (i32 16)
-  %1590 = bitcast <32 x float> %1586 to <32 x i32>
-  %1591 = shufflevector <32 x i32> %1590, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1592 = or <16 x i32> %1589, %1591
-  %.idx1307.i = shl nsw i64 %indvars.iv1151.2.i, 6
-  %1593 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i
-  %1594 = getelementptr inbounds nuw i8, ptr %1593, i64 512
-  store <16 x i32> %1592, ptr %1594, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i = or disjoint i64 %indvars.iv1151.2.i, 1
-  %.idx1306.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 7
-  %1595 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.1
-  %1596 = getelementptr inbounds nuw i8, ptr %1595, i64 1024
-  %1597 = load <32 x float>, ptr %1596, align 4, !tbaa !4
-  %1598 = bitcast <32 x float> %1597 to <32 x i32>
-  %1599 = shufflevector <32 x i32> %1598, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1600 = lshr <16 x i32> %1599, splat (i32 16)
-  %1601 = bitcast <32 x float> %1597 to <32 x i32>
-  %1602 = shufflevector <32 x i32> %1601, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1603 = or <16 x i32> %1600, %1602
-  %.idx1307.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 6
-  %1604 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.1
-  %1605 = getelementptr inbounds nuw i8, ptr %1604, i64 512
-  store <16 x i32> %1603, ptr %1605, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.1 = or disjoint i64 %indvars.iv1151.2.i, 2
-  %.idx1306.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 7
-  %1606 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.2
-  %1607 = getelementptr inbounds nuw i8, ptr %1606, i64 1024
-  %1608 = load <32 x float>, ptr %1607, align 4, !tbaa !4
-  %1609 = bitcast <32 x float> %1608 to <32 x i32>
-  %1610 = shufflevector <32 x i32> %1609, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1611 = lshr <16 x i32> %1610, splat (i32 16)
-  %1612 = bitcast <32 x float> %1608 to <32 x i32>
-  %1613 = shufflevector <32 x i32> %1612, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1614 = or <16 x i32> %1611, %1613
-  %.idx1307.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 6
-  %1615 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.2
-  %1616 = getelementptr inbounds nuw i8, ptr %1615, i64 512
-  store <16 x i32> %1614, ptr %1616, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.2 = or disjoint i64 %indvars.iv1151.2.i, 3
-  %.idx1306.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 7
-  %1617 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.3
-  %1618 = getelementptr inbounds nuw i8, ptr %1617, i64 1024
-  %1619 = load <32 x float>, ptr %1618, align 4, !tbaa !4
-  %1620 = bitcast <32 x float> %1619 to <32 x i32>
-  %1621 = shufflevector <32 x i32> %1620, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1622 = lshr <16 x i32> %1621, splat (i32 16)
-  %1623 = bitcast <32 x float> %1619 to <32 x i32>
-  %1624 = shufflevector <32 x i32> %1623, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1625 = or <16 x i32> %1622, %1624
-  %.idx1307.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 6
-  %1626 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.3
-  %1627 = getelementptr inbounds nuw i8, ptr %1626, i64 512
-  store <16 x i32> %1625, ptr %1627, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.3 = add nuw nsw i64 %indvars.iv1151.2.i, 4
-  %niter172.next.3 = add i64 %niter172, 4
-  %niter172.ncmp.3 = icmp eq i64 %niter172.next.3, %unroll_iter171
-  br i1 %niter172.ncmp.3, label %for_body_to92.3.i.preheader.unr-lcssa, label %for_body_to92.2.i, !prof !27, !llvm.loop !65
-
-for_body_to92.3.i.preheader.unr-lcssa:            ; preds = %for_body_to92.2.i
-  br i1 %lcmp.mod169.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil.preheader, !prof !30
-
-for_body_to92.2.i.epil.preheader:                 ; preds = %for_body_to92.3.i.preheader.unr-lcssa, %for_body_to92.2.i.preheader
-  %indvars.iv1151.2.i.epil.init = phi i64 [ 0, %for_body_to92.2.i.preheader ], [ %indvars.iv.next1152.2.i.3, %for_body_to92.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod170)
-  br label %for_body_to92.2.i.epil
-
-for_body_to92.2.i.epil:                           ; preds = %for_body_to92.2.i.epil, %for_body_to92.2.i.epil.preheader
-  %indvars.iv1151.2.i.epil = phi i64 [ %indvars.iv.next1152.2.i.epil, %for_body_to92.2.i.epil ], [ %indvars.iv1151.2.i.epil.init, %for_body_to92.2.i.epil.preheader ]
-  %epil.iter168 = phi i64 [ %epil.iter168.next, %for_body_to92.2.i.epil ], [ 0, %for_body_to92.2.i.epil.preheader ]
-  %.idx1306.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 7
-  %1628 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.epil
-  %1629 = getelementptr inbounds nuw i8, ptr %1628, i64 1024
-  %1630 = load <32 x float>, ptr %1629, align 4, !tbaa !4
-  %1631 = bitcast <32 x float> %1630 to <32 x i32>
-  %1632 = shufflevector <32 x i32> %1631, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1633 = lshr <16 x i32> %1632, splat (i32 16)
-  %1634 = bitcast <32 x float> %1630 to <32 x i32>
-  %1635 = shufflevector <32 x i32> %1634, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1636 = or <16 x i32> %1633, %1635
-  %.idx1307.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 6
-  %1637 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.epil
-  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 512
-  store <16 x i32> %1636, ptr %1638, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.epil = add nuw nsw i64 %indvars.iv1151.2.i.epil, 1
-  %epil.iter168.next = add i64 %epil.iter168, 1
-  %epil.iter168.cmp.not = icmp eq i64 %epil.iter168.next, %xtraiter167
-  br i1 %epil.iter168.cmp.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil, !prof !31, !llvm.loop !66
-
-for_body_to92.3.i.preheader:                      ; preds = %for_body_to92.2.i.epil, %for_body_to92.3.i.preheader.unr-lcssa
-  br i1 %611, label %for_body_to92.3.i.epil.preheader, label %for_body_to92.3.i, !prof !26
-
-for_body_to92.3.i:                                ; preds = %for_body_to92.3.i, %for_body_to92.3.i.preheader
-  %indvars.iv1151.3.i = phi i64 [ %indvars.iv.next1152.3.i.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
-  %niter178 = phi i64 [ %niter178.next.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
-  %.idx1308.i = shl nsw i64 %indvars.iv1151.3.i, 7
-  %1639 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i
-  %1640 = getelementptr inbounds nuw i8, ptr %1639, i64 1536
-  %1641 = load <32 x float>, ptr %1640, align 4, !tbaa !4
-  %1642 = bitcast <32 x float> %1641 to <32 x i32>
-  %1643 = shufflevector <32 x i32> %1642, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1644 = lshr <16 x i32> %1643, splat (i32 16)
-  %1645 = bitcast <32 x float> %1641 to <32 x i32>
-  %1646 = shufflevector <32 x i32> %1645, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1647 = or <16 x i32> %1644, %1646
-  %.idx1309.i = shl nsw i64 %indvars.iv1151.3.i, 6
-  %1648 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i
-  %1649 = getelementptr inbounds nuw i8, ptr %1648, i64 768
-  store <16 x i32> %1647, ptr %1649, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i = or disjoint i64 %indvars.iv1151.3.i, 1
-  %.idx1308.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 7
-  %1650 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.1
-  %1651 = getelementptr inbounds nuw i8, ptr %1650, i64 1536
-  %1652 = load <32 x float>, ptr %1651, align 4, !tbaa !4
-  %1653 = bitcast <32 x float> %1652 to <32 x i32>
-  %1654 = shufflevector <32 x i32> %1653, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1655 = lshr <16 x i32> %1654, splat (i32 16)
-  %1656 = bitcast <32 x float> %1652 to <32 x i32>
-  %1657 = shufflevector <32 x i32> %1656, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1658 = or <16 x i32> %1655, %1657
-  %.idx1309.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 6
-  %1659 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.1
-  %1660 = getelementptr inbounds nuw i8, ptr %1659, i64 768
-  store <16 x i32> %1658, ptr %1660, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.1 = or disjoint i64 %indvars.iv1151.3.i, 2
-  %.idx1308.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 7
-  %1661 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.2
-  %1662 = getelementptr inbounds nuw i8, ptr %1661, i64 1536
-  %1663 = load <32 x float>, ptr %1662, align 4, !tbaa !4
-  %1664 = bitcast <32 x float> %1663 to <32 x i32>
-  %1665 = shufflevector <32 x i32> %1664, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1666 = lshr <16 x i32> %1665, splat (i32 16)
-  %1667 = bitcast <32 x float> %1663 to <32 x i32>
-  %1668 = shufflevector <32 x i32> %1667, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1669 = or <16 x i32> %1666, %1668
-  %.idx1309.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 6
-  %1670 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.2
-  %1671 = getelementptr inbounds nuw i8, ptr %1670, i64 768
-  store <16 x i32> %1669, ptr %1671, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.2 = or disjoint i64 %indvars.iv1151.3.i, 3
-  %.idx1308.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 7
-  %1672 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.3
-  %1673 = getelementptr inbounds nuw i8, ptr %1672, i64 1536
-  %1674 = load <32 x float>, ptr %1673, align 4, !tbaa !4
-  %1675 = bitcast <32 x float> %1674 to <32 x i32>
-  %1676 = shufflevector <32 x i32> %1675, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1677 = lshr <16 x i32> %1676, splat (i32 16)
-  %1678 = bitcast <32 x float> %1674 to <32 x i32>
-  %1679 = shufflevector <32 x i32> %1678, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1680 = or <16 x i32> %1677, %1679
-  %.idx1309.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 6
-  %1681 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.3
-  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 768
-  store <16 x i32> %1680, ptr %1682, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.3 = add nuw nsw i64 %indvars.iv1151.3.i, 4
-  %niter178.next.3 = add i64 %niter178, 4
-  %niter178.ncmp.3 = icmp eq i64 %niter178.next.3, %unroll_iter177
-  br i1 %niter178.ncmp.3, label %for_end_to93.3.i.loopexit.unr-lcssa, label %for_body_to92.3.i, !prof !27, !llvm.loop !67
-
-for_end_to93.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to92.3.i
-  br i1 %lcmp.mod175.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil.preheader, !prof !30
-
-for_body_to92.3.i.epil.preheader:                 ; preds = %for_end_to93.3.i.loopexit.unr-lcssa, %for_body_to92.3.i.preheader
-  %indvars.iv1151.3.i.epil.init = phi i64 [ 0, %for_body_to92.3.i.preheader ], [ %indvars.iv.next1152.3.i.3, %for_end_to93.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod176)
-  br label %for_body_to92.3.i.epil
-
-for_body_to92.3.i.epil:                           ; preds = %for_body_to92.3.i.epil, %for_body_to92.3.i.epil.preheader
-  %indvars.iv1151.3.i.epil = phi i64 [ %indvars.iv.next1152.3.i.epil, %for_body_to92.3.i.epil ], [ %indvars.iv1151.3.i.epil.init, %for_body_to92.3.i.epil.preheader ]
-  %epil.iter174 = phi i64 [ %epil.iter174.next, %for_body_to92.3.i.epil ], [ 0, %for_body_to92.3.i.epil.preheader ]
-  %.idx1308.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 7
-  %1683 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.epil
-  %1684 = getelementptr inbounds nuw i8, ptr %1683, i64 1536
-  %1685 = load <32 x float>, ptr %1684, align 4, !tbaa !4
-  %1686 = bitcast <32 x float> %1685 to <32 x i32>
-  %1687 = shufflevector <32 x i32> %1686, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1688 = lshr <16 x i32> %1687, splat (i32 16)
-  %1689 = bitcast <32 x float> %1685 to <32 x i32>
-  %1690 = shufflevector <32 x i32> %1689, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1691 = or <16 x i32> %1688, %1690
-  %.idx1309.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 6
-  %1692 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.epil
-  %1693 = getelementptr inbounds nuw i8, ptr %1692, i64 768
-  store <16 x i32> %1691, ptr %1693, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.epil = add nuw nsw i64 %indvars.iv1151.3.i.epil, 1
-  %epil.iter174.next = add i64 %epil.iter174, 1
-  %epil.iter174.cmp.not = icmp eq i64 %epil.iter174.next, %xtraiter173
-  br i1 %epil.iter174.cmp.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil, !prof !31, !llvm.loop !68
-
-for_end_to93.3.i:                                 ; preds = %for_body_to92.3.i.epil, %for_end_to93.3.i.loopexit.unr-lcssa, %for_begin_to91.preheader.preheader.i
-  %1694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %full_acc.i = tail call ptr %1694(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1695 = icmp eq ptr %full_acc.i, null
-  br i1 %1695, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !7
-
-for_begin_to99.preheader.i:                       ; preds = %for_end_to101.i, %for_begin_d_0.preheader.i
-  %indvars.iv1169.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next1170.i, %for_end_to101.i ]
-  br i1 %588, label %for_body_to100.lr.ph.i, label %for_begin_to99.preheader.for_end_to101_crit_edge.i, !prof !3
-
-for_begin_to99.preheader.for_end_to101_crit_edge.i: ; preds = %for_begin_to99.preheader.i
-  %.pre.i = shl nuw nsw i64 %indvars.iv1169.i, 5
-  br label %for_end_to101.i
-
-for_body_to100.lr.ph.i:                           ; preds = %for_begin_to99.preheader.i
-  %1696 = mul nuw nsw i64 %indvars.iv1169.i, %595
-  %1697 = shl nuw nsw i64 %indvars.iv1169.i, 5
-  %gep982.i = getelementptr i32, ptr %invariant.gep981.i, i64 %1697
-  br label %for_body_to100.i
-
-for_body_to100.i:                                 ; preds = %for_body_to100.i, %for_body_to100.lr.ph.i
-  %indvars.iv1162.i = phi i64 [ 0, %for_body_to100.lr.ph.i ], [ %indvars.iv.next1163.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.238.0907.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i697.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.204.0906.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i685.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.0.0905.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i676.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.34.0904.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i688.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.68.0903.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i679.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.102.0902.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i691.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.136.0901.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i682.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.170.0900.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i694.i, %for_body_to100.i ]
-  %1698 = add nuw nsw i64 %indvars.iv1162.i, %1696
-  %1699 = trunc i64 %1698 to i32
-  %1700 = shl i32 %1699, 3
-  %1701 = add i32 %1700, %ahead_t.i
-  %1702 = sext i32 %1701 to i64
-  %1703 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1702
-  %1704 = load i64, ptr %1703, align 8, !tbaa !4
-  %1705 = getelementptr i32, ptr %value_cache, i64 %1704
-  %1706 = getelementptr i32, ptr %1705, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1706, i32 0, i32 2, i32 1)
-  %1707 = getelementptr i8, ptr %1705, i64 64
-  %1708 = getelementptr i32, ptr %1707, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1708, i32 0, i32 2, i32 1)
-  %1709 = getelementptr i8, ptr %1705, i64 128
-  %1710 = getelementptr i32, ptr %1709, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1710, i32 0, i32 2, i32 1)
-  %1711 = getelementptr i8, ptr %1705, i64 192
-  %1712 = getelementptr i32, ptr %1711, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1712, i32 0, i32 2, i32 1)
-  %1713 = getelementptr i8, ptr %1703, i64 8
-  %1714 = load i64, ptr %1713, align 8, !tbaa !4
-  %1715 = getelementptr i32, ptr %value_cache, i64 %1714
-  %1716 = getelementptr i8, ptr %1715, i64 256
-  %1717 = getelementptr i32, ptr %1716, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1717, i32 0, i32 2, i32 1)
-  %1718 = getelementptr i8, ptr %1715, i64 320
-  %1719 = getelementptr i32, ptr %1718, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1719, i32 0, i32 2, i32 1)
-  %1720 = getelementptr i8, ptr %1715, i64 384
-  %1721 = getelementptr i32, ptr %1720, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1721, i32 0, i32 2, i32 1)
-  %1722 = getelementptr i8, ptr %1715, i64 448
-  %1723 = getelementptr i32, ptr %1722, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1723, i32 0, i32 2, i32 1)
-  %1724 = getelementptr i8, ptr %1703, i64 16
-  %1725 = load i64, ptr %1724, align 8, !tbaa !4
-  %1726 = getelementptr i32, ptr %value_cache, i64 %1725
-  %1727 = getelementptr i32, ptr %1726, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1727, i32 0, i32 2, i32 1)
-  %1728 = getelementptr i8, ptr %1726, i64 64
-  %1729 = getelementptr i32, ptr %1728, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1729, i32 0, i32 2, i32 1)
-  %1730 = getelementptr i8, ptr %1726, i64 128
-  %1731 = getelementptr i32, ptr %1730, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1731, i32 0, i32 2, i32 1)
-  %1732 = getelementptr i8, ptr %1726, i64 192
-  %1733 = getelementptr i32, ptr %1732, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1733, i32 0, i32 2, i32 1)
-  %1734 = getelementptr i8, ptr %1703, i64 24
-  %1735 = load i64, ptr %1734, align 8, !tbaa !4
-  %1736 = getelementptr i32, ptr %value_cache, i64 %1735
-  %1737 = getelementptr i8, ptr %1736, i64 256
-  %1738 = getelementptr i32, ptr %1737, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1738, i32 0, i32 2, i32 1)
-  %1739 = getelementptr i8, ptr %1736, i64 320
-  %1740 = getelementptr i32, ptr %1739, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1740, i32 0, i32 2, i32 1)
-  %1741 = getelementptr i8, ptr %1736, i64 384
-  %1742 = getelementptr i32, ptr %1741, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1742, i32 0, i32 2, i32 1)
-  %1743 = getelementptr i8, ptr %1736, i64 448
-  %1744 = getelementptr i32, ptr %1743, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1744, i32 0, i32 2, i32 1)
-  %1745 = getelementptr i8, ptr %1703, i64 32
-  %1746 = load i64, ptr %1745, align 8, !tbaa !4
-  %1747 = getelementptr i32, ptr %value_cache, i64 %1746
-  %1748 = getelementptr i32, ptr %1747, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1748, i32 0, i32 2, i32 1)
-  %1749 = getelementptr i8, ptr %1747, i64 64
-  %1750 = getelementptr i32, ptr %1749, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1750, i32 0, i32 2, i32 1)
-  %1751 = getelementptr i8, ptr %1747, i64 128
-  %1752 = getelementptr i32, ptr %1751, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1752, i32 0, i32 2, i32 1)
-  %1753 = getelementptr i8, ptr %1747, i64 192
-  %1754 = getelementptr i32, ptr %1753, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1754, i32 0, i32 2, i32 1)
-  %1755 = getelementptr i8, ptr %1703, i64 40
-  %1756 = load i64, ptr %1755, align 8, !tbaa !4
-  %1757 = getelementptr i32, ptr %value_cache, i64 %1756
-  %1758 = getelementptr i8, ptr %1757, i64 256
-  %1759 = getelementptr i32, ptr %1758, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1759, i32 0, i32 2, i32 1)
-  %1760 = getelementptr i8, ptr %1757, i64 320
-  %1761 = getelementptr i32, ptr %1760, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1761, i32 0, i32 2, i32 1)
-  %1762 = getelementptr i8, ptr %1757, i64 384
-  %1763 = getelementptr i32, ptr %1762, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1763, i32 0, i32 2, i32 1)
-  %1764 = getelementptr i8, ptr %1757, i64 448
-  %1765 = getelementptr i32, ptr %1764, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1765, i32 0, i32 2, i32 1)
-  %1766 = getelementptr i8, ptr %1703, i64 48
-  %1767 = load i64, ptr %1766, align 8, !tbaa !4
-  %1768 = getelementptr i32, ptr %value_cache, i64 %1767
-  %1769 = getelementptr i32, ptr %1768, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1769, i32 0, i32 2, i32 1)
-  %1770 = getelementptr i8, ptr %1768, i64 64
-  %1771 = getelementptr i32, ptr %1770, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1771, i32 0, i32 2, i32 1)
-  %1772 = getelementptr i8, ptr %1768, i64 128
-  %1773 = getelementptr i32, ptr %1772, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1773, i32 0, i32 2, i32 1)
-  %1774 = getelementptr i8, ptr %1768, i64 192
-  %1775 = getelementptr i32, ptr %1774, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1775, i32 0, i32 2, i32 1)
-  %1776 = getelementptr i8, ptr %1703, i64 56
-  %1777 = load i64, ptr %1776, align 8, !tbaa !4
-  %1778 = getelementptr i32, ptr %value_cache, i64 %1777
-  %1779 = getelementptr i8, ptr %1778, i64 256
-  %1780 = getelementptr i32, ptr %1779, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1780, i32 0, i32 2, i32 1)
-  %1781 = getelementptr i8, ptr %1778, i64 320
-  %1782 = getelementptr i32, ptr %1781, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1782, i32 0, i32 2, i32 1)
-  %1783 = getelementptr i8, ptr %1778, i64 384
-  %1784 = getelementptr i32, ptr %1783, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1784, i32 0, i32 2, i32 1)
-  %1785 = getelementptr i8, ptr %1778, i64 448
-  %1786 = getelementptr i32, ptr %1785, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1786, i32 0, i32 2, i32 1)
-  %.idx1310.i = shl nsw i64 %indvars.iv1162.i, 6
-  %1787 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1310.i
-  %1788 = load i32, ptr %1787, align 4, !tbaa !4
-  %1789 = insertelement <16 x i32> poison, i32 %1788, i64 0
-  %1790 = shufflevector <16 x i32> %1789, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1311.i = shl nsw i64 %indvars.iv1162.i, 8
-  %1791 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1311.i
-  %1792 = load i64, ptr %1791, align 8, !tbaa !4
-  %gep920.i = getelementptr i32, ptr %gep982.i, i64 %1792
-  %1793 = load <32 x bfloat>, ptr %gep920.i, align 4, !tbaa !4
-  %x.i314.i = bitcast <16 x i32> %1790 to <32 x bfloat>
-  %r.i316.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.0.0905.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1793)
-  %1794 = getelementptr inbounds nuw i8, ptr %1787, i64 256
-  %1795 = load i32, ptr %1794, align 4, !tbaa !4
-  %1796 = insertelement <16 x i32> poison, i32 %1795, i64 0
-  %1797 = shufflevector <16 x i32> %1796, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i317.i = bitcast <16 x i32> %1797 to <32 x bfloat>
-  %r.i319.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.68.0903.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1793)
-  %1798 = getelementptr inbounds nuw i8, ptr %1787, i64 512
-  %1799 = load i32, ptr %1798, align 4, !tbaa !4
-  %1800 = insertelement <16 x i32> poison, i32 %1799, i64 0
-  %1801 = shufflevector <16 x i32> %1800, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i320.i = bitcast <16 x i32> %1801 to <32 x bfloat>
-  %r.i322.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.136.0901.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1793)
-  %1802 = getelementptr inbounds nuw i8, ptr %1787, i64 768
-  %1803 = load i32, ptr %1802, align 4, !tbaa !4
-  %1804 = insertelement <16 x i32> poison, i32 %1803, i64 0
-  %1805 = shufflevector <16 x i32> %1804, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i323.i = bitcast <16 x i32> %1805 to <32 x bfloat>
-  %r.i325.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.204.0906.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1793)
-  %1806 = getelementptr i8, ptr %gep920.i, i64 64
-  %1807 = load <32 x bfloat>, ptr %1806, align 4, !tbaa !4
-  %r.i328.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.34.0904.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1807)
-  %r.i331.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.102.0902.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1807)
-  %r.i334.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.170.0900.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1807)
-  %r.i337.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.238.0907.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1807)
-  %1808 = getelementptr inbounds nuw i8, ptr %1787, i64 4
-  %1809 = load i32, ptr %1808, align 4, !tbaa !4
-  %1810 = insertelement <16 x i32> poison, i32 %1809, i64 0
-  %1811 = shufflevector <16 x i32> %1810, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1812 = getelementptr inbounds nuw i8, ptr %1791, i64 16
-  %1813 = load i64, ptr %1812, align 8, !tbaa !4
-  %gep924.i = getelementptr i32, ptr %gep982.i, i64 %1813
-  %1814 = load <32 x bfloat>, ptr %gep924.i, align 4, !tbaa !4
-  %x.i338.i = bitcast <16 x i32> %1811 to <32 x bfloat>
-  %r.i340.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i316.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1814)
-  %1815 = getelementptr inbounds nuw i8, ptr %1787, i64 260
-  %1816 = load i32, ptr %1815, align 4, !tbaa !4
-  %1817 = insertelement <16 x i32> poison, i32 %1816, i64 0
-  %1818 = shufflevector <16 x i32> %1817, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i341.i = bitcast <16 x i32> %1818 to <32 x bfloat>
-  %r.i343.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i319.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1814)
-  %1819 = getelementptr inbounds nuw i8, ptr %1787, i64 516
-  %1820 = load i32, ptr %1819, align 4, !tbaa !4
-  %1821 = insertelement <16 x i32> poison, i32 %1820, i64 0
-  %1822 = shufflevector <16 x i32> %1821, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i344.i = bitcast <16 x i32> %1822 to <32 x bfloat>
-  %r.i346.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i322.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1814)
-  %1823 = getelementptr inbounds nuw i8, ptr %1787, i64 772
-  %1824 = load i32, ptr %1823, align 4, !tbaa !4
-  %1825 = insertelement <16 x i32> poison, i32 %1824, i64 0
-  %1826 = shufflevector <16 x i32> %1825, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i347.i = bitcast <16 x i32> %1826 to <32 x bfloat>
-  %r.i349.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i325.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1814)
-  %1827 = getelementptr i8, ptr %gep924.i, i64 64
-  %1828 = load <32 x bfloat>, ptr %1827, align 4, !tbaa !4
-  %r.i352.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i328.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1828)
-  %r.i355.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i331.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1828)
-  %r.i358.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i334.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1828)
-  %r.i361.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i337.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1828)
-  %1829 = getelementptr inbounds nuw i8, ptr %1787, i64 8
-  %1830 = load i32, ptr %1829, align 4, !tbaa !4
-  %1831 = insertelement <16 x i32> poison, i32 %1830, i64 0
-  %1832 = shufflevector <16 x i32> %1831, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1833 = getelementptr inbounds nuw i8, ptr %1791, i64 32
-  %1834 = load i64, ptr %1833, align 8, !tbaa !4
-  %gep928.i = getelementptr i32, ptr %gep982.i, i64 %1834
-  %1835 = load <32 x bfloat>, ptr %gep928.i, align 4, !tbaa !4
-  %x.i362.i = bitcast <16 x i32> %1832 to <32 x bfloat>
-  %r.i364.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i340.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1835)
-  %1836 = getelementptr inbounds nuw i8, ptr %1787, i64 264
-  %1837 = load i32, ptr %1836, align 4, !tbaa !4
-  %1838 = insertelement <16 x i32> poison, i32 %1837, i64 0
-  %1839 = shufflevector <16 x i32> %1838, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i365.i = bitcast <16 x i32> %1839 to <32 x bfloat>
-  %r.i367.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i343.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1835)
-  %1840 = getelementptr inbounds nuw i8, ptr %1787, i64 520
-  %1841 = load i32, ptr %1840, align 4, !tbaa !4
-  %1842 = insertelement <16 x i32> poison, i32 %1841, i64 0
-  %1843 = shufflevector <16 x i32> %1842, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i368.i = bitcast <16 x i32> %1843 to <32 x bfloat>
-  %r.i370.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i346.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1835)
-  %1844 = getelementptr inbounds nuw i8, ptr %1787, i64 776
-  %1845 = load i32, ptr %1844, align 4, !tbaa !4
-  %1846 = insertelement <16 x i32> poison, i32 %1845, i64 0
-  %1847 = shufflevector <16 x i32> %1846, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i371.i = bitcast <16 x i32> %1847 to <32 x bfloat>
-  %r.i373.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i349.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1835)
-  %1848 = getelementptr i8, ptr %gep928.i, i64 64
-  %1849 = load <32 x bfloat>, ptr %1848, align 4, !tbaa !4
-  %r.i376.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i352.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1849)
-  %r.i379.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i355.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1849)
-  %r.i382.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i358.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1849)
-  %r.i385.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i361.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1849)
-  %1850 = getelementptr inbounds nuw i8, ptr %1787, i64 12
-  %1851 = load i32, ptr %1850, align 4, !tbaa !4
-  %1852 = insertelement <16 x i32> poison, i32 %1851, i64 0
-  %1853 = shufflevector <16 x i32> %1852, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1854 = getelementptr inbounds nuw i8, ptr %1791, i64 48
-  %1855 = load i64, ptr %1854, align 8, !tbaa !4
-  %gep932.i = getelementptr i32, ptr %gep982.i, i64 %1855
-  %1856 = load <32 x bfloat>, ptr %gep932.i, align 4, !tbaa !4
-  %x.i386.i = bitcast <16 x i32> %1853 to <32 x bfloat>
-  %r.i388.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i364.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1856)
-  %1857 = getelementptr inbounds nuw i8, ptr %1787, i64 268
-  %1858 = load i32, ptr %1857, align 4, !tbaa !4
-  %1859 = insertelement <16 x i32> poison, i32 %1858, i64 0
-  %1860 = shufflevector <16 x i32> %1859, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i389.i = bitcast <16 x i32> %1860 to <32 x bfloat>
-  %r.i391.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i367.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1856)
-  %1861 = getelementptr inbounds nuw i8, ptr %1787, i64 524
-  %1862 = load i32, ptr %1861, align 4, !tbaa !4
-  %1863 = insertelement <16 x i32> poison, i32 %1862, i64 0
-  %1864 = shufflevector <16 x i32> %1863, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i392.i = bitcast <16 x i32> %1864 to <32 x bfloat>
-  %r.i394.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i370.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1856)
-  %1865 = getelementptr inbounds nuw i8, ptr %1787, i64 780
-  %1866 = load i32, ptr %1865, align 4, !tbaa !4
-  %1867 = insertelement <16 x i32> poison, i32 %1866, i64 0
-  %1868 = shufflevector <16 x i32> %1867, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i395.i = bitcast <16 x i32> %1868 to <32 x bfloat>
-  %r.i397.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i373.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1856)
-  %1869 = getelementptr i8, ptr %gep932.i, i64 64
-  %1870 = load <32 x bfloat>, ptr %1869, align 4, !tbaa !4
-  %r.i400.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i376.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1870)
-  %r.i403.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i379.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1870)
-  %r.i406.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i382.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1870)
-  %r.i409.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i385.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1870)
-  %1871 = getelementptr inbounds nuw i8, ptr %1787, i64 16
-  %1872 = load i32, ptr %1871, align 4, !tbaa !4
-  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
-  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1875 = getelementptr inbounds nuw i8, ptr %1791, i64 64
-  %1876 = load i64, ptr %1875, align 8, !tbaa !4
-  %gep936.i = getelementptr i32, ptr %gep982.i, i64 %1876
-  %1877 = load <32 x bfloat>, ptr %gep936.i, align 4, !tbaa !4
-  %x.i410.i = bitcast <16 x i32> %1874 to <32 x bfloat>
-  %r.i412.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i388.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1877)
-  %1878 = getelementptr inbounds nuw i8, ptr %1787, i64 272
-  %1879 = load i32, ptr %1878, align 4, !tbaa !4
-  %1880 = insertelement <16 x i32> poison, i32 %1879, i64 0
-  %1881 = shufflevector <16 x i32> %1880, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i413.i = bitcast <16 x i32> %1881 to <32 x bfloat>
-  %r.i415.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i391.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1877)
-  %1882 = getelementptr inbounds nuw i8, ptr %1787, i64 528
-  %1883 = load i32, ptr %1882, align 4, !tbaa !4
-  %1884 = insertelement <16 x i32> poison, i32 %1883, i64 0
-  %1885 = shufflevector <16 x i32> %1884, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i416.i = bitcast <16 x i32> %1885 to <32 x bfloat>
-  %r.i418.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i394.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1877)
-  %1886 = getelementptr inbounds nuw i8, ptr %1787, i64 784
-  %1887 = load i32, ptr %1886, align 4, !tbaa !4
-  %1888 = insertelement <16 x i32> poison, i32 %1887, i64 0
-  %1889 = shufflevector <16 x i32> %1888, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i419.i = bitcast <16 x i32> %1889 to <32 x bfloat>
-  %r.i421.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i397.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1877)
-  %1890 = getelementptr i8, ptr %gep936.i, i64 64
-  %1891 = load <32 x bfloat>, ptr %1890, align 4, !tbaa !4
-  %r.i424.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i400.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1891)
-  %r.i427.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i403.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1891)
-  %r.i430.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i406.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1891)
-  %r.i433.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i409.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1891)
-  %1892 = getelementptr inbounds nuw i8, ptr %1787, i64 20
-  %1893 = load i32, ptr %1892, align 4, !tbaa !4
-  %1894 = insertelement <16 x i32> poison, i32 %1893, i64 0
-  %1895 = shufflevector <16 x i32> %1894, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1896 = getelementptr inbounds nuw i8, ptr %1791, i64 80
-  %1897 = load i64, ptr %1896, align 8, !tbaa !4
-  %gep940.i = getelementptr i32, ptr %gep982.i, i64 %1897
-  %1898 = load <32 x bfloat>, ptr %gep940.i, align 4, !tbaa !4
-  %x.i434.i = bitcast <16 x i32> %1895 to <32 x bfloat>
-  %r.i436.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i412.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1898)
-  %1899 = getelementptr inbounds nuw i8, ptr %1787, i64 276
-  %1900 = load i32, ptr %1899, align 4, !tbaa !4
-  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
-  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i437.i = bitcast <16 x i32> %1902 to <32 x bfloat>
-  %r.i439.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i415.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1898)
-  %1903 = getelementptr inbounds nuw i8, ptr %1787, i64 532
-  %1904 = load i32, ptr %1903, align 4, !tbaa !4
-  %1905 = insertelement <16 x i32> poison, i32 %1904, i64 0
-  %1906 = shufflevector <16 x i32> %1905, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i440.i = bitcast <16 x i32> %1906 to <32 x bfloat>
-  %r.i442.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i418.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1898)
-  %1907 = getelementptr inbounds nuw i8, ptr %1787, i64 788
-  %1908 = load i32, ptr %1907, align 4, !tbaa !4
-  %1909 = insertelement <16 x i32> poison, i32 %1908, i64 0
-  %1910 = shufflevector <16 x i32> %1909, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i443.i = bitcast <16 x i32> %1910 to <32 x bfloat>
-  %r.i445.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i421.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1898)
-  %1911 = getelementptr i8, ptr %gep940.i, i64 64
-  %1912 = load <32 x bfloat>, ptr %1911, align 4, !tbaa !4
-  %r.i448.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i424.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1912)
-  %r.i451.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i427.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1912)
-  %r.i454.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i430.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1912)
-  %r.i457.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i433.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1912)
-  %1913 = getelementptr inbounds nuw i8, ptr %1787, i64 24
-  %1914 = load i32, ptr %1913, align 4, !tbaa !4
-  %1915 = insertelement <16 x i32> poison, i32 %1914, i64 0
-  %1916 = shufflevector <16 x i32> %1915, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1917 = getelementptr inbounds nuw i8, ptr %1791, i64 96
-  %1918 = load i64, ptr %1917, align 8, !tbaa !4
-  %gep944.i = getelementptr i32, ptr %gep982.i, i64 %1918
-  %1919 = load <32 x bfloat>, ptr %gep944.i, align 4, !tbaa !4
-  %x.i458.i = bitcast <16 x i32> %1916 to <32 x bfloat>
-  %r.i460.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i436.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1919)
-  %1920 = getelementptr inbounds nuw i8, ptr %1787, i64 280
-  %1921 = load i32, ptr %1920, align 4, !tbaa !4
-  %1922 = insertelement <16 x i32> poison, i32 %1921, i64 0
-  %1923 = shufflevector <16 x i32> %1922, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i461.i = bitcast <16 x i32> %1923 to <32 x bfloat>
-  %r.i463.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i439.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1919)
-  %1924 = getelementptr inbounds nuw i8, ptr %1787, i64 536
-  %1925 = load i32, ptr %1924, align 4, !tbaa !4
-  %1926 = insertelement <16 x i32> poison, i32 %1925, i64 0
-  %1927 = shufflevector <16 x i32> %1926, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i464.i = bitcast <16 x i32> %1927 to <32 x bfloat>
-  %r.i466.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i442.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1919)
-  %1928 = getelementptr inbounds nuw i8, ptr %1787, i64 792
-  %1929 = load i32, ptr %1928, align 4, !tbaa !4
-  %1930 = insertelement <16 x i32> poison, i32 %1929, i64 0
-  %1931 = shufflevector <16 x i32> %1930, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i467.i = bitcast <16 x i32> %1931 to <32 x bfloat>
-  %r.i469.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i445.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1919)
-  %1932 = getelementptr i8, ptr %gep944.i, i64 64
-  %1933 = load <32 x bfloat>, ptr %1932, align 4, !tbaa !4
-  %r.i472.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i448.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1933)
-  %r.i475.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i451.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1933)
-  %r.i478.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i454.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1933)
-  %r.i481.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i457.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1933)
-  %1934 = getelementptr inbounds nuw i8, ptr %1787, i64 28
-  %1935 = load i32, ptr %1934, align 4, !tbaa !4
-  %1936 = insertelement <16 x i32> poison, i32 %1935, i64 0
-  %1937 = shufflevector <16 x i32> %1936, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1938 = getelementptr inbounds nuw i8, ptr %1791, i64 112
-  %1939 = load i64, ptr %1938, align 8, !tbaa !4
-  %gep948.i = getelementptr i32, ptr %gep982.i, i64 %1939
-  %1940 = load <32 x bfloat>, ptr %gep948.i, align 4, !tbaa !4
-  %x.i482.i = bitcast <16 x i32> %1937 to <32 x bfloat>
-  %r.i484.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i460.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1940)
-  %1941 = getelementptr inbounds nuw i8, ptr %1787, i64 284
-  %1942 = load i32, ptr %1941, align 4, !tbaa !4
-  %1943 = insertelement <16 x i32> poison, i32 %1942, i64 0
-  %1944 = shufflevector <16 x i32> %1943, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i485.i = bitcast <16 x i32> %1944 to <32 x bfloat>
-  %r.i487.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i463.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1940)
-  %1945 = getelementptr inbounds nuw i8, ptr %1787, i64 540
-  %1946 = load i32, ptr %1945, align 4, !tbaa !4
-  %1947 = insertelement <16 x i32> poison, i32 %1946, i64 0
-  %1948 = shufflevector <16 x i32> %1947, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i488.i = bitcast <16 x i32> %1948 to <32 x bfloat>
-  %r.i490.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i466.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1940)
-  %1949 = getelementptr inbounds nuw i8, ptr %1787, i64 796
-  %1950 = load i32, ptr %1949, align 4, !tbaa !4
-  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
-  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i491.i = bitcast <16 x i32> %1952 to <32 x bfloat>
-  %r.i493.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i469.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1940)
-  %1953 = getelementptr i8, ptr %gep948.i, i64 64
-  %1954 = load <32 x bfloat>, ptr %1953, align 4, !tbaa !4
-  %r.i496.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i472.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1954)
-  %r.i499.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i475.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1954)
-  %r.i502.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i478.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1954)
-  %r.i505.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i481.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1954)
-  %1955 = getelementptr inbounds nuw i8, ptr %1787, i64 32
-  %1956 = load i32, ptr %1955, align 4, !tbaa !4
-  %1957 = insertelement <16 x i32> poison, i32 %1956, i64 0
-  %1958 = shufflevector <16 x i32> %1957, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1959 = getelementptr inbounds nuw i8, ptr %1791, i64 128
-  %1960 = load i64, ptr %1959, align 8, !tbaa !4
-  %gep952.i = getelementptr i32, ptr %gep982.i, i64 %1960
-  %1961 = load <32 x bfloat>, ptr %gep952.i, align 4, !tbaa !4
-  %x.i506.i = bitcast <16 x i32> %1958 to <32 x bfloat>
-  %r.i508.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i484.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1961)
-  %1962 = getelementptr inbounds nuw i8, ptr %1787, i64 288
-  %1963 = load i32, ptr %1962, align 4, !tbaa !4
-  %1964 = insertelement <16 x i32> poison, i32 %1963, i64 0
-  %1965 = shufflevector <16 x i32> %1964, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i509.i = bitcast <16 x i32> %1965 to <32 x bfloat>
-  %r.i511.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i487.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1961)
-  %1966 = getelementptr inbounds nuw i8, ptr %1787, i64 544
-  %1967 = load i32, ptr %1966, align 4, !tbaa !4
-  %1968 = insertelement <16 x i32> poison, i32 %1967, i64 0
-  %1969 = shufflevector <16 x i32> %1968, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i512.i = bitcast <16 x i32> %1969 to <32 x bfloat>
-  %r.i514.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i490.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1961)
-  %1970 = getelementptr inbounds nuw i8, ptr %1787, i64 800
-  %1971 = load i32, ptr %1970, align 4, !tbaa !4
-  %1972 = insertelement <16 x i32> poison, i32 %1971, i64 0
-  %1973 = shufflevector <16 x i32> %1972, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i515.i = bitcast <16 x i32> %1973 to <32 x bfloat>
-  %r.i517.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i493.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1961)
-  %1974 = getelementptr i8, ptr %gep952.i, i64 64
-  %1975 = load <32 x bfloat>, ptr %1974, align 4, !tbaa !4
-  %r.i520.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i496.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1975)
-  %r.i523.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i499.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1975)
-  %r.i526.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i502.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1975)
-  %r.i529.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i505.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1975)
-  %1976 = getelementptr inbounds nuw i8, ptr %1787, i64 36
-  %1977 = load i32, ptr %1976, align 4, !tbaa !4
-  %1978 = insertelement <16 x i32> poison, i32 %1977, i64 0
-  %1979 = shufflevector <16 x i32> %1978, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1980 = getelementptr inbounds nuw i8, ptr %1791, i64 144
-  %1981 = load i64, ptr %1980, align 8, !tbaa !4
-  %gep956.i = getelementptr i32, ptr %gep982.i, i64 %1981
-  %1982 = load <32 x bfloat>, ptr %gep956.i, align 4, !tbaa !4
-  %x.i530.i = bitcast <16 x i32> %1979 to <32 x bfloat>
-  %r.i532.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i508.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1982)
-  %1983 = getelementptr inbounds nuw i8, ptr %1787, i64 292
-  %1984 = load i32, ptr %1983, align 4, !tbaa !4
-  %1985 = insertelement <16 x i32> poison, i32 %1984, i64 0
-  %1986 = shufflevector <16 x i32> %1985, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i533.i = bitcast <16 x i32> %1986 to <32 x bfloat>
-  %r.i535.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i511.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1982)
-  %1987 = getelementptr inbounds nuw i8, ptr %1787, i64 548
-  %1988 = load i32, ptr %1987, align 4, !tbaa !4
-  %1989 = insertelement <16 x i32> poison, i32 %1988, i64 0
-  %1990 = shufflevector <16 x i32> %1989, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i536.i = bitcast <16 x i32> %1990 to <32 x bfloat>
-  %r.i538.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i514.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1982)
-  %1991 = getelementptr inbounds nuw i8, ptr %1787, i64 804
-  %1992 = load i32, ptr %1991, align 4, !tbaa !4
-  %1993 = insertelement <16 x i32> poison, i32 %1992, i64 0
-  %1994 = shufflevector <16 x i32> %1993, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i539.i = bitcast <16 x i32> %1994 to <32 x bfloat>
-  %r.i541.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i517.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1982)
-  %1995 = getelementptr i8, ptr %gep956.i, i64 64
-  %1996 = load <32 x bfloat>, ptr %1995, align 4, !tbaa !4
-  %r.i544.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i520.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1996)
-  %r.i547.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i523.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1996)
-  %r.i550.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i526.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1996)
-  %r.i553.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i529.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1996)
-  %1997 = getelementptr inbounds nuw i8, ptr %1787, i64 40
-  %1998 = load i32, ptr %1997, align 4, !tbaa !4
-  %1999 = insertelement <16 x i32> poison, i32 %1998, i64 0
-  %2000 = shufflevector <16 x i32> %1999, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2001 = getelementptr inbounds nuw i8, ptr %1791, i64 160
-  %2002 = load i64, ptr %2001, align 8, !tbaa !4
-  %gep960.i = getelementptr i32, ptr %gep982.i, i64 %2002
-  %2003 = load <32 x bfloat>, ptr %gep960.i, align 4, !tbaa !4
-  %x.i554.i = bitcast <16 x i32> %2000 to <32 x bfloat>
-  %r.i556.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i532.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2003)
-  %2004 = getelementptr inbounds nuw i8, ptr %1787, i64 296
-  %2005 = load i32, ptr %2004, align 4, !tbaa !4
-  %2006 = insertelement <16 x i32> poison, i32 %2005, i64 0
-  %2007 = shufflevector <16 x i32> %2006, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i557.i = bitcast <16 x i32> %2007 to <32 x bfloat>
-  %r.i559.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i535.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2003)
-  %2008 = getelementptr inbounds nuw i8, ptr %1787, i64 552
-  %2009 = load i32, ptr %2008, align 4, !tbaa !4
-  %2010 = insertelement <16 x i32> poison, i32 %2009, i64 0
-  %2011 = shufflevector <16 x i32> %2010, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i560.i = bitcast <16 x i32> %2011 to <32 x bfloat>
-  %r.i562.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i538.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2003)
-  %2012 = getelementptr inbounds nuw i8, ptr %1787, i64 808
-  %2013 = load i32, ptr %2012, align 4, !tbaa !4
-  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
-  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i563.i = bitcast <16 x i32> %2015 to <32 x bfloat>
-  %r.i565.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i541.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2003)
-  %2016 = getelementptr i8, ptr %gep960.i, i64 64
-  %2017 = load <32 x bfloat>, ptr %2016, align 4, !tbaa !4
-  %r.i568.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i544.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2017)
-  %r.i571.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i547.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2017)
-  %r.i574.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i550.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2017)
-  %r.i577.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i553.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2017)
-  %2018 = getelementptr inbounds nuw i8, ptr %1787, i64 44
-  %2019 = load i32, ptr %2018, align 4, !tbaa !4
-  %2020 = insertelement <16 x i32> poison, i32 %2019, i64 0
-  %2021 = shufflevector <16 x i32> %2020, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2022 = getelementptr inbounds nuw i8, ptr %1791, i64 176
-  %2023 = load i64, ptr %2022, align 8, !tbaa !4
-  %gep964.i = getelementptr i32, ptr %gep982.i, i64 %2023
-  %2024 = load <32 x bfloat>, ptr %gep964.i, align 4, !tbaa !4
-  %x.i578.i = bitcast <16 x i32> %2021 to <32 x bfloat>
-  %r.i580.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i556.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2024)
-  %2025 = getelementptr inbounds nuw i8, ptr %1787, i64 300
-  %2026 = load i32, ptr %2025, align 4, !tbaa !4
-  %2027 = insertelement <16 x i32> poison, i32 %2026, i64 0
-  %2028 = shufflevector <16 x i32> %2027, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i581.i = bitcast <16 x i32> %2028 to <32 x bfloat>
-  %r.i583.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i559.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2024)
-  %2029 = getelementptr inbounds nuw i8, ptr %1787, i64 556
-  %2030 = load i32, ptr %2029, align 4, !tbaa !4
-  %2031 = insertelement <16 x i32> poison, i32 %2030, i64 0
-  %2032 = shufflevector <16 x i32> %2031, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i584.i = bitcast <16 x i32> %2032 to <32 x bfloat>
-  %r.i586.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i562.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2024)
-  %2033 = getelementptr inbounds nuw i8, ptr %1787, i64 812
-  %2034 = load i32, ptr %2033, align 4, !tbaa !4
-  %2035 = insertelement <16 x i32> poison, i32 %2034, i64 0
-  %2036 = shufflevector <16 x i32> %2035, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i587.i = bitcast <16 x i32> %2036 to <32 x bfloat>
-  %r.i589.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i565.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2024)
-  %2037 = getelementptr i8, ptr %gep964.i, i64 64
-  %2038 = load <32 x bfloat>, ptr %2037, align 4, !tbaa !4
-  %r.i592.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i568.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2038)
-  %r.i595.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i571.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2038)
-  %r.i598.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i574.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2038)
-  %r.i601.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i577.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2038)
-  %2039 = getelementptr inbounds nuw i8, ptr %1787, i64 48
-  %2040 = load i32, ptr %2039, align 4, !tbaa !4
-  %2041 = insertelement <16 x i32> poison, i32 %2040, i64 0
-  %2042 = shufflevector <16 x i32> %2041, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2043 = getelementptr inbounds nuw i8, ptr %1791, i64 192
-  %2044 = load i64, ptr %2043, align 8, !tbaa !4
-  %gep968.i = getelementptr i32, ptr %gep982.i, i64 %2044
-  %2045 = load <32 x bfloat>, ptr %gep968.i, align 4, !tbaa !4
-  %x.i602.i = bitcast <16 x i32> %2042 to <32 x bfloat>
-  %r.i604.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i580.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2045)
-  %2046 = getelementptr inbounds nuw i8, ptr %1787, i64 304
-  %2047 = load i32, ptr %2046, align 4, !tbaa !4
-  %2048 = insertelement <16 x i32> poison, i32 %2047, i64 0
-  %2049 = shufflevector <16 x i32> %2048, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i605.i = bitcast <16 x i32> %2049 to <32 x bfloat>
-  %r.i607.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i583.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2045)
-  %2050 = getelementptr inbounds nuw i8, ptr %1787, i64 560
-  %2051 = load i32, ptr %2050, align 4, !tbaa !4
-  %2052 = insertelement <16 x i32> poison, i32 %2051, i64 0
-  %2053 = shufflevector <16 x i32> %2052, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i608.i = bitcast <16 x i32> %2053 to <32 x bfloat>
-  %r.i610.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i586.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2045)
-  %2054 = getelementptr inbounds nuw i8, ptr %1787, i64 816
-  %2055 = load i32, ptr %2054, align 4, !tbaa !4
-  %2056 = insertelement <16 x i32> poison, i32 %2055, i64 0
-  %2057 = shufflevector <16 x i32> %2056, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i611.i = bitcast <16 x i32> %2057 to <32 x bfloat>
-  %r.i613.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i589.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2045)
-  %2058 = getelementptr i8, ptr %gep968.i, i64 64
-  %2059 = load <32 x bfloat>, ptr %2058, align 4, !tbaa !4
-  %r.i616.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i592.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2059)
-  %r.i619.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2059)
-  %r.i622.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2059)
-  %r.i625.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2059)
-  %2060 = getelementptr inbounds nuw i8, ptr %1787, i64 52
-  %2061 = load i32, ptr %2060, align 4, !tbaa !4
-  %2062 = insertelement <16 x i32> poison, i32 %2061, i64 0
-  %2063 = shufflevector <16 x i32> %2062, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2064 = getelementptr inbounds nuw i8, ptr %1791, i64 208
-  %2065 = load i64, ptr %2064, align 8, !tbaa !4
-  %gep972.i = getelementptr i32, ptr %gep982.i, i64 %2065
-  %2066 = load <32 x bfloat>, ptr %gep972.i, align 4, !tbaa !4
-  %x.i626.i = bitcast <16 x i32> %2063 to <32 x bfloat>
-  %r.i628.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2066)
-  %2067 = getelementptr inbounds nuw i8, ptr %1787, i64 308
-  %2068 = load i32, ptr %2067, align 4, !tbaa !4
-  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
-  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i629.i = bitcast <16 x i32> %2070 to <32 x bfloat>
-  %r.i631.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2066)
-  %2071 = getelementptr inbounds nuw i8, ptr %1787, i64 564
-  %2072 = load i32, ptr %2071, align 4, !tbaa !4
-  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
-  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i632.i = bitcast <16 x i32> %2074 to <32 x bfloat>
-  %r.i634.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2066)
-  %2075 = getelementptr inbounds nuw i8, ptr %1787, i64 820
-  %2076 = load i32, ptr %2075, align 4, !tbaa !4
-  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
-  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i635.i = bitcast <16 x i32> %2078 to <32 x bfloat>
-  %r.i637.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2066)
-  %2079 = getelementptr i8, ptr %gep972.i, i64 64
-  %2080 = load <32 x bfloat>, ptr %2079, align 4, !tbaa !4
-  %r.i640.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2080)
-  %r.i643.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2080)
-  %r.i646.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2080)
-  %r.i649.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2080)
-  %2081 = getelementptr inbounds nuw i8, ptr %1787, i64 56
-  %2082 = load i32, ptr %2081, align 4, !tbaa !4
-  %2083 = insertelement <16 x i32> poison, i32 %2082, i64 0
-  %2084 = shufflevector <16 x i32> %2083, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2085 = getelementptr inbounds nuw i8, ptr %1791, i64 224
-  %2086 = load i64, ptr %2085, align 8, !tbaa !4
-  %gep976.i = getelementptr i32, ptr %gep982.i, i64 %2086
-  %2087 = load <32 x bfloat>, ptr %gep976.i, align 4, !tbaa !4
-  %x.i650.i = bitcast <16 x i32> %2084 to <32 x bfloat>
-  %r.i652.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2087)
-  %2088 = getelementptr inbounds nuw i8, ptr %1787, i64 312
-  %2089 = load i32, ptr %2088, align 4, !tbaa !4
-  %2090 = insertelement <16 x i32> poison, i32 %2089, i64 0
-  %2091 = shufflevector <16 x i32> %2090, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i653.i = bitcast <16 x i32> %2091 to <32 x bfloat>
-  %r.i655.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2087)
-  %2092 = getelementptr inbounds nuw i8, ptr %1787, i64 568
-  %2093 = load i32, ptr %2092, align 4, !tbaa !4
-  %2094 = insertelement <16 x i32> poison, i32 %2093, i64 0
-  %2095 = shufflevector <16 x i32> %2094, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i656.i = bitcast <16 x i32> %2095 to <32 x bfloat>
-  %r.i658.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2087)
-  %2096 = getelementptr inbounds nuw i8, ptr %1787, i64 824
-  %2097 = load i32, ptr %2096, align 4, !tbaa !4
-  %2098 = insertelement <16 x i32> poison, i32 %2097, i64 0
-  %2099 = shufflevector <16 x i32> %2098, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i659.i = bitcast <16 x i32> %2099 to <32 x bfloat>
-  %r.i661.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2087)
-  %2100 = getelementptr i8, ptr %gep976.i, i64 64
-  %2101 = load <32 x bfloat>, ptr %2100, align 4, !tbaa !4
-  %r.i664.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2101)
-  %r.i667.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2101)
-  %r.i670.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2101)
-  %r.i673.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2101)
-  %2102 = getelementptr inbounds nuw i8, ptr %1787, i64 60
-  %2103 = load i32, ptr %2102, align 4, !tbaa !4
-  %2104 = insertelement <16 x i32> poison, i32 %2103, i64 0
-  %2105 = shufflevector <16 x i32> %2104, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2106 = getelementptr inbounds nuw i8, ptr %1791, i64 240
-  %2107 = load i64, ptr %2106, align 8, !tbaa !4
-  %gep980.i = getelementptr i32, ptr %gep982.i, i64 %2107
-  %2108 = load <32 x bfloat>, ptr %gep980.i, align 4, !tbaa !4
-  %x.i674.i = bitcast <16 x i32> %2105 to <32 x bfloat>
-  %r.i676.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i652.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2108)
-  %2109 = getelementptr inbounds nuw i8, ptr %1787, i64 316
-  %2110 = load i32, ptr %2109, align 4, !tbaa !4
-  %2111 = insertelement <16 x i32> poison, i32 %2110, i64 0
-  %2112 = shufflevector <16 x i32> %2111, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i677.i = bitcast <16 x i32> %2112 to <32 x bfloat>
-  %r.i679.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i655.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2108)
-  %2113 = getelementptr inbounds nuw i8, ptr %1787, i64 572
-  %2114 = load i32, ptr %2113, align 4, !tbaa !4
-  %2115 = insertelement <16 x i32> poison, i32 %2114, i64 0
-  %2116 = shufflevector <16 x i32> %2115, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i680.i = bitcast <16 x i32> %2116 to <32 x bfloat>
-  %r.i682.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i658.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2108)
-  %2117 = getelementptr inbounds nuw i8, ptr %1787, i64 828
-  %2118 = load i32, ptr %2117, align 4, !tbaa !4
-  %2119 = insertelement <16 x i32> poison, i32 %2118, i64 0
-  %2120 = shufflevector <16 x i32> %2119, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i683.i = bitcast <16 x i32> %2120 to <32 x bfloat>
-  %r.i685.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i661.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2108)
-  %2121 = getelementptr i8, ptr %gep980.i, i64 64
-  %2122 = load <32 x bfloat>, ptr %2121, align 4, !tbaa !4
-  %r.i688.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i664.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2122)
-  %r.i691.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i667.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2122)
-  %r.i694.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i670.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2122)
-  %r.i697.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i673.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2122)
-  %indvars.iv.next1163.i = add nuw nsw i64 %indvars.iv1162.i, 1
-  %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1163.i, %595
-  br i1 %exitcond1168.not.i, label %for_end_to101.i, label %for_body_to100.i, !prof !8
-
-for_end_to101.i:                                  ; preds = %for_body_to100.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i
-  %.pre-phi.i = phi i64 [ %.pre.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %1697, %for_body_to100.i ]
-  %full_acc_global247.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i694.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i682.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i691.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i679.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i688.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i676.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i685.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i697.i, %for_body_to100.i ]
-  %2123 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %.pre-phi.i
-  store <16 x float> %full_acc_global247.sroa.0.0.lcssa.i, ptr %2123, align 4, !tbaa !4
-  %2124 = getelementptr inbounds nuw i8, ptr %2123, i64 64
-  store <16 x float> %full_acc_global247.sroa.34.0.lcssa.i, ptr %2124, align 4, !tbaa !4
-  %2125 = getelementptr inbounds nuw i8, ptr %2123, i64 512
-  store <16 x float> %full_acc_global247.sroa.68.0.lcssa.i, ptr %2125, align 4, !tbaa !4
-  %2126 = getelementptr inbounds nuw i8, ptr %2123, i64 576
-  store <16 x float> %full_acc_global247.sroa.102.0.lcssa.i, ptr %2126, align 4, !tbaa !4
-  %2127 = getelementptr inbounds nuw i8, ptr %2123, i64 1024
-  store <16 x float> %full_acc_global247.sroa.136.0.lcssa.i, ptr %2127, align 4, !tbaa !4
-  %2128 = getelementptr inbounds nuw i8, ptr %2123, i64 1088
-  store <16 x float> %full_acc_global247.sroa.170.0.lcssa.i, ptr %2128, align 4, !tbaa !4
-  %2129 = getelementptr inbounds nuw i8, ptr %2123, i64 1536
-  store <16 x float> %full_acc_global247.sroa.204.0.lcssa.i, ptr %2129, align 4, !tbaa !4
-  %2130 = getelementptr inbounds nuw i8, ptr %2123, i64 1600
-  store <16 x float> %full_acc_global247.sroa.238.0.lcssa.i, ptr %2130, align 4, !tbaa !4
-  %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
-  %exitcond1174.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
-  br i1 %exitcond1174.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to99.preheader.i, !prof !21
-
-for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to101.i
-  %2131 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !4
-  store <16 x float> %2131, ptr %tile_acc.i, align 4, !tbaa !4
-  %2132 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !4
-  %2134 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2133, ptr %2134, align 4, !tbaa !4
-  %2135 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2136 = load <16 x float>, ptr %2135, align 4, !tbaa !4
-  %2137 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2136, ptr %2137, align 4, !tbaa !4
-  %2138 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2139 = load <16 x float>, ptr %2138, align 4, !tbaa !4
-  %2140 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2139, ptr %2140, align 4, !tbaa !4
-  %2141 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2142 = load <16 x float>, ptr %2141, align 4, !tbaa !4
-  %2143 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2142, ptr %2143, align 4, !tbaa !4
-  %2144 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !4
-  %2146 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2145, ptr %2146, align 4, !tbaa !4
-  %2147 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2148 = load <16 x float>, ptr %2147, align 4, !tbaa !4
-  %2149 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2148, ptr %2149, align 4, !tbaa !4
-  %2150 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !4
-  %2152 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2151, ptr %2152, align 4, !tbaa !4
-  %2153 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2154 = load <16 x float>, ptr %2153, align 4, !tbaa !4
-  %2155 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2154, ptr %2155, align 4, !tbaa !4
-  %2156 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2157 = load <16 x float>, ptr %2156, align 4, !tbaa !4
-  %2158 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2157, ptr %2158, align 4, !tbaa !4
-  %2159 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !4
-  %2161 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2160, ptr %2161, align 4, !tbaa !4
-  %2162 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !4
-  %2164 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2163, ptr %2164, align 4, !tbaa !4
-  %2165 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2166 = load <16 x float>, ptr %2165, align 4, !tbaa !4
-  %2167 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2166, ptr %2167, align 4, !tbaa !4
-  %2168 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2169 = load <16 x float>, ptr %2168, align 4, !tbaa !4
-  %2170 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2169, ptr %2170, align 4, !tbaa !4
-  %2171 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !4
-  %2173 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2172, ptr %2173, align 4, !tbaa !4
-  %2174 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2175 = load <16 x float>, ptr %2174, align 4, !tbaa !4
-  %2176 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2175, ptr %2176, align 4, !tbaa !4
-  %2177 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2178 = load <16 x float>, ptr %2177, align 4, !tbaa !4
-  %2179 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2178, ptr %2179, align 4, !tbaa !4
-  %2180 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2181 = load <16 x float>, ptr %2180, align 4, !tbaa !4
-  %2182 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2181, ptr %2182, align 4, !tbaa !4
-  %2183 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2184 = load <16 x float>, ptr %2183, align 4, !tbaa !4
-  %2185 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2184, ptr %2185, align 4, !tbaa !4
-  %2186 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2187 = load <16 x float>, ptr %2186, align 4, !tbaa !4
-  %2188 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2187, ptr %2188, align 4, !tbaa !4
-  %2189 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !4
-  %2191 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2190, ptr %2191, align 4, !tbaa !4
-  %2192 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2193 = load <16 x float>, ptr %2192, align 4, !tbaa !4
-  %2194 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2193, ptr %2194, align 4, !tbaa !4
-  %2195 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2196 = load <16 x float>, ptr %2195, align 4, !tbaa !4
-  %2197 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2196, ptr %2197, align 4, !tbaa !4
-  %2198 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !4
-  %2200 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2199, ptr %2200, align 4, !tbaa !4
-  %2201 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2202 = load <16 x float>, ptr %2201, align 4, !tbaa !4
-  %2203 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2202, ptr %2203, align 4, !tbaa !4
-  %2204 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2205 = load <16 x float>, ptr %2204, align 4, !tbaa !4
-  %2206 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2205, ptr %2206, align 4, !tbaa !4
-  %2207 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !4
-  %2209 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2208, ptr %2209, align 4, !tbaa !4
-  %2210 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !4
-  %2212 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2211, ptr %2212, align 4, !tbaa !4
-  %2213 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2214 = load <16 x float>, ptr %2213, align 4, !tbaa !4
-  %2215 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2214, ptr %2215, align 4, !tbaa !4
-  %2216 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !4
-  %2218 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2217, ptr %2218, align 4, !tbaa !4
-  %2219 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2220 = load <16 x float>, ptr %2219, align 4, !tbaa !4
-  %2221 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2220, ptr %2221, align 4, !tbaa !4
-  %2222 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
-  %2224 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2223, ptr %2224, align 4, !tbaa !4
-  br i1 %.not1037.i, label %for_end_ti.i, label %for_begin_r111.preheader.i.preheader, !prof !11
-
-for_begin_r111.preheader.i.preheader:             ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %invariant.gep65 = getelementptr i32, ptr %prob_pairs.i, i64 %596
-  br label %for_begin_r111.preheader.i
-
-for_begin_r111.preheader.i:                       ; preds = %for_begin_r111.preheader.i, %for_begin_r111.preheader.i.preheader
-  %r.i700.7.31407.i = phi <16 x float> [ %r.i700.7.3.i, %for_begin_r111.preheader.i ], [ %2223, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.31405.i = phi <16 x float> [ %r.i700.6.3.i, %for_begin_r111.preheader.i ], [ %2220, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.31403.i = phi <16 x float> [ %r.i700.5.3.i, %for_begin_r111.preheader.i ], [ %2217, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.31401.i = phi <16 x float> [ %r.i700.4.3.i, %for_begin_r111.preheader.i ], [ %2214, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.31399.i = phi <16 x float> [ %r.i700.3.3.i, %for_begin_r111.preheader.i ], [ %2211, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.31397.i = phi <16 x float> [ %r.i700.2.3.i, %for_begin_r111.preheader.i ], [ %2208, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.31395.i = phi <16 x float> [ %r.i700.1.3.i, %for_begin_r111.preheader.i ], [ %2205, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.312021393.i = phi <16 x float> [ %r.i700.31202.i, %for_begin_r111.preheader.i ], [ %2202, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.7.21391.i = phi <16 x float> [ %r.i700.7.2.i, %for_begin_r111.preheader.i ], [ %2199, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.21389.i = phi <16 x float> [ %r.i700.6.2.i, %for_begin_r111.preheader.i ], [ %2196, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.21387.i = phi <16 x float> [ %r.i700.5.2.i, %for_begin_r111.preheader.i ], [ %2193, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.21385.i = phi <16 x float> [ %r.i700.4.2.i, %for_begin_r111.preheader.i ], [ %2190, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.21383.i = phi <16 x float> [ %r.i700.3.2.i, %for_begin_r111.preheader.i ], [ %2187, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.21381.i = phi <16 x float> [ %r.i700.2.2.i, %for_begin_r111.preheader.i ], [ %2184, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.21379.i = phi <16 x float> [ %r.i700.1.2.i, %for_begin_r111.preheader.i ], [ %2181, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.211991377.i = phi <16 x float> [ %r.i700.21199.i, %for_begin_r111.preheader.i ], [ %2178, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.7.11375.i = phi <16 x float> [ %r.i700.7.1.i, %for_begin_r111.preheader.i ], [ %2175, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.11373.i = phi <16 x float> [ %r.i700.6.1.i, %for_begin_r111.preheader.i ], [ %2172, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.11371.i = phi <16 x float> [ %r.i700.5.1.i, %for_begin_r111.preheader.i ], [ %2169, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.11369.i = phi <16 x float> [ %r.i700.4.1.i, %for_begin_r111.preheader.i ], [ %2166, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.11367.i = phi <16 x float> [ %r.i700.3.1.i, %for_begin_r111.preheader.i ], [ %2163, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.11365.i = phi <16 x float> [ %r.i700.2.1.i, %for_begin_r111.preheader.i ], [ %2160, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.11363.i = phi <16 x float> [ %r.i700.1.1.i, %for_begin_r111.preheader.i ], [ %2157, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.111961361.i = phi <16 x float> [ %r.i700.11196.i, %for_begin_r111.preheader.i ], [ %2154, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.71359.i = phi <16 x float> [ %r.i700.7.i, %for_begin_r111.preheader.i ], [ %2151, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.61357.i = phi <16 x float> [ %r.i700.6.i, %for_begin_r111.preheader.i ], [ %2148, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.51355.i = phi <16 x float> [ %r.i700.5.i, %for_begin_r111.preheader.i ], [ %2145, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.41353.i = phi <16 x float> [ %r.i700.4.i, %for_begin_r111.preheader.i ], [ %2142, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.31351.i = phi <16 x float> [ %r.i700.3.i, %for_begin_r111.preheader.i ], [ %2139, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.21349.i = phi <16 x float> [ %r.i700.2.i, %for_begin_r111.preheader.i ], [ %2136, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.11347.i = phi <16 x float> [ %r.i700.1.i, %for_begin_r111.preheader.i ], [ %2133, %for_begin_r111.preheader.i.preheader ]
-  %2225 = phi <16 x float> [ %r.i700.i, %for_begin_r111.preheader.i ], [ %2131, %for_begin_r111.preheader.i.preheader ]
-  %indvars.iv1203.i = phi i64 [ %indvars.iv.next1204.i, %for_begin_r111.preheader.i ], [ 0, %for_begin_r111.preheader.i.preheader ]
-  %2226 = shl nuw nsw i64 %indvars.iv1203.i, 1
-  %2227 = add nuw nsw i64 %2226, %597
-  %2228 = icmp slt i64 %2227, 127
-  %2229 = or disjoint i64 %2227, 1
-  %2230 = icmp slt i64 %2229, %548
-  %2231 = and i1 %2228, %2230
-  %2232 = select i1 %2231, i32 -1, i32 65535
-  %2233 = insertelement <16 x i32> poison, i32 %2232, i64 0
-  %2234 = shufflevector <16 x i32> %2233, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2235 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2227
-  %gep66 = getelementptr i32, ptr %invariant.gep65, i64 %indvars.iv1203.i
-  %2236 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2237 = insertelement <16 x i32> poison, i32 %2236, i64 0
-  %2238 = shufflevector <16 x i32> %2237, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2239 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1340.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2239
-  %2240 = load <16 x i32>, ptr %gep1340.i, align 4, !tbaa !4
-  %2241 = and <16 x i32> %2234, %2240
-  %x.i698.i = bitcast <16 x i32> %2238 to <32 x bfloat>
-  %y.i699.i = bitcast <16 x i32> %2241 to <32 x bfloat>
-  %r.i700.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %2225, <32 x bfloat> %x.i698.i, <32 x bfloat> %y.i699.i)
-  store <16 x float> %r.i700.i, ptr %tile_acc.i, align 4, !tbaa !4
-  %2242 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2243 = insertelement <16 x i32> poison, i32 %2242, i64 0
-  %2244 = shufflevector <16 x i32> %2243, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2245 = load i64, ptr %2235, align 8, !tbaa !4
-  %2246 = getelementptr i32, ptr %value_cache, i64 %2245
-  %2247 = getelementptr i8, ptr %2246, i64 64
-  %2248 = getelementptr i32, ptr %2247, i64 %v_now.i
-  %2249 = load <16 x i32>, ptr %2248, align 4, !tbaa !4
-  %2250 = and <16 x i32> %2249, %2234
-  %x.i698.1.i = bitcast <16 x i32> %2244 to <32 x bfloat>
-  %y.i699.1.i = bitcast <16 x i32> %2250 to <32 x bfloat>
-  %r.i700.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.11347.i, <32 x bfloat> %x.i698.1.i, <32 x bfloat> %y.i699.1.i)
-  store <16 x float> %r.i700.1.i, ptr %2134, align 4, !tbaa !4
-  %2251 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2252 = insertelement <16 x i32> poison, i32 %2251, i64 0
-  %2253 = shufflevector <16 x i32> %2252, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2254 = load i64, ptr %2235, align 8, !tbaa !4
-  %2255 = getelementptr i32, ptr %value_cache, i64 %2254
-  %2256 = getelementptr i8, ptr %2255, i64 128
-  %2257 = getelementptr i32, ptr %2256, i64 %v_now.i
-  %2258 = load <16 x i32>, ptr %2257, align 4, !tbaa !4
-  %2259 = and <16 x i32> %2258, %2234
-  %x.i698.2.i = bitcast <16 x i32> %2253 to <32 x bfloat>
-  %y.i699.2.i = bitcast <16 x i32> %2259 to <32 x bfloat>
-  %r.i700.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.21349.i, <32 x bfloat> %x.i698.2.i, <32 x bfloat> %y.i699.2.i)
-  store <16 x float> %r.i700.2.i, ptr %2137, align 4, !tbaa !4
-  %2260 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2261 = insertelement <16 x i32> poison, i32 %2260, i64 0
-  %2262 = shufflevector <16 x i32> %2261, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2263 = load i64, ptr %2235, align 8, !tbaa !4
-  %2264 = getelementptr i32, ptr %value_cache, i64 %2263
-  %2265 = getelementptr i8, ptr %2264, i64 192
-  %2266 = getelementptr i32, ptr %2265, i64 %v_now.i
-  %2267 = load <16 x i32>, ptr %2266, align 4, !tbaa !4
-  %2268 = and <16 x i32> %2267, %2234
-  %x.i698.3.i = bitcast <16 x i32> %2262 to <32 x bfloat>
-  %y.i699.3.i = bitcast <16 x i32> %2268 to <32 x bfloat>
-  %r.i700.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.31351.i, <32 x bfloat> %x.i698.3.i, <32 x bfloat> %y.i699.3.i)
-  store <16 x float> %r.i700.3.i, ptr %2140, align 4, !tbaa !4
-  %2269 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2270 = insertelement <16 x i32> poison, i32 %2269, i64 0
-  %2271 = shufflevector <16 x i32> %2270, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2272 = load i64, ptr %2235, align 8, !tbaa !4
-  %2273 = getelementptr i32, ptr %value_cache, i64 %2272
-  %2274 = getelementptr i8, ptr %2273, i64 256
-  %2275 = getelementptr i32, ptr %2274, i64 %v_now.i
-  %2276 = load <16 x i32>, ptr %2275, align 4, !tbaa !4
-  %2277 = and <16 x i32> %2276, %2234
-  %x.i698.4.i = bitcast <16 x i32> %2271 to <32 x bfloat>
-  %y.i699.4.i = bitcast <16 x i32> %2277 to <32 x bfloat>
-  %r.i700.4.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.41353.i, <32 x bfloat> %x.i698.4.i, <32 x bfloat> %y.i699.4.i)
-  store <16 x float> %r.i700.4.i, ptr %2143, align 4, !tbaa !4
-  %2278 = load i32, ptr %gep66, align 4, !tbaa !4
+  %peak.rf_global221.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1461, %for_body_ax1.i.epil ]
+  %1462 = getelementptr inbounds nuw float, ptr %peak223.i, i64 %indvars.iv1144.i
+  %peak.rf222.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 0
+  %1463 = fcmp olt float %peak.rf222.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1464 = select i1 %1463, float 0xC7EFFFFFE0000000, float %peak.rf222.sroa.0.0.vec.extract.i
+  %peak.rf222.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 1
+  %1465 = fcmp ogt float %1464, %peak.rf222.sroa.0.4.vec.extract.i
+  %1466 = select i1 %1465, float %1464, float %peak.rf222.sroa.0.4.vec.extract.i
+  %peak.rf222.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 2
+  %1467 = fcmp ogt float %1466, %peak.rf222.sroa.0.8.vec.extract.i
+  %1468 = select i1 %1467, float %1466, float %peak.rf222.sroa.0.8.vec.extract.i
+  %peak.rf222.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 3
+  %1469 = fcmp ogt float %1468, %peak.rf222.sroa.0.12.vec.extract.i
+  %1470 = select i1 %1469, float %1468, float %peak.rf222.sroa.0.12.vec.extract.i
+  %peak.rf222.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 4
+  %1471 = fcmp ogt float %1470, %peak.rf222.sroa.0.16.vec.extract.i
+  %1472 = select i1 %1471, float %1470, float %peak.rf222.sroa.0.16.vec.extract.i
+  %peak.rf222.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 5
+  %1473 = fcmp ogt float %1472, %peak.rf222.sroa.0.20.vec.extract.i
+  %1474 = select i1 %1473, float %1472, float %peak.rf222.sroa.0.20.vec.extract.i
+  %peak.rf222.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 6
+  %1475 = fcmp ogt float %1474, %peak.rf222.sroa.0.24.vec.extract.i
+  %1476 = select i1 %1475, float %1474, float %peak.rf222.sroa.0.24.vec.extract.i
+  %peak.rf222.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 7
+  %1477 = fcmp ogt float %1476, %peak.rf222.sroa.0.28.vec.extract.i
+  %1478 = select i1 %1477, float %1476, float %peak.rf222.sroa.0.28.vec.extract.i
+  %peak.rf222.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 8
+  %1479 = fcmp ogt float %1478, %peak.rf222.sroa.0.32.vec.extract.i
+  %1480 = select i1 %1479, float %1478, float %peak.rf222.sroa.0.32.vec.extract.i
+  %peak.rf222.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 9
+  %1481 = fcmp ogt float %1480, %peak.rf222.sroa.0.36.vec.extract.i
+  %1482 = select i1 %1481, float %1480, float %peak.rf222.sroa.0.36.vec.extract.i
+  %peak.rf222.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 10
+  %1483 = fcmp ogt float %1482, %peak.rf222.sroa.0.40.vec.extract.i
+  %1484 = select i1 %1483, float %1482, float %peak.rf222.sroa.0.40.vec.extract.i
+  %peak.rf222.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 11
+  %1485 = fcmp ogt float %1484, %peak.rf222.sroa.0.44.vec.extract.i
+  %1486 = select i1 %1485, float %1484, float %peak.rf222.sroa.0.44.vec.extract.i
+  %peak.rf222.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 12
+  %1487 = fcmp ogt float %1486, %peak.rf222.sroa.0.48.vec.extract.i
+  %1488 = select i1 %1487, float %1486, float %peak.rf222.sroa.0.48.vec.extract.i
+  %peak.rf222.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 13
+  %1489 = fcmp ogt float %1488, %peak.rf222.sroa.0.52.vec.extract.i
+  %1490 = select i1 %1489, float %1488, float %peak.rf222.sroa.0.52.vec.extract.i
+  %peak.rf222.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 14
+  %1491 = fcmp ogt float %1490, %peak.rf222.sroa.0.56.vec.extract.i
+  %1492 = select i1 %1491, float %1490, float %peak.rf222.sroa.0.56.vec.extract.i
+  %peak.rf222.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 15
+  %1493 = fcmp ogt float %1492, %peak.rf222.sroa.0.60.vec.extract.i
+  %1494 = select i1 %1493, float %1492, float %peak.rf222.sroa.0.60.vec.extract.i
+  %peak.rf222.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 16
+  %1495 = fcmp ogt float %1494, %peak.rf222.sroa.0.64.vec.extract.i
+  %1496 = select i1 %1495, float %1494, float %peak.rf222.sroa.0.64.vec.extract.i
+  %peak.rf222.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 17
+  %1497 = fcmp ogt float %1496, %peak.rf222.sroa.0.68.vec.extract.i
+  %1498 = select i1 %1497, float %1496, float %peak.rf222.sroa.0.68.vec.extract.i
+  %peak.rf222.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 18
+  %1499 = fcmp ogt float %1498, %peak.rf222.sroa.0.72.vec.extract.i
+  %1500 = select i1 %1499, float %1498, float %peak.rf222.sroa.0.72.vec.extract.i
+  %peak.rf222.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 19
+  %1501 = fcmp ogt float %1500, %peak.rf222.sroa.0.76.vec.extract.i
+  %1502 = select i1 %1501, float %1500, float %peak.rf222.sroa.0.76.vec.extract.i
+  %peak.rf222.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 20
+  %1503 = fcmp ogt float %1502, %peak.rf222.sroa.0.80.vec.extract.i
+  %1504 = select i1 %1503, float %1502, float %peak.rf222.sroa.0.80.vec.extract.i
+  %peak.rf222.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 21
+  %1505 = fcmp ogt float %1504, %peak.rf222.sroa.0.84.vec.extract.i
+  %1506 = select i1 %1505, float %1504, float %peak.rf222.sroa.0.84.vec.extract.i
+  %peak.rf222.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 22
+  %1507 = fcmp ogt float %1506, %peak.rf222.sroa.0.88.vec.extract.i
+  %1508 = select i1 %1507, float %1506, float %peak.rf222.sroa.0.88.vec.extract.i
+  %peak.rf222.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 23
+  %1509 = fcmp ogt float %1508, %peak.rf222.sroa.0.92.vec.extract.i
+  %1510 = select i1 %1509, float %1508, float %peak.rf222.sroa.0.92.vec.extract.i
+  %peak.rf222.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 24
+  %1511 = fcmp ogt float %1510, %peak.rf222.sroa.0.96.vec.extract.i
+  %1512 = select i1 %1511, float %1510, float %peak.rf222.sroa.0.96.vec.extract.i
+  %peak.rf222.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 25
+  %1513 = fcmp ogt float %1512, %peak.rf222.sroa.0.100.vec.extract.i
+  %1514 = select i1 %1513, float %1512, float %peak.rf222.sroa.0.100.vec.extract.i
+  %peak.rf222.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 26
+  %1515 = fcmp ogt float %1514, %peak.rf222.sroa.0.104.vec.extract.i
+  %1516 = select i1 %1515, float %1514, float %peak.rf222.sroa.0.104.vec.extract.i
+  %peak.rf222.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 27
+  %1517 = fcmp ogt float %1516, %peak.rf222.sroa.0.108.vec.extract.i
+  %1518 = select i1 %1517, float %1516, float %peak.rf222.sroa.0.108.vec.extract.i
+  %peak.rf222.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 28
+  %1519 = fcmp ogt float %1518, %peak.rf222.sroa.0.112.vec.extract.i
+  %1520 = select i1 %1519, float %1518, float %peak.rf222.sroa.0.112.vec.extract.i
+  %peak.rf222.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 29
+  %1521 = fcmp ogt float %1520, %peak.rf222.sroa.0.116.vec.extract.i
+  %1522 = select i1 %1521, float %1520, float %peak.rf222.sroa.0.116.vec.extract.i
+  %peak.rf222.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 30
+  %1523 = fcmp ogt float %1522, %peak.rf222.sroa.0.120.vec.extract.i
+  %1524 = select i1 %1523, float %1522, float %peak.rf222.sroa.0.120.vec.extract.i
+  %peak.rf222.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 31
+  %1525 = fcmp ogt float %1524, %peak.rf222.sroa.0.124.vec.extract.i
+  %1526 = select i1 %1525, float %1524, float %peak.rf222.sroa.0.124.vec.extract.i
+  store float %1526, ptr %1462, align 4, !tbaa !51
+  %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
+  %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1145.i, 4
+  br i1 %exitcond1147.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
+
+for_body_r47.preheader.i:                         ; preds = %for_end_ax1.i
+  %1527 = load <4 x float>, ptr %peak223.i, align 16
+  %spec.select = select i1 %969, <4 x float> %1527, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
+  %spec.select196 = select i1 %969, <4 x float> %1527, <4 x float> splat (float 0xC6293E5940000000)
+  %1528 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select196, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
+  br i1 %968, label %for_begin_to58.preheader.us.preheader.i, label %for_begin_ax178.preheader.i.preheader, !prof !3
+
+for_begin_to58.preheader.us.preheader.i:          ; preds = %for_body_r47.preheader.i
+  %1529 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> zeroinitializer
+  br label %for_body_to59.us.i
+
+for_body_to59.us.i:                               ; preds = %for_body_to59.us.i, %for_begin_to58.preheader.us.preheader.i
+  %indvars.iv1152.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1153.i, %for_body_to59.us.i ]
+  %1530 = shl nsw i64 %indvars.iv1152.i, 5
+  %1531 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1530
+  %1532 = load <32 x float>, ptr %1531, align 4, !tbaa !4
+  %arg.us.i = fsub <32 x float> %1532, %1529
+  %1533 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1534 = bitcast <32 x float> %1533 to <32 x i32>
+  %1535 = add nsw <32 x i32> %1534, splat (i32 -1262485504)
+  %1536 = sitofp <32 x i32> %1535 to <32 x float>
+  %1537 = fmul <32 x float> %1536, splat (float 0x3F2BD01060000000)
+  %1538 = fmul <32 x float> %1536, splat (float 0x3FE6300000000000)
+  %1539 = fsub <32 x float> %arg.us.i, %1538
+  %1540 = fadd <32 x float> %1537, %1539
+  %1541 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1540, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1542 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1541, <32 x float> %1540, <32 x float> splat (float 0x3F81112100000000))
+  %1543 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1542, <32 x float> %1540, <32 x float> splat (float 0x3FA5553820000000))
+  %1544 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1543, <32 x float> %1540, <32 x float> splat (float 0x3FC5555540000000))
+  %1545 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1544, <32 x float> %1540, <32 x float> splat (float 5.000000e-01))
+  %1546 = fmul <32 x float> %1540, %1545
+  %1547 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1546, <32 x float> %1540, <32 x float> %1540)
+  %1548 = shl <32 x i32> %1534, splat (i32 23)
+  %1549 = add <32 x i32> %1548, splat (i32 1065353216)
+  %1550 = bitcast <32 x i32> %1549 to <32 x float>
+  %1551 = fadd <32 x float> %1547, splat (float 1.000000e+00)
+  %1552 = fmul <32 x float> %1551, %1550
+  %1553 = fcmp olt <32 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1554 = select <32 x i1> %1553, <32 x float> zeroinitializer, <32 x float> %1552
+  %1555 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1530
+  store <32 x float> %1554, ptr %1555, align 4, !tbaa !4
+  %indvars.iv.next1153.i = add nuw nsw i64 %indvars.iv1152.i, 1
+  %exitcond1156.not.i = icmp eq i64 %indvars.iv.next1153.i, %wide.trip.count1128.i
+  br i1 %exitcond1156.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
+
+for_begin_to58.for_end_to60_crit_edge.us.i:       ; preds = %for_body_to59.us.i
+  %1556 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br label %for_body_to59.us.1.i
+
+for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.i, %for_begin_to58.for_end_to60_crit_edge.us.i
+  %indvars.iv1152.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1153.1.i, %for_body_to59.us.1.i ]
+  %1557 = shl nsw i64 %indvars.iv1152.1.i, 5
+  %1558 = add nuw nsw i64 %1557, 128
+  %1559 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1558
+  %1560 = load <32 x float>, ptr %1559, align 4, !tbaa !4
+  %arg.us.1.i = fsub <32 x float> %1560, %1556
+  %1561 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1562 = bitcast <32 x float> %1561 to <32 x i32>
+  %1563 = add nsw <32 x i32> %1562, splat (i32 -1262485504)
+  %1564 = sitofp <32 x i32> %1563 to <32 x float>
+  %1565 = fmul <32 x float> %1564, splat (float 0x3F2BD01060000000)
+  %1566 = fmul <32 x float> %1564, splat (float 0x3FE6300000000000)
+  %1567 = fsub <32 x float> %arg.us.1.i, %1566
+  %1568 = fadd <32 x float> %1565, %1567
+  %1569 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1568, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1570 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1569, <32 x float> %1568, <32 x float> splat (float 0x3F81112100000000))
+  %1571 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1570, <32 x float> %1568, <32 x float> splat (float 0x3FA5553820000000))
+  %1572 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1571, <32 x float> %1568, <32 x float> splat (float 0x3FC5555540000000))
+  %1573 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1572, <32 x float> %1568, <32 x float> splat (float 5.000000e-01))
+  %1574 = fmul <32 x float> %1568, %1573
+  %1575 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1574, <32 x float> %1568, <32 x float> %1568)
+  %1576 = shl <32 x i32> %1562, splat (i32 23)
+  %1577 = add <32 x i32> %1576, splat (i32 1065353216)
+  %1578 = bitcast <32 x i32> %1577 to <32 x float>
+  %1579 = fadd <32 x float> %1575, splat (float 1.000000e+00)
+  %1580 = fmul <32 x float> %1579, %1578
+  %1581 = fcmp olt <32 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1582 = select <32 x i1> %1581, <32 x float> zeroinitializer, <32 x float> %1580
+  %1583 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1558
+  store <32 x float> %1582, ptr %1583, align 4, !tbaa !4
+  %indvars.iv.next1153.1.i = add nuw nsw i64 %indvars.iv1152.1.i, 1
+  %exitcond1156.1.not.i = icmp eq i64 %indvars.iv.next1153.1.i, %wide.trip.count1128.i
+  br i1 %exitcond1156.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
+
+for_begin_to58.for_end_to60_crit_edge.us.1.i:     ; preds = %for_body_to59.us.1.i
+  %1584 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br label %for_body_to59.us.2.i
+
+for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.i, %for_begin_to58.for_end_to60_crit_edge.us.1.i
+  %indvars.iv1152.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1153.2.i, %for_body_to59.us.2.i ]
+  %1585 = shl nsw i64 %indvars.iv1152.2.i, 5
+  %1586 = add nuw nsw i64 %1585, 256
+  %1587 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1586
+  %1588 = load <32 x float>, ptr %1587, align 4, !tbaa !4
+  %arg.us.2.i = fsub <32 x float> %1588, %1584
+  %1589 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1590 = bitcast <32 x float> %1589 to <32 x i32>
+  %1591 = add nsw <32 x i32> %1590, splat (i32 -1262485504)
+  %1592 = sitofp <32 x i32> %1591 to <32 x float>
+  %1593 = fmul <32 x float> %1592, splat (float 0x3F2BD01060000000)
+  %1594 = fmul <32 x float> %1592, splat (float 0x3FE6300000000000)
+  %1595 = fsub <32 x float> %arg.us.2.i, %1594
+  %1596 = fadd <32 x float> %1593, %1595
+  %1597 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1596, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1598 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1597, <32 x float> %1596, <32 x float> splat (float 0x3F81112100000000))
+  %1599 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1598, <32 x float> %1596, <32 x float> splat (float 0x3FA5553820000000))
+  %1600 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1599, <32 x float> %1596, <32 x float> splat (float 0x3FC5555540000000))
+  %1601 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1600, <32 x float> %1596, <32 x float> splat (float 5.000000e-01))
+  %1602 = fmul <32 x float> %1596, %1601
+  %1603 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1602, <32 x float> %1596, <32 x float> %1596)
+  %1604 = shl <32 x i32> %1590, splat (i32 23)
+  %1605 = add <32 x i32> %1604, splat (i32 1065353216)
+  %1606 = bitcast <32 x i32> %1605 to <32 x float>
+  %1607 = fadd <32 x float> %1603, splat (float 1.000000e+00)
+  %1608 = fmul <32 x float> %1607, %1606
+  %1609 = fcmp olt <32 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1610 = select <32 x i1> %1609, <32 x float> zeroinitializer, <32 x float> %1608
+  %1611 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1586
+  store <32 x float> %1610, ptr %1611, align 4, !tbaa !4
+  %indvars.iv.next1153.2.i = add nuw nsw i64 %indvars.iv1152.2.i, 1
+  %exitcond1156.2.not.i = icmp eq i64 %indvars.iv.next1153.2.i, %wide.trip.count1128.i
+  br i1 %exitcond1156.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
+
+for_begin_to58.for_end_to60_crit_edge.us.2.i:     ; preds = %for_body_to59.us.2.i
+  %1612 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br label %for_body_to59.us.3.i
+
+for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.i, %for_begin_to58.for_end_to60_crit_edge.us.2.i
+  %indvars.iv1152.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1153.3.i, %for_body_to59.us.3.i ]
+  %1613 = shl nsw i64 %indvars.iv1152.3.i, 5
+  %1614 = add nuw nsw i64 %1613, 384
+  %1615 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1614
+  %1616 = load <32 x float>, ptr %1615, align 4, !tbaa !4
+  %arg.us.3.i = fsub <32 x float> %1616, %1612
+  %1617 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1618 = bitcast <32 x float> %1617 to <32 x i32>
+  %1619 = add nsw <32 x i32> %1618, splat (i32 -1262485504)
+  %1620 = sitofp <32 x i32> %1619 to <32 x float>
+  %1621 = fmul <32 x float> %1620, splat (float 0x3F2BD01060000000)
+  %1622 = fmul <32 x float> %1620, splat (float 0x3FE6300000000000)
+  %1623 = fsub <32 x float> %arg.us.3.i, %1622
+  %1624 = fadd <32 x float> %1621, %1623
+  %1625 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1624, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1626 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1625, <32 x float> %1624, <32 x float> splat (float 0x3F81112100000000))
+  %1627 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1626, <32 x float> %1624, <32 x float> splat (float 0x3FA5553820000000))
+  %1628 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1627, <32 x float> %1624, <32 x float> splat (float 0x3FC5555540000000))
+  %1629 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1628, <32 x float> %1624, <32 x float> splat (float 5.000000e-01))
+  %1630 = fmul <32 x float> %1624, %1629
+  %1631 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1630, <32 x float> %1624, <32 x float> %1624)
+  %1632 = shl <32 x i32> %1618, splat (i32 23)
+  %1633 = add <32 x i32> %1632, splat (i32 1065353216)
+  %1634 = bitcast <32 x i32> %1633 to <32 x float>
+  %1635 = fadd <32 x float> %1631, splat (float 1.000000e+00)
+  %1636 = fmul <32 x float> %1635, %1634
+  %1637 = fcmp olt <32 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1638 = select <32 x i1> %1637, <32 x float> zeroinitializer, <32 x float> %1636
+  %1639 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1614
+  store <32 x float> %1638, ptr %1639, align 4, !tbaa !4
+  %indvars.iv.next1153.3.i = add nuw nsw i64 %indvars.iv1152.3.i, 1
+  %exitcond1156.3.not.i = icmp eq i64 %indvars.iv.next1153.3.i, %wide.trip.count1128.i
+  br i1 %exitcond1156.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
+
+for_body_to69.us.i.preheader:                     ; preds = %for_body_to59.us.3.i
+  br i1 %986, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !30
+
+for_body_to69.us.i:                               ; preds = %for_body_to69.us.i, %for_body_to69.us.i.preheader
+  %indvars.iv1161.i = phi i64 [ %indvars.iv.next1162.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %niter127 = phi i64 [ %niter127.next.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %1640 = shl nsw i64 %indvars.iv1161.i, 5
+  %1641 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1640
+  %1642 = load <32 x i32>, ptr %1641, align 4, !tbaa !4
+  %1643 = lshr <32 x i32> %1642, splat (i32 16)
+  %1644 = and <32 x i32> %1643, splat (i32 1)
+  %1645 = add nsw <32 x i32> %1642, splat (i32 32767)
+  %1646 = add nsw <32 x i32> %1645, %1644
+  %1647 = and <32 x i32> %1646, splat (i32 -65536)
+  %1648 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1640
+  store <32 x i32> %1647, ptr %1648, align 4, !tbaa !4
+  %indvars.iv.next1162.i = shl i64 %indvars.iv1161.i, 5
+  %1649 = or disjoint i64 %indvars.iv.next1162.i, 32
+  %1650 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1649
+  %1651 = load <32 x i32>, ptr %1650, align 4, !tbaa !4
+  %1652 = lshr <32 x i32> %1651, splat (i32 16)
+  %1653 = and <32 x i32> %1652, splat (i32 1)
+  %1654 = add nsw <32 x i32> %1651, splat (i32 32767)
+  %1655 = add nsw <32 x i32> %1654, %1653
+  %1656 = and <32 x i32> %1655, splat (i32 -65536)
+  %1657 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1649
+  store <32 x i32> %1656, ptr %1657, align 4, !tbaa !4
+  %indvars.iv.next1162.i.1 = shl i64 %indvars.iv1161.i, 5
+  %1658 = or disjoint i64 %indvars.iv.next1162.i.1, 64
+  %1659 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1658
+  %1660 = load <32 x i32>, ptr %1659, align 4, !tbaa !4
+  %1661 = lshr <32 x i32> %1660, splat (i32 16)
+  %1662 = and <32 x i32> %1661, splat (i32 1)
+  %1663 = add nsw <32 x i32> %1660, splat (i32 32767)
+  %1664 = add nsw <32 x i32> %1663, %1662
+  %1665 = and <32 x i32> %1664, splat (i32 -65536)
+  %1666 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1658
+  store <32 x i32> %1665, ptr %1666, align 4, !tbaa !4
+  %indvars.iv.next1162.i.2 = shl i64 %indvars.iv1161.i, 5
+  %1667 = or disjoint i64 %indvars.iv.next1162.i.2, 96
+  %1668 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1667
+  %1669 = load <32 x i32>, ptr %1668, align 4, !tbaa !4
+  %1670 = lshr <32 x i32> %1669, splat (i32 16)
+  %1671 = and <32 x i32> %1670, splat (i32 1)
+  %1672 = add nsw <32 x i32> %1669, splat (i32 32767)
+  %1673 = add nsw <32 x i32> %1672, %1671
+  %1674 = and <32 x i32> %1673, splat (i32 -65536)
+  %1675 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1667
+  store <32 x i32> %1674, ptr %1675, align 4, !tbaa !4
+  %indvars.iv.next1162.i.3 = add nuw nsw i64 %indvars.iv1161.i, 4
+  %niter127.next.3 = add i64 %niter127, 4
+  %niter127.ncmp.3 = icmp eq i64 %niter127.next.3, %unroll_iter126
+  br i1 %niter127.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !31, !llvm.loop !53
+
+for_body_to69.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.i
+  br i1 %lcmp.mod124.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !34
+
+for_body_to69.us.i.epil.preheader:                ; preds = %for_body_to69.us.1.i.preheader.unr-lcssa, %for_body_to69.us.i.preheader
+  %indvars.iv1161.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1162.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod125)
+  br label %for_body_to69.us.i.epil
+
+for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.i.epil.preheader
+  %indvars.iv1161.i.epil = phi i64 [ %indvars.iv.next1162.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1161.i.epil.init, %for_body_to69.us.i.epil.preheader ]
+  %epil.iter123 = phi i64 [ %epil.iter123.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
+  %1676 = shl nsw i64 %indvars.iv1161.i.epil, 5
+  %1677 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1676
+  %1678 = load <32 x i32>, ptr %1677, align 4, !tbaa !4
+  %1679 = lshr <32 x i32> %1678, splat (i32 16)
+  %1680 = and <32 x i32> %1679, splat (i32 1)
+  %1681 = add nsw <32 x i32> %1678, splat (i32 32767)
+  %1682 = add nsw <32 x i32> %1681, %1680
+  %1683 = and <32 x i32> %1682, splat (i32 -65536)
+  %1684 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1676
+  store <32 x i32> %1683, ptr %1684, align 4, !tbaa !4
+  %indvars.iv.next1162.i.epil = add nuw nsw i64 %indvars.iv1161.i.epil, 1
+  %epil.iter123.next = add i64 %epil.iter123, 1
+  %epil.iter123.cmp.not = icmp eq i64 %epil.iter123.next, %xtraiter122
+  br i1 %epil.iter123.cmp.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil, !prof !35, !llvm.loop !54
+
+for_body_to69.us.1.i.preheader:                   ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.1.i.preheader.unr-lcssa
+  br i1 %987, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !30
+
+for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.i, %for_body_to69.us.1.i.preheader
+  %indvars.iv1161.1.i = phi i64 [ %indvars.iv.next1162.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %niter133 = phi i64 [ %niter133.next.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %1685 = shl nsw i64 %indvars.iv1161.1.i, 5
+  %1686 = add nuw nsw i64 %1685, 128
+  %1687 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1686
+  %1688 = load <32 x i32>, ptr %1687, align 4, !tbaa !4
+  %1689 = lshr <32 x i32> %1688, splat (i32 16)
+  %1690 = and <32 x i32> %1689, splat (i32 1)
+  %1691 = add nsw <32 x i32> %1688, splat (i32 32767)
+  %1692 = add nsw <32 x i32> %1691, %1690
+  %1693 = and <32 x i32> %1692, splat (i32 -65536)
+  %1694 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1686
+  store <32 x i32> %1693, ptr %1694, align 4, !tbaa !4
+  %indvars.iv.next1162.1.i = shl i64 %indvars.iv1161.1.i, 5
+  %1695 = add nuw nsw i64 %indvars.iv.next1162.1.i, 160
+  %1696 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1695
+  %1697 = load <32 x i32>, ptr %1696, align 4, !tbaa !4
+  %1698 = lshr <32 x i32> %1697, splat (i32 16)
+  %1699 = and <32 x i32> %1698, splat (i32 1)
+  %1700 = add nsw <32 x i32> %1697, splat (i32 32767)
+  %1701 = add nsw <32 x i32> %1700, %1699
+  %1702 = and <32 x i32> %1701, splat (i32 -65536)
+  %1703 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1695
+  store <32 x i32> %1702, ptr %1703, align 4, !tbaa !4
+  %indvars.iv.next1162.1.i.1 = shl i64 %indvars.iv1161.1.i, 5
+  %1704 = add nuw nsw i64 %indvars.iv.next1162.1.i.1, 192
+  %1705 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1704
+  %1706 = load <32 x i32>, ptr %1705, align 4, !tbaa !4
+  %1707 = lshr <32 x i32> %1706, splat (i32 16)
+  %1708 = and <32 x i32> %1707, splat (i32 1)
+  %1709 = add nsw <32 x i32> %1706, splat (i32 32767)
+  %1710 = add nsw <32 x i32> %1709, %1708
+  %1711 = and <32 x i32> %1710, splat (i32 -65536)
+  %1712 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1704
+  store <32 x i32> %1711, ptr %1712, align 4, !tbaa !4
+  %indvars.iv.next1162.1.i.2 = shl i64 %indvars.iv1161.1.i, 5
+  %1713 = add nuw nsw i64 %indvars.iv.next1162.1.i.2, 224
+  %1714 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1713
+  %1715 = load <32 x i32>, ptr %1714, align 4, !tbaa !4
+  %1716 = lshr <32 x i32> %1715, splat (i32 16)
+  %1717 = and <32 x i32> %1716, splat (i32 1)
+  %1718 = add nsw <32 x i32> %1715, splat (i32 32767)
+  %1719 = add nsw <32 x i32> %1718, %1717
+  %1720 = and <32 x i32> %1719, splat (i32 -65536)
+  %1721 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1713
+  store <32 x i32> %1720, ptr %1721, align 4, !tbaa !4
+  %indvars.iv.next1162.1.i.3 = add nuw nsw i64 %indvars.iv1161.1.i, 4
+  %niter133.next.3 = add i64 %niter133, 4
+  %niter133.ncmp.3 = icmp eq i64 %niter133.next.3, %unroll_iter132
+  br i1 %niter133.ncmp.3, label %for_body_to69.us.2.i.preheader.unr-lcssa, label %for_body_to69.us.1.i, !prof !31, !llvm.loop !55
+
+for_body_to69.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.1.i
+  br i1 %lcmp.mod130.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil.preheader, !prof !34
+
+for_body_to69.us.1.i.epil.preheader:              ; preds = %for_body_to69.us.2.i.preheader.unr-lcssa, %for_body_to69.us.1.i.preheader
+  %indvars.iv1161.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1162.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod131)
+  br label %for_body_to69.us.1.i.epil
+
+for_body_to69.us.1.i.epil:                        ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.1.i.epil.preheader
+  %indvars.iv1161.1.i.epil = phi i64 [ %indvars.iv.next1162.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1161.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
+  %epil.iter129 = phi i64 [ %epil.iter129.next, %for_body_to69.us.1.i.epil ], [ 0, %for_body_to69.us.1.i.epil.preheader ]
+  %1722 = shl nsw i64 %indvars.iv1161.1.i.epil, 5
+  %1723 = add nuw nsw i64 %1722, 128
+  %1724 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1723
+  %1725 = load <32 x i32>, ptr %1724, align 4, !tbaa !4
+  %1726 = lshr <32 x i32> %1725, splat (i32 16)
+  %1727 = and <32 x i32> %1726, splat (i32 1)
+  %1728 = add nsw <32 x i32> %1725, splat (i32 32767)
+  %1729 = add nsw <32 x i32> %1728, %1727
+  %1730 = and <32 x i32> %1729, splat (i32 -65536)
+  %1731 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1723
+  store <32 x i32> %1730, ptr %1731, align 4, !tbaa !4
+  %indvars.iv.next1162.1.i.epil = add nuw nsw i64 %indvars.iv1161.1.i.epil, 1
+  %epil.iter129.next = add i64 %epil.iter129, 1
+  %epil.iter129.cmp.not = icmp eq i64 %epil.iter129.next, %xtraiter128
+  br i1 %epil.iter129.cmp.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil, !prof !35, !llvm.loop !56
+
+for_body_to69.us.2.i.preheader:                   ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.2.i.preheader.unr-lcssa
+  br i1 %988, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !30
+
+for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.i, %for_body_to69.us.2.i.preheader
+  %indvars.iv1161.2.i = phi i64 [ %indvars.iv.next1162.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %niter139 = phi i64 [ %niter139.next.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %1732 = shl nsw i64 %indvars.iv1161.2.i, 5
+  %1733 = add nuw nsw i64 %1732, 256
+  %1734 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1733
+  %1735 = load <32 x i32>, ptr %1734, align 4, !tbaa !4
+  %1736 = lshr <32 x i32> %1735, splat (i32 16)
+  %1737 = and <32 x i32> %1736, splat (i32 1)
+  %1738 = add nsw <32 x i32> %1735, splat (i32 32767)
+  %1739 = add nsw <32 x i32> %1738, %1737
+  %1740 = and <32 x i32> %1739, splat (i32 -65536)
+  %1741 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1733
+  store <32 x i32> %1740, ptr %1741, align 4, !tbaa !4
+  %indvars.iv.next1162.2.i = shl i64 %indvars.iv1161.2.i, 5
+  %1742 = add nuw nsw i64 %indvars.iv.next1162.2.i, 288
+  %1743 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1742
+  %1744 = load <32 x i32>, ptr %1743, align 4, !tbaa !4
+  %1745 = lshr <32 x i32> %1744, splat (i32 16)
+  %1746 = and <32 x i32> %1745, splat (i32 1)
+  %1747 = add nsw <32 x i32> %1744, splat (i32 32767)
+  %1748 = add nsw <32 x i32> %1747, %1746
+  %1749 = and <32 x i32> %1748, splat (i32 -65536)
+  %1750 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1742
+  store <32 x i32> %1749, ptr %1750, align 4, !tbaa !4
+  %indvars.iv.next1162.2.i.1 = shl i64 %indvars.iv1161.2.i, 5
+  %1751 = add nuw nsw i64 %indvars.iv.next1162.2.i.1, 320
+  %1752 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1751
+  %1753 = load <32 x i32>, ptr %1752, align 4, !tbaa !4
+  %1754 = lshr <32 x i32> %1753, splat (i32 16)
+  %1755 = and <32 x i32> %1754, splat (i32 1)
+  %1756 = add nsw <32 x i32> %1753, splat (i32 32767)
+  %1757 = add nsw <32 x i32> %1756, %1755
+  %1758 = and <32 x i32> %1757, splat (i32 -65536)
+  %1759 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1751
+  store <32 x i32> %1758, ptr %1759, align 4, !tbaa !4
+  %indvars.iv.next1162.2.i.2 = shl i64 %indvars.iv1161.2.i, 5
+  %1760 = add nuw nsw i64 %indvars.iv.next1162.2.i.2, 352
+  %1761 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1760
+  %1762 = load <32 x i32>, ptr %1761, align 4, !tbaa !4
+  %1763 = lshr <32 x i32> %1762, splat (i32 16)
+  %1764 = and <32 x i32> %1763, splat (i32 1)
+  %1765 = add nsw <32 x i32> %1762, splat (i32 32767)
+  %1766 = add nsw <32 x i32> %1765, %1764
+  %1767 = and <32 x i32> %1766, splat (i32 -65536)
+  %1768 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1760
+  store <32 x i32> %1767, ptr %1768, align 4, !tbaa !4
+  %indvars.iv.next1162.2.i.3 = add nuw nsw i64 %indvars.iv1161.2.i, 4
+  %niter139.next.3 = add i64 %niter139, 4
+  %niter139.ncmp.3 = icmp eq i64 %niter139.next.3, %unroll_iter138
+  br i1 %niter139.ncmp.3, label %for_body_to69.us.3.i.preheader.unr-lcssa, label %for_body_to69.us.2.i, !prof !31, !llvm.loop !57
+
+for_body_to69.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.2.i
+  br i1 %lcmp.mod136.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil.preheader, !prof !34
+
+for_body_to69.us.2.i.epil.preheader:              ; preds = %for_body_to69.us.3.i.preheader.unr-lcssa, %for_body_to69.us.2.i.preheader
+  %indvars.iv1161.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1162.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod137)
+  br label %for_body_to69.us.2.i.epil
+
+for_body_to69.us.2.i.epil:                        ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.2.i.epil.preheader
+  %indvars.iv1161.2.i.epil = phi i64 [ %indvars.iv.next1162.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1161.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
+  %epil.iter135 = phi i64 [ %epil.iter135.next, %for_body_to69.us.2.i.epil ], [ 0, %for_body_to69.us.2.i.epil.preheader ]
+  %1769 = shl nsw i64 %indvars.iv1161.2.i.epil, 5
+  %1770 = add nuw nsw i64 %1769, 256
+  %1771 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1770
+  %1772 = load <32 x i32>, ptr %1771, align 4, !tbaa !4
+  %1773 = lshr <32 x i32> %1772, splat (i32 16)
+  %1774 = and <32 x i32> %1773, splat (i32 1)
+  %1775 = add nsw <32 x i32> %1772, splat (i32 32767)
+  %1776 = add nsw <32 x i32> %1775, %1774
+  %1777 = and <32 x i32> %1776, splat (i32 -65536)
+  %1778 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1770
+  store <32 x i32> %1777, ptr %1778, align 4, !tbaa !4
+  %indvars.iv.next1162.2.i.epil = add nuw nsw i64 %indvars.iv1161.2.i.epil, 1
+  %epil.iter135.next = add i64 %epil.iter135, 1
+  %epil.iter135.cmp.not = icmp eq i64 %epil.iter135.next, %xtraiter134
+  br i1 %epil.iter135.cmp.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil, !prof !35, !llvm.loop !58
+
+for_body_to69.us.3.i.preheader:                   ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.3.i.preheader.unr-lcssa
+  br i1 %989, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !30
+
+for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.i, %for_body_to69.us.3.i.preheader
+  %indvars.iv1161.3.i = phi i64 [ %indvars.iv.next1162.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %niter145 = phi i64 [ %niter145.next.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %1779 = shl nsw i64 %indvars.iv1161.3.i, 5
+  %1780 = add nuw nsw i64 %1779, 384
+  %1781 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1780
+  %1782 = load <32 x i32>, ptr %1781, align 4, !tbaa !4
+  %1783 = lshr <32 x i32> %1782, splat (i32 16)
+  %1784 = and <32 x i32> %1783, splat (i32 1)
+  %1785 = add nsw <32 x i32> %1782, splat (i32 32767)
+  %1786 = add nsw <32 x i32> %1785, %1784
+  %1787 = and <32 x i32> %1786, splat (i32 -65536)
+  %1788 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1780
+  store <32 x i32> %1787, ptr %1788, align 4, !tbaa !4
+  %indvars.iv.next1162.3.i = shl i64 %indvars.iv1161.3.i, 5
+  %1789 = add nuw nsw i64 %indvars.iv.next1162.3.i, 416
+  %1790 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1789
+  %1791 = load <32 x i32>, ptr %1790, align 4, !tbaa !4
+  %1792 = lshr <32 x i32> %1791, splat (i32 16)
+  %1793 = and <32 x i32> %1792, splat (i32 1)
+  %1794 = add nsw <32 x i32> %1791, splat (i32 32767)
+  %1795 = add nsw <32 x i32> %1794, %1793
+  %1796 = and <32 x i32> %1795, splat (i32 -65536)
+  %1797 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1789
+  store <32 x i32> %1796, ptr %1797, align 4, !tbaa !4
+  %indvars.iv.next1162.3.i.1 = shl i64 %indvars.iv1161.3.i, 5
+  %1798 = add nuw nsw i64 %indvars.iv.next1162.3.i.1, 448
+  %1799 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1798
+  %1800 = load <32 x i32>, ptr %1799, align 4, !tbaa !4
+  %1801 = lshr <32 x i32> %1800, splat (i32 16)
+  %1802 = and <32 x i32> %1801, splat (i32 1)
+  %1803 = add nsw <32 x i32> %1800, splat (i32 32767)
+  %1804 = add nsw <32 x i32> %1803, %1802
+  %1805 = and <32 x i32> %1804, splat (i32 -65536)
+  %1806 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1798
+  store <32 x i32> %1805, ptr %1806, align 4, !tbaa !4
+  %indvars.iv.next1162.3.i.2 = shl i64 %indvars.iv1161.3.i, 5
+  %1807 = add nuw nsw i64 %indvars.iv.next1162.3.i.2, 480
+  %1808 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1807
+  %1809 = load <32 x i32>, ptr %1808, align 4, !tbaa !4
+  %1810 = lshr <32 x i32> %1809, splat (i32 16)
+  %1811 = and <32 x i32> %1810, splat (i32 1)
+  %1812 = add nsw <32 x i32> %1809, splat (i32 32767)
+  %1813 = add nsw <32 x i32> %1812, %1811
+  %1814 = and <32 x i32> %1813, splat (i32 -65536)
+  %1815 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1807
+  store <32 x i32> %1814, ptr %1815, align 4, !tbaa !4
+  %indvars.iv.next1162.3.i.3 = add nuw nsw i64 %indvars.iv1161.3.i, 4
+  %niter145.next.3 = add i64 %niter145, 4
+  %niter145.ncmp.3 = icmp eq i64 %niter145.next.3, %unroll_iter144
+  br i1 %niter145.ncmp.3, label %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to69.us.3.i, !prof !31, !llvm.loop !59
+
+for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to69.us.3.i
+  br i1 %lcmp.mod142.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil.preheader, !prof !34
+
+for_body_to69.us.3.i.epil.preheader:              ; preds = %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to69.us.3.i.preheader
+  %indvars.iv1161.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1162.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod143)
+  br label %for_body_to69.us.3.i.epil
+
+for_body_to69.us.3.i.epil:                        ; preds = %for_body_to69.us.3.i.epil, %for_body_to69.us.3.i.epil.preheader
+  %indvars.iv1161.3.i.epil = phi i64 [ %indvars.iv.next1162.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1161.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
+  %epil.iter141 = phi i64 [ %epil.iter141.next, %for_body_to69.us.3.i.epil ], [ 0, %for_body_to69.us.3.i.epil.preheader ]
+  %1816 = shl nsw i64 %indvars.iv1161.3.i.epil, 5
+  %1817 = add nuw nsw i64 %1816, 384
+  %1818 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1817
+  %1819 = load <32 x i32>, ptr %1818, align 4, !tbaa !4
+  %1820 = lshr <32 x i32> %1819, splat (i32 16)
+  %1821 = and <32 x i32> %1820, splat (i32 1)
+  %1822 = add nsw <32 x i32> %1819, splat (i32 32767)
+  %1823 = add nsw <32 x i32> %1822, %1821
+  %1824 = and <32 x i32> %1823, splat (i32 -65536)
+  %1825 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1817
+  store <32 x i32> %1824, ptr %1825, align 4, !tbaa !4
+  %indvars.iv.next1162.3.i.epil = add nuw nsw i64 %indvars.iv1161.3.i.epil, 1
+  %epil.iter141.next = add i64 %epil.iter141, 1
+  %epil.iter141.cmp.not = icmp eq i64 %epil.iter141.next, %xtraiter140
+  br i1 %epil.iter141.cmp.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil, !prof !35, !llvm.loop !60
+
+for_begin_ax178.preheader.i.preheader:            ; preds = %for_body_to69.us.3.i.epil, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r47.preheader.i
+  br label %for_begin_ax178.preheader.i
+
+for_begin_ax178.preheader.i:                      ; preds = %for_end_ax180.i, %for_begin_ax178.preheader.i.preheader
+  %indvars.iv1175.i = phi i64 [ %indvars.iv.next1176.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
+  br i1 %968, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
+
+for_body_ax179.lr.ph.i:                           ; preds = %for_begin_ax178.preheader.i
+  %.idx1281.i = shl nuw nsw i64 %indvars.iv1175.i, 9
+  %invariant.gep1320.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i
+  br i1 %990, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !45
+
+for_body_ax179.i:                                 ; preds = %for_body_ax179.i, %for_body_ax179.lr.ph.i
+  %indvars.iv1170.i = phi i64 [ %indvars.iv.next1171.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %tile_sum.rf_global219.sroa.0.0912.i = phi <32 x float> [ %1848, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
+  %niter152 = phi i64 [ %niter152.next.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %.idx1280.i = shl nsw i64 %indvars.iv1170.i, 7
+  %gep1321.i = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %.idx1280.i
+  %1826 = load <32 x float>, ptr %gep1321.i, align 4, !tbaa !4
+  %1827 = fadd <32 x float> %tile_sum.rf_global219.sroa.0.0912.i, %1826
+  %indvars.iv.next1171.i = shl i64 %indvars.iv1170.i, 7
+  %1828 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i
+  %gep1321.i.1 = getelementptr inbounds nuw i8, ptr %1828, i64 128
+  %1829 = load <32 x float>, ptr %gep1321.i.1, align 4, !tbaa !4
+  %1830 = fadd <32 x float> %1827, %1829
+  %indvars.iv.next1171.i.1 = shl i64 %indvars.iv1170.i, 7
+  %1831 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.1
+  %gep1321.i.2 = getelementptr inbounds nuw i8, ptr %1831, i64 256
+  %1832 = load <32 x float>, ptr %gep1321.i.2, align 4, !tbaa !4
+  %1833 = fadd <32 x float> %1830, %1832
+  %indvars.iv.next1171.i.2 = shl i64 %indvars.iv1170.i, 7
+  %1834 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.2
+  %gep1321.i.3 = getelementptr inbounds nuw i8, ptr %1834, i64 384
+  %1835 = load <32 x float>, ptr %gep1321.i.3, align 4, !tbaa !4
+  %1836 = fadd <32 x float> %1833, %1835
+  %indvars.iv.next1171.i.3 = shl i64 %indvars.iv1170.i, 7
+  %1837 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.3
+  %gep1321.i.4 = getelementptr inbounds nuw i8, ptr %1837, i64 512
+  %1838 = load <32 x float>, ptr %gep1321.i.4, align 4, !tbaa !4
+  %1839 = fadd <32 x float> %1836, %1838
+  %indvars.iv.next1171.i.4 = shl i64 %indvars.iv1170.i, 7
+  %1840 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.4
+  %gep1321.i.5 = getelementptr inbounds nuw i8, ptr %1840, i64 640
+  %1841 = load <32 x float>, ptr %gep1321.i.5, align 4, !tbaa !4
+  %1842 = fadd <32 x float> %1839, %1841
+  %indvars.iv.next1171.i.5 = shl i64 %indvars.iv1170.i, 7
+  %1843 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.5
+  %gep1321.i.6 = getelementptr inbounds nuw i8, ptr %1843, i64 768
+  %1844 = load <32 x float>, ptr %gep1321.i.6, align 4, !tbaa !4
+  %1845 = fadd <32 x float> %1842, %1844
+  %indvars.iv.next1171.i.6 = shl i64 %indvars.iv1170.i, 7
+  %1846 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.6
+  %gep1321.i.7 = getelementptr inbounds nuw i8, ptr %1846, i64 896
+  %1847 = load <32 x float>, ptr %gep1321.i.7, align 4, !tbaa !4
+  %1848 = fadd <32 x float> %1845, %1847
+  %indvars.iv.next1171.i.7 = add nuw nsw i64 %indvars.iv1170.i, 8
+  %niter152.next.7 = add i64 %niter152, 8
+  %niter152.ncmp.7 = icmp eq i64 %niter152.next.7, %unroll_iter151
+  br i1 %niter152.ncmp.7, label %for_end_ax180.i.loopexit.unr-lcssa, label %for_body_ax179.i, !prof !46, !llvm.loop !61
+
+for_end_ax180.i.loopexit.unr-lcssa:               ; preds = %for_body_ax179.i
+  br i1 %lcmp.mod148.not, label %for_end_ax180.i, label %for_body_ax179.i.epil.preheader, !prof !49
+
+for_body_ax179.i.epil.preheader:                  ; preds = %for_end_ax180.i.loopexit.unr-lcssa, %for_body_ax179.lr.ph.i
+  %indvars.iv1170.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1171.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global219.sroa.0.0912.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %1848, %for_end_ax180.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod150)
+  br label %for_body_ax179.i.epil
+
+for_body_ax179.i.epil:                            ; preds = %for_body_ax179.i.epil, %for_body_ax179.i.epil.preheader
+  %indvars.iv1170.i.epil = phi i64 [ %indvars.iv1170.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1171.i.epil, %for_body_ax179.i.epil ]
+  %tile_sum.rf_global219.sroa.0.0912.i.epil = phi <32 x float> [ %tile_sum.rf_global219.sroa.0.0912.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %1850, %for_body_ax179.i.epil ]
+  %epil.iter147 = phi i64 [ 0, %for_body_ax179.i.epil.preheader ], [ %epil.iter147.next, %for_body_ax179.i.epil ]
+  %.idx1280.i.epil = shl nsw i64 %indvars.iv1170.i.epil, 7
+  %gep1321.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %.idx1280.i.epil
+  %1849 = load <32 x float>, ptr %gep1321.i.epil, align 4, !tbaa !4
+  %1850 = fadd <32 x float> %tile_sum.rf_global219.sroa.0.0912.i.epil, %1849
+  %indvars.iv.next1171.i.epil = add nuw nsw i64 %indvars.iv1170.i.epil, 1
+  %epil.iter147.next = add i64 %epil.iter147, 1
+  %epil.iter147.cmp.not = icmp eq i64 %epil.iter147.next, %xtraiter146
+  br i1 %epil.iter147.cmp.not, label %for_end_ax180.i, label %for_body_ax179.i.epil, !prof !34, !llvm.loop !62
+
+for_end_ax180.i:                                  ; preds = %for_body_ax179.i.epil, %for_end_ax180.i.loopexit.unr-lcssa, %for_begin_ax178.preheader.i
+  %tile_sum.rf_global219.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %1848, %for_end_ax180.i.loopexit.unr-lcssa ], [ %1850, %for_body_ax179.i.epil ]
+  %1851 = getelementptr inbounds nuw float, ptr %tile_sum224.i, i64 %indvars.iv1175.i
+  %tile_sum.rf220.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 0
+  %1852 = fadd float %tile_sum.rf220.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf220.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 1
+  %1853 = fadd float %tile_sum.rf220.sroa.0.4.vec.extract.i, %1852
+  %tile_sum.rf220.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 2
+  %1854 = fadd float %tile_sum.rf220.sroa.0.8.vec.extract.i, %1853
+  %tile_sum.rf220.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 3
+  %1855 = fadd float %tile_sum.rf220.sroa.0.12.vec.extract.i, %1854
+  %tile_sum.rf220.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 4
+  %1856 = fadd float %tile_sum.rf220.sroa.0.16.vec.extract.i, %1855
+  %tile_sum.rf220.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 5
+  %1857 = fadd float %tile_sum.rf220.sroa.0.20.vec.extract.i, %1856
+  %tile_sum.rf220.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 6
+  %1858 = fadd float %tile_sum.rf220.sroa.0.24.vec.extract.i, %1857
+  %tile_sum.rf220.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 7
+  %1859 = fadd float %tile_sum.rf220.sroa.0.28.vec.extract.i, %1858
+  %tile_sum.rf220.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 8
+  %1860 = fadd float %tile_sum.rf220.sroa.0.32.vec.extract.i, %1859
+  %tile_sum.rf220.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 9
+  %1861 = fadd float %tile_sum.rf220.sroa.0.36.vec.extract.i, %1860
+  %tile_sum.rf220.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 10
+  %1862 = fadd float %tile_sum.rf220.sroa.0.40.vec.extract.i, %1861
+  %tile_sum.rf220.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 11
+  %1863 = fadd float %tile_sum.rf220.sroa.0.44.vec.extract.i, %1862
+  %tile_sum.rf220.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 12
+  %1864 = fadd float %tile_sum.rf220.sroa.0.48.vec.extract.i, %1863
+  %tile_sum.rf220.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 13
+  %1865 = fadd float %tile_sum.rf220.sroa.0.52.vec.extract.i, %1864
+  %tile_sum.rf220.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 14
+  %1866 = fadd float %tile_sum.rf220.sroa.0.56.vec.extract.i, %1865
+  %tile_sum.rf220.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 15
+  %1867 = fadd float %tile_sum.rf220.sroa.0.60.vec.extract.i, %1866
+  %tile_sum.rf220.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 16
+  %1868 = fadd float %tile_sum.rf220.sroa.0.64.vec.extract.i, %1867
+  %tile_sum.rf220.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 17
+  %1869 = fadd float %tile_sum.rf220.sroa.0.68.vec.extract.i, %1868
+  %tile_sum.rf220.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 18
+  %1870 = fadd float %tile_sum.rf220.sroa.0.72.vec.extract.i, %1869
+  %tile_sum.rf220.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 19
+  %1871 = fadd float %tile_sum.rf220.sroa.0.76.vec.extract.i, %1870
+  %tile_sum.rf220.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 20
+  %1872 = fadd float %tile_sum.rf220.sroa.0.80.vec.extract.i, %1871
+  %tile_sum.rf220.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 21
+  %1873 = fadd float %tile_sum.rf220.sroa.0.84.vec.extract.i, %1872
+  %tile_sum.rf220.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 22
+  %1874 = fadd float %tile_sum.rf220.sroa.0.88.vec.extract.i, %1873
+  %tile_sum.rf220.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 23
+  %1875 = fadd float %tile_sum.rf220.sroa.0.92.vec.extract.i, %1874
+  %tile_sum.rf220.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 24
+  %1876 = fadd float %tile_sum.rf220.sroa.0.96.vec.extract.i, %1875
+  %tile_sum.rf220.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 25
+  %1877 = fadd float %tile_sum.rf220.sroa.0.100.vec.extract.i, %1876
+  %tile_sum.rf220.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 26
+  %1878 = fadd float %tile_sum.rf220.sroa.0.104.vec.extract.i, %1877
+  %tile_sum.rf220.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 27
+  %1879 = fadd float %tile_sum.rf220.sroa.0.108.vec.extract.i, %1878
+  %tile_sum.rf220.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 28
+  %1880 = fadd float %tile_sum.rf220.sroa.0.112.vec.extract.i, %1879
+  %tile_sum.rf220.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 29
+  %1881 = fadd float %tile_sum.rf220.sroa.0.116.vec.extract.i, %1880
+  %tile_sum.rf220.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 30
+  %1882 = fadd float %tile_sum.rf220.sroa.0.120.vec.extract.i, %1881
+  %tile_sum.rf220.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 31
+  %1883 = fadd float %tile_sum.rf220.sroa.0.124.vec.extract.i, %1882
+  store float %1883, ptr %1851, align 4, !tbaa !63
+  %indvars.iv.next1176.i = add nuw nsw i64 %indvars.iv1175.i, 1
+  %exitcond1178.not.i = icmp eq i64 %indvars.iv.next1176.i, 4
+  br i1 %exitcond1178.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !21
+
+for_begin_to88.preheader.preheader.i:             ; preds = %for_end_ax180.i
+  br i1 %968, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
+
+for_body_to89.i.preheader:                        ; preds = %for_begin_to88.preheader.preheader.i
+  br i1 %991, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !30
+
+for_body_to89.i:                                  ; preds = %for_body_to89.i, %for_body_to89.i.preheader
+  %indvars.iv1179.i = phi i64 [ %indvars.iv.next1180.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %niter158 = phi i64 [ %niter158.next.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %.idx1282.i = shl nsw i64 %indvars.iv1179.i, 7
+  %1884 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i
+  %1885 = load <32 x float>, ptr %1884, align 4, !tbaa !4
+  %1886 = bitcast <32 x float> %1885 to <32 x i32>
+  %1887 = shufflevector <32 x i32> %1886, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1888 = lshr <16 x i32> %1887, splat (i32 16)
+  %1889 = bitcast <32 x float> %1885 to <32 x i32>
+  %1890 = shufflevector <32 x i32> %1889, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1891 = or <16 x i32> %1888, %1890
+  %.idx1283.i = shl nsw i64 %indvars.iv1179.i, 6
+  %1892 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i
+  store <16 x i32> %1891, ptr %1892, align 4, !tbaa !4
+  %indvars.iv.next1180.i = or disjoint i64 %indvars.iv1179.i, 1
+  %.idx1282.i.1 = shl nsw i64 %indvars.iv.next1180.i, 7
+  %1893 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.1
+  %1894 = load <32 x float>, ptr %1893, align 4, !tbaa !4
+  %1895 = bitcast <32 x float> %1894 to <32 x i32>
+  %1896 = shufflevector <32 x i32> %1895, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1897 = lshr <16 x i32> %1896, splat (i32 16)
+  %1898 = bitcast <32 x float> %1894 to <32 x i32>
+  %1899 = shufflevector <32 x i32> %1898, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1900 = or <16 x i32> %1897, %1899
+  %.idx1283.i.1 = shl nsw i64 %indvars.iv.next1180.i, 6
+  %1901 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.1
+  store <16 x i32> %1900, ptr %1901, align 4, !tbaa !4
+  %indvars.iv.next1180.i.1 = or disjoint i64 %indvars.iv1179.i, 2
+  %.idx1282.i.2 = shl nsw i64 %indvars.iv.next1180.i.1, 7
+  %1902 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.2
+  %1903 = load <32 x float>, ptr %1902, align 4, !tbaa !4
+  %1904 = bitcast <32 x float> %1903 to <32 x i32>
+  %1905 = shufflevector <32 x i32> %1904, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1906 = lshr <16 x i32> %1905, splat (i32 16)
+  %1907 = bitcast <32 x float> %1903 to <32 x i32>
+  %1908 = shufflevector <32 x i32> %1907, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1909 = or <16 x i32> %1906, %1908
+  %.idx1283.i.2 = shl nsw i64 %indvars.iv.next1180.i.1, 6
+  %1910 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.2
+  store <16 x i32> %1909, ptr %1910, align 4, !tbaa !4
+  %indvars.iv.next1180.i.2 = or disjoint i64 %indvars.iv1179.i, 3
+  %.idx1282.i.3 = shl nsw i64 %indvars.iv.next1180.i.2, 7
+  %1911 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.3
+  %1912 = load <32 x float>, ptr %1911, align 4, !tbaa !4
+  %1913 = bitcast <32 x float> %1912 to <32 x i32>
+  %1914 = shufflevector <32 x i32> %1913, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1915 = lshr <16 x i32> %1914, splat (i32 16)
+  %1916 = bitcast <32 x float> %1912 to <32 x i32>
+  %1917 = shufflevector <32 x i32> %1916, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1918 = or <16 x i32> %1915, %1917
+  %.idx1283.i.3 = shl nsw i64 %indvars.iv.next1180.i.2, 6
+  %1919 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.3
+  store <16 x i32> %1918, ptr %1919, align 4, !tbaa !4
+  %indvars.iv.next1180.i.3 = add nuw nsw i64 %indvars.iv1179.i, 4
+  %niter158.next.3 = add i64 %niter158, 4
+  %niter158.ncmp.3 = icmp eq i64 %niter158.next.3, %unroll_iter157
+  br i1 %niter158.ncmp.3, label %for_body_to89.1.i.preheader.unr-lcssa, label %for_body_to89.i, !prof !31, !llvm.loop !65
+
+for_body_to89.1.i.preheader.unr-lcssa:            ; preds = %for_body_to89.i
+  br i1 %lcmp.mod155.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil.preheader, !prof !34
+
+for_body_to89.i.epil.preheader:                   ; preds = %for_body_to89.1.i.preheader.unr-lcssa, %for_body_to89.i.preheader
+  %indvars.iv1179.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1180.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod156)
+  br label %for_body_to89.i.epil
+
+for_body_to89.i.epil:                             ; preds = %for_body_to89.i.epil, %for_body_to89.i.epil.preheader
+  %indvars.iv1179.i.epil = phi i64 [ %indvars.iv.next1180.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1179.i.epil.init, %for_body_to89.i.epil.preheader ]
+  %epil.iter154 = phi i64 [ %epil.iter154.next, %for_body_to89.i.epil ], [ 0, %for_body_to89.i.epil.preheader ]
+  %.idx1282.i.epil = shl nsw i64 %indvars.iv1179.i.epil, 7
+  %1920 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.epil
+  %1921 = load <32 x float>, ptr %1920, align 4, !tbaa !4
+  %1922 = bitcast <32 x float> %1921 to <32 x i32>
+  %1923 = shufflevector <32 x i32> %1922, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1924 = lshr <16 x i32> %1923, splat (i32 16)
+  %1925 = bitcast <32 x float> %1921 to <32 x i32>
+  %1926 = shufflevector <32 x i32> %1925, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1927 = or <16 x i32> %1924, %1926
+  %.idx1283.i.epil = shl nsw i64 %indvars.iv1179.i.epil, 6
+  %1928 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.epil
+  store <16 x i32> %1927, ptr %1928, align 4, !tbaa !4
+  %indvars.iv.next1180.i.epil = add nuw nsw i64 %indvars.iv1179.i.epil, 1
+  %epil.iter154.next = add i64 %epil.iter154, 1
+  %epil.iter154.cmp.not = icmp eq i64 %epil.iter154.next, %xtraiter153
+  br i1 %epil.iter154.cmp.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil, !prof !35, !llvm.loop !66
+
+for_body_to89.1.i.preheader:                      ; preds = %for_body_to89.i.epil, %for_body_to89.1.i.preheader.unr-lcssa
+  br i1 %992, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !30
+
+for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, %for_body_to89.1.i.preheader
+  %indvars.iv1179.1.i = phi i64 [ %indvars.iv.next1180.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %niter164 = phi i64 [ %niter164.next.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %.idx1284.i = shl nsw i64 %indvars.iv1179.1.i, 7
+  %1929 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i
+  %1930 = getelementptr inbounds nuw i8, ptr %1929, i64 512
+  %1931 = load <32 x float>, ptr %1930, align 4, !tbaa !4
+  %1932 = bitcast <32 x float> %1931 to <32 x i32>
+  %1933 = shufflevector <32 x i32> %1932, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1934 = lshr <16 x i32> %1933, splat (i32 16)
+  %1935 = bitcast <32 x float> %1931 to <32 x i32>
+  %1936 = shufflevector <32 x i32> %1935, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1937 = or <16 x i32> %1934, %1936
+  %.idx1285.i = shl nsw i64 %indvars.iv1179.1.i, 6
+  %1938 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i
+  %1939 = getelementptr inbounds nuw i8, ptr %1938, i64 256
+  store <16 x i32> %1937, ptr %1939, align 4, !tbaa !4
+  %indvars.iv.next1180.1.i = or disjoint i64 %indvars.iv1179.1.i, 1
+  %.idx1284.i.1 = shl nsw i64 %indvars.iv.next1180.1.i, 7
+  %1940 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.1
+  %1941 = getelementptr inbounds nuw i8, ptr %1940, i64 512
+  %1942 = load <32 x float>, ptr %1941, align 4, !tbaa !4
+  %1943 = bitcast <32 x float> %1942 to <32 x i32>
+  %1944 = shufflevector <32 x i32> %1943, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1945 = lshr <16 x i32> %1944, splat (i32 16)
+  %1946 = bitcast <32 x float> %1942 to <32 x i32>
+  %1947 = shufflevector <32 x i32> %1946, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1948 = or <16 x i32> %1945, %1947
+  %.idx1285.i.1 = shl nsw i64 %indvars.iv.next1180.1.i, 6
+  %1949 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.1
+  %1950 = getelementptr inbounds nuw i8, ptr %1949, i64 256
+  store <16 x i32> %1948, ptr %1950, align 4, !tbaa !4
+  %indvars.iv.next1180.1.i.1 = or disjoint i64 %indvars.iv1179.1.i, 2
+  %.idx1284.i.2 = shl nsw i64 %indvars.iv.next1180.1.i.1, 7
+  %1951 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.2
+  %1952 = getelementptr inbounds nuw i8, ptr %1951, i64 512
+  %1953 = load <32 x float>, ptr %1952, align 4, !tbaa !4
+  %1954 = bitcast <32 x float> %1953 to <32 x i32>
+  %1955 = shufflevector <32 x i32> %1954, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1956 = lshr <16 x i32> %1955, splat (i32 16)
+  %1957 = bitcast <32 x float> %1953 to <32 x i32>
+  %1958 = shufflevector <32 x i32> %1957, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1959 = or <16 x i32> %1956, %1958
+  %.idx1285.i.2 = shl nsw i64 %indvars.iv.next1180.1.i.1, 6
+  %1960 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.2
+  %1961 = getelementptr inbounds nuw i8, ptr %1960, i64 256
+  store <16 x i32> %1959, ptr %1961, align 4, !tbaa !4
+  %indvars.iv.next1180.1.i.2 = or disjoint i64 %indvars.iv1179.1.i, 3
+  %.idx1284.i.3 = shl nsw i64 %indvars.iv.next1180.1.i.2, 7
+  %1962 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.3
+  %1963 = getelementptr inbounds nuw i8, ptr %1962, i64 512
+  %1964 = load <32 x float>, ptr %1963, align 4, !tbaa !4
+  %1965 = bitcast <32 x float> %1964 to <32 x i32>
+  %1966 = shufflevector <32 x i32> %1965, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1967 = lshr <16 x i32> %1966, splat (i32 16)
+  %1968 = bitcast <32 x float> %1964 to <32 x i32>
+  %1969 = shufflevector <32 x i32> %1968, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1970 = or <16 x i32> %1967, %1969
+  %.idx1285.i.3 = shl nsw i64 %indvars.iv.next1180.1.i.2, 6
+  %1971 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.3
+  %1972 = getelementptr inbounds nuw i8, ptr %1971, i64 256
+  store <16 x i32> %1970, ptr %1972, align 4, !tbaa !4
+  %indvars.iv.next1180.1.i.3 = add nuw nsw i64 %indvars.iv1179.1.i, 4
+  %niter164.next.3 = add i64 %niter164, 4
+  %niter164.ncmp.3 = icmp eq i64 %niter164.next.3, %unroll_iter163
+  br i1 %niter164.ncmp.3, label %for_body_to89.2.i.preheader.unr-lcssa, label %for_body_to89.1.i, !prof !31, !llvm.loop !67
+
+for_body_to89.2.i.preheader.unr-lcssa:            ; preds = %for_body_to89.1.i
+  br i1 %lcmp.mod161.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil.preheader, !prof !34
+
+for_body_to89.1.i.epil.preheader:                 ; preds = %for_body_to89.2.i.preheader.unr-lcssa, %for_body_to89.1.i.preheader
+  %indvars.iv1179.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1180.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod162)
+  br label %for_body_to89.1.i.epil
+
+for_body_to89.1.i.epil:                           ; preds = %for_body_to89.1.i.epil, %for_body_to89.1.i.epil.preheader
+  %indvars.iv1179.1.i.epil = phi i64 [ %indvars.iv.next1180.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1179.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
+  %epil.iter160 = phi i64 [ %epil.iter160.next, %for_body_to89.1.i.epil ], [ 0, %for_body_to89.1.i.epil.preheader ]
+  %.idx1284.i.epil = shl nsw i64 %indvars.iv1179.1.i.epil, 7
+  %1973 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.epil
+  %1974 = getelementptr inbounds nuw i8, ptr %1973, i64 512
+  %1975 = load <32 x float>, ptr %1974, align 4, !tbaa !4
+  %1976 = bitcast <32 x float> %1975 to <32 x i32>
+  %1977 = shufflevector <32 x i32> %1976, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1978 = lshr <16 x i32> %1977, splat (i32 16)
+  %1979 = bitcast <32 x float> %1975 to <32 x i32>
+  %1980 = shufflevector <32 x i32> %1979, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1981 = or <16 x i32> %1978, %1980
+  %.idx1285.i.epil = shl nsw i64 %indvars.iv1179.1.i.epil, 6
+  %1982 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.epil
+  %1983 = getelementptr inbounds nuw i8, ptr %1982, i64 256
+  store <16 x i32> %1981, ptr %1983, align 4, !tbaa !4
+  %indvars.iv.next1180.1.i.epil = add nuw nsw i64 %indvars.iv1179.1.i.epil, 1
+  %epil.iter160.next = add i64 %epil.iter160, 1
+  %epil.iter160.cmp.not = icmp eq i64 %epil.iter160.next, %xtraiter159
+  br i1 %epil.iter160.cmp.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil, !prof !35, !llvm.loop !68
+
+for_body_to89.2.i.preheader:                      ; preds = %for_body_to89.1.i.epil, %for_body_to89.2.i.preheader.unr-lcssa
+  br i1 %993, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !30
+
+for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, %for_body_to89.2.i.preheader
+  %indvars.iv1179.2.i = phi i64 [ %indvars.iv.next1180.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %niter170 = phi i64 [ %niter170.next.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %.idx1286.i = shl nsw i64 %indvars.iv1179.2.i, 7
+  %1984 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i
+  %1985 = getelementptr inbounds nuw i8, ptr %1984, i64 1024
+  %1986 = load <32 x float>, ptr %1985, align 4, !tbaa !4
+  %1987 = bitcast <32 x float> %1986 to <32 x i32>
+  %1988 = shufflevector <32 x i32> %1987, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1989 = lshr <16 x i32> %1988, splat (i32 16)
+  %1990 = bitcast <32 x float> %1986 to <32 x i32>
+  %1991 = shufflevector <32 x i32> %1990, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1992 = or <16 x i32> %1989, %1991
+  %.idx1287.i = shl nsw i64 %indvars.iv1179.2.i, 6
+  %1993 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i
+  %1994 = getelementptr inbounds nuw i8, ptr %1993, i64 512
+  store <16 x i32> %1992, ptr %1994, align 4, !tbaa !4
+  %indvars.iv.next1180.2.i = or disjoint i64 %indvars.iv1179.2.i, 1
+  %.idx1286.i.1 = shl nsw i64 %indvars.iv.next1180.2.i, 7
+  %1995 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.1
+  %1996 = getelementptr inbounds nuw i8, ptr %1995, i64 1024
+  %1997 = load <32 x float>, ptr %1996, align 4, !tbaa !4
+  %1998 = bitcast <32 x float> %1997 to <32 x i32>
+  %1999 = shufflevector <32 x i32> %1998, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2000 = lshr <16 x i32> %1999, splat (i32 16)
+  %2001 = bitcast <32 x float> %1997 to <32 x i32>
+  %2002 = shufflevector <32 x i32> %2001, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2003 = or <16 x i32> %2000, %2002
+  %.idx1287.i.1 = shl nsw i64 %indvars.iv.next1180.2.i, 6
+  %2004 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.1
+  %2005 = getelementptr inbounds nuw i8, ptr %2004, i64 512
+  store <16 x i32> %2003, ptr %2005, align 4, !tbaa !4
+  %indvars.iv.next1180.2.i.1 = or disjoint i64 %indvars.iv1179.2.i, 2
+  %.idx1286.i.2 = shl nsw i64 %indvars.iv.next1180.2.i.1, 7
+  %2006 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.2
+  %2007 = getelementptr inbounds nuw i8, ptr %2006, i64 1024
+  %2008 = load <32 x float>, ptr %2007, align 4, !tbaa !4
+  %2009 = bitcast <32 x float> %2008 to <32 x i32>
+  %2010 = shufflevector <32 x i32> %2009, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2011 = lshr <16 x i32> %2010, splat (i32 16)
+  %2012 = bitcast <32 x float> %2008 to <32 x i32>
+  %2013 = shufflevector <32 x i32> %2012, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2014 = or <16 x i32> %2011, %2013
+  %.idx1287.i.2 = shl nsw i64 %indvars.iv.next1180.2.i.1, 6
+  %2015 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.2
+  %2016 = getelementptr inbounds nuw i8, ptr %2015, i64 512
+  store <16 x i32> %2014, ptr %2016, align 4, !tbaa !4
+  %indvars.iv.next1180.2.i.2 = or disjoint i64 %indvars.iv1179.2.i, 3
+  %.idx1286.i.3 = shl nsw i64 %indvars.iv.next1180.2.i.2, 7
+  %2017 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.3
+  %2018 = getelementptr inbounds nuw i8, ptr %2017, i64 1024
+  %2019 = load <32 x float>, ptr %2018, align 4, !tbaa !4
+  %2020 = bitcast <32 x float> %2019 to <32 x i32>
+  %2021 = shufflevector <32 x i32> %2020, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2022 = lshr <16 x i32> %2021, splat (i32 16)
+  %2023 = bitcast <32 x float> %2019 to <32 x i32>
+  %2024 = shufflevector <32 x i32> %2023, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2025 = or <16 x i32> %2022, %2024
+  %.idx1287.i.3 = shl nsw i64 %indvars.iv.next1180.2.i.2, 6
+  %2026 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.3
+  %2027 = getelementptr inbounds nuw i8, ptr %2026, i64 512
+  store <16 x i32> %2025, ptr %2027, align 4, !tbaa !4
+  %indvars.iv.next1180.2.i.3 = add nuw nsw i64 %indvars.iv1179.2.i, 4
+  %niter170.next.3 = add i64 %niter170, 4
+  %niter170.ncmp.3 = icmp eq i64 %niter170.next.3, %unroll_iter169
+  br i1 %niter170.ncmp.3, label %for_body_to89.3.i.preheader.unr-lcssa, label %for_body_to89.2.i, !prof !31, !llvm.loop !69
+
+for_body_to89.3.i.preheader.unr-lcssa:            ; preds = %for_body_to89.2.i
+  br i1 %lcmp.mod167.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil.preheader, !prof !34
+
+for_body_to89.2.i.epil.preheader:                 ; preds = %for_body_to89.3.i.preheader.unr-lcssa, %for_body_to89.2.i.preheader
+  %indvars.iv1179.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1180.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod168)
+  br label %for_body_to89.2.i.epil
+
+for_body_to89.2.i.epil:                           ; preds = %for_body_to89.2.i.epil, %for_body_to89.2.i.epil.preheader
+  %indvars.iv1179.2.i.epil = phi i64 [ %indvars.iv.next1180.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1179.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
+  %epil.iter166 = phi i64 [ %epil.iter166.next, %for_body_to89.2.i.epil ], [ 0, %for_body_to89.2.i.epil.preheader ]
+  %.idx1286.i.epil = shl nsw i64 %indvars.iv1179.2.i.epil, 7
+  %2028 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.epil
+  %2029 = getelementptr inbounds nuw i8, ptr %2028, i64 1024
+  %2030 = load <32 x float>, ptr %2029, align 4, !tbaa !4
+  %2031 = bitcast <32 x float> %2030 to <32 x i32>
+  %2032 = shufflevector <32 x i32> %2031, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2033 = lshr <16 x i32> %2032, splat (i32 16)
+  %2034 = bitcast <32 x float> %2030 to <32 x i32>
+  %2035 = shufflevector <32 x i32> %2034, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2036 = or <16 x i32> %2033, %2035
+  %.idx1287.i.epil = shl nsw i64 %indvars.iv1179.2.i.epil, 6
+  %2037 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.epil
+  %2038 = getelementptr inbounds nuw i8, ptr %2037, i64 512
+  store <16 x i32> %2036, ptr %2038, align 4, !tbaa !4
+  %indvars.iv.next1180.2.i.epil = add nuw nsw i64 %indvars.iv1179.2.i.epil, 1
+  %epil.iter166.next = add i64 %epil.iter166, 1
+  %epil.iter166.cmp.not = icmp eq i64 %epil.iter166.next, %xtraiter165
+  br i1 %epil.iter166.cmp.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil, !prof !35, !llvm.loop !70
+
+for_body_to89.3.i.preheader:                      ; preds = %for_body_to89.2.i.epil, %for_body_to89.3.i.preheader.unr-lcssa
+  br i1 %994, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !30
+
+for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, %for_body_to89.3.i.preheader
+  %indvars.iv1179.3.i = phi i64 [ %indvars.iv.next1180.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %niter176 = phi i64 [ %niter176.next.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %.idx1288.i = shl nsw i64 %indvars.iv1179.3.i, 7
+  %2039 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i
+  %2040 = getelementptr inbounds nuw i8, ptr %2039, i64 1536
+  %2041 = load <32 x float>, ptr %2040, align 4, !tbaa !4
+  %2042 = bitcast <32 x float> %2041 to <32 x i32>
+  %2043 = shufflevector <32 x i32> %2042, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2044 = lshr <16 x i32> %2043, splat (i32 16)
+  %2045 = bitcast <32 x float> %2041 to <32 x i32>
+  %2046 = shufflevector <32 x i32> %2045, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2047 = or <16 x i32> %2044, %2046
+  %.idx1289.i = shl nsw i64 %indvars.iv1179.3.i, 6
+  %2048 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i
+  %2049 = getelementptr inbounds nuw i8, ptr %2048, i64 768
+  store <16 x i32> %2047, ptr %2049, align 4, !tbaa !4
+  %indvars.iv.next1180.3.i = or disjoint i64 %indvars.iv1179.3.i, 1
+  %.idx1288.i.1 = shl nsw i64 %indvars.iv.next1180.3.i, 7
+  %2050 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.1
+  %2051 = getelementptr inbounds nuw i8, ptr %2050, i64 1536
+  %2052 = load <32 x float>, ptr %2051, align 4, !tbaa !4
+  %2053 = bitcast <32 x float> %2052 to <32 x i32>
+  %2054 = shufflevector <32 x i32> %2053, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2055 = lshr <16 x i32> %2054, splat (i32 16)
+  %2056 = bitcast <32 x float> %2052 to <32 x i32>
+  %2057 = shufflevector <32 x i32> %2056, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2058 = or <16 x i32> %2055, %2057
+  %.idx1289.i.1 = shl nsw i64 %indvars.iv.next1180.3.i, 6
+  %2059 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.1
+  %2060 = getelementptr inbounds nuw i8, ptr %2059, i64 768
+  store <16 x i32> %2058, ptr %2060, align 4, !tbaa !4
+  %indvars.iv.next1180.3.i.1 = or disjoint i64 %indvars.iv1179.3.i, 2
+  %.idx1288.i.2 = shl nsw i64 %indvars.iv.next1180.3.i.1, 7
+  %2061 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.2
+  %2062 = getelementptr inbounds nuw i8, ptr %2061, i64 1536
+  %2063 = load <32 x float>, ptr %2062, align 4, !tbaa !4
+  %2064 = bitcast <32 x float> %2063 to <32 x i32>
+  %2065 = shufflevector <32 x i32> %2064, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2066 = lshr <16 x i32> %2065, splat (i32 16)
+  %2067 = bitcast <32 x float> %2063 to <32 x i32>
+  %2068 = shufflevector <32 x i32> %2067, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2069 = or <16 x i32> %2066, %2068
+  %.idx1289.i.2 = shl nsw i64 %indvars.iv.next1180.3.i.1, 6
+  %2070 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.2
+  %2071 = getelementptr inbounds nuw i8, ptr %2070, i64 768
+  store <16 x i32> %2069, ptr %2071, align 4, !tbaa !4
+  %indvars.iv.next1180.3.i.2 = or disjoint i64 %indvars.iv1179.3.i, 3
+  %.idx1288.i.3 = shl nsw i64 %indvars.iv.next1180.3.i.2, 7
+  %2072 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.3
+  %2073 = getelementptr inbounds nuw i8, ptr %2072, i64 1536
+  %2074 = load <32 x float>, ptr %2073, align 4, !tbaa !4
+  %2075 = bitcast <32 x float> %2074 to <32 x i32>
+  %2076 = shufflevector <32 x i32> %2075, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2077 = lshr <16 x i32> %2076, splat (i32 16)
+  %2078 = bitcast <32 x float> %2074 to <32 x i32>
+  %2079 = shufflevector <32 x i32> %2078, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2080 = or <16 x i32> %2077, %2079
+  %.idx1289.i.3 = shl nsw i64 %indvars.iv.next1180.3.i.2, 6
+  %2081 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.3
+  %2082 = getelementptr inbounds nuw i8, ptr %2081, i64 768
+  store <16 x i32> %2080, ptr %2082, align 4, !tbaa !4
+  %indvars.iv.next1180.3.i.3 = add nuw nsw i64 %indvars.iv1179.3.i, 4
+  %niter176.next.3 = add i64 %niter176, 4
+  %niter176.ncmp.3 = icmp eq i64 %niter176.next.3, %unroll_iter175
+  br i1 %niter176.ncmp.3, label %for_end_to90.3.i.loopexit.unr-lcssa, label %for_body_to89.3.i, !prof !31, !llvm.loop !71
+
+for_end_to90.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to89.3.i
+  br i1 %lcmp.mod173.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil.preheader, !prof !34
+
+for_body_to89.3.i.epil.preheader:                 ; preds = %for_end_to90.3.i.loopexit.unr-lcssa, %for_body_to89.3.i.preheader
+  %indvars.iv1179.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1180.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod174)
+  br label %for_body_to89.3.i.epil
+
+for_body_to89.3.i.epil:                           ; preds = %for_body_to89.3.i.epil, %for_body_to89.3.i.epil.preheader
+  %indvars.iv1179.3.i.epil = phi i64 [ %indvars.iv.next1180.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1179.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
+  %epil.iter172 = phi i64 [ %epil.iter172.next, %for_body_to89.3.i.epil ], [ 0, %for_body_to89.3.i.epil.preheader ]
+  %.idx1288.i.epil = shl nsw i64 %indvars.iv1179.3.i.epil, 7
+  %2083 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.epil
+  %2084 = getelementptr inbounds nuw i8, ptr %2083, i64 1536
+  %2085 = load <32 x float>, ptr %2084, align 4, !tbaa !4
+  %2086 = bitcast <32 x float> %2085 to <32 x i32>
+  %2087 = shufflevector <32 x i32> %2086, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2088 = lshr <16 x i32> %2087, splat (i32 16)
+  %2089 = bitcast <32 x float> %2085 to <32 x i32>
+  %2090 = shufflevector <32 x i32> %2089, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2091 = or <16 x i32> %2088, %2090
+  %.idx1289.i.epil = shl nsw i64 %indvars.iv1179.3.i.epil, 6
+  %2092 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.epil
+  %2093 = getelementptr inbounds nuw i8, ptr %2092, i64 768
+  store <16 x i32> %2091, ptr %2093, align 4, !tbaa !4
+  %indvars.iv.next1180.3.i.epil = add nuw nsw i64 %indvars.iv1179.3.i.epil, 1
+  %epil.iter172.next = add i64 %epil.iter172, 1
+  %epil.iter172.cmp.not = icmp eq i64 %epil.iter172.next, %xtraiter171
+  br i1 %epil.iter172.cmp.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil, !prof !35, !llvm.loop !72
+
+for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.epil, %for_end_to90.3.i.loopexit.unr-lcssa, %for_begin_to88.preheader.preheader.i
+  %2094 = shl nuw nsw i64 %indvars.iv1201.i, 2
+  %2095 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2094
+  %2096 = load <4 x float>, ptr %2095, align 16, !tbaa !25
+  %old_max.i = select <4 x i1> %972, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2096
+  %2097 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2094
+  %2098 = load <4 x float>, ptr %2097, align 16, !tbaa !23
+  %old_sum.i = select <4 x i1> %972, <4 x float> zeroinitializer, <4 x float> %2098
+  %2099 = fcmp ogt <4 x float> %old_max.i, %1528
+  %2100 = load <4 x float>, ptr %tile_sum224.i, align 16, !tbaa !73
+  %2101 = fcmp oeq <4 x float> %2100, zeroinitializer
+  %2102 = select <4 x i1> %2101, <4 x i1> splat (i1 true), <4 x i1> %2099
+  %old_or_both.i = select <4 x i1> %2102, <4 x float> %old_max.i, <4 x float> %1528
+  %2103 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2103, <4 x float> %1528, <4 x float> %old_or_both.i
+  %2104 = fsub <4 x float> %old_max.i, %m.i
+  %2105 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2104, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2106 = bitcast <4 x float> %2105 to <4 x i32>
+  %2107 = add nsw <4 x i32> %2106, splat (i32 -1262485504)
+  %2108 = sitofp <4 x i32> %2107 to <4 x float>
+  %2109 = fmul <4 x float> %2108, splat (float 0x3F2BD01060000000)
+  %2110 = fmul <4 x float> %2108, splat (float 0x3FE6300000000000)
+  %2111 = fsub <4 x float> %2104, %2110
+  %2112 = fadd <4 x float> %2109, %2111
+  %2113 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2112, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2114 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2113, <4 x float> %2112, <4 x float> splat (float 0x3F81112100000000))
+  %2115 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2114, <4 x float> %2112, <4 x float> splat (float 0x3FA5553820000000))
+  %2116 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2115, <4 x float> %2112, <4 x float> splat (float 0x3FC5555540000000))
+  %2117 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2116, <4 x float> %2112, <4 x float> splat (float 5.000000e-01))
+  %2118 = fmul <4 x float> %2112, %2117
+  %2119 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2118, <4 x float> %2112, <4 x float> %2112)
+  %2120 = shl <4 x i32> %2106, splat (i32 23)
+  %2121 = add <4 x i32> %2120, splat (i32 1065353216)
+  %2122 = bitcast <4 x i32> %2121 to <4 x float>
+  %2123 = fadd <4 x float> %2119, splat (float 1.000000e+00)
+  %2124 = fmul <4 x float> %2123, %2122
+  %2125 = fcmp olt <4 x float> %2104, splat (float -8.700000e+01)
+  %2126 = select <4 x i1> %2125, <4 x float> zeroinitializer, <4 x float> %2124
+  %2127 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2128 = select <4 x i1> %2127, <4 x float> %2126, <4 x float> zeroinitializer
+  %arg108.i = fsub <4 x float> %1528, %m.i
+  %2129 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg108.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2130 = bitcast <4 x float> %2129 to <4 x i32>
+  %2131 = add nsw <4 x i32> %2130, splat (i32 -1262485504)
+  %2132 = sitofp <4 x i32> %2131 to <4 x float>
+  %2133 = fmul <4 x float> %2132, splat (float 0x3F2BD01060000000)
+  %2134 = fmul <4 x float> %2132, splat (float 0x3FE6300000000000)
+  %2135 = fsub <4 x float> %arg108.i, %2134
+  %2136 = fadd <4 x float> %2133, %2135
+  %2137 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2136, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2138 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2137, <4 x float> %2136, <4 x float> splat (float 0x3F81112100000000))
+  %2139 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2138, <4 x float> %2136, <4 x float> splat (float 0x3FA5553820000000))
+  %2140 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2139, <4 x float> %2136, <4 x float> splat (float 0x3FC5555540000000))
+  %2141 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2140, <4 x float> %2136, <4 x float> splat (float 5.000000e-01))
+  %2142 = fmul <4 x float> %2136, %2141
+  %2143 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2142, <4 x float> %2136, <4 x float> %2136)
+  %2144 = shl <4 x i32> %2130, splat (i32 23)
+  %2145 = add <4 x i32> %2144, splat (i32 1065353216)
+  %2146 = bitcast <4 x i32> %2145 to <4 x float>
+  %2147 = fadd <4 x float> %2143, splat (float 1.000000e+00)
+  %2148 = fmul <4 x float> %2147, %2146
+  %2149 = fcmp olt <4 x float> %arg108.i, splat (float -8.700000e+01)
+  %2150 = select <4 x i1> %2149, <4 x float> zeroinitializer, <4 x float> %2148
+  %2151 = fcmp one <4 x float> %2100, zeroinitializer
+  %2152 = select <4 x i1> %2151, <4 x float> %2150, <4 x float> zeroinitializer
+  %2153 = fmul <4 x float> %old_sum.i, %2128
+  %2154 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2152, <4 x float> %2100, <4 x float> %2153)
+  store <4 x float> %m.i, ptr %2095, align 16, !tbaa !25
+  store <4 x float> %2154, ptr %2097, align 16, !tbaa !23
+  %2155 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> zeroinitializer
+  %2156 = shl nuw nsw i64 %indvars.iv1201.i, 9
+  %2157 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> zeroinitializer
+  %2158 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2159 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2160 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2161 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2162 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2163 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2164 = mul nsw i64 %1053, %v_head
+  %2165 = mul nsw i64 %indvars.iv1201.i, %v_head
+  %invariant.gep1022.i = getelementptr i32, ptr %value_cache, i64 %2165
+  %2166 = fmul <16 x float> %2157, zeroinitializer
+  %2167 = fmul <16 x float> %2159, zeroinitializer
+  %2168 = fmul <16 x float> %2161, zeroinitializer
+  %invariant.gep1322.i = getelementptr i32, ptr %prob_pairs.i, i64 %979
+  %2169 = fmul <16 x float> %2163, zeroinitializer
+  br label %for_body_d_0_m.i
+
+for_body_d_0_m.i:                                 ; preds = %if_end148.i, %for_end_to90.3.i
+  %indvars.iv1197.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1198.i, %if_end148.i ]
+  br i1 %974, label %for_begin_ax1126.preheader.lr.ph.i, label %for_end_to123.i, !prof !3
+
+for_begin_ax1126.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
+  %2170 = mul nuw nsw i64 %indvars.iv1197.i, %980
+  %gep1023.idx.i = shl i64 %indvars.iv1197.i, 7
+  %gep1023.i = getelementptr i8, ptr %invariant.gep1022.i, i64 %gep1023.idx.i
+  br label %for_begin_ax1126.preheader.i
+
+for_end_d_0_m.i:                                  ; preds = %if_end148.i
+  %2171 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2172 = tail call i32 %2171(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not235.i = icmp eq i32 %2172, 0
+  br i1 %.not235.i, label %if_end150.i, label %fused_decode_compute_.exit, !prof !22
+
+for_begin_ax1126.preheader.i:                     ; preds = %for_begin_ax1126.preheader.i, %for_begin_ax1126.preheader.lr.ph.i
+  %indvars.iv1189.i = phi i64 [ 0, %for_begin_ax1126.preheader.lr.ph.i ], [ %indvars.iv.next1190.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.238.0926.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i669.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.204.0925.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i657.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.170.0924.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i666.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.136.0923.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i654.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.102.0922.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i663.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.0.0921.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i648.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.34.0920.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i660.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.68.0919.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i651.i, %for_begin_ax1126.preheader.i ]
+  %2173 = add nuw nsw i64 %indvars.iv1189.i, %2170
+  %2174 = trunc i64 %2173 to i32
+  %2175 = shl i32 %2174, 3
+  %2176 = add i32 %2175, %1052
+  %2177 = sext i32 %2176 to i64
+  %2178 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2177
+  %2179 = load i64, ptr %2178, align 8, !tbaa !4
+  %2180 = getelementptr i32, ptr %value_cache, i64 %2179
+  %2181 = getelementptr i32, ptr %2180, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2181, i32 0, i32 2, i32 1)
+  %2182 = getelementptr i8, ptr %2180, i64 64
+  %2183 = getelementptr i32, ptr %2182, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2183, i32 0, i32 2, i32 1)
+  %2184 = getelementptr i8, ptr %2180, i64 128
+  %2185 = getelementptr i32, ptr %2184, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2185, i32 0, i32 2, i32 1)
+  %2186 = getelementptr i8, ptr %2180, i64 192
+  %2187 = getelementptr i32, ptr %2186, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2187, i32 0, i32 2, i32 1)
+  %2188 = getelementptr i8, ptr %2178, i64 8
+  %2189 = load i64, ptr %2188, align 8, !tbaa !4
+  %2190 = getelementptr i32, ptr %value_cache, i64 %2189
+  %2191 = getelementptr i8, ptr %2190, i64 256
+  %2192 = getelementptr i32, ptr %2191, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2192, i32 0, i32 2, i32 1)
+  %2193 = getelementptr i8, ptr %2190, i64 320
+  %2194 = getelementptr i32, ptr %2193, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2194, i32 0, i32 2, i32 1)
+  %2195 = getelementptr i8, ptr %2190, i64 384
+  %2196 = getelementptr i32, ptr %2195, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2196, i32 0, i32 2, i32 1)
+  %2197 = getelementptr i8, ptr %2190, i64 448
+  %2198 = getelementptr i32, ptr %2197, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2198, i32 0, i32 2, i32 1)
+  %2199 = getelementptr i8, ptr %2178, i64 16
+  %2200 = load i64, ptr %2199, align 8, !tbaa !4
+  %2201 = getelementptr i32, ptr %value_cache, i64 %2200
+  %2202 = getelementptr i32, ptr %2201, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2202, i32 0, i32 2, i32 1)
+  %2203 = getelementptr i8, ptr %2201, i64 64
+  %2204 = getelementptr i32, ptr %2203, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2204, i32 0, i32 2, i32 1)
+  %2205 = getelementptr i8, ptr %2201, i64 128
+  %2206 = getelementptr i32, ptr %2205, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2206, i32 0, i32 2, i32 1)
+  %2207 = getelementptr i8, ptr %2201, i64 192
+  %2208 = getelementptr i32, ptr %2207, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2208, i32 0, i32 2, i32 1)
+  %2209 = getelementptr i8, ptr %2178, i64 24
+  %2210 = load i64, ptr %2209, align 8, !tbaa !4
+  %2211 = getelementptr i32, ptr %value_cache, i64 %2210
+  %2212 = getelementptr i8, ptr %2211, i64 256
+  %2213 = getelementptr i32, ptr %2212, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2213, i32 0, i32 2, i32 1)
+  %2214 = getelementptr i8, ptr %2211, i64 320
+  %2215 = getelementptr i32, ptr %2214, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2215, i32 0, i32 2, i32 1)
+  %2216 = getelementptr i8, ptr %2211, i64 384
+  %2217 = getelementptr i32, ptr %2216, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2217, i32 0, i32 2, i32 1)
+  %2218 = getelementptr i8, ptr %2211, i64 448
+  %2219 = getelementptr i32, ptr %2218, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2219, i32 0, i32 2, i32 1)
+  %2220 = getelementptr i8, ptr %2178, i64 32
+  %2221 = load i64, ptr %2220, align 8, !tbaa !4
+  %2222 = getelementptr i32, ptr %value_cache, i64 %2221
+  %2223 = getelementptr i32, ptr %2222, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2223, i32 0, i32 2, i32 1)
+  %2224 = getelementptr i8, ptr %2222, i64 64
+  %2225 = getelementptr i32, ptr %2224, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2225, i32 0, i32 2, i32 1)
+  %2226 = getelementptr i8, ptr %2222, i64 128
+  %2227 = getelementptr i32, ptr %2226, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2227, i32 0, i32 2, i32 1)
+  %2228 = getelementptr i8, ptr %2222, i64 192
+  %2229 = getelementptr i32, ptr %2228, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2229, i32 0, i32 2, i32 1)
+  %2230 = getelementptr i8, ptr %2178, i64 40
+  %2231 = load i64, ptr %2230, align 8, !tbaa !4
+  %2232 = getelementptr i32, ptr %value_cache, i64 %2231
+  %2233 = getelementptr i8, ptr %2232, i64 256
+  %2234 = getelementptr i32, ptr %2233, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2234, i32 0, i32 2, i32 1)
+  %2235 = getelementptr i8, ptr %2232, i64 320
+  %2236 = getelementptr i32, ptr %2235, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2236, i32 0, i32 2, i32 1)
+  %2237 = getelementptr i8, ptr %2232, i64 384
+  %2238 = getelementptr i32, ptr %2237, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2238, i32 0, i32 2, i32 1)
+  %2239 = getelementptr i8, ptr %2232, i64 448
+  %2240 = getelementptr i32, ptr %2239, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2240, i32 0, i32 2, i32 1)
+  %2241 = getelementptr i8, ptr %2178, i64 48
+  %2242 = load i64, ptr %2241, align 8, !tbaa !4
+  %2243 = getelementptr i32, ptr %value_cache, i64 %2242
+  %2244 = getelementptr i32, ptr %2243, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2244, i32 0, i32 2, i32 1)
+  %2245 = getelementptr i8, ptr %2243, i64 64
+  %2246 = getelementptr i32, ptr %2245, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2246, i32 0, i32 2, i32 1)
+  %2247 = getelementptr i8, ptr %2243, i64 128
+  %2248 = getelementptr i32, ptr %2247, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2248, i32 0, i32 2, i32 1)
+  %2249 = getelementptr i8, ptr %2243, i64 192
+  %2250 = getelementptr i32, ptr %2249, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2250, i32 0, i32 2, i32 1)
+  %2251 = getelementptr i8, ptr %2178, i64 56
+  %2252 = load i64, ptr %2251, align 8, !tbaa !4
+  %2253 = getelementptr i32, ptr %value_cache, i64 %2252
+  %2254 = getelementptr i8, ptr %2253, i64 256
+  %2255 = getelementptr i32, ptr %2254, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2255, i32 0, i32 2, i32 1)
+  %2256 = getelementptr i8, ptr %2253, i64 320
+  %2257 = getelementptr i32, ptr %2256, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2257, i32 0, i32 2, i32 1)
+  %2258 = getelementptr i8, ptr %2253, i64 384
+  %2259 = getelementptr i32, ptr %2258, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2259, i32 0, i32 2, i32 1)
+  %2260 = getelementptr i8, ptr %2253, i64 448
+  %2261 = getelementptr i32, ptr %2260, i64 %2164
+  tail call void @llvm.prefetch.p0(ptr readonly %2261, i32 0, i32 2, i32 1)
+  %.idx1290.i = shl nsw i64 %indvars.iv1189.i, 6
+  %2262 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1290.i
+  %2263 = load i32, ptr %2262, align 4, !tbaa !4
+  %2264 = insertelement <16 x i32> poison, i32 %2263, i64 0
+  %2265 = shufflevector <16 x i32> %2264, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1291.i = shl nsw i64 %indvars.iv1189.i, 8
+  %2266 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1291.i
+  %2267 = load i64, ptr %2266, align 8, !tbaa !4
+  %gep939.i = getelementptr i32, ptr %gep1023.i, i64 %2267
+  %2268 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
+  %x.i286.i = bitcast <16 x i32> %2265 to <32 x bfloat>
+  %r.i288.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.0.0921.i, <32 x bfloat> %x.i286.i, <32 x bfloat> %2268)
+  %2269 = getelementptr inbounds nuw i8, ptr %2262, i64 256
+  %2270 = load i32, ptr %2269, align 4, !tbaa !4
+  %2271 = insertelement <16 x i32> poison, i32 %2270, i64 0
+  %2272 = shufflevector <16 x i32> %2271, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i289.i = bitcast <16 x i32> %2272 to <32 x bfloat>
+  %r.i291.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.68.0919.i, <32 x bfloat> %x.i289.i, <32 x bfloat> %2268)
+  %2273 = getelementptr inbounds nuw i8, ptr %2262, i64 512
+  %2274 = load i32, ptr %2273, align 4, !tbaa !4
+  %2275 = insertelement <16 x i32> poison, i32 %2274, i64 0
+  %2276 = shufflevector <16 x i32> %2275, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i292.i = bitcast <16 x i32> %2276 to <32 x bfloat>
+  %r.i294.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.136.0923.i, <32 x bfloat> %x.i292.i, <32 x bfloat> %2268)
+  %2277 = getelementptr inbounds nuw i8, ptr %2262, i64 768
+  %2278 = load i32, ptr %2277, align 4, !tbaa !4
   %2279 = insertelement <16 x i32> poison, i32 %2278, i64 0
   %2280 = shufflevector <16 x i32> %2279, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2281 = load i64, ptr %2235, align 8, !tbaa !4
-  %2282 = getelementptr i32, ptr %value_cache, i64 %2281
-  %2283 = getelementptr i8, ptr %2282, i64 320
-  %2284 = getelementptr i32, ptr %2283, i64 %v_now.i
-  %2285 = load <16 x i32>, ptr %2284, align 4, !tbaa !4
-  %2286 = and <16 x i32> %2285, %2234
-  %x.i698.5.i = bitcast <16 x i32> %2280 to <32 x bfloat>
-  %y.i699.5.i = bitcast <16 x i32> %2286 to <32 x bfloat>
-  %r.i700.5.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.51355.i, <32 x bfloat> %x.i698.5.i, <32 x bfloat> %y.i699.5.i)
-  store <16 x float> %r.i700.5.i, ptr %2146, align 4, !tbaa !4
-  %2287 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
-  %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2290 = load i64, ptr %2235, align 8, !tbaa !4
-  %2291 = getelementptr i32, ptr %value_cache, i64 %2290
-  %2292 = getelementptr i8, ptr %2291, i64 384
-  %2293 = getelementptr i32, ptr %2292, i64 %v_now.i
-  %2294 = load <16 x i32>, ptr %2293, align 4, !tbaa !4
-  %2295 = and <16 x i32> %2294, %2234
-  %x.i698.6.i = bitcast <16 x i32> %2289 to <32 x bfloat>
-  %y.i699.6.i = bitcast <16 x i32> %2295 to <32 x bfloat>
-  %r.i700.6.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.61357.i, <32 x bfloat> %x.i698.6.i, <32 x bfloat> %y.i699.6.i)
-  store <16 x float> %r.i700.6.i, ptr %2149, align 4, !tbaa !4
-  %2296 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2297 = insertelement <16 x i32> poison, i32 %2296, i64 0
-  %2298 = shufflevector <16 x i32> %2297, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2299 = load i64, ptr %2235, align 8, !tbaa !4
-  %2300 = getelementptr i32, ptr %value_cache, i64 %2299
-  %2301 = getelementptr i8, ptr %2300, i64 448
-  %2302 = getelementptr i32, ptr %2301, i64 %v_now.i
-  %2303 = load <16 x i32>, ptr %2302, align 4, !tbaa !4
-  %2304 = and <16 x i32> %2303, %2234
-  %x.i698.7.i = bitcast <16 x i32> %2298 to <32 x bfloat>
-  %y.i699.7.i = bitcast <16 x i32> %2304 to <32 x bfloat>
-  %r.i700.7.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.71359.i, <32 x bfloat> %x.i698.7.i, <32 x bfloat> %y.i699.7.i)
-  store <16 x float> %r.i700.7.i, ptr %2152, align 4, !tbaa !4
-  %2305 = getelementptr i8, ptr %gep66, i64 256
-  %2306 = load i32, ptr %2305, align 4, !tbaa !4
-  %2307 = insertelement <16 x i32> poison, i32 %2306, i64 0
-  %2308 = shufflevector <16 x i32> %2307, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2309 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1342.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2309
-  %2310 = load <16 x i32>, ptr %gep1342.i, align 4, !tbaa !4
-  %2311 = and <16 x i32> %2310, %2234
-  %x.i698.11194.i = bitcast <16 x i32> %2308 to <32 x bfloat>
-  %y.i699.11195.i = bitcast <16 x i32> %2311 to <32 x bfloat>
-  %r.i700.11196.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.111961361.i, <32 x bfloat> %x.i698.11194.i, <32 x bfloat> %y.i699.11195.i)
-  store <16 x float> %r.i700.11196.i, ptr %2155, align 4, !tbaa !4
-  %2312 = load i32, ptr %2305, align 4, !tbaa !4
+  %x.i295.i = bitcast <16 x i32> %2280 to <32 x bfloat>
+  %r.i297.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.204.0925.i, <32 x bfloat> %x.i295.i, <32 x bfloat> %2268)
+  %2281 = getelementptr i8, ptr %gep939.i, i64 64
+  %2282 = load <32 x bfloat>, ptr %2281, align 4, !tbaa !4
+  %r.i300.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.34.0920.i, <32 x bfloat> %x.i286.i, <32 x bfloat> %2282)
+  %r.i303.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.102.0922.i, <32 x bfloat> %x.i289.i, <32 x bfloat> %2282)
+  %r.i306.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.170.0924.i, <32 x bfloat> %x.i292.i, <32 x bfloat> %2282)
+  %r.i309.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.238.0926.i, <32 x bfloat> %x.i295.i, <32 x bfloat> %2282)
+  %2283 = getelementptr inbounds nuw i8, ptr %2262, i64 4
+  %2284 = load i32, ptr %2283, align 4, !tbaa !4
+  %2285 = insertelement <16 x i32> poison, i32 %2284, i64 0
+  %2286 = shufflevector <16 x i32> %2285, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2287 = getelementptr inbounds nuw i8, ptr %2266, i64 16
+  %2288 = load i64, ptr %2287, align 8, !tbaa !4
+  %gep943.i = getelementptr i32, ptr %gep1023.i, i64 %2288
+  %2289 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
+  %x.i310.i = bitcast <16 x i32> %2286 to <32 x bfloat>
+  %r.i312.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i288.i, <32 x bfloat> %x.i310.i, <32 x bfloat> %2289)
+  %2290 = getelementptr inbounds nuw i8, ptr %2262, i64 260
+  %2291 = load i32, ptr %2290, align 4, !tbaa !4
+  %2292 = insertelement <16 x i32> poison, i32 %2291, i64 0
+  %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i313.i = bitcast <16 x i32> %2293 to <32 x bfloat>
+  %r.i315.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i291.i, <32 x bfloat> %x.i313.i, <32 x bfloat> %2289)
+  %2294 = getelementptr inbounds nuw i8, ptr %2262, i64 516
+  %2295 = load i32, ptr %2294, align 4, !tbaa !4
+  %2296 = insertelement <16 x i32> poison, i32 %2295, i64 0
+  %2297 = shufflevector <16 x i32> %2296, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i316.i = bitcast <16 x i32> %2297 to <32 x bfloat>
+  %r.i318.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i294.i, <32 x bfloat> %x.i316.i, <32 x bfloat> %2289)
+  %2298 = getelementptr inbounds nuw i8, ptr %2262, i64 772
+  %2299 = load i32, ptr %2298, align 4, !tbaa !4
+  %2300 = insertelement <16 x i32> poison, i32 %2299, i64 0
+  %2301 = shufflevector <16 x i32> %2300, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i319.i = bitcast <16 x i32> %2301 to <32 x bfloat>
+  %r.i321.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i297.i, <32 x bfloat> %x.i319.i, <32 x bfloat> %2289)
+  %2302 = getelementptr i8, ptr %gep943.i, i64 64
+  %2303 = load <32 x bfloat>, ptr %2302, align 4, !tbaa !4
+  %r.i324.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i300.i, <32 x bfloat> %x.i310.i, <32 x bfloat> %2303)
+  %r.i327.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i303.i, <32 x bfloat> %x.i313.i, <32 x bfloat> %2303)
+  %r.i330.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i306.i, <32 x bfloat> %x.i316.i, <32 x bfloat> %2303)
+  %r.i333.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i309.i, <32 x bfloat> %x.i319.i, <32 x bfloat> %2303)
+  %2304 = getelementptr inbounds nuw i8, ptr %2262, i64 8
+  %2305 = load i32, ptr %2304, align 4, !tbaa !4
+  %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
+  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2308 = getelementptr inbounds nuw i8, ptr %2266, i64 32
+  %2309 = load i64, ptr %2308, align 8, !tbaa !4
+  %gep947.i = getelementptr i32, ptr %gep1023.i, i64 %2309
+  %2310 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
+  %x.i334.i = bitcast <16 x i32> %2307 to <32 x bfloat>
+  %r.i336.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i312.i, <32 x bfloat> %x.i334.i, <32 x bfloat> %2310)
+  %2311 = getelementptr inbounds nuw i8, ptr %2262, i64 264
+  %2312 = load i32, ptr %2311, align 4, !tbaa !4
   %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
   %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2315 = load i64, ptr %2235, align 8, !tbaa !4
-  %2316 = getelementptr i32, ptr %value_cache, i64 %2315
-  %2317 = getelementptr i8, ptr %2316, i64 64
-  %2318 = getelementptr i32, ptr %2317, i64 %v_now.i
-  %2319 = load <16 x i32>, ptr %2318, align 4, !tbaa !4
-  %2320 = and <16 x i32> %2319, %2234
-  %x.i698.1.1.i = bitcast <16 x i32> %2314 to <32 x bfloat>
-  %y.i699.1.1.i = bitcast <16 x i32> %2320 to <32 x bfloat>
-  %r.i700.1.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.11363.i, <32 x bfloat> %x.i698.1.1.i, <32 x bfloat> %y.i699.1.1.i)
-  store <16 x float> %r.i700.1.1.i, ptr %2158, align 4, !tbaa !4
-  %2321 = load i32, ptr %2305, align 4, !tbaa !4
-  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
-  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2324 = load i64, ptr %2235, align 8, !tbaa !4
-  %2325 = getelementptr i32, ptr %value_cache, i64 %2324
-  %2326 = getelementptr i8, ptr %2325, i64 128
-  %2327 = getelementptr i32, ptr %2326, i64 %v_now.i
-  %2328 = load <16 x i32>, ptr %2327, align 4, !tbaa !4
-  %2329 = and <16 x i32> %2328, %2234
-  %x.i698.2.1.i = bitcast <16 x i32> %2323 to <32 x bfloat>
-  %y.i699.2.1.i = bitcast <16 x i32> %2329 to <32 x bfloat>
-  %r.i700.2.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.11365.i, <32 x bfloat> %x.i698.2.1.i, <32 x bfloat> %y.i699.2.1.i)
-  store <16 x float> %r.i700.2.1.i, ptr %2161, align 4, !tbaa !4
-  %2330 = load i32, ptr %2305, align 4, !tbaa !4
-  %2331 = insertelement <16 x i32> poison, i32 %2330, i64 0
-  %2332 = shufflevector <16 x i32> %2331, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2333 = load i64, ptr %2235, align 8, !tbaa !4
-  %2334 = getelementptr i32, ptr %value_cache, i64 %2333
-  %2335 = getelementptr i8, ptr %2334, i64 192
-  %2336 = getelementptr i32, ptr %2335, i64 %v_now.i
-  %2337 = load <16 x i32>, ptr %2336, align 4, !tbaa !4
-  %2338 = and <16 x i32> %2337, %2234
-  %x.i698.3.1.i = bitcast <16 x i32> %2332 to <32 x bfloat>
-  %y.i699.3.1.i = bitcast <16 x i32> %2338 to <32 x bfloat>
-  %r.i700.3.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.11367.i, <32 x bfloat> %x.i698.3.1.i, <32 x bfloat> %y.i699.3.1.i)
-  store <16 x float> %r.i700.3.1.i, ptr %2164, align 4, !tbaa !4
-  %2339 = load i32, ptr %2305, align 4, !tbaa !4
-  %2340 = insertelement <16 x i32> poison, i32 %2339, i64 0
-  %2341 = shufflevector <16 x i32> %2340, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2342 = load i64, ptr %2235, align 8, !tbaa !4
-  %2343 = getelementptr i32, ptr %value_cache, i64 %2342
-  %2344 = getelementptr i8, ptr %2343, i64 256
-  %2345 = getelementptr i32, ptr %2344, i64 %v_now.i
-  %2346 = load <16 x i32>, ptr %2345, align 4, !tbaa !4
-  %2347 = and <16 x i32> %2346, %2234
-  %x.i698.4.1.i = bitcast <16 x i32> %2341 to <32 x bfloat>
-  %y.i699.4.1.i = bitcast <16 x i32> %2347 to <32 x bfloat>
-  %r.i700.4.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.11369.i, <32 x bfloat> %x.i698.4.1.i, <32 x bfloat> %y.i699.4.1.i)
-  store <16 x float> %r.i700.4.1.i, ptr %2167, align 4, !tbaa !4
-  %2348 = load i32, ptr %2305, align 4, !tbaa !4
-  %2349 = insertelement <16 x i32> poison, i32 %2348, i64 0
-  %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2351 = load i64, ptr %2235, align 8, !tbaa !4
-  %2352 = getelementptr i32, ptr %value_cache, i64 %2351
-  %2353 = getelementptr i8, ptr %2352, i64 320
-  %2354 = getelementptr i32, ptr %2353, i64 %v_now.i
-  %2355 = load <16 x i32>, ptr %2354, align 4, !tbaa !4
-  %2356 = and <16 x i32> %2355, %2234
-  %x.i698.5.1.i = bitcast <16 x i32> %2350 to <32 x bfloat>
-  %y.i699.5.1.i = bitcast <16 x i32> %2356 to <32 x bfloat>
-  %r.i700.5.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.11371.i, <32 x bfloat> %x.i698.5.1.i, <32 x bfloat> %y.i699.5.1.i)
-  store <16 x float> %r.i700.5.1.i, ptr %2170, align 4, !tbaa !4
-  %2357 = load i32, ptr %2305, align 4, !tbaa !4
-  %2358 = insertelement <16 x i32> poison, i32 %2357, i64 0
-  %2359 = shufflevector <16 x i32> %2358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2360 = load i64, ptr %2235, align 8, !tbaa !4
-  %2361 = getelementptr i32, ptr %value_cache, i64 %2360
-  %2362 = getelementptr i8, ptr %2361, i64 384
-  %2363 = getelementptr i32, ptr %2362, i64 %v_now.i
-  %2364 = load <16 x i32>, ptr %2363, align 4, !tbaa !4
-  %2365 = and <16 x i32> %2364, %2234
-  %x.i698.6.1.i = bitcast <16 x i32> %2359 to <32 x bfloat>
-  %y.i699.6.1.i = bitcast <16 x i32> %2365 to <32 x bfloat>
-  %r.i700.6.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.11373.i, <32 x bfloat> %x.i698.6.1.i, <32 x bfloat> %y.i699.6.1.i)
-  store <16 x float> %r.i700.6.1.i, ptr %2173, align 4, !tbaa !4
-  %2366 = load i32, ptr %2305, align 4, !tbaa !4
-  %2367 = insertelement <16 x i32> poison, i32 %2366, i64 0
-  %2368 = shufflevector <16 x i32> %2367, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2369 = load i64, ptr %2235, align 8, !tbaa !4
-  %2370 = getelementptr i32, ptr %value_cache, i64 %2369
-  %2371 = getelementptr i8, ptr %2370, i64 448
-  %2372 = getelementptr i32, ptr %2371, i64 %v_now.i
-  %2373 = load <16 x i32>, ptr %2372, align 4, !tbaa !4
-  %2374 = and <16 x i32> %2373, %2234
-  %x.i698.7.1.i = bitcast <16 x i32> %2368 to <32 x bfloat>
-  %y.i699.7.1.i = bitcast <16 x i32> %2374 to <32 x bfloat>
-  %r.i700.7.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.11375.i, <32 x bfloat> %x.i698.7.1.i, <32 x bfloat> %y.i699.7.1.i)
-  store <16 x float> %r.i700.7.1.i, ptr %2176, align 4, !tbaa !4
-  %2375 = getelementptr i8, ptr %gep66, i64 512
-  %2376 = load i32, ptr %2375, align 4, !tbaa !4
-  %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
-  %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2379 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1344.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2379
-  %2380 = load <16 x i32>, ptr %gep1344.i, align 4, !tbaa !4
-  %2381 = and <16 x i32> %2380, %2234
-  %x.i698.21197.i = bitcast <16 x i32> %2378 to <32 x bfloat>
-  %y.i699.21198.i = bitcast <16 x i32> %2381 to <32 x bfloat>
-  %r.i700.21199.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.211991377.i, <32 x bfloat> %x.i698.21197.i, <32 x bfloat> %y.i699.21198.i)
-  store <16 x float> %r.i700.21199.i, ptr %2179, align 4, !tbaa !4
-  %2382 = load i32, ptr %2375, align 4, !tbaa !4
-  %2383 = insertelement <16 x i32> poison, i32 %2382, i64 0
-  %2384 = shufflevector <16 x i32> %2383, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2385 = load i64, ptr %2235, align 8, !tbaa !4
-  %2386 = getelementptr i32, ptr %value_cache, i64 %2385
-  %2387 = getelementptr i8, ptr %2386, i64 64
-  %2388 = getelementptr i32, ptr %2387, i64 %v_now.i
-  %2389 = load <16 x i32>, ptr %2388, align 4, !tbaa !4
-  %2390 = and <16 x i32> %2389, %2234
-  %x.i698.1.2.i = bitcast <16 x i32> %2384 to <32 x bfloat>
-  %y.i699.1.2.i = bitcast <16 x i32> %2390 to <32 x bfloat>
-  %r.i700.1.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.21379.i, <32 x bfloat> %x.i698.1.2.i, <32 x bfloat> %y.i699.1.2.i)
-  store <16 x float> %r.i700.1.2.i, ptr %2182, align 4, !tbaa !4
-  %2391 = load i32, ptr %2375, align 4, !tbaa !4
-  %2392 = insertelement <16 x i32> poison, i32 %2391, i64 0
-  %2393 = shufflevector <16 x i32> %2392, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2394 = load i64, ptr %2235, align 8, !tbaa !4
-  %2395 = getelementptr i32, ptr %value_cache, i64 %2394
-  %2396 = getelementptr i8, ptr %2395, i64 128
-  %2397 = getelementptr i32, ptr %2396, i64 %v_now.i
-  %2398 = load <16 x i32>, ptr %2397, align 4, !tbaa !4
-  %2399 = and <16 x i32> %2398, %2234
-  %x.i698.2.2.i = bitcast <16 x i32> %2393 to <32 x bfloat>
-  %y.i699.2.2.i = bitcast <16 x i32> %2399 to <32 x bfloat>
-  %r.i700.2.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.21381.i, <32 x bfloat> %x.i698.2.2.i, <32 x bfloat> %y.i699.2.2.i)
-  store <16 x float> %r.i700.2.2.i, ptr %2185, align 4, !tbaa !4
-  %2400 = load i32, ptr %2375, align 4, !tbaa !4
+  %x.i337.i = bitcast <16 x i32> %2314 to <32 x bfloat>
+  %r.i339.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i315.i, <32 x bfloat> %x.i337.i, <32 x bfloat> %2310)
+  %2315 = getelementptr inbounds nuw i8, ptr %2262, i64 520
+  %2316 = load i32, ptr %2315, align 4, !tbaa !4
+  %2317 = insertelement <16 x i32> poison, i32 %2316, i64 0
+  %2318 = shufflevector <16 x i32> %2317, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i340.i = bitcast <16 x i32> %2318 to <32 x bfloat>
+  %r.i342.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i318.i, <32 x bfloat> %x.i340.i, <32 x bfloat> %2310)
+  %2319 = getelementptr inbounds nuw i8, ptr %2262, i64 776
+  %2320 = load i32, ptr %2319, align 4, !tbaa !4
+  %2321 = insertelement <16 x i32> poison, i32 %2320, i64 0
+  %2322 = shufflevector <16 x i32> %2321, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i343.i = bitcast <16 x i32> %2322 to <32 x bfloat>
+  %r.i345.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i321.i, <32 x bfloat> %x.i343.i, <32 x bfloat> %2310)
+  %2323 = getelementptr i8, ptr %gep947.i, i64 64
+  %2324 = load <32 x bfloat>, ptr %2323, align 4, !tbaa !4
+  %r.i348.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i324.i, <32 x bfloat> %x.i334.i, <32 x bfloat> %2324)
+  %r.i351.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i327.i, <32 x bfloat> %x.i337.i, <32 x bfloat> %2324)
+  %r.i354.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i330.i, <32 x bfloat> %x.i340.i, <32 x bfloat> %2324)
+  %r.i357.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i333.i, <32 x bfloat> %x.i343.i, <32 x bfloat> %2324)
+  %2325 = getelementptr inbounds nuw i8, ptr %2262, i64 12
+  %2326 = load i32, ptr %2325, align 4, !tbaa !4
+  %2327 = insertelement <16 x i32> poison, i32 %2326, i64 0
+  %2328 = shufflevector <16 x i32> %2327, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2329 = getelementptr inbounds nuw i8, ptr %2266, i64 48
+  %2330 = load i64, ptr %2329, align 8, !tbaa !4
+  %gep951.i = getelementptr i32, ptr %gep1023.i, i64 %2330
+  %2331 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
+  %x.i358.i = bitcast <16 x i32> %2328 to <32 x bfloat>
+  %r.i360.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i336.i, <32 x bfloat> %x.i358.i, <32 x bfloat> %2331)
+  %2332 = getelementptr inbounds nuw i8, ptr %2262, i64 268
+  %2333 = load i32, ptr %2332, align 4, !tbaa !4
+  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
+  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i361.i = bitcast <16 x i32> %2335 to <32 x bfloat>
+  %r.i363.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i339.i, <32 x bfloat> %x.i361.i, <32 x bfloat> %2331)
+  %2336 = getelementptr inbounds nuw i8, ptr %2262, i64 524
+  %2337 = load i32, ptr %2336, align 4, !tbaa !4
+  %2338 = insertelement <16 x i32> poison, i32 %2337, i64 0
+  %2339 = shufflevector <16 x i32> %2338, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i364.i = bitcast <16 x i32> %2339 to <32 x bfloat>
+  %r.i366.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i342.i, <32 x bfloat> %x.i364.i, <32 x bfloat> %2331)
+  %2340 = getelementptr inbounds nuw i8, ptr %2262, i64 780
+  %2341 = load i32, ptr %2340, align 4, !tbaa !4
+  %2342 = insertelement <16 x i32> poison, i32 %2341, i64 0
+  %2343 = shufflevector <16 x i32> %2342, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i367.i = bitcast <16 x i32> %2343 to <32 x bfloat>
+  %r.i369.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i345.i, <32 x bfloat> %x.i367.i, <32 x bfloat> %2331)
+  %2344 = getelementptr i8, ptr %gep951.i, i64 64
+  %2345 = load <32 x bfloat>, ptr %2344, align 4, !tbaa !4
+  %r.i372.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i348.i, <32 x bfloat> %x.i358.i, <32 x bfloat> %2345)
+  %r.i375.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i351.i, <32 x bfloat> %x.i361.i, <32 x bfloat> %2345)
+  %r.i378.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i354.i, <32 x bfloat> %x.i364.i, <32 x bfloat> %2345)
+  %r.i381.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i357.i, <32 x bfloat> %x.i367.i, <32 x bfloat> %2345)
+  %2346 = getelementptr inbounds nuw i8, ptr %2262, i64 16
+  %2347 = load i32, ptr %2346, align 4, !tbaa !4
+  %2348 = insertelement <16 x i32> poison, i32 %2347, i64 0
+  %2349 = shufflevector <16 x i32> %2348, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2350 = getelementptr inbounds nuw i8, ptr %2266, i64 64
+  %2351 = load i64, ptr %2350, align 8, !tbaa !4
+  %gep955.i = getelementptr i32, ptr %gep1023.i, i64 %2351
+  %2352 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
+  %x.i382.i = bitcast <16 x i32> %2349 to <32 x bfloat>
+  %r.i384.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i360.i, <32 x bfloat> %x.i382.i, <32 x bfloat> %2352)
+  %2353 = getelementptr inbounds nuw i8, ptr %2262, i64 272
+  %2354 = load i32, ptr %2353, align 4, !tbaa !4
+  %2355 = insertelement <16 x i32> poison, i32 %2354, i64 0
+  %2356 = shufflevector <16 x i32> %2355, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i385.i = bitcast <16 x i32> %2356 to <32 x bfloat>
+  %r.i387.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i363.i, <32 x bfloat> %x.i385.i, <32 x bfloat> %2352)
+  %2357 = getelementptr inbounds nuw i8, ptr %2262, i64 528
+  %2358 = load i32, ptr %2357, align 4, !tbaa !4
+  %2359 = insertelement <16 x i32> poison, i32 %2358, i64 0
+  %2360 = shufflevector <16 x i32> %2359, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i388.i = bitcast <16 x i32> %2360 to <32 x bfloat>
+  %r.i390.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i366.i, <32 x bfloat> %x.i388.i, <32 x bfloat> %2352)
+  %2361 = getelementptr inbounds nuw i8, ptr %2262, i64 784
+  %2362 = load i32, ptr %2361, align 4, !tbaa !4
+  %2363 = insertelement <16 x i32> poison, i32 %2362, i64 0
+  %2364 = shufflevector <16 x i32> %2363, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i391.i = bitcast <16 x i32> %2364 to <32 x bfloat>
+  %r.i393.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i369.i, <32 x bfloat> %x.i391.i, <32 x bfloat> %2352)
+  %2365 = getelementptr i8, ptr %gep955.i, i64 64
+  %2366 = load <32 x bfloat>, ptr %2365, align 4, !tbaa !4
+  %r.i396.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i372.i, <32 x bfloat> %x.i382.i, <32 x bfloat> %2366)
+  %r.i399.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i375.i, <32 x bfloat> %x.i385.i, <32 x bfloat> %2366)
+  %r.i402.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i378.i, <32 x bfloat> %x.i388.i, <32 x bfloat> %2366)
+  %r.i405.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i381.i, <32 x bfloat> %x.i391.i, <32 x bfloat> %2366)
+  %2367 = getelementptr inbounds nuw i8, ptr %2262, i64 20
+  %2368 = load i32, ptr %2367, align 4, !tbaa !4
+  %2369 = insertelement <16 x i32> poison, i32 %2368, i64 0
+  %2370 = shufflevector <16 x i32> %2369, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2371 = getelementptr inbounds nuw i8, ptr %2266, i64 80
+  %2372 = load i64, ptr %2371, align 8, !tbaa !4
+  %gep959.i = getelementptr i32, ptr %gep1023.i, i64 %2372
+  %2373 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
+  %x.i406.i = bitcast <16 x i32> %2370 to <32 x bfloat>
+  %r.i408.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i384.i, <32 x bfloat> %x.i406.i, <32 x bfloat> %2373)
+  %2374 = getelementptr inbounds nuw i8, ptr %2262, i64 276
+  %2375 = load i32, ptr %2374, align 4, !tbaa !4
+  %2376 = insertelement <16 x i32> poison, i32 %2375, i64 0
+  %2377 = shufflevector <16 x i32> %2376, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i409.i = bitcast <16 x i32> %2377 to <32 x bfloat>
+  %r.i411.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i387.i, <32 x bfloat> %x.i409.i, <32 x bfloat> %2373)
+  %2378 = getelementptr inbounds nuw i8, ptr %2262, i64 532
+  %2379 = load i32, ptr %2378, align 4, !tbaa !4
+  %2380 = insertelement <16 x i32> poison, i32 %2379, i64 0
+  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i412.i = bitcast <16 x i32> %2381 to <32 x bfloat>
+  %r.i414.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i390.i, <32 x bfloat> %x.i412.i, <32 x bfloat> %2373)
+  %2382 = getelementptr inbounds nuw i8, ptr %2262, i64 788
+  %2383 = load i32, ptr %2382, align 4, !tbaa !4
+  %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
+  %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i415.i = bitcast <16 x i32> %2385 to <32 x bfloat>
+  %r.i417.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i393.i, <32 x bfloat> %x.i415.i, <32 x bfloat> %2373)
+  %2386 = getelementptr i8, ptr %gep959.i, i64 64
+  %2387 = load <32 x bfloat>, ptr %2386, align 4, !tbaa !4
+  %r.i420.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i396.i, <32 x bfloat> %x.i406.i, <32 x bfloat> %2387)
+  %r.i423.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i399.i, <32 x bfloat> %x.i409.i, <32 x bfloat> %2387)
+  %r.i426.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i402.i, <32 x bfloat> %x.i412.i, <32 x bfloat> %2387)
+  %r.i429.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i405.i, <32 x bfloat> %x.i415.i, <32 x bfloat> %2387)
+  %2388 = getelementptr inbounds nuw i8, ptr %2262, i64 24
+  %2389 = load i32, ptr %2388, align 4, !tbaa !4
+  %2390 = insertelement <16 x i32> poison, i32 %2389, i64 0
+  %2391 = shufflevector <16 x i32> %2390, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2392 = getelementptr inbounds nuw i8, ptr %2266, i64 96
+  %2393 = load i64, ptr %2392, align 8, !tbaa !4
+  %gep963.i = getelementptr i32, ptr %gep1023.i, i64 %2393
+  %2394 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
+  %x.i430.i = bitcast <16 x i32> %2391 to <32 x bfloat>
+  %r.i432.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i408.i, <32 x bfloat> %x.i430.i, <32 x bfloat> %2394)
+  %2395 = getelementptr inbounds nuw i8, ptr %2262, i64 280
+  %2396 = load i32, ptr %2395, align 4, !tbaa !4
+  %2397 = insertelement <16 x i32> poison, i32 %2396, i64 0
+  %2398 = shufflevector <16 x i32> %2397, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i433.i = bitcast <16 x i32> %2398 to <32 x bfloat>
+  %r.i435.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i411.i, <32 x bfloat> %x.i433.i, <32 x bfloat> %2394)
+  %2399 = getelementptr inbounds nuw i8, ptr %2262, i64 536
+  %2400 = load i32, ptr %2399, align 4, !tbaa !4
   %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
   %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2403 = load i64, ptr %2235, align 8, !tbaa !4
-  %2404 = getelementptr i32, ptr %value_cache, i64 %2403
-  %2405 = getelementptr i8, ptr %2404, i64 192
-  %2406 = getelementptr i32, ptr %2405, i64 %v_now.i
-  %2407 = load <16 x i32>, ptr %2406, align 4, !tbaa !4
-  %2408 = and <16 x i32> %2407, %2234
-  %x.i698.3.2.i = bitcast <16 x i32> %2402 to <32 x bfloat>
-  %y.i699.3.2.i = bitcast <16 x i32> %2408 to <32 x bfloat>
-  %r.i700.3.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.21383.i, <32 x bfloat> %x.i698.3.2.i, <32 x bfloat> %y.i699.3.2.i)
-  store <16 x float> %r.i700.3.2.i, ptr %2188, align 4, !tbaa !4
-  %2409 = load i32, ptr %2375, align 4, !tbaa !4
-  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
-  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2412 = load i64, ptr %2235, align 8, !tbaa !4
-  %2413 = getelementptr i32, ptr %value_cache, i64 %2412
-  %2414 = getelementptr i8, ptr %2413, i64 256
-  %2415 = getelementptr i32, ptr %2414, i64 %v_now.i
-  %2416 = load <16 x i32>, ptr %2415, align 4, !tbaa !4
-  %2417 = and <16 x i32> %2416, %2234
-  %x.i698.4.2.i = bitcast <16 x i32> %2411 to <32 x bfloat>
-  %y.i699.4.2.i = bitcast <16 x i32> %2417 to <32 x bfloat>
-  %r.i700.4.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.21385.i, <32 x bfloat> %x.i698.4.2.i, <32 x bfloat> %y.i699.4.2.i)
-  store <16 x float> %r.i700.4.2.i, ptr %2191, align 4, !tbaa !4
-  %2418 = load i32, ptr %2375, align 4, !tbaa !4
-  %2419 = insertelement <16 x i32> poison, i32 %2418, i64 0
-  %2420 = shufflevector <16 x i32> %2419, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2421 = load i64, ptr %2235, align 8, !tbaa !4
-  %2422 = getelementptr i32, ptr %value_cache, i64 %2421
-  %2423 = getelementptr i8, ptr %2422, i64 320
-  %2424 = getelementptr i32, ptr %2423, i64 %v_now.i
-  %2425 = load <16 x i32>, ptr %2424, align 4, !tbaa !4
-  %2426 = and <16 x i32> %2425, %2234
-  %x.i698.5.2.i = bitcast <16 x i32> %2420 to <32 x bfloat>
-  %y.i699.5.2.i = bitcast <16 x i32> %2426 to <32 x bfloat>
-  %r.i700.5.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.21387.i, <32 x bfloat> %x.i698.5.2.i, <32 x bfloat> %y.i699.5.2.i)
-  store <16 x float> %r.i700.5.2.i, ptr %2194, align 4, !tbaa !4
-  %2427 = load i32, ptr %2375, align 4, !tbaa !4
-  %2428 = insertelement <16 x i32> poison, i32 %2427, i64 0
-  %2429 = shufflevector <16 x i32> %2428, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2430 = load i64, ptr %2235, align 8, !tbaa !4
-  %2431 = getelementptr i32, ptr %value_cache, i64 %2430
-  %2432 = getelementptr i8, ptr %2431, i64 384
-  %2433 = getelementptr i32, ptr %2432, i64 %v_now.i
-  %2434 = load <16 x i32>, ptr %2433, align 4, !tbaa !4
-  %2435 = and <16 x i32> %2434, %2234
-  %x.i698.6.2.i = bitcast <16 x i32> %2429 to <32 x bfloat>
-  %y.i699.6.2.i = bitcast <16 x i32> %2435 to <32 x bfloat>
-  %r.i700.6.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.21389.i, <32 x bfloat> %x.i698.6.2.i, <32 x bfloat> %y.i699.6.2.i)
-  store <16 x float> %r.i700.6.2.i, ptr %2197, align 4, !tbaa !4
-  %2436 = load i32, ptr %2375, align 4, !tbaa !4
-  %2437 = insertelement <16 x i32> poison, i32 %2436, i64 0
-  %2438 = shufflevector <16 x i32> %2437, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2439 = load i64, ptr %2235, align 8, !tbaa !4
-  %2440 = getelementptr i32, ptr %value_cache, i64 %2439
-  %2441 = getelementptr i8, ptr %2440, i64 448
-  %2442 = getelementptr i32, ptr %2441, i64 %v_now.i
-  %2443 = load <16 x i32>, ptr %2442, align 4, !tbaa !4
-  %2444 = and <16 x i32> %2443, %2234
-  %x.i698.7.2.i = bitcast <16 x i32> %2438 to <32 x bfloat>
-  %y.i699.7.2.i = bitcast <16 x i32> %2444 to <32 x bfloat>
-  %r.i700.7.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.21391.i, <32 x bfloat> %x.i698.7.2.i, <32 x bfloat> %y.i699.7.2.i)
-  store <16 x float> %r.i700.7.2.i, ptr %2200, align 4, !tbaa !4
-  %2445 = getelementptr i8, ptr %gep66, i64 768
+  %x.i436.i = bitcast <16 x i32> %2402 to <32 x bfloat>
+  %r.i438.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i414.i, <32 x bfloat> %x.i436.i, <32 x bfloat> %2394)
+  %2403 = getelementptr inbounds nuw i8, ptr %2262, i64 792
+  %2404 = load i32, ptr %2403, align 4, !tbaa !4
+  %2405 = insertelement <16 x i32> poison, i32 %2404, i64 0
+  %2406 = shufflevector <16 x i32> %2405, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i439.i = bitcast <16 x i32> %2406 to <32 x bfloat>
+  %r.i441.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i417.i, <32 x bfloat> %x.i439.i, <32 x bfloat> %2394)
+  %2407 = getelementptr i8, ptr %gep963.i, i64 64
+  %2408 = load <32 x bfloat>, ptr %2407, align 4, !tbaa !4
+  %r.i444.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i420.i, <32 x bfloat> %x.i430.i, <32 x bfloat> %2408)
+  %r.i447.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i423.i, <32 x bfloat> %x.i433.i, <32 x bfloat> %2408)
+  %r.i450.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i426.i, <32 x bfloat> %x.i436.i, <32 x bfloat> %2408)
+  %r.i453.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i429.i, <32 x bfloat> %x.i439.i, <32 x bfloat> %2408)
+  %2409 = getelementptr inbounds nuw i8, ptr %2262, i64 28
+  %2410 = load i32, ptr %2409, align 4, !tbaa !4
+  %2411 = insertelement <16 x i32> poison, i32 %2410, i64 0
+  %2412 = shufflevector <16 x i32> %2411, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2413 = getelementptr inbounds nuw i8, ptr %2266, i64 112
+  %2414 = load i64, ptr %2413, align 8, !tbaa !4
+  %gep967.i = getelementptr i32, ptr %gep1023.i, i64 %2414
+  %2415 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
+  %x.i454.i = bitcast <16 x i32> %2412 to <32 x bfloat>
+  %r.i456.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i432.i, <32 x bfloat> %x.i454.i, <32 x bfloat> %2415)
+  %2416 = getelementptr inbounds nuw i8, ptr %2262, i64 284
+  %2417 = load i32, ptr %2416, align 4, !tbaa !4
+  %2418 = insertelement <16 x i32> poison, i32 %2417, i64 0
+  %2419 = shufflevector <16 x i32> %2418, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i457.i = bitcast <16 x i32> %2419 to <32 x bfloat>
+  %r.i459.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i435.i, <32 x bfloat> %x.i457.i, <32 x bfloat> %2415)
+  %2420 = getelementptr inbounds nuw i8, ptr %2262, i64 540
+  %2421 = load i32, ptr %2420, align 4, !tbaa !4
+  %2422 = insertelement <16 x i32> poison, i32 %2421, i64 0
+  %2423 = shufflevector <16 x i32> %2422, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i460.i = bitcast <16 x i32> %2423 to <32 x bfloat>
+  %r.i462.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i438.i, <32 x bfloat> %x.i460.i, <32 x bfloat> %2415)
+  %2424 = getelementptr inbounds nuw i8, ptr %2262, i64 796
+  %2425 = load i32, ptr %2424, align 4, !tbaa !4
+  %2426 = insertelement <16 x i32> poison, i32 %2425, i64 0
+  %2427 = shufflevector <16 x i32> %2426, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i463.i = bitcast <16 x i32> %2427 to <32 x bfloat>
+  %r.i465.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i441.i, <32 x bfloat> %x.i463.i, <32 x bfloat> %2415)
+  %2428 = getelementptr i8, ptr %gep967.i, i64 64
+  %2429 = load <32 x bfloat>, ptr %2428, align 4, !tbaa !4
+  %r.i468.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i444.i, <32 x bfloat> %x.i454.i, <32 x bfloat> %2429)
+  %r.i471.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i447.i, <32 x bfloat> %x.i457.i, <32 x bfloat> %2429)
+  %r.i474.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i450.i, <32 x bfloat> %x.i460.i, <32 x bfloat> %2429)
+  %r.i477.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i453.i, <32 x bfloat> %x.i463.i, <32 x bfloat> %2429)
+  %2430 = getelementptr inbounds nuw i8, ptr %2262, i64 32
+  %2431 = load i32, ptr %2430, align 4, !tbaa !4
+  %2432 = insertelement <16 x i32> poison, i32 %2431, i64 0
+  %2433 = shufflevector <16 x i32> %2432, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2434 = getelementptr inbounds nuw i8, ptr %2266, i64 128
+  %2435 = load i64, ptr %2434, align 8, !tbaa !4
+  %gep971.i = getelementptr i32, ptr %gep1023.i, i64 %2435
+  %2436 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
+  %x.i478.i = bitcast <16 x i32> %2433 to <32 x bfloat>
+  %r.i480.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i456.i, <32 x bfloat> %x.i478.i, <32 x bfloat> %2436)
+  %2437 = getelementptr inbounds nuw i8, ptr %2262, i64 288
+  %2438 = load i32, ptr %2437, align 4, !tbaa !4
+  %2439 = insertelement <16 x i32> poison, i32 %2438, i64 0
+  %2440 = shufflevector <16 x i32> %2439, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i481.i = bitcast <16 x i32> %2440 to <32 x bfloat>
+  %r.i483.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i459.i, <32 x bfloat> %x.i481.i, <32 x bfloat> %2436)
+  %2441 = getelementptr inbounds nuw i8, ptr %2262, i64 544
+  %2442 = load i32, ptr %2441, align 4, !tbaa !4
+  %2443 = insertelement <16 x i32> poison, i32 %2442, i64 0
+  %2444 = shufflevector <16 x i32> %2443, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i484.i = bitcast <16 x i32> %2444 to <32 x bfloat>
+  %r.i486.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i462.i, <32 x bfloat> %x.i484.i, <32 x bfloat> %2436)
+  %2445 = getelementptr inbounds nuw i8, ptr %2262, i64 800
   %2446 = load i32, ptr %2445, align 4, !tbaa !4
   %2447 = insertelement <16 x i32> poison, i32 %2446, i64 0
   %2448 = shufflevector <16 x i32> %2447, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2449 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1346.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2449
-  %2450 = load <16 x i32>, ptr %gep1346.i, align 4, !tbaa !4
-  %2451 = and <16 x i32> %2450, %2234
-  %x.i698.31200.i = bitcast <16 x i32> %2448 to <32 x bfloat>
-  %y.i699.31201.i = bitcast <16 x i32> %2451 to <32 x bfloat>
-  %r.i700.31202.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.312021393.i, <32 x bfloat> %x.i698.31200.i, <32 x bfloat> %y.i699.31201.i)
-  store <16 x float> %r.i700.31202.i, ptr %2203, align 4, !tbaa !4
-  %2452 = load i32, ptr %2445, align 4, !tbaa !4
+  %x.i487.i = bitcast <16 x i32> %2448 to <32 x bfloat>
+  %r.i489.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i465.i, <32 x bfloat> %x.i487.i, <32 x bfloat> %2436)
+  %2449 = getelementptr i8, ptr %gep971.i, i64 64
+  %2450 = load <32 x bfloat>, ptr %2449, align 4, !tbaa !4
+  %r.i492.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i468.i, <32 x bfloat> %x.i478.i, <32 x bfloat> %2450)
+  %r.i495.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i471.i, <32 x bfloat> %x.i481.i, <32 x bfloat> %2450)
+  %r.i498.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i474.i, <32 x bfloat> %x.i484.i, <32 x bfloat> %2450)
+  %r.i501.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i477.i, <32 x bfloat> %x.i487.i, <32 x bfloat> %2450)
+  %2451 = getelementptr inbounds nuw i8, ptr %2262, i64 36
+  %2452 = load i32, ptr %2451, align 4, !tbaa !4
   %2453 = insertelement <16 x i32> poison, i32 %2452, i64 0
   %2454 = shufflevector <16 x i32> %2453, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2455 = load i64, ptr %2235, align 8, !tbaa !4
-  %2456 = getelementptr i32, ptr %value_cache, i64 %2455
-  %2457 = getelementptr i8, ptr %2456, i64 64
-  %2458 = getelementptr i32, ptr %2457, i64 %v_now.i
-  %2459 = load <16 x i32>, ptr %2458, align 4, !tbaa !4
-  %2460 = and <16 x i32> %2459, %2234
-  %x.i698.1.3.i = bitcast <16 x i32> %2454 to <32 x bfloat>
-  %y.i699.1.3.i = bitcast <16 x i32> %2460 to <32 x bfloat>
-  %r.i700.1.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.31395.i, <32 x bfloat> %x.i698.1.3.i, <32 x bfloat> %y.i699.1.3.i)
-  store <16 x float> %r.i700.1.3.i, ptr %2206, align 4, !tbaa !4
-  %2461 = load i32, ptr %2445, align 4, !tbaa !4
-  %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
-  %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2464 = load i64, ptr %2235, align 8, !tbaa !4
-  %2465 = getelementptr i32, ptr %value_cache, i64 %2464
-  %2466 = getelementptr i8, ptr %2465, i64 128
-  %2467 = getelementptr i32, ptr %2466, i64 %v_now.i
-  %2468 = load <16 x i32>, ptr %2467, align 4, !tbaa !4
-  %2469 = and <16 x i32> %2468, %2234
-  %x.i698.2.3.i = bitcast <16 x i32> %2463 to <32 x bfloat>
-  %y.i699.2.3.i = bitcast <16 x i32> %2469 to <32 x bfloat>
-  %r.i700.2.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.31397.i, <32 x bfloat> %x.i698.2.3.i, <32 x bfloat> %y.i699.2.3.i)
-  store <16 x float> %r.i700.2.3.i, ptr %2209, align 4, !tbaa !4
-  %2470 = load i32, ptr %2445, align 4, !tbaa !4
-  %2471 = insertelement <16 x i32> poison, i32 %2470, i64 0
-  %2472 = shufflevector <16 x i32> %2471, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2473 = load i64, ptr %2235, align 8, !tbaa !4
-  %2474 = getelementptr i32, ptr %value_cache, i64 %2473
-  %2475 = getelementptr i8, ptr %2474, i64 192
-  %2476 = getelementptr i32, ptr %2475, i64 %v_now.i
-  %2477 = load <16 x i32>, ptr %2476, align 4, !tbaa !4
-  %2478 = and <16 x i32> %2477, %2234
-  %x.i698.3.3.i = bitcast <16 x i32> %2472 to <32 x bfloat>
-  %y.i699.3.3.i = bitcast <16 x i32> %2478 to <32 x bfloat>
-  %r.i700.3.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.31399.i, <32 x bfloat> %x.i698.3.3.i, <32 x bfloat> %y.i699.3.3.i)
-  store <16 x float> %r.i700.3.3.i, ptr %2212, align 4, !tbaa !4
-  %2479 = load i32, ptr %2445, align 4, !tbaa !4
-  %2480 = insertelement <16 x i32> poison, i32 %2479, i64 0
-  %2481 = shufflevector <16 x i32> %2480, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2482 = load i64, ptr %2235, align 8, !tbaa !4
-  %2483 = getelementptr i32, ptr %value_cache, i64 %2482
-  %2484 = getelementptr i8, ptr %2483, i64 256
-  %2485 = getelementptr i32, ptr %2484, i64 %v_now.i
-  %2486 = load <16 x i32>, ptr %2485, align 4, !tbaa !4
-  %2487 = and <16 x i32> %2486, %2234
-  %x.i698.4.3.i = bitcast <16 x i32> %2481 to <32 x bfloat>
-  %y.i699.4.3.i = bitcast <16 x i32> %2487 to <32 x bfloat>
-  %r.i700.4.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.31401.i, <32 x bfloat> %x.i698.4.3.i, <32 x bfloat> %y.i699.4.3.i)
-  store <16 x float> %r.i700.4.3.i, ptr %2215, align 4, !tbaa !4
-  %2488 = load i32, ptr %2445, align 4, !tbaa !4
+  %2455 = getelementptr inbounds nuw i8, ptr %2266, i64 144
+  %2456 = load i64, ptr %2455, align 8, !tbaa !4
+  %gep975.i = getelementptr i32, ptr %gep1023.i, i64 %2456
+  %2457 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
+  %x.i502.i = bitcast <16 x i32> %2454 to <32 x bfloat>
+  %r.i504.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i480.i, <32 x bfloat> %x.i502.i, <32 x bfloat> %2457)
+  %2458 = getelementptr inbounds nuw i8, ptr %2262, i64 292
+  %2459 = load i32, ptr %2458, align 4, !tbaa !4
+  %2460 = insertelement <16 x i32> poison, i32 %2459, i64 0
+  %2461 = shufflevector <16 x i32> %2460, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i505.i = bitcast <16 x i32> %2461 to <32 x bfloat>
+  %r.i507.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i483.i, <32 x bfloat> %x.i505.i, <32 x bfloat> %2457)
+  %2462 = getelementptr inbounds nuw i8, ptr %2262, i64 548
+  %2463 = load i32, ptr %2462, align 4, !tbaa !4
+  %2464 = insertelement <16 x i32> poison, i32 %2463, i64 0
+  %2465 = shufflevector <16 x i32> %2464, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i508.i = bitcast <16 x i32> %2465 to <32 x bfloat>
+  %r.i510.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i486.i, <32 x bfloat> %x.i508.i, <32 x bfloat> %2457)
+  %2466 = getelementptr inbounds nuw i8, ptr %2262, i64 804
+  %2467 = load i32, ptr %2466, align 4, !tbaa !4
+  %2468 = insertelement <16 x i32> poison, i32 %2467, i64 0
+  %2469 = shufflevector <16 x i32> %2468, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i511.i = bitcast <16 x i32> %2469 to <32 x bfloat>
+  %r.i513.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i489.i, <32 x bfloat> %x.i511.i, <32 x bfloat> %2457)
+  %2470 = getelementptr i8, ptr %gep975.i, i64 64
+  %2471 = load <32 x bfloat>, ptr %2470, align 4, !tbaa !4
+  %r.i516.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i492.i, <32 x bfloat> %x.i502.i, <32 x bfloat> %2471)
+  %r.i519.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i495.i, <32 x bfloat> %x.i505.i, <32 x bfloat> %2471)
+  %r.i522.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i498.i, <32 x bfloat> %x.i508.i, <32 x bfloat> %2471)
+  %r.i525.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i501.i, <32 x bfloat> %x.i511.i, <32 x bfloat> %2471)
+  %2472 = getelementptr inbounds nuw i8, ptr %2262, i64 40
+  %2473 = load i32, ptr %2472, align 4, !tbaa !4
+  %2474 = insertelement <16 x i32> poison, i32 %2473, i64 0
+  %2475 = shufflevector <16 x i32> %2474, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2476 = getelementptr inbounds nuw i8, ptr %2266, i64 160
+  %2477 = load i64, ptr %2476, align 8, !tbaa !4
+  %gep979.i = getelementptr i32, ptr %gep1023.i, i64 %2477
+  %2478 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
+  %x.i526.i = bitcast <16 x i32> %2475 to <32 x bfloat>
+  %r.i528.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i504.i, <32 x bfloat> %x.i526.i, <32 x bfloat> %2478)
+  %2479 = getelementptr inbounds nuw i8, ptr %2262, i64 296
+  %2480 = load i32, ptr %2479, align 4, !tbaa !4
+  %2481 = insertelement <16 x i32> poison, i32 %2480, i64 0
+  %2482 = shufflevector <16 x i32> %2481, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i529.i = bitcast <16 x i32> %2482 to <32 x bfloat>
+  %r.i531.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i507.i, <32 x bfloat> %x.i529.i, <32 x bfloat> %2478)
+  %2483 = getelementptr inbounds nuw i8, ptr %2262, i64 552
+  %2484 = load i32, ptr %2483, align 4, !tbaa !4
+  %2485 = insertelement <16 x i32> poison, i32 %2484, i64 0
+  %2486 = shufflevector <16 x i32> %2485, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i532.i = bitcast <16 x i32> %2486 to <32 x bfloat>
+  %r.i534.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i510.i, <32 x bfloat> %x.i532.i, <32 x bfloat> %2478)
+  %2487 = getelementptr inbounds nuw i8, ptr %2262, i64 808
+  %2488 = load i32, ptr %2487, align 4, !tbaa !4
   %2489 = insertelement <16 x i32> poison, i32 %2488, i64 0
   %2490 = shufflevector <16 x i32> %2489, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2491 = load i64, ptr %2235, align 8, !tbaa !4
-  %2492 = getelementptr i32, ptr %value_cache, i64 %2491
-  %2493 = getelementptr i8, ptr %2492, i64 320
-  %2494 = getelementptr i32, ptr %2493, i64 %v_now.i
-  %2495 = load <16 x i32>, ptr %2494, align 4, !tbaa !4
-  %2496 = and <16 x i32> %2495, %2234
-  %x.i698.5.3.i = bitcast <16 x i32> %2490 to <32 x bfloat>
-  %y.i699.5.3.i = bitcast <16 x i32> %2496 to <32 x bfloat>
-  %r.i700.5.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.31403.i, <32 x bfloat> %x.i698.5.3.i, <32 x bfloat> %y.i699.5.3.i)
-  store <16 x float> %r.i700.5.3.i, ptr %2218, align 4, !tbaa !4
-  %2497 = load i32, ptr %2445, align 4, !tbaa !4
-  %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
-  %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2500 = load i64, ptr %2235, align 8, !tbaa !4
-  %2501 = getelementptr i32, ptr %value_cache, i64 %2500
-  %2502 = getelementptr i8, ptr %2501, i64 384
-  %2503 = getelementptr i32, ptr %2502, i64 %v_now.i
-  %2504 = load <16 x i32>, ptr %2503, align 4, !tbaa !4
-  %2505 = and <16 x i32> %2504, %2234
-  %x.i698.6.3.i = bitcast <16 x i32> %2499 to <32 x bfloat>
-  %y.i699.6.3.i = bitcast <16 x i32> %2505 to <32 x bfloat>
-  %r.i700.6.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.31405.i, <32 x bfloat> %x.i698.6.3.i, <32 x bfloat> %y.i699.6.3.i)
-  store <16 x float> %r.i700.6.3.i, ptr %2221, align 4, !tbaa !4
-  %2506 = load i32, ptr %2445, align 4, !tbaa !4
-  %2507 = insertelement <16 x i32> poison, i32 %2506, i64 0
-  %2508 = shufflevector <16 x i32> %2507, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2509 = load i64, ptr %2235, align 8, !tbaa !4
-  %2510 = getelementptr i32, ptr %value_cache, i64 %2509
-  %2511 = getelementptr i8, ptr %2510, i64 448
-  %2512 = getelementptr i32, ptr %2511, i64 %v_now.i
-  %2513 = load <16 x i32>, ptr %2512, align 4, !tbaa !4
-  %2514 = and <16 x i32> %2513, %2234
-  %x.i698.7.3.i = bitcast <16 x i32> %2508 to <32 x bfloat>
-  %y.i699.7.3.i = bitcast <16 x i32> %2514 to <32 x bfloat>
-  %r.i700.7.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.31407.i, <32 x bfloat> %x.i698.7.3.i, <32 x bfloat> %y.i699.7.3.i)
-  store <16 x float> %r.i700.7.3.i, ptr %2224, align 4, !tbaa !4
-  %indvars.iv.next1204.i = add nuw nsw i64 %indvars.iv1203.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next1204.i, %534
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r111.preheader.i, !prof !8
+  %x.i535.i = bitcast <16 x i32> %2490 to <32 x bfloat>
+  %r.i537.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i513.i, <32 x bfloat> %x.i535.i, <32 x bfloat> %2478)
+  %2491 = getelementptr i8, ptr %gep979.i, i64 64
+  %2492 = load <32 x bfloat>, ptr %2491, align 4, !tbaa !4
+  %r.i540.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i516.i, <32 x bfloat> %x.i526.i, <32 x bfloat> %2492)
+  %r.i543.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i519.i, <32 x bfloat> %x.i529.i, <32 x bfloat> %2492)
+  %r.i546.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i522.i, <32 x bfloat> %x.i532.i, <32 x bfloat> %2492)
+  %r.i549.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i525.i, <32 x bfloat> %x.i535.i, <32 x bfloat> %2492)
+  %2493 = getelementptr inbounds nuw i8, ptr %2262, i64 44
+  %2494 = load i32, ptr %2493, align 4, !tbaa !4
+  %2495 = insertelement <16 x i32> poison, i32 %2494, i64 0
+  %2496 = shufflevector <16 x i32> %2495, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2497 = getelementptr inbounds nuw i8, ptr %2266, i64 176
+  %2498 = load i64, ptr %2497, align 8, !tbaa !4
+  %gep983.i = getelementptr i32, ptr %gep1023.i, i64 %2498
+  %2499 = load <32 x bfloat>, ptr %gep983.i, align 4, !tbaa !4
+  %x.i550.i = bitcast <16 x i32> %2496 to <32 x bfloat>
+  %r.i552.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i528.i, <32 x bfloat> %x.i550.i, <32 x bfloat> %2499)
+  %2500 = getelementptr inbounds nuw i8, ptr %2262, i64 300
+  %2501 = load i32, ptr %2500, align 4, !tbaa !4
+  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
+  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i553.i = bitcast <16 x i32> %2503 to <32 x bfloat>
+  %r.i555.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i531.i, <32 x bfloat> %x.i553.i, <32 x bfloat> %2499)
+  %2504 = getelementptr inbounds nuw i8, ptr %2262, i64 556
+  %2505 = load i32, ptr %2504, align 4, !tbaa !4
+  %2506 = insertelement <16 x i32> poison, i32 %2505, i64 0
+  %2507 = shufflevector <16 x i32> %2506, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i556.i = bitcast <16 x i32> %2507 to <32 x bfloat>
+  %r.i558.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i534.i, <32 x bfloat> %x.i556.i, <32 x bfloat> %2499)
+  %2508 = getelementptr inbounds nuw i8, ptr %2262, i64 812
+  %2509 = load i32, ptr %2508, align 4, !tbaa !4
+  %2510 = insertelement <16 x i32> poison, i32 %2509, i64 0
+  %2511 = shufflevector <16 x i32> %2510, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i559.i = bitcast <16 x i32> %2511 to <32 x bfloat>
+  %r.i561.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i537.i, <32 x bfloat> %x.i559.i, <32 x bfloat> %2499)
+  %2512 = getelementptr i8, ptr %gep983.i, i64 64
+  %2513 = load <32 x bfloat>, ptr %2512, align 4, !tbaa !4
+  %r.i564.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i540.i, <32 x bfloat> %x.i550.i, <32 x bfloat> %2513)
+  %r.i567.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i543.i, <32 x bfloat> %x.i553.i, <32 x bfloat> %2513)
+  %r.i570.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i546.i, <32 x bfloat> %x.i556.i, <32 x bfloat> %2513)
+  %r.i573.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i549.i, <32 x bfloat> %x.i559.i, <32 x bfloat> %2513)
+  %2514 = getelementptr inbounds nuw i8, ptr %2262, i64 48
+  %2515 = load i32, ptr %2514, align 4, !tbaa !4
+  %2516 = insertelement <16 x i32> poison, i32 %2515, i64 0
+  %2517 = shufflevector <16 x i32> %2516, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2518 = getelementptr inbounds nuw i8, ptr %2266, i64 192
+  %2519 = load i64, ptr %2518, align 8, !tbaa !4
+  %gep987.i = getelementptr i32, ptr %gep1023.i, i64 %2519
+  %2520 = load <32 x bfloat>, ptr %gep987.i, align 4, !tbaa !4
+  %x.i574.i = bitcast <16 x i32> %2517 to <32 x bfloat>
+  %r.i576.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i552.i, <32 x bfloat> %x.i574.i, <32 x bfloat> %2520)
+  %2521 = getelementptr inbounds nuw i8, ptr %2262, i64 304
+  %2522 = load i32, ptr %2521, align 4, !tbaa !4
+  %2523 = insertelement <16 x i32> poison, i32 %2522, i64 0
+  %2524 = shufflevector <16 x i32> %2523, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i577.i = bitcast <16 x i32> %2524 to <32 x bfloat>
+  %r.i579.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i555.i, <32 x bfloat> %x.i577.i, <32 x bfloat> %2520)
+  %2525 = getelementptr inbounds nuw i8, ptr %2262, i64 560
+  %2526 = load i32, ptr %2525, align 4, !tbaa !4
+  %2527 = insertelement <16 x i32> poison, i32 %2526, i64 0
+  %2528 = shufflevector <16 x i32> %2527, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i580.i = bitcast <16 x i32> %2528 to <32 x bfloat>
+  %r.i582.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i558.i, <32 x bfloat> %x.i580.i, <32 x bfloat> %2520)
+  %2529 = getelementptr inbounds nuw i8, ptr %2262, i64 816
+  %2530 = load i32, ptr %2529, align 4, !tbaa !4
+  %2531 = insertelement <16 x i32> poison, i32 %2530, i64 0
+  %2532 = shufflevector <16 x i32> %2531, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i583.i = bitcast <16 x i32> %2532 to <32 x bfloat>
+  %r.i585.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i561.i, <32 x bfloat> %x.i583.i, <32 x bfloat> %2520)
+  %2533 = getelementptr i8, ptr %gep987.i, i64 64
+  %2534 = load <32 x bfloat>, ptr %2533, align 4, !tbaa !4
+  %r.i588.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i564.i, <32 x bfloat> %x.i574.i, <32 x bfloat> %2534)
+  %r.i591.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i567.i, <32 x bfloat> %x.i577.i, <32 x bfloat> %2534)
+  %r.i594.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i570.i, <32 x bfloat> %x.i580.i, <32 x bfloat> %2534)
+  %r.i597.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i573.i, <32 x bfloat> %x.i583.i, <32 x bfloat> %2534)
+  %2535 = getelementptr inbounds nuw i8, ptr %2262, i64 52
+  %2536 = load i32, ptr %2535, align 4, !tbaa !4
+  %2537 = insertelement <16 x i32> poison, i32 %2536, i64 0
+  %2538 = shufflevector <16 x i32> %2537, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2539 = getelementptr inbounds nuw i8, ptr %2266, i64 208
+  %2540 = load i64, ptr %2539, align 8, !tbaa !4
+  %gep991.i = getelementptr i32, ptr %gep1023.i, i64 %2540
+  %2541 = load <32 x bfloat>, ptr %gep991.i, align 4, !tbaa !4
+  %x.i598.i = bitcast <16 x i32> %2538 to <32 x bfloat>
+  %r.i600.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i576.i, <32 x bfloat> %x.i598.i, <32 x bfloat> %2541)
+  %2542 = getelementptr inbounds nuw i8, ptr %2262, i64 308
+  %2543 = load i32, ptr %2542, align 4, !tbaa !4
+  %2544 = insertelement <16 x i32> poison, i32 %2543, i64 0
+  %2545 = shufflevector <16 x i32> %2544, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i601.i = bitcast <16 x i32> %2545 to <32 x bfloat>
+  %r.i603.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i579.i, <32 x bfloat> %x.i601.i, <32 x bfloat> %2541)
+  %2546 = getelementptr inbounds nuw i8, ptr %2262, i64 564
+  %2547 = load i32, ptr %2546, align 4, !tbaa !4
+  %2548 = insertelement <16 x i32> poison, i32 %2547, i64 0
+  %2549 = shufflevector <16 x i32> %2548, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i604.i = bitcast <16 x i32> %2549 to <32 x bfloat>
+  %r.i606.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i582.i, <32 x bfloat> %x.i604.i, <32 x bfloat> %2541)
+  %2550 = getelementptr inbounds nuw i8, ptr %2262, i64 820
+  %2551 = load i32, ptr %2550, align 4, !tbaa !4
+  %2552 = insertelement <16 x i32> poison, i32 %2551, i64 0
+  %2553 = shufflevector <16 x i32> %2552, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i607.i = bitcast <16 x i32> %2553 to <32 x bfloat>
+  %r.i609.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i585.i, <32 x bfloat> %x.i607.i, <32 x bfloat> %2541)
+  %2554 = getelementptr i8, ptr %gep991.i, i64 64
+  %2555 = load <32 x bfloat>, ptr %2554, align 4, !tbaa !4
+  %r.i612.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i588.i, <32 x bfloat> %x.i598.i, <32 x bfloat> %2555)
+  %r.i615.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i591.i, <32 x bfloat> %x.i601.i, <32 x bfloat> %2555)
+  %r.i618.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i594.i, <32 x bfloat> %x.i604.i, <32 x bfloat> %2555)
+  %r.i621.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i597.i, <32 x bfloat> %x.i607.i, <32 x bfloat> %2555)
+  %2556 = getelementptr inbounds nuw i8, ptr %2262, i64 56
+  %2557 = load i32, ptr %2556, align 4, !tbaa !4
+  %2558 = insertelement <16 x i32> poison, i32 %2557, i64 0
+  %2559 = shufflevector <16 x i32> %2558, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2560 = getelementptr inbounds nuw i8, ptr %2266, i64 224
+  %2561 = load i64, ptr %2560, align 8, !tbaa !4
+  %gep995.i = getelementptr i32, ptr %gep1023.i, i64 %2561
+  %2562 = load <32 x bfloat>, ptr %gep995.i, align 4, !tbaa !4
+  %x.i622.i = bitcast <16 x i32> %2559 to <32 x bfloat>
+  %r.i624.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i600.i, <32 x bfloat> %x.i622.i, <32 x bfloat> %2562)
+  %2563 = getelementptr inbounds nuw i8, ptr %2262, i64 312
+  %2564 = load i32, ptr %2563, align 4, !tbaa !4
+  %2565 = insertelement <16 x i32> poison, i32 %2564, i64 0
+  %2566 = shufflevector <16 x i32> %2565, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i625.i = bitcast <16 x i32> %2566 to <32 x bfloat>
+  %r.i627.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i603.i, <32 x bfloat> %x.i625.i, <32 x bfloat> %2562)
+  %2567 = getelementptr inbounds nuw i8, ptr %2262, i64 568
+  %2568 = load i32, ptr %2567, align 4, !tbaa !4
+  %2569 = insertelement <16 x i32> poison, i32 %2568, i64 0
+  %2570 = shufflevector <16 x i32> %2569, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i628.i = bitcast <16 x i32> %2570 to <32 x bfloat>
+  %r.i630.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i606.i, <32 x bfloat> %x.i628.i, <32 x bfloat> %2562)
+  %2571 = getelementptr inbounds nuw i8, ptr %2262, i64 824
+  %2572 = load i32, ptr %2571, align 4, !tbaa !4
+  %2573 = insertelement <16 x i32> poison, i32 %2572, i64 0
+  %2574 = shufflevector <16 x i32> %2573, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i631.i = bitcast <16 x i32> %2574 to <32 x bfloat>
+  %r.i633.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i609.i, <32 x bfloat> %x.i631.i, <32 x bfloat> %2562)
+  %2575 = getelementptr i8, ptr %gep995.i, i64 64
+  %2576 = load <32 x bfloat>, ptr %2575, align 4, !tbaa !4
+  %r.i636.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i612.i, <32 x bfloat> %x.i622.i, <32 x bfloat> %2576)
+  %r.i639.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i615.i, <32 x bfloat> %x.i625.i, <32 x bfloat> %2576)
+  %r.i642.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i618.i, <32 x bfloat> %x.i628.i, <32 x bfloat> %2576)
+  %r.i645.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i621.i, <32 x bfloat> %x.i631.i, <32 x bfloat> %2576)
+  %2577 = getelementptr inbounds nuw i8, ptr %2262, i64 60
+  %2578 = load i32, ptr %2577, align 4, !tbaa !4
+  %2579 = insertelement <16 x i32> poison, i32 %2578, i64 0
+  %2580 = shufflevector <16 x i32> %2579, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2581 = getelementptr inbounds nuw i8, ptr %2266, i64 240
+  %2582 = load i64, ptr %2581, align 8, !tbaa !4
+  %gep999.i = getelementptr i32, ptr %gep1023.i, i64 %2582
+  %2583 = load <32 x bfloat>, ptr %gep999.i, align 4, !tbaa !4
+  %x.i646.i = bitcast <16 x i32> %2580 to <32 x bfloat>
+  %r.i648.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i624.i, <32 x bfloat> %x.i646.i, <32 x bfloat> %2583)
+  %2584 = getelementptr inbounds nuw i8, ptr %2262, i64 316
+  %2585 = load i32, ptr %2584, align 4, !tbaa !4
+  %2586 = insertelement <16 x i32> poison, i32 %2585, i64 0
+  %2587 = shufflevector <16 x i32> %2586, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i649.i = bitcast <16 x i32> %2587 to <32 x bfloat>
+  %r.i651.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i627.i, <32 x bfloat> %x.i649.i, <32 x bfloat> %2583)
+  %2588 = getelementptr inbounds nuw i8, ptr %2262, i64 572
+  %2589 = load i32, ptr %2588, align 4, !tbaa !4
+  %2590 = insertelement <16 x i32> poison, i32 %2589, i64 0
+  %2591 = shufflevector <16 x i32> %2590, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i652.i = bitcast <16 x i32> %2591 to <32 x bfloat>
+  %r.i654.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i630.i, <32 x bfloat> %x.i652.i, <32 x bfloat> %2583)
+  %2592 = getelementptr inbounds nuw i8, ptr %2262, i64 828
+  %2593 = load i32, ptr %2592, align 4, !tbaa !4
+  %2594 = insertelement <16 x i32> poison, i32 %2593, i64 0
+  %2595 = shufflevector <16 x i32> %2594, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i655.i = bitcast <16 x i32> %2595 to <32 x bfloat>
+  %r.i657.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i633.i, <32 x bfloat> %x.i655.i, <32 x bfloat> %2583)
+  %2596 = getelementptr i8, ptr %gep999.i, i64 64
+  %2597 = load <32 x bfloat>, ptr %2596, align 4, !tbaa !4
+  %r.i660.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i636.i, <32 x bfloat> %x.i646.i, <32 x bfloat> %2597)
+  %r.i663.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i639.i, <32 x bfloat> %x.i649.i, <32 x bfloat> %2597)
+  %r.i666.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i642.i, <32 x bfloat> %x.i652.i, <32 x bfloat> %2597)
+  %r.i669.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i645.i, <32 x bfloat> %x.i655.i, <32 x bfloat> %2597)
+  %indvars.iv.next1190.i = add nuw nsw i64 %indvars.iv1189.i, 1
+  %exitcond1193.not.i = icmp eq i64 %indvars.iv.next1190.i, %980
+  br i1 %exitcond1193.not.i, label %for_end_to123.i, label %for_begin_ax1126.preheader.i, !prof !8
 
-for_end_ti.i:                                     ; preds = %for_begin_r111.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2515 = shl nuw nsw i64 %indvars.iv1226.i, 2
-  %2516 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2515
-  %2517 = load <4 x float>, ptr %2516, align 16, !tbaa !69
-  %old_max.i = select <4 x i1> %594, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2517
-  %2518 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2515
-  %2519 = load <4 x float>, ptr %2518, align 16, !tbaa !71
-  %old_sum.i = select <4 x i1> %594, <4 x float> zeroinitializer, <4 x float> %2519
-  %2520 = fcmp ogt <4 x float> %old_max.i, %1131
-  %2521 = load <4 x float>, ptr %tile_sum254.i, align 16, !tbaa !73
-  %2522 = fcmp oeq <4 x float> %2521, zeroinitializer
-  %2523 = select <4 x i1> %2522, <4 x i1> splat (i1 true), <4 x i1> %2520
-  %old_or_both.i = select <4 x i1> %2523, <4 x float> %old_max.i, <4 x float> %1131
-  %2524 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2524, <4 x float> %1131, <4 x float> %old_or_both.i
-  %arg122.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v129.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg122.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2525 = bitcast <4 x float> %cse_v129.i to <4 x i32>
-  %2526 = add nsw <4 x i32> %2525, splat (i32 -1262485504)
-  %2527 = sitofp <4 x i32> %2526 to <4 x float>
-  %2528 = fmul <4 x float> %2527, splat (float 0x3F2BD01060000000)
-  %2529 = fmul <4 x float> %2527, splat (float 0x3FE6300000000000)
-  %2530 = fsub <4 x float> %arg122.i, %2529
-  %2531 = fadd <4 x float> %2528, %2530
-  %2532 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2531, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2533 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2532, <4 x float> %2531, <4 x float> splat (float 0x3F81112100000000))
-  %2534 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2533, <4 x float> %2531, <4 x float> splat (float 0x3FA5553820000000))
-  %2535 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2534, <4 x float> %2531, <4 x float> splat (float 0x3FC5555540000000))
-  %2536 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2535, <4 x float> %2531, <4 x float> splat (float 5.000000e-01))
-  %2537 = fmul <4 x float> %2531, %2536
-  %2538 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2537, <4 x float> %2531, <4 x float> %2531)
-  %2539 = shl <4 x i32> %2525, splat (i32 23)
-  %2540 = add <4 x i32> %2539, splat (i32 1065353216)
-  %2541 = bitcast <4 x i32> %2540 to <4 x float>
-  %2542 = fadd <4 x float> %2538, splat (float 1.000000e+00)
-  %2543 = fmul <4 x float> %2542, %2541
-  %2544 = fcmp olt <4 x float> %arg122.i, splat (float -8.700000e+01)
-  %2545 = select <4 x i1> %2544, <4 x float> zeroinitializer, <4 x float> %2543
-  %2546 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2547 = select <4 x i1> %2546, <4 x float> %2545, <4 x float> zeroinitializer
-  store <4 x float> %2547, ptr %alpha244.i, align 16, !tbaa !81
-  %arg136.i = fsub <4 x float> %1131, %m.i
-  %cse_v117.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg136.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2548 = bitcast <4 x float> %cse_v117.i to <4 x i32>
-  %2549 = add nsw <4 x i32> %2548, splat (i32 -1262485504)
-  %2550 = sitofp <4 x i32> %2549 to <4 x float>
-  %2551 = fmul <4 x float> %2550, splat (float 0x3F2BD01060000000)
-  %2552 = fmul <4 x float> %2550, splat (float 0x3FE6300000000000)
-  %2553 = fsub <4 x float> %arg136.i, %2552
-  %2554 = fadd <4 x float> %2551, %2553
-  %2555 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2554, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2556 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2555, <4 x float> %2554, <4 x float> splat (float 0x3F81112100000000))
-  %2557 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2556, <4 x float> %2554, <4 x float> splat (float 0x3FA5553820000000))
-  %2558 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2557, <4 x float> %2554, <4 x float> splat (float 0x3FC5555540000000))
-  %2559 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2558, <4 x float> %2554, <4 x float> splat (float 5.000000e-01))
-  %2560 = fmul <4 x float> %2554, %2559
-  %2561 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2560, <4 x float> %2554, <4 x float> %2554)
-  %2562 = shl <4 x i32> %2548, splat (i32 23)
-  %2563 = add <4 x i32> %2562, splat (i32 1065353216)
-  %2564 = bitcast <4 x i32> %2563 to <4 x float>
-  %2565 = fadd <4 x float> %2561, splat (float 1.000000e+00)
-  %2566 = fmul <4 x float> %2565, %2564
-  %2567 = fcmp olt <4 x float> %arg136.i, splat (float -8.700000e+01)
-  %2568 = select <4 x i1> %2567, <4 x float> zeroinitializer, <4 x float> %2566
-  %2569 = fcmp one <4 x float> %2521, zeroinitializer
-  %2570 = select <4 x i1> %2569, <4 x float> %2568, <4 x float> zeroinitializer
-  store <4 x float> %2570, ptr %beta243.i, align 16, !tbaa !90
-  %2571 = fmul <4 x float> %old_sum.i, %2547
-  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2521, <4 x float> %2571)
-  store <4 x float> %m.i, ptr %2516, align 16, !tbaa !69
-  store <4 x float> %2572, ptr %2518, align 16, !tbaa !71
-  %2573 = shl nuw nsw i64 %indvars.iv1226.i, 9
-  br label %for_begin_d_0154.preheader.i
+for_end_to123.i:                                  ; preds = %for_begin_ax1126.preheader.i, %for_body_d_0_m.i
+  %full_acc215.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i651.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i660.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i648.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i663.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i654.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i666.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i657.i, %for_begin_ax1126.preheader.i ]
+  %full_acc215.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i669.i, %for_begin_ax1126.preheader.i ]
+  br i1 %.not1071.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
 
-for_begin_d_0154.preheader.i:                     ; preds = %for_end_d_0156.i, %for_end_ti.i
-  %indvars.iv1221.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next1222.i, %for_end_d_0156.i ]
-  %2574 = shl nuw nsw i64 %indvars.iv1221.i, 7
-  %2575 = add nuw nsw i64 %2574, %2573
-  %2576 = getelementptr inbounds nuw float, ptr %beta243.i, i64 %indvars.iv1221.i
-  %2577 = load float, ptr %2576, align 4, !tbaa !99
-  %2578 = insertelement <16 x float> poison, float %2577, i64 0
-  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
-  %2580 = getelementptr inbounds nuw float, ptr %alpha244.i, i64 %indvars.iv1221.i
-  %2581 = load float, ptr %2580, align 4, !tbaa !100
-  %2582 = insertelement <16 x float> poison, float %2581, i64 0
-  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %592, label %for_body_d_0155.us.preheader.i, label %for_body_d_0155.preheader.i, !prof !7
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to123.i
+  %gep1055.idx.i = shl i64 %indvars.iv1197.i, 7
+  %gep1055.i = getelementptr i8, ptr %invariant.gep1022.i, i64 %gep1055.idx.i
+  br i1 %995, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !81
 
-for_body_d_0155.preheader.i:                      ; preds = %for_begin_d_0154.preheader.i
-  %2584 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
-  %2585 = load <16 x float>, ptr %2584, align 4, !tbaa !4
-  %2586 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
-  %2587 = load <16 x float>, ptr %2586, align 4, !tbaa !4
-  %2588 = fmul <16 x float> %2583, %2587
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2585, <16 x float> %2588)
-  store <16 x float> %2589, ptr %2586, align 4, !tbaa !4
-  %2590 = getelementptr inbounds nuw i8, ptr %2584, i64 64
-  %2591 = load <16 x float>, ptr %2590, align 4, !tbaa !4
-  %2592 = getelementptr inbounds nuw i8, ptr %2586, i64 64
-  %2593 = load <16 x float>, ptr %2592, align 4, !tbaa !4
-  %2594 = fmul <16 x float> %2583, %2593
-  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2591, <16 x float> %2594)
-  store <16 x float> %2595, ptr %2592, align 4, !tbaa !4
-  %2596 = getelementptr inbounds nuw i8, ptr %2584, i64 128
-  %2597 = load <16 x float>, ptr %2596, align 4, !tbaa !4
-  %2598 = getelementptr inbounds nuw i8, ptr %2586, i64 128
-  %2599 = load <16 x float>, ptr %2598, align 4, !tbaa !4
-  %2600 = fmul <16 x float> %2583, %2599
-  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2597, <16 x float> %2600)
-  store <16 x float> %2601, ptr %2598, align 4, !tbaa !4
-  %2602 = getelementptr inbounds nuw i8, ptr %2584, i64 192
-  %2603 = load <16 x float>, ptr %2602, align 4, !tbaa !4
-  %2604 = getelementptr inbounds nuw i8, ptr %2586, i64 192
-  %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !4
-  %2606 = fmul <16 x float> %2583, %2605
-  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2603, <16 x float> %2606)
-  store <16 x float> %2607, ptr %2604, align 4, !tbaa !4
-  %2608 = getelementptr inbounds nuw i8, ptr %2584, i64 256
-  %2609 = load <16 x float>, ptr %2608, align 4, !tbaa !4
-  %2610 = getelementptr inbounds nuw i8, ptr %2586, i64 256
-  %2611 = load <16 x float>, ptr %2610, align 4, !tbaa !4
-  %2612 = fmul <16 x float> %2583, %2611
-  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2609, <16 x float> %2612)
-  store <16 x float> %2613, ptr %2610, align 4, !tbaa !4
-  %2614 = getelementptr inbounds nuw i8, ptr %2584, i64 320
-  %2615 = load <16 x float>, ptr %2614, align 4, !tbaa !4
-  %2616 = getelementptr inbounds nuw i8, ptr %2586, i64 320
-  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !4
-  %2618 = fmul <16 x float> %2583, %2617
-  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2615, <16 x float> %2618)
-  store <16 x float> %2619, ptr %2616, align 4, !tbaa !4
-  %2620 = getelementptr inbounds nuw i8, ptr %2584, i64 384
-  %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !4
-  %2622 = getelementptr inbounds nuw i8, ptr %2586, i64 384
-  %2623 = load <16 x float>, ptr %2622, align 4, !tbaa !4
-  %2624 = fmul <16 x float> %2583, %2623
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2621, <16 x float> %2624)
-  store <16 x float> %2625, ptr %2622, align 4, !tbaa !4
-  %2626 = getelementptr inbounds nuw i8, ptr %2584, i64 448
-  %2627 = load <16 x float>, ptr %2626, align 4, !tbaa !4
-  %2628 = getelementptr inbounds nuw i8, ptr %2586, i64 448
-  %2629 = load <16 x float>, ptr %2628, align 4, !tbaa !4
-  %2630 = fmul <16 x float> %2583, %2629
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2627, <16 x float> %2630)
-  store <16 x float> %2631, ptr %2628, align 4, !tbaa !4
-  br label %for_end_d_0156.i
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
+  %indvars.iv1194.i = phi i64 [ %indvars.iv.next1195.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.0.01007.i = phi <16 x float> [ %r.i672.i.1, %for_body_ti.i ], [ %full_acc215.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.4.01006.i = phi <16 x float> [ %r.i684.i.1, %for_body_ti.i ], [ %full_acc215.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.8.01005.i = phi <16 x float> [ %r.i675.i.1, %for_body_ti.i ], [ %full_acc215.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.12.01004.i = phi <16 x float> [ %r.i687.i.1, %for_body_ti.i ], [ %full_acc215.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.16.01003.i = phi <16 x float> [ %r.i678.i.1, %for_body_ti.i ], [ %full_acc215.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.20.01002.i = phi <16 x float> [ %r.i690.i.1, %for_body_ti.i ], [ %full_acc215.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.24.01001.i = phi <16 x float> [ %r.i681.i.1, %for_body_ti.i ], [ %full_acc215.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc216.sroa.28.01000.i = phi <16 x float> [ %r.i693.i.1, %for_body_ti.i ], [ %full_acc215.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %niter191 = phi i64 [ %niter191.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %gep1323.i = getelementptr i32, ptr %invariant.gep1322.i, i64 %indvars.iv1194.i
+  %2598 = load i32, ptr %gep1323.i, align 4, !tbaa !4
+  %2599 = insertelement <16 x i32> poison, i32 %2598, i64 0
+  %2600 = shufflevector <16 x i32> %2599, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2601 = shl nuw nsw i64 %indvars.iv1194.i, 1
+  %2602 = add nuw nsw i64 %2601, %978
+  %2603 = icmp slt i64 %2602, 127
+  %2604 = or disjoint i64 %2602, 1
+  %2605 = icmp slt i64 %2604, %922
+  %2606 = and i1 %2603, %2605
+  %2607 = select i1 %2606, i32 -1, i32 65535
+  %2608 = insertelement <16 x i32> poison, i32 %2607, i64 0
+  %2609 = shufflevector <16 x i32> %2608, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2610 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2602
+  %2611 = load i64, ptr %2610, align 8, !tbaa !4
+  %gep1020.i = getelementptr i32, ptr %gep1055.i, i64 %2611
+  %2612 = load <16 x i32>, ptr %gep1020.i, align 4, !tbaa !4
+  %2613 = and <16 x i32> %2612, %2609
+  %x.i670.i = bitcast <16 x i32> %2600 to <32 x bfloat>
+  %y.i671.i = bitcast <16 x i32> %2613 to <32 x bfloat>
+  %r.i672.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.0.01007.i, <32 x bfloat> %x.i670.i, <32 x bfloat> %y.i671.i)
+  %2614 = getelementptr i8, ptr %gep1323.i, i64 256
+  %2615 = load i32, ptr %2614, align 4, !tbaa !4
+  %2616 = insertelement <16 x i32> poison, i32 %2615, i64 0
+  %2617 = shufflevector <16 x i32> %2616, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i673.i = bitcast <16 x i32> %2617 to <32 x bfloat>
+  %r.i675.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.8.01005.i, <32 x bfloat> %x.i673.i, <32 x bfloat> %y.i671.i)
+  %2618 = getelementptr i8, ptr %gep1323.i, i64 512
+  %2619 = load i32, ptr %2618, align 4, !tbaa !4
+  %2620 = insertelement <16 x i32> poison, i32 %2619, i64 0
+  %2621 = shufflevector <16 x i32> %2620, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i676.i = bitcast <16 x i32> %2621 to <32 x bfloat>
+  %r.i678.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.16.01003.i, <32 x bfloat> %x.i676.i, <32 x bfloat> %y.i671.i)
+  %2622 = getelementptr i8, ptr %gep1323.i, i64 768
+  %2623 = load i32, ptr %2622, align 4, !tbaa !4
+  %2624 = insertelement <16 x i32> poison, i32 %2623, i64 0
+  %2625 = shufflevector <16 x i32> %2624, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i679.i = bitcast <16 x i32> %2625 to <32 x bfloat>
+  %r.i681.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.24.01001.i, <32 x bfloat> %x.i679.i, <32 x bfloat> %y.i671.i)
+  %2626 = getelementptr i8, ptr %gep1020.i, i64 64
+  %2627 = load <16 x i32>, ptr %2626, align 4, !tbaa !4
+  %2628 = and <16 x i32> %2627, %2609
+  %y.i683.i = bitcast <16 x i32> %2628 to <32 x bfloat>
+  %r.i684.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.4.01006.i, <32 x bfloat> %x.i670.i, <32 x bfloat> %y.i683.i)
+  %r.i687.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.12.01004.i, <32 x bfloat> %x.i673.i, <32 x bfloat> %y.i683.i)
+  %r.i690.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.20.01002.i, <32 x bfloat> %x.i676.i, <32 x bfloat> %y.i683.i)
+  %r.i693.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.28.01000.i, <32 x bfloat> %x.i679.i, <32 x bfloat> %y.i683.i)
+  %indvars.iv.next1195.i = or disjoint i64 %indvars.iv1194.i, 1
+  %gep1323.i.1 = getelementptr i32, ptr %invariant.gep1322.i, i64 %indvars.iv.next1195.i
+  %2629 = load i32, ptr %gep1323.i.1, align 4, !tbaa !4
+  %2630 = insertelement <16 x i32> poison, i32 %2629, i64 0
+  %2631 = shufflevector <16 x i32> %2630, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2632 = shl nuw nsw i64 %indvars.iv.next1195.i, 1
+  %2633 = add nuw nsw i64 %2632, %978
+  %2634 = icmp slt i64 %2633, 127
+  %2635 = or disjoint i64 %2633, 1
+  %2636 = icmp slt i64 %2635, %922
+  %2637 = and i1 %2634, %2636
+  %2638 = select i1 %2637, i32 -1, i32 65535
+  %2639 = insertelement <16 x i32> poison, i32 %2638, i64 0
+  %2640 = shufflevector <16 x i32> %2639, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2641 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2633
+  %2642 = load i64, ptr %2641, align 8, !tbaa !4
+  %gep1020.i.1 = getelementptr i32, ptr %gep1055.i, i64 %2642
+  %2643 = load <16 x i32>, ptr %gep1020.i.1, align 4, !tbaa !4
+  %2644 = and <16 x i32> %2643, %2640
+  %x.i670.i.1 = bitcast <16 x i32> %2631 to <32 x bfloat>
+  %y.i671.i.1 = bitcast <16 x i32> %2644 to <32 x bfloat>
+  %r.i672.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i672.i, <32 x bfloat> %x.i670.i.1, <32 x bfloat> %y.i671.i.1)
+  %2645 = getelementptr i8, ptr %gep1323.i.1, i64 256
+  %2646 = load i32, ptr %2645, align 4, !tbaa !4
+  %2647 = insertelement <16 x i32> poison, i32 %2646, i64 0
+  %2648 = shufflevector <16 x i32> %2647, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i673.i.1 = bitcast <16 x i32> %2648 to <32 x bfloat>
+  %r.i675.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i675.i, <32 x bfloat> %x.i673.i.1, <32 x bfloat> %y.i671.i.1)
+  %2649 = getelementptr i8, ptr %gep1323.i.1, i64 512
+  %2650 = load i32, ptr %2649, align 4, !tbaa !4
+  %2651 = insertelement <16 x i32> poison, i32 %2650, i64 0
+  %2652 = shufflevector <16 x i32> %2651, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i676.i.1 = bitcast <16 x i32> %2652 to <32 x bfloat>
+  %r.i678.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i678.i, <32 x bfloat> %x.i676.i.1, <32 x bfloat> %y.i671.i.1)
+  %2653 = getelementptr i8, ptr %gep1323.i.1, i64 768
+  %2654 = load i32, ptr %2653, align 4, !tbaa !4
+  %2655 = insertelement <16 x i32> poison, i32 %2654, i64 0
+  %2656 = shufflevector <16 x i32> %2655, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i679.i.1 = bitcast <16 x i32> %2656 to <32 x bfloat>
+  %r.i681.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i681.i, <32 x bfloat> %x.i679.i.1, <32 x bfloat> %y.i671.i.1)
+  %2657 = getelementptr i8, ptr %gep1020.i.1, i64 64
+  %2658 = load <16 x i32>, ptr %2657, align 4, !tbaa !4
+  %2659 = and <16 x i32> %2658, %2640
+  %y.i683.i.1 = bitcast <16 x i32> %2659 to <32 x bfloat>
+  %r.i684.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i684.i, <32 x bfloat> %x.i670.i.1, <32 x bfloat> %y.i683.i.1)
+  %r.i687.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i687.i, <32 x bfloat> %x.i673.i.1, <32 x bfloat> %y.i683.i.1)
+  %r.i690.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i690.i, <32 x bfloat> %x.i676.i.1, <32 x bfloat> %y.i683.i.1)
+  %r.i693.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i693.i, <32 x bfloat> %x.i679.i.1, <32 x bfloat> %y.i683.i.1)
+  %indvars.iv.next1195.i.1 = add nuw nsw i64 %indvars.iv1194.i, 2
+  %niter191.next.1 = add nuw i64 %niter191, 2
+  %niter191.ncmp.1 = icmp eq i64 %niter191.next.1, %unroll_iter190
+  br i1 %niter191.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !82, !llvm.loop !83
 
-for_body_d_0155.us.preheader.i:                   ; preds = %for_begin_d_0154.preheader.i
-  %2632 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
-  store <16 x float> zeroinitializer, ptr %2632, align 4, !tbaa !4
-  %2633 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
-  %2634 = load <16 x float>, ptr %2633, align 4, !tbaa !4
-  %2635 = fmul <16 x float> %2583, zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2634, <16 x float> %2635)
-  store <16 x float> %2636, ptr %2632, align 4, !tbaa !4
-  %2637 = getelementptr inbounds nuw i8, ptr %2632, i64 64
-  store <16 x float> zeroinitializer, ptr %2637, align 4, !tbaa !4
-  %2638 = getelementptr inbounds nuw i8, ptr %2633, i64 64
-  %2639 = load <16 x float>, ptr %2638, align 4, !tbaa !4
-  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2639, <16 x float> %2635)
-  store <16 x float> %2640, ptr %2637, align 4, !tbaa !4
-  %2641 = getelementptr inbounds nuw i8, ptr %2632, i64 128
-  store <16 x float> zeroinitializer, ptr %2641, align 4, !tbaa !4
-  %2642 = getelementptr inbounds nuw i8, ptr %2633, i64 128
-  %2643 = load <16 x float>, ptr %2642, align 4, !tbaa !4
-  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2643, <16 x float> %2635)
-  store <16 x float> %2644, ptr %2641, align 4, !tbaa !4
-  %2645 = getelementptr inbounds nuw i8, ptr %2632, i64 192
-  store <16 x float> zeroinitializer, ptr %2645, align 4, !tbaa !4
-  %2646 = getelementptr inbounds nuw i8, ptr %2633, i64 192
-  %2647 = load <16 x float>, ptr %2646, align 4, !tbaa !4
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2647, <16 x float> %2635)
-  store <16 x float> %2648, ptr %2645, align 4, !tbaa !4
-  %2649 = getelementptr inbounds nuw i8, ptr %2632, i64 256
-  store <16 x float> zeroinitializer, ptr %2649, align 4, !tbaa !4
-  %2650 = getelementptr inbounds nuw i8, ptr %2633, i64 256
-  %2651 = load <16 x float>, ptr %2650, align 4, !tbaa !4
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2651, <16 x float> %2635)
-  store <16 x float> %2652, ptr %2649, align 4, !tbaa !4
-  %2653 = getelementptr inbounds nuw i8, ptr %2632, i64 320
-  store <16 x float> zeroinitializer, ptr %2653, align 4, !tbaa !4
-  %2654 = getelementptr inbounds nuw i8, ptr %2633, i64 320
-  %2655 = load <16 x float>, ptr %2654, align 4, !tbaa !4
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2655, <16 x float> %2635)
-  store <16 x float> %2656, ptr %2653, align 4, !tbaa !4
-  %2657 = getelementptr inbounds nuw i8, ptr %2632, i64 384
-  store <16 x float> zeroinitializer, ptr %2657, align 4, !tbaa !4
-  %2658 = getelementptr inbounds nuw i8, ptr %2633, i64 384
-  %2659 = load <16 x float>, ptr %2658, align 4, !tbaa !4
-  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2659, <16 x float> %2635)
-  store <16 x float> %2660, ptr %2657, align 4, !tbaa !4
-  %2661 = getelementptr inbounds nuw i8, ptr %2632, i64 448
-  store <16 x float> zeroinitializer, ptr %2661, align 4, !tbaa !4
-  %2662 = getelementptr inbounds nuw i8, ptr %2633, i64 448
-  %2663 = load <16 x float>, ptr %2662, align 4, !tbaa !4
-  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2663, <16 x float> %2635)
-  store <16 x float> %2664, ptr %2661, align 4, !tbaa !4
-  br label %for_end_d_0156.i
+for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
+  br i1 %lcmp.mod180.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !35
 
-for_end_r151.i:                                   ; preds = %for_end_d_0156.i
-  %2665 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2666 = tail call i32 %2665(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not262.i = icmp eq i32 %2666, 0
-  br i1 %.not262.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !22
+for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
+  %indvars.iv1194.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1195.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.0.01007.i.epil.init = phi <16 x float> [ %full_acc215.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i672.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.4.01006.i.epil.init = phi <16 x float> [ %full_acc215.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i684.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.8.01005.i.epil.init = phi <16 x float> [ %full_acc215.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i675.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.12.01004.i.epil.init = phi <16 x float> [ %full_acc215.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i687.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.16.01003.i.epil.init = phi <16 x float> [ %full_acc215.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i678.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.20.01002.i.epil.init = phi <16 x float> [ %full_acc215.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i690.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.24.01001.i.epil.init = phi <16 x float> [ %full_acc215.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i681.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc216.sroa.28.01000.i.epil.init = phi <16 x float> [ %full_acc215.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i693.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod189)
+  %gep1323.i.epil = getelementptr i32, ptr %invariant.gep1322.i, i64 %indvars.iv1194.i.epil.init
+  %2660 = load i32, ptr %gep1323.i.epil, align 4, !tbaa !4
+  %2661 = insertelement <16 x i32> poison, i32 %2660, i64 0
+  %2662 = shufflevector <16 x i32> %2661, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2663 = shl nuw nsw i64 %indvars.iv1194.i.epil.init, 1
+  %2664 = add nuw nsw i64 %2663, %978
+  %2665 = icmp slt i64 %2664, 127
+  %2666 = or disjoint i64 %2664, 1
+  %2667 = icmp slt i64 %2666, %922
+  %2668 = and i1 %2665, %2667
+  %2669 = select i1 %2668, i32 -1, i32 65535
+  %2670 = insertelement <16 x i32> poison, i32 %2669, i64 0
+  %2671 = shufflevector <16 x i32> %2670, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2672 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2664
+  %2673 = load i64, ptr %2672, align 8, !tbaa !4
+  %gep1020.i.epil = getelementptr i32, ptr %gep1055.i, i64 %2673
+  %2674 = load <16 x i32>, ptr %gep1020.i.epil, align 4, !tbaa !4
+  %2675 = and <16 x i32> %2674, %2671
+  %x.i670.i.epil = bitcast <16 x i32> %2662 to <32 x bfloat>
+  %y.i671.i.epil = bitcast <16 x i32> %2675 to <32 x bfloat>
+  %r.i672.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.0.01007.i.epil.init, <32 x bfloat> %x.i670.i.epil, <32 x bfloat> %y.i671.i.epil)
+  %2676 = getelementptr i8, ptr %gep1323.i.epil, i64 256
+  %2677 = load i32, ptr %2676, align 4, !tbaa !4
+  %2678 = insertelement <16 x i32> poison, i32 %2677, i64 0
+  %2679 = shufflevector <16 x i32> %2678, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i673.i.epil = bitcast <16 x i32> %2679 to <32 x bfloat>
+  %r.i675.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.8.01005.i.epil.init, <32 x bfloat> %x.i673.i.epil, <32 x bfloat> %y.i671.i.epil)
+  %2680 = getelementptr i8, ptr %gep1323.i.epil, i64 512
+  %2681 = load i32, ptr %2680, align 4, !tbaa !4
+  %2682 = insertelement <16 x i32> poison, i32 %2681, i64 0
+  %2683 = shufflevector <16 x i32> %2682, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i676.i.epil = bitcast <16 x i32> %2683 to <32 x bfloat>
+  %r.i678.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.16.01003.i.epil.init, <32 x bfloat> %x.i676.i.epil, <32 x bfloat> %y.i671.i.epil)
+  %2684 = getelementptr i8, ptr %gep1323.i.epil, i64 768
+  %2685 = load i32, ptr %2684, align 4, !tbaa !4
+  %2686 = insertelement <16 x i32> poison, i32 %2685, i64 0
+  %2687 = shufflevector <16 x i32> %2686, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i679.i.epil = bitcast <16 x i32> %2687 to <32 x bfloat>
+  %r.i681.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.24.01001.i.epil.init, <32 x bfloat> %x.i679.i.epil, <32 x bfloat> %y.i671.i.epil)
+  %2688 = getelementptr i8, ptr %gep1020.i.epil, i64 64
+  %2689 = load <16 x i32>, ptr %2688, align 4, !tbaa !4
+  %2690 = and <16 x i32> %2689, %2671
+  %y.i683.i.epil = bitcast <16 x i32> %2690 to <32 x bfloat>
+  %r.i684.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.4.01006.i.epil.init, <32 x bfloat> %x.i670.i.epil, <32 x bfloat> %y.i683.i.epil)
+  %r.i687.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.12.01004.i.epil.init, <32 x bfloat> %x.i673.i.epil, <32 x bfloat> %y.i683.i.epil)
+  %r.i690.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.20.01002.i.epil.init, <32 x bfloat> %x.i676.i.epil, <32 x bfloat> %y.i683.i.epil)
+  %r.i693.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.28.01000.i.epil.init, <32 x bfloat> %x.i679.i.epil, <32 x bfloat> %y.i683.i.epil)
+  br label %for_end_ti.i
 
-for_end_d_0156.i:                                 ; preds = %for_body_d_0155.us.preheader.i, %for_body_d_0155.preheader.i
-  %indvars.iv.next1222.i = add nuw nsw i64 %indvars.iv1221.i, 1
-  %exitcond1225.not.i = icmp eq i64 %indvars.iv.next1222.i, 4
-  br i1 %exitcond1225.not.i, label %for_end_r151.i, label %for_begin_d_0154.preheader.i, !prof !21
+for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.preheader, %for_end_ti.i.loopexit.unr-lcssa, %for_end_to123.i
+  %tile_acc216.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.238.0.lcssa.i, %for_end_to123.i ], [ %r.i693.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i693.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc216.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.204.0.lcssa.i, %for_end_to123.i ], [ %r.i681.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i681.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc216.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.170.0.lcssa.i, %for_end_to123.i ], [ %r.i690.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i690.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc216.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.136.0.lcssa.i, %for_end_to123.i ], [ %r.i678.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i678.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc216.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.102.0.lcssa.i, %for_end_to123.i ], [ %r.i687.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i687.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc216.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.68.0.lcssa.i, %for_end_to123.i ], [ %r.i675.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i675.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc216.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.34.0.lcssa.i, %for_end_to123.i ], [ %r.i684.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i684.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc216.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.0.0.lcssa.i, %for_end_to123.i ], [ %r.i672.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i672.i.epil, %for_body_ti.i.epil.preheader ]
+  %2691 = shl nuw nsw i64 %indvars.iv1197.i, 5
+  %2692 = add nuw nsw i64 %2691, %2156
+  %2693 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2692
+  br i1 %970, label %if_then147.i, label %if_end146.if_end148_crit_edge.i, !prof !7
 
-if_end162.i:                                      ; preds = %for_end_r151.i
-  %2667 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2668 = tail call i32 %2667(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not263.i = icmp eq i32 %2668, 0
-  br i1 %.not263.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
+if_end146.if_end148_crit_edge.i:                  ; preds = %for_end_ti.i
+  %2694 = load <16 x float>, ptr %2693, align 4, !tbaa !4
+  %2695 = fmul <16 x float> %2157, %2694
+  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.0.0.lcssa.i, <16 x float> %2695)
+  store <16 x float> %2696, ptr %2693, align 4, !tbaa !4
+  %2697 = getelementptr inbounds nuw i8, ptr %2693, i64 64
+  %2698 = load <16 x float>, ptr %2697, align 4, !tbaa !4
+  %2699 = fmul <16 x float> %2157, %2698
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.4.0.lcssa.i, <16 x float> %2699)
+  store <16 x float> %2700, ptr %2697, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2693, i64 512
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %.pre1263.i = fmul <16 x float> %2159, %.pre.i
+  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.8.0.lcssa.i, <16 x float> %.pre1263.i)
+  store <16 x float> %2701, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %2702 = getelementptr inbounds nuw i8, ptr %2693, i64 576
+  %2703 = load <16 x float>, ptr %2702, align 4, !tbaa !4
+  %2704 = fmul <16 x float> %2159, %2703
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.12.0.lcssa.i, <16 x float> %2704)
+  store <16 x float> %2705, ptr %2702, align 4, !tbaa !4
+  %.phi.trans.insert1257.i = getelementptr inbounds nuw i8, ptr %2693, i64 1024
+  %.pre1258.i = load <16 x float>, ptr %.phi.trans.insert1257.i, align 4, !tbaa !4
+  %.pre1264.i = fmul <16 x float> %2161, %.pre1258.i
+  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.16.0.lcssa.i, <16 x float> %.pre1264.i)
+  store <16 x float> %2706, ptr %.phi.trans.insert1257.i, align 4, !tbaa !4
+  %2707 = getelementptr inbounds nuw i8, ptr %2693, i64 1088
+  %2708 = load <16 x float>, ptr %2707, align 4, !tbaa !4
+  %2709 = fmul <16 x float> %2161, %2708
+  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.20.0.lcssa.i, <16 x float> %2709)
+  store <16 x float> %2710, ptr %2707, align 4, !tbaa !4
+  %.phi.trans.insert1259.i = getelementptr inbounds nuw i8, ptr %2693, i64 1536
+  %.pre1260.i = load <16 x float>, ptr %.phi.trans.insert1259.i, align 4, !tbaa !4
+  %2711 = fmul <16 x float> %2163, %.pre1260.i
+  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %tile_acc216.sroa.24.0.lcssa.i, <16 x float> %2711)
+  store <16 x float> %2712, ptr %.phi.trans.insert1259.i, align 4, !tbaa !4
+  %.phi.trans.insert1261.i = getelementptr inbounds nuw i8, ptr %2693, i64 1600
+  %.pre1262.i = load <16 x float>, ptr %.phi.trans.insert1261.i, align 4, !tbaa !4
+  %.pre = fmul <16 x float> %2163, %.pre1262.i
+  br label %if_end148.i
 
-if_end165.i:                                      ; preds = %if_end162.i
-  %2669 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2670 = tail call i32 %2669(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not264.i = icmp eq i32 %2670, 0
-  br i1 %.not264.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !22
+if_then147.i:                                     ; preds = %for_end_ti.i
+  %2713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.0.0.lcssa.i, <16 x float> %2166)
+  store <16 x float> %2713, ptr %2693, align 4, !tbaa !4
+  %2714 = getelementptr inbounds nuw i8, ptr %2693, i64 64
+  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.4.0.lcssa.i, <16 x float> %2166)
+  store <16 x float> %2715, ptr %2714, align 4, !tbaa !4
+  %2716 = getelementptr inbounds nuw i8, ptr %2693, i64 512
+  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.8.0.lcssa.i, <16 x float> %2167)
+  store <16 x float> %2717, ptr %2716, align 4, !tbaa !4
+  %2718 = getelementptr inbounds nuw i8, ptr %2693, i64 576
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.12.0.lcssa.i, <16 x float> %2167)
+  store <16 x float> %2719, ptr %2718, align 4, !tbaa !4
+  %2720 = getelementptr inbounds nuw i8, ptr %2693, i64 1024
+  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.16.0.lcssa.i, <16 x float> %2168)
+  store <16 x float> %2721, ptr %2720, align 4, !tbaa !4
+  %2722 = getelementptr inbounds nuw i8, ptr %2693, i64 1088
+  %2723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.20.0.lcssa.i, <16 x float> %2168)
+  store <16 x float> %2723, ptr %2722, align 4, !tbaa !4
+  %2724 = getelementptr inbounds nuw i8, ptr %2693, i64 1536
+  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %tile_acc216.sroa.24.0.lcssa.i, <16 x float> %2169)
+  store <16 x float> %2725, ptr %2724, align 4, !tbaa !4
+  br label %if_end148.i
 
-if_end168.i:                                      ; preds = %if_end165.i
-  %2671 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2672 = tail call i32 %2671(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not265.i = icmp eq i32 %2672, 0
-  br i1 %.not265.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !22
+if_end148.i:                                      ; preds = %if_then147.i, %if_end146.if_end148_crit_edge.i
+  %.pre-phi = phi <16 x float> [ %2169, %if_then147.i ], [ %.pre, %if_end146.if_end148_crit_edge.i ]
+  %2726 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2692
+  %2727 = getelementptr inbounds nuw i8, ptr %2726, i64 1600
+  %2728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %tile_acc216.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
+  store <16 x float> %2728, ptr %2727, align 4, !tbaa !4
+  %indvars.iv.next1198.i = add nuw nsw i64 %indvars.iv1197.i, 1
+  %exitcond1200.not.i = icmp eq i64 %indvars.iv.next1198.i, 4
+  br i1 %exitcond1200.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
 
-if_end171.i:                                      ; preds = %if_end168.i
-  %2673 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2674 = tail call i32 %2673(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not266.i = icmp eq i32 %2674, 0
-  br i1 %.not266.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !22
+if_end150.i:                                      ; preds = %for_end_d_0_m.i
+  %2729 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2730 = tail call i32 %2729(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not236.i = icmp eq i32 %2730, 0
+  br i1 %.not236.i, label %if_end153.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end174.i:                                      ; preds = %if_end171.i
-  %2675 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2676 = tail call i32 %2675(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not267.i = icmp eq i32 %2676, 0
-  br i1 %.not267.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !22
+if_end153.i:                                      ; preds = %if_end150.i
+  %2731 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2732 = tail call i32 %2731(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not237.i = icmp eq i32 %2732, 0
+  br i1 %.not237.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end177.i:                                      ; preds = %if_end174.i
-  %2677 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2678 = tail call i32 %2677(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not268.i = icmp eq i32 %2678, 0
-  br i1 %.not268.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
+if_end156.i:                                      ; preds = %if_end153.i
+  %2733 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2734 = tail call i32 %2733(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not238.i = icmp eq i32 %2734, 0
+  br i1 %.not238.i, label %if_end159.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end183.i:                                      ; preds = %for_end_kv_head.i
-  %2679 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2680 = tail call i32 %2679(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not261.i = icmp eq i32 %2680, 0
+if_end159.i:                                      ; preds = %if_end156.i
+  %2735 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2736 = tail call i32 %2735(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not239.i = icmp eq i32 %2736, 0
+  br i1 %.not239.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
+
+if_end165.i:                                      ; preds = %for_end_kv_head.i
+  %2737 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2738 = tail call i32 %2737(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not234.i = icmp eq i32 %2738, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not261.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
+  br i1 %.not234.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end189.i:                                      ; preds = %for_body_tile215.i, %if_end213.3.i
-  %2681 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2682 = tail call i32 %2681(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2682, 0
-  br i1 %.not.i, label %if_end237.i, label %fused_decode_compute_.exit, !prof !22
-
-for_body_tile192.i:                               ; preds = %if_end213.3.i, %for_begin_tile191.preheader.i
-  %indvars.iv1280.i = phi i64 [ 0, %for_begin_tile191.preheader.i ], [ %indvars.iv.next1281.i, %if_end213.3.i ]
-  %2683 = shl nuw nsw i64 %indvars.iv1280.i, 2
-  %2684 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2683
-  %total.i = load <4 x float>, ptr %2684, align 16, !tbaa !71
-  %2685 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2686 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2687 = select <4 x i1> %2686, <4 x float> zeroinitializer, <4 x float> %2685
-  %.idx60 = shl nuw nsw i64 %indvars.iv1280.i, 11
-  %invariant.gep67 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2688 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> zeroinitializer
-  %2689 = mul nsw i64 %2683, %out_head
-  %invariant.gep1025.i = getelementptr i16, ptr %541, i64 %2689
-  %2690 = load <16 x float>, ptr %invariant.gep67, align 4, !tbaa !4
-  %2691 = fmul <16 x float> %2690, %2688
-  %2692 = bitcast <16 x float> %2691 to <16 x i32>
-  %2693 = lshr <16 x i32> %2692, splat (i32 16)
-  %2694 = and <16 x i32> %2693, splat (i32 1)
-  %2695 = add nuw <16 x i32> %2692, splat (i32 32767)
-  %2696 = add nuw <16 x i32> %2695, %2694
-  %2697 = lshr <16 x i32> %2696, splat (i32 16)
-  %2698 = trunc nuw <16 x i32> %2697 to <16 x i16>
-  store <16 x i16> %2698, ptr %invariant.gep1025.i, align 2, !tbaa !4
-  %2699 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 64
-  %2700 = load <16 x float>, ptr %2699, align 4, !tbaa !4
-  %2701 = fmul <16 x float> %2688, %2700
-  %2702 = bitcast <16 x float> %2701 to <16 x i32>
-  %2703 = lshr <16 x i32> %2702, splat (i32 16)
-  %2704 = and <16 x i32> %2703, splat (i32 1)
-  %2705 = add nuw <16 x i32> %2702, splat (i32 32767)
-  %2706 = add nuw <16 x i32> %2705, %2704
-  %2707 = lshr <16 x i32> %2706, splat (i32 16)
-  %2708 = trunc nuw <16 x i32> %2707 to <16 x i16>
-  %gep1026.1.i = getelementptr i8, ptr %invariant.gep1025.i, i64 32
-  store <16 x i16> %2708, ptr %gep1026.1.i, align 2, !tbaa !4
-  %2709 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 128
-  %2710 = load <16 x float>, ptr %2709, align 4, !tbaa !4
-  %2711 = fmul <16 x float> %2688, %2710
-  %2712 = bitcast <16 x float> %2711 to <16 x i32>
-  %2713 = lshr <16 x i32> %2712, splat (i32 16)
-  %2714 = and <16 x i32> %2713, splat (i32 1)
-  %2715 = add nuw <16 x i32> %2712, splat (i32 32767)
-  %2716 = add nuw <16 x i32> %2715, %2714
-  %2717 = lshr <16 x i32> %2716, splat (i32 16)
-  %2718 = trunc nuw <16 x i32> %2717 to <16 x i16>
-  %gep1026.2.i = getelementptr i8, ptr %invariant.gep1025.i, i64 64
-  store <16 x i16> %2718, ptr %gep1026.2.i, align 2, !tbaa !4
-  %2719 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 192
-  %2720 = load <16 x float>, ptr %2719, align 4, !tbaa !4
-  %2721 = fmul <16 x float> %2688, %2720
-  %2722 = bitcast <16 x float> %2721 to <16 x i32>
-  %2723 = lshr <16 x i32> %2722, splat (i32 16)
-  %2724 = and <16 x i32> %2723, splat (i32 1)
-  %2725 = add nuw <16 x i32> %2722, splat (i32 32767)
-  %2726 = add nuw <16 x i32> %2725, %2724
-  %2727 = lshr <16 x i32> %2726, splat (i32 16)
-  %2728 = trunc nuw <16 x i32> %2727 to <16 x i16>
-  %gep1026.3.i = getelementptr i8, ptr %invariant.gep1025.i, i64 96
-  store <16 x i16> %2728, ptr %gep1026.3.i, align 2, !tbaa !4
-  %2729 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 256
-  %2730 = load <16 x float>, ptr %2729, align 4, !tbaa !4
-  %2731 = fmul <16 x float> %2688, %2730
-  %2732 = bitcast <16 x float> %2731 to <16 x i32>
-  %2733 = lshr <16 x i32> %2732, splat (i32 16)
-  %2734 = and <16 x i32> %2733, splat (i32 1)
-  %2735 = add nuw <16 x i32> %2732, splat (i32 32767)
-  %2736 = add nuw <16 x i32> %2735, %2734
-  %2737 = lshr <16 x i32> %2736, splat (i32 16)
-  %2738 = trunc nuw <16 x i32> %2737 to <16 x i16>
-  %gep1026.4.i = getelementptr i8, ptr %invariant.gep1025.i, i64 128
-  store <16 x i16> %2738, ptr %gep1026.4.i, align 2, !tbaa !4
-  %2739 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 320
-  %2740 = load <16 x float>, ptr %2739, align 4, !tbaa !4
-  %2741 = fmul <16 x float> %2688, %2740
-  %2742 = bitcast <16 x float> %2741 to <16 x i32>
-  %2743 = lshr <16 x i32> %2742, splat (i32 16)
-  %2744 = and <16 x i32> %2743, splat (i32 1)
-  %2745 = add nuw <16 x i32> %2742, splat (i32 32767)
-  %2746 = add nuw <16 x i32> %2745, %2744
-  %2747 = lshr <16 x i32> %2746, splat (i32 16)
-  %2748 = trunc nuw <16 x i32> %2747 to <16 x i16>
-  %gep1026.5.i = getelementptr i8, ptr %invariant.gep1025.i, i64 160
-  store <16 x i16> %2748, ptr %gep1026.5.i, align 2, !tbaa !4
-  %2749 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 384
-  %2750 = load <16 x float>, ptr %2749, align 4, !tbaa !4
-  %2751 = fmul <16 x float> %2688, %2750
-  %2752 = bitcast <16 x float> %2751 to <16 x i32>
-  %2753 = lshr <16 x i32> %2752, splat (i32 16)
-  %2754 = and <16 x i32> %2753, splat (i32 1)
-  %2755 = add nuw <16 x i32> %2752, splat (i32 32767)
-  %2756 = add nuw <16 x i32> %2755, %2754
-  %2757 = lshr <16 x i32> %2756, splat (i32 16)
-  %2758 = trunc nuw <16 x i32> %2757 to <16 x i16>
-  %gep1026.6.i = getelementptr i8, ptr %invariant.gep1025.i, i64 192
-  store <16 x i16> %2758, ptr %gep1026.6.i, align 2, !tbaa !4
-  %2759 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 448
-  %2760 = load <16 x float>, ptr %2759, align 4, !tbaa !4
-  %2761 = fmul <16 x float> %2688, %2760
-  %2762 = bitcast <16 x float> %2761 to <16 x i32>
-  %2763 = lshr <16 x i32> %2762, splat (i32 16)
-  %2764 = and <16 x i32> %2763, splat (i32 1)
-  %2765 = add nuw <16 x i32> %2762, splat (i32 32767)
-  %2766 = add nuw <16 x i32> %2765, %2764
-  %2767 = lshr <16 x i32> %2766, splat (i32 16)
-  %2768 = trunc nuw <16 x i32> %2767 to <16 x i16>
-  %gep1026.7.i = getelementptr i8, ptr %invariant.gep1025.i, i64 224
-  store <16 x i16> %2768, ptr %gep1026.7.i, align 2, !tbaa !4
-  %2769 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2770 = or disjoint i64 %2683, 1
-  %2771 = mul nsw i64 %2770, %out_head
-  %invariant.gep1025.i.1 = getelementptr i16, ptr %541, i64 %2771
-  %gep68.1 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 512
-  %2772 = load <16 x float>, ptr %gep68.1, align 4, !tbaa !4
-  %2773 = fmul <16 x float> %2772, %2769
-  %2774 = bitcast <16 x float> %2773 to <16 x i32>
-  %2775 = lshr <16 x i32> %2774, splat (i32 16)
-  %2776 = and <16 x i32> %2775, splat (i32 1)
-  %2777 = add nuw <16 x i32> %2774, splat (i32 32767)
-  %2778 = add nuw <16 x i32> %2777, %2776
-  %2779 = lshr <16 x i32> %2778, splat (i32 16)
-  %2780 = trunc nuw <16 x i32> %2779 to <16 x i16>
-  store <16 x i16> %2780, ptr %invariant.gep1025.i.1, align 2, !tbaa !4
-  %2781 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 576
+for_body_tile171.i:                               ; preds = %for_body_tile171.i, %for_begin_tile170.preheader.i
+  %indvars.iv1225.i = phi i64 [ %indvars.iv.next1226.i, %for_body_tile171.i ], [ 0, %for_begin_tile170.preheader.i ]
+  %2739 = shl nuw nsw i64 %indvars.iv1225.i, 2
+  %2740 = add nuw nsw i64 %2739, %541
+  %2741 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2739
+  %2742 = load float, ptr %2741, align 16, !tbaa !25
+  %2743 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2740
+  store float %2742, ptr %2743, align 4, !tbaa !4
+  %2744 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2739
+  %2745 = load float, ptr %2744, align 16, !tbaa !23
+  %2746 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2740
+  store float %2745, ptr %2746, align 4, !tbaa !4
+  %2747 = or disjoint i64 %2739, 1
+  %2748 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2747
+  %2749 = load float, ptr %2748, align 4, !tbaa !25
+  %2750 = or disjoint i64 %2740, 1
+  %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2750
+  store float %2749, ptr %2751, align 4, !tbaa !4
+  %2752 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2747
+  %2753 = load float, ptr %2752, align 4, !tbaa !23
+  %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2750
+  store float %2753, ptr %2754, align 4, !tbaa !4
+  %2755 = or disjoint i64 %2739, 2
+  %2756 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2755
+  %2757 = load float, ptr %2756, align 8, !tbaa !25
+  %2758 = or disjoint i64 %2740, 2
+  %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
+  store float %2757, ptr %2759, align 4, !tbaa !4
+  %2760 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2755
+  %2761 = load float, ptr %2760, align 8, !tbaa !23
+  %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
+  store float %2761, ptr %2762, align 4, !tbaa !4
+  %2763 = or disjoint i64 %2739, 3
+  %2764 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2763
+  %2765 = load float, ptr %2764, align 4, !tbaa !25
+  %2766 = or disjoint i64 %2740, 3
+  %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
+  store float %2765, ptr %2767, align 4, !tbaa !4
+  %2768 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2763
+  %2769 = load float, ptr %2768, align 4, !tbaa !23
+  %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
+  store float %2769, ptr %2770, align 4, !tbaa !4
+  %2771 = shl nuw nsw i64 %indvars.iv1225.i, 9
+  %2772 = getelementptr inbounds nuw float, ptr %542, i64 %2771
+  %2773 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2771
+  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !4
+  store <16 x float> %2774, ptr %2772, align 4, !tbaa !4
+  %2775 = getelementptr inbounds nuw i8, ptr %2773, i64 64
+  %2776 = load <16 x float>, ptr %2775, align 4, !tbaa !4
+  %2777 = getelementptr inbounds nuw i8, ptr %2772, i64 64
+  store <16 x float> %2776, ptr %2777, align 4, !tbaa !4
+  %2778 = getelementptr inbounds nuw i8, ptr %2773, i64 128
+  %2779 = load <16 x float>, ptr %2778, align 4, !tbaa !4
+  %2780 = getelementptr inbounds nuw i8, ptr %2772, i64 128
+  store <16 x float> %2779, ptr %2780, align 4, !tbaa !4
+  %2781 = getelementptr inbounds nuw i8, ptr %2773, i64 192
   %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !4
-  %2783 = fmul <16 x float> %2769, %2782
-  %2784 = bitcast <16 x float> %2783 to <16 x i32>
-  %2785 = lshr <16 x i32> %2784, splat (i32 16)
-  %2786 = and <16 x i32> %2785, splat (i32 1)
-  %2787 = add nuw <16 x i32> %2784, splat (i32 32767)
-  %2788 = add nuw <16 x i32> %2787, %2786
-  %2789 = lshr <16 x i32> %2788, splat (i32 16)
-  %2790 = trunc nuw <16 x i32> %2789 to <16 x i16>
-  %gep1026.1.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 32
-  store <16 x i16> %2790, ptr %gep1026.1.i.1, align 2, !tbaa !4
-  %2791 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 640
-  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !4
-  %2793 = fmul <16 x float> %2769, %2792
-  %2794 = bitcast <16 x float> %2793 to <16 x i32>
-  %2795 = lshr <16 x i32> %2794, splat (i32 16)
-  %2796 = and <16 x i32> %2795, splat (i32 1)
-  %2797 = add nuw <16 x i32> %2794, splat (i32 32767)
-  %2798 = add nuw <16 x i32> %2797, %2796
-  %2799 = lshr <16 x i32> %2798, splat (i32 16)
-  %2800 = trunc nuw <16 x i32> %2799 to <16 x i16>
-  %gep1026.2.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 64
-  store <16 x i16> %2800, ptr %gep1026.2.i.1, align 2, !tbaa !4
-  %2801 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 704
-  %2802 = load <16 x float>, ptr %2801, align 4, !tbaa !4
-  %2803 = fmul <16 x float> %2769, %2802
-  %2804 = bitcast <16 x float> %2803 to <16 x i32>
-  %2805 = lshr <16 x i32> %2804, splat (i32 16)
-  %2806 = and <16 x i32> %2805, splat (i32 1)
-  %2807 = add nuw <16 x i32> %2804, splat (i32 32767)
-  %2808 = add nuw <16 x i32> %2807, %2806
-  %2809 = lshr <16 x i32> %2808, splat (i32 16)
-  %2810 = trunc nuw <16 x i32> %2809 to <16 x i16>
-  %gep1026.3.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 96
-  store <16 x i16> %2810, ptr %gep1026.3.i.1, align 2, !tbaa !4
-  %2811 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 768
+  %2783 = getelementptr inbounds nuw i8, ptr %2772, i64 192
+  store <16 x float> %2782, ptr %2783, align 4, !tbaa !4
+  %2784 = getelementptr inbounds nuw i8, ptr %2773, i64 256
+  %2785 = load <16 x float>, ptr %2784, align 4, !tbaa !4
+  %2786 = getelementptr inbounds nuw i8, ptr %2772, i64 256
+  store <16 x float> %2785, ptr %2786, align 4, !tbaa !4
+  %2787 = getelementptr inbounds nuw i8, ptr %2773, i64 320
+  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !4
+  %2789 = getelementptr inbounds nuw i8, ptr %2772, i64 320
+  store <16 x float> %2788, ptr %2789, align 4, !tbaa !4
+  %2790 = getelementptr inbounds nuw i8, ptr %2773, i64 384
+  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
+  %2792 = getelementptr inbounds nuw i8, ptr %2772, i64 384
+  store <16 x float> %2791, ptr %2792, align 4, !tbaa !4
+  %2793 = getelementptr inbounds nuw i8, ptr %2773, i64 448
+  %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !4
+  %2795 = getelementptr inbounds nuw i8, ptr %2772, i64 448
+  store <16 x float> %2794, ptr %2795, align 4, !tbaa !4
+  %2796 = getelementptr inbounds nuw i8, ptr %2772, i64 512
+  %2797 = getelementptr inbounds nuw i8, ptr %2773, i64 512
+  %2798 = load <16 x float>, ptr %2797, align 4, !tbaa !4
+  store <16 x float> %2798, ptr %2796, align 4, !tbaa !4
+  %2799 = getelementptr inbounds nuw i8, ptr %2773, i64 576
+  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !4
+  %2801 = getelementptr inbounds nuw i8, ptr %2772, i64 576
+  store <16 x float> %2800, ptr %2801, align 4, !tbaa !4
+  %2802 = getelementptr inbounds nuw i8, ptr %2773, i64 640
+  %2803 = load <16 x float>, ptr %2802, align 4, !tbaa !4
+  %2804 = getelementptr inbounds nuw i8, ptr %2772, i64 640
+  store <16 x float> %2803, ptr %2804, align 4, !tbaa !4
+  %2805 = getelementptr inbounds nuw i8, ptr %2773, i64 704
+  %2806 = load <16 x float>, ptr %2805, align 4, !tbaa !4
+  %2807 = getelementptr inbounds nuw i8, ptr %2772, i64 704
+  store <16 x float> %2806, ptr %2807, align 4, !tbaa !4
+  %2808 = getelementptr inbounds nuw i8, ptr %2773, i64 768
+  %2809 = load <16 x float>, ptr %2808, align 4, !tbaa !4
+  %2810 = getelementptr inbounds nuw i8, ptr %2772, i64 768
+  store <16 x float> %2809, ptr %2810, align 4, !tbaa !4
+  %2811 = getelementptr inbounds nuw i8, ptr %2773, i64 832
   %2812 = load <16 x float>, ptr %2811, align 4, !tbaa !4
-  %2813 = fmul <16 x float> %2769, %2812
-  %2814 = bitcast <16 x float> %2813 to <16 x i32>
-  %2815 = lshr <16 x i32> %2814, splat (i32 16)
-  %2816 = and <16 x i32> %2815, splat (i32 1)
-  %2817 = add nuw <16 x i32> %2814, splat (i32 32767)
-  %2818 = add nuw <16 x i32> %2817, %2816
-  %2819 = lshr <16 x i32> %2818, splat (i32 16)
-  %2820 = trunc nuw <16 x i32> %2819 to <16 x i16>
-  %gep1026.4.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 128
-  store <16 x i16> %2820, ptr %gep1026.4.i.1, align 2, !tbaa !4
-  %2821 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 832
+  %2813 = getelementptr inbounds nuw i8, ptr %2772, i64 832
+  store <16 x float> %2812, ptr %2813, align 4, !tbaa !4
+  %2814 = getelementptr inbounds nuw i8, ptr %2773, i64 896
+  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !4
+  %2816 = getelementptr inbounds nuw i8, ptr %2772, i64 896
+  store <16 x float> %2815, ptr %2816, align 4, !tbaa !4
+  %2817 = getelementptr inbounds nuw i8, ptr %2773, i64 960
+  %2818 = load <16 x float>, ptr %2817, align 4, !tbaa !4
+  %2819 = getelementptr inbounds nuw i8, ptr %2772, i64 960
+  store <16 x float> %2818, ptr %2819, align 4, !tbaa !4
+  %2820 = getelementptr inbounds nuw i8, ptr %2772, i64 1024
+  %2821 = getelementptr inbounds nuw i8, ptr %2773, i64 1024
   %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !4
-  %2823 = fmul <16 x float> %2769, %2822
-  %2824 = bitcast <16 x float> %2823 to <16 x i32>
-  %2825 = lshr <16 x i32> %2824, splat (i32 16)
-  %2826 = and <16 x i32> %2825, splat (i32 1)
-  %2827 = add nuw <16 x i32> %2824, splat (i32 32767)
-  %2828 = add nuw <16 x i32> %2827, %2826
-  %2829 = lshr <16 x i32> %2828, splat (i32 16)
-  %2830 = trunc nuw <16 x i32> %2829 to <16 x i16>
-  %gep1026.5.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 160
-  store <16 x i16> %2830, ptr %gep1026.5.i.1, align 2, !tbaa !4
-  %2831 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 896
-  %2832 = load <16 x float>, ptr %2831, align 4, !tbaa !4
-  %2833 = fmul <16 x float> %2769, %2832
-  %2834 = bitcast <16 x float> %2833 to <16 x i32>
-  %2835 = lshr <16 x i32> %2834, splat (i32 16)
-  %2836 = and <16 x i32> %2835, splat (i32 1)
-  %2837 = add nuw <16 x i32> %2834, splat (i32 32767)
-  %2838 = add nuw <16 x i32> %2837, %2836
-  %2839 = lshr <16 x i32> %2838, splat (i32 16)
-  %2840 = trunc nuw <16 x i32> %2839 to <16 x i16>
-  %gep1026.6.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 192
-  store <16 x i16> %2840, ptr %gep1026.6.i.1, align 2, !tbaa !4
-  %2841 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 960
+  store <16 x float> %2822, ptr %2820, align 4, !tbaa !4
+  %2823 = getelementptr inbounds nuw i8, ptr %2773, i64 1088
+  %2824 = load <16 x float>, ptr %2823, align 4, !tbaa !4
+  %2825 = getelementptr inbounds nuw i8, ptr %2772, i64 1088
+  store <16 x float> %2824, ptr %2825, align 4, !tbaa !4
+  %2826 = getelementptr inbounds nuw i8, ptr %2773, i64 1152
+  %2827 = load <16 x float>, ptr %2826, align 4, !tbaa !4
+  %2828 = getelementptr inbounds nuw i8, ptr %2772, i64 1152
+  store <16 x float> %2827, ptr %2828, align 4, !tbaa !4
+  %2829 = getelementptr inbounds nuw i8, ptr %2773, i64 1216
+  %2830 = load <16 x float>, ptr %2829, align 4, !tbaa !4
+  %2831 = getelementptr inbounds nuw i8, ptr %2772, i64 1216
+  store <16 x float> %2830, ptr %2831, align 4, !tbaa !4
+  %2832 = getelementptr inbounds nuw i8, ptr %2773, i64 1280
+  %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !4
+  %2834 = getelementptr inbounds nuw i8, ptr %2772, i64 1280
+  store <16 x float> %2833, ptr %2834, align 4, !tbaa !4
+  %2835 = getelementptr inbounds nuw i8, ptr %2773, i64 1344
+  %2836 = load <16 x float>, ptr %2835, align 4, !tbaa !4
+  %2837 = getelementptr inbounds nuw i8, ptr %2772, i64 1344
+  store <16 x float> %2836, ptr %2837, align 4, !tbaa !4
+  %2838 = getelementptr inbounds nuw i8, ptr %2773, i64 1408
+  %2839 = load <16 x float>, ptr %2838, align 4, !tbaa !4
+  %2840 = getelementptr inbounds nuw i8, ptr %2772, i64 1408
+  store <16 x float> %2839, ptr %2840, align 4, !tbaa !4
+  %2841 = getelementptr inbounds nuw i8, ptr %2773, i64 1472
   %2842 = load <16 x float>, ptr %2841, align 4, !tbaa !4
-  %2843 = fmul <16 x float> %2769, %2842
-  %2844 = bitcast <16 x float> %2843 to <16 x i32>
-  %2845 = lshr <16 x i32> %2844, splat (i32 16)
-  %2846 = and <16 x i32> %2845, splat (i32 1)
-  %2847 = add nuw <16 x i32> %2844, splat (i32 32767)
-  %2848 = add nuw <16 x i32> %2847, %2846
-  %2849 = lshr <16 x i32> %2848, splat (i32 16)
-  %2850 = trunc nuw <16 x i32> %2849 to <16 x i16>
-  %gep1026.7.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 224
-  store <16 x i16> %2850, ptr %gep1026.7.i.1, align 2, !tbaa !4
-  %2851 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2852 = or disjoint i64 %2683, 2
-  %2853 = mul nsw i64 %2852, %out_head
-  %invariant.gep1025.i.2 = getelementptr i16, ptr %541, i64 %2853
-  %gep68.2 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1024
-  %2854 = load <16 x float>, ptr %gep68.2, align 4, !tbaa !4
-  %2855 = fmul <16 x float> %2854, %2851
-  %2856 = bitcast <16 x float> %2855 to <16 x i32>
-  %2857 = lshr <16 x i32> %2856, splat (i32 16)
-  %2858 = and <16 x i32> %2857, splat (i32 1)
-  %2859 = add nuw <16 x i32> %2856, splat (i32 32767)
-  %2860 = add nuw <16 x i32> %2859, %2858
-  %2861 = lshr <16 x i32> %2860, splat (i32 16)
-  %2862 = trunc nuw <16 x i32> %2861 to <16 x i16>
-  store <16 x i16> %2862, ptr %invariant.gep1025.i.2, align 2, !tbaa !4
-  %2863 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1088
-  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !4
-  %2865 = fmul <16 x float> %2851, %2864
-  %2866 = bitcast <16 x float> %2865 to <16 x i32>
-  %2867 = lshr <16 x i32> %2866, splat (i32 16)
-  %2868 = and <16 x i32> %2867, splat (i32 1)
-  %2869 = add nuw <16 x i32> %2866, splat (i32 32767)
-  %2870 = add nuw <16 x i32> %2869, %2868
-  %2871 = lshr <16 x i32> %2870, splat (i32 16)
-  %2872 = trunc nuw <16 x i32> %2871 to <16 x i16>
-  %gep1026.1.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 32
-  store <16 x i16> %2872, ptr %gep1026.1.i.2, align 2, !tbaa !4
-  %2873 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1152
-  %2874 = load <16 x float>, ptr %2873, align 4, !tbaa !4
-  %2875 = fmul <16 x float> %2851, %2874
-  %2876 = bitcast <16 x float> %2875 to <16 x i32>
-  %2877 = lshr <16 x i32> %2876, splat (i32 16)
-  %2878 = and <16 x i32> %2877, splat (i32 1)
-  %2879 = add nuw <16 x i32> %2876, splat (i32 32767)
-  %2880 = add nuw <16 x i32> %2879, %2878
-  %2881 = lshr <16 x i32> %2880, splat (i32 16)
-  %2882 = trunc nuw <16 x i32> %2881 to <16 x i16>
-  %gep1026.2.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 64
-  store <16 x i16> %2882, ptr %gep1026.2.i.2, align 2, !tbaa !4
-  %2883 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1216
-  %2884 = load <16 x float>, ptr %2883, align 4, !tbaa !4
-  %2885 = fmul <16 x float> %2851, %2884
-  %2886 = bitcast <16 x float> %2885 to <16 x i32>
-  %2887 = lshr <16 x i32> %2886, splat (i32 16)
-  %2888 = and <16 x i32> %2887, splat (i32 1)
-  %2889 = add nuw <16 x i32> %2886, splat (i32 32767)
-  %2890 = add nuw <16 x i32> %2889, %2888
-  %2891 = lshr <16 x i32> %2890, splat (i32 16)
-  %2892 = trunc nuw <16 x i32> %2891 to <16 x i16>
-  %gep1026.3.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 96
-  store <16 x i16> %2892, ptr %gep1026.3.i.2, align 2, !tbaa !4
-  %2893 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1280
-  %2894 = load <16 x float>, ptr %2893, align 4, !tbaa !4
-  %2895 = fmul <16 x float> %2851, %2894
-  %2896 = bitcast <16 x float> %2895 to <16 x i32>
-  %2897 = lshr <16 x i32> %2896, splat (i32 16)
-  %2898 = and <16 x i32> %2897, splat (i32 1)
-  %2899 = add nuw <16 x i32> %2896, splat (i32 32767)
-  %2900 = add nuw <16 x i32> %2899, %2898
-  %2901 = lshr <16 x i32> %2900, splat (i32 16)
-  %2902 = trunc nuw <16 x i32> %2901 to <16 x i16>
-  %gep1026.4.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 128
-  store <16 x i16> %2902, ptr %gep1026.4.i.2, align 2, !tbaa !4
-  %2903 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1344
-  %2904 = load <16 x float>, ptr %2903, align 4, !tbaa !4
-  %2905 = fmul <16 x float> %2851, %2904
-  %2906 = bitcast <16 x float> %2905 to <16 x i32>
-  %2907 = lshr <16 x i32> %2906, splat (i32 16)
-  %2908 = and <16 x i32> %2907, splat (i32 1)
-  %2909 = add nuw <16 x i32> %2906, splat (i32 32767)
-  %2910 = add nuw <16 x i32> %2909, %2908
-  %2911 = lshr <16 x i32> %2910, splat (i32 16)
-  %2912 = trunc nuw <16 x i32> %2911 to <16 x i16>
-  %gep1026.5.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 160
-  store <16 x i16> %2912, ptr %gep1026.5.i.2, align 2, !tbaa !4
-  %2913 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1408
-  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !4
-  %2915 = fmul <16 x float> %2851, %2914
-  %2916 = bitcast <16 x float> %2915 to <16 x i32>
-  %2917 = lshr <16 x i32> %2916, splat (i32 16)
-  %2918 = and <16 x i32> %2917, splat (i32 1)
-  %2919 = add nuw <16 x i32> %2916, splat (i32 32767)
-  %2920 = add nuw <16 x i32> %2919, %2918
-  %2921 = lshr <16 x i32> %2920, splat (i32 16)
-  %2922 = trunc nuw <16 x i32> %2921 to <16 x i16>
-  %gep1026.6.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 192
-  store <16 x i16> %2922, ptr %gep1026.6.i.2, align 2, !tbaa !4
-  %2923 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1472
-  %2924 = load <16 x float>, ptr %2923, align 4, !tbaa !4
-  %2925 = fmul <16 x float> %2851, %2924
-  %2926 = bitcast <16 x float> %2925 to <16 x i32>
-  %2927 = lshr <16 x i32> %2926, splat (i32 16)
-  %2928 = and <16 x i32> %2927, splat (i32 1)
-  %2929 = add nuw <16 x i32> %2926, splat (i32 32767)
-  %2930 = add nuw <16 x i32> %2929, %2928
-  %2931 = lshr <16 x i32> %2930, splat (i32 16)
-  %2932 = trunc nuw <16 x i32> %2931 to <16 x i16>
-  %gep1026.7.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 224
-  store <16 x i16> %2932, ptr %gep1026.7.i.2, align 2, !tbaa !4
-  %2933 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2934 = or disjoint i64 %2683, 3
-  %2935 = mul nsw i64 %2934, %out_head
-  %invariant.gep1025.i.3 = getelementptr i16, ptr %541, i64 %2935
-  %gep68.3 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1536
-  %2936 = load <16 x float>, ptr %gep68.3, align 4, !tbaa !4
-  %2937 = fmul <16 x float> %2936, %2933
-  %2938 = bitcast <16 x float> %2937 to <16 x i32>
-  %2939 = lshr <16 x i32> %2938, splat (i32 16)
-  %2940 = and <16 x i32> %2939, splat (i32 1)
-  %2941 = add nuw <16 x i32> %2938, splat (i32 32767)
-  %2942 = add nuw <16 x i32> %2941, %2940
-  %2943 = lshr <16 x i32> %2942, splat (i32 16)
-  %2944 = trunc nuw <16 x i32> %2943 to <16 x i16>
-  store <16 x i16> %2944, ptr %invariant.gep1025.i.3, align 2, !tbaa !4
-  %2945 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1600
-  %2946 = load <16 x float>, ptr %2945, align 4, !tbaa !4
-  %2947 = fmul <16 x float> %2933, %2946
-  %2948 = bitcast <16 x float> %2947 to <16 x i32>
-  %2949 = lshr <16 x i32> %2948, splat (i32 16)
-  %2950 = and <16 x i32> %2949, splat (i32 1)
-  %2951 = add nuw <16 x i32> %2948, splat (i32 32767)
-  %2952 = add nuw <16 x i32> %2951, %2950
-  %2953 = lshr <16 x i32> %2952, splat (i32 16)
-  %2954 = trunc nuw <16 x i32> %2953 to <16 x i16>
-  %gep1026.1.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 32
-  store <16 x i16> %2954, ptr %gep1026.1.i.3, align 2, !tbaa !4
-  %2955 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1664
-  %2956 = load <16 x float>, ptr %2955, align 4, !tbaa !4
-  %2957 = fmul <16 x float> %2933, %2956
-  %2958 = bitcast <16 x float> %2957 to <16 x i32>
-  %2959 = lshr <16 x i32> %2958, splat (i32 16)
-  %2960 = and <16 x i32> %2959, splat (i32 1)
-  %2961 = add nuw <16 x i32> %2958, splat (i32 32767)
-  %2962 = add nuw <16 x i32> %2961, %2960
-  %2963 = lshr <16 x i32> %2962, splat (i32 16)
-  %2964 = trunc nuw <16 x i32> %2963 to <16 x i16>
-  %gep1026.2.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 64
-  store <16 x i16> %2964, ptr %gep1026.2.i.3, align 2, !tbaa !4
-  %2965 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1728
-  %2966 = load <16 x float>, ptr %2965, align 4, !tbaa !4
-  %2967 = fmul <16 x float> %2933, %2966
-  %2968 = bitcast <16 x float> %2967 to <16 x i32>
-  %2969 = lshr <16 x i32> %2968, splat (i32 16)
-  %2970 = and <16 x i32> %2969, splat (i32 1)
-  %2971 = add nuw <16 x i32> %2968, splat (i32 32767)
-  %2972 = add nuw <16 x i32> %2971, %2970
-  %2973 = lshr <16 x i32> %2972, splat (i32 16)
-  %2974 = trunc nuw <16 x i32> %2973 to <16 x i16>
-  %gep1026.3.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 96
-  store <16 x i16> %2974, ptr %gep1026.3.i.3, align 2, !tbaa !4
-  %2975 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1792
-  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
-  %2977 = fmul <16 x float> %2933, %2976
-  %2978 = bitcast <16 x float> %2977 to <16 x i32>
-  %2979 = lshr <16 x i32> %2978, splat (i32 16)
-  %2980 = and <16 x i32> %2979, splat (i32 1)
-  %2981 = add nuw <16 x i32> %2978, splat (i32 32767)
-  %2982 = add nuw <16 x i32> %2981, %2980
-  %2983 = lshr <16 x i32> %2982, splat (i32 16)
-  %2984 = trunc nuw <16 x i32> %2983 to <16 x i16>
-  %gep1026.4.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 128
-  store <16 x i16> %2984, ptr %gep1026.4.i.3, align 2, !tbaa !4
-  %2985 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1856
-  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !4
-  %2987 = fmul <16 x float> %2933, %2986
-  %2988 = bitcast <16 x float> %2987 to <16 x i32>
-  %2989 = lshr <16 x i32> %2988, splat (i32 16)
-  %2990 = and <16 x i32> %2989, splat (i32 1)
-  %2991 = add nuw <16 x i32> %2988, splat (i32 32767)
-  %2992 = add nuw <16 x i32> %2991, %2990
-  %2993 = lshr <16 x i32> %2992, splat (i32 16)
-  %2994 = trunc nuw <16 x i32> %2993 to <16 x i16>
-  %gep1026.5.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 160
-  store <16 x i16> %2994, ptr %gep1026.5.i.3, align 2, !tbaa !4
-  %2995 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1920
-  %2996 = load <16 x float>, ptr %2995, align 4, !tbaa !4
-  %2997 = fmul <16 x float> %2933, %2996
-  %2998 = bitcast <16 x float> %2997 to <16 x i32>
-  %2999 = lshr <16 x i32> %2998, splat (i32 16)
-  %3000 = and <16 x i32> %2999, splat (i32 1)
-  %3001 = add nuw <16 x i32> %2998, splat (i32 32767)
-  %3002 = add nuw <16 x i32> %3001, %3000
-  %3003 = lshr <16 x i32> %3002, splat (i32 16)
-  %3004 = trunc nuw <16 x i32> %3003 to <16 x i16>
-  %gep1026.6.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 192
-  store <16 x i16> %3004, ptr %gep1026.6.i.3, align 2, !tbaa !4
-  %3005 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1984
-  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !4
-  %3007 = fmul <16 x float> %2933, %3006
-  %3008 = bitcast <16 x float> %3007 to <16 x i32>
-  %3009 = lshr <16 x i32> %3008, splat (i32 16)
-  %3010 = and <16 x i32> %3009, splat (i32 1)
-  %3011 = add nuw <16 x i32> %3008, splat (i32 32767)
-  %3012 = add nuw <16 x i32> %3011, %3010
-  %3013 = lshr <16 x i32> %3012, splat (i32 16)
-  %3014 = trunc nuw <16 x i32> %3013 to <16 x i16>
-  %gep1026.7.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 224
-  store <16 x i16> %3014, ptr %gep1026.7.i.3, align 2, !tbaa !4
-  %3015 = getelementptr float, ptr %543, i64 %2683
-  %3016 = load float, ptr %2684, align 16, !tbaa !71
-  %3017 = fcmp oeq float %3016, 0.000000e+00
-  br i1 %3017, label %if_end213.i, label %if_else212.i
+  %2843 = getelementptr inbounds nuw i8, ptr %2772, i64 1472
+  store <16 x float> %2842, ptr %2843, align 4, !tbaa !4
+  %2844 = getelementptr inbounds nuw i8, ptr %2772, i64 1536
+  %2845 = getelementptr inbounds nuw i8, ptr %2773, i64 1536
+  %2846 = load <16 x float>, ptr %2845, align 4, !tbaa !4
+  store <16 x float> %2846, ptr %2844, align 4, !tbaa !4
+  %2847 = getelementptr inbounds nuw i8, ptr %2773, i64 1600
+  %2848 = load <16 x float>, ptr %2847, align 4, !tbaa !4
+  %2849 = getelementptr inbounds nuw i8, ptr %2772, i64 1600
+  store <16 x float> %2848, ptr %2849, align 4, !tbaa !4
+  %2850 = getelementptr inbounds nuw i8, ptr %2773, i64 1664
+  %2851 = load <16 x float>, ptr %2850, align 4, !tbaa !4
+  %2852 = getelementptr inbounds nuw i8, ptr %2772, i64 1664
+  store <16 x float> %2851, ptr %2852, align 4, !tbaa !4
+  %2853 = getelementptr inbounds nuw i8, ptr %2773, i64 1728
+  %2854 = load <16 x float>, ptr %2853, align 4, !tbaa !4
+  %2855 = getelementptr inbounds nuw i8, ptr %2772, i64 1728
+  store <16 x float> %2854, ptr %2855, align 4, !tbaa !4
+  %2856 = getelementptr inbounds nuw i8, ptr %2773, i64 1792
+  %2857 = load <16 x float>, ptr %2856, align 4, !tbaa !4
+  %2858 = getelementptr inbounds nuw i8, ptr %2772, i64 1792
+  store <16 x float> %2857, ptr %2858, align 4, !tbaa !4
+  %2859 = getelementptr inbounds nuw i8, ptr %2773, i64 1856
+  %2860 = load <16 x float>, ptr %2859, align 4, !tbaa !4
+  %2861 = getelementptr inbounds nuw i8, ptr %2772, i64 1856
+  store <16 x float> %2860, ptr %2861, align 4, !tbaa !4
+  %2862 = getelementptr inbounds nuw i8, ptr %2773, i64 1920
+  %2863 = load <16 x float>, ptr %2862, align 4, !tbaa !4
+  %2864 = getelementptr inbounds nuw i8, ptr %2772, i64 1920
+  store <16 x float> %2863, ptr %2864, align 4, !tbaa !4
+  %2865 = getelementptr inbounds nuw i8, ptr %2773, i64 1984
+  %2866 = load <16 x float>, ptr %2865, align 4, !tbaa !4
+  %2867 = getelementptr inbounds nuw i8, ptr %2772, i64 1984
+  store <16 x float> %2866, ptr %2867, align 4, !tbaa !4
+  %indvars.iv.next1226.i = add nuw nsw i64 %indvars.iv1225.i, 1
+  %exitcond1228.not.i = icmp eq i64 %indvars.iv.next1226.i, 8
+  br i1 %exitcond1228.not.i, label %for_end_tile172.i, label %for_body_tile171.i, !prof !21
 
-if_else212.i:                                     ; preds = %for_body_tile192.i
-  %3018 = tail call float @llvm.log.f32(float %3016)
-  %3019 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2683
-  %3020 = load float, ptr %3019, align 16, !tbaa !69
-  %3021 = fadd float %3018, %3020
-  br label %if_end213.i
+for_end_tile172.i:                                ; preds = %for_body_tile171.i, %if_end190.us.3.i
+  %2868 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2869 = tail call i32 %2868(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2869, 0
+  br i1 %.not.i, label %if_end207.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end213.i:                                      ; preds = %if_else212.i, %for_body_tile192.i
-  %3022 = phi float [ %3021, %if_else212.i ], [ 0xFFF0000000000000, %for_body_tile192.i ]
-  store float %3022, ptr %3015, align 4, !tbaa !4
-  %3023 = or disjoint i64 %2683, 1
-  %3024 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3023
-  %3025 = load float, ptr %3024, align 4, !tbaa !71
-  %3026 = fcmp oeq float %3025, 0.000000e+00
-  br i1 %3026, label %if_end213.1.i, label %if_else212.1.i
+if_end207.i:                                      ; preds = %for_end_tile172.i
+  %2870 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2871 = tail call i32 %2870(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not231.i = icmp eq i32 %2871, 0
+  br i1 %.not231.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
 
-if_else212.1.i:                                   ; preds = %if_end213.i
-  %3027 = tail call float @llvm.log.f32(float %3025)
-  %3028 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3023
-  %3029 = load float, ptr %3028, align 4, !tbaa !69
-  %3030 = fadd float %3027, %3029
-  br label %if_end213.1.i
-
-if_end213.1.i:                                    ; preds = %if_else212.1.i, %if_end213.i
-  %3031 = phi float [ %3030, %if_else212.1.i ], [ 0xFFF0000000000000, %if_end213.i ]
-  %3032 = getelementptr i8, ptr %3015, i64 4
-  store float %3031, ptr %3032, align 4, !tbaa !4
-  %3033 = or disjoint i64 %2683, 2
-  %3034 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3033
-  %3035 = load float, ptr %3034, align 8, !tbaa !71
-  %3036 = fcmp oeq float %3035, 0.000000e+00
-  br i1 %3036, label %if_end213.2.i, label %if_else212.2.i
-
-if_else212.2.i:                                   ; preds = %if_end213.1.i
-  %3037 = tail call float @llvm.log.f32(float %3035)
-  %3038 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3033
-  %3039 = load float, ptr %3038, align 8, !tbaa !69
-  %3040 = fadd float %3037, %3039
-  br label %if_end213.2.i
-
-if_end213.2.i:                                    ; preds = %if_else212.2.i, %if_end213.1.i
-  %3041 = phi float [ %3040, %if_else212.2.i ], [ 0xFFF0000000000000, %if_end213.1.i ]
-  %3042 = getelementptr i8, ptr %3015, i64 8
-  store float %3041, ptr %3042, align 4, !tbaa !4
-  %3043 = or disjoint i64 %2683, 3
-  %3044 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3043
-  %3045 = load float, ptr %3044, align 4, !tbaa !71
-  %3046 = fcmp oeq float %3045, 0.000000e+00
-  br i1 %3046, label %if_end213.3.i, label %if_else212.3.i
-
-if_else212.3.i:                                   ; preds = %if_end213.2.i
-  %3047 = tail call float @llvm.log.f32(float %3045)
-  %3048 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3043
-  %3049 = load float, ptr %3048, align 4, !tbaa !69
-  %3050 = fadd float %3047, %3049
-  br label %if_end213.3.i
-
-if_end213.3.i:                                    ; preds = %if_else212.3.i, %if_end213.2.i
-  %3051 = phi float [ %3050, %if_else212.3.i ], [ 0xFFF0000000000000, %if_end213.2.i ]
-  %3052 = getelementptr i8, ptr %3015, i64 12
-  store float %3051, ptr %3052, align 4, !tbaa !4
-  %indvars.iv.next1281.i = add nuw nsw i64 %indvars.iv1280.i, 1
-  %exitcond1284.not.i = icmp eq i64 %indvars.iv.next1281.i, 8
-  br i1 %exitcond1284.not.i, label %if_end189.i, label %for_body_tile192.i, !prof !21
-
-for_body_tile215.i:                               ; preds = %for_body_tile215.i, %for_begin_tile214.preheader.i
-  %indvars.iv1261.i = phi i64 [ 0, %for_begin_tile214.preheader.i ], [ %indvars.iv.next1262.i, %for_body_tile215.i ]
-  %3053 = shl nuw nsw i64 %indvars.iv1261.i, 2
-  %3054 = add nuw nsw i64 %3053, %538
-  %3055 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3053
-  %3056 = load float, ptr %3055, align 16, !tbaa !69
-  %3057 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3054
-  store float %3056, ptr %3057, align 4, !tbaa !4
-  %3058 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3053
-  %3059 = load float, ptr %3058, align 16, !tbaa !71
-  %3060 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3054
-  store float %3059, ptr %3060, align 4, !tbaa !4
-  %3061 = or disjoint i64 %3053, 1
-  %cse_v148.1.i = or disjoint i64 %3054, 1
-  %3062 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3061
-  %3063 = load float, ptr %3062, align 4, !tbaa !69
-  %3064 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.1.i
-  store float %3063, ptr %3064, align 4, !tbaa !4
-  %3065 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3061
-  %3066 = load float, ptr %3065, align 4, !tbaa !71
-  %3067 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.1.i
-  store float %3066, ptr %3067, align 4, !tbaa !4
-  %3068 = or disjoint i64 %3053, 2
-  %cse_v148.2.i = or disjoint i64 %3054, 2
-  %3069 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3068
-  %3070 = load float, ptr %3069, align 8, !tbaa !69
-  %3071 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.2.i
-  store float %3070, ptr %3071, align 4, !tbaa !4
-  %3072 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3068
-  %3073 = load float, ptr %3072, align 8, !tbaa !71
-  %3074 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.2.i
-  store float %3073, ptr %3074, align 4, !tbaa !4
-  %3075 = or disjoint i64 %3053, 3
-  %cse_v148.3.i = or disjoint i64 %3054, 3
-  %3076 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3075
-  %3077 = load float, ptr %3076, align 4, !tbaa !69
-  %3078 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.3.i
-  store float %3077, ptr %3078, align 4, !tbaa !4
-  %3079 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3075
-  %3080 = load float, ptr %3079, align 4, !tbaa !71
-  %3081 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.3.i
-  store float %3080, ptr %3081, align 4, !tbaa !4
-  %.idx258.i = shl nuw nsw i64 %indvars.iv1261.i, 11
-  %3082 = getelementptr inbounds nuw i8, ptr %539, i64 %.idx258.i
-  %3083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx258.i
-  %3084 = load <16 x float>, ptr %3083, align 4, !tbaa !4
-  store <16 x float> %3084, ptr %3082, align 4, !tbaa !4
-  %3085 = getelementptr inbounds nuw i8, ptr %3083, i64 64
-  %3086 = load <16 x float>, ptr %3085, align 4, !tbaa !4
-  %3087 = getelementptr inbounds nuw i8, ptr %3082, i64 64
-  store <16 x float> %3086, ptr %3087, align 4, !tbaa !4
-  %3088 = getelementptr inbounds nuw i8, ptr %3083, i64 128
-  %3089 = load <16 x float>, ptr %3088, align 4, !tbaa !4
-  %3090 = getelementptr inbounds nuw i8, ptr %3082, i64 128
-  store <16 x float> %3089, ptr %3090, align 4, !tbaa !4
-  %3091 = getelementptr inbounds nuw i8, ptr %3083, i64 192
-  %3092 = load <16 x float>, ptr %3091, align 4, !tbaa !4
-  %3093 = getelementptr inbounds nuw i8, ptr %3082, i64 192
-  store <16 x float> %3092, ptr %3093, align 4, !tbaa !4
-  %3094 = getelementptr inbounds nuw i8, ptr %3083, i64 256
-  %3095 = load <16 x float>, ptr %3094, align 4, !tbaa !4
-  %3096 = getelementptr inbounds nuw i8, ptr %3082, i64 256
-  store <16 x float> %3095, ptr %3096, align 4, !tbaa !4
-  %3097 = getelementptr inbounds nuw i8, ptr %3083, i64 320
-  %3098 = load <16 x float>, ptr %3097, align 4, !tbaa !4
-  %3099 = getelementptr inbounds nuw i8, ptr %3082, i64 320
-  store <16 x float> %3098, ptr %3099, align 4, !tbaa !4
-  %3100 = getelementptr inbounds nuw i8, ptr %3083, i64 384
-  %3101 = load <16 x float>, ptr %3100, align 4, !tbaa !4
-  %3102 = getelementptr inbounds nuw i8, ptr %3082, i64 384
-  store <16 x float> %3101, ptr %3102, align 4, !tbaa !4
-  %3103 = getelementptr inbounds nuw i8, ptr %3083, i64 448
-  %3104 = load <16 x float>, ptr %3103, align 4, !tbaa !4
-  %3105 = getelementptr inbounds nuw i8, ptr %3082, i64 448
-  store <16 x float> %3104, ptr %3105, align 4, !tbaa !4
-  %3106 = getelementptr inbounds nuw i8, ptr %3082, i64 512
-  %3107 = getelementptr inbounds nuw i8, ptr %3083, i64 512
-  %3108 = load <16 x float>, ptr %3107, align 4, !tbaa !4
-  store <16 x float> %3108, ptr %3106, align 4, !tbaa !4
-  %3109 = getelementptr inbounds nuw i8, ptr %3083, i64 576
-  %3110 = load <16 x float>, ptr %3109, align 4, !tbaa !4
-  %3111 = getelementptr inbounds nuw i8, ptr %3082, i64 576
-  store <16 x float> %3110, ptr %3111, align 4, !tbaa !4
-  %3112 = getelementptr inbounds nuw i8, ptr %3083, i64 640
-  %3113 = load <16 x float>, ptr %3112, align 4, !tbaa !4
-  %3114 = getelementptr inbounds nuw i8, ptr %3082, i64 640
-  store <16 x float> %3113, ptr %3114, align 4, !tbaa !4
-  %3115 = getelementptr inbounds nuw i8, ptr %3083, i64 704
-  %3116 = load <16 x float>, ptr %3115, align 4, !tbaa !4
-  %3117 = getelementptr inbounds nuw i8, ptr %3082, i64 704
-  store <16 x float> %3116, ptr %3117, align 4, !tbaa !4
-  %3118 = getelementptr inbounds nuw i8, ptr %3083, i64 768
-  %3119 = load <16 x float>, ptr %3118, align 4, !tbaa !4
-  %3120 = getelementptr inbounds nuw i8, ptr %3082, i64 768
-  store <16 x float> %3119, ptr %3120, align 4, !tbaa !4
-  %3121 = getelementptr inbounds nuw i8, ptr %3083, i64 832
-  %3122 = load <16 x float>, ptr %3121, align 4, !tbaa !4
-  %3123 = getelementptr inbounds nuw i8, ptr %3082, i64 832
-  store <16 x float> %3122, ptr %3123, align 4, !tbaa !4
-  %3124 = getelementptr inbounds nuw i8, ptr %3083, i64 896
-  %3125 = load <16 x float>, ptr %3124, align 4, !tbaa !4
-  %3126 = getelementptr inbounds nuw i8, ptr %3082, i64 896
-  store <16 x float> %3125, ptr %3126, align 4, !tbaa !4
-  %3127 = getelementptr inbounds nuw i8, ptr %3083, i64 960
-  %3128 = load <16 x float>, ptr %3127, align 4, !tbaa !4
-  %3129 = getelementptr inbounds nuw i8, ptr %3082, i64 960
-  store <16 x float> %3128, ptr %3129, align 4, !tbaa !4
-  %3130 = getelementptr inbounds nuw i8, ptr %3082, i64 1024
-  %3131 = getelementptr inbounds nuw i8, ptr %3083, i64 1024
-  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !4
-  store <16 x float> %3132, ptr %3130, align 4, !tbaa !4
-  %3133 = getelementptr inbounds nuw i8, ptr %3083, i64 1088
-  %3134 = load <16 x float>, ptr %3133, align 4, !tbaa !4
-  %3135 = getelementptr inbounds nuw i8, ptr %3082, i64 1088
-  store <16 x float> %3134, ptr %3135, align 4, !tbaa !4
-  %3136 = getelementptr inbounds nuw i8, ptr %3083, i64 1152
-  %3137 = load <16 x float>, ptr %3136, align 4, !tbaa !4
-  %3138 = getelementptr inbounds nuw i8, ptr %3082, i64 1152
-  store <16 x float> %3137, ptr %3138, align 4, !tbaa !4
-  %3139 = getelementptr inbounds nuw i8, ptr %3083, i64 1216
-  %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !4
-  %3141 = getelementptr inbounds nuw i8, ptr %3082, i64 1216
-  store <16 x float> %3140, ptr %3141, align 4, !tbaa !4
-  %3142 = getelementptr inbounds nuw i8, ptr %3083, i64 1280
-  %3143 = load <16 x float>, ptr %3142, align 4, !tbaa !4
-  %3144 = getelementptr inbounds nuw i8, ptr %3082, i64 1280
-  store <16 x float> %3143, ptr %3144, align 4, !tbaa !4
-  %3145 = getelementptr inbounds nuw i8, ptr %3083, i64 1344
-  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !4
-  %3147 = getelementptr inbounds nuw i8, ptr %3082, i64 1344
-  store <16 x float> %3146, ptr %3147, align 4, !tbaa !4
-  %3148 = getelementptr inbounds nuw i8, ptr %3083, i64 1408
-  %3149 = load <16 x float>, ptr %3148, align 4, !tbaa !4
-  %3150 = getelementptr inbounds nuw i8, ptr %3082, i64 1408
-  store <16 x float> %3149, ptr %3150, align 4, !tbaa !4
-  %3151 = getelementptr inbounds nuw i8, ptr %3083, i64 1472
-  %3152 = load <16 x float>, ptr %3151, align 4, !tbaa !4
-  %3153 = getelementptr inbounds nuw i8, ptr %3082, i64 1472
-  store <16 x float> %3152, ptr %3153, align 4, !tbaa !4
-  %3154 = getelementptr inbounds nuw i8, ptr %3082, i64 1536
-  %3155 = getelementptr inbounds nuw i8, ptr %3083, i64 1536
-  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !4
-  store <16 x float> %3156, ptr %3154, align 4, !tbaa !4
-  %3157 = getelementptr inbounds nuw i8, ptr %3083, i64 1600
-  %3158 = load <16 x float>, ptr %3157, align 4, !tbaa !4
-  %3159 = getelementptr inbounds nuw i8, ptr %3082, i64 1600
-  store <16 x float> %3158, ptr %3159, align 4, !tbaa !4
-  %3160 = getelementptr inbounds nuw i8, ptr %3083, i64 1664
-  %3161 = load <16 x float>, ptr %3160, align 4, !tbaa !4
-  %3162 = getelementptr inbounds nuw i8, ptr %3082, i64 1664
-  store <16 x float> %3161, ptr %3162, align 4, !tbaa !4
-  %3163 = getelementptr inbounds nuw i8, ptr %3083, i64 1728
-  %3164 = load <16 x float>, ptr %3163, align 4, !tbaa !4
-  %3165 = getelementptr inbounds nuw i8, ptr %3082, i64 1728
-  store <16 x float> %3164, ptr %3165, align 4, !tbaa !4
-  %3166 = getelementptr inbounds nuw i8, ptr %3083, i64 1792
-  %3167 = load <16 x float>, ptr %3166, align 4, !tbaa !4
-  %3168 = getelementptr inbounds nuw i8, ptr %3082, i64 1792
-  store <16 x float> %3167, ptr %3168, align 4, !tbaa !4
-  %3169 = getelementptr inbounds nuw i8, ptr %3083, i64 1856
-  %3170 = load <16 x float>, ptr %3169, align 4, !tbaa !4
-  %3171 = getelementptr inbounds nuw i8, ptr %3082, i64 1856
-  store <16 x float> %3170, ptr %3171, align 4, !tbaa !4
-  %3172 = getelementptr inbounds nuw i8, ptr %3083, i64 1920
-  %3173 = load <16 x float>, ptr %3172, align 4, !tbaa !4
-  %3174 = getelementptr inbounds nuw i8, ptr %3082, i64 1920
-  store <16 x float> %3173, ptr %3174, align 4, !tbaa !4
-  %3175 = getelementptr inbounds nuw i8, ptr %3083, i64 1984
-  %3176 = load <16 x float>, ptr %3175, align 4, !tbaa !4
-  %3177 = getelementptr inbounds nuw i8, ptr %3082, i64 1984
-  store <16 x float> %3176, ptr %3177, align 4, !tbaa !4
-  %indvars.iv.next1262.i = add nuw nsw i64 %indvars.iv1261.i, 1
-  %exitcond1265.not.i = icmp eq i64 %indvars.iv.next1262.i, 8
-  br i1 %exitcond1265.not.i, label %if_end189.i, label %for_body_tile215.i, !prof !21
-
-if_end237.i:                                      ; preds = %if_end189.i
-  %3178 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3179 = tail call i32 %3178(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not259.i = icmp eq i32 %3179, 0
-  br i1 %.not259.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
-
-fused_decode_compute_.exit:                       ; preds = %if_end237.i, %if_end189.i, %if_end183.i, %if_end177.i, %if_end174.i, %if_end171.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_r151.i, %for_end_to93.3.i, %if_end34.i, %if_end31.i, %for_end___m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end177.i ], [ -1, %if_end174.i ], [ -1, %if_end171.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %for_end_r151.i ], [ -1, %for_end_to93.3.i ], [ -1, %if_end34.i ], [ -1, %if_end31.i ], [ -1, %for_end___m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end183.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end237.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end189.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta243.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha244.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak252.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum254.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum256.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max257.i)
+fused_decode_compute_.exit:                       ; preds = %if_end207.i, %for_end_tile172.i, %if_end165.i, %if_end159.i, %if_end156.i, %if_end153.i, %if_end150.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end159.i ], [ -1, %if_end156.i ], [ -1, %if_end153.i ], [ -1, %if_end150.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end165.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end207.i ], [ -1, %for_end_tile172.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak223.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum224.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum229.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max230.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [32 x float], align 16
-  %beta38.i = alloca [32 x float], align 16
-  %alpha39.i = alloca [32 x float], align 16
-  %row_sum42.i = alloca [32 x float], align 16
-  %row_max43.i = alloca [32 x float], align 16
+  %factor46.i = alloca [32 x float], align 16
+  %beta49.i = alloca [32 x float], align 16
+  %alpha50.i = alloca [32 x float], align 16
+  %row_sum51.i = alloca [32 x float], align 16
+  %row_max52.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6816,11 +6312,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max52.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -6838,444 +6334,815 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %22, 32
-  %cse_v2.i = ashr exact i64 %sext, 32
+  %43 = ashr exact i64 %sext, 32
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
-  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
-  %45 = insertelement <32 x i1> poison, i1 %44, i64 0
-  %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
-  %cse_v9.i = shl nsw i64 %47, 5
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
-  %49 = load <32 x float>, ptr %48, align 4, !tbaa !4
-  %50 = fcmp ogt <32 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
-  %52 = load <32 x float>, ptr %51, align 4, !tbaa !4
-  %53 = fcmp oeq <32 x float> %52, zeroinitializer
-  %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
-  %old_or_both.i = select <32 x i1> %54, <32 x float> %old_max.i, <32 x float> %49
-  %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
-  %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
-  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <32 x i32> %57 to <32 x float>
-  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <32 x float> %arg.i, %60
-  %62 = fadd <32 x float> %59, %61
-  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
-  %68 = fmul <32 x float> %62, %67
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
-  %70 = shl <32 x i32> %56, splat (i32 23)
-  %71 = add <32 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <32 x i32> %71 to <32 x float>
-  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <32 x float> %73, %72
-  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
-  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !101
-  %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
-  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <32 x i32> %80 to <32 x float>
-  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <32 x float> %arg2.i, %83
-  %85 = fadd <32 x float> %82, %84
-  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
-  %91 = fmul <32 x float> %85, %90
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
-  %93 = shl <32 x i32> %79, splat (i32 23)
-  %94 = add <32 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <32 x i32> %94 to <32 x float>
-  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <32 x float> %96, %95
-  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
-  %100 = fcmp one <32 x float> %52, zeroinitializer
-  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !107
-  %102 = fmul <32 x float> %old_sum.i, %78
-  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
-  %.idx.i = shl nsw i64 %47, 14
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r_0.i ]
+  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total5357.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %467, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
+  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
+  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5357.i
+  %48 = add nsw i64 %indvars.iv67.i, %43
+  %49 = shl nsw i64 %48, 5
+  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
+  %51 = load <32 x float>, ptr %50, align 4, !tbaa !4
+  %52 = fcmp ogt <32 x float> %old_max.i, %51
+  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
+  %54 = load <32 x float>, ptr %53, align 4, !tbaa !4
+  %55 = fcmp oeq <32 x float> %54, zeroinitializer
+  %56 = select <32 x i1> %55, <32 x i1> splat (i1 true), <32 x i1> %52
+  %old_or_both.i = select <32 x i1> %56, <32 x float> %old_max.i, <32 x float> %51
+  %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
+  %58 = fsub <32 x float> %old_max.i, %m.i
+  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %60 = bitcast <32 x float> %59 to <32 x i32>
+  %61 = add nsw <32 x i32> %60, splat (i32 -1262485504)
+  %62 = sitofp <32 x i32> %61 to <32 x float>
+  %63 = fmul <32 x float> %62, splat (float 0x3F2BD01060000000)
+  %64 = fmul <32 x float> %62, splat (float 0x3FE6300000000000)
+  %65 = fsub <32 x float> %58, %64
+  %66 = fadd <32 x float> %63, %65
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %66, <32 x float> splat (float 0x3F81112100000000))
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %66, <32 x float> splat (float 0x3FA5553820000000))
+  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %66, <32 x float> splat (float 0x3FC5555540000000))
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %66, <32 x float> splat (float 5.000000e-01))
+  %72 = fmul <32 x float> %66, %71
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %66, <32 x float> %66)
+  %74 = shl <32 x i32> %60, splat (i32 23)
+  %75 = add <32 x i32> %74, splat (i32 1065353216)
+  %76 = bitcast <32 x i32> %75 to <32 x float>
+  %77 = fadd <32 x float> %73, splat (float 1.000000e+00)
+  %78 = fmul <32 x float> %77, %76
+  %79 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
+  %80 = select <32 x i1> %79, <32 x float> zeroinitializer, <32 x float> %78
+  %81 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %82 = select <32 x i1> %81, <32 x float> %80, <32 x float> zeroinitializer
+  store <32 x float> %82, ptr %alpha50.i, align 16, !tbaa !85
+  %arg2.i = fsub <32 x float> %51, %m.i
+  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <32 x float> %83 to <32 x i32>
+  %85 = add nsw <32 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <32 x i32> %85 to <32 x float>
+  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <32 x float> %arg2.i, %88
+  %90 = fadd <32 x float> %87, %89
+  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %90, <32 x float> splat (float 5.000000e-01))
+  %96 = fmul <32 x float> %90, %95
+  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %90, <32 x float> %90)
+  %98 = shl <32 x i32> %84, splat (i32 23)
+  %99 = add <32 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %54, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta49.i, align 16, !tbaa !91
+  %.idx.i = shl nsw i64 %48, 14
+  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !7
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !113
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !114
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !4
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !4
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !4
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !4
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !4
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !4
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !4
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !4
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !4
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !4
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !4
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !4
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !4
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !4
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !4
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !4
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !4
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
+for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
+  %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
+  %108 = shl nuw nsw i64 %indvars.iv.i.us, 2
+  %109 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %108
+  %110 = load float, ptr %109, align 16, !tbaa !97
+  %111 = insertelement <16 x float> poison, float %110, i64 0
+  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
+  %113 = shl nuw nsw i64 %indvars.iv.i.us, 9
+  %114 = getelementptr float, ptr %107, i64 %113
+  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %108
+  %116 = load float, ptr %115, align 16, !tbaa !98
+  %117 = or disjoint i64 %108, 1
+  %118 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %117
+  %119 = load float, ptr %118, align 4, !tbaa !97
+  %120 = insertelement <16 x float> poison, float %119, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %117
+  %123 = load float, ptr %122, align 4, !tbaa !98
+  %124 = or disjoint i64 %108, 2
+  %125 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %124
+  %126 = load float, ptr %125, align 8, !tbaa !97
+  %127 = insertelement <16 x float> poison, float %126, i64 0
+  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
+  %129 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %124
+  %130 = load float, ptr %129, align 8, !tbaa !98
+  %131 = or disjoint i64 %108, 3
+  %132 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %131
+  %133 = load float, ptr %132, align 4, !tbaa !97
+  %134 = insertelement <16 x float> poison, float %133, i64 0
+  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
+  %136 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %131
+  %137 = load float, ptr %136, align 4, !tbaa !98
+  %138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %113
+  %.scalar = fmul float %130, 0.000000e+00
+  %139 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar30 = fmul float %123, 0.000000e+00
+  %141 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %116, 0.000000e+00
+  %143 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
   store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !4
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !4
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !4
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !4
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !4
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !4
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !21
+  %145 = load <16 x float>, ptr %114, align 4, !tbaa !4
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %145, <16 x float> %144)
+  store <16 x float> %146, ptr %138, align 4, !tbaa !4
+  %147 = getelementptr inbounds nuw i8, ptr %138, i64 64
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !4
+  %148 = getelementptr i8, ptr %114, i64 64
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !4
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %149, <16 x float> %144)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !4
+  %151 = getelementptr inbounds nuw i8, ptr %138, i64 512
+  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !4
+  %152 = getelementptr i8, ptr %114, i64 512
+  %153 = load <16 x float>, ptr %152, align 4, !tbaa !4
+  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %153, <16 x float> %142)
+  store <16 x float> %154, ptr %151, align 4, !tbaa !4
+  %155 = getelementptr inbounds nuw i8, ptr %138, i64 576
+  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !4
+  %156 = getelementptr i8, ptr %114, i64 576
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !4
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %157, <16 x float> %142)
+  store <16 x float> %158, ptr %155, align 4, !tbaa !4
+  %159 = getelementptr inbounds nuw i8, ptr %138, i64 1024
+  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !4
+  %160 = getelementptr i8, ptr %114, i64 1024
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !4
+  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %161, <16 x float> %140)
+  store <16 x float> %162, ptr %159, align 4, !tbaa !4
+  %163 = getelementptr inbounds nuw i8, ptr %138, i64 1088
+  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !4
+  %164 = getelementptr i8, ptr %114, i64 1088
+  %165 = load <16 x float>, ptr %164, align 4, !tbaa !4
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %165, <16 x float> %140)
+  store <16 x float> %166, ptr %163, align 4, !tbaa !4
+  %167 = getelementptr inbounds nuw i8, ptr %138, i64 1536
+  store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !4
+  %168 = getelementptr i8, ptr %114, i64 1536
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
+  %.scalar34 = fmul float %137, 0.000000e+00
+  %170 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> zeroinitializer
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %169, <16 x float> %171)
+  store <16 x float> %172, ptr %167, align 4, !tbaa !4
+  %173 = getelementptr inbounds nuw i8, ptr %138, i64 1600
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !4
+  %174 = getelementptr i8, ptr %114, i64 1600
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %175, <16 x float> %171)
+  store <16 x float> %176, ptr %173, align 4, !tbaa !4
+  %177 = getelementptr inbounds nuw i8, ptr %138, i64 128
+  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !4
+  %178 = getelementptr i8, ptr %114, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %179, <16 x float> %144)
+  store <16 x float> %180, ptr %177, align 4, !tbaa !4
+  %181 = getelementptr inbounds nuw i8, ptr %138, i64 192
+  store <16 x float> zeroinitializer, ptr %181, align 4, !tbaa !4
+  %182 = getelementptr i8, ptr %114, i64 192
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !4
+  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %183, <16 x float> %144)
+  store <16 x float> %184, ptr %181, align 4, !tbaa !4
+  %185 = getelementptr inbounds nuw i8, ptr %138, i64 640
+  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !4
+  %186 = getelementptr i8, ptr %114, i64 640
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
+  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %187, <16 x float> %142)
+  store <16 x float> %188, ptr %185, align 4, !tbaa !4
+  %189 = getelementptr inbounds nuw i8, ptr %138, i64 704
+  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !4
+  %190 = getelementptr i8, ptr %114, i64 704
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %191, <16 x float> %142)
+  store <16 x float> %192, ptr %189, align 4, !tbaa !4
+  %193 = getelementptr inbounds nuw i8, ptr %138, i64 1152
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !4
+  %194 = getelementptr i8, ptr %114, i64 1152
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !4
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %195, <16 x float> %140)
+  store <16 x float> %196, ptr %193, align 4, !tbaa !4
+  %197 = getelementptr inbounds nuw i8, ptr %138, i64 1216
+  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !4
+  %198 = getelementptr i8, ptr %114, i64 1216
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %199, <16 x float> %140)
+  store <16 x float> %200, ptr %197, align 4, !tbaa !4
+  %201 = getelementptr inbounds nuw i8, ptr %138, i64 1664
+  store <16 x float> zeroinitializer, ptr %201, align 4, !tbaa !4
+  %202 = getelementptr i8, ptr %114, i64 1664
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %203, <16 x float> %171)
+  store <16 x float> %204, ptr %201, align 4, !tbaa !4
+  %205 = getelementptr inbounds nuw i8, ptr %138, i64 1728
+  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !4
+  %206 = getelementptr i8, ptr %114, i64 1728
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !4
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %207, <16 x float> %171)
+  store <16 x float> %208, ptr %205, align 4, !tbaa !4
+  %209 = getelementptr inbounds nuw i8, ptr %138, i64 256
+  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !4
+  %210 = getelementptr i8, ptr %114, i64 256
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
+  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %211, <16 x float> %144)
+  store <16 x float> %212, ptr %209, align 4, !tbaa !4
+  %213 = getelementptr inbounds nuw i8, ptr %138, i64 320
+  store <16 x float> zeroinitializer, ptr %213, align 4, !tbaa !4
+  %214 = getelementptr i8, ptr %114, i64 320
+  %215 = load <16 x float>, ptr %214, align 4, !tbaa !4
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %215, <16 x float> %144)
+  store <16 x float> %216, ptr %213, align 4, !tbaa !4
+  %217 = getelementptr inbounds nuw i8, ptr %138, i64 768
+  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !4
+  %218 = getelementptr i8, ptr %114, i64 768
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !4
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %219, <16 x float> %142)
+  store <16 x float> %220, ptr %217, align 4, !tbaa !4
+  %221 = getelementptr inbounds nuw i8, ptr %138, i64 832
+  store <16 x float> zeroinitializer, ptr %221, align 4, !tbaa !4
+  %222 = getelementptr i8, ptr %114, i64 832
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !4
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %223, <16 x float> %142)
+  store <16 x float> %224, ptr %221, align 4, !tbaa !4
+  %225 = getelementptr inbounds nuw i8, ptr %138, i64 1280
+  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !4
+  %226 = getelementptr i8, ptr %114, i64 1280
+  %227 = load <16 x float>, ptr %226, align 4, !tbaa !4
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %227, <16 x float> %140)
+  store <16 x float> %228, ptr %225, align 4, !tbaa !4
+  %229 = getelementptr inbounds nuw i8, ptr %138, i64 1344
+  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !4
+  %230 = getelementptr i8, ptr %114, i64 1344
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !4
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %231, <16 x float> %140)
+  store <16 x float> %232, ptr %229, align 4, !tbaa !4
+  %233 = getelementptr inbounds nuw i8, ptr %138, i64 1792
+  store <16 x float> zeroinitializer, ptr %233, align 4, !tbaa !4
+  %234 = getelementptr i8, ptr %114, i64 1792
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !4
+  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %235, <16 x float> %171)
+  store <16 x float> %236, ptr %233, align 4, !tbaa !4
+  %237 = getelementptr inbounds nuw i8, ptr %138, i64 1856
+  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !4
+  %238 = getelementptr i8, ptr %114, i64 1856
+  %239 = load <16 x float>, ptr %238, align 4, !tbaa !4
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %239, <16 x float> %171)
+  store <16 x float> %240, ptr %237, align 4, !tbaa !4
+  %241 = getelementptr inbounds nuw i8, ptr %138, i64 384
+  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !4
+  %242 = getelementptr i8, ptr %114, i64 384
+  %243 = load <16 x float>, ptr %242, align 4, !tbaa !4
+  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %243, <16 x float> %144)
+  store <16 x float> %244, ptr %241, align 4, !tbaa !4
+  %245 = getelementptr inbounds nuw i8, ptr %138, i64 448
+  store <16 x float> zeroinitializer, ptr %245, align 4, !tbaa !4
+  %246 = getelementptr i8, ptr %114, i64 448
+  %247 = load <16 x float>, ptr %246, align 4, !tbaa !4
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %247, <16 x float> %144)
+  store <16 x float> %248, ptr %245, align 4, !tbaa !4
+  %249 = getelementptr inbounds nuw i8, ptr %138, i64 896
+  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !4
+  %250 = getelementptr i8, ptr %114, i64 896
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !4
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %251, <16 x float> %142)
+  store <16 x float> %252, ptr %249, align 4, !tbaa !4
+  %253 = getelementptr inbounds nuw i8, ptr %138, i64 960
+  store <16 x float> zeroinitializer, ptr %253, align 4, !tbaa !4
+  %254 = getelementptr i8, ptr %114, i64 960
+  %255 = load <16 x float>, ptr %254, align 4, !tbaa !4
+  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %255, <16 x float> %142)
+  store <16 x float> %256, ptr %253, align 4, !tbaa !4
+  %257 = getelementptr inbounds nuw i8, ptr %138, i64 1408
+  store <16 x float> zeroinitializer, ptr %257, align 4, !tbaa !4
+  %258 = getelementptr i8, ptr %114, i64 1408
+  %259 = load <16 x float>, ptr %258, align 4, !tbaa !4
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %259, <16 x float> %140)
+  store <16 x float> %260, ptr %257, align 4, !tbaa !4
+  %261 = getelementptr inbounds nuw i8, ptr %138, i64 1472
+  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !4
+  %262 = getelementptr i8, ptr %114, i64 1472
+  %263 = load <16 x float>, ptr %262, align 4, !tbaa !4
+  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %263, <16 x float> %140)
+  store <16 x float> %264, ptr %261, align 4, !tbaa !4
+  %265 = getelementptr inbounds nuw i8, ptr %138, i64 1920
+  store <16 x float> zeroinitializer, ptr %265, align 4, !tbaa !4
+  %266 = getelementptr i8, ptr %114, i64 1920
+  %267 = load <16 x float>, ptr %266, align 4, !tbaa !4
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %267, <16 x float> %171)
+  store <16 x float> %268, ptr %265, align 4, !tbaa !4
+  %269 = getelementptr inbounds nuw i8, ptr %138, i64 1984
+  store <16 x float> zeroinitializer, ptr %269, align 4, !tbaa !4
+  %270 = getelementptr i8, ptr %114, i64 1984
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !4
+  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %271, <16 x float> %171)
+  store <16 x float> %272, ptr %269, align 4, !tbaa !4
+  %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
+  %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 8
+  br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !21
 
-for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
-  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
-  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !115
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %467, %for_end_r_0.i ]
+  %m56.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m56.lcssa.i, ptr %row_max52.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum51.i, align 16
+  %273 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %274 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %275 = select <32 x i1> %274, <32 x float> zeroinitializer, <32 x float> %273
+  store <32 x float> %275, ptr %factor46.i, align 16, !tbaa !99
   %sext28 = shl i64 %20, 32
-  %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr i16, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %276 = ashr exact i64 %sext28, 32
+  %277 = mul nsw i64 %out_batch, %276
+  %278 = getelementptr i16, ptr %out, i64 %277
+  br label %for_begin_d_031.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !113
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !114
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !4
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !4
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !4
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !4
-  %172 = getelementptr i8, ptr %156, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !4
-  %178 = getelementptr i8, ptr %156, i64 192
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !4
-  %184 = getelementptr i8, ptr %156, i64 256
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !4
-  %190 = getelementptr i8, ptr %156, i64 320
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !4
-  %196 = getelementptr i8, ptr %156, i64 384
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !4
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !4
+  %279 = shl nuw nsw i64 %indvars.iv.i, 2
+  %280 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %279
+  %281 = load float, ptr %280, align 16, !tbaa !97
+  %282 = insertelement <16 x float> poison, float %281, i64 0
+  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
+  %284 = shl nuw nsw i64 %indvars.iv.i, 9
+  %285 = getelementptr float, ptr %107, i64 %284
+  %286 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %279
+  %287 = load float, ptr %286, align 16, !tbaa !98
+  %288 = insertelement <16 x float> poison, float %287, i64 0
+  %289 = shufflevector <16 x float> %288, <16 x float> poison, <16 x i32> zeroinitializer
+  %290 = or disjoint i64 %279, 1
+  %291 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %290
+  %292 = load float, ptr %291, align 4, !tbaa !97
+  %293 = insertelement <16 x float> poison, float %292, i64 0
+  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
+  %295 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %290
+  %296 = load float, ptr %295, align 4, !tbaa !98
+  %297 = insertelement <16 x float> poison, float %296, i64 0
+  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
+  %299 = or disjoint i64 %279, 2
+  %300 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %299
+  %301 = load float, ptr %300, align 8, !tbaa !97
+  %302 = insertelement <16 x float> poison, float %301, i64 0
+  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
+  %304 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %299
+  %305 = load float, ptr %304, align 8, !tbaa !98
+  %306 = insertelement <16 x float> poison, float %305, i64 0
+  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
+  %308 = or disjoint i64 %279, 3
+  %309 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %308
+  %310 = load float, ptr %309, align 4, !tbaa !97
+  %311 = insertelement <16 x float> poison, float %310, i64 0
+  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
+  %313 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %308
+  %314 = load float, ptr %313, align 4, !tbaa !98
+  %315 = insertelement <16 x float> poison, float %314, i64 0
+  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
+  %317 = getelementptr inbounds nuw float, ptr %acc.i, i64 %284
+  %.pre.i = load <16 x float>, ptr %317, align 4, !tbaa !4
+  %.pre115.i = fmul <16 x float> %289, %.pre.i
+  %318 = load <16 x float>, ptr %285, align 4, !tbaa !4
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %318, <16 x float> %.pre115.i)
+  store <16 x float> %319, ptr %317, align 4, !tbaa !4
+  %320 = getelementptr i8, ptr %285, i64 64
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !4
+  %322 = getelementptr inbounds nuw i8, ptr %317, i64 64
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !4
+  %324 = fmul <16 x float> %289, %323
+  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %321, <16 x float> %324)
+  store <16 x float> %325, ptr %322, align 4, !tbaa !4
+  %.phi.trans.insert83.i = getelementptr inbounds nuw i8, ptr %317, i64 512
+  %.pre84.i = load <16 x float>, ptr %.phi.trans.insert83.i, align 4, !tbaa !4
+  %.pre116.i = fmul <16 x float> %298, %.pre84.i
+  %326 = getelementptr i8, ptr %285, i64 512
+  %327 = load <16 x float>, ptr %326, align 4, !tbaa !4
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %327, <16 x float> %.pre116.i)
+  store <16 x float> %328, ptr %.phi.trans.insert83.i, align 4, !tbaa !4
+  %329 = getelementptr i8, ptr %285, i64 576
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !4
+  %331 = getelementptr inbounds nuw i8, ptr %317, i64 576
+  %332 = load <16 x float>, ptr %331, align 4, !tbaa !4
+  %333 = fmul <16 x float> %298, %332
+  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %330, <16 x float> %333)
+  store <16 x float> %334, ptr %331, align 4, !tbaa !4
+  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %317, i64 1024
+  %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !4
+  %.pre118.i = fmul <16 x float> %307, %.pre86.i
+  %335 = getelementptr i8, ptr %285, i64 1024
+  %336 = load <16 x float>, ptr %335, align 4, !tbaa !4
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %336, <16 x float> %.pre118.i)
+  store <16 x float> %337, ptr %.phi.trans.insert85.i, align 4, !tbaa !4
+  %338 = getelementptr i8, ptr %285, i64 1088
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !4
+  %340 = getelementptr inbounds nuw i8, ptr %317, i64 1088
+  %341 = load <16 x float>, ptr %340, align 4, !tbaa !4
+  %342 = fmul <16 x float> %307, %341
+  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %339, <16 x float> %342)
+  store <16 x float> %343, ptr %340, align 4, !tbaa !4
+  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %317, i64 1536
+  %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !4
+  %344 = getelementptr i8, ptr %285, i64 1536
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !4
+  %346 = fmul <16 x float> %316, %.pre88.i
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %345, <16 x float> %346)
+  store <16 x float> %347, ptr %.phi.trans.insert87.i, align 4, !tbaa !4
+  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %317, i64 1600
+  %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !4
+  %348 = getelementptr i8, ptr %285, i64 1600
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !4
+  %350 = fmul <16 x float> %316, %.pre90.i
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %349, <16 x float> %350)
+  store <16 x float> %351, ptr %.phi.trans.insert89.i, align 4, !tbaa !4
+  %352 = getelementptr i8, ptr %285, i64 128
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !4
+  %354 = getelementptr inbounds nuw i8, ptr %317, i64 128
+  %355 = load <16 x float>, ptr %354, align 4, !tbaa !4
+  %356 = fmul <16 x float> %289, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 4, !tbaa !4
+  %358 = getelementptr i8, ptr %285, i64 192
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !4
+  %360 = getelementptr inbounds nuw i8, ptr %317, i64 192
+  %361 = load <16 x float>, ptr %360, align 4, !tbaa !4
+  %362 = fmul <16 x float> %289, %361
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %359, <16 x float> %362)
+  store <16 x float> %363, ptr %360, align 4, !tbaa !4
+  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %317, i64 640
+  %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !4
+  %.pre120.i = fmul <16 x float> %298, %.pre92.i
+  %364 = getelementptr i8, ptr %285, i64 640
+  %365 = load <16 x float>, ptr %364, align 4, !tbaa !4
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %365, <16 x float> %.pre120.i)
+  store <16 x float> %366, ptr %.phi.trans.insert91.i, align 4, !tbaa !4
+  %367 = getelementptr i8, ptr %285, i64 704
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !4
+  %369 = getelementptr inbounds nuw i8, ptr %317, i64 704
+  %370 = load <16 x float>, ptr %369, align 4, !tbaa !4
+  %371 = fmul <16 x float> %298, %370
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %368, <16 x float> %371)
+  store <16 x float> %372, ptr %369, align 4, !tbaa !4
+  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %317, i64 1152
+  %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !4
+  %.pre122.i = fmul <16 x float> %307, %.pre94.i
+  %373 = getelementptr i8, ptr %285, i64 1152
+  %374 = load <16 x float>, ptr %373, align 4, !tbaa !4
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %374, <16 x float> %.pre122.i)
+  store <16 x float> %375, ptr %.phi.trans.insert93.i, align 4, !tbaa !4
+  %376 = getelementptr i8, ptr %285, i64 1216
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !4
+  %378 = getelementptr inbounds nuw i8, ptr %317, i64 1216
+  %379 = load <16 x float>, ptr %378, align 4, !tbaa !4
+  %380 = fmul <16 x float> %307, %379
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %377, <16 x float> %380)
+  store <16 x float> %381, ptr %378, align 4, !tbaa !4
+  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %317, i64 1664
+  %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !4
+  %382 = getelementptr i8, ptr %285, i64 1664
+  %383 = load <16 x float>, ptr %382, align 4, !tbaa !4
+  %384 = fmul <16 x float> %316, %.pre96.i
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %383, <16 x float> %384)
+  store <16 x float> %385, ptr %.phi.trans.insert95.i, align 4, !tbaa !4
+  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %317, i64 1728
+  %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !4
+  %386 = getelementptr i8, ptr %285, i64 1728
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !4
+  %388 = fmul <16 x float> %316, %.pre98.i
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %387, <16 x float> %388)
+  store <16 x float> %389, ptr %.phi.trans.insert97.i, align 4, !tbaa !4
+  %390 = getelementptr i8, ptr %285, i64 256
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !4
+  %392 = getelementptr inbounds nuw i8, ptr %317, i64 256
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !4
+  %394 = fmul <16 x float> %289, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 4, !tbaa !4
+  %396 = getelementptr i8, ptr %285, i64 320
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !4
+  %398 = getelementptr inbounds nuw i8, ptr %317, i64 320
+  %399 = load <16 x float>, ptr %398, align 4, !tbaa !4
+  %400 = fmul <16 x float> %289, %399
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %397, <16 x float> %400)
+  store <16 x float> %401, ptr %398, align 4, !tbaa !4
+  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %317, i64 768
+  %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !4
+  %.pre124.i = fmul <16 x float> %298, %.pre100.i
+  %402 = getelementptr i8, ptr %285, i64 768
+  %403 = load <16 x float>, ptr %402, align 4, !tbaa !4
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %403, <16 x float> %.pre124.i)
+  store <16 x float> %404, ptr %.phi.trans.insert99.i, align 4, !tbaa !4
+  %405 = getelementptr i8, ptr %285, i64 832
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !4
+  %407 = getelementptr inbounds nuw i8, ptr %317, i64 832
+  %408 = load <16 x float>, ptr %407, align 4, !tbaa !4
+  %409 = fmul <16 x float> %298, %408
+  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %406, <16 x float> %409)
+  store <16 x float> %410, ptr %407, align 4, !tbaa !4
+  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %317, i64 1280
+  %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !4
+  %.pre126.i = fmul <16 x float> %307, %.pre102.i
+  %411 = getelementptr i8, ptr %285, i64 1280
+  %412 = load <16 x float>, ptr %411, align 4, !tbaa !4
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %412, <16 x float> %.pre126.i)
+  store <16 x float> %413, ptr %.phi.trans.insert101.i, align 4, !tbaa !4
+  %414 = getelementptr i8, ptr %285, i64 1344
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !4
+  %416 = getelementptr inbounds nuw i8, ptr %317, i64 1344
+  %417 = load <16 x float>, ptr %416, align 4, !tbaa !4
+  %418 = fmul <16 x float> %307, %417
+  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %415, <16 x float> %418)
+  store <16 x float> %419, ptr %416, align 4, !tbaa !4
+  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %317, i64 1792
+  %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !4
+  %420 = getelementptr i8, ptr %285, i64 1792
+  %421 = load <16 x float>, ptr %420, align 4, !tbaa !4
+  %422 = fmul <16 x float> %316, %.pre104.i
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %421, <16 x float> %422)
+  store <16 x float> %423, ptr %.phi.trans.insert103.i, align 4, !tbaa !4
+  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %317, i64 1856
+  %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !4
+  %424 = getelementptr i8, ptr %285, i64 1856
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !4
+  %426 = fmul <16 x float> %316, %.pre106.i
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %425, <16 x float> %426)
+  store <16 x float> %427, ptr %.phi.trans.insert105.i, align 4, !tbaa !4
+  %428 = getelementptr i8, ptr %285, i64 384
+  %429 = load <16 x float>, ptr %428, align 4, !tbaa !4
+  %430 = getelementptr inbounds nuw i8, ptr %317, i64 384
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !4
+  %432 = fmul <16 x float> %289, %431
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %429, <16 x float> %432)
+  store <16 x float> %433, ptr %430, align 4, !tbaa !4
+  %434 = getelementptr i8, ptr %285, i64 448
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !4
+  %436 = getelementptr inbounds nuw i8, ptr %317, i64 448
+  %437 = load <16 x float>, ptr %436, align 4, !tbaa !4
+  %438 = fmul <16 x float> %289, %437
+  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %435, <16 x float> %438)
+  store <16 x float> %439, ptr %436, align 4, !tbaa !4
+  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %317, i64 896
+  %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !4
+  %.pre128.i = fmul <16 x float> %298, %.pre108.i
+  %440 = getelementptr i8, ptr %285, i64 896
+  %441 = load <16 x float>, ptr %440, align 4, !tbaa !4
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %441, <16 x float> %.pre128.i)
+  store <16 x float> %442, ptr %.phi.trans.insert107.i, align 4, !tbaa !4
+  %443 = getelementptr i8, ptr %285, i64 960
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !4
+  %445 = getelementptr inbounds nuw i8, ptr %317, i64 960
+  %446 = load <16 x float>, ptr %445, align 4, !tbaa !4
+  %447 = fmul <16 x float> %298, %446
+  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %444, <16 x float> %447)
+  store <16 x float> %448, ptr %445, align 4, !tbaa !4
+  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %317, i64 1408
+  %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !4
+  %.pre130.i = fmul <16 x float> %307, %.pre110.i
+  %449 = getelementptr i8, ptr %285, i64 1408
+  %450 = load <16 x float>, ptr %449, align 4, !tbaa !4
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %450, <16 x float> %.pre130.i)
+  store <16 x float> %451, ptr %.phi.trans.insert109.i, align 4, !tbaa !4
+  %452 = getelementptr i8, ptr %285, i64 1472
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !4
+  %454 = getelementptr inbounds nuw i8, ptr %317, i64 1472
+  %455 = load <16 x float>, ptr %454, align 4, !tbaa !4
+  %456 = fmul <16 x float> %307, %455
+  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %453, <16 x float> %456)
+  store <16 x float> %457, ptr %454, align 4, !tbaa !4
+  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %317, i64 1920
+  %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !4
+  %458 = getelementptr i8, ptr %285, i64 1920
+  %459 = load <16 x float>, ptr %458, align 4, !tbaa !4
+  %460 = fmul <16 x float> %316, %.pre112.i
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %459, <16 x float> %460)
+  store <16 x float> %461, ptr %.phi.trans.insert111.i, align 4, !tbaa !4
+  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %317, i64 1984
+  %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !4
+  %462 = getelementptr i8, ptr %285, i64 1984
+  %463 = load <16 x float>, ptr %462, align 4, !tbaa !4
+  %464 = fmul <16 x float> %316, %.pre114.i
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %463, <16 x float> %464)
+  store <16 x float> %465, ptr %.phi.trans.insert113.i, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !21
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !21
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
+  %466 = fmul <32 x float> %old_sum.i, %82
+  %467 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %54, <32 x float> %466)
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
+  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
 
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
-  %209 = load float, ptr %208, align 4, !tbaa !121
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv78.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !4
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
-  %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !4
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !4
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
+for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
+  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_031.preheader.i ]
+  %468 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv75.i
+  %469 = load float, ptr %468, align 4, !tbaa !105
+  %470 = insertelement <16 x float> poison, float %469, i64 0
+  %471 = shufflevector <16 x float> %470, <16 x float> poison, <16 x i32> zeroinitializer
+  %472 = mul nsw i64 %indvars.iv75.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %278, i64 %472
+  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
+  %473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %474 = load <16 x float>, ptr %473, align 4, !tbaa !4
+  %475 = fmul <16 x float> %474, %471
+  %476 = bitcast <16 x float> %475 to <16 x i32>
+  %477 = lshr <16 x i32> %476, splat (i32 16)
+  %478 = and <16 x i32> %477, splat (i32 1)
+  %479 = add nuw <16 x i32> %476, splat (i32 32767)
+  %480 = add nuw <16 x i32> %479, %478
+  %481 = lshr <16 x i32> %480, splat (i32 16)
+  %482 = trunc nuw <16 x i32> %481 to <16 x i16>
+  store <16 x i16> %482, ptr %invariant.gep.i, align 2, !tbaa !4
+  %483 = getelementptr inbounds nuw i8, ptr %473, i64 64
+  %484 = load <16 x float>, ptr %483, align 4, !tbaa !4
+  %485 = fmul <16 x float> %471, %484
+  %486 = bitcast <16 x float> %485 to <16 x i32>
+  %487 = lshr <16 x i32> %486, splat (i32 16)
+  %488 = and <16 x i32> %487, splat (i32 1)
+  %489 = add nuw <16 x i32> %486, splat (i32 32767)
+  %490 = add nuw <16 x i32> %489, %488
+  %491 = lshr <16 x i32> %490, splat (i32 16)
+  %492 = trunc nuw <16 x i32> %491 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !4
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !4
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
+  store <16 x i16> %492, ptr %gep.1.i, align 2, !tbaa !4
+  %493 = getelementptr inbounds nuw i8, ptr %473, i64 128
+  %494 = load <16 x float>, ptr %493, align 4, !tbaa !4
+  %495 = fmul <16 x float> %471, %494
+  %496 = bitcast <16 x float> %495 to <16 x i32>
+  %497 = lshr <16 x i32> %496, splat (i32 16)
+  %498 = and <16 x i32> %497, splat (i32 1)
+  %499 = add nuw <16 x i32> %496, splat (i32 32767)
+  %500 = add nuw <16 x i32> %499, %498
+  %501 = lshr <16 x i32> %500, splat (i32 16)
+  %502 = trunc nuw <16 x i32> %501 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !4
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !4
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
+  store <16 x i16> %502, ptr %gep.2.i, align 2, !tbaa !4
+  %503 = getelementptr inbounds nuw i8, ptr %473, i64 192
+  %504 = load <16 x float>, ptr %503, align 4, !tbaa !4
+  %505 = fmul <16 x float> %471, %504
+  %506 = bitcast <16 x float> %505 to <16 x i32>
+  %507 = lshr <16 x i32> %506, splat (i32 16)
+  %508 = and <16 x i32> %507, splat (i32 1)
+  %509 = add nuw <16 x i32> %506, splat (i32 32767)
+  %510 = add nuw <16 x i32> %509, %508
+  %511 = lshr <16 x i32> %510, splat (i32 16)
+  %512 = trunc nuw <16 x i32> %511 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !4
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !4
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
+  store <16 x i16> %512, ptr %gep.3.i, align 2, !tbaa !4
+  %513 = getelementptr inbounds nuw i8, ptr %473, i64 256
+  %514 = load <16 x float>, ptr %513, align 4, !tbaa !4
+  %515 = fmul <16 x float> %471, %514
+  %516 = bitcast <16 x float> %515 to <16 x i32>
+  %517 = lshr <16 x i32> %516, splat (i32 16)
+  %518 = and <16 x i32> %517, splat (i32 1)
+  %519 = add nuw <16 x i32> %516, splat (i32 32767)
+  %520 = add nuw <16 x i32> %519, %518
+  %521 = lshr <16 x i32> %520, splat (i32 16)
+  %522 = trunc nuw <16 x i32> %521 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !4
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !4
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
+  store <16 x i16> %522, ptr %gep.4.i, align 2, !tbaa !4
+  %523 = getelementptr inbounds nuw i8, ptr %473, i64 320
+  %524 = load <16 x float>, ptr %523, align 4, !tbaa !4
+  %525 = fmul <16 x float> %471, %524
+  %526 = bitcast <16 x float> %525 to <16 x i32>
+  %527 = lshr <16 x i32> %526, splat (i32 16)
+  %528 = and <16 x i32> %527, splat (i32 1)
+  %529 = add nuw <16 x i32> %526, splat (i32 32767)
+  %530 = add nuw <16 x i32> %529, %528
+  %531 = lshr <16 x i32> %530, splat (i32 16)
+  %532 = trunc nuw <16 x i32> %531 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !4
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !4
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
+  store <16 x i16> %532, ptr %gep.5.i, align 2, !tbaa !4
+  %533 = getelementptr inbounds nuw i8, ptr %473, i64 384
+  %534 = load <16 x float>, ptr %533, align 4, !tbaa !4
+  %535 = fmul <16 x float> %471, %534
+  %536 = bitcast <16 x float> %535 to <16 x i32>
+  %537 = lshr <16 x i32> %536, splat (i32 16)
+  %538 = and <16 x i32> %537, splat (i32 1)
+  %539 = add nuw <16 x i32> %536, splat (i32 32767)
+  %540 = add nuw <16 x i32> %539, %538
+  %541 = lshr <16 x i32> %540, splat (i32 16)
+  %542 = trunc nuw <16 x i32> %541 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !4
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !4
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  store <16 x i16> %542, ptr %gep.6.i, align 2, !tbaa !4
+  %543 = getelementptr inbounds nuw i8, ptr %473, i64 448
+  %544 = load <16 x float>, ptr %543, align 4, !tbaa !4
+  %545 = fmul <16 x float> %471, %544
+  %546 = bitcast <16 x float> %545 to <16 x i32>
+  %547 = lshr <16 x i32> %546, splat (i32 16)
+  %548 = and <16 x i32> %547, splat (i32 1)
+  %549 = add nuw <16 x i32> %546, splat (i32 32767)
+  %550 = add nuw <16 x i32> %549, %548
+  %551 = lshr <16 x i32> %550, splat (i32 16)
+  %552 = trunc nuw <16 x i32> %551 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !4
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
-  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !21
+  store <16 x i16> %552, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 32
+  br i1 %exitcond78.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !21
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %293 = mul nsw i64 %lse_batch, %cse_v5.i
-  %294 = getelementptr float, ptr %lse, i64 %293
-  br label %for_body_r28.i
+for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
+  %553 = mul nsw i64 %lse_batch, %276
+  %554 = getelementptr float, ptr %lse, i64 %553
+  br label %for_body_r37.i
 
-for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
-  %296 = load float, ptr %295, align 16, !tbaa !122
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end33.i, label %if_else.i
+for_body_r37.i:                                   ; preds = %if_end42.i.3, %for_begin_r36.preheader.i
+  %indvars.iv79.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next80.i.3, %if_end42.i.3 ]
+  %555 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv79.i
+  %556 = load float, ptr %555, align 16, !tbaa !106
+  %557 = fcmp oeq float %556, 0.000000e+00
+  br i1 %557, label %if_end42.i, label %if_else.i
 
-for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+for_end_r38.i:                                    ; preds = %if_end42.i.3
+  %558 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %559 = tail call i32 %558(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %559, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r28.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
-  %302 = load float, ptr %301, align 16, !tbaa !124
-  %303 = fadd float %300, %302
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_body_r37.i
+  %560 = tail call float @llvm.log.f32(float %556)
+  %561 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv79.i
+  %562 = load float, ptr %561, align 16, !tbaa !108
+  %563 = fadd float %560, %562
+  br label %if_end42.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
-  store float %304, ptr %305, align 4, !tbaa !4
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
-  %307 = load float, ptr %306, align 4, !tbaa !122
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end33.i.1, label %if_else.i.1
+if_end42.i:                                       ; preds = %if_else.i, %for_body_r37.i
+  %564 = phi float [ %563, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
+  %565 = getelementptr float, ptr %554, i64 %indvars.iv79.i
+  store float %564, ptr %565, align 4, !tbaa !4
+  %indvars.iv.next80.i = or disjoint i64 %indvars.iv79.i, 1
+  %566 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i
+  %567 = load float, ptr %566, align 4, !tbaa !106
+  %568 = fcmp oeq float %567, 0.000000e+00
+  br i1 %568, label %if_end42.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end33.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
-  %311 = load float, ptr %310, align 4, !tbaa !124
-  %312 = fadd float %309, %311
-  br label %if_end33.i.1
+if_else.i.1:                                      ; preds = %if_end42.i
+  %569 = tail call float @llvm.log.f32(float %567)
+  %570 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i
+  %571 = load float, ptr %570, align 4, !tbaa !108
+  %572 = fadd float %569, %571
+  br label %if_end42.i.1
 
-if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
-  store float %313, ptr %314, align 4, !tbaa !4
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !122
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end33.i.2, label %if_else.i.2
+if_end42.i.1:                                     ; preds = %if_else.i.1, %if_end42.i
+  %573 = phi float [ %572, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
+  %574 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i
+  store float %573, ptr %574, align 4, !tbaa !4
+  %indvars.iv.next80.i.1 = or disjoint i64 %indvars.iv79.i, 2
+  %575 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.1
+  %576 = load float, ptr %575, align 8, !tbaa !106
+  %577 = fcmp oeq float %576, 0.000000e+00
+  br i1 %577, label %if_end42.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end33.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !124
-  %321 = fadd float %318, %320
-  br label %if_end33.i.2
+if_else.i.2:                                      ; preds = %if_end42.i.1
+  %578 = tail call float @llvm.log.f32(float %576)
+  %579 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.1
+  %580 = load float, ptr %579, align 8, !tbaa !108
+  %581 = fadd float %578, %580
+  br label %if_end42.i.2
 
-if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
-  store float %322, ptr %323, align 4, !tbaa !4
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !122
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end33.i.3, label %if_else.i.3
+if_end42.i.2:                                     ; preds = %if_else.i.2, %if_end42.i.1
+  %582 = phi float [ %581, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
+  %583 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.1
+  store float %582, ptr %583, align 4, !tbaa !4
+  %indvars.iv.next80.i.2 = or disjoint i64 %indvars.iv79.i, 3
+  %584 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.2
+  %585 = load float, ptr %584, align 4, !tbaa !106
+  %586 = fcmp oeq float %585, 0.000000e+00
+  br i1 %586, label %if_end42.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end33.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !124
-  %330 = fadd float %327, %329
-  br label %if_end33.i.3
+if_else.i.3:                                      ; preds = %if_end42.i.2
+  %587 = tail call float @llvm.log.f32(float %585)
+  %588 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.2
+  %589 = load float, ptr %588, align 4, !tbaa !108
+  %590 = fadd float %587, %589
+  br label %if_end42.i.3
 
-if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
-  store float %331, ptr %332, align 4, !tbaa !4
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
-  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
-  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !21, !llvm.loop !126
+if_end42.i.3:                                     ; preds = %if_else.i.3, %if_end42.i.2
+  %591 = phi float [ %590, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
+  %592 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.2
+  store float %591, ptr %592, align 4, !tbaa !4
+  %indvars.iv.next80.i.3 = add nuw nsw i64 %indvars.iv79.i, 4
+  %exitcond82.not.i.3 = icmp eq i64 %indvars.iv.next80.i.3, 32
+  br i1 %exitcond82.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !21, !llvm.loop !110
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r38.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r38.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max52.i)
   ret i32 %common.ret.op.i
 }
 
@@ -7513,108 +7380,92 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !20 = !{!"llvm.loop.estimated_trip_count", i32 0}
 !21 = !{!"branch_weights", i32 1, i32 1048575}
 !22 = !{!"branch_weights", i32 1, i32 1048576}
-!23 = distinct !{!23, !24}
-!24 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!25 = distinct !{!25, !24}
-!26 = !{!"branch_weights", i32 6096, i32 2147477552}
-!27 = !{!"branch_weights", i32 8128, i32 2147475520}
-!28 = distinct !{!28, !29}
-!29 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!30 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!31 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!32 = distinct !{!32, !33, !34}
-!33 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!34 = !{!"llvm.loop.unroll.disable"}
-!35 = distinct !{!35, !29}
-!36 = distinct !{!36, !33, !34}
-!37 = distinct !{!37, !29}
-!38 = distinct !{!38, !33, !34}
-!39 = distinct !{!39, !29}
-!40 = distinct !{!40, !33, !34}
-!41 = !{!"branch_weights", i32 14224, i32 2147469424}
-!42 = !{!"branch_weights", i32 16256, i32 2147467392}
-!43 = distinct !{!43, !44}
-!44 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!45 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!46 = distinct !{!46, !33, !34}
-!47 = !{!48, !48, i64 0}
-!48 = !{!"buffer0", !6, i64 0}
-!49 = distinct !{!49, !29}
-!50 = distinct !{!50, !33, !34}
-!51 = distinct !{!51, !29}
-!52 = distinct !{!52, !33, !34}
-!53 = distinct !{!53, !29}
-!54 = distinct !{!54, !33, !34}
-!55 = distinct !{!55, !29}
-!56 = distinct !{!56, !33, !34}
-!57 = distinct !{!57, !44}
-!58 = distinct !{!58, !33, !34}
-!59 = !{!60, !60, i64 0}
-!60 = !{!"buffer1", !6, i64 0}
-!61 = distinct !{!61, !29}
-!62 = distinct !{!62, !33, !34}
-!63 = distinct !{!63, !29}
-!64 = distinct !{!64, !33, !34}
-!65 = distinct !{!65, !29}
-!66 = distinct !{!66, !33, !34}
-!67 = distinct !{!67, !29}
-!68 = distinct !{!68, !33, !34}
-!69 = !{!70, !70, i64 0}
-!70 = !{!"buffer2", !6, i64 0}
-!71 = !{!72, !72, i64 0}
-!72 = !{!"buffer3", !6, i64 0}
+!23 = !{!24, !24, i64 0}
+!24 = !{!"buffer0", !6, i64 0}
+!25 = !{!26, !26, i64 0}
+!26 = !{!"buffer1", !6, i64 0}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!29 = distinct !{!29, !28}
+!30 = !{!"branch_weights", i32 6096, i32 2147477552}
+!31 = !{!"branch_weights", i32 8128, i32 2147475520}
+!32 = distinct !{!32, !33}
+!33 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!34 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!35 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!36 = distinct !{!36, !37, !38}
+!37 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!38 = !{!"llvm.loop.unroll.disable"}
+!39 = distinct !{!39, !33}
+!40 = distinct !{!40, !37, !38}
+!41 = distinct !{!41, !33}
+!42 = distinct !{!42, !37, !38}
+!43 = distinct !{!43, !33}
+!44 = distinct !{!44, !37, !38}
+!45 = !{!"branch_weights", i32 14224, i32 2147469424}
+!46 = !{!"branch_weights", i32 16256, i32 2147467392}
+!47 = distinct !{!47, !48}
+!48 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!49 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!50 = distinct !{!50, !37, !38}
+!51 = !{!52, !52, i64 0}
+!52 = !{!"buffer2", !6, i64 0}
+!53 = distinct !{!53, !33}
+!54 = distinct !{!54, !37, !38}
+!55 = distinct !{!55, !33}
+!56 = distinct !{!56, !37, !38}
+!57 = distinct !{!57, !33}
+!58 = distinct !{!58, !37, !38}
+!59 = distinct !{!59, !33}
+!60 = distinct !{!60, !37, !38}
+!61 = distinct !{!61, !48}
+!62 = distinct !{!62, !37, !38}
+!63 = !{!64, !64, i64 0}
+!64 = !{!"buffer3", !6, i64 0}
+!65 = distinct !{!65, !33}
+!66 = distinct !{!66, !37, !38}
+!67 = distinct !{!67, !33}
+!68 = distinct !{!68, !37, !38}
+!69 = distinct !{!69, !33}
+!70 = distinct !{!70, !37, !38}
+!71 = distinct !{!71, !33}
+!72 = distinct !{!72, !37, !38}
 !73 = !{!74, !74, i64 0}
-!74 = !{!"buffer1.w16.b0", !75, i64 0}
-!75 = !{!"buffer1.w32.b0", !76, i64 0}
-!76 = !{!"buffer1.w64.b0", !77, i64 0}
-!77 = !{!"buffer1.w128.b0", !78, i64 0}
-!78 = !{!"buffer1.w256.b0", !79, i64 0}
-!79 = !{!"buffer1.w512.b0", !80, i64 0}
-!80 = !{!"buffer1.w1024.b0", !60, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer4.w16.b0", !83, i64 0}
-!83 = !{!"buffer4.w32.b0", !84, i64 0}
-!84 = !{!"buffer4.w64.b0", !85, i64 0}
-!85 = !{!"buffer4.w128.b0", !86, i64 0}
-!86 = !{!"buffer4.w256.b0", !87, i64 0}
-!87 = !{!"buffer4.w512.b0", !88, i64 0}
-!88 = !{!"buffer4.w1024.b0", !89, i64 0}
-!89 = !{!"buffer4", !6, i64 0}
-!90 = !{!91, !91, i64 0}
-!91 = !{!"buffer5.w16.b0", !92, i64 0}
-!92 = !{!"buffer5.w32.b0", !93, i64 0}
-!93 = !{!"buffer5.w64.b0", !94, i64 0}
-!94 = !{!"buffer5.w128.b0", !95, i64 0}
-!95 = !{!"buffer5.w256.b0", !96, i64 0}
-!96 = !{!"buffer5.w512.b0", !97, i64 0}
-!97 = !{!"buffer5.w1024.b0", !98, i64 0}
-!98 = !{!"buffer5", !6, i64 0}
-!99 = !{!98, !98, i64 0}
-!100 = !{!89, !89, i64 0}
-!101 = !{!102, !102, i64 0}
-!102 = !{!"buffer6.w128.b0", !103, i64 0}
-!103 = !{!"buffer6.w256.b0", !104, i64 0}
-!104 = !{!"buffer6.w512.b0", !105, i64 0}
-!105 = !{!"buffer6.w1024.b0", !106, i64 0}
-!106 = !{!"buffer6", !6, i64 0}
-!107 = !{!108, !108, i64 0}
-!108 = !{!"buffer7.w128.b0", !109, i64 0}
-!109 = !{!"buffer7.w256.b0", !110, i64 0}
-!110 = !{!"buffer7.w512.b0", !111, i64 0}
-!111 = !{!"buffer7.w1024.b0", !112, i64 0}
-!112 = !{!"buffer7", !6, i64 0}
-!113 = !{!112, !112, i64 0}
-!114 = !{!106, !106, i64 0}
-!115 = !{!116, !116, i64 0}
-!116 = !{!"buffer8.w128.b0", !117, i64 0}
-!117 = !{!"buffer8.w256.b0", !118, i64 0}
-!118 = !{!"buffer8.w512.b0", !119, i64 0}
-!119 = !{!"buffer8.w1024.b0", !120, i64 0}
-!120 = !{!"buffer8", !6, i64 0}
-!121 = !{!120, !120, i64 0}
-!122 = !{!123, !123, i64 0}
-!123 = !{!"buffer9", !6, i64 0}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer10", !6, i64 0}
-!126 = distinct !{!126, !127}
-!127 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!74 = !{!"buffer3.w16.b0", !75, i64 0}
+!75 = !{!"buffer3.w32.b0", !76, i64 0}
+!76 = !{!"buffer3.w64.b0", !77, i64 0}
+!77 = !{!"buffer3.w128.b0", !78, i64 0}
+!78 = !{!"buffer3.w256.b0", !79, i64 0}
+!79 = !{!"buffer3.w512.b0", !80, i64 0}
+!80 = !{!"buffer3.w1024.b0", !64, i64 0}
+!81 = !{!"branch_weights", i32 2032, i32 2147481616}
+!82 = !{!"branch_weights", i32 4064, i32 2147479584}
+!83 = distinct !{!83, !84}
+!84 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer4.w128.b0", !87, i64 0}
+!87 = !{!"buffer4.w256.b0", !88, i64 0}
+!88 = !{!"buffer4.w512.b0", !89, i64 0}
+!89 = !{!"buffer4.w1024.b0", !90, i64 0}
+!90 = !{!"buffer4", !6, i64 0}
+!91 = !{!92, !92, i64 0}
+!92 = !{!"buffer5.w128.b0", !93, i64 0}
+!93 = !{!"buffer5.w256.b0", !94, i64 0}
+!94 = !{!"buffer5.w512.b0", !95, i64 0}
+!95 = !{!"buffer5.w1024.b0", !96, i64 0}
+!96 = !{!"buffer5", !6, i64 0}
+!97 = !{!96, !96, i64 0}
+!98 = !{!90, !90, i64 0}
+!99 = !{!100, !100, i64 0}
+!100 = !{!"buffer6.w128.b0", !101, i64 0}
+!101 = !{!"buffer6.w256.b0", !102, i64 0}
+!102 = !{!"buffer6.w512.b0", !103, i64 0}
+!103 = !{!"buffer6.w1024.b0", !104, i64 0}
+!104 = !{!"buffer6", !6, i64 0}
+!105 = !{!104, !104, i64 0}
+!106 = !{!107, !107, i64 0}
+!107 = !{!"buffer7", !6, i64 0}
+!108 = !{!109, !109, i64 0}
+!109 = !{!"buffer8", !6, i64 0}
+!110 = distinct !{!110, !111}
+!111 = !{!"llvm.loop.estimated_trip_count", i32 262144}

@@ -159,7 +159,8 @@ class Module:
                                         probs = T.sblock_alloc_buffer((1, 4, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 4))
                                         tile_sum = T.sblock_alloc_buffer((1, 4))
-                                        tile_acc = T.sblock_alloc_buffer((1, 4, 128))
+                                        alpha = T.sblock_alloc_buffer((1, 4))
+                                        beta = T.sblock_alloc_buffer((1, 4))
                                         prob_pairs = T.sblock_alloc_buffer((1, 4, 64), "int32")
                                         first_tile: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
@@ -350,94 +351,16 @@ class Module:
                                                             odds: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31])
                                                             low: T.let[T.int32x16] = T.reinterpret("int32x16", evens) >> T.Broadcast(16, 16) & T.Broadcast(65535, 16)
                                                             pairs[0:16] = low | T.reinterpret("int32x16", odds)
-                                        num_full: T.let[T.int32] = valid_len // 32
-                                        with T.sblock("pv_matmul"):
-                                            T.reads(prob_pairs[0, 0:4, 0:64], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(tile_acc[0, 0:4, 0:128])
-                                            full_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            full_acc_global = T.sblock_alloc_buffer((1, 4, 128))
-                                            for i, r_0, d_0 in T.grid(1, 1, 4):
-                                                for d_1_init in T.unroll(2):
-                                                    for d_3_init in T.unroll(1):
-                                                        for r_1_init in T.unroll(4):
-                                                            for d_2_init in T.vectorized(16):
-                                                                with T.sblock("full_groups_init"):
-                                                                    vi = T.axis.spatial(1, i)
-                                                                    vr = T.axis.spatial(4, r_0 * 4 + r_1_init)
-                                                                    vd = T.axis.spatial(128, d_0 * 32 + d_1_init * 16 + d_2_init + d_3_init)
-                                                                    T.reads()
-                                                                    T.writes(full_acc_global[vi, vr, vd])
-                                                                    full_acc_global[vi, vr, vd] = T.float32(0.0)
-                                                for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 32, 1):
-                                                        with T.sblock("prefetch_values"):
-                                                            vo = T.axis.spatial(4, to + ax0)
-                                                            vi = T.axis.spatial(32, ax1)
-                                                            vl = T.axis.spatial(4, d_0 + ax2)
-                                                            T.where(to < 4)
-                                                            T.reads(value_offsets[0:256])
-                                                            T.writes(fetched[vo * 32 + vi, vl])
-                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 32 + vi
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", (number // 4 % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
-                                                    for ti in T.unroll(16):
-                                                        for d_1 in T.unroll(2):
-                                                            for d_3 in T.unroll(1):
-                                                                for r_1 in T.unroll(4):
-                                                                    for d_2 in T.vectorized(16):
-                                                                        with T.sblock("full_groups_update"):
-                                                                            vt = T.axis.reduce(64, to * 16 + ti)
-                                                                            vi = T.axis.spatial(1, i)
-                                                                            vr = T.axis.spatial(4, r_0 * 4 + r_1)
-                                                                            vd = T.axis.spatial(128, d_0 * 32 + d_1 * 16 + d_2 + d_3)
-                                                                            T.reads(full_acc_global[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], fetched[vt * 2:vt * 2 + 2, vd * 4 // 128])
-                                                                            T.writes(full_acc_global[vi, vr, vd])
-                                                                            full_acc_global[vi, vr, vd] = full_acc_global[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                for ax0 in T.unroll(1):
-                                                    for ax1 in T.unroll(4):
-                                                        for ax2_0 in T.unroll(2):
-                                                            for ax2_1 in T.vectorized(16):
-                                                                with T.sblock("full_acc_global"):
-                                                                    v0, v1 = T.axis.remap("SS", [ax0, ax1])
-                                                                    v2 = T.axis.spatial(128, d_0 * 32 + ax2_0 * 16 + ax2_1)
-                                                                    T.reads(full_acc_global[v0, v1, v2])
-                                                                    T.writes(full_acc[v0, v1, v2])
-                                                                    full_acc[v0, v1, v2] = full_acc_global[v0, v1, v2]
-                                            for i in range(1):
-                                                for r_init, d_0_init, d_2_init in T.grid(4, 8, 1):
-                                                    for d_1_init in T.vectorized(16):
-                                                        with T.sblock("tile_acc_init"):
-                                                            vi, vr = T.axis.remap("SS", [i, r_init])
-                                                            vd = T.axis.spatial(128, d_0_init * 16 + d_1_init + d_2_init)
-                                                            T.reads()
-                                                            T.writes(tile_acc[0, vr, vd])
-                                                            tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                for ti, r, d_0, d_2 in T.grid((valid_len % 32 + 2 - 1) // 2, 4, 8, 1):
-                                                    for d_1 in T.vectorized(16):
-                                                        with T.sblock("tile_acc_update"):
-                                                            vt = T.axis.reduce(64, ti + num_full * 16)
-                                                            vi, vr = T.axis.remap("SS", [i, r])
-                                                            vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                                            T.reads(tile_acc[0, vr, vd], full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                            T.writes(tile_acc[0, vr, vd])
-                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
-                                        for tile in range(1):
-                                            with T.sblock("update"):
-                                                vslot = T.axis.spatial(1, tile)
-                                                T.reads()
-                                                T.writes()
-                                                with T.sblock("online_update"):
-                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], tile_acc[vslot, 0:4, 0:128], row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4])
-                                                    T.writes(row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4], acc[first_tile + vslot, 0:4, 0:128])
+                                                with T.sblock("rescale"):
+                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4])
+                                                    T.writes(row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4], alpha[vslot, 0:4], beta[vslot, 0:4])
                                                     new_max = T.sblock_alloc_buffer((4,))
                                                     new_sum = T.sblock_alloc_buffer((4,))
-                                                    alpha = T.sblock_alloc_buffer((4,))
-                                                    beta = T.sblock_alloc_buffer((4,))
                                                     for r in T.vectorized(4):
-                                                        with T.sblock("rescale"):
+                                                        with T.sblock("factors"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
-                                                            T.writes(new_max[vr], alpha[vr], beta[vr])
+                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
                                                             old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
                                                             old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
                                                             both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
@@ -451,7 +374,7 @@ class Module:
                                                             high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
                                                             series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                             arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                             n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
@@ -459,14 +382,14 @@ class Module:
                                                             high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
                                                             series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                            beta[vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vr], beta[vr], tile_sum[vslot, vr])
+                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
                                                             T.writes(new_sum[vr])
                                                             previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vslot, vr]
+                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
                                                     for r in T.vectorized(4):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(4, r)
@@ -474,20 +397,86 @@ class Module:
                                                             T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
                                                             row_max[first_tile + vslot, vr] = new_max[vr]
                                                             row_sum[first_tile + vslot, vr] = new_sum[vr]
-                                                    with T.sblock("rescale_acc"):
-                                                        T.reads(tile_acc[vslot, 0:4, 0:128], alpha[0:4], beta[0:4])
-                                                        T.writes(acc[first_tile + vslot, 0:4, 0:128])
-                                                        for r, d_0 in T.grid(4, 8):
-                                                            for d_1 in T.vectorized(16):
-                                                                with T.sblock("acc"):
-                                                                    vr = T.axis.spatial(4, r)
-                                                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vr], beta[vr], tile_acc[vslot, vr, vd])
-                                                                    T.writes(acc[first_tile + vslot, vr, vd])
-                                                                    with T.init():
-                                                                        acc[first_tile + vslot, vr, vd] = T.float32(0.0)
-                                                                    acc[first_tile + vslot, vr, vd] = alpha[vr] * acc[first_tile + vslot, vr, vd] + beta[vr] * tile_acc[vslot, vr, vd]
+                                        with T.sblock("pv_update"):
+                                            T.reads()
+                                            T.writes()
+                                            tile_acc = T.sblock_alloc_buffer((1, 4, 128))
+                                            full_acc = T.sblock_alloc_buffer((1, 4, 128))
+                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            num_full: T.let[T.int32] = valid_len // 32
+                                            for i_m, r_0_m, d_0_m in T.grid(1, 1, 4):
+                                                for d_1_init in T.unroll(2):
+                                                    for d_3_init in T.unroll(1):
+                                                        for r_1_init in T.unroll(4):
+                                                            for d_2_init in T.vectorized(16):
+                                                                with T.sblock("full_groups_init"):
+                                                                    vi = T.axis.spatial(1, i_m)
+                                                                    vr = T.axis.spatial(4, r_0_m * 4 + r_1_init)
+                                                                    vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 16 + d_2_init + d_3_init)
+                                                                    T.reads()
+                                                                    T.writes(full_acc[vi, vr, vd])
+                                                                    full_acc[vi, vr, vd] = T.float32(0.0)
+                                                for to in range(num_full):
+                                                    for ax0, ax1, ax2 in T.grid(1, 32, 1):
+                                                        with T.sblock("prefetch_values"):
+                                                            vo = T.axis.spatial(4, to + ax0)
+                                                            vi = T.axis.spatial(32, ax1)
+                                                            vl = T.axis.spatial(4, d_0_m + ax2)
+                                                            T.where(to < 4)
+                                                            T.reads(value_offsets[0:256])
+                                                            T.writes(fetched[vo * 32 + vi, vl])
+                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 32 + vi
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", (number // 4 % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
+                                                    for ti in T.unroll(16):
+                                                        for d_1 in T.unroll(2):
+                                                            for d_3 in T.unroll(1):
+                                                                for r_1 in T.unroll(4):
+                                                                    for d_2 in T.vectorized(16):
+                                                                        with T.sblock("full_groups_update"):
+                                                                            vt = T.axis.reduce(64, to * 16 + ti)
+                                                                            vi = T.axis.spatial(1, i_m)
+                                                                            vr = T.axis.spatial(4, r_0_m * 4 + r_1)
+                                                                            vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
+                                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], fetched[vt * 2:vt * 2 + 2, vd * 4 // 128])
+                                                                            T.writes(full_acc[vi, vr, vd])
+                                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                for d_1_init in T.unroll(2):
+                                                    for d_3_init in T.unroll(1):
+                                                        for r_1_init in T.unroll(4):
+                                                            for d_2_init in T.vectorized(16):
+                                                                with T.sblock("tile_acc_init"):
+                                                                    vi = T.axis.spatial(1, i_m)
+                                                                    vr = T.axis.spatial(4, r_0_m * 4 + r_1_init)
+                                                                    vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 16 + d_2_init + d_3_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_acc[0, vr, vd])
+                                                                    tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
+                                                for ti in range((valid_len % 32 + 2 - 1) // 2):
+                                                    for d_1 in T.unroll(2):
+                                                        for d_3 in T.unroll(1):
+                                                            for r_1 in T.unroll(4):
+                                                                for d_2 in T.vectorized(16):
+                                                                    with T.sblock("tile_acc_update"):
+                                                                        vt = T.axis.reduce(64, ti + num_full * 16)
+                                                                        vi = T.axis.spatial(1, i_m)
+                                                                        vr = T.axis.spatial(4, r_0_m * 4 + r_1)
+                                                                        vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
+                                                                        T.reads(tile_acc[0, vr, vd], full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                                        T.writes(tile_acc[0, vr, vd])
+                                                                        tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
+                                                for r_1 in T.unroll(4):
+                                                    for d_1_0 in T.unroll(2):
+                                                        for d_1_1 in T.vectorized(16):
+                                                            with T.sblock("acc"):
+                                                                vi = T.axis.spatial(1, i_m)
+                                                                vr = T.axis.spatial(4, r_0_m * 4 + r_1)
+                                                                vd = T.axis.spatial(128, d_0_m * 32 + d_1_0 * 16 + d_1_1)
+                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                                T.writes(acc[first_tile + vi, vr, vd])
+                                                                with T.init():
+                                                                    acc[first_tile + vi, vr, vd] = T.float32(0.0)
+                                                                acc[first_tile + vi, vr, vd] = alpha[vi, vr] * acc[first_tile + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)
@@ -556,65 +545,71 @@ class Module:
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], partial_acc[slot, 0:32, 0:128], row_max[0, 0:32], row_sum[0, 0:32])
                     T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
-                    new_max = T.sblock_alloc_buffer((32,))
-                    new_sum = T.sblock_alloc_buffer((32,))
-                    alpha = T.sblock_alloc_buffer((32,))
-                    beta = T.sblock_alloc_buffer((32,))
-                    for r in T.vectorized(32):
-                        with T.sblock("rescale"):
-                            vr = T.axis.spatial(32, r)
-                            T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
-                            T.writes(new_max[vr], alpha[vr], beta[vr])
-                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
-                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
-                            old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
-                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
-                            new_max[vr] = m
-                            arg: T.let[T.float32] = old_max - m
-                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                            arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                            beta[vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                    for r in T.vectorized(32):
-                        with T.sblock("new_sum"):
-                            vr = T.axis.spatial(32, r)
-                            T.reads(row_sum[0, vr], alpha[vr], beta[vr], partial_sum[slot, vr])
-                            T.writes(new_sum[vr])
-                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                            new_sum[vr] = alpha[vr] * previous + beta[vr] * partial_sum[slot, vr]
-                    for r in T.vectorized(32):
-                        with T.sblock("row"):
-                            vr = T.axis.spatial(32, r)
-                            T.reads(new_max[vr], new_sum[vr])
-                            T.writes(row_max[0, vr], row_sum[0, vr])
-                            row_max[0, vr] = new_max[vr]
-                            row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(partial_acc[slot, 0:32, 0:128], alpha[0:32], beta[0:32])
+                    alpha = T.sblock_alloc_buffer((1, 32))
+                    beta = T.sblock_alloc_buffer((1, 32))
+                    with T.sblock("rescale"):
+                        T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], row_max[0, 0:32], row_sum[0, 0:32])
+                        T.writes(row_max[0, 0:32], row_sum[0, 0:32], alpha[0, 0:32], beta[0, 0:32])
+                        new_max = T.sblock_alloc_buffer((32,))
+                        new_sum = T.sblock_alloc_buffer((32,))
+                        for r in T.vectorized(32):
+                            with T.sblock("factors"):
+                                vr = T.axis.spatial(32, r)
+                                T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
+                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
+                                old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
+                                old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
+                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
+                                new_max[vr] = m
+                                arg: T.let[T.float32] = old_max - m
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                arg_1: T.let[T.float32] = partial_max[slot, vr] - m
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                        for r in T.vectorized(32):
+                            with T.sblock("new_sum"):
+                                vr = T.axis.spatial(32, r)
+                                T.reads(row_sum[0, vr], alpha[0, vr], beta[0, vr], partial_sum[slot, vr])
+                                T.writes(new_sum[vr])
+                                previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * partial_sum[slot, vr]
+                        for r in T.vectorized(32):
+                            with T.sblock("row"):
+                                vr = T.axis.spatial(32, r)
+                                T.reads(new_max[vr], new_sum[vr])
+                                T.writes(row_max[0, vr], row_sum[0, vr])
+                                row_max[0, vr] = new_max[vr]
+                                row_sum[0, vr] = new_sum[vr]
+                    with T.sblock("fold"):
+                        T.reads(partial_acc[slot, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
                         T.writes(acc[0, 0:32, 0:128])
-                        for r, d_0 in T.grid(32, 8):
-                            for d_1 in T.vectorized(16):
-                                with T.sblock("acc"):
-                                    vr = T.axis.spatial(32, r)
-                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                    vstep_1 = T.axis.reduce(num_partials, vstep)
-                                    T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                    T.writes(acc[0, vr, vd])
-                                    with T.init():
-                                        acc[0, vr, vd] = T.float32(0.0)
-                                    acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+                        for i, r_0, d_0 in T.grid(1, 8, 4):
+                            for r_1 in T.unroll(4):
+                                for d_1_0 in T.unroll(2):
+                                    for d_1_1 in T.vectorized(16):
+                                        with T.sblock("acc"):
+                                            vi = T.axis.spatial(1, i)
+                                            vr = T.axis.spatial(32, r_0 * 4 + r_1)
+                                            vd = T.axis.spatial(128, d_0 * 32 + d_1_0 * 16 + d_1_1)
+                                            vstep_1 = T.axis.reduce(num_partials, vstep)
+                                            T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
+                                            T.writes(acc[vi, vr, vd])
+                                            with T.init():
+                                                acc[vi, vr, vd] = T.float32(0.0)
+                                            acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
         with T.sblock("normalize"):
             T.reads(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
             T.writes(out[seq, 0:32, 0:128], lse[seq, 0:32])

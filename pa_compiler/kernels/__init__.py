@@ -3,10 +3,13 @@
 The files cuda_* are the CUDA target's: TensorIR with explicit threads, which no schedule follows.
 """
 
+from collections.abc import Callable
+
 from tvm import IRModule
+from tvm.tirx import PrimFunc
 
 from pa_compiler.kernels import staged
-from pa_compiler.kernels.append_kv import append_key, append_value
+from pa_compiler.kernels.append_kv import append_key, append_row, append_value
 from pa_compiler.kernels.fused_decode import fused_decode
 from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.spec import PagedAttentionSpec
@@ -18,16 +21,18 @@ PIPELINES = {
 }
 """The PrimFuncs of each pipeline's decode, in the order in which the host calls them."""
 
-APPEND = (append_key, append_value)
-"""The PrimFuncs of append_kv, the same for every pipeline."""
-
 
 def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
     """The PrimFuncs of a pipeline and of append_kv, unscheduled, under their own names."""
     decode = {kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]}
-    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in APPEND})
+    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in append(spec)})
 
 
-def names(pipeline: str) -> list[str]:
-    """The names of what build gives for a pipeline."""
-    return [kernel.__name__ for kernel in (*PIPELINES[pipeline], *APPEND)]
+def append(spec: PagedAttentionSpec) -> tuple[Callable[[PagedAttentionSpec], PrimFunc], ...]:
+    """The PrimFuncs of append_kv, the same for every pipeline: where keys and values are rows alike, one for both."""
+    return (append_key, append_value) if spec.kv_layout == "packed" else (append_row,)
+
+
+def names(spec: PagedAttentionSpec, pipeline: str) -> list[str]:
+    """The names of what build gives for a spec and a pipeline."""
+    return [kernel.__name__ for kernel in (*PIPELINES[pipeline], *append(spec))]

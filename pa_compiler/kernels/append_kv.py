@@ -9,34 +9,36 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from pa_compiler.kernels import script
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 # (block, slot, head, d) -> where element d of a head's key or value lies in its cache
 _Place = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, ...]]
 
 
+def append_row(spec: PagedAttentionSpec) -> PrimFunc:
+    """cache at slot_mapping[t] = new[t], for the kv heads [head_begin, head_begin + num_heads): of keys or values."""
+    return _append(spec, "append_row", spec.key_cache_shape[1:], _row(spec), adjacent=spec.head_dim)
+
+
 def append_key(spec: PagedAttentionSpec) -> PrimFunc:
-    """key_cache at slot_mapping[t] = key[t], for the kv heads [head_begin, head_begin + num_heads)."""
-    shape, pair = spec.key_cache_shape[1:], spec.packed_pair
-    if spec.kv_layout != "packed":
-        return _append(spec, "append_key", shape, _row(spec), adjacent=spec.head_dim)
+    """key_cache at slot_mapping[t] = key[t], for the kv heads [head_begin, head_begin + num_heads), packed."""
+    pair = spec.packed_pair
 
     def place(block, slot, head, d):
         return block, head, T.floordiv(d, pair), slot * pair + T.floormod(d, pair)
 
-    return _append(spec, "append_key", shape, place, adjacent=pair)
+    return _append(spec, "append_key", spec.key_cache_shape[1:], place, adjacent=pair)
 
 
 def append_value(spec: PagedAttentionSpec) -> PrimFunc:
-    """value_cache at slot_mapping[t] = value[t], for the kv heads [head_begin, head_begin + num_heads)."""
-    shape, pair = spec.value_cache_shape[1:], spec.packed_pair
-    if spec.kv_layout != "packed":
-        return _append(spec, "append_value", shape, _row(spec), adjacent=spec.head_dim)
+    """value_cache at slot_mapping[t] = value[t], for the kv heads [head_begin, head_begin + num_heads), packed."""
+    pair = spec.packed_pair
 
     def place(block, slot, head, d):
         return block, head, T.truncdiv(slot, T.int64(pair)), d * pair + T.truncmod(slot, T.int64(pair))
 
-    return _append(spec, "append_value", shape, place, adjacent=spec.head_dim if pair == 1 else 1)
+    return _append(spec, "append_value", spec.value_cache_shape[1:], place, adjacent=spec.head_dim if pair == 1 else 1)
 
 
 def _row(spec: PagedAttentionSpec) -> _Place:
@@ -66,7 +68,7 @@ def _append(spec: PagedAttentionSpec, name: str, extents: Sequence[int], place: 
     bits = f"uint{8 * itemsize}"
     first, second, third = (T.int64(extent) for extent in extents)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def append(
         new_handle: T.handle,
         cache_handle: T.handle,

@@ -7,7 +7,7 @@ Methods and Programs for Mathematical Functions, 1989).
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693359375  # ten bits: n * _LN2_HIGH is exact for every n that occurs

@@ -4,8 +4,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from pa_compiler.kernels import script
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, load_tile, token_offsets, value_access
-from pa_compiler.kernels.online_update import normalize, online_update, store_partial
+from pa_compiler.kernels.online_update import fold, normalize, rescale, store_partial
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
 from pa_compiler.kernels.softmax_prepare import pair_probs, softmax_prepare
@@ -46,7 +47,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     softmax_stage = softmax_prepare(spec, tiling)
     pairs_stage = pair_probs(tiling)
     pv_stage = pv_matmul(spec, tiling)
-    update_stage = online_update(rows, spec.head_dim)
+    rescale_stage, fold_stage = rescale(rows), fold(pass_tiles, rows, spec.head_dim)
     store_stage = store_partial(rows, spec.head_dim)
     normalize_stage = normalize(rows, spec.head_dim, out_dtype)
 
@@ -54,7 +55,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         """Query heads in the tile that begins at this row of its group."""
         return rows if group % rows == 0 else T.min(group - row_start, rows)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def fused_decode(
         query_handle: T.handle,
         key_cache_handle: T.handle,
@@ -169,7 +170,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                         probs = T.sblock_alloc_buffer((pass_tiles, rows, tokens), "float32")
                                         tile_max = T.sblock_alloc_buffer((pass_tiles, rows), "float32")
                                         tile_sum = T.sblock_alloc_buffer((pass_tiles, rows), "float32")
-                                        tile_acc = T.sblock_alloc_buffer((pass_tiles, rows, spec.head_dim), "float32")
+                                        alpha = T.sblock_alloc_buffer((pass_tiles, rows), "float32")
+                                        beta = T.sblock_alloc_buffer((pass_tiles, rows), "float32")
                                         first_tile: T.let = vkv * group_tiles + vgt
                                         qk_stage(
                                             q_tile, keys, key_cache, key_offsets, scores, first_tile, 0, k_now, k_head,
@@ -188,20 +190,22 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                                 )  # fmt: skip
                                                 if tiling.dot_pairs:
                                                     pairs_stage(probs, prob_pairs, vslot, num_groups)
-                                        weights = T.meta_var(prob_pairs if tiling.dot_pairs else probs)
-                                        pv_stage(
-                                            weights, values, value_cache, value_offsets, tile_acc, 0, v_now, v_head,
-                                            v_row, ahead_t, ahead_head * v_head, valid_len,
-                                        )  # fmt: skip
-                                        for tile in range(pass_tiles):
-                                            with T.sblock("update"):
-                                                vslot = T.axis.spatial(pass_tiles, tile)
-                                                T.reads()
-                                                T.writes()
-                                                update_stage(
-                                                    tile_max, tile_sum, tile_acc, vslot, row_max, row_sum, acc,
-                                                    first_tile + vslot, vstep, num_steps,
+                                                rescale_stage(
+                                                    tile_max, tile_sum, vslot, row_max, row_sum, first_tile + vslot,
+                                                    alpha, beta, vslot, vstep,
                                                 )  # fmt: skip
+                                        weights = T.meta_var(prob_pairs if tiling.dot_pairs else probs)
+                                        with T.sblock("pv_update"):
+                                            T.reads()
+                                            T.writes()
+                                            tile_acc = T.sblock_alloc_buffer(
+                                                (pass_tiles, rows, spec.head_dim), "float32"
+                                            )
+                                            pv_stage(
+                                                weights, values, value_cache, value_offsets, tile_acc, 0, v_now,
+                                                v_head, v_row, ahead_t, ahead_head * v_head, valid_len,
+                                            )  # fmt: skip
+                                            fold_stage(tile_acc, 0, alpha, beta, acc, first_tile, vstep, num_steps)
                 for tile in range(tiles):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(tiles, tile)

@@ -3,6 +3,7 @@
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from pa_compiler.kernels import script
 from pa_compiler.kernels.online_update import normalize, online_update
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -20,7 +21,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     update_stage = online_update(num_heads, spec.head_dim)
     normalize_stage = normalize(num_heads, spec.head_dim, out_dtype)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def merge_partials(
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,

@@ -9,18 +9,16 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
 
 
 def online_update(rows: int, head_dim: int) -> Callable[..., None]:
     """Fold (tile_acc, tile_max, tile_sum)[tile_slot] into (acc, row_max, row_sum)[slot], as step `step` of num_steps.
 
-    With m = max(row_max, tile_max), alpha = exp(row_max - m) and beta = exp(tile_max - m):
-    row_sum = alpha * row_sum + beta * tile_sum, acc = alpha * acc + beta * tile_acc, row_max = m.
-    Step 0 starts from the empty result. A result whose sum is 0 is empty and changes nothing, whatever its maximum: no
-    stand-in for -inf is ever compared with a score. All of rows rows of head_dim elements.
+    rescale and fold, one after the other. All of rows rows of head_dim elements.
     """
+    rescale_stage, fold_stage = rescale(rows), fold(1, rows, head_dim)
 
     @inline
     def stage(tile_max, tile_sum, tile_acc, tile_slot, row_max, row_sum, acc, slot, step, num_steps):
@@ -33,12 +31,39 @@ def online_update(rows: int, head_dim: int) -> Callable[..., None]:
                 row_sum[slot, 0:rows],
             )
             T.writes(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:rows, 0:head_dim])
+            alpha = T.sblock_alloc_buffer((1, rows), "float32")
+            beta = T.sblock_alloc_buffer((1, rows), "float32")
+            rescale_stage(tile_max, tile_sum, tile_slot, row_max, row_sum, slot, alpha, beta, 0, step)
+            with T.sblock("fold"):
+                T.reads(tile_acc[tile_slot, 0:rows, 0:head_dim], alpha[0, 0:rows], beta[0, 0:rows])
+                T.writes(acc[slot, 0:rows, 0:head_dim])
+                fold_stage(tile_acc, tile_slot, alpha, beta, acc, slot, step, num_steps)
+
+    return stage
+
+
+def rescale(rows: int) -> Callable[..., None]:
+    """Fold (tile_max, tile_sum)[tile_slot] into (row_max, row_sum)[slot]; alpha, beta[factor_slot] are what to fold by.
+
+    With m = max(row_max, tile_max), alpha = exp(row_max - m) and beta = exp(tile_max - m):
+    row_sum = alpha * row_sum + beta * tile_sum, row_max = m.
+    Step 0 starts from the empty result. A result whose sum is 0 is empty and changes nothing, whatever its maximum: no
+    stand-in for -inf is ever compared with a score.
+    """
+
+    @inline
+    def stage(tile_max, tile_sum, tile_slot, row_max, row_sum, slot, alpha, beta, factor_slot, step):
+        with T.sblock("rescale"):
+            T.reads(
+                tile_max[tile_slot, 0:rows], tile_sum[tile_slot, 0:rows], row_max[slot, 0:rows], row_sum[slot, 0:rows]
+            )
+            T.writes(
+                row_max[slot, 0:rows], row_sum[slot, 0:rows], alpha[factor_slot, 0:rows], beta[factor_slot, 0:rows]
+            )
             new_max = T.sblock_alloc_buffer((rows,), "float32")
             new_sum = T.sblock_alloc_buffer((rows,), "float32")
-            alpha = T.sblock_alloc_buffer((rows,), "float32")
-            beta = T.sblock_alloc_buffer((rows,), "float32")
             for r in range(rows):
-                with T.sblock("rescale"):
+                with T.sblock("factors"):
                     vr = T.axis.spatial(rows, r)
                     old_max: T.let = T.Select(step == 0, T.float32(EMPTY_ROW_MAX), row_max[slot, vr])
                     old_sum: T.let = T.Select(step == 0, T.float32(0), row_sum[slot, vr])
@@ -46,28 +71,41 @@ def online_update(rows: int, head_dim: int) -> Callable[..., None]:
                     old_or_both: T.let = T.Select(tile_sum[tile_slot, vr] == T.float32(0), old_max, both)
                     m: T.let = T.Select(old_sum == T.float32(0), tile_max[tile_slot, vr], old_or_both)
                     new_max[vr] = m
-                    store_exp(alpha, (vr,), old_max - m, old_sum != T.float32(0))
-                    store_exp(beta, (vr,), tile_max[tile_slot, vr] - m, tile_sum[tile_slot, vr] != T.float32(0))
+                    store_exp(alpha, (factor_slot, vr), old_max - m, old_sum != T.float32(0))
+                    store_exp(
+                        beta, (factor_slot, vr), tile_max[tile_slot, vr] - m, tile_sum[tile_slot, vr] != T.float32(0)
+                    )
             for r in range(rows):
                 with T.sblock("new_sum"):
                     vr = T.axis.spatial(rows, r)
                     previous: T.let = T.Select(step == 0, T.float32(0), row_sum[slot, vr])
-                    new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[tile_slot, vr]
+                    new_sum[vr] = alpha[factor_slot, vr] * previous + beta[factor_slot, vr] * tile_sum[tile_slot, vr]
             for r in range(rows):
                 with T.sblock("row"):
                     vr = T.axis.spatial(rows, r)
                     row_max[slot, vr] = new_max[vr]
                     row_sum[slot, vr] = new_sum[vr]
-            with T.sblock("rescale_acc"):
-                T.reads(tile_acc[tile_slot, 0:rows, 0:head_dim], alpha[0:rows], beta[0:rows])
-                T.writes(acc[slot, 0:rows, 0:head_dim])
-                for r, d in T.grid(rows, head_dim):
-                    with T.sblock("acc"):
-                        vr, vd = T.axis.remap("SS", [r, d])
-                        vstep = T.axis.reduce(num_steps, step)
-                        with T.init():
-                            acc[slot, vr, vd] = T.float32(0)
-                        acc[slot, vr, vd] = alpha[vr] * acc[slot, vr, vd] + beta[vr] * tile_acc[tile_slot, vr, vd]
+
+    return stage
+
+
+def fold(num_tiles: int, rows: int, head_dim: int) -> Callable[..., None]:
+    """acc = alpha * acc + beta * tile_acc for num_tiles tiles, whose slots follow those given; in the caller's sblock.
+
+    Step 0 of num_steps starts from 0.
+    """
+
+    @inline
+    def stage(tile_acc, tile_slot, alpha, beta, acc, slot, step, num_steps):
+        for i, r, d in T.grid(num_tiles, rows, head_dim):
+            with T.sblock("acc"):
+                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                vstep = T.axis.reduce(num_steps, step)
+                with T.init():
+                    acc[slot + vi, vr, vd] = T.float32(0)
+                acc[slot + vi, vr, vd] = (
+                    alpha[vi, vr] * acc[slot + vi, vr, vd] + beta[vi, vr] * tile_acc[tile_slot + vi, vr, vd]
+                )
 
     return stage
 

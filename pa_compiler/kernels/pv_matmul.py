@@ -6,14 +6,14 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.cache_access import load, load_copied, prefetch, value_access, whole
-from pa_compiler.kernels.inline import inline
 from pa_compiler.kernels.pairs import LOW, dot_pairs
+from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """tile_acc[slot, r, d] = sum over t < valid_len of probs[slot, r, t] * value of token t.
+    """tile_acc[slot, r, d] = sum over t < valid_len of probs[slot, r, t] * value of token t; in the caller's sblock.
 
     The sum stops at valid_len: values in unused slots are not multiplied by 0, they are not read. First come all whole
     groups of token_group tokens, then the rest of the last one. values and the tile that comes next are as in
@@ -52,61 +52,51 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         valid_len,
     ):
         num_full: T.let = T.floordiv(valid_len, group)  # outside: a schedule may need it in what the sblock reads
-        with T.sblock("pv_matmul"):
-            T.reads(
-                probs[slot : slot + num_tiles, 0:rows, 0 : tokens // pair],
-                whole(values),
-                whole(value_cache),
-                value_offsets[0:offsets],
-            )
-            T.writes(tile_acc[slot : slot + num_tiles, 0:rows, 0:head_dim])
-            full_acc = T.sblock_alloc_buffer((num_tiles, rows, head_dim), "float32")
-            fetched = T.sblock_alloc_buffer((tokens, lines), "int8")  # never touched: it ties the fetches to the loops
-            if one_tile:
-                for to, ti, li in T.grid(num_full, group, lines):
-                    with T.sblock("prefetch_values"):
-                        vo = T.axis.spatial(tokens // group, to)
-                        vi, vl = T.axis.remap("SS", [ti, li])
-                        T.reads(value_offsets[0:offsets])
-                        T.writes(fetched[vo * group + vi, vl])
-                        number: T.let = ahead_t * lines + (vl * num_full + vo) * group + vi
-                        T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
-            for i, to, ti, r, d in T.grid(num_tiles, num_full, group // pair, rows, head_dim):
-                with T.sblock("full_groups"):
-                    vt = T.axis.reduce(tokens // pair, to * (group // pair) + ti)
-                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                    at = T.meta_var(slot if one_tile else slot + vi)
-                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
-                    T.reads(
-                        probs[at, vr, vt],
-                        whole(values),
-                        value_offsets[vt * pair : vt * pair + pair],
-                        fetched[vt * pair : vt * pair + pair, T.floordiv(vd * lines, head_dim)],
-                    )
-                    T.writes(full_acc[vi, vr, vd])
-                    with T.init():
-                        full_acc[vi, vr, vd] = T.float32(0)
-                    full_acc[vi, vr, vd] += product(
-                        probs[at, vr, vt], read(values, value_offsets, vt, now, row_stride, vd)
-                    )
-            for i, ti, r, d in T.grid(num_tiles, steps(T.floormod(valid_len, group)), rows, head_dim):
-                with T.sblock("tile_acc"):
-                    vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
-                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                    at = T.meta_var(slot if one_tile else slot + vi)
-                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
-                    T.reads(
-                        full_acc[vi, vr, vd],
-                        probs[at, vr, vt],
-                        whole(values),
-                        value_offsets[vt * pair : vt * pair + pair],
-                    )
-                    T.writes(tile_acc[at, vr, vd])
-                    with T.init():
-                        tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
-                    tile_acc[at, vr, vd] += product(
-                        probs[at, vr, vt],
-                        valid(read(values, value_offsets, vt, now, row_stride, vd), vt, valid_len),
-                    )
+        full_acc = T.sblock_alloc_buffer((num_tiles, rows, head_dim), "float32")
+        fetched = T.sblock_alloc_buffer((tokens, lines), "int8")  # never touched: it ties the fetches to the loops
+        if one_tile:
+            for to, ti, li in T.grid(num_full, group, lines):
+                with T.sblock("prefetch_values"):
+                    vo = T.axis.spatial(tokens // group, to)
+                    vi, vl = T.axis.remap("SS", [ti, li])
+                    T.reads(value_offsets[0:offsets])
+                    T.writes(fetched[vo * group + vi, vl])
+                    number: T.let = ahead_t * lines + (vl * num_full + vo) * group + vi
+                    T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
+        for i, to, ti, r, d in T.grid(num_tiles, num_full, group // pair, rows, head_dim):
+            with T.sblock("full_groups"):
+                vt = T.axis.reduce(tokens // pair, to * (group // pair) + ti)
+                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                at = T.meta_var(slot if one_tile else slot + vi)
+                now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
+                T.reads(
+                    probs[at, vr, vt],
+                    whole(values),
+                    value_offsets[vt * pair : vt * pair + pair],
+                    fetched[vt * pair : vt * pair + pair, T.floordiv(vd * lines, head_dim)],
+                )
+                T.writes(full_acc[vi, vr, vd])
+                with T.init():
+                    full_acc[vi, vr, vd] = T.float32(0)
+                full_acc[vi, vr, vd] += product(probs[at, vr, vt], read(values, value_offsets, vt, now, row_stride, vd))
+        for i, ti, r, d in T.grid(num_tiles, steps(T.floormod(valid_len, group)), rows, head_dim):
+            with T.sblock("tile_acc"):
+                vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
+                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                at = T.meta_var(slot if one_tile else slot + vi)
+                now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
+                T.reads(
+                    full_acc[vi, vr, vd],
+                    probs[at, vr, vt],
+                    whole(values),
+                    value_offsets[vt * pair : vt * pair + pair],
+                )
+                T.writes(tile_acc[at, vr, vd])
+                with T.init():
+                    tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
+                tile_acc[at, vr, vd] += product(
+                    probs[at, vr, vt],
+                    valid(read(values, value_offsets, vt, now, row_stride, vd), vt, valid_len),
+                )
 
     return stage

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
-from pa_compiler.kernels.inline import inline
 from pa_compiler.kernels.pairs import pair_floats, round_to_bfloat16
+from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 

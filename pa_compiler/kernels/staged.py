@@ -12,6 +12,7 @@ from tvm.tirx import PrimFunc
 from pa_compiler.kernels import online_update as update
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
+from pa_compiler.kernels import script
 from pa_compiler.kernels import softmax_prepare as softmax
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, token_offsets, value_access
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
@@ -28,7 +29,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     offsets_stage = token_offsets(spec, tiling, key_access(spec, tiling))
     qk_stage = qk.qk_matmul(spec, tiling)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def qk_matmul(
         query_handle: T.handle,
         key_cache_handle: T.handle,
@@ -87,7 +88,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
     softmax_stage = softmax.softmax_prepare(spec, tiling)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def softmax_prepare(
         context_lens_handle: T.handle,
         scores_handle: T.handle,
@@ -126,7 +127,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
     pv_stage = pv.pv_matmul(spec, tiling)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def pv_matmul(
         value_cache_handle: T.handle,
         block_table_handle: T.handle,
@@ -170,10 +171,13 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     v_block,
                     v_row,
                 )
-                pv_stage(
-                    probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_head,
-                    v_row, 0, head_offset, valid_len,
-                )  # fmt: skip
+                with T.sblock("pv_matmul"):
+                    T.reads()
+                    T.writes()
+                    pv_stage(
+                        probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_head,
+                        v_row, 0, head_offset, valid_len,
+                    )  # fmt: skip
 
     return pv_matmul
 
@@ -188,7 +192,7 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     update_stage = update.online_update(rows, head_dim)
     store_stage = update.store_partial(rows, head_dim)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def online_update(
         tile_max_handle: T.handle,
         tile_sum_handle: T.handle,
