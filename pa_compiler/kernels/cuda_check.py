@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda_tiling import CHECK_THREADS, WARP
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 VIOLATION = 0x7FFFFFFF

@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 
 from pa_compiler.cuda_tiling import CudaTiling
 from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 

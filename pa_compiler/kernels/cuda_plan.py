@@ -14,7 +14,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda_tiling import WARP, CudaTiling
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 
 ALL_LANES = 0xFFFFFFFF
 

@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from pa_compiler.cuda_tiling import BANK_CHUNKS, CHUNK_BYTES, CHUNK_WORDS, WARP, CudaTiling, copy_lanes
 from pa_compiler.kernels.cuda_plan import ALL_LANES
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 

@@ -20,7 +20,7 @@ from pa_compiler.cuda_tiling import MMA_HEADS, MMA_TOKENS, WARP, CudaTiling
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.cuda_ring import chunk_offset
 from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy
-from pa_compiler.kernels.inline import inline
+from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
 _PTX = {"bfloat16": "bf16", "float16": "f16"}
