@@ -168,7 +168,7 @@ class Module:
                                                         vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
                                                         T.reads(key_cache[0:k_span], key_offsets[0:256])
                                                         T.writes(k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                        k_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] & -65536))
+                                                        k_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 with T.sblock("load_values"):
                                     T.reads(value_cache[0:v_span], value_offsets[0:256])
                                     T.writes(v_tile[0:num_groups * 8, 0:4, 0:2, 0:16])
@@ -181,7 +181,7 @@ class Module:
                                                         vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
                                                         T.reads(value_cache[0:v_span], value_offsets[0:256])
                                                         T.writes(v_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                        v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
+                                                        v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
@@ -281,12 +281,13 @@ class Module:
                                                                 T.reads(scaled[vt, vr], tile_max[vslot, vr])
                                                                 T.writes(probs[vslot, vt, vr])
                                                                 arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vslot, vr]
-                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                                 probs[vslot, vt, vr] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("tile_sum_init"):
@@ -319,20 +320,22 @@ class Module:
                                                             m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                             arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
-                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                                            p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                                            series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                             beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(16):
                                                         with T.sblock("new_sum"):
@@ -353,7 +356,7 @@ class Module:
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 128, 16))
                                             full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            fetched = T.sblock_alloc_buffer((16, 16, 2), "int8")
                                             num_full: T.let[T.int32] = valid_len // 8
                                             for i_m, d_0_m in T.grid(1, 16):
                                                 for d_1_init in T.unroll(8):
@@ -365,16 +368,17 @@ class Module:
                                                             T.writes(full_acc[vi, vd, vr])
                                                             full_acc[vi, vd, vr] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 8, 1):
+                                                    for ax0, ax1, ax2 in T.grid(1, 1, 2):
                                                         with T.sblock("prefetch_values"):
                                                             vo = T.axis.spatial(16, to + ax0)
-                                                            vi = T.axis.spatial(8, ax1)
-                                                            vl = T.axis.spatial(4, d_0_m // 4 + ax2)
+                                                            vp = T.axis.spatial(16, d_0_m + ax1)
+                                                            vn = T.axis.spatial(2, ax2)
                                                             T.where(to < 16)
                                                             T.reads(value_offsets[0:256])
-                                                            T.writes(fetched[vo * 8 + vi, vl])
-                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 8 + vi
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                            T.writes(fetched[vo, vp, vn])
+                                                            if T.EQ(0, 0) and vp < 16:
+                                                                number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 2 + vn
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ti in range(8):
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):
@@ -382,7 +386,7 @@ class Module:
                                                                     vt = T.axis.reduce(128, to * 8 + ti)
                                                                     vi, vr = T.axis.remap("SS", [i_m, r])
                                                                     vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                    T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                                    T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt // 8, vr // 16 * 16 + vd // 8, 0:2])
                                                                     T.writes(full_acc[vi, vd, vr])
                                                                     full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                                 for d_1_init in T.unroll(8):
@@ -526,20 +530,22 @@ class Module:
                                 m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
                                 new_max[vr] = m
                                 arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                 alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                 arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                 f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                 beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                         for r in T.vectorized(16):
                             with T.sblock("new_sum"):

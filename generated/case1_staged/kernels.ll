@@ -251,9 +251,9 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor46.i = alloca [16 x float], align 16
-  %beta49.i = alloca [16 x float], align 16
-  %alpha50.i = alloca [16 x float], align 16
+  %factor48.i = alloca [16 x float], align 16
+  %beta51.i = alloca [16 x float], align 16
+  %alpha52.i = alloca [16 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -344,9 +344,9 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor48.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta51.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha52.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -369,15 +369,15 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r_0.i ]
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r_0.i ]
   %44 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total5357.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %467, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %total5559.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %461, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv69.i, 0
   %46 = insertelement <16 x i1> poison, i1 %45, i64 0
   %47 = shufflevector <16 x i1> %46, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %47, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %44
-  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %total5357.i
-  %48 = add nsw i64 %indvars.iv67.i, %43
+  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %total5559.i
+  %48 = add nsw i64 %indvars.iv69.i, %43
   %49 = shl nsw i64 %48, 4
   %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
   %51 = load <16 x float>, ptr %50, align 4, !tbaa !5
@@ -390,884 +390,878 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %57 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
   %m.i = select <16 x i1> %57, <16 x float> %51, <16 x float> %old_or_both.i
   %58 = fsub <16 x float> %old_max.i, %m.i
-  %59 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %58, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %59 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %58, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %60 = bitcast <16 x float> %59 to <16 x i32>
-  %61 = add nsw <16 x i32> %60, splat (i32 -1262485504)
-  %62 = sitofp <16 x i32> %61 to <16 x float>
-  %63 = fmul <16 x float> %62, splat (float 0x3F2BD01060000000)
-  %64 = fmul <16 x float> %62, splat (float 0x3FE6300000000000)
-  %65 = fsub <16 x float> %58, %64
-  %66 = fadd <16 x float> %63, %65
-  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> %66, <16 x float> splat (float 0x3F81112100000000))
-  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %66, <16 x float> splat (float 0x3FA5553820000000))
-  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %66, <16 x float> splat (float 0x3FC5555540000000))
-  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %70, <16 x float> %66, <16 x float> splat (float 5.000000e-01))
-  %72 = fmul <16 x float> %66, %71
-  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %66, <16 x float> %66)
-  %74 = shl <16 x i32> %60, splat (i32 23)
-  %75 = add <16 x i32> %74, splat (i32 1065353216)
-  %76 = bitcast <16 x i32> %75 to <16 x float>
-  %77 = fadd <16 x float> %73, splat (float 1.000000e+00)
-  %78 = fmul <16 x float> %77, %76
-  %79 = fcmp olt <16 x float> %58, splat (float -8.700000e+01)
-  %80 = select <16 x i1> %79, <16 x float> zeroinitializer, <16 x float> %78
-  %81 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %82 = select <16 x i1> %81, <16 x float> %80, <16 x float> zeroinitializer
-  store <16 x float> %82, ptr %alpha50.i, align 16, !tbaa !16
+  %61 = fadd <16 x float> %59, splat (float 0xC168000FE0000000)
+  %62 = fmul <16 x float> %61, splat (float 0x3F2BD01060000000)
+  %63 = fmul <16 x float> %61, splat (float 0x3FE6300000000000)
+  %64 = fsub <16 x float> %58, %63
+  %65 = fadd <16 x float> %62, %64
+  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> %65, <16 x float> splat (float 0x3FA5558F20000000))
+  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> %65, <16 x float> splat (float 0x3FC5554920000000))
+  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %65, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %70 = fmul <16 x float> %65, %65
+  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %70, <16 x float> %65)
+  %72 = shl <16 x i32> %60, splat (i32 23)
+  %73 = bitcast <16 x i32> %72 to <16 x float>
+  %74 = fadd <16 x float> %71, splat (float 1.000000e+00)
+  %75 = fmul <16 x float> %74, %73
+  %76 = fcmp olt <16 x float> %58, splat (float -8.700000e+01)
+  %77 = select <16 x i1> %76, <16 x float> zeroinitializer, <16 x float> %75
+  %78 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %79 = select <16 x i1> %78, <16 x float> %77, <16 x float> zeroinitializer
+  store <16 x float> %79, ptr %alpha52.i, align 16, !tbaa !16
   %arg2.i = fsub <16 x float> %51, %m.i
-  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %84 = bitcast <16 x float> %83 to <16 x i32>
-  %85 = add nsw <16 x i32> %84, splat (i32 -1262485504)
-  %86 = sitofp <16 x i32> %85 to <16 x float>
-  %87 = fmul <16 x float> %86, splat (float 0x3F2BD01060000000)
-  %88 = fmul <16 x float> %86, splat (float 0x3FE6300000000000)
-  %89 = fsub <16 x float> %arg2.i, %88
-  %90 = fadd <16 x float> %87, %89
-  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %90, <16 x float> splat (float 0x3F81112100000000))
-  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %90, <16 x float> splat (float 0x3FA5553820000000))
-  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %90, <16 x float> splat (float 0x3FC5555540000000))
-  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %90, <16 x float> splat (float 5.000000e-01))
-  %96 = fmul <16 x float> %90, %95
-  %97 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %90, <16 x float> %90)
-  %98 = shl <16 x i32> %84, splat (i32 23)
-  %99 = add <16 x i32> %98, splat (i32 1065353216)
-  %100 = bitcast <16 x i32> %99 to <16 x float>
-  %101 = fadd <16 x float> %97, splat (float 1.000000e+00)
-  %102 = fmul <16 x float> %101, %100
-  %103 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
-  %105 = fcmp one <16 x float> %54, zeroinitializer
-  %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
-  store <16 x float> %106, ptr %beta49.i, align 16, !tbaa !23
+  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %81 = bitcast <16 x float> %80 to <16 x i32>
+  %82 = fadd <16 x float> %80, splat (float 0xC168000FE0000000)
+  %83 = fmul <16 x float> %82, splat (float 0x3F2BD01060000000)
+  %84 = fmul <16 x float> %82, splat (float 0x3FE6300000000000)
+  %85 = fsub <16 x float> %arg2.i, %84
+  %86 = fadd <16 x float> %83, %85
+  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %86, <16 x float> splat (float 0x3FA5558F20000000))
+  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %86, <16 x float> splat (float 0x3FC5554920000000))
+  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %86, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %91 = fmul <16 x float> %86, %86
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %91, <16 x float> %86)
+  %93 = shl <16 x i32> %81, splat (i32 23)
+  %94 = bitcast <16 x i32> %93 to <16 x float>
+  %95 = fadd <16 x float> %92, splat (float 1.000000e+00)
+  %96 = fmul <16 x float> %95, %94
+  %97 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %98 = select <16 x i1> %97, <16 x float> zeroinitializer, <16 x float> %96
+  %99 = fcmp one <16 x float> %54, zeroinitializer
+  %100 = select <16 x i1> %99, <16 x float> %98, <16 x float> zeroinitializer
+  store <16 x float> %100, ptr %beta51.i, align 16, !tbaa !23
   %.idx.i = shl nsw i64 %48, 13
-  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %101 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
   %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
-  %108 = shl nuw nsw i64 %indvars.iv.i.us, 2
-  %109 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %108
-  %110 = load float, ptr %109, align 16, !tbaa !30
-  %111 = insertelement <16 x float> poison, float %110, i64 0
-  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
-  %113 = shl nuw nsw i64 %indvars.iv.i.us, 9
-  %114 = getelementptr float, ptr %107, i64 %113
-  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %108
-  %116 = load float, ptr %115, align 16, !tbaa !31
-  %117 = or disjoint i64 %108, 1
-  %118 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %117
-  %119 = load float, ptr %118, align 4, !tbaa !30
-  %120 = insertelement <16 x float> poison, float %119, i64 0
-  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
-  %122 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %117
-  %123 = load float, ptr %122, align 4, !tbaa !31
-  %124 = or disjoint i64 %108, 2
-  %125 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %124
-  %126 = load float, ptr %125, align 8, !tbaa !30
-  %127 = insertelement <16 x float> poison, float %126, i64 0
-  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
-  %129 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %124
-  %130 = load float, ptr %129, align 8, !tbaa !31
-  %131 = or disjoint i64 %108, 3
-  %132 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %131
-  %133 = load float, ptr %132, align 4, !tbaa !30
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %136 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %131
-  %137 = load float, ptr %136, align 4, !tbaa !31
-  %138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %113
-  %.scalar = fmul float %130, 0.000000e+00
-  %139 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar30 = fmul float %123, 0.000000e+00
-  %141 = insertelement <16 x float> poison, float %.scalar30, i64 0
-  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar31 = fmul float %116, 0.000000e+00
-  %143 = insertelement <16 x float> poison, float %.scalar31, i64 0
-  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %145 = load <16 x float>, ptr %114, align 4, !tbaa !5
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %145, <16 x float> %144)
-  store <16 x float> %146, ptr %138, align 4, !tbaa !5
-  %147 = getelementptr inbounds nuw i8, ptr %138, i64 64
-  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
-  %148 = getelementptr i8, ptr %114, i64 64
-  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %149, <16 x float> %144)
-  store <16 x float> %150, ptr %147, align 4, !tbaa !5
-  %151 = getelementptr inbounds nuw i8, ptr %138, i64 512
-  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !5
-  %152 = getelementptr i8, ptr %114, i64 512
-  %153 = load <16 x float>, ptr %152, align 4, !tbaa !5
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %153, <16 x float> %142)
-  store <16 x float> %154, ptr %151, align 4, !tbaa !5
-  %155 = getelementptr inbounds nuw i8, ptr %138, i64 576
-  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
-  %156 = getelementptr i8, ptr %114, i64 576
-  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %157, <16 x float> %142)
-  store <16 x float> %158, ptr %155, align 4, !tbaa !5
-  %159 = getelementptr inbounds nuw i8, ptr %138, i64 1024
-  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !5
-  %160 = getelementptr i8, ptr %114, i64 1024
-  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
-  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %161, <16 x float> %140)
-  store <16 x float> %162, ptr %159, align 4, !tbaa !5
-  %163 = getelementptr inbounds nuw i8, ptr %138, i64 1088
-  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !5
-  %164 = getelementptr i8, ptr %114, i64 1088
-  %165 = load <16 x float>, ptr %164, align 4, !tbaa !5
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %165, <16 x float> %140)
-  store <16 x float> %166, ptr %163, align 4, !tbaa !5
-  %167 = getelementptr inbounds nuw i8, ptr %138, i64 1536
+  %102 = shl nuw nsw i64 %indvars.iv.i.us, 2
+  %103 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %102
+  %104 = load float, ptr %103, align 16, !tbaa !30
+  %105 = insertelement <16 x float> poison, float %104, i64 0
+  %106 = shufflevector <16 x float> %105, <16 x float> poison, <16 x i32> zeroinitializer
+  %107 = shl nuw nsw i64 %indvars.iv.i.us, 9
+  %108 = getelementptr float, ptr %101, i64 %107
+  %109 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %102
+  %110 = load float, ptr %109, align 16, !tbaa !31
+  %111 = or disjoint i64 %102, 1
+  %112 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %111
+  %113 = load float, ptr %112, align 4, !tbaa !30
+  %114 = insertelement <16 x float> poison, float %113, i64 0
+  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
+  %116 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %111
+  %117 = load float, ptr %116, align 4, !tbaa !31
+  %118 = or disjoint i64 %102, 2
+  %119 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %118
+  %120 = load float, ptr %119, align 8, !tbaa !30
+  %121 = insertelement <16 x float> poison, float %120, i64 0
+  %122 = shufflevector <16 x float> %121, <16 x float> poison, <16 x i32> zeroinitializer
+  %123 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %118
+  %124 = load float, ptr %123, align 8, !tbaa !31
+  %125 = or disjoint i64 %102, 3
+  %126 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %125
+  %127 = load float, ptr %126, align 4, !tbaa !30
+  %128 = insertelement <16 x float> poison, float %127, i64 0
+  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
+  %130 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %125
+  %131 = load float, ptr %130, align 4, !tbaa !31
+  %132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %107
+  %.scalar = fmul float %124, 0.000000e+00
+  %133 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %134 = shufflevector <16 x float> %133, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar30 = fmul float %117, 0.000000e+00
+  %135 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %110, 0.000000e+00
+  %137 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !5
+  %139 = load <16 x float>, ptr %108, align 4, !tbaa !5
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %139, <16 x float> %138)
+  store <16 x float> %140, ptr %132, align 4, !tbaa !5
+  %141 = getelementptr inbounds nuw i8, ptr %132, i64 64
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
+  %142 = getelementptr i8, ptr %108, i64 64
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %143, <16 x float> %138)
+  store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  %145 = getelementptr inbounds nuw i8, ptr %132, i64 512
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  %146 = getelementptr i8, ptr %108, i64 512
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %147, <16 x float> %136)
+  store <16 x float> %148, ptr %145, align 4, !tbaa !5
+  %149 = getelementptr inbounds nuw i8, ptr %132, i64 576
+  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !5
+  %150 = getelementptr i8, ptr %108, i64 576
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !5
+  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %151, <16 x float> %136)
+  store <16 x float> %152, ptr %149, align 4, !tbaa !5
+  %153 = getelementptr inbounds nuw i8, ptr %132, i64 1024
+  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !5
+  %154 = getelementptr i8, ptr %108, i64 1024
+  %155 = load <16 x float>, ptr %154, align 4, !tbaa !5
+  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %155, <16 x float> %134)
+  store <16 x float> %156, ptr %153, align 4, !tbaa !5
+  %157 = getelementptr inbounds nuw i8, ptr %132, i64 1088
+  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !5
+  %158 = getelementptr i8, ptr %108, i64 1088
+  %159 = load <16 x float>, ptr %158, align 4, !tbaa !5
+  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %159, <16 x float> %134)
+  store <16 x float> %160, ptr %157, align 4, !tbaa !5
+  %161 = getelementptr inbounds nuw i8, ptr %132, i64 1536
+  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !5
+  %162 = getelementptr i8, ptr %108, i64 1536
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %.scalar34 = fmul float %131, 0.000000e+00
+  %164 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %163, <16 x float> %165)
+  store <16 x float> %166, ptr %161, align 4, !tbaa !5
+  %167 = getelementptr inbounds nuw i8, ptr %132, i64 1600
   store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !5
-  %168 = getelementptr i8, ptr %114, i64 1536
+  %168 = getelementptr i8, ptr %108, i64 1600
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %.scalar34 = fmul float %137, 0.000000e+00
-  %170 = insertelement <16 x float> poison, float %.scalar34, i64 0
-  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> zeroinitializer
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %169, <16 x float> %171)
-  store <16 x float> %172, ptr %167, align 4, !tbaa !5
-  %173 = getelementptr inbounds nuw i8, ptr %138, i64 1600
-  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
-  %174 = getelementptr i8, ptr %114, i64 1600
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %175, <16 x float> %171)
-  store <16 x float> %176, ptr %173, align 4, !tbaa !5
-  %177 = getelementptr inbounds nuw i8, ptr %138, i64 128
-  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %114, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %179, <16 x float> %144)
-  store <16 x float> %180, ptr %177, align 4, !tbaa !5
-  %181 = getelementptr inbounds nuw i8, ptr %138, i64 192
-  store <16 x float> zeroinitializer, ptr %181, align 4, !tbaa !5
-  %182 = getelementptr i8, ptr %114, i64 192
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %183, <16 x float> %144)
-  store <16 x float> %184, ptr %181, align 4, !tbaa !5
-  %185 = getelementptr inbounds nuw i8, ptr %138, i64 640
-  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !5
-  %186 = getelementptr i8, ptr %114, i64 640
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %187, <16 x float> %142)
-  store <16 x float> %188, ptr %185, align 4, !tbaa !5
-  %189 = getelementptr inbounds nuw i8, ptr %138, i64 704
-  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %114, i64 704
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %191, <16 x float> %142)
-  store <16 x float> %192, ptr %189, align 4, !tbaa !5
-  %193 = getelementptr inbounds nuw i8, ptr %138, i64 1152
-  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
-  %194 = getelementptr i8, ptr %114, i64 1152
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %195, <16 x float> %140)
-  store <16 x float> %196, ptr %193, align 4, !tbaa !5
-  %197 = getelementptr inbounds nuw i8, ptr %138, i64 1216
-  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !5
-  %198 = getelementptr i8, ptr %114, i64 1216
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %199, <16 x float> %140)
-  store <16 x float> %200, ptr %197, align 4, !tbaa !5
-  %201 = getelementptr inbounds nuw i8, ptr %138, i64 1664
-  store <16 x float> zeroinitializer, ptr %201, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %114, i64 1664
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %203, <16 x float> %171)
-  store <16 x float> %204, ptr %201, align 4, !tbaa !5
-  %205 = getelementptr inbounds nuw i8, ptr %138, i64 1728
-  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !5
-  %206 = getelementptr i8, ptr %114, i64 1728
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %207, <16 x float> %171)
-  store <16 x float> %208, ptr %205, align 4, !tbaa !5
-  %209 = getelementptr inbounds nuw i8, ptr %138, i64 256
-  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !5
-  %210 = getelementptr i8, ptr %114, i64 256
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
-  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %211, <16 x float> %144)
-  store <16 x float> %212, ptr %209, align 4, !tbaa !5
-  %213 = getelementptr inbounds nuw i8, ptr %138, i64 320
-  store <16 x float> zeroinitializer, ptr %213, align 4, !tbaa !5
-  %214 = getelementptr i8, ptr %114, i64 320
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
-  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %215, <16 x float> %144)
-  store <16 x float> %216, ptr %213, align 4, !tbaa !5
-  %217 = getelementptr inbounds nuw i8, ptr %138, i64 768
-  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !5
-  %218 = getelementptr i8, ptr %114, i64 768
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
-  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %219, <16 x float> %142)
-  store <16 x float> %220, ptr %217, align 4, !tbaa !5
-  %221 = getelementptr inbounds nuw i8, ptr %138, i64 832
-  store <16 x float> zeroinitializer, ptr %221, align 4, !tbaa !5
-  %222 = getelementptr i8, ptr %114, i64 832
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
-  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %223, <16 x float> %142)
-  store <16 x float> %224, ptr %221, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %138, i64 1280
-  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !5
-  %226 = getelementptr i8, ptr %114, i64 1280
-  %227 = load <16 x float>, ptr %226, align 4, !tbaa !5
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %227, <16 x float> %140)
-  store <16 x float> %228, ptr %225, align 4, !tbaa !5
-  %229 = getelementptr inbounds nuw i8, ptr %138, i64 1344
-  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !5
-  %230 = getelementptr i8, ptr %114, i64 1344
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %231, <16 x float> %140)
-  store <16 x float> %232, ptr %229, align 4, !tbaa !5
-  %233 = getelementptr inbounds nuw i8, ptr %138, i64 1792
-  store <16 x float> zeroinitializer, ptr %233, align 4, !tbaa !5
-  %234 = getelementptr i8, ptr %114, i64 1792
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %235, <16 x float> %171)
-  store <16 x float> %236, ptr %233, align 4, !tbaa !5
-  %237 = getelementptr inbounds nuw i8, ptr %138, i64 1856
-  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !5
-  %238 = getelementptr i8, ptr %114, i64 1856
-  %239 = load <16 x float>, ptr %238, align 4, !tbaa !5
-  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %239, <16 x float> %171)
-  store <16 x float> %240, ptr %237, align 4, !tbaa !5
-  %241 = getelementptr inbounds nuw i8, ptr %138, i64 384
-  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !5
-  %242 = getelementptr i8, ptr %114, i64 384
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !5
-  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %243, <16 x float> %144)
-  store <16 x float> %244, ptr %241, align 4, !tbaa !5
-  %245 = getelementptr inbounds nuw i8, ptr %138, i64 448
-  store <16 x float> zeroinitializer, ptr %245, align 4, !tbaa !5
-  %246 = getelementptr i8, ptr %114, i64 448
-  %247 = load <16 x float>, ptr %246, align 4, !tbaa !5
-  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %247, <16 x float> %144)
-  store <16 x float> %248, ptr %245, align 4, !tbaa !5
-  %249 = getelementptr inbounds nuw i8, ptr %138, i64 896
-  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !5
-  %250 = getelementptr i8, ptr %114, i64 896
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %251, <16 x float> %142)
-  store <16 x float> %252, ptr %249, align 4, !tbaa !5
-  %253 = getelementptr inbounds nuw i8, ptr %138, i64 960
-  store <16 x float> zeroinitializer, ptr %253, align 4, !tbaa !5
-  %254 = getelementptr i8, ptr %114, i64 960
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !5
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %255, <16 x float> %142)
-  store <16 x float> %256, ptr %253, align 4, !tbaa !5
-  %257 = getelementptr inbounds nuw i8, ptr %138, i64 1408
-  store <16 x float> zeroinitializer, ptr %257, align 4, !tbaa !5
-  %258 = getelementptr i8, ptr %114, i64 1408
-  %259 = load <16 x float>, ptr %258, align 4, !tbaa !5
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %259, <16 x float> %140)
-  store <16 x float> %260, ptr %257, align 4, !tbaa !5
-  %261 = getelementptr inbounds nuw i8, ptr %138, i64 1472
-  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !5
-  %262 = getelementptr i8, ptr %114, i64 1472
-  %263 = load <16 x float>, ptr %262, align 4, !tbaa !5
-  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %263, <16 x float> %140)
-  store <16 x float> %264, ptr %261, align 4, !tbaa !5
-  %265 = getelementptr inbounds nuw i8, ptr %138, i64 1920
-  store <16 x float> zeroinitializer, ptr %265, align 4, !tbaa !5
-  %266 = getelementptr i8, ptr %114, i64 1920
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !5
-  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %267, <16 x float> %171)
-  store <16 x float> %268, ptr %265, align 4, !tbaa !5
-  %269 = getelementptr inbounds nuw i8, ptr %138, i64 1984
-  store <16 x float> zeroinitializer, ptr %269, align 4, !tbaa !5
-  %270 = getelementptr i8, ptr %114, i64 1984
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
-  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %271, <16 x float> %171)
-  store <16 x float> %272, ptr %269, align 4, !tbaa !5
+  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %169, <16 x float> %165)
+  store <16 x float> %170, ptr %167, align 4, !tbaa !5
+  %171 = getelementptr inbounds nuw i8, ptr %132, i64 128
+  store <16 x float> zeroinitializer, ptr %171, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %108, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %173, <16 x float> %138)
+  store <16 x float> %174, ptr %171, align 4, !tbaa !5
+  %175 = getelementptr inbounds nuw i8, ptr %132, i64 192
+  store <16 x float> zeroinitializer, ptr %175, align 4, !tbaa !5
+  %176 = getelementptr i8, ptr %108, i64 192
+  %177 = load <16 x float>, ptr %176, align 4, !tbaa !5
+  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %177, <16 x float> %138)
+  store <16 x float> %178, ptr %175, align 4, !tbaa !5
+  %179 = getelementptr inbounds nuw i8, ptr %132, i64 640
+  store <16 x float> zeroinitializer, ptr %179, align 4, !tbaa !5
+  %180 = getelementptr i8, ptr %108, i64 640
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %181, <16 x float> %136)
+  store <16 x float> %182, ptr %179, align 4, !tbaa !5
+  %183 = getelementptr inbounds nuw i8, ptr %132, i64 704
+  store <16 x float> zeroinitializer, ptr %183, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %108, i64 704
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %185, <16 x float> %136)
+  store <16 x float> %186, ptr %183, align 4, !tbaa !5
+  %187 = getelementptr inbounds nuw i8, ptr %132, i64 1152
+  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !5
+  %188 = getelementptr i8, ptr %108, i64 1152
+  %189 = load <16 x float>, ptr %188, align 4, !tbaa !5
+  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %189, <16 x float> %134)
+  store <16 x float> %190, ptr %187, align 4, !tbaa !5
+  %191 = getelementptr inbounds nuw i8, ptr %132, i64 1216
+  store <16 x float> zeroinitializer, ptr %191, align 4, !tbaa !5
+  %192 = getelementptr i8, ptr %108, i64 1216
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %193, <16 x float> %134)
+  store <16 x float> %194, ptr %191, align 4, !tbaa !5
+  %195 = getelementptr inbounds nuw i8, ptr %132, i64 1664
+  store <16 x float> zeroinitializer, ptr %195, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %108, i64 1664
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %197, <16 x float> %165)
+  store <16 x float> %198, ptr %195, align 4, !tbaa !5
+  %199 = getelementptr inbounds nuw i8, ptr %132, i64 1728
+  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !5
+  %200 = getelementptr i8, ptr %108, i64 1728
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !5
+  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %201, <16 x float> %165)
+  store <16 x float> %202, ptr %199, align 4, !tbaa !5
+  %203 = getelementptr inbounds nuw i8, ptr %132, i64 256
+  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !5
+  %204 = getelementptr i8, ptr %108, i64 256
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %205, <16 x float> %138)
+  store <16 x float> %206, ptr %203, align 4, !tbaa !5
+  %207 = getelementptr inbounds nuw i8, ptr %132, i64 320
+  store <16 x float> zeroinitializer, ptr %207, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %108, i64 320
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %209, <16 x float> %138)
+  store <16 x float> %210, ptr %207, align 4, !tbaa !5
+  %211 = getelementptr inbounds nuw i8, ptr %132, i64 768
+  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !5
+  %212 = getelementptr i8, ptr %108, i64 768
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
+  %214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %213, <16 x float> %136)
+  store <16 x float> %214, ptr %211, align 4, !tbaa !5
+  %215 = getelementptr inbounds nuw i8, ptr %132, i64 832
+  store <16 x float> zeroinitializer, ptr %215, align 4, !tbaa !5
+  %216 = getelementptr i8, ptr %108, i64 832
+  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %217, <16 x float> %136)
+  store <16 x float> %218, ptr %215, align 4, !tbaa !5
+  %219 = getelementptr inbounds nuw i8, ptr %132, i64 1280
+  store <16 x float> zeroinitializer, ptr %219, align 4, !tbaa !5
+  %220 = getelementptr i8, ptr %108, i64 1280
+  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %221, <16 x float> %134)
+  store <16 x float> %222, ptr %219, align 4, !tbaa !5
+  %223 = getelementptr inbounds nuw i8, ptr %132, i64 1344
+  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !5
+  %224 = getelementptr i8, ptr %108, i64 1344
+  %225 = load <16 x float>, ptr %224, align 4, !tbaa !5
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %225, <16 x float> %134)
+  store <16 x float> %226, ptr %223, align 4, !tbaa !5
+  %227 = getelementptr inbounds nuw i8, ptr %132, i64 1792
+  store <16 x float> zeroinitializer, ptr %227, align 4, !tbaa !5
+  %228 = getelementptr i8, ptr %108, i64 1792
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %229, <16 x float> %165)
+  store <16 x float> %230, ptr %227, align 4, !tbaa !5
+  %231 = getelementptr inbounds nuw i8, ptr %132, i64 1856
+  store <16 x float> zeroinitializer, ptr %231, align 4, !tbaa !5
+  %232 = getelementptr i8, ptr %108, i64 1856
+  %233 = load <16 x float>, ptr %232, align 4, !tbaa !5
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %233, <16 x float> %165)
+  store <16 x float> %234, ptr %231, align 4, !tbaa !5
+  %235 = getelementptr inbounds nuw i8, ptr %132, i64 384
+  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !5
+  %236 = getelementptr i8, ptr %108, i64 384
+  %237 = load <16 x float>, ptr %236, align 4, !tbaa !5
+  %238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %237, <16 x float> %138)
+  store <16 x float> %238, ptr %235, align 4, !tbaa !5
+  %239 = getelementptr inbounds nuw i8, ptr %132, i64 448
+  store <16 x float> zeroinitializer, ptr %239, align 4, !tbaa !5
+  %240 = getelementptr i8, ptr %108, i64 448
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %241, <16 x float> %138)
+  store <16 x float> %242, ptr %239, align 4, !tbaa !5
+  %243 = getelementptr inbounds nuw i8, ptr %132, i64 896
+  store <16 x float> zeroinitializer, ptr %243, align 4, !tbaa !5
+  %244 = getelementptr i8, ptr %108, i64 896
+  %245 = load <16 x float>, ptr %244, align 4, !tbaa !5
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %245, <16 x float> %136)
+  store <16 x float> %246, ptr %243, align 4, !tbaa !5
+  %247 = getelementptr inbounds nuw i8, ptr %132, i64 960
+  store <16 x float> zeroinitializer, ptr %247, align 4, !tbaa !5
+  %248 = getelementptr i8, ptr %108, i64 960
+  %249 = load <16 x float>, ptr %248, align 4, !tbaa !5
+  %250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %249, <16 x float> %136)
+  store <16 x float> %250, ptr %247, align 4, !tbaa !5
+  %251 = getelementptr inbounds nuw i8, ptr %132, i64 1408
+  store <16 x float> zeroinitializer, ptr %251, align 4, !tbaa !5
+  %252 = getelementptr i8, ptr %108, i64 1408
+  %253 = load <16 x float>, ptr %252, align 4, !tbaa !5
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %253, <16 x float> %134)
+  store <16 x float> %254, ptr %251, align 4, !tbaa !5
+  %255 = getelementptr inbounds nuw i8, ptr %132, i64 1472
+  store <16 x float> zeroinitializer, ptr %255, align 4, !tbaa !5
+  %256 = getelementptr i8, ptr %108, i64 1472
+  %257 = load <16 x float>, ptr %256, align 4, !tbaa !5
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %257, <16 x float> %134)
+  store <16 x float> %258, ptr %255, align 4, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %132, i64 1920
+  store <16 x float> zeroinitializer, ptr %259, align 4, !tbaa !5
+  %260 = getelementptr i8, ptr %108, i64 1920
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !5
+  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %261, <16 x float> %165)
+  store <16 x float> %262, ptr %259, align 4, !tbaa !5
+  %263 = getelementptr inbounds nuw i8, ptr %132, i64 1984
+  store <16 x float> zeroinitializer, ptr %263, align 4, !tbaa !5
+  %264 = getelementptr i8, ptr %108, i64 1984
+  %265 = load <16 x float>, ptr %264, align 4, !tbaa !5
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %265, <16 x float> %165)
+  store <16 x float> %266, ptr %263, align 4, !tbaa !5
   %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
   %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 4
   br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !32
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %467, %for_end_r_0.i ]
-  %m56.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  %273 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %274 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %275 = select <16 x i1> %274, <16 x float> zeroinitializer, <16 x float> %273
-  store <16 x float> %275, ptr %factor46.i, align 16, !tbaa !33
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %461, %for_end_r_0.i ]
+  %m58.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  %267 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %268 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %269 = select <16 x i1> %268, <16 x float> zeroinitializer, <16 x float> %267
+  store <16 x float> %269, ptr %factor48.i, align 16, !tbaa !33
   %sext28 = shl i64 %20, 32
-  %276 = ashr exact i64 %sext28, 32
-  %277 = mul nsw i64 %out_batch, %276
-  %278 = getelementptr float, ptr %out, i64 %277
-  br label %for_begin_d_031.preheader.i
+  %270 = ashr exact i64 %sext28, 32
+  %271 = mul nsw i64 %out_batch, %270
+  %272 = getelementptr float, ptr %out, i64 %271
+  br label %for_begin_d_033.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %279 = shl nuw nsw i64 %indvars.iv.i, 2
-  %280 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %279
-  %281 = load float, ptr %280, align 16, !tbaa !30
+  %273 = shl nuw nsw i64 %indvars.iv.i, 2
+  %274 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %273
+  %275 = load float, ptr %274, align 16, !tbaa !30
+  %276 = insertelement <16 x float> poison, float %275, i64 0
+  %277 = shufflevector <16 x float> %276, <16 x float> poison, <16 x i32> zeroinitializer
+  %278 = shl nuw nsw i64 %indvars.iv.i, 9
+  %279 = getelementptr float, ptr %101, i64 %278
+  %280 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %273
+  %281 = load float, ptr %280, align 16, !tbaa !31
   %282 = insertelement <16 x float> poison, float %281, i64 0
   %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
-  %284 = shl nuw nsw i64 %indvars.iv.i, 9
-  %285 = getelementptr float, ptr %107, i64 %284
-  %286 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %279
-  %287 = load float, ptr %286, align 16, !tbaa !31
-  %288 = insertelement <16 x float> poison, float %287, i64 0
-  %289 = shufflevector <16 x float> %288, <16 x float> poison, <16 x i32> zeroinitializer
-  %290 = or disjoint i64 %279, 1
-  %291 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %290
-  %292 = load float, ptr %291, align 4, !tbaa !30
-  %293 = insertelement <16 x float> poison, float %292, i64 0
-  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
-  %295 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %290
-  %296 = load float, ptr %295, align 4, !tbaa !31
-  %297 = insertelement <16 x float> poison, float %296, i64 0
-  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
-  %299 = or disjoint i64 %279, 2
-  %300 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %299
-  %301 = load float, ptr %300, align 8, !tbaa !30
-  %302 = insertelement <16 x float> poison, float %301, i64 0
-  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
-  %304 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %299
-  %305 = load float, ptr %304, align 8, !tbaa !31
-  %306 = insertelement <16 x float> poison, float %305, i64 0
-  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
-  %308 = or disjoint i64 %279, 3
-  %309 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %308
-  %310 = load float, ptr %309, align 4, !tbaa !30
-  %311 = insertelement <16 x float> poison, float %310, i64 0
-  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
-  %313 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %308
-  %314 = load float, ptr %313, align 4, !tbaa !31
-  %315 = insertelement <16 x float> poison, float %314, i64 0
-  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
-  %317 = getelementptr inbounds nuw float, ptr %acc.i, i64 %284
-  %.pre.i = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %.pre117.i = fmul <16 x float> %289, %.pre.i
-  %318 = load <16 x float>, ptr %285, align 4, !tbaa !5
-  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %318, <16 x float> %.pre117.i)
-  store <16 x float> %319, ptr %317, align 4, !tbaa !5
-  %320 = getelementptr i8, ptr %285, i64 64
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %317, i64 64
-  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %324 = fmul <16 x float> %289, %323
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %321, <16 x float> %324)
-  store <16 x float> %325, ptr %322, align 4, !tbaa !5
-  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %317, i64 512
-  %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
-  %.pre118.i = fmul <16 x float> %298, %.pre86.i
-  %326 = getelementptr i8, ptr %285, i64 512
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %327, <16 x float> %.pre118.i)
-  store <16 x float> %328, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
-  %329 = getelementptr i8, ptr %285, i64 576
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %331 = getelementptr inbounds nuw i8, ptr %317, i64 576
-  %332 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %333 = fmul <16 x float> %298, %332
-  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %330, <16 x float> %333)
-  store <16 x float> %334, ptr %331, align 4, !tbaa !5
-  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %317, i64 1024
+  %284 = or disjoint i64 %273, 1
+  %285 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %284
+  %286 = load float, ptr %285, align 4, !tbaa !30
+  %287 = insertelement <16 x float> poison, float %286, i64 0
+  %288 = shufflevector <16 x float> %287, <16 x float> poison, <16 x i32> zeroinitializer
+  %289 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %284
+  %290 = load float, ptr %289, align 4, !tbaa !31
+  %291 = insertelement <16 x float> poison, float %290, i64 0
+  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
+  %293 = or disjoint i64 %273, 2
+  %294 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %293
+  %295 = load float, ptr %294, align 8, !tbaa !30
+  %296 = insertelement <16 x float> poison, float %295, i64 0
+  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
+  %298 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %293
+  %299 = load float, ptr %298, align 8, !tbaa !31
+  %300 = insertelement <16 x float> poison, float %299, i64 0
+  %301 = shufflevector <16 x float> %300, <16 x float> poison, <16 x i32> zeroinitializer
+  %302 = or disjoint i64 %273, 3
+  %303 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %302
+  %304 = load float, ptr %303, align 4, !tbaa !30
+  %305 = insertelement <16 x float> poison, float %304, i64 0
+  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
+  %307 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %302
+  %308 = load float, ptr %307, align 4, !tbaa !31
+  %309 = insertelement <16 x float> poison, float %308, i64 0
+  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
+  %311 = getelementptr inbounds nuw float, ptr %acc.i, i64 %278
+  %.pre.i = load <16 x float>, ptr %311, align 4, !tbaa !5
+  %.pre119.i = fmul <16 x float> %283, %.pre.i
+  %312 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %312, <16 x float> %.pre119.i)
+  store <16 x float> %313, ptr %311, align 4, !tbaa !5
+  %314 = getelementptr i8, ptr %279, i64 64
+  %315 = load <16 x float>, ptr %314, align 4, !tbaa !5
+  %316 = getelementptr inbounds nuw i8, ptr %311, i64 64
+  %317 = load <16 x float>, ptr %316, align 4, !tbaa !5
+  %318 = fmul <16 x float> %283, %317
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %315, <16 x float> %318)
+  store <16 x float> %319, ptr %316, align 4, !tbaa !5
+  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %311, i64 512
   %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
-  %.pre120.i = fmul <16 x float> %307, %.pre88.i
-  %335 = getelementptr i8, ptr %285, i64 1024
-  %336 = load <16 x float>, ptr %335, align 4, !tbaa !5
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %336, <16 x float> %.pre120.i)
-  store <16 x float> %337, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
-  %338 = getelementptr i8, ptr %285, i64 1088
-  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
-  %340 = getelementptr inbounds nuw i8, ptr %317, i64 1088
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
-  %342 = fmul <16 x float> %307, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %339, <16 x float> %342)
-  store <16 x float> %343, ptr %340, align 4, !tbaa !5
-  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %317, i64 1536
+  %.pre120.i = fmul <16 x float> %292, %.pre88.i
+  %320 = getelementptr i8, ptr %279, i64 512
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %321, <16 x float> %.pre120.i)
+  store <16 x float> %322, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %323 = getelementptr i8, ptr %279, i64 576
+  %324 = load <16 x float>, ptr %323, align 4, !tbaa !5
+  %325 = getelementptr inbounds nuw i8, ptr %311, i64 576
+  %326 = load <16 x float>, ptr %325, align 4, !tbaa !5
+  %327 = fmul <16 x float> %292, %326
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %324, <16 x float> %327)
+  store <16 x float> %328, ptr %325, align 4, !tbaa !5
+  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %311, i64 1024
   %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
-  %344 = getelementptr i8, ptr %285, i64 1536
-  %345 = load <16 x float>, ptr %344, align 4, !tbaa !5
-  %346 = fmul <16 x float> %316, %.pre90.i
-  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %345, <16 x float> %346)
-  store <16 x float> %347, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
-  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %317, i64 1600
+  %.pre122.i = fmul <16 x float> %301, %.pre90.i
+  %329 = getelementptr i8, ptr %279, i64 1024
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %330, <16 x float> %.pre122.i)
+  store <16 x float> %331, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %332 = getelementptr i8, ptr %279, i64 1088
+  %333 = load <16 x float>, ptr %332, align 4, !tbaa !5
+  %334 = getelementptr inbounds nuw i8, ptr %311, i64 1088
+  %335 = load <16 x float>, ptr %334, align 4, !tbaa !5
+  %336 = fmul <16 x float> %301, %335
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %333, <16 x float> %336)
+  store <16 x float> %337, ptr %334, align 4, !tbaa !5
+  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %311, i64 1536
   %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
-  %348 = getelementptr i8, ptr %285, i64 1600
-  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
-  %350 = fmul <16 x float> %316, %.pre92.i
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %349, <16 x float> %350)
-  store <16 x float> %351, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
-  %352 = getelementptr i8, ptr %285, i64 128
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
-  %354 = getelementptr inbounds nuw i8, ptr %317, i64 128
-  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
-  %356 = fmul <16 x float> %289, %355
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %353, <16 x float> %356)
-  store <16 x float> %357, ptr %354, align 4, !tbaa !5
-  %358 = getelementptr i8, ptr %285, i64 192
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
-  %360 = getelementptr inbounds nuw i8, ptr %317, i64 192
-  %361 = load <16 x float>, ptr %360, align 4, !tbaa !5
-  %362 = fmul <16 x float> %289, %361
-  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %359, <16 x float> %362)
-  store <16 x float> %363, ptr %360, align 4, !tbaa !5
-  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %317, i64 640
+  %338 = getelementptr i8, ptr %279, i64 1536
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
+  %340 = fmul <16 x float> %310, %.pre92.i
+  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %339, <16 x float> %340)
+  store <16 x float> %341, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %311, i64 1600
   %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
-  %.pre122.i = fmul <16 x float> %298, %.pre94.i
-  %364 = getelementptr i8, ptr %285, i64 640
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %365, <16 x float> %.pre122.i)
-  store <16 x float> %366, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
-  %367 = getelementptr i8, ptr %285, i64 704
-  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
-  %369 = getelementptr inbounds nuw i8, ptr %317, i64 704
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
-  %371 = fmul <16 x float> %298, %370
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %368, <16 x float> %371)
-  store <16 x float> %372, ptr %369, align 4, !tbaa !5
-  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %317, i64 1152
+  %342 = getelementptr i8, ptr %279, i64 1600
+  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
+  %344 = fmul <16 x float> %310, %.pre94.i
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %343, <16 x float> %344)
+  store <16 x float> %345, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %346 = getelementptr i8, ptr %279, i64 128
+  %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
+  %348 = getelementptr inbounds nuw i8, ptr %311, i64 128
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
+  %350 = fmul <16 x float> %283, %349
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %347, <16 x float> %350)
+  store <16 x float> %351, ptr %348, align 4, !tbaa !5
+  %352 = getelementptr i8, ptr %279, i64 192
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
+  %354 = getelementptr inbounds nuw i8, ptr %311, i64 192
+  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
+  %356 = fmul <16 x float> %283, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 4, !tbaa !5
+  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %311, i64 640
   %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
-  %.pre124.i = fmul <16 x float> %307, %.pre96.i
-  %373 = getelementptr i8, ptr %285, i64 1152
-  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %374, <16 x float> %.pre124.i)
-  store <16 x float> %375, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
-  %376 = getelementptr i8, ptr %285, i64 1216
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
-  %378 = getelementptr inbounds nuw i8, ptr %317, i64 1216
-  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
-  %380 = fmul <16 x float> %307, %379
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %377, <16 x float> %380)
-  store <16 x float> %381, ptr %378, align 4, !tbaa !5
-  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %317, i64 1664
+  %.pre124.i = fmul <16 x float> %292, %.pre96.i
+  %358 = getelementptr i8, ptr %279, i64 640
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %359, <16 x float> %.pre124.i)
+  store <16 x float> %360, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %361 = getelementptr i8, ptr %279, i64 704
+  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
+  %363 = getelementptr inbounds nuw i8, ptr %311, i64 704
+  %364 = load <16 x float>, ptr %363, align 4, !tbaa !5
+  %365 = fmul <16 x float> %292, %364
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %362, <16 x float> %365)
+  store <16 x float> %366, ptr %363, align 4, !tbaa !5
+  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %311, i64 1152
   %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
-  %382 = getelementptr i8, ptr %285, i64 1664
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
-  %384 = fmul <16 x float> %316, %.pre98.i
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %383, <16 x float> %384)
-  store <16 x float> %385, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
-  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %317, i64 1728
+  %.pre126.i = fmul <16 x float> %301, %.pre98.i
+  %367 = getelementptr i8, ptr %279, i64 1152
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %368, <16 x float> %.pre126.i)
+  store <16 x float> %369, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %370 = getelementptr i8, ptr %279, i64 1216
+  %371 = load <16 x float>, ptr %370, align 4, !tbaa !5
+  %372 = getelementptr inbounds nuw i8, ptr %311, i64 1216
+  %373 = load <16 x float>, ptr %372, align 4, !tbaa !5
+  %374 = fmul <16 x float> %301, %373
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %371, <16 x float> %374)
+  store <16 x float> %375, ptr %372, align 4, !tbaa !5
+  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %311, i64 1664
   %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
-  %386 = getelementptr i8, ptr %285, i64 1728
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
-  %388 = fmul <16 x float> %316, %.pre100.i
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %387, <16 x float> %388)
-  store <16 x float> %389, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
-  %390 = getelementptr i8, ptr %285, i64 256
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
-  %392 = getelementptr inbounds nuw i8, ptr %317, i64 256
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
-  %394 = fmul <16 x float> %289, %393
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %391, <16 x float> %394)
-  store <16 x float> %395, ptr %392, align 4, !tbaa !5
-  %396 = getelementptr i8, ptr %285, i64 320
-  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
-  %398 = getelementptr inbounds nuw i8, ptr %317, i64 320
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %400 = fmul <16 x float> %289, %399
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %397, <16 x float> %400)
-  store <16 x float> %401, ptr %398, align 4, !tbaa !5
-  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %317, i64 768
+  %376 = getelementptr i8, ptr %279, i64 1664
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %378 = fmul <16 x float> %310, %.pre100.i
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %377, <16 x float> %378)
+  store <16 x float> %379, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %311, i64 1728
   %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
-  %.pre126.i = fmul <16 x float> %298, %.pre102.i
-  %402 = getelementptr i8, ptr %285, i64 768
-  %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %403, <16 x float> %.pre126.i)
-  store <16 x float> %404, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
-  %405 = getelementptr i8, ptr %285, i64 832
-  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
-  %407 = getelementptr inbounds nuw i8, ptr %317, i64 832
-  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
-  %409 = fmul <16 x float> %298, %408
-  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %406, <16 x float> %409)
-  store <16 x float> %410, ptr %407, align 4, !tbaa !5
-  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %317, i64 1280
+  %380 = getelementptr i8, ptr %279, i64 1728
+  %381 = load <16 x float>, ptr %380, align 4, !tbaa !5
+  %382 = fmul <16 x float> %310, %.pre102.i
+  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %381, <16 x float> %382)
+  store <16 x float> %383, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %384 = getelementptr i8, ptr %279, i64 256
+  %385 = load <16 x float>, ptr %384, align 4, !tbaa !5
+  %386 = getelementptr inbounds nuw i8, ptr %311, i64 256
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
+  %388 = fmul <16 x float> %283, %387
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %385, <16 x float> %388)
+  store <16 x float> %389, ptr %386, align 4, !tbaa !5
+  %390 = getelementptr i8, ptr %279, i64 320
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw i8, ptr %311, i64 320
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
+  %394 = fmul <16 x float> %283, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 4, !tbaa !5
+  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %311, i64 768
   %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
-  %.pre128.i = fmul <16 x float> %307, %.pre104.i
-  %411 = getelementptr i8, ptr %285, i64 1280
-  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
-  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %412, <16 x float> %.pre128.i)
-  store <16 x float> %413, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
-  %414 = getelementptr i8, ptr %285, i64 1344
-  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
-  %416 = getelementptr inbounds nuw i8, ptr %317, i64 1344
-  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
-  %418 = fmul <16 x float> %307, %417
-  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %415, <16 x float> %418)
-  store <16 x float> %419, ptr %416, align 4, !tbaa !5
-  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %317, i64 1792
+  %.pre128.i = fmul <16 x float> %292, %.pre104.i
+  %396 = getelementptr i8, ptr %279, i64 768
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
+  %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %397, <16 x float> %.pre128.i)
+  store <16 x float> %398, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %399 = getelementptr i8, ptr %279, i64 832
+  %400 = load <16 x float>, ptr %399, align 4, !tbaa !5
+  %401 = getelementptr inbounds nuw i8, ptr %311, i64 832
+  %402 = load <16 x float>, ptr %401, align 4, !tbaa !5
+  %403 = fmul <16 x float> %292, %402
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %400, <16 x float> %403)
+  store <16 x float> %404, ptr %401, align 4, !tbaa !5
+  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %311, i64 1280
   %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
-  %420 = getelementptr i8, ptr %285, i64 1792
-  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
-  %422 = fmul <16 x float> %316, %.pre106.i
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %421, <16 x float> %422)
-  store <16 x float> %423, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
-  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %317, i64 1856
+  %.pre130.i = fmul <16 x float> %301, %.pre106.i
+  %405 = getelementptr i8, ptr %279, i64 1280
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %406, <16 x float> %.pre130.i)
+  store <16 x float> %407, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %408 = getelementptr i8, ptr %279, i64 1344
+  %409 = load <16 x float>, ptr %408, align 4, !tbaa !5
+  %410 = getelementptr inbounds nuw i8, ptr %311, i64 1344
+  %411 = load <16 x float>, ptr %410, align 4, !tbaa !5
+  %412 = fmul <16 x float> %301, %411
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %409, <16 x float> %412)
+  store <16 x float> %413, ptr %410, align 4, !tbaa !5
+  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %311, i64 1792
   %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
-  %424 = getelementptr i8, ptr %285, i64 1856
-  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
-  %426 = fmul <16 x float> %316, %.pre108.i
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %425, <16 x float> %426)
-  store <16 x float> %427, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
-  %428 = getelementptr i8, ptr %285, i64 384
-  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
-  %430 = getelementptr inbounds nuw i8, ptr %317, i64 384
-  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
-  %432 = fmul <16 x float> %289, %431
-  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %429, <16 x float> %432)
-  store <16 x float> %433, ptr %430, align 4, !tbaa !5
-  %434 = getelementptr i8, ptr %285, i64 448
-  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
-  %436 = getelementptr inbounds nuw i8, ptr %317, i64 448
-  %437 = load <16 x float>, ptr %436, align 4, !tbaa !5
-  %438 = fmul <16 x float> %289, %437
-  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %435, <16 x float> %438)
-  store <16 x float> %439, ptr %436, align 4, !tbaa !5
-  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %317, i64 896
+  %414 = getelementptr i8, ptr %279, i64 1792
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %416 = fmul <16 x float> %310, %.pre108.i
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %415, <16 x float> %416)
+  store <16 x float> %417, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %311, i64 1856
   %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
-  %.pre130.i = fmul <16 x float> %298, %.pre110.i
-  %440 = getelementptr i8, ptr %285, i64 896
-  %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
-  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %441, <16 x float> %.pre130.i)
-  store <16 x float> %442, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
-  %443 = getelementptr i8, ptr %285, i64 960
-  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
-  %445 = getelementptr inbounds nuw i8, ptr %317, i64 960
-  %446 = load <16 x float>, ptr %445, align 4, !tbaa !5
-  %447 = fmul <16 x float> %298, %446
-  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %444, <16 x float> %447)
-  store <16 x float> %448, ptr %445, align 4, !tbaa !5
-  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %317, i64 1408
+  %418 = getelementptr i8, ptr %279, i64 1856
+  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
+  %420 = fmul <16 x float> %310, %.pre110.i
+  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %419, <16 x float> %420)
+  store <16 x float> %421, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %422 = getelementptr i8, ptr %279, i64 384
+  %423 = load <16 x float>, ptr %422, align 4, !tbaa !5
+  %424 = getelementptr inbounds nuw i8, ptr %311, i64 384
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
+  %426 = fmul <16 x float> %283, %425
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %423, <16 x float> %426)
+  store <16 x float> %427, ptr %424, align 4, !tbaa !5
+  %428 = getelementptr i8, ptr %279, i64 448
+  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
+  %430 = getelementptr inbounds nuw i8, ptr %311, i64 448
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
+  %432 = fmul <16 x float> %283, %431
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %429, <16 x float> %432)
+  store <16 x float> %433, ptr %430, align 4, !tbaa !5
+  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %311, i64 896
   %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
-  %.pre132.i = fmul <16 x float> %307, %.pre112.i
-  %449 = getelementptr i8, ptr %285, i64 1408
-  %450 = load <16 x float>, ptr %449, align 4, !tbaa !5
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %450, <16 x float> %.pre132.i)
-  store <16 x float> %451, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
-  %452 = getelementptr i8, ptr %285, i64 1472
-  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
-  %454 = getelementptr inbounds nuw i8, ptr %317, i64 1472
-  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
-  %456 = fmul <16 x float> %307, %455
-  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %453, <16 x float> %456)
-  store <16 x float> %457, ptr %454, align 4, !tbaa !5
-  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %317, i64 1920
+  %.pre132.i = fmul <16 x float> %292, %.pre112.i
+  %434 = getelementptr i8, ptr %279, i64 896
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %435, <16 x float> %.pre132.i)
+  store <16 x float> %436, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %437 = getelementptr i8, ptr %279, i64 960
+  %438 = load <16 x float>, ptr %437, align 4, !tbaa !5
+  %439 = getelementptr inbounds nuw i8, ptr %311, i64 960
+  %440 = load <16 x float>, ptr %439, align 4, !tbaa !5
+  %441 = fmul <16 x float> %292, %440
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %438, <16 x float> %441)
+  store <16 x float> %442, ptr %439, align 4, !tbaa !5
+  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %311, i64 1408
   %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
-  %458 = getelementptr i8, ptr %285, i64 1920
-  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
-  %460 = fmul <16 x float> %316, %.pre114.i
-  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %459, <16 x float> %460)
-  store <16 x float> %461, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
-  %.phi.trans.insert115.i = getelementptr inbounds nuw i8, ptr %317, i64 1984
+  %.pre134.i = fmul <16 x float> %301, %.pre114.i
+  %443 = getelementptr i8, ptr %279, i64 1408
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
+  %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %444, <16 x float> %.pre134.i)
+  store <16 x float> %445, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
+  %446 = getelementptr i8, ptr %279, i64 1472
+  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
+  %448 = getelementptr inbounds nuw i8, ptr %311, i64 1472
+  %449 = load <16 x float>, ptr %448, align 4, !tbaa !5
+  %450 = fmul <16 x float> %301, %449
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %447, <16 x float> %450)
+  store <16 x float> %451, ptr %448, align 4, !tbaa !5
+  %.phi.trans.insert115.i = getelementptr inbounds nuw i8, ptr %311, i64 1920
   %.pre116.i = load <16 x float>, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
-  %462 = getelementptr i8, ptr %285, i64 1984
-  %463 = load <16 x float>, ptr %462, align 4, !tbaa !5
-  %464 = fmul <16 x float> %316, %.pre116.i
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %463, <16 x float> %464)
-  store <16 x float> %465, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
+  %452 = getelementptr i8, ptr %279, i64 1920
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
+  %454 = fmul <16 x float> %310, %.pre116.i
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %453, <16 x float> %454)
+  store <16 x float> %455, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
+  %.phi.trans.insert117.i = getelementptr inbounds nuw i8, ptr %311, i64 1984
+  %.pre118.i = load <16 x float>, ptr %.phi.trans.insert117.i, align 4, !tbaa !5
+  %456 = getelementptr i8, ptr %279, i64 1984
+  %457 = load <16 x float>, ptr %456, align 4, !tbaa !5
+  %458 = fmul <16 x float> %310, %.pre118.i
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %457, <16 x float> %458)
+  store <16 x float> %459, ptr %.phi.trans.insert117.i, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
   br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !32
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
-  %466 = fmul <16 x float> %old_sum.i, %82
-  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %54, <16 x float> %466)
-  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
-  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
-  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  %460 = fmul <16 x float> %old_sum.i, %79
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %100, <16 x float> %54, <16 x float> %460)
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
-  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_031.preheader.i ]
-  %468 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv75.i
-  %469 = load float, ptr %468, align 4, !tbaa !40
-  %470 = insertelement <16 x float> poison, float %469, i64 0
-  %471 = shufflevector <16 x float> %470, <16 x float> poison, <16 x i32> zeroinitializer
-  %472 = mul nsw i64 %indvars.iv75.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %278, i64 %472
-  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
-  %473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
-  %475 = fmul <16 x float> %474, %471
-  store <16 x float> %475, ptr %invariant.gep.i, align 4, !tbaa !5
-  %476 = getelementptr inbounds nuw i8, ptr %473, i64 64
-  %477 = load <16 x float>, ptr %476, align 4, !tbaa !5
-  %478 = fmul <16 x float> %471, %477
+for_begin_d_033.preheader.i:                      ; preds = %for_begin_d_033.preheader.i, %for_end_step.i
+  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_033.preheader.i ]
+  %462 = getelementptr inbounds nuw float, ptr %factor48.i, i64 %indvars.iv77.i
+  %463 = load float, ptr %462, align 4, !tbaa !40
+  %464 = insertelement <16 x float> poison, float %463, i64 0
+  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
+  %466 = mul nsw i64 %indvars.iv77.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %272, i64 %466
+  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
+  %467 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %468 = load <16 x float>, ptr %467, align 4, !tbaa !5
+  %469 = fmul <16 x float> %468, %465
+  store <16 x float> %469, ptr %invariant.gep.i, align 4, !tbaa !5
+  %470 = getelementptr inbounds nuw i8, ptr %467, i64 64
+  %471 = load <16 x float>, ptr %470, align 4, !tbaa !5
+  %472 = fmul <16 x float> %465, %471
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %478, ptr %gep.1.i, align 4, !tbaa !5
-  %479 = getelementptr inbounds nuw i8, ptr %473, i64 128
-  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
-  %481 = fmul <16 x float> %471, %480
+  store <16 x float> %472, ptr %gep.1.i, align 4, !tbaa !5
+  %473 = getelementptr inbounds nuw i8, ptr %467, i64 128
+  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
+  %475 = fmul <16 x float> %465, %474
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %481, ptr %gep.2.i, align 4, !tbaa !5
-  %482 = getelementptr inbounds nuw i8, ptr %473, i64 192
-  %483 = load <16 x float>, ptr %482, align 4, !tbaa !5
-  %484 = fmul <16 x float> %471, %483
+  store <16 x float> %475, ptr %gep.2.i, align 4, !tbaa !5
+  %476 = getelementptr inbounds nuw i8, ptr %467, i64 192
+  %477 = load <16 x float>, ptr %476, align 4, !tbaa !5
+  %478 = fmul <16 x float> %465, %477
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %484, ptr %gep.3.i, align 4, !tbaa !5
-  %485 = getelementptr inbounds nuw i8, ptr %473, i64 256
-  %486 = load <16 x float>, ptr %485, align 4, !tbaa !5
-  %487 = fmul <16 x float> %471, %486
+  store <16 x float> %478, ptr %gep.3.i, align 4, !tbaa !5
+  %479 = getelementptr inbounds nuw i8, ptr %467, i64 256
+  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
+  %481 = fmul <16 x float> %465, %480
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %487, ptr %gep.4.i, align 4, !tbaa !5
-  %488 = getelementptr inbounds nuw i8, ptr %473, i64 320
-  %489 = load <16 x float>, ptr %488, align 4, !tbaa !5
-  %490 = fmul <16 x float> %471, %489
+  store <16 x float> %481, ptr %gep.4.i, align 4, !tbaa !5
+  %482 = getelementptr inbounds nuw i8, ptr %467, i64 320
+  %483 = load <16 x float>, ptr %482, align 4, !tbaa !5
+  %484 = fmul <16 x float> %465, %483
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %490, ptr %gep.5.i, align 4, !tbaa !5
-  %491 = getelementptr inbounds nuw i8, ptr %473, i64 384
-  %492 = load <16 x float>, ptr %491, align 4, !tbaa !5
-  %493 = fmul <16 x float> %471, %492
+  store <16 x float> %484, ptr %gep.5.i, align 4, !tbaa !5
+  %485 = getelementptr inbounds nuw i8, ptr %467, i64 384
+  %486 = load <16 x float>, ptr %485, align 4, !tbaa !5
+  %487 = fmul <16 x float> %465, %486
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %493, ptr %gep.6.i, align 4, !tbaa !5
-  %494 = getelementptr inbounds nuw i8, ptr %473, i64 448
-  %495 = load <16 x float>, ptr %494, align 4, !tbaa !5
-  %496 = fmul <16 x float> %471, %495
+  store <16 x float> %487, ptr %gep.6.i, align 4, !tbaa !5
+  %488 = getelementptr inbounds nuw i8, ptr %467, i64 448
+  %489 = load <16 x float>, ptr %488, align 4, !tbaa !5
+  %490 = fmul <16 x float> %465, %489
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %496, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
-  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 16
-  br i1 %exitcond78.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !32
+  store <16 x float> %490, ptr %gep.7.i, align 4, !tbaa !5
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 16
+  br i1 %exitcond80.not.i, label %for_begin_r38.preheader.i, label %for_begin_d_033.preheader.i, !prof !32
 
-for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
-  %497 = mul nsw i64 %lse_batch, %276
-  %498 = getelementptr float, ptr %lse, i64 %497
-  %row_sum51.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %499 = fcmp oeq float %row_sum51.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %499, label %if_end42.i, label %if_else.i
+for_begin_r38.preheader.i:                        ; preds = %for_begin_d_033.preheader.i
+  %491 = mul nsw i64 %lse_batch, %270
+  %492 = getelementptr float, ptr %lse, i64 %491
+  %row_sum53.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
+  %493 = fcmp oeq float %row_sum53.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %493, label %if_end44.i, label %if_else.i
 
-if_else.i:                                        ; preds = %for_begin_r36.preheader.i
-  %500 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.0.vec.extract.i)
-  %row_max52.sroa.0.0.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 0
-  %501 = fadd float %500, %row_max52.sroa.0.0.vec.extract.i
-  br label %if_end42.i
+if_else.i:                                        ; preds = %for_begin_r38.preheader.i
+  %494 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.0.vec.extract.i)
+  %row_max54.sroa.0.0.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 0
+  %495 = fadd float %494, %row_max54.sroa.0.0.vec.extract.i
+  br label %if_end44.i
 
-if_end42.i:                                       ; preds = %if_else.i, %for_begin_r36.preheader.i
-  %502 = phi float [ %501, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r36.preheader.i ]
-  store float %502, ptr %498, align 4, !tbaa !5
-  %row_sum51.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %503 = fcmp oeq float %row_sum51.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %503, label %if_end42.1.i, label %if_else.1.i
+if_end44.i:                                       ; preds = %if_else.i, %for_begin_r38.preheader.i
+  %496 = phi float [ %495, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r38.preheader.i ]
+  store float %496, ptr %492, align 4, !tbaa !5
+  %row_sum53.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
+  %497 = fcmp oeq float %row_sum53.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %497, label %if_end44.1.i, label %if_else.1.i
 
-if_else.1.i:                                      ; preds = %if_end42.i
-  %504 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.4.vec.extract.i)
-  %row_max52.sroa.0.4.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 1
-  %505 = fadd float %504, %row_max52.sroa.0.4.vec.extract.i
-  br label %if_end42.1.i
+if_else.1.i:                                      ; preds = %if_end44.i
+  %498 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.4.vec.extract.i)
+  %row_max54.sroa.0.4.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 1
+  %499 = fadd float %498, %row_max54.sroa.0.4.vec.extract.i
+  br label %if_end44.1.i
 
-if_end42.1.i:                                     ; preds = %if_else.1.i, %if_end42.i
-  %506 = phi float [ %505, %if_else.1.i ], [ 0xFFF0000000000000, %if_end42.i ]
-  %507 = getelementptr i8, ptr %498, i64 4
-  store float %506, ptr %507, align 4, !tbaa !5
-  %row_sum51.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %508 = fcmp oeq float %row_sum51.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %508, label %if_end42.2.i, label %if_else.2.i
+if_end44.1.i:                                     ; preds = %if_else.1.i, %if_end44.i
+  %500 = phi float [ %499, %if_else.1.i ], [ 0xFFF0000000000000, %if_end44.i ]
+  %501 = getelementptr i8, ptr %492, i64 4
+  store float %500, ptr %501, align 4, !tbaa !5
+  %row_sum53.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
+  %502 = fcmp oeq float %row_sum53.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %502, label %if_end44.2.i, label %if_else.2.i
 
-if_else.2.i:                                      ; preds = %if_end42.1.i
-  %509 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.8.vec.extract.i)
-  %row_max52.sroa.0.8.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 2
-  %510 = fadd float %509, %row_max52.sroa.0.8.vec.extract.i
-  br label %if_end42.2.i
+if_else.2.i:                                      ; preds = %if_end44.1.i
+  %503 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.8.vec.extract.i)
+  %row_max54.sroa.0.8.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 2
+  %504 = fadd float %503, %row_max54.sroa.0.8.vec.extract.i
+  br label %if_end44.2.i
 
-if_end42.2.i:                                     ; preds = %if_else.2.i, %if_end42.1.i
-  %511 = phi float [ %510, %if_else.2.i ], [ 0xFFF0000000000000, %if_end42.1.i ]
-  %512 = getelementptr i8, ptr %498, i64 8
-  store float %511, ptr %512, align 4, !tbaa !5
-  %row_sum51.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %513 = fcmp oeq float %row_sum51.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %513, label %if_end42.3.i, label %if_else.3.i
+if_end44.2.i:                                     ; preds = %if_else.2.i, %if_end44.1.i
+  %505 = phi float [ %504, %if_else.2.i ], [ 0xFFF0000000000000, %if_end44.1.i ]
+  %506 = getelementptr i8, ptr %492, i64 8
+  store float %505, ptr %506, align 4, !tbaa !5
+  %row_sum53.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
+  %507 = fcmp oeq float %row_sum53.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %507, label %if_end44.3.i, label %if_else.3.i
 
-if_else.3.i:                                      ; preds = %if_end42.2.i
-  %514 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.12.vec.extract.i)
-  %row_max52.sroa.0.12.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 3
-  %515 = fadd float %514, %row_max52.sroa.0.12.vec.extract.i
-  br label %if_end42.3.i
+if_else.3.i:                                      ; preds = %if_end44.2.i
+  %508 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.12.vec.extract.i)
+  %row_max54.sroa.0.12.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 3
+  %509 = fadd float %508, %row_max54.sroa.0.12.vec.extract.i
+  br label %if_end44.3.i
 
-if_end42.3.i:                                     ; preds = %if_else.3.i, %if_end42.2.i
-  %516 = phi float [ %515, %if_else.3.i ], [ 0xFFF0000000000000, %if_end42.2.i ]
-  %517 = getelementptr i8, ptr %498, i64 12
-  store float %516, ptr %517, align 4, !tbaa !5
-  %row_sum51.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %518 = fcmp oeq float %row_sum51.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %518, label %if_end42.4.i, label %if_else.4.i
+if_end44.3.i:                                     ; preds = %if_else.3.i, %if_end44.2.i
+  %510 = phi float [ %509, %if_else.3.i ], [ 0xFFF0000000000000, %if_end44.2.i ]
+  %511 = getelementptr i8, ptr %492, i64 12
+  store float %510, ptr %511, align 4, !tbaa !5
+  %row_sum53.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
+  %512 = fcmp oeq float %row_sum53.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %512, label %if_end44.4.i, label %if_else.4.i
 
-if_else.4.i:                                      ; preds = %if_end42.3.i
-  %519 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.16.vec.extract.i)
-  %row_max52.sroa.0.16.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 4
-  %520 = fadd float %519, %row_max52.sroa.0.16.vec.extract.i
-  br label %if_end42.4.i
+if_else.4.i:                                      ; preds = %if_end44.3.i
+  %513 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.16.vec.extract.i)
+  %row_max54.sroa.0.16.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 4
+  %514 = fadd float %513, %row_max54.sroa.0.16.vec.extract.i
+  br label %if_end44.4.i
 
-if_end42.4.i:                                     ; preds = %if_else.4.i, %if_end42.3.i
-  %521 = phi float [ %520, %if_else.4.i ], [ 0xFFF0000000000000, %if_end42.3.i ]
-  %522 = getelementptr i8, ptr %498, i64 16
-  store float %521, ptr %522, align 4, !tbaa !5
-  %row_sum51.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %523 = fcmp oeq float %row_sum51.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %523, label %if_end42.5.i, label %if_else.5.i
+if_end44.4.i:                                     ; preds = %if_else.4.i, %if_end44.3.i
+  %515 = phi float [ %514, %if_else.4.i ], [ 0xFFF0000000000000, %if_end44.3.i ]
+  %516 = getelementptr i8, ptr %492, i64 16
+  store float %515, ptr %516, align 4, !tbaa !5
+  %row_sum53.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
+  %517 = fcmp oeq float %row_sum53.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %517, label %if_end44.5.i, label %if_else.5.i
 
-if_else.5.i:                                      ; preds = %if_end42.4.i
-  %524 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.20.vec.extract.i)
-  %row_max52.sroa.0.20.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 5
-  %525 = fadd float %524, %row_max52.sroa.0.20.vec.extract.i
-  br label %if_end42.5.i
+if_else.5.i:                                      ; preds = %if_end44.4.i
+  %518 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.20.vec.extract.i)
+  %row_max54.sroa.0.20.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 5
+  %519 = fadd float %518, %row_max54.sroa.0.20.vec.extract.i
+  br label %if_end44.5.i
 
-if_end42.5.i:                                     ; preds = %if_else.5.i, %if_end42.4.i
-  %526 = phi float [ %525, %if_else.5.i ], [ 0xFFF0000000000000, %if_end42.4.i ]
-  %527 = getelementptr i8, ptr %498, i64 20
-  store float %526, ptr %527, align 4, !tbaa !5
-  %row_sum51.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %528 = fcmp oeq float %row_sum51.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %528, label %if_end42.6.i, label %if_else.6.i
+if_end44.5.i:                                     ; preds = %if_else.5.i, %if_end44.4.i
+  %520 = phi float [ %519, %if_else.5.i ], [ 0xFFF0000000000000, %if_end44.4.i ]
+  %521 = getelementptr i8, ptr %492, i64 20
+  store float %520, ptr %521, align 4, !tbaa !5
+  %row_sum53.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
+  %522 = fcmp oeq float %row_sum53.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %522, label %if_end44.6.i, label %if_else.6.i
 
-if_else.6.i:                                      ; preds = %if_end42.5.i
-  %529 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.24.vec.extract.i)
-  %row_max52.sroa.0.24.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 6
-  %530 = fadd float %529, %row_max52.sroa.0.24.vec.extract.i
-  br label %if_end42.6.i
+if_else.6.i:                                      ; preds = %if_end44.5.i
+  %523 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.24.vec.extract.i)
+  %row_max54.sroa.0.24.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 6
+  %524 = fadd float %523, %row_max54.sroa.0.24.vec.extract.i
+  br label %if_end44.6.i
 
-if_end42.6.i:                                     ; preds = %if_else.6.i, %if_end42.5.i
-  %531 = phi float [ %530, %if_else.6.i ], [ 0xFFF0000000000000, %if_end42.5.i ]
-  %532 = getelementptr i8, ptr %498, i64 24
-  store float %531, ptr %532, align 4, !tbaa !5
-  %row_sum51.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %533 = fcmp oeq float %row_sum51.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %533, label %if_end42.7.i, label %if_else.7.i
+if_end44.6.i:                                     ; preds = %if_else.6.i, %if_end44.5.i
+  %525 = phi float [ %524, %if_else.6.i ], [ 0xFFF0000000000000, %if_end44.5.i ]
+  %526 = getelementptr i8, ptr %492, i64 24
+  store float %525, ptr %526, align 4, !tbaa !5
+  %row_sum53.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
+  %527 = fcmp oeq float %row_sum53.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %527, label %if_end44.7.i, label %if_else.7.i
 
-if_else.7.i:                                      ; preds = %if_end42.6.i
-  %534 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.28.vec.extract.i)
-  %row_max52.sroa.0.28.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 7
-  %535 = fadd float %534, %row_max52.sroa.0.28.vec.extract.i
-  br label %if_end42.7.i
+if_else.7.i:                                      ; preds = %if_end44.6.i
+  %528 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.28.vec.extract.i)
+  %row_max54.sroa.0.28.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 7
+  %529 = fadd float %528, %row_max54.sroa.0.28.vec.extract.i
+  br label %if_end44.7.i
 
-if_end42.7.i:                                     ; preds = %if_else.7.i, %if_end42.6.i
-  %536 = phi float [ %535, %if_else.7.i ], [ 0xFFF0000000000000, %if_end42.6.i ]
-  %537 = getelementptr i8, ptr %498, i64 28
-  store float %536, ptr %537, align 4, !tbaa !5
-  %row_sum51.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %538 = fcmp oeq float %row_sum51.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %538, label %if_end42.8.i, label %if_else.8.i
+if_end44.7.i:                                     ; preds = %if_else.7.i, %if_end44.6.i
+  %530 = phi float [ %529, %if_else.7.i ], [ 0xFFF0000000000000, %if_end44.6.i ]
+  %531 = getelementptr i8, ptr %492, i64 28
+  store float %530, ptr %531, align 4, !tbaa !5
+  %row_sum53.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
+  %532 = fcmp oeq float %row_sum53.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %532, label %if_end44.8.i, label %if_else.8.i
 
-if_else.8.i:                                      ; preds = %if_end42.7.i
-  %539 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.32.vec.extract.i)
-  %row_max52.sroa.0.32.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 8
-  %540 = fadd float %539, %row_max52.sroa.0.32.vec.extract.i
-  br label %if_end42.8.i
+if_else.8.i:                                      ; preds = %if_end44.7.i
+  %533 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.32.vec.extract.i)
+  %row_max54.sroa.0.32.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 8
+  %534 = fadd float %533, %row_max54.sroa.0.32.vec.extract.i
+  br label %if_end44.8.i
 
-if_end42.8.i:                                     ; preds = %if_else.8.i, %if_end42.7.i
-  %541 = phi float [ %540, %if_else.8.i ], [ 0xFFF0000000000000, %if_end42.7.i ]
-  %542 = getelementptr i8, ptr %498, i64 32
-  store float %541, ptr %542, align 4, !tbaa !5
-  %row_sum51.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %543 = fcmp oeq float %row_sum51.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %543, label %if_end42.9.i, label %if_else.9.i
+if_end44.8.i:                                     ; preds = %if_else.8.i, %if_end44.7.i
+  %535 = phi float [ %534, %if_else.8.i ], [ 0xFFF0000000000000, %if_end44.7.i ]
+  %536 = getelementptr i8, ptr %492, i64 32
+  store float %535, ptr %536, align 4, !tbaa !5
+  %row_sum53.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
+  %537 = fcmp oeq float %row_sum53.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %537, label %if_end44.9.i, label %if_else.9.i
 
-if_else.9.i:                                      ; preds = %if_end42.8.i
-  %544 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.36.vec.extract.i)
-  %row_max52.sroa.0.36.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 9
-  %545 = fadd float %544, %row_max52.sroa.0.36.vec.extract.i
-  br label %if_end42.9.i
+if_else.9.i:                                      ; preds = %if_end44.8.i
+  %538 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.36.vec.extract.i)
+  %row_max54.sroa.0.36.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 9
+  %539 = fadd float %538, %row_max54.sroa.0.36.vec.extract.i
+  br label %if_end44.9.i
 
-if_end42.9.i:                                     ; preds = %if_else.9.i, %if_end42.8.i
-  %546 = phi float [ %545, %if_else.9.i ], [ 0xFFF0000000000000, %if_end42.8.i ]
-  %547 = getelementptr i8, ptr %498, i64 36
-  store float %546, ptr %547, align 4, !tbaa !5
-  %row_sum51.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %548 = fcmp oeq float %row_sum51.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %548, label %if_end42.10.i, label %if_else.10.i
+if_end44.9.i:                                     ; preds = %if_else.9.i, %if_end44.8.i
+  %540 = phi float [ %539, %if_else.9.i ], [ 0xFFF0000000000000, %if_end44.8.i ]
+  %541 = getelementptr i8, ptr %492, i64 36
+  store float %540, ptr %541, align 4, !tbaa !5
+  %row_sum53.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
+  %542 = fcmp oeq float %row_sum53.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %542, label %if_end44.10.i, label %if_else.10.i
 
-if_else.10.i:                                     ; preds = %if_end42.9.i
-  %549 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.40.vec.extract.i)
-  %row_max52.sroa.0.40.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 10
-  %550 = fadd float %549, %row_max52.sroa.0.40.vec.extract.i
-  br label %if_end42.10.i
+if_else.10.i:                                     ; preds = %if_end44.9.i
+  %543 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.40.vec.extract.i)
+  %row_max54.sroa.0.40.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 10
+  %544 = fadd float %543, %row_max54.sroa.0.40.vec.extract.i
+  br label %if_end44.10.i
 
-if_end42.10.i:                                    ; preds = %if_else.10.i, %if_end42.9.i
-  %551 = phi float [ %550, %if_else.10.i ], [ 0xFFF0000000000000, %if_end42.9.i ]
-  %552 = getelementptr i8, ptr %498, i64 40
-  store float %551, ptr %552, align 4, !tbaa !5
-  %row_sum51.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %553 = fcmp oeq float %row_sum51.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %553, label %if_end42.11.i, label %if_else.11.i
+if_end44.10.i:                                    ; preds = %if_else.10.i, %if_end44.9.i
+  %545 = phi float [ %544, %if_else.10.i ], [ 0xFFF0000000000000, %if_end44.9.i ]
+  %546 = getelementptr i8, ptr %492, i64 40
+  store float %545, ptr %546, align 4, !tbaa !5
+  %row_sum53.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
+  %547 = fcmp oeq float %row_sum53.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %547, label %if_end44.11.i, label %if_else.11.i
 
-if_else.11.i:                                     ; preds = %if_end42.10.i
-  %554 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.44.vec.extract.i)
-  %row_max52.sroa.0.44.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 11
-  %555 = fadd float %554, %row_max52.sroa.0.44.vec.extract.i
-  br label %if_end42.11.i
+if_else.11.i:                                     ; preds = %if_end44.10.i
+  %548 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.44.vec.extract.i)
+  %row_max54.sroa.0.44.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 11
+  %549 = fadd float %548, %row_max54.sroa.0.44.vec.extract.i
+  br label %if_end44.11.i
 
-if_end42.11.i:                                    ; preds = %if_else.11.i, %if_end42.10.i
-  %556 = phi float [ %555, %if_else.11.i ], [ 0xFFF0000000000000, %if_end42.10.i ]
-  %557 = getelementptr i8, ptr %498, i64 44
-  store float %556, ptr %557, align 4, !tbaa !5
-  %row_sum51.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %558 = fcmp oeq float %row_sum51.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %558, label %if_end42.12.i, label %if_else.12.i
+if_end44.11.i:                                    ; preds = %if_else.11.i, %if_end44.10.i
+  %550 = phi float [ %549, %if_else.11.i ], [ 0xFFF0000000000000, %if_end44.10.i ]
+  %551 = getelementptr i8, ptr %492, i64 44
+  store float %550, ptr %551, align 4, !tbaa !5
+  %row_sum53.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
+  %552 = fcmp oeq float %row_sum53.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %552, label %if_end44.12.i, label %if_else.12.i
 
-if_else.12.i:                                     ; preds = %if_end42.11.i
-  %559 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.48.vec.extract.i)
-  %row_max52.sroa.0.48.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 12
-  %560 = fadd float %559, %row_max52.sroa.0.48.vec.extract.i
-  br label %if_end42.12.i
+if_else.12.i:                                     ; preds = %if_end44.11.i
+  %553 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.48.vec.extract.i)
+  %row_max54.sroa.0.48.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 12
+  %554 = fadd float %553, %row_max54.sroa.0.48.vec.extract.i
+  br label %if_end44.12.i
 
-if_end42.12.i:                                    ; preds = %if_else.12.i, %if_end42.11.i
-  %561 = phi float [ %560, %if_else.12.i ], [ 0xFFF0000000000000, %if_end42.11.i ]
-  %562 = getelementptr i8, ptr %498, i64 48
-  store float %561, ptr %562, align 4, !tbaa !5
-  %row_sum51.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %563 = fcmp oeq float %row_sum51.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %563, label %if_end42.13.i, label %if_else.13.i
+if_end44.12.i:                                    ; preds = %if_else.12.i, %if_end44.11.i
+  %555 = phi float [ %554, %if_else.12.i ], [ 0xFFF0000000000000, %if_end44.11.i ]
+  %556 = getelementptr i8, ptr %492, i64 48
+  store float %555, ptr %556, align 4, !tbaa !5
+  %row_sum53.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
+  %557 = fcmp oeq float %row_sum53.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %557, label %if_end44.13.i, label %if_else.13.i
 
-if_else.13.i:                                     ; preds = %if_end42.12.i
-  %564 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.52.vec.extract.i)
-  %row_max52.sroa.0.52.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 13
-  %565 = fadd float %564, %row_max52.sroa.0.52.vec.extract.i
-  br label %if_end42.13.i
+if_else.13.i:                                     ; preds = %if_end44.12.i
+  %558 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.52.vec.extract.i)
+  %row_max54.sroa.0.52.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 13
+  %559 = fadd float %558, %row_max54.sroa.0.52.vec.extract.i
+  br label %if_end44.13.i
 
-if_end42.13.i:                                    ; preds = %if_else.13.i, %if_end42.12.i
-  %566 = phi float [ %565, %if_else.13.i ], [ 0xFFF0000000000000, %if_end42.12.i ]
-  %567 = getelementptr i8, ptr %498, i64 52
-  store float %566, ptr %567, align 4, !tbaa !5
-  %row_sum51.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %568 = fcmp oeq float %row_sum51.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %568, label %if_end42.14.i, label %if_else.14.i
+if_end44.13.i:                                    ; preds = %if_else.13.i, %if_end44.12.i
+  %560 = phi float [ %559, %if_else.13.i ], [ 0xFFF0000000000000, %if_end44.12.i ]
+  %561 = getelementptr i8, ptr %492, i64 52
+  store float %560, ptr %561, align 4, !tbaa !5
+  %row_sum53.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
+  %562 = fcmp oeq float %row_sum53.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %562, label %if_end44.14.i, label %if_else.14.i
 
-if_else.14.i:                                     ; preds = %if_end42.13.i
-  %569 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.56.vec.extract.i)
-  %row_max52.sroa.0.56.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 14
-  %570 = fadd float %569, %row_max52.sroa.0.56.vec.extract.i
-  br label %if_end42.14.i
+if_else.14.i:                                     ; preds = %if_end44.13.i
+  %563 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.56.vec.extract.i)
+  %row_max54.sroa.0.56.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 14
+  %564 = fadd float %563, %row_max54.sroa.0.56.vec.extract.i
+  br label %if_end44.14.i
 
-if_end42.14.i:                                    ; preds = %if_else.14.i, %if_end42.13.i
-  %571 = phi float [ %570, %if_else.14.i ], [ 0xFFF0000000000000, %if_end42.13.i ]
-  %572 = getelementptr i8, ptr %498, i64 56
-  store float %571, ptr %572, align 4, !tbaa !5
-  %row_sum51.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %573 = fcmp oeq float %row_sum51.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %573, label %if_end42.15.i, label %if_else.15.i
+if_end44.14.i:                                    ; preds = %if_else.14.i, %if_end44.13.i
+  %565 = phi float [ %564, %if_else.14.i ], [ 0xFFF0000000000000, %if_end44.13.i ]
+  %566 = getelementptr i8, ptr %492, i64 56
+  store float %565, ptr %566, align 4, !tbaa !5
+  %row_sum53.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
+  %567 = fcmp oeq float %row_sum53.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %567, label %if_end44.15.i, label %if_else.15.i
 
-if_else.15.i:                                     ; preds = %if_end42.14.i
-  %574 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.60.vec.extract.i)
-  %row_max52.sroa.0.60.vec.extract.i = extractelement <16 x float> %m56.lcssa.i, i64 15
-  %575 = fadd float %574, %row_max52.sroa.0.60.vec.extract.i
-  br label %if_end42.15.i
+if_else.15.i:                                     ; preds = %if_end44.14.i
+  %568 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.60.vec.extract.i)
+  %row_max54.sroa.0.60.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 15
+  %569 = fadd float %568, %row_max54.sroa.0.60.vec.extract.i
+  br label %if_end44.15.i
 
-if_end42.15.i:                                    ; preds = %if_else.15.i, %if_end42.14.i
-  %576 = phi float [ %575, %if_else.15.i ], [ 0xFFF0000000000000, %if_end42.14.i ]
-  %577 = getelementptr i8, ptr %498, i64 60
-  store float %576, ptr %577, align 4, !tbaa !5
-  %578 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %579 = tail call i32 %578(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %579, 0
+if_end44.15.i:                                    ; preds = %if_else.15.i, %if_end44.14.i
+  %570 = phi float [ %569, %if_else.15.i ], [ 0xFFF0000000000000, %if_end44.14.i ]
+  %571 = getelementptr i8, ptr %492, i64 60
+  store float %570, ptr %571, align 4, !tbaa !5
+  %572 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %573 = tail call i32 %572(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %573, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end42.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end42.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
+merge_partials_compute_.exit:                     ; preds = %if_end44.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end44.15.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor48.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta51.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha52.i)
   ret i32 %common.ret.op.i
 }
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %beta41.i = alloca [16 x float], align 16
-  %alpha42.i = alloca [16 x float], align 16
+  %beta43.i = alloca [16 x float], align 16
+  %alpha44.i = alloca [16 x float], align 16
   %tile_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %tile_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1349,8 +1343,8 @@ entry:
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   %partial_acc = load ptr, ptr %partial_acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta41.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha42.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta43.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha44.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
@@ -1382,7 +1376,7 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %51 = ashr exact i64 %sext, 32
   %sext43 = shl i64 %42, 32
   %52 = ashr exact i64 %sext43, 32
-  %wide.trip.count74.i = and i64 %32, 2147483647
+  %wide.trip.count76.i = and i64 %32, 2147483647
   %wide.trip.count.i = zext i32 %49 to i64
   %53 = sub i64 %partial_sum45, %partial_max46
   %54 = ashr exact i64 %sext43, 26
@@ -1422,9 +1416,9 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %lcmp.mod69 = icmp ne i64 %xtraiter67, 0
   br label %for_body_s.i
 
-for_body_s.i:                                     ; preds = %for_end_r31.i, %for_body_s.lr.ph.i
-  %indvars.iv71.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next72.i, %for_end_r31.i ]
-  %66 = shl nsw i64 %indvars.iv71.i, 4
+for_body_s.i:                                     ; preds = %for_end_r33.i, %for_body_s.lr.ph.i
+  %indvars.iv73.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next74.i, %for_end_r33.i ]
+  %66 = shl nsw i64 %indvars.iv73.i, 4
   %67 = getelementptr inbounds nuw float, ptr %row_max, i64 %66
   %68 = load <16 x float>, ptr %67, align 64, !tbaa !5
   %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %68
@@ -1442,630 +1436,624 @@ for_body_s.i:                                     ; preds = %for_end_r31.i, %for
   %78 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
   %m.i = select <16 x i1> %78, <16 x float> %72, <16 x float> %old_or_both.i
   %79 = fsub <16 x float> %old_max.i, %m.i
-  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %79, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %79, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %81 = bitcast <16 x float> %80 to <16 x i32>
-  %82 = add nsw <16 x i32> %81, splat (i32 -1262485504)
-  %83 = sitofp <16 x i32> %82 to <16 x float>
-  %84 = fmul <16 x float> %83, splat (float 0x3F2BD01060000000)
-  %85 = fmul <16 x float> %83, splat (float 0x3FE6300000000000)
-  %86 = fsub <16 x float> %79, %85
-  %87 = fadd <16 x float> %84, %86
-  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %87, <16 x float> splat (float 0x3F81112100000000))
-  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %87, <16 x float> splat (float 0x3FA5553820000000))
-  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %87, <16 x float> splat (float 0x3FC5555540000000))
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %87, <16 x float> splat (float 5.000000e-01))
-  %93 = fmul <16 x float> %87, %92
-  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %87, <16 x float> %87)
-  %95 = shl <16 x i32> %81, splat (i32 23)
-  %96 = add <16 x i32> %95, splat (i32 1065353216)
-  %97 = bitcast <16 x i32> %96 to <16 x float>
-  %98 = fadd <16 x float> %94, splat (float 1.000000e+00)
-  %99 = fmul <16 x float> %98, %97
-  %100 = fcmp olt <16 x float> %79, splat (float -8.700000e+01)
-  %101 = select <16 x i1> %100, <16 x float> zeroinitializer, <16 x float> %99
-  %102 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %103 = select <16 x i1> %102, <16 x float> %101, <16 x float> zeroinitializer
-  store <16 x float> %103, ptr %alpha42.i, align 16, !tbaa !41
+  %82 = fadd <16 x float> %80, splat (float 0xC168000FE0000000)
+  %83 = fmul <16 x float> %82, splat (float 0x3F2BD01060000000)
+  %84 = fmul <16 x float> %82, splat (float 0x3FE6300000000000)
+  %85 = fsub <16 x float> %79, %84
+  %86 = fadd <16 x float> %83, %85
+  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %86, <16 x float> splat (float 0x3FA5558F20000000))
+  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %86, <16 x float> splat (float 0x3FC5554920000000))
+  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %86, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %91 = fmul <16 x float> %86, %86
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %91, <16 x float> %86)
+  %93 = shl <16 x i32> %81, splat (i32 23)
+  %94 = bitcast <16 x i32> %93 to <16 x float>
+  %95 = fadd <16 x float> %92, splat (float 1.000000e+00)
+  %96 = fmul <16 x float> %95, %94
+  %97 = fcmp olt <16 x float> %79, splat (float -8.700000e+01)
+  %98 = select <16 x i1> %97, <16 x float> zeroinitializer, <16 x float> %96
+  %99 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %100 = select <16 x i1> %99, <16 x float> %98, <16 x float> zeroinitializer
+  store <16 x float> %100, ptr %alpha44.i, align 16, !tbaa !41
   %arg2.i = fsub <16 x float> %72, %m.i
-  %104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %105 = bitcast <16 x float> %104 to <16 x i32>
-  %106 = add nsw <16 x i32> %105, splat (i32 -1262485504)
-  %107 = sitofp <16 x i32> %106 to <16 x float>
-  %108 = fmul <16 x float> %107, splat (float 0x3F2BD01060000000)
-  %109 = fmul <16 x float> %107, splat (float 0x3FE6300000000000)
-  %110 = fsub <16 x float> %arg2.i, %109
-  %111 = fadd <16 x float> %108, %110
-  %112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %111, <16 x float> splat (float 0x3F81112100000000))
-  %114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %111, <16 x float> splat (float 0x3FA5553820000000))
-  %115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %114, <16 x float> %111, <16 x float> splat (float 0x3FC5555540000000))
-  %116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %111, <16 x float> splat (float 5.000000e-01))
-  %117 = fmul <16 x float> %111, %116
-  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %117, <16 x float> %111, <16 x float> %111)
-  %119 = shl <16 x i32> %105, splat (i32 23)
-  %120 = add <16 x i32> %119, splat (i32 1065353216)
-  %121 = bitcast <16 x i32> %120 to <16 x float>
-  %122 = fadd <16 x float> %118, splat (float 1.000000e+00)
-  %123 = fmul <16 x float> %122, %121
-  %124 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %125 = select <16 x i1> %124, <16 x float> zeroinitializer, <16 x float> %123
-  %126 = fcmp one <16 x float> %75, zeroinitializer
-  %127 = select <16 x i1> %126, <16 x float> %125, <16 x float> zeroinitializer
-  store <16 x float> %127, ptr %beta41.i, align 16, !tbaa !48
-  %128 = fmul <16 x float> %old_sum.i, %103
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %127, <16 x float> %75, <16 x float> %128)
+  %101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %102 = bitcast <16 x float> %101 to <16 x i32>
+  %103 = fadd <16 x float> %101, splat (float 0xC168000FE0000000)
+  %104 = fmul <16 x float> %103, splat (float 0x3F2BD01060000000)
+  %105 = fmul <16 x float> %103, splat (float 0x3FE6300000000000)
+  %106 = fsub <16 x float> %arg2.i, %105
+  %107 = fadd <16 x float> %104, %106
+  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %107, <16 x float> splat (float 0x3FA5558F20000000))
+  %110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %107, <16 x float> splat (float 0x3FC5554920000000))
+  %111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %107, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %112 = fmul <16 x float> %107, %107
+  %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %112, <16 x float> %107)
+  %114 = shl <16 x i32> %102, splat (i32 23)
+  %115 = bitcast <16 x i32> %114 to <16 x float>
+  %116 = fadd <16 x float> %113, splat (float 1.000000e+00)
+  %117 = fmul <16 x float> %116, %115
+  %118 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %119 = select <16 x i1> %118, <16 x float> zeroinitializer, <16 x float> %117
+  %120 = fcmp one <16 x float> %75, zeroinitializer
+  %121 = select <16 x i1> %120, <16 x float> %119, <16 x float> zeroinitializer
+  store <16 x float> %121, ptr %beta43.i, align 16, !tbaa !48
+  %122 = fmul <16 x float> %old_sum.i, %100
+  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %75, <16 x float> %122)
   store <16 x float> %m.i, ptr %67, align 64, !tbaa !5
-  store <16 x float> %129, ptr %69, align 64, !tbaa !5
-  %130 = shl nsw i64 %indvars.iv71.i, 11
-  %131 = and i64 %130, 4294965248
+  store <16 x float> %123, ptr %69, align 64, !tbaa !5
+  %124 = shl nsw i64 %indvars.iv73.i, 11
+  %125 = and i64 %124, 4294965248
   br label %for_begin_d_0.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_s.i
-  %indvars.iv51.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next52.i, %for_end_d_0.i ]
-  %132 = shl nuw nsw i64 %indvars.iv51.i, 2
-  %133 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %132
-  %134 = load float, ptr %133, align 16, !tbaa !55
+  %indvars.iv53.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next54.i, %for_end_d_0.i ]
+  %126 = shl nuw nsw i64 %indvars.iv53.i, 2
+  %127 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %126
+  %128 = load float, ptr %127, align 16, !tbaa !55
+  %129 = insertelement <16 x float> poison, float %128, i64 0
+  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
+  %131 = shl nuw nsw i64 %indvars.iv53.i, 9
+  %132 = add nuw nsw i64 %131, %125
+  %133 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %126
+  %134 = load float, ptr %133, align 16, !tbaa !56
   %135 = insertelement <16 x float> poison, float %134, i64 0
   %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
-  %137 = shl nuw nsw i64 %indvars.iv51.i, 9
-  %138 = add nuw nsw i64 %137, %131
-  %139 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %132
-  %140 = load float, ptr %139, align 16, !tbaa !56
-  %141 = insertelement <16 x float> poison, float %140, i64 0
-  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
-  %143 = or disjoint i64 %132, 1
-  %144 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %143
-  %145 = load float, ptr %144, align 4, !tbaa !55
-  %146 = insertelement <16 x float> poison, float %145, i64 0
-  %147 = shufflevector <16 x float> %146, <16 x float> poison, <16 x i32> zeroinitializer
-  %148 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %143
-  %149 = load float, ptr %148, align 4, !tbaa !56
-  %150 = insertelement <16 x float> poison, float %149, i64 0
-  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
-  %152 = or disjoint i64 %132, 2
-  %153 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %152
-  %154 = load float, ptr %153, align 8, !tbaa !55
-  %155 = insertelement <16 x float> poison, float %154, i64 0
-  %156 = shufflevector <16 x float> %155, <16 x float> poison, <16 x i32> zeroinitializer
-  %157 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %152
-  %158 = load float, ptr %157, align 8, !tbaa !56
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = or disjoint i64 %132, 3
-  %162 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %161
-  %163 = load float, ptr %162, align 4, !tbaa !55
-  %164 = insertelement <16 x float> poison, float %163, i64 0
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %161
-  %167 = load float, ptr %166, align 4, !tbaa !56
-  %168 = insertelement <16 x float> poison, float %167, i64 0
-  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> zeroinitializer
+  %137 = or disjoint i64 %126, 1
+  %138 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %137
+  %139 = load float, ptr %138, align 4, !tbaa !55
+  %140 = insertelement <16 x float> poison, float %139, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %137
+  %143 = load float, ptr %142, align 4, !tbaa !56
+  %144 = insertelement <16 x float> poison, float %143, i64 0
+  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
+  %146 = or disjoint i64 %126, 2
+  %147 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %146
+  %148 = load float, ptr %147, align 8, !tbaa !55
+  %149 = insertelement <16 x float> poison, float %148, i64 0
+  %150 = shufflevector <16 x float> %149, <16 x float> poison, <16 x i32> zeroinitializer
+  %151 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %146
+  %152 = load float, ptr %151, align 8, !tbaa !56
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = or disjoint i64 %126, 3
+  %156 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %155
+  %157 = load float, ptr %156, align 4, !tbaa !55
+  %158 = insertelement <16 x float> poison, float %157, i64 0
+  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> zeroinitializer
+  %160 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %155
+  %161 = load float, ptr %160, align 4, !tbaa !56
+  %162 = insertelement <16 x float> poison, float %161, i64 0
+  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
   br i1 %44, label %for_body_d_0.i.us.preheader, label %for_body_d_0.i.preheader, !prof !8
 
 for_body_d_0.i.preheader:                         ; preds = %for_begin_d_0.preheader.i
-  %170 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %138
-  %171 = load <16 x float>, ptr %170, align 64, !tbaa !5
-  %172 = getelementptr inbounds nuw float, ptr %acc, i64 %138
-  %173 = load <16 x float>, ptr %172, align 64, !tbaa !5
-  %174 = fmul <16 x float> %142, %173
-  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %171, <16 x float> %174)
-  store <16 x float> %175, ptr %172, align 64, !tbaa !5
-  %176 = or disjoint i64 %138, 16
-  %177 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %176
-  %178 = load <16 x float>, ptr %177, align 64, !tbaa !5
-  %179 = getelementptr inbounds nuw float, ptr %acc, i64 %176
-  %180 = load <16 x float>, ptr %179, align 64, !tbaa !5
-  %181 = fmul <16 x float> %142, %180
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %178, <16 x float> %181)
-  store <16 x float> %182, ptr %179, align 64, !tbaa !5
-  %183 = or disjoint i64 %138, 128
-  %184 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %183
-  %185 = load <16 x float>, ptr %184, align 64, !tbaa !5
-  %186 = getelementptr inbounds nuw float, ptr %acc, i64 %183
-  %187 = load <16 x float>, ptr %186, align 64, !tbaa !5
-  %188 = fmul <16 x float> %151, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 64, !tbaa !5
-  %190 = or disjoint i64 %138, 144
-  %191 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %190
-  %192 = load <16 x float>, ptr %191, align 64, !tbaa !5
-  %193 = getelementptr inbounds nuw float, ptr %acc, i64 %190
-  %194 = load <16 x float>, ptr %193, align 64, !tbaa !5
-  %195 = fmul <16 x float> %151, %194
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %192, <16 x float> %195)
-  store <16 x float> %196, ptr %193, align 64, !tbaa !5
-  %197 = or disjoint i64 %138, 256
-  %198 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %197
-  %199 = load <16 x float>, ptr %198, align 64, !tbaa !5
-  %200 = getelementptr inbounds nuw float, ptr %acc, i64 %197
-  %201 = load <16 x float>, ptr %200, align 64, !tbaa !5
-  %202 = fmul <16 x float> %160, %201
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %199, <16 x float> %202)
-  store <16 x float> %203, ptr %200, align 64, !tbaa !5
-  %204 = or disjoint i64 %138, 272
-  %205 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %204
-  %206 = load <16 x float>, ptr %205, align 64, !tbaa !5
-  %207 = getelementptr inbounds nuw float, ptr %acc, i64 %204
-  %208 = load <16 x float>, ptr %207, align 64, !tbaa !5
-  %209 = fmul <16 x float> %160, %208
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %206, <16 x float> %209)
-  store <16 x float> %210, ptr %207, align 64, !tbaa !5
-  %211 = or disjoint i64 %138, 384
-  %212 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %211
-  %213 = load <16 x float>, ptr %212, align 64, !tbaa !5
-  %214 = getelementptr inbounds nuw float, ptr %acc, i64 %211
-  %215 = load <16 x float>, ptr %214, align 64, !tbaa !5
-  %216 = fmul <16 x float> %169, %215
-  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %213, <16 x float> %216)
-  store <16 x float> %217, ptr %214, align 64, !tbaa !5
-  %218 = or disjoint i64 %138, 400
-  %219 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %218
-  %220 = load <16 x float>, ptr %219, align 64, !tbaa !5
-  %221 = getelementptr inbounds nuw float, ptr %acc, i64 %218
-  %222 = load <16 x float>, ptr %221, align 64, !tbaa !5
-  %223 = fmul <16 x float> %169, %222
-  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %220, <16 x float> %223)
-  store <16 x float> %224, ptr %221, align 64, !tbaa !5
-  %225 = or disjoint i64 %138, 32
-  %226 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %225
-  %227 = load <16 x float>, ptr %226, align 64, !tbaa !5
-  %228 = getelementptr inbounds nuw float, ptr %acc, i64 %225
-  %229 = load <16 x float>, ptr %228, align 64, !tbaa !5
-  %230 = fmul <16 x float> %142, %229
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %227, <16 x float> %230)
-  store <16 x float> %231, ptr %228, align 64, !tbaa !5
-  %232 = or disjoint i64 %138, 48
-  %233 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %232
-  %234 = load <16 x float>, ptr %233, align 64, !tbaa !5
-  %235 = getelementptr inbounds nuw float, ptr %acc, i64 %232
-  %236 = load <16 x float>, ptr %235, align 64, !tbaa !5
-  %237 = fmul <16 x float> %142, %236
-  %238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %234, <16 x float> %237)
-  store <16 x float> %238, ptr %235, align 64, !tbaa !5
-  %239 = or disjoint i64 %138, 160
-  %240 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %239
-  %241 = load <16 x float>, ptr %240, align 64, !tbaa !5
-  %242 = getelementptr inbounds nuw float, ptr %acc, i64 %239
-  %243 = load <16 x float>, ptr %242, align 64, !tbaa !5
-  %244 = fmul <16 x float> %151, %243
-  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %241, <16 x float> %244)
-  store <16 x float> %245, ptr %242, align 64, !tbaa !5
-  %246 = or disjoint i64 %138, 176
-  %247 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %246
-  %248 = load <16 x float>, ptr %247, align 64, !tbaa !5
-  %249 = getelementptr inbounds nuw float, ptr %acc, i64 %246
-  %250 = load <16 x float>, ptr %249, align 64, !tbaa !5
-  %251 = fmul <16 x float> %151, %250
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %248, <16 x float> %251)
-  store <16 x float> %252, ptr %249, align 64, !tbaa !5
-  %253 = or disjoint i64 %138, 288
-  %254 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %253
-  %255 = load <16 x float>, ptr %254, align 64, !tbaa !5
-  %256 = getelementptr inbounds nuw float, ptr %acc, i64 %253
-  %257 = load <16 x float>, ptr %256, align 64, !tbaa !5
-  %258 = fmul <16 x float> %160, %257
-  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %255, <16 x float> %258)
-  store <16 x float> %259, ptr %256, align 64, !tbaa !5
-  %260 = or disjoint i64 %138, 304
-  %261 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %260
-  %262 = load <16 x float>, ptr %261, align 64, !tbaa !5
-  %263 = getelementptr inbounds nuw float, ptr %acc, i64 %260
-  %264 = load <16 x float>, ptr %263, align 64, !tbaa !5
-  %265 = fmul <16 x float> %160, %264
-  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %262, <16 x float> %265)
-  store <16 x float> %266, ptr %263, align 64, !tbaa !5
-  %267 = or disjoint i64 %138, 416
-  %268 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %267
-  %269 = load <16 x float>, ptr %268, align 64, !tbaa !5
-  %270 = getelementptr inbounds nuw float, ptr %acc, i64 %267
-  %271 = load <16 x float>, ptr %270, align 64, !tbaa !5
-  %272 = fmul <16 x float> %169, %271
-  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %269, <16 x float> %272)
-  store <16 x float> %273, ptr %270, align 64, !tbaa !5
-  %274 = or disjoint i64 %138, 432
-  %275 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %274
-  %276 = load <16 x float>, ptr %275, align 64, !tbaa !5
-  %277 = getelementptr inbounds nuw float, ptr %acc, i64 %274
-  %278 = load <16 x float>, ptr %277, align 64, !tbaa !5
-  %279 = fmul <16 x float> %169, %278
-  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %276, <16 x float> %279)
-  store <16 x float> %280, ptr %277, align 64, !tbaa !5
-  %281 = or disjoint i64 %138, 64
-  %282 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %281
-  %283 = load <16 x float>, ptr %282, align 64, !tbaa !5
-  %284 = getelementptr inbounds nuw float, ptr %acc, i64 %281
-  %285 = load <16 x float>, ptr %284, align 64, !tbaa !5
-  %286 = fmul <16 x float> %142, %285
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %283, <16 x float> %286)
-  store <16 x float> %287, ptr %284, align 64, !tbaa !5
-  %288 = or disjoint i64 %138, 80
-  %289 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %288
-  %290 = load <16 x float>, ptr %289, align 64, !tbaa !5
-  %291 = getelementptr inbounds nuw float, ptr %acc, i64 %288
-  %292 = load <16 x float>, ptr %291, align 64, !tbaa !5
-  %293 = fmul <16 x float> %142, %292
-  %294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %290, <16 x float> %293)
-  store <16 x float> %294, ptr %291, align 64, !tbaa !5
-  %295 = or disjoint i64 %138, 192
-  %296 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %295
-  %297 = load <16 x float>, ptr %296, align 64, !tbaa !5
-  %298 = getelementptr inbounds nuw float, ptr %acc, i64 %295
-  %299 = load <16 x float>, ptr %298, align 64, !tbaa !5
-  %300 = fmul <16 x float> %151, %299
-  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %297, <16 x float> %300)
-  store <16 x float> %301, ptr %298, align 64, !tbaa !5
-  %302 = or disjoint i64 %138, 208
-  %303 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %302
-  %304 = load <16 x float>, ptr %303, align 64, !tbaa !5
-  %305 = getelementptr inbounds nuw float, ptr %acc, i64 %302
-  %306 = load <16 x float>, ptr %305, align 64, !tbaa !5
-  %307 = fmul <16 x float> %151, %306
-  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %304, <16 x float> %307)
-  store <16 x float> %308, ptr %305, align 64, !tbaa !5
-  %309 = or disjoint i64 %138, 320
-  %310 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %309
-  %311 = load <16 x float>, ptr %310, align 64, !tbaa !5
-  %312 = getelementptr inbounds nuw float, ptr %acc, i64 %309
-  %313 = load <16 x float>, ptr %312, align 64, !tbaa !5
-  %314 = fmul <16 x float> %160, %313
-  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %311, <16 x float> %314)
-  store <16 x float> %315, ptr %312, align 64, !tbaa !5
-  %316 = or disjoint i64 %138, 336
-  %317 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %316
-  %318 = load <16 x float>, ptr %317, align 64, !tbaa !5
-  %319 = getelementptr inbounds nuw float, ptr %acc, i64 %316
-  %320 = load <16 x float>, ptr %319, align 64, !tbaa !5
-  %321 = fmul <16 x float> %160, %320
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %318, <16 x float> %321)
-  store <16 x float> %322, ptr %319, align 64, !tbaa !5
-  %323 = or disjoint i64 %138, 448
-  %324 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %323
-  %325 = load <16 x float>, ptr %324, align 64, !tbaa !5
-  %326 = getelementptr inbounds nuw float, ptr %acc, i64 %323
-  %327 = load <16 x float>, ptr %326, align 64, !tbaa !5
-  %328 = fmul <16 x float> %169, %327
-  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %325, <16 x float> %328)
-  store <16 x float> %329, ptr %326, align 64, !tbaa !5
-  %330 = or disjoint i64 %138, 464
-  %331 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %330
-  %332 = load <16 x float>, ptr %331, align 64, !tbaa !5
-  %333 = getelementptr inbounds nuw float, ptr %acc, i64 %330
-  %334 = load <16 x float>, ptr %333, align 64, !tbaa !5
-  %335 = fmul <16 x float> %169, %334
-  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %332, <16 x float> %335)
-  store <16 x float> %336, ptr %333, align 64, !tbaa !5
-  %337 = or disjoint i64 %138, 96
-  %338 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %337
-  %339 = load <16 x float>, ptr %338, align 64, !tbaa !5
-  %340 = getelementptr inbounds nuw float, ptr %acc, i64 %337
-  %341 = load <16 x float>, ptr %340, align 64, !tbaa !5
-  %342 = fmul <16 x float> %142, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %339, <16 x float> %342)
-  store <16 x float> %343, ptr %340, align 64, !tbaa !5
-  %344 = or disjoint i64 %138, 112
-  %345 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %344
-  %346 = load <16 x float>, ptr %345, align 64, !tbaa !5
-  %347 = getelementptr inbounds nuw float, ptr %acc, i64 %344
-  %348 = load <16 x float>, ptr %347, align 64, !tbaa !5
-  %349 = fmul <16 x float> %142, %348
-  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %346, <16 x float> %349)
-  store <16 x float> %350, ptr %347, align 64, !tbaa !5
-  %351 = or disjoint i64 %138, 224
-  %352 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %351
-  %353 = load <16 x float>, ptr %352, align 64, !tbaa !5
-  %354 = getelementptr inbounds nuw float, ptr %acc, i64 %351
-  %355 = load <16 x float>, ptr %354, align 64, !tbaa !5
-  %356 = fmul <16 x float> %151, %355
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %353, <16 x float> %356)
-  store <16 x float> %357, ptr %354, align 64, !tbaa !5
-  %358 = or disjoint i64 %138, 240
-  %359 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %358
-  %360 = load <16 x float>, ptr %359, align 64, !tbaa !5
-  %361 = getelementptr inbounds nuw float, ptr %acc, i64 %358
-  %362 = load <16 x float>, ptr %361, align 64, !tbaa !5
-  %363 = fmul <16 x float> %151, %362
-  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %360, <16 x float> %363)
-  store <16 x float> %364, ptr %361, align 64, !tbaa !5
-  %365 = or disjoint i64 %138, 352
-  %366 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %365
-  %367 = load <16 x float>, ptr %366, align 64, !tbaa !5
-  %368 = getelementptr inbounds nuw float, ptr %acc, i64 %365
-  %369 = load <16 x float>, ptr %368, align 64, !tbaa !5
-  %370 = fmul <16 x float> %160, %369
-  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %367, <16 x float> %370)
-  store <16 x float> %371, ptr %368, align 64, !tbaa !5
-  %372 = or disjoint i64 %138, 368
-  %373 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %372
-  %374 = load <16 x float>, ptr %373, align 64, !tbaa !5
-  %375 = getelementptr inbounds nuw float, ptr %acc, i64 %372
-  %376 = load <16 x float>, ptr %375, align 64, !tbaa !5
-  %377 = fmul <16 x float> %160, %376
-  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %374, <16 x float> %377)
-  store <16 x float> %378, ptr %375, align 64, !tbaa !5
-  %379 = or disjoint i64 %138, 480
-  %380 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %379
-  %381 = load <16 x float>, ptr %380, align 64, !tbaa !5
-  %382 = getelementptr inbounds nuw float, ptr %acc, i64 %379
-  %383 = load <16 x float>, ptr %382, align 64, !tbaa !5
-  %384 = fmul <16 x float> %169, %383
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %381, <16 x float> %384)
-  store <16 x float> %385, ptr %382, align 64, !tbaa !5
-  %386 = or disjoint i64 %138, 496
-  %387 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %386
-  %388 = load <16 x float>, ptr %387, align 64, !tbaa !5
-  %389 = getelementptr inbounds nuw float, ptr %acc, i64 %386
-  %390 = load <16 x float>, ptr %389, align 64, !tbaa !5
-  %391 = fmul <16 x float> %169, %390
-  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %388, <16 x float> %391)
-  store <16 x float> %392, ptr %389, align 64, !tbaa !5
+  %164 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %132
+  %165 = load <16 x float>, ptr %164, align 64, !tbaa !5
+  %166 = getelementptr inbounds nuw float, ptr %acc, i64 %132
+  %167 = load <16 x float>, ptr %166, align 64, !tbaa !5
+  %168 = fmul <16 x float> %136, %167
+  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %165, <16 x float> %168)
+  store <16 x float> %169, ptr %166, align 64, !tbaa !5
+  %170 = or disjoint i64 %132, 16
+  %171 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %170
+  %172 = load <16 x float>, ptr %171, align 64, !tbaa !5
+  %173 = getelementptr inbounds nuw float, ptr %acc, i64 %170
+  %174 = load <16 x float>, ptr %173, align 64, !tbaa !5
+  %175 = fmul <16 x float> %136, %174
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %172, <16 x float> %175)
+  store <16 x float> %176, ptr %173, align 64, !tbaa !5
+  %177 = or disjoint i64 %132, 128
+  %178 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %177
+  %179 = load <16 x float>, ptr %178, align 64, !tbaa !5
+  %180 = getelementptr inbounds nuw float, ptr %acc, i64 %177
+  %181 = load <16 x float>, ptr %180, align 64, !tbaa !5
+  %182 = fmul <16 x float> %145, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 64, !tbaa !5
+  %184 = or disjoint i64 %132, 144
+  %185 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %184
+  %186 = load <16 x float>, ptr %185, align 64, !tbaa !5
+  %187 = getelementptr inbounds nuw float, ptr %acc, i64 %184
+  %188 = load <16 x float>, ptr %187, align 64, !tbaa !5
+  %189 = fmul <16 x float> %145, %188
+  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %186, <16 x float> %189)
+  store <16 x float> %190, ptr %187, align 64, !tbaa !5
+  %191 = or disjoint i64 %132, 256
+  %192 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %191
+  %193 = load <16 x float>, ptr %192, align 64, !tbaa !5
+  %194 = getelementptr inbounds nuw float, ptr %acc, i64 %191
+  %195 = load <16 x float>, ptr %194, align 64, !tbaa !5
+  %196 = fmul <16 x float> %154, %195
+  %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %193, <16 x float> %196)
+  store <16 x float> %197, ptr %194, align 64, !tbaa !5
+  %198 = or disjoint i64 %132, 272
+  %199 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %198
+  %200 = load <16 x float>, ptr %199, align 64, !tbaa !5
+  %201 = getelementptr inbounds nuw float, ptr %acc, i64 %198
+  %202 = load <16 x float>, ptr %201, align 64, !tbaa !5
+  %203 = fmul <16 x float> %154, %202
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %200, <16 x float> %203)
+  store <16 x float> %204, ptr %201, align 64, !tbaa !5
+  %205 = or disjoint i64 %132, 384
+  %206 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %205
+  %207 = load <16 x float>, ptr %206, align 64, !tbaa !5
+  %208 = getelementptr inbounds nuw float, ptr %acc, i64 %205
+  %209 = load <16 x float>, ptr %208, align 64, !tbaa !5
+  %210 = fmul <16 x float> %163, %209
+  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %207, <16 x float> %210)
+  store <16 x float> %211, ptr %208, align 64, !tbaa !5
+  %212 = or disjoint i64 %132, 400
+  %213 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %212
+  %214 = load <16 x float>, ptr %213, align 64, !tbaa !5
+  %215 = getelementptr inbounds nuw float, ptr %acc, i64 %212
+  %216 = load <16 x float>, ptr %215, align 64, !tbaa !5
+  %217 = fmul <16 x float> %163, %216
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %214, <16 x float> %217)
+  store <16 x float> %218, ptr %215, align 64, !tbaa !5
+  %219 = or disjoint i64 %132, 32
+  %220 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %219
+  %221 = load <16 x float>, ptr %220, align 64, !tbaa !5
+  %222 = getelementptr inbounds nuw float, ptr %acc, i64 %219
+  %223 = load <16 x float>, ptr %222, align 64, !tbaa !5
+  %224 = fmul <16 x float> %136, %223
+  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %221, <16 x float> %224)
+  store <16 x float> %225, ptr %222, align 64, !tbaa !5
+  %226 = or disjoint i64 %132, 48
+  %227 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %226
+  %228 = load <16 x float>, ptr %227, align 64, !tbaa !5
+  %229 = getelementptr inbounds nuw float, ptr %acc, i64 %226
+  %230 = load <16 x float>, ptr %229, align 64, !tbaa !5
+  %231 = fmul <16 x float> %136, %230
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %228, <16 x float> %231)
+  store <16 x float> %232, ptr %229, align 64, !tbaa !5
+  %233 = or disjoint i64 %132, 160
+  %234 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %233
+  %235 = load <16 x float>, ptr %234, align 64, !tbaa !5
+  %236 = getelementptr inbounds nuw float, ptr %acc, i64 %233
+  %237 = load <16 x float>, ptr %236, align 64, !tbaa !5
+  %238 = fmul <16 x float> %145, %237
+  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %235, <16 x float> %238)
+  store <16 x float> %239, ptr %236, align 64, !tbaa !5
+  %240 = or disjoint i64 %132, 176
+  %241 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %240
+  %242 = load <16 x float>, ptr %241, align 64, !tbaa !5
+  %243 = getelementptr inbounds nuw float, ptr %acc, i64 %240
+  %244 = load <16 x float>, ptr %243, align 64, !tbaa !5
+  %245 = fmul <16 x float> %145, %244
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %242, <16 x float> %245)
+  store <16 x float> %246, ptr %243, align 64, !tbaa !5
+  %247 = or disjoint i64 %132, 288
+  %248 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %247
+  %249 = load <16 x float>, ptr %248, align 64, !tbaa !5
+  %250 = getelementptr inbounds nuw float, ptr %acc, i64 %247
+  %251 = load <16 x float>, ptr %250, align 64, !tbaa !5
+  %252 = fmul <16 x float> %154, %251
+  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %249, <16 x float> %252)
+  store <16 x float> %253, ptr %250, align 64, !tbaa !5
+  %254 = or disjoint i64 %132, 304
+  %255 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %254
+  %256 = load <16 x float>, ptr %255, align 64, !tbaa !5
+  %257 = getelementptr inbounds nuw float, ptr %acc, i64 %254
+  %258 = load <16 x float>, ptr %257, align 64, !tbaa !5
+  %259 = fmul <16 x float> %154, %258
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %256, <16 x float> %259)
+  store <16 x float> %260, ptr %257, align 64, !tbaa !5
+  %261 = or disjoint i64 %132, 416
+  %262 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %261
+  %263 = load <16 x float>, ptr %262, align 64, !tbaa !5
+  %264 = getelementptr inbounds nuw float, ptr %acc, i64 %261
+  %265 = load <16 x float>, ptr %264, align 64, !tbaa !5
+  %266 = fmul <16 x float> %163, %265
+  %267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %263, <16 x float> %266)
+  store <16 x float> %267, ptr %264, align 64, !tbaa !5
+  %268 = or disjoint i64 %132, 432
+  %269 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %268
+  %270 = load <16 x float>, ptr %269, align 64, !tbaa !5
+  %271 = getelementptr inbounds nuw float, ptr %acc, i64 %268
+  %272 = load <16 x float>, ptr %271, align 64, !tbaa !5
+  %273 = fmul <16 x float> %163, %272
+  %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %270, <16 x float> %273)
+  store <16 x float> %274, ptr %271, align 64, !tbaa !5
+  %275 = or disjoint i64 %132, 64
+  %276 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %275
+  %277 = load <16 x float>, ptr %276, align 64, !tbaa !5
+  %278 = getelementptr inbounds nuw float, ptr %acc, i64 %275
+  %279 = load <16 x float>, ptr %278, align 64, !tbaa !5
+  %280 = fmul <16 x float> %136, %279
+  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %277, <16 x float> %280)
+  store <16 x float> %281, ptr %278, align 64, !tbaa !5
+  %282 = or disjoint i64 %132, 80
+  %283 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %282
+  %284 = load <16 x float>, ptr %283, align 64, !tbaa !5
+  %285 = getelementptr inbounds nuw float, ptr %acc, i64 %282
+  %286 = load <16 x float>, ptr %285, align 64, !tbaa !5
+  %287 = fmul <16 x float> %136, %286
+  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %284, <16 x float> %287)
+  store <16 x float> %288, ptr %285, align 64, !tbaa !5
+  %289 = or disjoint i64 %132, 192
+  %290 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %289
+  %291 = load <16 x float>, ptr %290, align 64, !tbaa !5
+  %292 = getelementptr inbounds nuw float, ptr %acc, i64 %289
+  %293 = load <16 x float>, ptr %292, align 64, !tbaa !5
+  %294 = fmul <16 x float> %145, %293
+  %295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %291, <16 x float> %294)
+  store <16 x float> %295, ptr %292, align 64, !tbaa !5
+  %296 = or disjoint i64 %132, 208
+  %297 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %296
+  %298 = load <16 x float>, ptr %297, align 64, !tbaa !5
+  %299 = getelementptr inbounds nuw float, ptr %acc, i64 %296
+  %300 = load <16 x float>, ptr %299, align 64, !tbaa !5
+  %301 = fmul <16 x float> %145, %300
+  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %298, <16 x float> %301)
+  store <16 x float> %302, ptr %299, align 64, !tbaa !5
+  %303 = or disjoint i64 %132, 320
+  %304 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %303
+  %305 = load <16 x float>, ptr %304, align 64, !tbaa !5
+  %306 = getelementptr inbounds nuw float, ptr %acc, i64 %303
+  %307 = load <16 x float>, ptr %306, align 64, !tbaa !5
+  %308 = fmul <16 x float> %154, %307
+  %309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %305, <16 x float> %308)
+  store <16 x float> %309, ptr %306, align 64, !tbaa !5
+  %310 = or disjoint i64 %132, 336
+  %311 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %310
+  %312 = load <16 x float>, ptr %311, align 64, !tbaa !5
+  %313 = getelementptr inbounds nuw float, ptr %acc, i64 %310
+  %314 = load <16 x float>, ptr %313, align 64, !tbaa !5
+  %315 = fmul <16 x float> %154, %314
+  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %312, <16 x float> %315)
+  store <16 x float> %316, ptr %313, align 64, !tbaa !5
+  %317 = or disjoint i64 %132, 448
+  %318 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %317
+  %319 = load <16 x float>, ptr %318, align 64, !tbaa !5
+  %320 = getelementptr inbounds nuw float, ptr %acc, i64 %317
+  %321 = load <16 x float>, ptr %320, align 64, !tbaa !5
+  %322 = fmul <16 x float> %163, %321
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %319, <16 x float> %322)
+  store <16 x float> %323, ptr %320, align 64, !tbaa !5
+  %324 = or disjoint i64 %132, 464
+  %325 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %324
+  %326 = load <16 x float>, ptr %325, align 64, !tbaa !5
+  %327 = getelementptr inbounds nuw float, ptr %acc, i64 %324
+  %328 = load <16 x float>, ptr %327, align 64, !tbaa !5
+  %329 = fmul <16 x float> %163, %328
+  %330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %326, <16 x float> %329)
+  store <16 x float> %330, ptr %327, align 64, !tbaa !5
+  %331 = or disjoint i64 %132, 96
+  %332 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %331
+  %333 = load <16 x float>, ptr %332, align 64, !tbaa !5
+  %334 = getelementptr inbounds nuw float, ptr %acc, i64 %331
+  %335 = load <16 x float>, ptr %334, align 64, !tbaa !5
+  %336 = fmul <16 x float> %136, %335
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %333, <16 x float> %336)
+  store <16 x float> %337, ptr %334, align 64, !tbaa !5
+  %338 = or disjoint i64 %132, 112
+  %339 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %338
+  %340 = load <16 x float>, ptr %339, align 64, !tbaa !5
+  %341 = getelementptr inbounds nuw float, ptr %acc, i64 %338
+  %342 = load <16 x float>, ptr %341, align 64, !tbaa !5
+  %343 = fmul <16 x float> %136, %342
+  %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %340, <16 x float> %343)
+  store <16 x float> %344, ptr %341, align 64, !tbaa !5
+  %345 = or disjoint i64 %132, 224
+  %346 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %345
+  %347 = load <16 x float>, ptr %346, align 64, !tbaa !5
+  %348 = getelementptr inbounds nuw float, ptr %acc, i64 %345
+  %349 = load <16 x float>, ptr %348, align 64, !tbaa !5
+  %350 = fmul <16 x float> %145, %349
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %347, <16 x float> %350)
+  store <16 x float> %351, ptr %348, align 64, !tbaa !5
+  %352 = or disjoint i64 %132, 240
+  %353 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %352
+  %354 = load <16 x float>, ptr %353, align 64, !tbaa !5
+  %355 = getelementptr inbounds nuw float, ptr %acc, i64 %352
+  %356 = load <16 x float>, ptr %355, align 64, !tbaa !5
+  %357 = fmul <16 x float> %145, %356
+  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %354, <16 x float> %357)
+  store <16 x float> %358, ptr %355, align 64, !tbaa !5
+  %359 = or disjoint i64 %132, 352
+  %360 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %359
+  %361 = load <16 x float>, ptr %360, align 64, !tbaa !5
+  %362 = getelementptr inbounds nuw float, ptr %acc, i64 %359
+  %363 = load <16 x float>, ptr %362, align 64, !tbaa !5
+  %364 = fmul <16 x float> %154, %363
+  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %361, <16 x float> %364)
+  store <16 x float> %365, ptr %362, align 64, !tbaa !5
+  %366 = or disjoint i64 %132, 368
+  %367 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %366
+  %368 = load <16 x float>, ptr %367, align 64, !tbaa !5
+  %369 = getelementptr inbounds nuw float, ptr %acc, i64 %366
+  %370 = load <16 x float>, ptr %369, align 64, !tbaa !5
+  %371 = fmul <16 x float> %154, %370
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %368, <16 x float> %371)
+  store <16 x float> %372, ptr %369, align 64, !tbaa !5
+  %373 = or disjoint i64 %132, 480
+  %374 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %373
+  %375 = load <16 x float>, ptr %374, align 64, !tbaa !5
+  %376 = getelementptr inbounds nuw float, ptr %acc, i64 %373
+  %377 = load <16 x float>, ptr %376, align 64, !tbaa !5
+  %378 = fmul <16 x float> %163, %377
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %375, <16 x float> %378)
+  store <16 x float> %379, ptr %376, align 64, !tbaa !5
+  %380 = or disjoint i64 %132, 496
+  %381 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %380
+  %382 = load <16 x float>, ptr %381, align 64, !tbaa !5
+  %383 = getelementptr inbounds nuw float, ptr %acc, i64 %380
+  %384 = load <16 x float>, ptr %383, align 64, !tbaa !5
+  %385 = fmul <16 x float> %163, %384
+  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %382, <16 x float> %385)
+  store <16 x float> %386, ptr %383, align 64, !tbaa !5
   br label %for_end_d_0.i
 
 for_body_d_0.i.us.preheader:                      ; preds = %for_begin_d_0.preheader.i
-  %393 = fmul <16 x float> %160, zeroinitializer
-  %394 = fmul <16 x float> %151, zeroinitializer
-  %395 = fmul <16 x float> %142, zeroinitializer
-  %396 = getelementptr inbounds nuw float, ptr %acc, i64 %138
-  store <16 x float> zeroinitializer, ptr %396, align 64, !tbaa !5
-  %397 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %138
-  %398 = load <16 x float>, ptr %397, align 64, !tbaa !5
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %398, <16 x float> %395)
-  store <16 x float> %399, ptr %396, align 64, !tbaa !5
-  %400 = getelementptr inbounds nuw i8, ptr %396, i64 64
+  %387 = fmul <16 x float> %154, zeroinitializer
+  %388 = fmul <16 x float> %145, zeroinitializer
+  %389 = fmul <16 x float> %136, zeroinitializer
+  %390 = getelementptr inbounds nuw float, ptr %acc, i64 %132
+  store <16 x float> zeroinitializer, ptr %390, align 64, !tbaa !5
+  %391 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %132
+  %392 = load <16 x float>, ptr %391, align 64, !tbaa !5
+  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %392, <16 x float> %389)
+  store <16 x float> %393, ptr %390, align 64, !tbaa !5
+  %394 = getelementptr inbounds nuw i8, ptr %390, i64 64
+  store <16 x float> zeroinitializer, ptr %394, align 64, !tbaa !5
+  %395 = or disjoint i64 %132, 16
+  %396 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %395
+  %397 = load <16 x float>, ptr %396, align 64, !tbaa !5
+  %398 = getelementptr inbounds nuw float, ptr %acc, i64 %395
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %397, <16 x float> %389)
+  store <16 x float> %399, ptr %398, align 64, !tbaa !5
+  %400 = getelementptr inbounds nuw i8, ptr %390, i64 512
   store <16 x float> zeroinitializer, ptr %400, align 64, !tbaa !5
-  %401 = or disjoint i64 %138, 16
+  %401 = or disjoint i64 %132, 128
   %402 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %401
   %403 = load <16 x float>, ptr %402, align 64, !tbaa !5
   %404 = getelementptr inbounds nuw float, ptr %acc, i64 %401
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %403, <16 x float> %395)
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %403, <16 x float> %388)
   store <16 x float> %405, ptr %404, align 64, !tbaa !5
-  %406 = getelementptr inbounds nuw i8, ptr %396, i64 512
+  %406 = getelementptr inbounds nuw i8, ptr %390, i64 576
   store <16 x float> zeroinitializer, ptr %406, align 64, !tbaa !5
-  %407 = or disjoint i64 %138, 128
+  %407 = or disjoint i64 %132, 144
   %408 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %407
   %409 = load <16 x float>, ptr %408, align 64, !tbaa !5
   %410 = getelementptr inbounds nuw float, ptr %acc, i64 %407
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %409, <16 x float> %394)
+  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %409, <16 x float> %388)
   store <16 x float> %411, ptr %410, align 64, !tbaa !5
-  %412 = getelementptr inbounds nuw i8, ptr %396, i64 576
+  %412 = getelementptr inbounds nuw i8, ptr %390, i64 1024
   store <16 x float> zeroinitializer, ptr %412, align 64, !tbaa !5
-  %413 = or disjoint i64 %138, 144
+  %413 = or disjoint i64 %132, 256
   %414 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %413
   %415 = load <16 x float>, ptr %414, align 64, !tbaa !5
   %416 = getelementptr inbounds nuw float, ptr %acc, i64 %413
-  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %415, <16 x float> %394)
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %415, <16 x float> %387)
   store <16 x float> %417, ptr %416, align 64, !tbaa !5
-  %418 = getelementptr inbounds nuw i8, ptr %396, i64 1024
+  %418 = getelementptr inbounds nuw i8, ptr %390, i64 1088
   store <16 x float> zeroinitializer, ptr %418, align 64, !tbaa !5
-  %419 = or disjoint i64 %138, 256
+  %419 = or disjoint i64 %132, 272
   %420 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %419
   %421 = load <16 x float>, ptr %420, align 64, !tbaa !5
   %422 = getelementptr inbounds nuw float, ptr %acc, i64 %419
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %421, <16 x float> %393)
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %421, <16 x float> %387)
   store <16 x float> %423, ptr %422, align 64, !tbaa !5
-  %424 = getelementptr inbounds nuw i8, ptr %396, i64 1088
+  %424 = getelementptr inbounds nuw i8, ptr %390, i64 1536
   store <16 x float> zeroinitializer, ptr %424, align 64, !tbaa !5
-  %425 = or disjoint i64 %138, 272
+  %425 = or disjoint i64 %132, 384
   %426 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %425
   %427 = load <16 x float>, ptr %426, align 64, !tbaa !5
   %428 = getelementptr inbounds nuw float, ptr %acc, i64 %425
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %427, <16 x float> %393)
-  store <16 x float> %429, ptr %428, align 64, !tbaa !5
-  %430 = getelementptr inbounds nuw i8, ptr %396, i64 1536
-  store <16 x float> zeroinitializer, ptr %430, align 64, !tbaa !5
-  %431 = or disjoint i64 %138, 384
-  %432 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %431
-  %433 = load <16 x float>, ptr %432, align 64, !tbaa !5
-  %434 = getelementptr inbounds nuw float, ptr %acc, i64 %431
-  %435 = fmul <16 x float> %169, zeroinitializer
-  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %433, <16 x float> %435)
-  store <16 x float> %436, ptr %434, align 64, !tbaa !5
-  %437 = getelementptr inbounds nuw i8, ptr %396, i64 1600
-  store <16 x float> zeroinitializer, ptr %437, align 64, !tbaa !5
-  %438 = or disjoint i64 %138, 400
-  %439 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %438
+  %429 = fmul <16 x float> %163, zeroinitializer
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %427, <16 x float> %429)
+  store <16 x float> %430, ptr %428, align 64, !tbaa !5
+  %431 = getelementptr inbounds nuw i8, ptr %390, i64 1600
+  store <16 x float> zeroinitializer, ptr %431, align 64, !tbaa !5
+  %432 = or disjoint i64 %132, 400
+  %433 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %432
+  %434 = load <16 x float>, ptr %433, align 64, !tbaa !5
+  %435 = getelementptr inbounds nuw float, ptr %acc, i64 %432
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %434, <16 x float> %429)
+  store <16 x float> %436, ptr %435, align 64, !tbaa !5
+  %437 = or disjoint i64 %132, 32
+  %438 = getelementptr inbounds nuw float, ptr %acc, i64 %437
+  store <16 x float> zeroinitializer, ptr %438, align 64, !tbaa !5
+  %439 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %437
   %440 = load <16 x float>, ptr %439, align 64, !tbaa !5
-  %441 = getelementptr inbounds nuw float, ptr %acc, i64 %438
-  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %440, <16 x float> %435)
-  store <16 x float> %442, ptr %441, align 64, !tbaa !5
-  %443 = or disjoint i64 %138, 32
-  %444 = getelementptr inbounds nuw float, ptr %acc, i64 %443
-  store <16 x float> zeroinitializer, ptr %444, align 64, !tbaa !5
-  %445 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %443
-  %446 = load <16 x float>, ptr %445, align 64, !tbaa !5
-  %447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %446, <16 x float> %395)
-  store <16 x float> %447, ptr %444, align 64, !tbaa !5
-  %448 = getelementptr inbounds nuw i8, ptr %444, i64 64
+  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %440, <16 x float> %389)
+  store <16 x float> %441, ptr %438, align 64, !tbaa !5
+  %442 = getelementptr inbounds nuw i8, ptr %438, i64 64
+  store <16 x float> zeroinitializer, ptr %442, align 64, !tbaa !5
+  %443 = or disjoint i64 %132, 48
+  %444 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %443
+  %445 = load <16 x float>, ptr %444, align 64, !tbaa !5
+  %446 = getelementptr inbounds nuw float, ptr %acc, i64 %443
+  %447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %445, <16 x float> %389)
+  store <16 x float> %447, ptr %446, align 64, !tbaa !5
+  %448 = getelementptr inbounds nuw i8, ptr %438, i64 512
   store <16 x float> zeroinitializer, ptr %448, align 64, !tbaa !5
-  %449 = or disjoint i64 %138, 48
+  %449 = or disjoint i64 %132, 160
   %450 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %449
   %451 = load <16 x float>, ptr %450, align 64, !tbaa !5
   %452 = getelementptr inbounds nuw float, ptr %acc, i64 %449
-  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %451, <16 x float> %395)
+  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %451, <16 x float> %388)
   store <16 x float> %453, ptr %452, align 64, !tbaa !5
-  %454 = getelementptr inbounds nuw i8, ptr %444, i64 512
+  %454 = getelementptr inbounds nuw i8, ptr %438, i64 576
   store <16 x float> zeroinitializer, ptr %454, align 64, !tbaa !5
-  %455 = or disjoint i64 %138, 160
+  %455 = or disjoint i64 %132, 176
   %456 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %455
   %457 = load <16 x float>, ptr %456, align 64, !tbaa !5
   %458 = getelementptr inbounds nuw float, ptr %acc, i64 %455
-  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %457, <16 x float> %394)
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %457, <16 x float> %388)
   store <16 x float> %459, ptr %458, align 64, !tbaa !5
-  %460 = getelementptr inbounds nuw i8, ptr %444, i64 576
+  %460 = getelementptr inbounds nuw i8, ptr %438, i64 1024
   store <16 x float> zeroinitializer, ptr %460, align 64, !tbaa !5
-  %461 = or disjoint i64 %138, 176
+  %461 = or disjoint i64 %132, 288
   %462 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %461
   %463 = load <16 x float>, ptr %462, align 64, !tbaa !5
   %464 = getelementptr inbounds nuw float, ptr %acc, i64 %461
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %463, <16 x float> %394)
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %463, <16 x float> %387)
   store <16 x float> %465, ptr %464, align 64, !tbaa !5
-  %466 = getelementptr inbounds nuw i8, ptr %444, i64 1024
+  %466 = getelementptr inbounds nuw i8, ptr %438, i64 1088
   store <16 x float> zeroinitializer, ptr %466, align 64, !tbaa !5
-  %467 = or disjoint i64 %138, 288
+  %467 = or disjoint i64 %132, 304
   %468 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %467
   %469 = load <16 x float>, ptr %468, align 64, !tbaa !5
   %470 = getelementptr inbounds nuw float, ptr %acc, i64 %467
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %469, <16 x float> %393)
+  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %469, <16 x float> %387)
   store <16 x float> %471, ptr %470, align 64, !tbaa !5
-  %472 = getelementptr inbounds nuw i8, ptr %444, i64 1088
+  %472 = getelementptr inbounds nuw i8, ptr %438, i64 1536
   store <16 x float> zeroinitializer, ptr %472, align 64, !tbaa !5
-  %473 = or disjoint i64 %138, 304
+  %473 = or disjoint i64 %132, 416
   %474 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %473
   %475 = load <16 x float>, ptr %474, align 64, !tbaa !5
   %476 = getelementptr inbounds nuw float, ptr %acc, i64 %473
-  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %475, <16 x float> %393)
+  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %475, <16 x float> %429)
   store <16 x float> %477, ptr %476, align 64, !tbaa !5
-  %478 = getelementptr inbounds nuw i8, ptr %444, i64 1536
+  %478 = getelementptr inbounds nuw i8, ptr %438, i64 1600
   store <16 x float> zeroinitializer, ptr %478, align 64, !tbaa !5
-  %479 = or disjoint i64 %138, 416
+  %479 = or disjoint i64 %132, 432
   %480 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %479
   %481 = load <16 x float>, ptr %480, align 64, !tbaa !5
   %482 = getelementptr inbounds nuw float, ptr %acc, i64 %479
-  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %481, <16 x float> %435)
+  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %481, <16 x float> %429)
   store <16 x float> %483, ptr %482, align 64, !tbaa !5
-  %484 = getelementptr inbounds nuw i8, ptr %444, i64 1600
-  store <16 x float> zeroinitializer, ptr %484, align 64, !tbaa !5
-  %485 = or disjoint i64 %138, 432
-  %486 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %485
+  %484 = or disjoint i64 %132, 64
+  %485 = getelementptr inbounds nuw float, ptr %acc, i64 %484
+  store <16 x float> zeroinitializer, ptr %485, align 64, !tbaa !5
+  %486 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %484
   %487 = load <16 x float>, ptr %486, align 64, !tbaa !5
-  %488 = getelementptr inbounds nuw float, ptr %acc, i64 %485
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %487, <16 x float> %435)
-  store <16 x float> %489, ptr %488, align 64, !tbaa !5
-  %490 = or disjoint i64 %138, 64
-  %491 = getelementptr inbounds nuw float, ptr %acc, i64 %490
-  store <16 x float> zeroinitializer, ptr %491, align 64, !tbaa !5
-  %492 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %490
-  %493 = load <16 x float>, ptr %492, align 64, !tbaa !5
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %493, <16 x float> %395)
-  store <16 x float> %494, ptr %491, align 64, !tbaa !5
-  %495 = getelementptr inbounds nuw i8, ptr %491, i64 64
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %487, <16 x float> %389)
+  store <16 x float> %488, ptr %485, align 64, !tbaa !5
+  %489 = getelementptr inbounds nuw i8, ptr %485, i64 64
+  store <16 x float> zeroinitializer, ptr %489, align 64, !tbaa !5
+  %490 = or disjoint i64 %132, 80
+  %491 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %490
+  %492 = load <16 x float>, ptr %491, align 64, !tbaa !5
+  %493 = getelementptr inbounds nuw float, ptr %acc, i64 %490
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %492, <16 x float> %389)
+  store <16 x float> %494, ptr %493, align 64, !tbaa !5
+  %495 = getelementptr inbounds nuw i8, ptr %485, i64 512
   store <16 x float> zeroinitializer, ptr %495, align 64, !tbaa !5
-  %496 = or disjoint i64 %138, 80
+  %496 = or disjoint i64 %132, 192
   %497 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %496
   %498 = load <16 x float>, ptr %497, align 64, !tbaa !5
   %499 = getelementptr inbounds nuw float, ptr %acc, i64 %496
-  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %498, <16 x float> %395)
+  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %498, <16 x float> %388)
   store <16 x float> %500, ptr %499, align 64, !tbaa !5
-  %501 = getelementptr inbounds nuw i8, ptr %491, i64 512
+  %501 = getelementptr inbounds nuw i8, ptr %485, i64 576
   store <16 x float> zeroinitializer, ptr %501, align 64, !tbaa !5
-  %502 = or disjoint i64 %138, 192
+  %502 = or disjoint i64 %132, 208
   %503 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %502
   %504 = load <16 x float>, ptr %503, align 64, !tbaa !5
   %505 = getelementptr inbounds nuw float, ptr %acc, i64 %502
-  %506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %504, <16 x float> %394)
+  %506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %504, <16 x float> %388)
   store <16 x float> %506, ptr %505, align 64, !tbaa !5
-  %507 = getelementptr inbounds nuw i8, ptr %491, i64 576
+  %507 = getelementptr inbounds nuw i8, ptr %485, i64 1024
   store <16 x float> zeroinitializer, ptr %507, align 64, !tbaa !5
-  %508 = or disjoint i64 %138, 208
+  %508 = or disjoint i64 %132, 320
   %509 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %508
   %510 = load <16 x float>, ptr %509, align 64, !tbaa !5
   %511 = getelementptr inbounds nuw float, ptr %acc, i64 %508
-  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %510, <16 x float> %394)
+  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %510, <16 x float> %387)
   store <16 x float> %512, ptr %511, align 64, !tbaa !5
-  %513 = getelementptr inbounds nuw i8, ptr %491, i64 1024
+  %513 = getelementptr inbounds nuw i8, ptr %485, i64 1088
   store <16 x float> zeroinitializer, ptr %513, align 64, !tbaa !5
-  %514 = or disjoint i64 %138, 320
+  %514 = or disjoint i64 %132, 336
   %515 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %514
   %516 = load <16 x float>, ptr %515, align 64, !tbaa !5
   %517 = getelementptr inbounds nuw float, ptr %acc, i64 %514
-  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %516, <16 x float> %393)
+  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %516, <16 x float> %387)
   store <16 x float> %518, ptr %517, align 64, !tbaa !5
-  %519 = getelementptr inbounds nuw i8, ptr %491, i64 1088
+  %519 = getelementptr inbounds nuw i8, ptr %485, i64 1536
   store <16 x float> zeroinitializer, ptr %519, align 64, !tbaa !5
-  %520 = or disjoint i64 %138, 336
+  %520 = or disjoint i64 %132, 448
   %521 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %520
   %522 = load <16 x float>, ptr %521, align 64, !tbaa !5
   %523 = getelementptr inbounds nuw float, ptr %acc, i64 %520
-  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %522, <16 x float> %393)
+  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %522, <16 x float> %429)
   store <16 x float> %524, ptr %523, align 64, !tbaa !5
-  %525 = getelementptr inbounds nuw i8, ptr %491, i64 1536
+  %525 = getelementptr inbounds nuw i8, ptr %485, i64 1600
   store <16 x float> zeroinitializer, ptr %525, align 64, !tbaa !5
-  %526 = or disjoint i64 %138, 448
+  %526 = or disjoint i64 %132, 464
   %527 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %526
   %528 = load <16 x float>, ptr %527, align 64, !tbaa !5
   %529 = getelementptr inbounds nuw float, ptr %acc, i64 %526
-  %530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %528, <16 x float> %435)
+  %530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %528, <16 x float> %429)
   store <16 x float> %530, ptr %529, align 64, !tbaa !5
-  %531 = getelementptr inbounds nuw i8, ptr %491, i64 1600
-  store <16 x float> zeroinitializer, ptr %531, align 64, !tbaa !5
-  %532 = or disjoint i64 %138, 464
-  %533 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %532
+  %531 = or disjoint i64 %132, 96
+  %532 = getelementptr inbounds nuw float, ptr %acc, i64 %531
+  store <16 x float> zeroinitializer, ptr %532, align 64, !tbaa !5
+  %533 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %531
   %534 = load <16 x float>, ptr %533, align 64, !tbaa !5
-  %535 = getelementptr inbounds nuw float, ptr %acc, i64 %532
-  %536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %534, <16 x float> %435)
-  store <16 x float> %536, ptr %535, align 64, !tbaa !5
-  %537 = or disjoint i64 %138, 96
-  %538 = getelementptr inbounds nuw float, ptr %acc, i64 %537
-  store <16 x float> zeroinitializer, ptr %538, align 64, !tbaa !5
-  %539 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %537
-  %540 = load <16 x float>, ptr %539, align 64, !tbaa !5
-  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %540, <16 x float> %395)
-  store <16 x float> %541, ptr %538, align 64, !tbaa !5
-  %542 = getelementptr inbounds nuw i8, ptr %538, i64 64
+  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %534, <16 x float> %389)
+  store <16 x float> %535, ptr %532, align 64, !tbaa !5
+  %536 = getelementptr inbounds nuw i8, ptr %532, i64 64
+  store <16 x float> zeroinitializer, ptr %536, align 64, !tbaa !5
+  %537 = or disjoint i64 %132, 112
+  %538 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %537
+  %539 = load <16 x float>, ptr %538, align 64, !tbaa !5
+  %540 = getelementptr inbounds nuw float, ptr %acc, i64 %537
+  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %539, <16 x float> %389)
+  store <16 x float> %541, ptr %540, align 64, !tbaa !5
+  %542 = getelementptr inbounds nuw i8, ptr %532, i64 512
   store <16 x float> zeroinitializer, ptr %542, align 64, !tbaa !5
-  %543 = or disjoint i64 %138, 112
+  %543 = or disjoint i64 %132, 224
   %544 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %543
   %545 = load <16 x float>, ptr %544, align 64, !tbaa !5
   %546 = getelementptr inbounds nuw float, ptr %acc, i64 %543
-  %547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %545, <16 x float> %395)
+  %547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %545, <16 x float> %388)
   store <16 x float> %547, ptr %546, align 64, !tbaa !5
-  %548 = getelementptr inbounds nuw i8, ptr %538, i64 512
+  %548 = getelementptr inbounds nuw i8, ptr %532, i64 576
   store <16 x float> zeroinitializer, ptr %548, align 64, !tbaa !5
-  %549 = or disjoint i64 %138, 224
+  %549 = or disjoint i64 %132, 240
   %550 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %549
   %551 = load <16 x float>, ptr %550, align 64, !tbaa !5
   %552 = getelementptr inbounds nuw float, ptr %acc, i64 %549
-  %553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %551, <16 x float> %394)
+  %553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %551, <16 x float> %388)
   store <16 x float> %553, ptr %552, align 64, !tbaa !5
-  %554 = getelementptr inbounds nuw i8, ptr %538, i64 576
+  %554 = getelementptr inbounds nuw i8, ptr %532, i64 1024
   store <16 x float> zeroinitializer, ptr %554, align 64, !tbaa !5
-  %555 = or disjoint i64 %138, 240
+  %555 = or disjoint i64 %132, 352
   %556 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %555
   %557 = load <16 x float>, ptr %556, align 64, !tbaa !5
   %558 = getelementptr inbounds nuw float, ptr %acc, i64 %555
-  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %557, <16 x float> %394)
+  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %557, <16 x float> %387)
   store <16 x float> %559, ptr %558, align 64, !tbaa !5
-  %560 = getelementptr inbounds nuw i8, ptr %538, i64 1024
+  %560 = getelementptr inbounds nuw i8, ptr %532, i64 1088
   store <16 x float> zeroinitializer, ptr %560, align 64, !tbaa !5
-  %561 = or disjoint i64 %138, 352
+  %561 = or disjoint i64 %132, 368
   %562 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %561
   %563 = load <16 x float>, ptr %562, align 64, !tbaa !5
   %564 = getelementptr inbounds nuw float, ptr %acc, i64 %561
-  %565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %563, <16 x float> %393)
+  %565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %563, <16 x float> %387)
   store <16 x float> %565, ptr %564, align 64, !tbaa !5
-  %566 = getelementptr inbounds nuw i8, ptr %538, i64 1088
+  %566 = getelementptr inbounds nuw i8, ptr %532, i64 1536
   store <16 x float> zeroinitializer, ptr %566, align 64, !tbaa !5
-  %567 = or disjoint i64 %138, 368
+  %567 = or disjoint i64 %132, 480
   %568 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %567
   %569 = load <16 x float>, ptr %568, align 64, !tbaa !5
   %570 = getelementptr inbounds nuw float, ptr %acc, i64 %567
-  %571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %569, <16 x float> %393)
+  %571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %569, <16 x float> %429)
   store <16 x float> %571, ptr %570, align 64, !tbaa !5
-  %572 = getelementptr inbounds nuw i8, ptr %538, i64 1536
+  %572 = getelementptr inbounds nuw i8, ptr %532, i64 1600
   store <16 x float> zeroinitializer, ptr %572, align 64, !tbaa !5
-  %573 = or disjoint i64 %138, 480
+  %573 = or disjoint i64 %132, 496
   %574 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %573
   %575 = load <16 x float>, ptr %574, align 64, !tbaa !5
   %576 = getelementptr inbounds nuw float, ptr %acc, i64 %573
-  %577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %575, <16 x float> %435)
+  %577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %575, <16 x float> %429)
   store <16 x float> %577, ptr %576, align 64, !tbaa !5
-  %578 = getelementptr inbounds nuw i8, ptr %538, i64 1600
-  store <16 x float> zeroinitializer, ptr %578, align 64, !tbaa !5
-  %579 = or disjoint i64 %138, 496
-  %580 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %579
-  %581 = load <16 x float>, ptr %580, align 64, !tbaa !5
-  %582 = getelementptr inbounds nuw float, ptr %acc, i64 %579
-  %583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %581, <16 x float> %435)
-  store <16 x float> %583, ptr %582, align 64, !tbaa !5
   br label %for_end_d_0.i
 
 for_end_r_0.i:                                    ; preds = %for_end_d_0.i
-  br i1 %50, label %iter.check, label %for_end_r31.i, !prof !3
+  br i1 %50, label %iter.check, label %for_end_r33.i, !prof !3
 
 iter.check:                                       ; preds = %for_end_r_0.i
-  %584 = add nsw i64 %indvars.iv71.i, %52
-  %585 = shl nsw i64 %584, 4
-  %586 = add nsw i64 %585, %51
+  %578 = add nsw i64 %indvars.iv73.i, %52
+  %579 = shl nsw i64 %578, 4
+  %580 = add nsw i64 %579, %51
   %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx55, !prof !57
   br i1 %brmerge, label %for_body_r.i.preheader, label %vector.main.loop.iter.check, !prof !58
 
@@ -2074,30 +2062,30 @@ vector.main.loop.iter.check:                      ; preds = %iter.check
 
 vector.body:                                      ; preds = %vector.body, %vector.main.loop.iter.check
   %index = phi i64 [ %index.next, %vector.body ], [ 0, %vector.main.loop.iter.check ]
-  %587 = add nuw nsw i64 %index, %66
-  %588 = getelementptr inbounds nuw float, ptr %row_max, i64 %587
-  %589 = getelementptr inbounds nuw i8, ptr %588, i64 32
-  %wide.load = load <8 x float>, ptr %588, align 64, !tbaa !5
-  %wide.load57 = load <8 x float>, ptr %589, align 32, !tbaa !5
-  %590 = add nsw i64 %586, %index
-  %591 = getelementptr inbounds float, ptr %partial_max, i64 %590
-  %592 = getelementptr inbounds nuw i8, ptr %591, i64 32
-  store <8 x float> %wide.load, ptr %591, align 4, !tbaa !5
-  store <8 x float> %wide.load57, ptr %592, align 4, !tbaa !5
-  %593 = getelementptr inbounds nuw float, ptr %row_sum, i64 %587
-  %594 = getelementptr inbounds nuw i8, ptr %593, i64 32
-  %wide.load58 = load <8 x float>, ptr %593, align 64, !tbaa !5
-  %wide.load59 = load <8 x float>, ptr %594, align 32, !tbaa !5
-  %595 = getelementptr inbounds float, ptr %partial_sum, i64 %590
-  %596 = getelementptr inbounds nuw i8, ptr %595, i64 32
-  store <8 x float> %wide.load58, ptr %595, align 4, !tbaa !5
-  store <8 x float> %wide.load59, ptr %596, align 4, !tbaa !5
+  %581 = add nuw nsw i64 %index, %66
+  %582 = getelementptr inbounds nuw float, ptr %row_max, i64 %581
+  %583 = getelementptr inbounds nuw i8, ptr %582, i64 32
+  %wide.load = load <8 x float>, ptr %582, align 64, !tbaa !5
+  %wide.load57 = load <8 x float>, ptr %583, align 32, !tbaa !5
+  %584 = add nsw i64 %580, %index
+  %585 = getelementptr inbounds float, ptr %partial_max, i64 %584
+  %586 = getelementptr inbounds nuw i8, ptr %585, i64 32
+  store <8 x float> %wide.load, ptr %585, align 4, !tbaa !5
+  store <8 x float> %wide.load57, ptr %586, align 4, !tbaa !5
+  %587 = getelementptr inbounds nuw float, ptr %row_sum, i64 %581
+  %588 = getelementptr inbounds nuw i8, ptr %587, i64 32
+  %wide.load58 = load <8 x float>, ptr %587, align 64, !tbaa !5
+  %wide.load59 = load <8 x float>, ptr %588, align 32, !tbaa !5
+  %589 = getelementptr inbounds float, ptr %partial_sum, i64 %584
+  %590 = getelementptr inbounds nuw i8, ptr %589, i64 32
+  store <8 x float> %wide.load58, ptr %589, align 4, !tbaa !5
+  store <8 x float> %wide.load59, ptr %590, align 4, !tbaa !5
   %index.next = add nuw i64 %index, 16
-  %597 = icmp eq i64 %index.next, %n.vec
-  br i1 %597, label %middle.block, label %vector.body, !prof !59, !llvm.loop !60
+  %591 = icmp eq i64 %index.next, %n.vec
+  br i1 %591, label %middle.block, label %vector.body, !prof !59, !llvm.loop !60
 
 middle.block:                                     ; preds = %vector.body
-  br i1 %cmp.n, label %for_begin_d_034.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !64
+  br i1 %cmp.n, label %for_begin_d_036.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !64
 
 vec.epilog.iter.check:                            ; preds = %middle.block
   br i1 %min.epilog.iters.check, label %for_body_r.i.preheader, label %vec.epilog.ph, !prof !65
@@ -2108,246 +2096,246 @@ vec.epilog.ph:                                    ; preds = %vec.epilog.iter.che
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
   %index62 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next65, %vec.epilog.vector.body ]
-  %598 = add nuw nsw i64 %index62, %66
-  %599 = getelementptr inbounds nuw float, ptr %row_max, i64 %598
-  %wide.load63 = load <4 x float>, ptr %599, align 16, !tbaa !5
-  %600 = add nsw i64 %586, %index62
-  %601 = getelementptr inbounds float, ptr %partial_max, i64 %600
-  store <4 x float> %wide.load63, ptr %601, align 4, !tbaa !5
-  %602 = getelementptr inbounds nuw float, ptr %row_sum, i64 %598
-  %wide.load64 = load <4 x float>, ptr %602, align 16, !tbaa !5
-  %603 = getelementptr inbounds float, ptr %partial_sum, i64 %600
-  store <4 x float> %wide.load64, ptr %603, align 4, !tbaa !5
+  %592 = add nuw nsw i64 %index62, %66
+  %593 = getelementptr inbounds nuw float, ptr %row_max, i64 %592
+  %wide.load63 = load <4 x float>, ptr %593, align 16, !tbaa !5
+  %594 = add nsw i64 %580, %index62
+  %595 = getelementptr inbounds float, ptr %partial_max, i64 %594
+  store <4 x float> %wide.load63, ptr %595, align 4, !tbaa !5
+  %596 = getelementptr inbounds nuw float, ptr %row_sum, i64 %592
+  %wide.load64 = load <4 x float>, ptr %596, align 16, !tbaa !5
+  %597 = getelementptr inbounds float, ptr %partial_sum, i64 %594
+  store <4 x float> %wide.load64, ptr %597, align 4, !tbaa !5
   %index.next65 = add nuw i64 %index62, 4
-  %604 = icmp eq i64 %index.next65, %n.vec61
-  br i1 %604, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !66, !llvm.loop !67
+  %598 = icmp eq i64 %index.next65, %n.vec61
+  br i1 %598, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !66, !llvm.loop !67
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  br i1 %cmp.n66, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i.preheader, !prof !69
+  br i1 %cmp.n66, label %for_begin_d_036.preheader.lr.ph.i, label %for_body_r.i.preheader, !prof !69
 
 for_body_r.i.preheader:                           ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv55.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec61, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
-  %605 = sub nsw i64 %64, %indvars.iv55.i.ph
+  %indvars.iv57.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec61, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
+  %599 = sub nsw i64 %64, %indvars.iv57.i.ph
   br i1 %lcmp.mod.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !3
 
 for_body_r.i.prol:                                ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
-  %indvars.iv55.i.prol = phi i64 [ %indvars.iv.next56.i.prol, %for_body_r.i.prol ], [ %indvars.iv55.i.ph, %for_body_r.i.preheader ]
+  %indvars.iv57.i.prol = phi i64 [ %indvars.iv.next58.i.prol, %for_body_r.i.prol ], [ %indvars.iv57.i.ph, %for_body_r.i.preheader ]
   %prol.iter = phi i64 [ %prol.iter.next, %for_body_r.i.prol ], [ 0, %for_body_r.i.preheader ]
-  %606 = add nuw nsw i64 %indvars.iv55.i.prol, %66
-  %607 = getelementptr inbounds nuw float, ptr %row_max, i64 %606
-  %608 = load float, ptr %607, align 4, !tbaa !5
-  %609 = add nsw i64 %586, %indvars.iv55.i.prol
-  %610 = getelementptr inbounds float, ptr %partial_max, i64 %609
-  store float %608, ptr %610, align 4, !tbaa !5
-  %611 = getelementptr inbounds nuw float, ptr %row_sum, i64 %606
-  %612 = load float, ptr %611, align 4, !tbaa !5
-  %613 = getelementptr inbounds float, ptr %partial_sum, i64 %609
-  store float %612, ptr %613, align 4, !tbaa !5
-  %indvars.iv.next56.i.prol = add nuw nsw i64 %indvars.iv55.i.prol, 1
+  %600 = add nuw nsw i64 %indvars.iv57.i.prol, %66
+  %601 = getelementptr inbounds nuw float, ptr %row_max, i64 %600
+  %602 = load float, ptr %601, align 4, !tbaa !5
+  %603 = add nsw i64 %580, %indvars.iv57.i.prol
+  %604 = getelementptr inbounds float, ptr %partial_max, i64 %603
+  store float %602, ptr %604, align 4, !tbaa !5
+  %605 = getelementptr inbounds nuw float, ptr %row_sum, i64 %600
+  %606 = load float, ptr %605, align 4, !tbaa !5
+  %607 = getelementptr inbounds float, ptr %partial_sum, i64 %603
+  store float %606, ptr %607, align 4, !tbaa !5
+  %indvars.iv.next58.i.prol = add nuw nsw i64 %indvars.iv57.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
   br i1 %prol.iter.cmp.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !70, !llvm.loop !71
 
 for_body_r.i.prol.loopexit:                       ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
-  %indvars.iv55.i.unr = phi i64 [ %indvars.iv55.i.ph, %for_body_r.i.preheader ], [ %indvars.iv.next56.i.prol, %for_body_r.i.prol ]
-  %614 = icmp ult i64 %605, 3
-  br i1 %614, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i, !prof !57
+  %indvars.iv57.i.unr = phi i64 [ %indvars.iv57.i.ph, %for_body_r.i.preheader ], [ %indvars.iv.next58.i.prol, %for_body_r.i.prol ]
+  %608 = icmp ult i64 %599, 3
+  br i1 %608, label %for_begin_d_036.preheader.lr.ph.i, label %for_body_r.i, !prof !57
 
 for_end_d_0.i:                                    ; preds = %for_body_d_0.i.us.preheader, %for_body_d_0.i.preheader
-  %indvars.iv.next52.i = add nuw nsw i64 %indvars.iv51.i, 1
-  %exitcond54.not.i = icmp eq i64 %indvars.iv.next52.i, 4
-  br i1 %exitcond54.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !32
+  %indvars.iv.next54.i = add nuw nsw i64 %indvars.iv53.i, 1
+  %exitcond56.not.i = icmp eq i64 %indvars.iv.next54.i, 4
+  br i1 %exitcond56.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !32
 
-for_begin_d_034.preheader.lr.ph.i:                ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
-  %.idx43.i = shl nsw i64 %584, 13
-  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx43.i
-  br i1 %65, label %for_begin_d_034.preheader.i.epil.preheader, label %for_begin_d_034.preheader.i, !prof !4
+for_begin_d_036.preheader.lr.ph.i:                ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
+  %.idx45.i = shl nsw i64 %578, 13
+  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx45.i
+  br i1 %65, label %for_begin_d_036.preheader.i.epil.preheader, label %for_begin_d_036.preheader.i, !prof !4
 
 for_body_r.i:                                     ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit
-  %indvars.iv55.i = phi i64 [ %indvars.iv.next56.i.3, %for_body_r.i ], [ %indvars.iv55.i.unr, %for_body_r.i.prol.loopexit ]
-  %615 = add nuw nsw i64 %indvars.iv55.i, %66
-  %616 = getelementptr inbounds nuw float, ptr %row_max, i64 %615
-  %617 = load float, ptr %616, align 4, !tbaa !5
-  %618 = add nsw i64 %586, %indvars.iv55.i
-  %619 = getelementptr inbounds float, ptr %partial_max, i64 %618
-  store float %617, ptr %619, align 4, !tbaa !5
-  %620 = getelementptr inbounds nuw float, ptr %row_sum, i64 %615
-  %621 = load float, ptr %620, align 4, !tbaa !5
-  %622 = getelementptr inbounds float, ptr %partial_sum, i64 %618
-  store float %621, ptr %622, align 4, !tbaa !5
-  %indvars.iv.next56.i = add nuw nsw i64 %indvars.iv55.i, 1
-  %623 = add nuw nsw i64 %indvars.iv.next56.i, %66
-  %624 = getelementptr inbounds nuw float, ptr %row_max, i64 %623
-  %625 = load float, ptr %624, align 4, !tbaa !5
-  %626 = add nsw i64 %586, %indvars.iv.next56.i
-  %627 = getelementptr inbounds float, ptr %partial_max, i64 %626
-  store float %625, ptr %627, align 4, !tbaa !5
-  %628 = getelementptr inbounds nuw float, ptr %row_sum, i64 %623
-  %629 = load float, ptr %628, align 4, !tbaa !5
-  %630 = getelementptr inbounds float, ptr %partial_sum, i64 %626
-  store float %629, ptr %630, align 4, !tbaa !5
-  %indvars.iv.next56.i.1 = add nuw nsw i64 %indvars.iv55.i, 2
-  %631 = add nuw nsw i64 %indvars.iv.next56.i.1, %66
-  %632 = getelementptr inbounds nuw float, ptr %row_max, i64 %631
-  %633 = load float, ptr %632, align 4, !tbaa !5
-  %634 = add nsw i64 %586, %indvars.iv.next56.i.1
-  %635 = getelementptr inbounds float, ptr %partial_max, i64 %634
-  store float %633, ptr %635, align 4, !tbaa !5
-  %636 = getelementptr inbounds nuw float, ptr %row_sum, i64 %631
-  %637 = load float, ptr %636, align 4, !tbaa !5
-  %638 = getelementptr inbounds float, ptr %partial_sum, i64 %634
-  store float %637, ptr %638, align 4, !tbaa !5
-  %indvars.iv.next56.i.2 = add nuw nsw i64 %indvars.iv55.i, 3
-  %639 = add nuw nsw i64 %indvars.iv.next56.i.2, %66
-  %640 = getelementptr inbounds nuw float, ptr %row_max, i64 %639
-  %641 = load float, ptr %640, align 4, !tbaa !5
-  %642 = add nsw i64 %586, %indvars.iv.next56.i.2
-  %643 = getelementptr inbounds float, ptr %partial_max, i64 %642
-  store float %641, ptr %643, align 4, !tbaa !5
-  %644 = getelementptr inbounds nuw float, ptr %row_sum, i64 %639
-  %645 = load float, ptr %644, align 4, !tbaa !5
-  %646 = getelementptr inbounds float, ptr %partial_sum, i64 %642
-  store float %645, ptr %646, align 4, !tbaa !5
-  %indvars.iv.next56.i.3 = add nuw nsw i64 %indvars.iv55.i, 4
-  %exitcond58.not.i.3 = icmp eq i64 %indvars.iv.next56.i.3, %wide.trip.count.i
-  br i1 %exitcond58.not.i.3, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i, !prof !73, !llvm.loop !74
+  %indvars.iv57.i = phi i64 [ %indvars.iv.next58.i.3, %for_body_r.i ], [ %indvars.iv57.i.unr, %for_body_r.i.prol.loopexit ]
+  %609 = add nuw nsw i64 %indvars.iv57.i, %66
+  %610 = getelementptr inbounds nuw float, ptr %row_max, i64 %609
+  %611 = load float, ptr %610, align 4, !tbaa !5
+  %612 = add nsw i64 %580, %indvars.iv57.i
+  %613 = getelementptr inbounds float, ptr %partial_max, i64 %612
+  store float %611, ptr %613, align 4, !tbaa !5
+  %614 = getelementptr inbounds nuw float, ptr %row_sum, i64 %609
+  %615 = load float, ptr %614, align 4, !tbaa !5
+  %616 = getelementptr inbounds float, ptr %partial_sum, i64 %612
+  store float %615, ptr %616, align 4, !tbaa !5
+  %indvars.iv.next58.i = add nuw nsw i64 %indvars.iv57.i, 1
+  %617 = add nuw nsw i64 %indvars.iv.next58.i, %66
+  %618 = getelementptr inbounds nuw float, ptr %row_max, i64 %617
+  %619 = load float, ptr %618, align 4, !tbaa !5
+  %620 = add nsw i64 %580, %indvars.iv.next58.i
+  %621 = getelementptr inbounds float, ptr %partial_max, i64 %620
+  store float %619, ptr %621, align 4, !tbaa !5
+  %622 = getelementptr inbounds nuw float, ptr %row_sum, i64 %617
+  %623 = load float, ptr %622, align 4, !tbaa !5
+  %624 = getelementptr inbounds float, ptr %partial_sum, i64 %620
+  store float %623, ptr %624, align 4, !tbaa !5
+  %indvars.iv.next58.i.1 = add nuw nsw i64 %indvars.iv57.i, 2
+  %625 = add nuw nsw i64 %indvars.iv.next58.i.1, %66
+  %626 = getelementptr inbounds nuw float, ptr %row_max, i64 %625
+  %627 = load float, ptr %626, align 4, !tbaa !5
+  %628 = add nsw i64 %580, %indvars.iv.next58.i.1
+  %629 = getelementptr inbounds float, ptr %partial_max, i64 %628
+  store float %627, ptr %629, align 4, !tbaa !5
+  %630 = getelementptr inbounds nuw float, ptr %row_sum, i64 %625
+  %631 = load float, ptr %630, align 4, !tbaa !5
+  %632 = getelementptr inbounds float, ptr %partial_sum, i64 %628
+  store float %631, ptr %632, align 4, !tbaa !5
+  %indvars.iv.next58.i.2 = add nuw nsw i64 %indvars.iv57.i, 3
+  %633 = add nuw nsw i64 %indvars.iv.next58.i.2, %66
+  %634 = getelementptr inbounds nuw float, ptr %row_max, i64 %633
+  %635 = load float, ptr %634, align 4, !tbaa !5
+  %636 = add nsw i64 %580, %indvars.iv.next58.i.2
+  %637 = getelementptr inbounds float, ptr %partial_max, i64 %636
+  store float %635, ptr %637, align 4, !tbaa !5
+  %638 = getelementptr inbounds nuw float, ptr %row_sum, i64 %633
+  %639 = load float, ptr %638, align 4, !tbaa !5
+  %640 = getelementptr inbounds float, ptr %partial_sum, i64 %636
+  store float %639, ptr %640, align 4, !tbaa !5
+  %indvars.iv.next58.i.3 = add nuw nsw i64 %indvars.iv57.i, 4
+  %exitcond60.not.i.3 = icmp eq i64 %indvars.iv.next58.i.3, %wide.trip.count.i
+  br i1 %exitcond60.not.i.3, label %for_begin_d_036.preheader.lr.ph.i, label %for_body_r.i, !prof !73, !llvm.loop !74
 
-for_begin_d_034.preheader.i:                      ; preds = %for_begin_d_034.preheader.i, %for_begin_d_034.preheader.lr.ph.i
-  %indvars.iv66.i = phi i64 [ %indvars.iv.next67.i.1, %for_begin_d_034.preheader.i ], [ 0, %for_begin_d_034.preheader.lr.ph.i ]
-  %niter = phi i64 [ %niter.next.1, %for_begin_d_034.preheader.i ], [ 0, %for_begin_d_034.preheader.lr.ph.i ]
-  %647 = shl nsw i64 %indvars.iv66.i, 7
-  %648 = add nuw nsw i64 %647, %130
-  %649 = add nsw i64 %indvars.iv66.i, %51
-  %.idx.i = shl nsw i64 %649, 9
+for_begin_d_036.preheader.i:                      ; preds = %for_begin_d_036.preheader.i, %for_begin_d_036.preheader.lr.ph.i
+  %indvars.iv68.i = phi i64 [ %indvars.iv.next69.i.1, %for_begin_d_036.preheader.i ], [ 0, %for_begin_d_036.preheader.lr.ph.i ]
+  %niter = phi i64 [ %niter.next.1, %for_begin_d_036.preheader.i ], [ 0, %for_begin_d_036.preheader.lr.ph.i ]
+  %641 = shl nsw i64 %indvars.iv68.i, 7
+  %642 = add nuw nsw i64 %641, %124
+  %643 = add nsw i64 %indvars.iv68.i, %51
+  %.idx.i = shl nsw i64 %643, 9
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i
-  %650 = and i64 %648, 4294967040
-  %651 = getelementptr inbounds nuw float, ptr %acc, i64 %650
-  %652 = load <16 x float>, ptr %651, align 64, !tbaa !5
-  store <16 x float> %652, ptr %gep.i, align 4, !tbaa !5
-  %653 = getelementptr inbounds nuw i8, ptr %651, i64 64
+  %644 = and i64 %642, 4294967040
+  %645 = getelementptr inbounds nuw float, ptr %acc, i64 %644
+  %646 = load <16 x float>, ptr %645, align 64, !tbaa !5
+  store <16 x float> %646, ptr %gep.i, align 4, !tbaa !5
+  %647 = getelementptr inbounds nuw i8, ptr %645, i64 64
+  %648 = load <16 x float>, ptr %647, align 64, !tbaa !5
+  %649 = getelementptr i8, ptr %gep.i, i64 64
+  store <16 x float> %648, ptr %649, align 4, !tbaa !5
+  %650 = getelementptr inbounds nuw i8, ptr %645, i64 128
+  %651 = load <16 x float>, ptr %650, align 64, !tbaa !5
+  %652 = getelementptr i8, ptr %gep.i, i64 128
+  store <16 x float> %651, ptr %652, align 4, !tbaa !5
+  %653 = getelementptr inbounds nuw i8, ptr %645, i64 192
   %654 = load <16 x float>, ptr %653, align 64, !tbaa !5
-  %655 = getelementptr i8, ptr %gep.i, i64 64
+  %655 = getelementptr i8, ptr %gep.i, i64 192
   store <16 x float> %654, ptr %655, align 4, !tbaa !5
-  %656 = getelementptr inbounds nuw i8, ptr %651, i64 128
+  %656 = getelementptr inbounds nuw i8, ptr %645, i64 256
   %657 = load <16 x float>, ptr %656, align 64, !tbaa !5
-  %658 = getelementptr i8, ptr %gep.i, i64 128
+  %658 = getelementptr i8, ptr %gep.i, i64 256
   store <16 x float> %657, ptr %658, align 4, !tbaa !5
-  %659 = getelementptr inbounds nuw i8, ptr %651, i64 192
+  %659 = getelementptr inbounds nuw i8, ptr %645, i64 320
   %660 = load <16 x float>, ptr %659, align 64, !tbaa !5
-  %661 = getelementptr i8, ptr %gep.i, i64 192
+  %661 = getelementptr i8, ptr %gep.i, i64 320
   store <16 x float> %660, ptr %661, align 4, !tbaa !5
-  %662 = getelementptr inbounds nuw i8, ptr %651, i64 256
+  %662 = getelementptr inbounds nuw i8, ptr %645, i64 384
   %663 = load <16 x float>, ptr %662, align 64, !tbaa !5
-  %664 = getelementptr i8, ptr %gep.i, i64 256
+  %664 = getelementptr i8, ptr %gep.i, i64 384
   store <16 x float> %663, ptr %664, align 4, !tbaa !5
-  %665 = getelementptr inbounds nuw i8, ptr %651, i64 320
+  %665 = getelementptr inbounds nuw i8, ptr %645, i64 448
   %666 = load <16 x float>, ptr %665, align 64, !tbaa !5
-  %667 = getelementptr i8, ptr %gep.i, i64 320
+  %667 = getelementptr i8, ptr %gep.i, i64 448
   store <16 x float> %666, ptr %667, align 4, !tbaa !5
-  %668 = getelementptr inbounds nuw i8, ptr %651, i64 384
-  %669 = load <16 x float>, ptr %668, align 64, !tbaa !5
-  %670 = getelementptr i8, ptr %gep.i, i64 384
-  store <16 x float> %669, ptr %670, align 4, !tbaa !5
-  %671 = getelementptr inbounds nuw i8, ptr %651, i64 448
-  %672 = load <16 x float>, ptr %671, align 64, !tbaa !5
-  %673 = getelementptr i8, ptr %gep.i, i64 448
-  store <16 x float> %672, ptr %673, align 4, !tbaa !5
-  %indvars.iv.next67.i = or disjoint i64 %indvars.iv66.i, 1
-  %674 = shl nsw i64 %indvars.iv.next67.i, 7
-  %675 = add nuw nsw i64 %674, %130
-  %676 = add nsw i64 %indvars.iv.next67.i, %51
-  %.idx.i.1 = shl nsw i64 %676, 9
+  %indvars.iv.next69.i = or disjoint i64 %indvars.iv68.i, 1
+  %668 = shl nsw i64 %indvars.iv.next69.i, 7
+  %669 = add nuw nsw i64 %668, %124
+  %670 = add nsw i64 %indvars.iv.next69.i, %51
+  %.idx.i.1 = shl nsw i64 %670, 9
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.1
-  %677 = and i64 %675, 4294967168
-  %678 = getelementptr inbounds nuw float, ptr %acc, i64 %677
-  %679 = load <16 x float>, ptr %678, align 64, !tbaa !5
-  store <16 x float> %679, ptr %gep.i.1, align 4, !tbaa !5
-  %680 = getelementptr inbounds nuw i8, ptr %678, i64 64
+  %671 = and i64 %669, 4294967168
+  %672 = getelementptr inbounds nuw float, ptr %acc, i64 %671
+  %673 = load <16 x float>, ptr %672, align 64, !tbaa !5
+  store <16 x float> %673, ptr %gep.i.1, align 4, !tbaa !5
+  %674 = getelementptr inbounds nuw i8, ptr %672, i64 64
+  %675 = load <16 x float>, ptr %674, align 64, !tbaa !5
+  %676 = getelementptr i8, ptr %gep.i.1, i64 64
+  store <16 x float> %675, ptr %676, align 4, !tbaa !5
+  %677 = getelementptr inbounds nuw i8, ptr %672, i64 128
+  %678 = load <16 x float>, ptr %677, align 64, !tbaa !5
+  %679 = getelementptr i8, ptr %gep.i.1, i64 128
+  store <16 x float> %678, ptr %679, align 4, !tbaa !5
+  %680 = getelementptr inbounds nuw i8, ptr %672, i64 192
   %681 = load <16 x float>, ptr %680, align 64, !tbaa !5
-  %682 = getelementptr i8, ptr %gep.i.1, i64 64
+  %682 = getelementptr i8, ptr %gep.i.1, i64 192
   store <16 x float> %681, ptr %682, align 4, !tbaa !5
-  %683 = getelementptr inbounds nuw i8, ptr %678, i64 128
+  %683 = getelementptr inbounds nuw i8, ptr %672, i64 256
   %684 = load <16 x float>, ptr %683, align 64, !tbaa !5
-  %685 = getelementptr i8, ptr %gep.i.1, i64 128
+  %685 = getelementptr i8, ptr %gep.i.1, i64 256
   store <16 x float> %684, ptr %685, align 4, !tbaa !5
-  %686 = getelementptr inbounds nuw i8, ptr %678, i64 192
+  %686 = getelementptr inbounds nuw i8, ptr %672, i64 320
   %687 = load <16 x float>, ptr %686, align 64, !tbaa !5
-  %688 = getelementptr i8, ptr %gep.i.1, i64 192
+  %688 = getelementptr i8, ptr %gep.i.1, i64 320
   store <16 x float> %687, ptr %688, align 4, !tbaa !5
-  %689 = getelementptr inbounds nuw i8, ptr %678, i64 256
+  %689 = getelementptr inbounds nuw i8, ptr %672, i64 384
   %690 = load <16 x float>, ptr %689, align 64, !tbaa !5
-  %691 = getelementptr i8, ptr %gep.i.1, i64 256
+  %691 = getelementptr i8, ptr %gep.i.1, i64 384
   store <16 x float> %690, ptr %691, align 4, !tbaa !5
-  %692 = getelementptr inbounds nuw i8, ptr %678, i64 320
+  %692 = getelementptr inbounds nuw i8, ptr %672, i64 448
   %693 = load <16 x float>, ptr %692, align 64, !tbaa !5
-  %694 = getelementptr i8, ptr %gep.i.1, i64 320
+  %694 = getelementptr i8, ptr %gep.i.1, i64 448
   store <16 x float> %693, ptr %694, align 4, !tbaa !5
-  %695 = getelementptr inbounds nuw i8, ptr %678, i64 384
-  %696 = load <16 x float>, ptr %695, align 64, !tbaa !5
-  %697 = getelementptr i8, ptr %gep.i.1, i64 384
-  store <16 x float> %696, ptr %697, align 4, !tbaa !5
-  %698 = getelementptr inbounds nuw i8, ptr %678, i64 448
-  %699 = load <16 x float>, ptr %698, align 64, !tbaa !5
-  %700 = getelementptr i8, ptr %gep.i.1, i64 448
-  store <16 x float> %699, ptr %700, align 4, !tbaa !5
-  %indvars.iv.next67.i.1 = add nuw nsw i64 %indvars.iv66.i, 2
+  %indvars.iv.next69.i.1 = add nuw nsw i64 %indvars.iv68.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_r31.i.loopexit.unr-lcssa, label %for_begin_d_034.preheader.i, !prof !9, !llvm.loop !75
+  br i1 %niter.ncmp.1, label %for_end_r33.i.loopexit.unr-lcssa, label %for_begin_d_036.preheader.i, !prof !9, !llvm.loop !75
 
-for_end_r31.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_034.preheader.i
-  br i1 %lcmp.mod68.not, label %for_end_r31.i, label %for_begin_d_034.preheader.i.epil.preheader, !prof !12
+for_end_r33.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_036.preheader.i
+  br i1 %lcmp.mod68.not, label %for_end_r33.i, label %for_begin_d_036.preheader.i.epil.preheader, !prof !12
 
-for_begin_d_034.preheader.i.epil.preheader:       ; preds = %for_end_r31.i.loopexit.unr-lcssa, %for_begin_d_034.preheader.lr.ph.i
-  %indvars.iv66.i.epil.init = phi i64 [ 0, %for_begin_d_034.preheader.lr.ph.i ], [ %indvars.iv.next67.i.1, %for_end_r31.i.loopexit.unr-lcssa ]
+for_begin_d_036.preheader.i.epil.preheader:       ; preds = %for_end_r33.i.loopexit.unr-lcssa, %for_begin_d_036.preheader.lr.ph.i
+  %indvars.iv68.i.epil.init = phi i64 [ 0, %for_begin_d_036.preheader.lr.ph.i ], [ %indvars.iv.next69.i.1, %for_end_r33.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod69)
-  %701 = shl nsw i64 %indvars.iv66.i.epil.init, 7
-  %702 = add nuw nsw i64 %701, %130
-  %703 = add nsw i64 %indvars.iv66.i.epil.init, %51
-  %.idx.i.epil = shl nsw i64 %703, 9
+  %695 = shl nsw i64 %indvars.iv68.i.epil.init, 7
+  %696 = add nuw nsw i64 %695, %124
+  %697 = add nsw i64 %indvars.iv68.i.epil.init, %51
+  %.idx.i.epil = shl nsw i64 %697, 9
   %gep.i.epil = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.epil
-  %704 = and i64 %702, 4294967168
-  %705 = getelementptr inbounds nuw float, ptr %acc, i64 %704
-  %706 = load <16 x float>, ptr %705, align 64, !tbaa !5
-  store <16 x float> %706, ptr %gep.i.epil, align 4, !tbaa !5
-  %707 = getelementptr inbounds nuw i8, ptr %705, i64 64
+  %698 = and i64 %696, 4294967168
+  %699 = getelementptr inbounds nuw float, ptr %acc, i64 %698
+  %700 = load <16 x float>, ptr %699, align 64, !tbaa !5
+  store <16 x float> %700, ptr %gep.i.epil, align 4, !tbaa !5
+  %701 = getelementptr inbounds nuw i8, ptr %699, i64 64
+  %702 = load <16 x float>, ptr %701, align 64, !tbaa !5
+  %703 = getelementptr i8, ptr %gep.i.epil, i64 64
+  store <16 x float> %702, ptr %703, align 4, !tbaa !5
+  %704 = getelementptr inbounds nuw i8, ptr %699, i64 128
+  %705 = load <16 x float>, ptr %704, align 64, !tbaa !5
+  %706 = getelementptr i8, ptr %gep.i.epil, i64 128
+  store <16 x float> %705, ptr %706, align 4, !tbaa !5
+  %707 = getelementptr inbounds nuw i8, ptr %699, i64 192
   %708 = load <16 x float>, ptr %707, align 64, !tbaa !5
-  %709 = getelementptr i8, ptr %gep.i.epil, i64 64
+  %709 = getelementptr i8, ptr %gep.i.epil, i64 192
   store <16 x float> %708, ptr %709, align 4, !tbaa !5
-  %710 = getelementptr inbounds nuw i8, ptr %705, i64 128
+  %710 = getelementptr inbounds nuw i8, ptr %699, i64 256
   %711 = load <16 x float>, ptr %710, align 64, !tbaa !5
-  %712 = getelementptr i8, ptr %gep.i.epil, i64 128
+  %712 = getelementptr i8, ptr %gep.i.epil, i64 256
   store <16 x float> %711, ptr %712, align 4, !tbaa !5
-  %713 = getelementptr inbounds nuw i8, ptr %705, i64 192
+  %713 = getelementptr inbounds nuw i8, ptr %699, i64 320
   %714 = load <16 x float>, ptr %713, align 64, !tbaa !5
-  %715 = getelementptr i8, ptr %gep.i.epil, i64 192
+  %715 = getelementptr i8, ptr %gep.i.epil, i64 320
   store <16 x float> %714, ptr %715, align 4, !tbaa !5
-  %716 = getelementptr inbounds nuw i8, ptr %705, i64 256
+  %716 = getelementptr inbounds nuw i8, ptr %699, i64 384
   %717 = load <16 x float>, ptr %716, align 64, !tbaa !5
-  %718 = getelementptr i8, ptr %gep.i.epil, i64 256
+  %718 = getelementptr i8, ptr %gep.i.epil, i64 384
   store <16 x float> %717, ptr %718, align 4, !tbaa !5
-  %719 = getelementptr inbounds nuw i8, ptr %705, i64 320
+  %719 = getelementptr inbounds nuw i8, ptr %699, i64 448
   %720 = load <16 x float>, ptr %719, align 64, !tbaa !5
-  %721 = getelementptr i8, ptr %gep.i.epil, i64 320
+  %721 = getelementptr i8, ptr %gep.i.epil, i64 448
   store <16 x float> %720, ptr %721, align 4, !tbaa !5
-  %722 = getelementptr inbounds nuw i8, ptr %705, i64 384
-  %723 = load <16 x float>, ptr %722, align 64, !tbaa !5
-  %724 = getelementptr i8, ptr %gep.i.epil, i64 384
-  store <16 x float> %723, ptr %724, align 4, !tbaa !5
-  %725 = getelementptr inbounds nuw i8, ptr %705, i64 448
-  %726 = load <16 x float>, ptr %725, align 64, !tbaa !5
-  %727 = getelementptr i8, ptr %gep.i.epil, i64 448
-  store <16 x float> %726, ptr %727, align 4, !tbaa !5
-  br label %for_end_r31.i
+  br label %for_end_r33.i
 
-for_end_r31.i:                                    ; preds = %for_begin_d_034.preheader.i.epil.preheader, %for_end_r31.i.loopexit.unr-lcssa, %for_end_r_0.i
-  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next72.i, %wide.trip.count74.i
-  br i1 %exitcond75.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
+for_end_r33.i:                                    ; preds = %for_begin_d_036.preheader.i.epil.preheader, %for_end_r33.i.loopexit.unr-lcssa, %for_end_r_0.i
+  %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
+  %exitcond77.not.i = icmp eq i64 %indvars.iv.next74.i, %wide.trip.count76.i
+  br i1 %exitcond77.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
 
-online_update_compute_.exit:                      ; preds = %for_end_r31.i, %entry
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta41.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha42.i)
+online_update_compute_.exit:                      ; preds = %for_end_r33.i, %entry
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta43.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha44.i)
   ret i32 0
 }
 
@@ -2439,24 +2427,24 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %sext24 = shl i64 %23, 32
   %39 = ashr exact i64 %sext24, 32
   %40 = mul nsw i64 %37, %v_head
-  %invariant.gep258.i = getelementptr i16, ptr %value_cache, i64 %40
-  %wide.trip.count345.i = and i64 %25, 2147483647
+  %invariant.gep155.i = getelementptr i16, ptr %value_cache, i64 %40
+  %wide.trip.count352.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %for_end_r_0_m.i
-  %indvars.iv.next343.i = add nuw nsw i64 %indvars.iv342.i, 1
-  %exitcond346.not.i = icmp eq i64 %indvars.iv.next343.i, %wide.trip.count345.i
-  br i1 %exitcond346.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next350.i = add nuw nsw i64 %indvars.iv349.i, 1
+  %exitcond353.not.i = icmp eq i64 %indvars.iv.next350.i, %wide.trip.count352.i
+  br i1 %exitcond353.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv342.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next343.i, %for_begin_s.i ]
+  %indvars.iv349.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next350.i, %for_begin_s.i ]
   %41 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %value_offsets.i = tail call ptr %41(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %42 = icmp eq ptr %value_offsets.i, null
   br i1 %42, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %43 = add nsw i64 %indvars.iv342.i, %39
+  %43 = add nsw i64 %indvars.iv349.i, %39
   %44 = getelementptr inbounds i32, ptr %context_lens, i64 %43
   %45 = load i32, ptr %44, align 4, !tbaa !5
   %46 = sub nsw i32 %45, %36
@@ -2464,8 +2452,8 @@ if_end.i:                                         ; preds = %for_body_s.i
   %48 = tail call i32 @llvm.umin.i32(i32 %47, i32 128)
   %49 = add nuw nsw i32 %48, 15
   %50 = and i32 %49, 496
-  %.not311.i = icmp eq i32 %50, 0
-  br i1 %.not311.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !57
+  %.not315.i = icmp eq i32 %50, 0
+  br i1 %.not315.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !57
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
   %51 = add i32 %38, %48
@@ -2476,15 +2464,15 @@ for_body_t.lr.ph.i:                               ; preds = %if_end.i
 
 for_begin_r_0_m.preheader.i:                      ; preds = %for_body_t.i, %if_end.i
   %53 = lshr i32 %48, 4
-  %.not312.i = icmp eq i32 %53, 0
-  %54 = shl nsw i64 %indvars.iv342.i, 11
+  %.not316.i = icmp eq i32 %53, 0
+  %54 = shl nsw i64 %indvars.iv349.i, 11
   %55 = and i32 %48, 15
-  %.not313.i = icmp eq i32 %55, 0
+  %.not317.i = icmp eq i32 %55, 0
   %56 = and i32 %48, 240
   %57 = zext nneg i32 %56 to i64
   %58 = zext nneg i32 %53 to i64
-  %wide.trip.count332.i = zext nneg i32 %55 to i64
-  %invariant.gep357.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %57
+  %wide.trip.count339.i = zext nneg i32 %55 to i64
+  %invariant.gep366.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %57
   br label %for_begin_d_0_m.preheader.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
@@ -2523,839 +2511,794 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   br i1 %exitcond.not.i.1, label %for_begin_r_0_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !76
 
 for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_begin_r_0_m.preheader.i
-  %indvars.iv338.i = phi i64 [ 0, %for_begin_r_0_m.preheader.i ], [ %indvars.iv.next339.i, %for_end_d_0_m.i ]
-  %81 = shl nuw nsw i64 %indvars.iv338.i, 9
+  %indvars.iv345.i = phi i64 [ 0, %for_begin_r_0_m.preheader.i ], [ %indvars.iv.next346.i, %for_end_d_0_m.i ]
+  %81 = shl nuw nsw i64 %indvars.iv345.i, 9
   %82 = add nuw nsw i64 %81, %54
-  %83 = trunc i64 %82 to i32
-  %84 = or disjoint i32 %56, %83
-  %85 = zext i32 %84 to i64
-  %86 = and i64 %82, 4294966784
-  %87 = getelementptr inbounds nuw float, ptr %probs, i64 %82
-  %invariant.gep359.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %86
-  %invariant.gep355.i = getelementptr inbounds nuw float, ptr %probs, i64 %85
+  %83 = shl nuw nsw i64 %indvars.iv345.i, 2
+  %84 = trunc i64 %82 to i32
+  %85 = or disjoint i32 %56, %84
+  %86 = zext i32 %85 to i64
+  %87 = and i64 %82, 4294966784
+  %88 = getelementptr inbounds nuw float, ptr %probs, i64 %82
+  %invariant.gep368.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %87
+  %invariant.gep364.i = getelementptr inbounds nuw float, ptr %probs, i64 %86
   br label %for_body_d_0_m.i
 
 for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
-  %88 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %89 = tail call i32 %88(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not.i = icmp eq i32 %89, 0
+  %89 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %90 = tail call i32 %89(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not.i = icmp eq i32 %90, 0
   br i1 %.not.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !78
 
 for_body_d_0_m.i:                                 ; preds = %for_end_ti.i, %for_begin_d_0_m.preheader.i
-  %indvars.iv334.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next335.i, %for_end_ti.i ]
-  br i1 %.not312.i, label %for_body_d_0_m.for_end_to_crit_edge.i, label %for_begin_ax1.preheader.lr.ph.i, !prof !57
+  %indvars.iv341.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next342.i, %for_end_ti.i ]
+  br i1 %.not316.i, label %for_body_d_0_m.for_end_to_crit_edge.i, label %for_begin_ax2.preheader.lr.ph.i, !prof !57
 
 for_body_d_0_m.for_end_to_crit_edge.i:            ; preds = %for_body_d_0_m.i
-  %.pre.i = shl nuw nsw i64 %indvars.iv334.i, 5
+  %.pre.i = shl nuw nsw i64 %indvars.iv341.i, 5
   br label %for_end_to.i
 
-for_begin_ax1.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %90 = mul nuw nsw i64 %indvars.iv334.i, %58
-  %91 = shl nuw nsw i64 %indvars.iv334.i, 5
-  %gep259.i = getelementptr i16, ptr %invariant.gep258.i, i64 %91
-  br label %for_end_ax1.i
+for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
+  %91 = add nuw nsw i64 %indvars.iv341.i, %83
+  %92 = mul nuw nsw i64 %91, %58
+  %93 = shl nuw nsw i64 %indvars.iv341.i, 5
+  %gep263.i = getelementptr i16, ptr %invariant.gep155.i, i64 %93
+  %invariant.gep362.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %92
+  br label %for_end_ax2.i
 
 for_end_d_0_m.i:                                  ; preds = %for_end_ti.i
-  %indvars.iv.next339.i = add nuw nsw i64 %indvars.iv338.i, 1
-  %exitcond341.not.i = icmp eq i64 %indvars.iv.next339.i, 4
-  br i1 %exitcond341.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !32
+  %indvars.iv.next346.i = add nuw nsw i64 %indvars.iv345.i, 1
+  %exitcond348.not.i = icmp eq i64 %indvars.iv.next346.i, 4
+  br i1 %exitcond348.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !32
 
-for_end_to.i:                                     ; preds = %for_end_ax1.i, %for_body_d_0_m.for_end_to_crit_edge.i
-  %.pre-phi.i = phi i64 [ %.pre.i, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %91, %for_end_ax1.i ]
-  %.promoted256.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %700, %for_end_ax1.i ]
-  %.promoted252.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %691, %for_end_ax1.i ]
-  %.promoted255.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %699, %for_end_ax1.i ]
-  %.promoted251.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %686, %for_end_ax1.i ]
-  %.promoted254.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %698, %for_end_ax1.i ]
-  %.promoted250.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %681, %for_end_ax1.i ]
-  %.promoted253.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %697, %for_end_ax1.i ]
-  %.promoted.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %676, %for_end_ax1.i ]
-  %gep360.i = getelementptr inbounds nuw float, ptr %invariant.gep359.i, i64 %.pre-phi.i
-  store <16 x float> %.promoted.i, ptr %gep360.i, align 64, !tbaa !5
-  %92 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 512
-  store <16 x float> %.promoted250.i, ptr %92, align 64, !tbaa !5
-  %93 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1024
-  store <16 x float> %.promoted251.i, ptr %93, align 64, !tbaa !5
-  %94 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1536
-  store <16 x float> %.promoted252.i, ptr %94, align 64, !tbaa !5
-  %95 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 64
-  store <16 x float> %.promoted253.i, ptr %95, align 64, !tbaa !5
-  %96 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 576
-  store <16 x float> %.promoted254.i, ptr %96, align 64, !tbaa !5
-  %97 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1088
-  store <16 x float> %.promoted255.i, ptr %97, align 64, !tbaa !5
-  %98 = getelementptr inbounds nuw i8, ptr %gep360.i, i64 1600
-  store <16 x float> %.promoted256.i, ptr %98, align 64, !tbaa !5
-  br i1 %.not313.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !57
+for_end_to.i:                                     ; preds = %for_end_ax2.i, %for_body_d_0_m.for_end_to_crit_edge.i
+  %.pre-phi.i = phi i64 [ %.pre.i, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %93, %for_end_ax2.i ]
+  %.promoted260.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %662, %for_end_ax2.i ]
+  %.promoted259.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %661, %for_end_ax2.i ]
+  %.promoted258.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %656, %for_end_ax2.i ]
+  %.promoted257.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %655, %for_end_ax2.i ]
+  %.promoted256.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %650, %for_end_ax2.i ]
+  %.promoted255.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %649, %for_end_ax2.i ]
+  %.promoted254.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %644, %for_end_ax2.i ]
+  %.promoted.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %638, %for_end_ax2.i ]
+  %gep369.i = getelementptr inbounds nuw float, ptr %invariant.gep368.i, i64 %.pre-phi.i
+  store <16 x float> %.promoted.i, ptr %gep369.i, align 64, !tbaa !5
+  %94 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 64
+  store <16 x float> %.promoted254.i, ptr %94, align 64, !tbaa !5
+  %95 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 512
+  store <16 x float> %.promoted255.i, ptr %95, align 64, !tbaa !5
+  %96 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 576
+  store <16 x float> %.promoted256.i, ptr %96, align 64, !tbaa !5
+  %97 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1024
+  store <16 x float> %.promoted257.i, ptr %97, align 64, !tbaa !5
+  %98 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1088
+  store <16 x float> %.promoted258.i, ptr %98, align 64, !tbaa !5
+  %99 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1536
+  store <16 x float> %.promoted259.i, ptr %99, align 64, !tbaa !5
+  %100 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1600
+  store <16 x float> %.promoted260.i, ptr %100, align 64, !tbaa !5
+  br i1 %.not317.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !57
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to.i
-  %gep291.i = getelementptr i16, ptr %invariant.gep258.i, i64 %.pre-phi.i
+  %gep295.i = getelementptr i16, ptr %invariant.gep155.i, i64 %.pre-phi.i
   br label %for_body_ti.i
 
-for_end_ax1.i:                                    ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.lr.ph.i
-  %indvars.iv324.i = phi i64 [ 0, %for_begin_ax1.preheader.lr.ph.i ], [ %indvars.iv.next325.i, %for_end_ax1.i ]
-  %full_acc6.sroa.0.0144.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %676, %for_end_ax1.i ]
-  %full_acc6.sroa.34.0143.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %697, %for_end_ax1.i ]
-  %full_acc6.sroa.68.0142.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %681, %for_end_ax1.i ]
-  %full_acc6.sroa.102.0141.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %698, %for_end_ax1.i ]
-  %full_acc6.sroa.136.0140.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %686, %for_end_ax1.i ]
-  %full_acc6.sroa.170.0139.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %699, %for_end_ax1.i ]
-  %full_acc6.sroa.204.0138.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %691, %for_end_ax1.i ]
-  %full_acc6.sroa.238.0137.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1.preheader.lr.ph.i ], [ %700, %for_end_ax1.i ]
-  %99 = add nuw nsw i64 %indvars.iv324.i, %90
-  %.idx = shl nuw nsw i64 %99, 5
-  %100 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
-  %101 = load i64, ptr %100, align 8, !tbaa !5
-  %102 = getelementptr i16, ptr %value_cache, i64 %101
-  %103 = getelementptr i16, ptr %102, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %103, i32 0, i32 2, i32 1)
-  %104 = getelementptr i8, ptr %102, i64 64
-  %105 = getelementptr i16, ptr %104, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %105, i32 0, i32 2, i32 1)
-  %106 = getelementptr i8, ptr %102, i64 128
-  %107 = getelementptr i16, ptr %106, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %107, i32 0, i32 2, i32 1)
-  %108 = getelementptr i8, ptr %102, i64 192
-  %109 = getelementptr i16, ptr %108, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %109, i32 0, i32 2, i32 1)
-  %110 = getelementptr inbounds nuw i8, ptr %100, i64 8
-  %111 = load i64, ptr %110, align 8, !tbaa !5
-  %112 = getelementptr i16, ptr %value_cache, i64 %111
-  %113 = getelementptr i16, ptr %112, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %113, i32 0, i32 2, i32 1)
-  %114 = getelementptr i8, ptr %112, i64 64
-  %115 = getelementptr i16, ptr %114, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %115, i32 0, i32 2, i32 1)
-  %116 = getelementptr i8, ptr %112, i64 128
-  %117 = getelementptr i16, ptr %116, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %117, i32 0, i32 2, i32 1)
-  %118 = getelementptr i8, ptr %112, i64 192
-  %119 = getelementptr i16, ptr %118, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %119, i32 0, i32 2, i32 1)
-  %120 = getelementptr inbounds nuw i8, ptr %100, i64 16
-  %121 = load i64, ptr %120, align 8, !tbaa !5
-  %122 = getelementptr i16, ptr %value_cache, i64 %121
-  %123 = getelementptr i16, ptr %122, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %123, i32 0, i32 2, i32 1)
-  %124 = getelementptr i8, ptr %122, i64 64
-  %125 = getelementptr i16, ptr %124, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %125, i32 0, i32 2, i32 1)
-  %126 = getelementptr i8, ptr %122, i64 128
-  %127 = getelementptr i16, ptr %126, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %127, i32 0, i32 2, i32 1)
-  %128 = getelementptr i8, ptr %122, i64 192
-  %129 = getelementptr i16, ptr %128, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %129, i32 0, i32 2, i32 1)
-  %130 = getelementptr inbounds nuw i8, ptr %100, i64 24
-  %131 = load i64, ptr %130, align 8, !tbaa !5
-  %132 = getelementptr i16, ptr %value_cache, i64 %131
-  %133 = getelementptr i16, ptr %132, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %133, i32 0, i32 2, i32 1)
-  %134 = getelementptr i8, ptr %132, i64 64
-  %135 = getelementptr i16, ptr %134, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %135, i32 0, i32 2, i32 1)
-  %136 = getelementptr i8, ptr %132, i64 128
-  %137 = getelementptr i16, ptr %136, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %137, i32 0, i32 2, i32 1)
-  %138 = getelementptr i8, ptr %132, i64 192
-  %139 = getelementptr i16, ptr %138, i64 %40
-  tail call void @llvm.prefetch.p0(ptr readonly %139, i32 0, i32 2, i32 1)
-  %140 = shl nsw i64 %indvars.iv324.i, 4
-  %141 = getelementptr inbounds nuw float, ptr %87, i64 %140
-  %142 = load float, ptr %141, align 64, !tbaa !5
-  %143 = insertelement <16 x float> poison, float %142, i64 0
-  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
-  %145 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %140
-  %146 = load i64, ptr %145, align 8, !tbaa !5
-  %gep156.i = getelementptr i16, ptr %gep259.i, i64 %146
-  %147 = load <16 x i16>, ptr %gep156.i, align 2, !tbaa !5
-  %148 = zext <16 x i16> %147 to <16 x i32>
-  %149 = shl nuw <16 x i32> %148, splat (i32 16)
-  %150 = bitcast <16 x i32> %149 to <16 x float>
-  %151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %150, <16 x float> %full_acc6.sroa.0.0144.i)
-  %152 = getelementptr inbounds nuw i8, ptr %141, i64 512
-  %153 = load float, ptr %152, align 64, !tbaa !5
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %150, <16 x float> %full_acc6.sroa.68.0142.i)
-  %157 = getelementptr inbounds nuw i8, ptr %141, i64 1024
-  %158 = load float, ptr %157, align 64, !tbaa !5
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %150, <16 x float> %full_acc6.sroa.136.0140.i)
-  %162 = getelementptr inbounds nuw i8, ptr %141, i64 1536
-  %163 = load float, ptr %162, align 64, !tbaa !5
-  %164 = insertelement <16 x float> poison, float %163, i64 0
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %150, <16 x float> %full_acc6.sroa.204.0138.i)
-  %167 = getelementptr i8, ptr %gep156.i, i64 32
-  %168 = load <16 x i16>, ptr %167, align 2, !tbaa !5
-  %169 = zext <16 x i16> %168 to <16 x i32>
-  %170 = shl nuw <16 x i32> %169, splat (i32 16)
-  %171 = bitcast <16 x i32> %170 to <16 x float>
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %171, <16 x float> %full_acc6.sroa.34.0143.i)
-  %173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %171, <16 x float> %full_acc6.sroa.102.0141.i)
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %171, <16 x float> %full_acc6.sroa.170.0139.i)
-  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %171, <16 x float> %full_acc6.sroa.238.0137.i)
-  %176 = getelementptr inbounds nuw i8, ptr %141, i64 4
-  %177 = load float, ptr %176, align 4, !tbaa !5
-  %178 = insertelement <16 x float> poison, float %177, i64 0
-  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> zeroinitializer
-  %180 = getelementptr inbounds nuw i8, ptr %145, i64 8
-  %181 = load i64, ptr %180, align 8, !tbaa !5
-  %gep160.i = getelementptr i16, ptr %gep259.i, i64 %181
-  %182 = load <16 x i16>, ptr %gep160.i, align 2, !tbaa !5
-  %183 = zext <16 x i16> %182 to <16 x i32>
-  %184 = shl nuw <16 x i32> %183, splat (i32 16)
-  %185 = bitcast <16 x i32> %184 to <16 x float>
-  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %185, <16 x float> %151)
-  %187 = getelementptr inbounds nuw i8, ptr %141, i64 516
-  %188 = load float, ptr %187, align 4, !tbaa !5
-  %189 = insertelement <16 x float> poison, float %188, i64 0
-  %190 = shufflevector <16 x float> %189, <16 x float> poison, <16 x i32> zeroinitializer
-  %191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %190, <16 x float> %185, <16 x float> %156)
-  %192 = getelementptr inbounds nuw i8, ptr %141, i64 1028
-  %193 = load float, ptr %192, align 4, !tbaa !5
-  %194 = insertelement <16 x float> poison, float %193, i64 0
-  %195 = shufflevector <16 x float> %194, <16 x float> poison, <16 x i32> zeroinitializer
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %195, <16 x float> %185, <16 x float> %161)
-  %197 = getelementptr inbounds nuw i8, ptr %141, i64 1540
-  %198 = load float, ptr %197, align 4, !tbaa !5
-  %199 = insertelement <16 x float> poison, float %198, i64 0
-  %200 = shufflevector <16 x float> %199, <16 x float> poison, <16 x i32> zeroinitializer
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %185, <16 x float> %166)
-  %202 = getelementptr i8, ptr %gep160.i, i64 32
-  %203 = load <16 x i16>, ptr %202, align 2, !tbaa !5
-  %204 = zext <16 x i16> %203 to <16 x i32>
-  %205 = shl nuw <16 x i32> %204, splat (i32 16)
-  %206 = bitcast <16 x i32> %205 to <16 x float>
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %206, <16 x float> %172)
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %190, <16 x float> %206, <16 x float> %173)
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %195, <16 x float> %206, <16 x float> %174)
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %206, <16 x float> %175)
-  %211 = getelementptr inbounds nuw i8, ptr %141, i64 8
-  %212 = load float, ptr %211, align 8, !tbaa !5
-  %213 = insertelement <16 x float> poison, float %212, i64 0
-  %214 = shufflevector <16 x float> %213, <16 x float> poison, <16 x i32> zeroinitializer
-  %215 = getelementptr inbounds nuw i8, ptr %145, i64 16
-  %216 = load i64, ptr %215, align 8, !tbaa !5
-  %gep164.i = getelementptr i16, ptr %gep259.i, i64 %216
-  %217 = load <16 x i16>, ptr %gep164.i, align 2, !tbaa !5
-  %218 = zext <16 x i16> %217 to <16 x i32>
-  %219 = shl nuw <16 x i32> %218, splat (i32 16)
-  %220 = bitcast <16 x i32> %219 to <16 x float>
-  %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> %220, <16 x float> %186)
-  %222 = getelementptr inbounds nuw i8, ptr %141, i64 520
-  %223 = load float, ptr %222, align 8, !tbaa !5
-  %224 = insertelement <16 x float> poison, float %223, i64 0
-  %225 = shufflevector <16 x float> %224, <16 x float> poison, <16 x i32> zeroinitializer
-  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %220, <16 x float> %191)
-  %227 = getelementptr inbounds nuw i8, ptr %141, i64 1032
-  %228 = load float, ptr %227, align 8, !tbaa !5
-  %229 = insertelement <16 x float> poison, float %228, i64 0
-  %230 = shufflevector <16 x float> %229, <16 x float> poison, <16 x i32> zeroinitializer
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %220, <16 x float> %196)
-  %232 = getelementptr inbounds nuw i8, ptr %141, i64 1544
-  %233 = load float, ptr %232, align 8, !tbaa !5
-  %234 = insertelement <16 x float> poison, float %233, i64 0
-  %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %220, <16 x float> %201)
-  %237 = getelementptr i8, ptr %gep164.i, i64 32
-  %238 = load <16 x i16>, ptr %237, align 2, !tbaa !5
-  %239 = zext <16 x i16> %238 to <16 x i32>
-  %240 = shl nuw <16 x i32> %239, splat (i32 16)
-  %241 = bitcast <16 x i32> %240 to <16 x float>
-  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> %241, <16 x float> %207)
-  %243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %241, <16 x float> %208)
-  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %241, <16 x float> %209)
-  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %241, <16 x float> %210)
-  %246 = getelementptr inbounds nuw i8, ptr %141, i64 12
-  %247 = load float, ptr %246, align 4, !tbaa !5
-  %248 = insertelement <16 x float> poison, float %247, i64 0
-  %249 = shufflevector <16 x float> %248, <16 x float> poison, <16 x i32> zeroinitializer
-  %250 = getelementptr inbounds nuw i8, ptr %145, i64 24
-  %251 = load i64, ptr %250, align 8, !tbaa !5
-  %gep168.i = getelementptr i16, ptr %gep259.i, i64 %251
-  %252 = load <16 x i16>, ptr %gep168.i, align 2, !tbaa !5
-  %253 = zext <16 x i16> %252 to <16 x i32>
-  %254 = shl nuw <16 x i32> %253, splat (i32 16)
-  %255 = bitcast <16 x i32> %254 to <16 x float>
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %249, <16 x float> %255, <16 x float> %221)
-  %257 = getelementptr inbounds nuw i8, ptr %141, i64 524
-  %258 = load float, ptr %257, align 4, !tbaa !5
-  %259 = insertelement <16 x float> poison, float %258, i64 0
-  %260 = shufflevector <16 x float> %259, <16 x float> poison, <16 x i32> zeroinitializer
-  %261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %255, <16 x float> %226)
-  %262 = getelementptr inbounds nuw i8, ptr %141, i64 1036
-  %263 = load float, ptr %262, align 4, !tbaa !5
-  %264 = insertelement <16 x float> poison, float %263, i64 0
-  %265 = shufflevector <16 x float> %264, <16 x float> poison, <16 x i32> zeroinitializer
-  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %265, <16 x float> %255, <16 x float> %231)
-  %267 = getelementptr inbounds nuw i8, ptr %141, i64 1548
-  %268 = load float, ptr %267, align 4, !tbaa !5
-  %269 = insertelement <16 x float> poison, float %268, i64 0
-  %270 = shufflevector <16 x float> %269, <16 x float> poison, <16 x i32> zeroinitializer
-  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %255, <16 x float> %236)
-  %272 = getelementptr i8, ptr %gep168.i, i64 32
-  %273 = load <16 x i16>, ptr %272, align 2, !tbaa !5
-  %274 = zext <16 x i16> %273 to <16 x i32>
-  %275 = shl nuw <16 x i32> %274, splat (i32 16)
-  %276 = bitcast <16 x i32> %275 to <16 x float>
-  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %249, <16 x float> %276, <16 x float> %242)
-  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %276, <16 x float> %243)
-  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %265, <16 x float> %276, <16 x float> %244)
-  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %276, <16 x float> %245)
-  %281 = getelementptr inbounds nuw i8, ptr %141, i64 16
-  %282 = load float, ptr %281, align 16, !tbaa !5
-  %283 = insertelement <16 x float> poison, float %282, i64 0
-  %284 = shufflevector <16 x float> %283, <16 x float> poison, <16 x i32> zeroinitializer
-  %285 = getelementptr inbounds nuw i8, ptr %145, i64 32
-  %286 = load i64, ptr %285, align 8, !tbaa !5
-  %gep172.i = getelementptr i16, ptr %gep259.i, i64 %286
-  %287 = load <16 x i16>, ptr %gep172.i, align 2, !tbaa !5
-  %288 = zext <16 x i16> %287 to <16 x i32>
-  %289 = shl nuw <16 x i32> %288, splat (i32 16)
-  %290 = bitcast <16 x i32> %289 to <16 x float>
-  %291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %284, <16 x float> %290, <16 x float> %256)
-  %292 = getelementptr inbounds nuw i8, ptr %141, i64 528
-  %293 = load float, ptr %292, align 16, !tbaa !5
-  %294 = insertelement <16 x float> poison, float %293, i64 0
-  %295 = shufflevector <16 x float> %294, <16 x float> poison, <16 x i32> zeroinitializer
-  %296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %295, <16 x float> %290, <16 x float> %261)
-  %297 = getelementptr inbounds nuw i8, ptr %141, i64 1040
-  %298 = load float, ptr %297, align 16, !tbaa !5
-  %299 = insertelement <16 x float> poison, float %298, i64 0
-  %300 = shufflevector <16 x float> %299, <16 x float> poison, <16 x i32> zeroinitializer
-  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %300, <16 x float> %290, <16 x float> %266)
-  %302 = getelementptr inbounds nuw i8, ptr %141, i64 1552
-  %303 = load float, ptr %302, align 16, !tbaa !5
-  %304 = insertelement <16 x float> poison, float %303, i64 0
-  %305 = shufflevector <16 x float> %304, <16 x float> poison, <16 x i32> zeroinitializer
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %290, <16 x float> %271)
-  %307 = getelementptr i8, ptr %gep172.i, i64 32
-  %308 = load <16 x i16>, ptr %307, align 2, !tbaa !5
-  %309 = zext <16 x i16> %308 to <16 x i32>
-  %310 = shl nuw <16 x i32> %309, splat (i32 16)
-  %311 = bitcast <16 x i32> %310 to <16 x float>
-  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %284, <16 x float> %311, <16 x float> %277)
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %295, <16 x float> %311, <16 x float> %278)
-  %314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %300, <16 x float> %311, <16 x float> %279)
-  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %311, <16 x float> %280)
-  %316 = getelementptr inbounds nuw i8, ptr %141, i64 20
-  %317 = load float, ptr %316, align 4, !tbaa !5
-  %318 = insertelement <16 x float> poison, float %317, i64 0
-  %319 = shufflevector <16 x float> %318, <16 x float> poison, <16 x i32> zeroinitializer
-  %320 = getelementptr inbounds nuw i8, ptr %145, i64 40
-  %321 = load i64, ptr %320, align 8, !tbaa !5
-  %gep176.i = getelementptr i16, ptr %gep259.i, i64 %321
-  %322 = load <16 x i16>, ptr %gep176.i, align 2, !tbaa !5
-  %323 = zext <16 x i16> %322 to <16 x i32>
-  %324 = shl nuw <16 x i32> %323, splat (i32 16)
-  %325 = bitcast <16 x i32> %324 to <16 x float>
-  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %325, <16 x float> %291)
-  %327 = getelementptr inbounds nuw i8, ptr %141, i64 532
-  %328 = load float, ptr %327, align 4, !tbaa !5
-  %329 = insertelement <16 x float> poison, float %328, i64 0
-  %330 = shufflevector <16 x float> %329, <16 x float> poison, <16 x i32> zeroinitializer
-  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %325, <16 x float> %296)
-  %332 = getelementptr inbounds nuw i8, ptr %141, i64 1044
-  %333 = load float, ptr %332, align 4, !tbaa !5
-  %334 = insertelement <16 x float> poison, float %333, i64 0
-  %335 = shufflevector <16 x float> %334, <16 x float> poison, <16 x i32> zeroinitializer
-  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %325, <16 x float> %301)
-  %337 = getelementptr inbounds nuw i8, ptr %141, i64 1556
-  %338 = load float, ptr %337, align 4, !tbaa !5
-  %339 = insertelement <16 x float> poison, float %338, i64 0
-  %340 = shufflevector <16 x float> %339, <16 x float> poison, <16 x i32> zeroinitializer
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %325, <16 x float> %306)
-  %342 = getelementptr i8, ptr %gep176.i, i64 32
-  %343 = load <16 x i16>, ptr %342, align 2, !tbaa !5
-  %344 = zext <16 x i16> %343 to <16 x i32>
-  %345 = shl nuw <16 x i32> %344, splat (i32 16)
-  %346 = bitcast <16 x i32> %345 to <16 x float>
-  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %346, <16 x float> %312)
-  %348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %346, <16 x float> %313)
-  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %346, <16 x float> %314)
-  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %346, <16 x float> %315)
-  %351 = getelementptr inbounds nuw i8, ptr %141, i64 24
-  %352 = load float, ptr %351, align 8, !tbaa !5
-  %353 = insertelement <16 x float> poison, float %352, i64 0
-  %354 = shufflevector <16 x float> %353, <16 x float> poison, <16 x i32> zeroinitializer
-  %355 = getelementptr inbounds nuw i8, ptr %145, i64 48
-  %356 = load i64, ptr %355, align 8, !tbaa !5
-  %gep180.i = getelementptr i16, ptr %gep259.i, i64 %356
-  %357 = load <16 x i16>, ptr %gep180.i, align 2, !tbaa !5
-  %358 = zext <16 x i16> %357 to <16 x i32>
-  %359 = shl nuw <16 x i32> %358, splat (i32 16)
-  %360 = bitcast <16 x i32> %359 to <16 x float>
-  %361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %354, <16 x float> %360, <16 x float> %326)
-  %362 = getelementptr inbounds nuw i8, ptr %141, i64 536
-  %363 = load float, ptr %362, align 8, !tbaa !5
-  %364 = insertelement <16 x float> poison, float %363, i64 0
-  %365 = shufflevector <16 x float> %364, <16 x float> poison, <16 x i32> zeroinitializer
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %360, <16 x float> %331)
-  %367 = getelementptr inbounds nuw i8, ptr %141, i64 1048
-  %368 = load float, ptr %367, align 8, !tbaa !5
-  %369 = insertelement <16 x float> poison, float %368, i64 0
-  %370 = shufflevector <16 x float> %369, <16 x float> poison, <16 x i32> zeroinitializer
-  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %360, <16 x float> %336)
-  %372 = getelementptr inbounds nuw i8, ptr %141, i64 1560
-  %373 = load float, ptr %372, align 8, !tbaa !5
-  %374 = insertelement <16 x float> poison, float %373, i64 0
-  %375 = shufflevector <16 x float> %374, <16 x float> poison, <16 x i32> zeroinitializer
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %360, <16 x float> %341)
-  %377 = getelementptr i8, ptr %gep180.i, i64 32
-  %378 = load <16 x i16>, ptr %377, align 2, !tbaa !5
-  %379 = zext <16 x i16> %378 to <16 x i32>
-  %380 = shl nuw <16 x i32> %379, splat (i32 16)
-  %381 = bitcast <16 x i32> %380 to <16 x float>
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %354, <16 x float> %381, <16 x float> %347)
-  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %381, <16 x float> %348)
-  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %381, <16 x float> %349)
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %381, <16 x float> %350)
-  %386 = getelementptr inbounds nuw i8, ptr %141, i64 28
-  %387 = load float, ptr %386, align 4, !tbaa !5
-  %388 = insertelement <16 x float> poison, float %387, i64 0
-  %389 = shufflevector <16 x float> %388, <16 x float> poison, <16 x i32> zeroinitializer
-  %390 = getelementptr inbounds nuw i8, ptr %145, i64 56
-  %391 = load i64, ptr %390, align 8, !tbaa !5
-  %gep184.i = getelementptr i16, ptr %gep259.i, i64 %391
-  %392 = load <16 x i16>, ptr %gep184.i, align 2, !tbaa !5
-  %393 = zext <16 x i16> %392 to <16 x i32>
-  %394 = shl nuw <16 x i32> %393, splat (i32 16)
-  %395 = bitcast <16 x i32> %394 to <16 x float>
-  %396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %389, <16 x float> %395, <16 x float> %361)
-  %397 = getelementptr inbounds nuw i8, ptr %141, i64 540
-  %398 = load float, ptr %397, align 4, !tbaa !5
-  %399 = insertelement <16 x float> poison, float %398, i64 0
-  %400 = shufflevector <16 x float> %399, <16 x float> poison, <16 x i32> zeroinitializer
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %395, <16 x float> %366)
-  %402 = getelementptr inbounds nuw i8, ptr %141, i64 1052
-  %403 = load float, ptr %402, align 4, !tbaa !5
-  %404 = insertelement <16 x float> poison, float %403, i64 0
-  %405 = shufflevector <16 x float> %404, <16 x float> poison, <16 x i32> zeroinitializer
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %395, <16 x float> %371)
-  %407 = getelementptr inbounds nuw i8, ptr %141, i64 1564
-  %408 = load float, ptr %407, align 4, !tbaa !5
-  %409 = insertelement <16 x float> poison, float %408, i64 0
-  %410 = shufflevector <16 x float> %409, <16 x float> poison, <16 x i32> zeroinitializer
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %395, <16 x float> %376)
-  %412 = getelementptr i8, ptr %gep184.i, i64 32
-  %413 = load <16 x i16>, ptr %412, align 2, !tbaa !5
-  %414 = zext <16 x i16> %413 to <16 x i32>
-  %415 = shl nuw <16 x i32> %414, splat (i32 16)
-  %416 = bitcast <16 x i32> %415 to <16 x float>
-  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %389, <16 x float> %416, <16 x float> %382)
-  %418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %416, <16 x float> %383)
-  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %416, <16 x float> %384)
-  %420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %416, <16 x float> %385)
-  %421 = getelementptr inbounds nuw i8, ptr %141, i64 32
-  %422 = load float, ptr %421, align 32, !tbaa !5
-  %423 = insertelement <16 x float> poison, float %422, i64 0
-  %424 = shufflevector <16 x float> %423, <16 x float> poison, <16 x i32> zeroinitializer
-  %425 = getelementptr inbounds nuw i8, ptr %145, i64 64
-  %426 = load i64, ptr %425, align 8, !tbaa !5
-  %gep188.i = getelementptr i16, ptr %gep259.i, i64 %426
-  %427 = load <16 x i16>, ptr %gep188.i, align 2, !tbaa !5
-  %428 = zext <16 x i16> %427 to <16 x i32>
-  %429 = shl nuw <16 x i32> %428, splat (i32 16)
-  %430 = bitcast <16 x i32> %429 to <16 x float>
-  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %424, <16 x float> %430, <16 x float> %396)
-  %432 = getelementptr inbounds nuw i8, ptr %141, i64 544
-  %433 = load float, ptr %432, align 32, !tbaa !5
-  %434 = insertelement <16 x float> poison, float %433, i64 0
-  %435 = shufflevector <16 x float> %434, <16 x float> poison, <16 x i32> zeroinitializer
-  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %430, <16 x float> %401)
-  %437 = getelementptr inbounds nuw i8, ptr %141, i64 1056
-  %438 = load float, ptr %437, align 32, !tbaa !5
-  %439 = insertelement <16 x float> poison, float %438, i64 0
-  %440 = shufflevector <16 x float> %439, <16 x float> poison, <16 x i32> zeroinitializer
-  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %440, <16 x float> %430, <16 x float> %406)
-  %442 = getelementptr inbounds nuw i8, ptr %141, i64 1568
-  %443 = load float, ptr %442, align 32, !tbaa !5
-  %444 = insertelement <16 x float> poison, float %443, i64 0
-  %445 = shufflevector <16 x float> %444, <16 x float> poison, <16 x i32> zeroinitializer
-  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %430, <16 x float> %411)
-  %447 = getelementptr i8, ptr %gep188.i, i64 32
-  %448 = load <16 x i16>, ptr %447, align 2, !tbaa !5
-  %449 = zext <16 x i16> %448 to <16 x i32>
-  %450 = shl nuw <16 x i32> %449, splat (i32 16)
-  %451 = bitcast <16 x i32> %450 to <16 x float>
-  %452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %424, <16 x float> %451, <16 x float> %417)
-  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %451, <16 x float> %418)
-  %454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %440, <16 x float> %451, <16 x float> %419)
-  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %451, <16 x float> %420)
-  %456 = getelementptr inbounds nuw i8, ptr %141, i64 36
-  %457 = load float, ptr %456, align 4, !tbaa !5
-  %458 = insertelement <16 x float> poison, float %457, i64 0
-  %459 = shufflevector <16 x float> %458, <16 x float> poison, <16 x i32> zeroinitializer
-  %460 = getelementptr inbounds nuw i8, ptr %145, i64 72
-  %461 = load i64, ptr %460, align 8, !tbaa !5
-  %gep192.i = getelementptr i16, ptr %gep259.i, i64 %461
-  %462 = load <16 x i16>, ptr %gep192.i, align 2, !tbaa !5
-  %463 = zext <16 x i16> %462 to <16 x i32>
-  %464 = shl nuw <16 x i32> %463, splat (i32 16)
-  %465 = bitcast <16 x i32> %464 to <16 x float>
-  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %459, <16 x float> %465, <16 x float> %431)
-  %467 = getelementptr inbounds nuw i8, ptr %141, i64 548
-  %468 = load float, ptr %467, align 4, !tbaa !5
-  %469 = insertelement <16 x float> poison, float %468, i64 0
-  %470 = shufflevector <16 x float> %469, <16 x float> poison, <16 x i32> zeroinitializer
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %470, <16 x float> %465, <16 x float> %436)
-  %472 = getelementptr inbounds nuw i8, ptr %141, i64 1060
-  %473 = load float, ptr %472, align 4, !tbaa !5
-  %474 = insertelement <16 x float> poison, float %473, i64 0
-  %475 = shufflevector <16 x float> %474, <16 x float> poison, <16 x i32> zeroinitializer
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %465, <16 x float> %441)
-  %477 = getelementptr inbounds nuw i8, ptr %141, i64 1572
-  %478 = load float, ptr %477, align 4, !tbaa !5
-  %479 = insertelement <16 x float> poison, float %478, i64 0
-  %480 = shufflevector <16 x float> %479, <16 x float> poison, <16 x i32> zeroinitializer
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %465, <16 x float> %446)
-  %482 = getelementptr i8, ptr %gep192.i, i64 32
-  %483 = load <16 x i16>, ptr %482, align 2, !tbaa !5
-  %484 = zext <16 x i16> %483 to <16 x i32>
-  %485 = shl nuw <16 x i32> %484, splat (i32 16)
-  %486 = bitcast <16 x i32> %485 to <16 x float>
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %459, <16 x float> %486, <16 x float> %452)
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %470, <16 x float> %486, <16 x float> %453)
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %486, <16 x float> %454)
-  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %486, <16 x float> %455)
-  %491 = getelementptr inbounds nuw i8, ptr %141, i64 40
-  %492 = load float, ptr %491, align 8, !tbaa !5
-  %493 = insertelement <16 x float> poison, float %492, i64 0
-  %494 = shufflevector <16 x float> %493, <16 x float> poison, <16 x i32> zeroinitializer
-  %495 = getelementptr inbounds nuw i8, ptr %145, i64 80
-  %496 = load i64, ptr %495, align 8, !tbaa !5
-  %gep196.i = getelementptr i16, ptr %gep259.i, i64 %496
-  %497 = load <16 x i16>, ptr %gep196.i, align 2, !tbaa !5
-  %498 = zext <16 x i16> %497 to <16 x i32>
-  %499 = shl nuw <16 x i32> %498, splat (i32 16)
-  %500 = bitcast <16 x i32> %499 to <16 x float>
-  %501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %494, <16 x float> %500, <16 x float> %466)
-  %502 = getelementptr inbounds nuw i8, ptr %141, i64 552
-  %503 = load float, ptr %502, align 8, !tbaa !5
-  %504 = insertelement <16 x float> poison, float %503, i64 0
-  %505 = shufflevector <16 x float> %504, <16 x float> poison, <16 x i32> zeroinitializer
-  %506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %505, <16 x float> %500, <16 x float> %471)
-  %507 = getelementptr inbounds nuw i8, ptr %141, i64 1064
-  %508 = load float, ptr %507, align 8, !tbaa !5
-  %509 = insertelement <16 x float> poison, float %508, i64 0
-  %510 = shufflevector <16 x float> %509, <16 x float> poison, <16 x i32> zeroinitializer
-  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %510, <16 x float> %500, <16 x float> %476)
-  %512 = getelementptr inbounds nuw i8, ptr %141, i64 1576
-  %513 = load float, ptr %512, align 8, !tbaa !5
-  %514 = insertelement <16 x float> poison, float %513, i64 0
-  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
-  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %500, <16 x float> %481)
-  %517 = getelementptr i8, ptr %gep196.i, i64 32
-  %518 = load <16 x i16>, ptr %517, align 2, !tbaa !5
-  %519 = zext <16 x i16> %518 to <16 x i32>
-  %520 = shl nuw <16 x i32> %519, splat (i32 16)
-  %521 = bitcast <16 x i32> %520 to <16 x float>
-  %522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %494, <16 x float> %521, <16 x float> %487)
-  %523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %505, <16 x float> %521, <16 x float> %488)
-  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %510, <16 x float> %521, <16 x float> %489)
-  %525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %521, <16 x float> %490)
-  %526 = getelementptr inbounds nuw i8, ptr %141, i64 44
-  %527 = load float, ptr %526, align 4, !tbaa !5
-  %528 = insertelement <16 x float> poison, float %527, i64 0
-  %529 = shufflevector <16 x float> %528, <16 x float> poison, <16 x i32> zeroinitializer
-  %530 = getelementptr inbounds nuw i8, ptr %145, i64 88
-  %531 = load i64, ptr %530, align 8, !tbaa !5
-  %gep200.i = getelementptr i16, ptr %gep259.i, i64 %531
-  %532 = load <16 x i16>, ptr %gep200.i, align 2, !tbaa !5
-  %533 = zext <16 x i16> %532 to <16 x i32>
-  %534 = shl nuw <16 x i32> %533, splat (i32 16)
-  %535 = bitcast <16 x i32> %534 to <16 x float>
-  %536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %529, <16 x float> %535, <16 x float> %501)
-  %537 = getelementptr inbounds nuw i8, ptr %141, i64 556
-  %538 = load float, ptr %537, align 4, !tbaa !5
-  %539 = insertelement <16 x float> poison, float %538, i64 0
-  %540 = shufflevector <16 x float> %539, <16 x float> poison, <16 x i32> zeroinitializer
-  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %540, <16 x float> %535, <16 x float> %506)
-  %542 = getelementptr inbounds nuw i8, ptr %141, i64 1068
-  %543 = load float, ptr %542, align 4, !tbaa !5
-  %544 = insertelement <16 x float> poison, float %543, i64 0
-  %545 = shufflevector <16 x float> %544, <16 x float> poison, <16 x i32> zeroinitializer
-  %546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %545, <16 x float> %535, <16 x float> %511)
-  %547 = getelementptr inbounds nuw i8, ptr %141, i64 1580
-  %548 = load float, ptr %547, align 4, !tbaa !5
-  %549 = insertelement <16 x float> poison, float %548, i64 0
-  %550 = shufflevector <16 x float> %549, <16 x float> poison, <16 x i32> zeroinitializer
-  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %535, <16 x float> %516)
-  %552 = getelementptr i8, ptr %gep200.i, i64 32
-  %553 = load <16 x i16>, ptr %552, align 2, !tbaa !5
-  %554 = zext <16 x i16> %553 to <16 x i32>
-  %555 = shl nuw <16 x i32> %554, splat (i32 16)
-  %556 = bitcast <16 x i32> %555 to <16 x float>
-  %557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %529, <16 x float> %556, <16 x float> %522)
-  %558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %540, <16 x float> %556, <16 x float> %523)
-  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %545, <16 x float> %556, <16 x float> %524)
-  %560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %556, <16 x float> %525)
-  %561 = getelementptr inbounds nuw i8, ptr %141, i64 48
-  %562 = load float, ptr %561, align 16, !tbaa !5
-  %563 = insertelement <16 x float> poison, float %562, i64 0
-  %564 = shufflevector <16 x float> %563, <16 x float> poison, <16 x i32> zeroinitializer
-  %565 = getelementptr inbounds nuw i8, ptr %145, i64 96
-  %566 = load i64, ptr %565, align 8, !tbaa !5
-  %gep204.i = getelementptr i16, ptr %gep259.i, i64 %566
-  %567 = load <16 x i16>, ptr %gep204.i, align 2, !tbaa !5
-  %568 = zext <16 x i16> %567 to <16 x i32>
-  %569 = shl nuw <16 x i32> %568, splat (i32 16)
-  %570 = bitcast <16 x i32> %569 to <16 x float>
-  %571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %564, <16 x float> %570, <16 x float> %536)
-  %572 = getelementptr inbounds nuw i8, ptr %141, i64 560
-  %573 = load float, ptr %572, align 16, !tbaa !5
-  %574 = insertelement <16 x float> poison, float %573, i64 0
-  %575 = shufflevector <16 x float> %574, <16 x float> poison, <16 x i32> zeroinitializer
-  %576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %570, <16 x float> %541)
-  %577 = getelementptr inbounds nuw i8, ptr %141, i64 1072
-  %578 = load float, ptr %577, align 16, !tbaa !5
-  %579 = insertelement <16 x float> poison, float %578, i64 0
-  %580 = shufflevector <16 x float> %579, <16 x float> poison, <16 x i32> zeroinitializer
-  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %570, <16 x float> %546)
-  %582 = getelementptr inbounds nuw i8, ptr %141, i64 1584
-  %583 = load float, ptr %582, align 16, !tbaa !5
-  %584 = insertelement <16 x float> poison, float %583, i64 0
-  %585 = shufflevector <16 x float> %584, <16 x float> poison, <16 x i32> zeroinitializer
-  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %570, <16 x float> %551)
-  %587 = getelementptr i8, ptr %gep204.i, i64 32
-  %588 = load <16 x i16>, ptr %587, align 2, !tbaa !5
-  %589 = zext <16 x i16> %588 to <16 x i32>
-  %590 = shl nuw <16 x i32> %589, splat (i32 16)
-  %591 = bitcast <16 x i32> %590 to <16 x float>
-  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %564, <16 x float> %591, <16 x float> %557)
-  %593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %591, <16 x float> %558)
-  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %591, <16 x float> %559)
-  %595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %591, <16 x float> %560)
-  %596 = getelementptr inbounds nuw i8, ptr %141, i64 52
-  %597 = load float, ptr %596, align 4, !tbaa !5
-  %598 = insertelement <16 x float> poison, float %597, i64 0
-  %599 = shufflevector <16 x float> %598, <16 x float> poison, <16 x i32> zeroinitializer
-  %600 = getelementptr inbounds nuw i8, ptr %145, i64 104
-  %601 = load i64, ptr %600, align 8, !tbaa !5
-  %gep208.i = getelementptr i16, ptr %gep259.i, i64 %601
-  %602 = load <16 x i16>, ptr %gep208.i, align 2, !tbaa !5
-  %603 = zext <16 x i16> %602 to <16 x i32>
-  %604 = shl nuw <16 x i32> %603, splat (i32 16)
-  %605 = bitcast <16 x i32> %604 to <16 x float>
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %605, <16 x float> %571)
-  %607 = getelementptr inbounds nuw i8, ptr %141, i64 564
-  %608 = load float, ptr %607, align 4, !tbaa !5
-  %609 = insertelement <16 x float> poison, float %608, i64 0
-  %610 = shufflevector <16 x float> %609, <16 x float> poison, <16 x i32> zeroinitializer
-  %611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %605, <16 x float> %576)
-  %612 = getelementptr inbounds nuw i8, ptr %141, i64 1076
-  %613 = load float, ptr %612, align 4, !tbaa !5
-  %614 = insertelement <16 x float> poison, float %613, i64 0
-  %615 = shufflevector <16 x float> %614, <16 x float> poison, <16 x i32> zeroinitializer
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %615, <16 x float> %605, <16 x float> %581)
-  %617 = getelementptr inbounds nuw i8, ptr %141, i64 1588
-  %618 = load float, ptr %617, align 4, !tbaa !5
-  %619 = insertelement <16 x float> poison, float %618, i64 0
-  %620 = shufflevector <16 x float> %619, <16 x float> poison, <16 x i32> zeroinitializer
-  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %605, <16 x float> %586)
-  %622 = getelementptr i8, ptr %gep208.i, i64 32
-  %623 = load <16 x i16>, ptr %622, align 2, !tbaa !5
-  %624 = zext <16 x i16> %623 to <16 x i32>
-  %625 = shl nuw <16 x i32> %624, splat (i32 16)
-  %626 = bitcast <16 x i32> %625 to <16 x float>
-  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %626, <16 x float> %592)
-  %628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %626, <16 x float> %593)
-  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %615, <16 x float> %626, <16 x float> %594)
-  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %626, <16 x float> %595)
-  %631 = getelementptr inbounds nuw i8, ptr %141, i64 56
-  %632 = load float, ptr %631, align 8, !tbaa !5
-  %633 = insertelement <16 x float> poison, float %632, i64 0
-  %634 = shufflevector <16 x float> %633, <16 x float> poison, <16 x i32> zeroinitializer
-  %635 = getelementptr inbounds nuw i8, ptr %145, i64 112
-  %636 = load i64, ptr %635, align 8, !tbaa !5
-  %gep212.i = getelementptr i16, ptr %gep259.i, i64 %636
-  %637 = load <16 x i16>, ptr %gep212.i, align 2, !tbaa !5
-  %638 = zext <16 x i16> %637 to <16 x i32>
-  %639 = shl nuw <16 x i32> %638, splat (i32 16)
-  %640 = bitcast <16 x i32> %639 to <16 x float>
-  %641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %634, <16 x float> %640, <16 x float> %606)
-  %642 = getelementptr inbounds nuw i8, ptr %141, i64 568
-  %643 = load float, ptr %642, align 8, !tbaa !5
-  %644 = insertelement <16 x float> poison, float %643, i64 0
-  %645 = shufflevector <16 x float> %644, <16 x float> poison, <16 x i32> zeroinitializer
-  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %640, <16 x float> %611)
-  %647 = getelementptr inbounds nuw i8, ptr %141, i64 1080
-  %648 = load float, ptr %647, align 8, !tbaa !5
-  %649 = insertelement <16 x float> poison, float %648, i64 0
-  %650 = shufflevector <16 x float> %649, <16 x float> poison, <16 x i32> zeroinitializer
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %640, <16 x float> %616)
-  %652 = getelementptr inbounds nuw i8, ptr %141, i64 1592
-  %653 = load float, ptr %652, align 8, !tbaa !5
-  %654 = insertelement <16 x float> poison, float %653, i64 0
-  %655 = shufflevector <16 x float> %654, <16 x float> poison, <16 x i32> zeroinitializer
-  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %640, <16 x float> %621)
-  %657 = getelementptr i8, ptr %gep212.i, i64 32
-  %658 = load <16 x i16>, ptr %657, align 2, !tbaa !5
-  %659 = zext <16 x i16> %658 to <16 x i32>
-  %660 = shl nuw <16 x i32> %659, splat (i32 16)
-  %661 = bitcast <16 x i32> %660 to <16 x float>
-  %662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %634, <16 x float> %661, <16 x float> %627)
-  %663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %661, <16 x float> %628)
-  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %661, <16 x float> %629)
-  %665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %661, <16 x float> %630)
-  %666 = getelementptr inbounds nuw i8, ptr %141, i64 60
-  %667 = load float, ptr %666, align 4, !tbaa !5
-  %668 = insertelement <16 x float> poison, float %667, i64 0
-  %669 = shufflevector <16 x float> %668, <16 x float> poison, <16 x i32> zeroinitializer
-  %670 = getelementptr inbounds nuw i8, ptr %145, i64 120
-  %671 = load i64, ptr %670, align 8, !tbaa !5
-  %gep216.i = getelementptr i16, ptr %gep259.i, i64 %671
-  %672 = load <16 x i16>, ptr %gep216.i, align 2, !tbaa !5
-  %673 = zext <16 x i16> %672 to <16 x i32>
-  %674 = shl nuw <16 x i32> %673, splat (i32 16)
-  %675 = bitcast <16 x i32> %674 to <16 x float>
-  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %675, <16 x float> %641)
-  %677 = getelementptr inbounds nuw i8, ptr %141, i64 572
-  %678 = load float, ptr %677, align 4, !tbaa !5
-  %679 = insertelement <16 x float> poison, float %678, i64 0
-  %680 = shufflevector <16 x float> %679, <16 x float> poison, <16 x i32> zeroinitializer
-  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %675, <16 x float> %646)
-  %682 = getelementptr inbounds nuw i8, ptr %141, i64 1084
-  %683 = load float, ptr %682, align 4, !tbaa !5
-  %684 = insertelement <16 x float> poison, float %683, i64 0
-  %685 = shufflevector <16 x float> %684, <16 x float> poison, <16 x i32> zeroinitializer
-  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %685, <16 x float> %675, <16 x float> %651)
-  %687 = getelementptr inbounds nuw i8, ptr %141, i64 1596
-  %688 = load float, ptr %687, align 4, !tbaa !5
-  %689 = insertelement <16 x float> poison, float %688, i64 0
-  %690 = shufflevector <16 x float> %689, <16 x float> poison, <16 x i32> zeroinitializer
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %690, <16 x float> %675, <16 x float> %656)
-  %692 = getelementptr i8, ptr %gep216.i, i64 32
-  %693 = load <16 x i16>, ptr %692, align 2, !tbaa !5
-  %694 = zext <16 x i16> %693 to <16 x i32>
-  %695 = shl nuw <16 x i32> %694, splat (i32 16)
-  %696 = bitcast <16 x i32> %695 to <16 x float>
-  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %696, <16 x float> %662)
-  %698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %696, <16 x float> %663)
-  %699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %685, <16 x float> %696, <16 x float> %664)
-  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %690, <16 x float> %696, <16 x float> %665)
-  %indvars.iv.next325.i = add nuw nsw i64 %indvars.iv324.i, 1
-  %exitcond328.not.i = icmp eq i64 %indvars.iv.next325.i, %58
-  br i1 %exitcond328.not.i, label %for_end_to.i, label %for_end_ax1.i, !prof !13
+for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ax2.preheader.lr.ph.i
+  %indvars.iv331.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next332.i, %for_end_ax2.i ]
+  %full_acc6.sroa.0.0146.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %638, %for_end_ax2.i ]
+  %full_acc6.sroa.34.0145.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %644, %for_end_ax2.i ]
+  %full_acc6.sroa.68.0144.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %649, %for_end_ax2.i ]
+  %full_acc6.sroa.102.0143.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %650, %for_end_ax2.i ]
+  %full_acc6.sroa.136.0142.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %655, %for_end_ax2.i ]
+  %full_acc6.sroa.170.0141.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %656, %for_end_ax2.i ]
+  %full_acc6.sroa.204.0140.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %661, %for_end_ax2.i ]
+  %full_acc6.sroa.238.0139.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %662, %for_end_ax2.i ]
+  %gep363.i = getelementptr inbounds nuw i64, ptr %invariant.gep362.i, i64 %indvars.iv331.i
+  %101 = load i64, ptr %gep363.i, align 8, !tbaa !5
+  %gep156.i = getelementptr i16, ptr %invariant.gep155.i, i64 %101
+  tail call void @llvm.prefetch.p0(ptr readonly %gep156.i, i32 0, i32 2, i32 1)
+  %gep138.1.i = getelementptr i8, ptr %gep156.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep138.1.i, i32 0, i32 2, i32 1)
+  %gep138.2.i = getelementptr i8, ptr %gep156.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep138.2.i, i32 0, i32 2, i32 1)
+  %gep138.3.i = getelementptr i8, ptr %gep156.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep138.3.i, i32 0, i32 2, i32 1)
+  %102 = shl nsw i64 %indvars.iv331.i, 4
+  %103 = getelementptr inbounds nuw float, ptr %88, i64 %102
+  %104 = load float, ptr %103, align 64, !tbaa !5
+  %105 = insertelement <16 x float> poison, float %104, i64 0
+  %106 = shufflevector <16 x float> %105, <16 x float> poison, <16 x i32> zeroinitializer
+  %107 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %102
+  %108 = load i64, ptr %107, align 8, !tbaa !5
+  %gep160.i = getelementptr i16, ptr %gep263.i, i64 %108
+  %109 = load <16 x i16>, ptr %gep160.i, align 2, !tbaa !5
+  %110 = zext <16 x i16> %109 to <16 x i32>
+  %111 = shl nuw <16 x i32> %110, splat (i32 16)
+  %112 = bitcast <16 x i32> %111 to <16 x float>
+  %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %112, <16 x float> %full_acc6.sroa.0.0146.i)
+  %114 = getelementptr i8, ptr %gep160.i, i64 32
+  %115 = load <16 x i16>, ptr %114, align 2, !tbaa !5
+  %116 = zext <16 x i16> %115 to <16 x i32>
+  %117 = shl nuw <16 x i32> %116, splat (i32 16)
+  %118 = bitcast <16 x i32> %117 to <16 x float>
+  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %118, <16 x float> %full_acc6.sroa.34.0145.i)
+  %120 = getelementptr inbounds nuw i8, ptr %103, i64 512
+  %121 = load float, ptr %120, align 64, !tbaa !5
+  %122 = insertelement <16 x float> poison, float %121, i64 0
+  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
+  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %112, <16 x float> %full_acc6.sroa.68.0144.i)
+  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %118, <16 x float> %full_acc6.sroa.102.0143.i)
+  %126 = getelementptr inbounds nuw i8, ptr %103, i64 1024
+  %127 = load float, ptr %126, align 64, !tbaa !5
+  %128 = insertelement <16 x float> poison, float %127, i64 0
+  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %112, <16 x float> %full_acc6.sroa.136.0142.i)
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %118, <16 x float> %full_acc6.sroa.170.0141.i)
+  %132 = getelementptr inbounds nuw i8, ptr %103, i64 1536
+  %133 = load float, ptr %132, align 64, !tbaa !5
+  %134 = insertelement <16 x float> poison, float %133, i64 0
+  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %112, <16 x float> %full_acc6.sroa.204.0140.i)
+  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %118, <16 x float> %full_acc6.sroa.238.0139.i)
+  %138 = getelementptr inbounds nuw i8, ptr %103, i64 4
+  %139 = load float, ptr %138, align 4, !tbaa !5
+  %140 = insertelement <16 x float> poison, float %139, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = getelementptr inbounds nuw i8, ptr %107, i64 8
+  %143 = load i64, ptr %142, align 8, !tbaa !5
+  %gep164.i = getelementptr i16, ptr %gep263.i, i64 %143
+  %144 = load <16 x i16>, ptr %gep164.i, align 2, !tbaa !5
+  %145 = zext <16 x i16> %144 to <16 x i32>
+  %146 = shl nuw <16 x i32> %145, splat (i32 16)
+  %147 = bitcast <16 x i32> %146 to <16 x float>
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %147, <16 x float> %113)
+  %149 = getelementptr i8, ptr %gep164.i, i64 32
+  %150 = load <16 x i16>, ptr %149, align 2, !tbaa !5
+  %151 = zext <16 x i16> %150 to <16 x i32>
+  %152 = shl nuw <16 x i32> %151, splat (i32 16)
+  %153 = bitcast <16 x i32> %152 to <16 x float>
+  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %153, <16 x float> %119)
+  %155 = getelementptr inbounds nuw i8, ptr %103, i64 516
+  %156 = load float, ptr %155, align 4, !tbaa !5
+  %157 = insertelement <16 x float> poison, float %156, i64 0
+  %158 = shufflevector <16 x float> %157, <16 x float> poison, <16 x i32> zeroinitializer
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %147, <16 x float> %124)
+  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %153, <16 x float> %125)
+  %161 = getelementptr inbounds nuw i8, ptr %103, i64 1028
+  %162 = load float, ptr %161, align 4, !tbaa !5
+  %163 = insertelement <16 x float> poison, float %162, i64 0
+  %164 = shufflevector <16 x float> %163, <16 x float> poison, <16 x i32> zeroinitializer
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %147, <16 x float> %130)
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %153, <16 x float> %131)
+  %167 = getelementptr inbounds nuw i8, ptr %103, i64 1540
+  %168 = load float, ptr %167, align 4, !tbaa !5
+  %169 = insertelement <16 x float> poison, float %168, i64 0
+  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %147, <16 x float> %136)
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %153, <16 x float> %137)
+  %173 = getelementptr inbounds nuw i8, ptr %103, i64 8
+  %174 = load float, ptr %173, align 8, !tbaa !5
+  %175 = insertelement <16 x float> poison, float %174, i64 0
+  %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
+  %177 = getelementptr inbounds nuw i8, ptr %107, i64 16
+  %178 = load i64, ptr %177, align 8, !tbaa !5
+  %gep168.i = getelementptr i16, ptr %gep263.i, i64 %178
+  %179 = load <16 x i16>, ptr %gep168.i, align 2, !tbaa !5
+  %180 = zext <16 x i16> %179 to <16 x i32>
+  %181 = shl nuw <16 x i32> %180, splat (i32 16)
+  %182 = bitcast <16 x i32> %181 to <16 x float>
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %182, <16 x float> %148)
+  %184 = getelementptr i8, ptr %gep168.i, i64 32
+  %185 = load <16 x i16>, ptr %184, align 2, !tbaa !5
+  %186 = zext <16 x i16> %185 to <16 x i32>
+  %187 = shl nuw <16 x i32> %186, splat (i32 16)
+  %188 = bitcast <16 x i32> %187 to <16 x float>
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %188, <16 x float> %154)
+  %190 = getelementptr inbounds nuw i8, ptr %103, i64 520
+  %191 = load float, ptr %190, align 8, !tbaa !5
+  %192 = insertelement <16 x float> poison, float %191, i64 0
+  %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> zeroinitializer
+  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %193, <16 x float> %182, <16 x float> %159)
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %193, <16 x float> %188, <16 x float> %160)
+  %196 = getelementptr inbounds nuw i8, ptr %103, i64 1032
+  %197 = load float, ptr %196, align 8, !tbaa !5
+  %198 = insertelement <16 x float> poison, float %197, i64 0
+  %199 = shufflevector <16 x float> %198, <16 x float> poison, <16 x i32> zeroinitializer
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %199, <16 x float> %182, <16 x float> %165)
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %199, <16 x float> %188, <16 x float> %166)
+  %202 = getelementptr inbounds nuw i8, ptr %103, i64 1544
+  %203 = load float, ptr %202, align 8, !tbaa !5
+  %204 = insertelement <16 x float> poison, float %203, i64 0
+  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %182, <16 x float> %171)
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %188, <16 x float> %172)
+  %208 = getelementptr inbounds nuw i8, ptr %103, i64 12
+  %209 = load float, ptr %208, align 4, !tbaa !5
+  %210 = insertelement <16 x float> poison, float %209, i64 0
+  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
+  %212 = getelementptr inbounds nuw i8, ptr %107, i64 24
+  %213 = load i64, ptr %212, align 8, !tbaa !5
+  %gep172.i = getelementptr i16, ptr %gep263.i, i64 %213
+  %214 = load <16 x i16>, ptr %gep172.i, align 2, !tbaa !5
+  %215 = zext <16 x i16> %214 to <16 x i32>
+  %216 = shl nuw <16 x i32> %215, splat (i32 16)
+  %217 = bitcast <16 x i32> %216 to <16 x float>
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %211, <16 x float> %217, <16 x float> %183)
+  %219 = getelementptr i8, ptr %gep172.i, i64 32
+  %220 = load <16 x i16>, ptr %219, align 2, !tbaa !5
+  %221 = zext <16 x i16> %220 to <16 x i32>
+  %222 = shl nuw <16 x i32> %221, splat (i32 16)
+  %223 = bitcast <16 x i32> %222 to <16 x float>
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %211, <16 x float> %223, <16 x float> %189)
+  %225 = getelementptr inbounds nuw i8, ptr %103, i64 524
+  %226 = load float, ptr %225, align 4, !tbaa !5
+  %227 = insertelement <16 x float> poison, float %226, i64 0
+  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
+  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %217, <16 x float> %194)
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %223, <16 x float> %195)
+  %231 = getelementptr inbounds nuw i8, ptr %103, i64 1036
+  %232 = load float, ptr %231, align 4, !tbaa !5
+  %233 = insertelement <16 x float> poison, float %232, i64 0
+  %234 = shufflevector <16 x float> %233, <16 x float> poison, <16 x i32> zeroinitializer
+  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %217, <16 x float> %200)
+  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %223, <16 x float> %201)
+  %237 = getelementptr inbounds nuw i8, ptr %103, i64 1548
+  %238 = load float, ptr %237, align 4, !tbaa !5
+  %239 = insertelement <16 x float> poison, float %238, i64 0
+  %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
+  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %217, <16 x float> %206)
+  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %223, <16 x float> %207)
+  %243 = getelementptr inbounds nuw i8, ptr %103, i64 16
+  %244 = load float, ptr %243, align 16, !tbaa !5
+  %245 = insertelement <16 x float> poison, float %244, i64 0
+  %246 = shufflevector <16 x float> %245, <16 x float> poison, <16 x i32> zeroinitializer
+  %247 = getelementptr inbounds nuw i8, ptr %107, i64 32
+  %248 = load i64, ptr %247, align 8, !tbaa !5
+  %gep176.i = getelementptr i16, ptr %gep263.i, i64 %248
+  %249 = load <16 x i16>, ptr %gep176.i, align 2, !tbaa !5
+  %250 = zext <16 x i16> %249 to <16 x i32>
+  %251 = shl nuw <16 x i32> %250, splat (i32 16)
+  %252 = bitcast <16 x i32> %251 to <16 x float>
+  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %246, <16 x float> %252, <16 x float> %218)
+  %254 = getelementptr i8, ptr %gep176.i, i64 32
+  %255 = load <16 x i16>, ptr %254, align 2, !tbaa !5
+  %256 = zext <16 x i16> %255 to <16 x i32>
+  %257 = shl nuw <16 x i32> %256, splat (i32 16)
+  %258 = bitcast <16 x i32> %257 to <16 x float>
+  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %246, <16 x float> %258, <16 x float> %224)
+  %260 = getelementptr inbounds nuw i8, ptr %103, i64 528
+  %261 = load float, ptr %260, align 16, !tbaa !5
+  %262 = insertelement <16 x float> poison, float %261, i64 0
+  %263 = shufflevector <16 x float> %262, <16 x float> poison, <16 x i32> zeroinitializer
+  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %263, <16 x float> %252, <16 x float> %229)
+  %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %263, <16 x float> %258, <16 x float> %230)
+  %266 = getelementptr inbounds nuw i8, ptr %103, i64 1040
+  %267 = load float, ptr %266, align 16, !tbaa !5
+  %268 = insertelement <16 x float> poison, float %267, i64 0
+  %269 = shufflevector <16 x float> %268, <16 x float> poison, <16 x i32> zeroinitializer
+  %270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %269, <16 x float> %252, <16 x float> %235)
+  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %269, <16 x float> %258, <16 x float> %236)
+  %272 = getelementptr inbounds nuw i8, ptr %103, i64 1552
+  %273 = load float, ptr %272, align 16, !tbaa !5
+  %274 = insertelement <16 x float> poison, float %273, i64 0
+  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
+  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %252, <16 x float> %241)
+  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %258, <16 x float> %242)
+  %278 = getelementptr inbounds nuw i8, ptr %103, i64 20
+  %279 = load float, ptr %278, align 4, !tbaa !5
+  %280 = insertelement <16 x float> poison, float %279, i64 0
+  %281 = shufflevector <16 x float> %280, <16 x float> poison, <16 x i32> zeroinitializer
+  %282 = getelementptr inbounds nuw i8, ptr %107, i64 40
+  %283 = load i64, ptr %282, align 8, !tbaa !5
+  %gep180.i = getelementptr i16, ptr %gep263.i, i64 %283
+  %284 = load <16 x i16>, ptr %gep180.i, align 2, !tbaa !5
+  %285 = zext <16 x i16> %284 to <16 x i32>
+  %286 = shl nuw <16 x i32> %285, splat (i32 16)
+  %287 = bitcast <16 x i32> %286 to <16 x float>
+  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %287, <16 x float> %253)
+  %289 = getelementptr i8, ptr %gep180.i, i64 32
+  %290 = load <16 x i16>, ptr %289, align 2, !tbaa !5
+  %291 = zext <16 x i16> %290 to <16 x i32>
+  %292 = shl nuw <16 x i32> %291, splat (i32 16)
+  %293 = bitcast <16 x i32> %292 to <16 x float>
+  %294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %293, <16 x float> %259)
+  %295 = getelementptr inbounds nuw i8, ptr %103, i64 532
+  %296 = load float, ptr %295, align 4, !tbaa !5
+  %297 = insertelement <16 x float> poison, float %296, i64 0
+  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
+  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %287, <16 x float> %264)
+  %300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %293, <16 x float> %265)
+  %301 = getelementptr inbounds nuw i8, ptr %103, i64 1044
+  %302 = load float, ptr %301, align 4, !tbaa !5
+  %303 = insertelement <16 x float> poison, float %302, i64 0
+  %304 = shufflevector <16 x float> %303, <16 x float> poison, <16 x i32> zeroinitializer
+  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %287, <16 x float> %270)
+  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %293, <16 x float> %271)
+  %307 = getelementptr inbounds nuw i8, ptr %103, i64 1556
+  %308 = load float, ptr %307, align 4, !tbaa !5
+  %309 = insertelement <16 x float> poison, float %308, i64 0
+  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
+  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %287, <16 x float> %276)
+  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %293, <16 x float> %277)
+  %313 = getelementptr inbounds nuw i8, ptr %103, i64 24
+  %314 = load float, ptr %313, align 8, !tbaa !5
+  %315 = insertelement <16 x float> poison, float %314, i64 0
+  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
+  %317 = getelementptr inbounds nuw i8, ptr %107, i64 48
+  %318 = load i64, ptr %317, align 8, !tbaa !5
+  %gep184.i = getelementptr i16, ptr %gep263.i, i64 %318
+  %319 = load <16 x i16>, ptr %gep184.i, align 2, !tbaa !5
+  %320 = zext <16 x i16> %319 to <16 x i32>
+  %321 = shl nuw <16 x i32> %320, splat (i32 16)
+  %322 = bitcast <16 x i32> %321 to <16 x float>
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %322, <16 x float> %288)
+  %324 = getelementptr i8, ptr %gep184.i, i64 32
+  %325 = load <16 x i16>, ptr %324, align 2, !tbaa !5
+  %326 = zext <16 x i16> %325 to <16 x i32>
+  %327 = shl nuw <16 x i32> %326, splat (i32 16)
+  %328 = bitcast <16 x i32> %327 to <16 x float>
+  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %328, <16 x float> %294)
+  %330 = getelementptr inbounds nuw i8, ptr %103, i64 536
+  %331 = load float, ptr %330, align 8, !tbaa !5
+  %332 = insertelement <16 x float> poison, float %331, i64 0
+  %333 = shufflevector <16 x float> %332, <16 x float> poison, <16 x i32> zeroinitializer
+  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %322, <16 x float> %299)
+  %335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %328, <16 x float> %300)
+  %336 = getelementptr inbounds nuw i8, ptr %103, i64 1048
+  %337 = load float, ptr %336, align 8, !tbaa !5
+  %338 = insertelement <16 x float> poison, float %337, i64 0
+  %339 = shufflevector <16 x float> %338, <16 x float> poison, <16 x i32> zeroinitializer
+  %340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %339, <16 x float> %322, <16 x float> %305)
+  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %339, <16 x float> %328, <16 x float> %306)
+  %342 = getelementptr inbounds nuw i8, ptr %103, i64 1560
+  %343 = load float, ptr %342, align 8, !tbaa !5
+  %344 = insertelement <16 x float> poison, float %343, i64 0
+  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
+  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %322, <16 x float> %311)
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %328, <16 x float> %312)
+  %348 = getelementptr inbounds nuw i8, ptr %103, i64 28
+  %349 = load float, ptr %348, align 4, !tbaa !5
+  %350 = insertelement <16 x float> poison, float %349, i64 0
+  %351 = shufflevector <16 x float> %350, <16 x float> poison, <16 x i32> zeroinitializer
+  %352 = getelementptr inbounds nuw i8, ptr %107, i64 56
+  %353 = load i64, ptr %352, align 8, !tbaa !5
+  %gep188.i = getelementptr i16, ptr %gep263.i, i64 %353
+  %354 = load <16 x i16>, ptr %gep188.i, align 2, !tbaa !5
+  %355 = zext <16 x i16> %354 to <16 x i32>
+  %356 = shl nuw <16 x i32> %355, splat (i32 16)
+  %357 = bitcast <16 x i32> %356 to <16 x float>
+  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> %357, <16 x float> %323)
+  %359 = getelementptr i8, ptr %gep188.i, i64 32
+  %360 = load <16 x i16>, ptr %359, align 2, !tbaa !5
+  %361 = zext <16 x i16> %360 to <16 x i32>
+  %362 = shl nuw <16 x i32> %361, splat (i32 16)
+  %363 = bitcast <16 x i32> %362 to <16 x float>
+  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> %363, <16 x float> %329)
+  %365 = getelementptr inbounds nuw i8, ptr %103, i64 540
+  %366 = load float, ptr %365, align 4, !tbaa !5
+  %367 = insertelement <16 x float> poison, float %366, i64 0
+  %368 = shufflevector <16 x float> %367, <16 x float> poison, <16 x i32> zeroinitializer
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %357, <16 x float> %334)
+  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %363, <16 x float> %335)
+  %371 = getelementptr inbounds nuw i8, ptr %103, i64 1052
+  %372 = load float, ptr %371, align 4, !tbaa !5
+  %373 = insertelement <16 x float> poison, float %372, i64 0
+  %374 = shufflevector <16 x float> %373, <16 x float> poison, <16 x i32> zeroinitializer
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %357, <16 x float> %340)
+  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %363, <16 x float> %341)
+  %377 = getelementptr inbounds nuw i8, ptr %103, i64 1564
+  %378 = load float, ptr %377, align 4, !tbaa !5
+  %379 = insertelement <16 x float> poison, float %378, i64 0
+  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %357, <16 x float> %346)
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %363, <16 x float> %347)
+  %383 = getelementptr inbounds nuw i8, ptr %103, i64 32
+  %384 = load float, ptr %383, align 32, !tbaa !5
+  %385 = insertelement <16 x float> poison, float %384, i64 0
+  %386 = shufflevector <16 x float> %385, <16 x float> poison, <16 x i32> zeroinitializer
+  %387 = getelementptr inbounds nuw i8, ptr %107, i64 64
+  %388 = load i64, ptr %387, align 8, !tbaa !5
+  %gep192.i = getelementptr i16, ptr %gep263.i, i64 %388
+  %389 = load <16 x i16>, ptr %gep192.i, align 2, !tbaa !5
+  %390 = zext <16 x i16> %389 to <16 x i32>
+  %391 = shl nuw <16 x i32> %390, splat (i32 16)
+  %392 = bitcast <16 x i32> %391 to <16 x float>
+  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %392, <16 x float> %358)
+  %394 = getelementptr i8, ptr %gep192.i, i64 32
+  %395 = load <16 x i16>, ptr %394, align 2, !tbaa !5
+  %396 = zext <16 x i16> %395 to <16 x i32>
+  %397 = shl nuw <16 x i32> %396, splat (i32 16)
+  %398 = bitcast <16 x i32> %397 to <16 x float>
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %398, <16 x float> %364)
+  %400 = getelementptr inbounds nuw i8, ptr %103, i64 544
+  %401 = load float, ptr %400, align 32, !tbaa !5
+  %402 = insertelement <16 x float> poison, float %401, i64 0
+  %403 = shufflevector <16 x float> %402, <16 x float> poison, <16 x i32> zeroinitializer
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %392, <16 x float> %369)
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %398, <16 x float> %370)
+  %406 = getelementptr inbounds nuw i8, ptr %103, i64 1056
+  %407 = load float, ptr %406, align 32, !tbaa !5
+  %408 = insertelement <16 x float> poison, float %407, i64 0
+  %409 = shufflevector <16 x float> %408, <16 x float> poison, <16 x i32> zeroinitializer
+  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %392, <16 x float> %375)
+  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %398, <16 x float> %376)
+  %412 = getelementptr inbounds nuw i8, ptr %103, i64 1568
+  %413 = load float, ptr %412, align 32, !tbaa !5
+  %414 = insertelement <16 x float> poison, float %413, i64 0
+  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
+  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %392, <16 x float> %381)
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %398, <16 x float> %382)
+  %418 = getelementptr inbounds nuw i8, ptr %103, i64 36
+  %419 = load float, ptr %418, align 4, !tbaa !5
+  %420 = insertelement <16 x float> poison, float %419, i64 0
+  %421 = shufflevector <16 x float> %420, <16 x float> poison, <16 x i32> zeroinitializer
+  %422 = getelementptr inbounds nuw i8, ptr %107, i64 72
+  %423 = load i64, ptr %422, align 8, !tbaa !5
+  %gep196.i = getelementptr i16, ptr %gep263.i, i64 %423
+  %424 = load <16 x i16>, ptr %gep196.i, align 2, !tbaa !5
+  %425 = zext <16 x i16> %424 to <16 x i32>
+  %426 = shl nuw <16 x i32> %425, splat (i32 16)
+  %427 = bitcast <16 x i32> %426 to <16 x float>
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %427, <16 x float> %393)
+  %429 = getelementptr i8, ptr %gep196.i, i64 32
+  %430 = load <16 x i16>, ptr %429, align 2, !tbaa !5
+  %431 = zext <16 x i16> %430 to <16 x i32>
+  %432 = shl nuw <16 x i32> %431, splat (i32 16)
+  %433 = bitcast <16 x i32> %432 to <16 x float>
+  %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %433, <16 x float> %399)
+  %435 = getelementptr inbounds nuw i8, ptr %103, i64 548
+  %436 = load float, ptr %435, align 4, !tbaa !5
+  %437 = insertelement <16 x float> poison, float %436, i64 0
+  %438 = shufflevector <16 x float> %437, <16 x float> poison, <16 x i32> zeroinitializer
+  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %427, <16 x float> %404)
+  %440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %433, <16 x float> %405)
+  %441 = getelementptr inbounds nuw i8, ptr %103, i64 1060
+  %442 = load float, ptr %441, align 4, !tbaa !5
+  %443 = insertelement <16 x float> poison, float %442, i64 0
+  %444 = shufflevector <16 x float> %443, <16 x float> poison, <16 x i32> zeroinitializer
+  %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %444, <16 x float> %427, <16 x float> %410)
+  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %444, <16 x float> %433, <16 x float> %411)
+  %447 = getelementptr inbounds nuw i8, ptr %103, i64 1572
+  %448 = load float, ptr %447, align 4, !tbaa !5
+  %449 = insertelement <16 x float> poison, float %448, i64 0
+  %450 = shufflevector <16 x float> %449, <16 x float> poison, <16 x i32> zeroinitializer
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %427, <16 x float> %416)
+  %452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %433, <16 x float> %417)
+  %453 = getelementptr inbounds nuw i8, ptr %103, i64 40
+  %454 = load float, ptr %453, align 8, !tbaa !5
+  %455 = insertelement <16 x float> poison, float %454, i64 0
+  %456 = shufflevector <16 x float> %455, <16 x float> poison, <16 x i32> zeroinitializer
+  %457 = getelementptr inbounds nuw i8, ptr %107, i64 80
+  %458 = load i64, ptr %457, align 8, !tbaa !5
+  %gep200.i = getelementptr i16, ptr %gep263.i, i64 %458
+  %459 = load <16 x i16>, ptr %gep200.i, align 2, !tbaa !5
+  %460 = zext <16 x i16> %459 to <16 x i32>
+  %461 = shl nuw <16 x i32> %460, splat (i32 16)
+  %462 = bitcast <16 x i32> %461 to <16 x float>
+  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %456, <16 x float> %462, <16 x float> %428)
+  %464 = getelementptr i8, ptr %gep200.i, i64 32
+  %465 = load <16 x i16>, ptr %464, align 2, !tbaa !5
+  %466 = zext <16 x i16> %465 to <16 x i32>
+  %467 = shl nuw <16 x i32> %466, splat (i32 16)
+  %468 = bitcast <16 x i32> %467 to <16 x float>
+  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %456, <16 x float> %468, <16 x float> %434)
+  %470 = getelementptr inbounds nuw i8, ptr %103, i64 552
+  %471 = load float, ptr %470, align 8, !tbaa !5
+  %472 = insertelement <16 x float> poison, float %471, i64 0
+  %473 = shufflevector <16 x float> %472, <16 x float> poison, <16 x i32> zeroinitializer
+  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %462, <16 x float> %439)
+  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %468, <16 x float> %440)
+  %476 = getelementptr inbounds nuw i8, ptr %103, i64 1064
+  %477 = load float, ptr %476, align 8, !tbaa !5
+  %478 = insertelement <16 x float> poison, float %477, i64 0
+  %479 = shufflevector <16 x float> %478, <16 x float> poison, <16 x i32> zeroinitializer
+  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %462, <16 x float> %445)
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %468, <16 x float> %446)
+  %482 = getelementptr inbounds nuw i8, ptr %103, i64 1576
+  %483 = load float, ptr %482, align 8, !tbaa !5
+  %484 = insertelement <16 x float> poison, float %483, i64 0
+  %485 = shufflevector <16 x float> %484, <16 x float> poison, <16 x i32> zeroinitializer
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %462, <16 x float> %451)
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %468, <16 x float> %452)
+  %488 = getelementptr inbounds nuw i8, ptr %103, i64 44
+  %489 = load float, ptr %488, align 4, !tbaa !5
+  %490 = insertelement <16 x float> poison, float %489, i64 0
+  %491 = shufflevector <16 x float> %490, <16 x float> poison, <16 x i32> zeroinitializer
+  %492 = getelementptr inbounds nuw i8, ptr %107, i64 88
+  %493 = load i64, ptr %492, align 8, !tbaa !5
+  %gep204.i = getelementptr i16, ptr %gep263.i, i64 %493
+  %494 = load <16 x i16>, ptr %gep204.i, align 2, !tbaa !5
+  %495 = zext <16 x i16> %494 to <16 x i32>
+  %496 = shl nuw <16 x i32> %495, splat (i32 16)
+  %497 = bitcast <16 x i32> %496 to <16 x float>
+  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %491, <16 x float> %497, <16 x float> %463)
+  %499 = getelementptr i8, ptr %gep204.i, i64 32
+  %500 = load <16 x i16>, ptr %499, align 2, !tbaa !5
+  %501 = zext <16 x i16> %500 to <16 x i32>
+  %502 = shl nuw <16 x i32> %501, splat (i32 16)
+  %503 = bitcast <16 x i32> %502 to <16 x float>
+  %504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %491, <16 x float> %503, <16 x float> %469)
+  %505 = getelementptr inbounds nuw i8, ptr %103, i64 556
+  %506 = load float, ptr %505, align 4, !tbaa !5
+  %507 = insertelement <16 x float> poison, float %506, i64 0
+  %508 = shufflevector <16 x float> %507, <16 x float> poison, <16 x i32> zeroinitializer
+  %509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %497, <16 x float> %474)
+  %510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %503, <16 x float> %475)
+  %511 = getelementptr inbounds nuw i8, ptr %103, i64 1068
+  %512 = load float, ptr %511, align 4, !tbaa !5
+  %513 = insertelement <16 x float> poison, float %512, i64 0
+  %514 = shufflevector <16 x float> %513, <16 x float> poison, <16 x i32> zeroinitializer
+  %515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %514, <16 x float> %497, <16 x float> %480)
+  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %514, <16 x float> %503, <16 x float> %481)
+  %517 = getelementptr inbounds nuw i8, ptr %103, i64 1580
+  %518 = load float, ptr %517, align 4, !tbaa !5
+  %519 = insertelement <16 x float> poison, float %518, i64 0
+  %520 = shufflevector <16 x float> %519, <16 x float> poison, <16 x i32> zeroinitializer
+  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %497, <16 x float> %486)
+  %522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %503, <16 x float> %487)
+  %523 = getelementptr inbounds nuw i8, ptr %103, i64 48
+  %524 = load float, ptr %523, align 16, !tbaa !5
+  %525 = insertelement <16 x float> poison, float %524, i64 0
+  %526 = shufflevector <16 x float> %525, <16 x float> poison, <16 x i32> zeroinitializer
+  %527 = getelementptr inbounds nuw i8, ptr %107, i64 96
+  %528 = load i64, ptr %527, align 8, !tbaa !5
+  %gep208.i = getelementptr i16, ptr %gep263.i, i64 %528
+  %529 = load <16 x i16>, ptr %gep208.i, align 2, !tbaa !5
+  %530 = zext <16 x i16> %529 to <16 x i32>
+  %531 = shl nuw <16 x i32> %530, splat (i32 16)
+  %532 = bitcast <16 x i32> %531 to <16 x float>
+  %533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %526, <16 x float> %532, <16 x float> %498)
+  %534 = getelementptr i8, ptr %gep208.i, i64 32
+  %535 = load <16 x i16>, ptr %534, align 2, !tbaa !5
+  %536 = zext <16 x i16> %535 to <16 x i32>
+  %537 = shl nuw <16 x i32> %536, splat (i32 16)
+  %538 = bitcast <16 x i32> %537 to <16 x float>
+  %539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %526, <16 x float> %538, <16 x float> %504)
+  %540 = getelementptr inbounds nuw i8, ptr %103, i64 560
+  %541 = load float, ptr %540, align 16, !tbaa !5
+  %542 = insertelement <16 x float> poison, float %541, i64 0
+  %543 = shufflevector <16 x float> %542, <16 x float> poison, <16 x i32> zeroinitializer
+  %544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %543, <16 x float> %532, <16 x float> %509)
+  %545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %543, <16 x float> %538, <16 x float> %510)
+  %546 = getelementptr inbounds nuw i8, ptr %103, i64 1072
+  %547 = load float, ptr %546, align 16, !tbaa !5
+  %548 = insertelement <16 x float> poison, float %547, i64 0
+  %549 = shufflevector <16 x float> %548, <16 x float> poison, <16 x i32> zeroinitializer
+  %550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %549, <16 x float> %532, <16 x float> %515)
+  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %549, <16 x float> %538, <16 x float> %516)
+  %552 = getelementptr inbounds nuw i8, ptr %103, i64 1584
+  %553 = load float, ptr %552, align 16, !tbaa !5
+  %554 = insertelement <16 x float> poison, float %553, i64 0
+  %555 = shufflevector <16 x float> %554, <16 x float> poison, <16 x i32> zeroinitializer
+  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %532, <16 x float> %521)
+  %557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %538, <16 x float> %522)
+  %558 = getelementptr inbounds nuw i8, ptr %103, i64 52
+  %559 = load float, ptr %558, align 4, !tbaa !5
+  %560 = insertelement <16 x float> poison, float %559, i64 0
+  %561 = shufflevector <16 x float> %560, <16 x float> poison, <16 x i32> zeroinitializer
+  %562 = getelementptr inbounds nuw i8, ptr %107, i64 104
+  %563 = load i64, ptr %562, align 8, !tbaa !5
+  %gep212.i = getelementptr i16, ptr %gep263.i, i64 %563
+  %564 = load <16 x i16>, ptr %gep212.i, align 2, !tbaa !5
+  %565 = zext <16 x i16> %564 to <16 x i32>
+  %566 = shl nuw <16 x i32> %565, splat (i32 16)
+  %567 = bitcast <16 x i32> %566 to <16 x float>
+  %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %561, <16 x float> %567, <16 x float> %533)
+  %569 = getelementptr i8, ptr %gep212.i, i64 32
+  %570 = load <16 x i16>, ptr %569, align 2, !tbaa !5
+  %571 = zext <16 x i16> %570 to <16 x i32>
+  %572 = shl nuw <16 x i32> %571, splat (i32 16)
+  %573 = bitcast <16 x i32> %572 to <16 x float>
+  %574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %561, <16 x float> %573, <16 x float> %539)
+  %575 = getelementptr inbounds nuw i8, ptr %103, i64 564
+  %576 = load float, ptr %575, align 4, !tbaa !5
+  %577 = insertelement <16 x float> poison, float %576, i64 0
+  %578 = shufflevector <16 x float> %577, <16 x float> poison, <16 x i32> zeroinitializer
+  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %567, <16 x float> %544)
+  %580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %573, <16 x float> %545)
+  %581 = getelementptr inbounds nuw i8, ptr %103, i64 1076
+  %582 = load float, ptr %581, align 4, !tbaa !5
+  %583 = insertelement <16 x float> poison, float %582, i64 0
+  %584 = shufflevector <16 x float> %583, <16 x float> poison, <16 x i32> zeroinitializer
+  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %567, <16 x float> %550)
+  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %573, <16 x float> %551)
+  %587 = getelementptr inbounds nuw i8, ptr %103, i64 1588
+  %588 = load float, ptr %587, align 4, !tbaa !5
+  %589 = insertelement <16 x float> poison, float %588, i64 0
+  %590 = shufflevector <16 x float> %589, <16 x float> poison, <16 x i32> zeroinitializer
+  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %567, <16 x float> %556)
+  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %573, <16 x float> %557)
+  %593 = getelementptr inbounds nuw i8, ptr %103, i64 56
+  %594 = load float, ptr %593, align 8, !tbaa !5
+  %595 = insertelement <16 x float> poison, float %594, i64 0
+  %596 = shufflevector <16 x float> %595, <16 x float> poison, <16 x i32> zeroinitializer
+  %597 = getelementptr inbounds nuw i8, ptr %107, i64 112
+  %598 = load i64, ptr %597, align 8, !tbaa !5
+  %gep216.i = getelementptr i16, ptr %gep263.i, i64 %598
+  %599 = load <16 x i16>, ptr %gep216.i, align 2, !tbaa !5
+  %600 = zext <16 x i16> %599 to <16 x i32>
+  %601 = shl nuw <16 x i32> %600, splat (i32 16)
+  %602 = bitcast <16 x i32> %601 to <16 x float>
+  %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %596, <16 x float> %602, <16 x float> %568)
+  %604 = getelementptr i8, ptr %gep216.i, i64 32
+  %605 = load <16 x i16>, ptr %604, align 2, !tbaa !5
+  %606 = zext <16 x i16> %605 to <16 x i32>
+  %607 = shl nuw <16 x i32> %606, splat (i32 16)
+  %608 = bitcast <16 x i32> %607 to <16 x float>
+  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %596, <16 x float> %608, <16 x float> %574)
+  %610 = getelementptr inbounds nuw i8, ptr %103, i64 568
+  %611 = load float, ptr %610, align 8, !tbaa !5
+  %612 = insertelement <16 x float> poison, float %611, i64 0
+  %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
+  %614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %602, <16 x float> %579)
+  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %608, <16 x float> %580)
+  %616 = getelementptr inbounds nuw i8, ptr %103, i64 1080
+  %617 = load float, ptr %616, align 8, !tbaa !5
+  %618 = insertelement <16 x float> poison, float %617, i64 0
+  %619 = shufflevector <16 x float> %618, <16 x float> poison, <16 x i32> zeroinitializer
+  %620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %619, <16 x float> %602, <16 x float> %585)
+  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %619, <16 x float> %608, <16 x float> %586)
+  %622 = getelementptr inbounds nuw i8, ptr %103, i64 1592
+  %623 = load float, ptr %622, align 8, !tbaa !5
+  %624 = insertelement <16 x float> poison, float %623, i64 0
+  %625 = shufflevector <16 x float> %624, <16 x float> poison, <16 x i32> zeroinitializer
+  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %602, <16 x float> %591)
+  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %608, <16 x float> %592)
+  %628 = getelementptr inbounds nuw i8, ptr %103, i64 60
+  %629 = load float, ptr %628, align 4, !tbaa !5
+  %630 = insertelement <16 x float> poison, float %629, i64 0
+  %631 = shufflevector <16 x float> %630, <16 x float> poison, <16 x i32> zeroinitializer
+  %632 = getelementptr inbounds nuw i8, ptr %107, i64 120
+  %633 = load i64, ptr %632, align 8, !tbaa !5
+  %gep220.i = getelementptr i16, ptr %gep263.i, i64 %633
+  %634 = load <16 x i16>, ptr %gep220.i, align 2, !tbaa !5
+  %635 = zext <16 x i16> %634 to <16 x i32>
+  %636 = shl nuw <16 x i32> %635, splat (i32 16)
+  %637 = bitcast <16 x i32> %636 to <16 x float>
+  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %637, <16 x float> %603)
+  %639 = getelementptr i8, ptr %gep220.i, i64 32
+  %640 = load <16 x i16>, ptr %639, align 2, !tbaa !5
+  %641 = zext <16 x i16> %640 to <16 x i32>
+  %642 = shl nuw <16 x i32> %641, splat (i32 16)
+  %643 = bitcast <16 x i32> %642 to <16 x float>
+  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %643, <16 x float> %609)
+  %645 = getelementptr inbounds nuw i8, ptr %103, i64 572
+  %646 = load float, ptr %645, align 4, !tbaa !5
+  %647 = insertelement <16 x float> poison, float %646, i64 0
+  %648 = shufflevector <16 x float> %647, <16 x float> poison, <16 x i32> zeroinitializer
+  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %637, <16 x float> %614)
+  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %643, <16 x float> %615)
+  %651 = getelementptr inbounds nuw i8, ptr %103, i64 1084
+  %652 = load float, ptr %651, align 4, !tbaa !5
+  %653 = insertelement <16 x float> poison, float %652, i64 0
+  %654 = shufflevector <16 x float> %653, <16 x float> poison, <16 x i32> zeroinitializer
+  %655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %637, <16 x float> %620)
+  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %643, <16 x float> %621)
+  %657 = getelementptr inbounds nuw i8, ptr %103, i64 1596
+  %658 = load float, ptr %657, align 4, !tbaa !5
+  %659 = insertelement <16 x float> poison, float %658, i64 0
+  %660 = shufflevector <16 x float> %659, <16 x float> poison, <16 x i32> zeroinitializer
+  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %637, <16 x float> %626)
+  %662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %643, <16 x float> %627)
+  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1
+  %exitcond335.not.i = icmp eq i64 %indvars.iv.next332.i, %58
+  br i1 %exitcond335.not.i, label %for_end_to.i, label %for_end_ax2.i, !prof !13
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv329.i = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next330.i, %for_body_ti.i ]
-  %701 = phi <16 x float> [ %.promoted256.i, %for_body_ti.lr.ph.i ], [ %787, %for_body_ti.i ]
-  %702 = phi <16 x float> [ %.promoted255.i, %for_body_ti.lr.ph.i ], [ %777, %for_body_ti.i ]
-  %703 = phi <16 x float> [ %.promoted254.i, %for_body_ti.lr.ph.i ], [ %767, %for_body_ti.i ]
-  %704 = phi <16 x float> [ %.promoted253.i, %for_body_ti.lr.ph.i ], [ %757, %for_body_ti.i ]
-  %705 = phi <16 x float> [ %.promoted252.i, %for_body_ti.lr.ph.i ], [ %747, %for_body_ti.i ]
-  %706 = phi <16 x float> [ %.promoted251.i, %for_body_ti.lr.ph.i ], [ %737, %for_body_ti.i ]
-  %707 = phi <16 x float> [ %.promoted250.i, %for_body_ti.lr.ph.i ], [ %727, %for_body_ti.i ]
-  %708 = phi <16 x float> [ %.promoted.i, %for_body_ti.lr.ph.i ], [ %717, %for_body_ti.i ]
-  %gep356.i = getelementptr inbounds nuw float, ptr %invariant.gep355.i, i64 %indvars.iv329.i
-  %709 = load float, ptr %gep356.i, align 4, !tbaa !5
-  %710 = insertelement <16 x float> poison, float %709, i64 0
-  %711 = shufflevector <16 x float> %710, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep358.i = getelementptr inbounds nuw i64, ptr %invariant.gep357.i, i64 %indvars.iv329.i
-  %712 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep221.i = getelementptr i16, ptr %gep291.i, i64 %712
-  %713 = load <16 x i16>, ptr %gep221.i, align 2, !tbaa !5
-  %714 = zext <16 x i16> %713 to <16 x i32>
-  %715 = shl nuw <16 x i32> %714, splat (i32 16)
-  %716 = bitcast <16 x i32> %715 to <16 x float>
-  %717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %716, <16 x float> %708)
-  store <16 x float> %717, ptr %gep360.i, align 64, !tbaa !5
-  %718 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 512
-  %719 = load float, ptr %718, align 4, !tbaa !5
-  %720 = insertelement <16 x float> poison, float %719, i64 0
-  %721 = shufflevector <16 x float> %720, <16 x float> poison, <16 x i32> zeroinitializer
-  %722 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep225.i = getelementptr i16, ptr %gep291.i, i64 %722
-  %723 = load <16 x i16>, ptr %gep225.i, align 2, !tbaa !5
-  %724 = zext <16 x i16> %723 to <16 x i32>
-  %725 = shl nuw <16 x i32> %724, splat (i32 16)
-  %726 = bitcast <16 x i32> %725 to <16 x float>
-  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %721, <16 x float> %726, <16 x float> %707)
-  store <16 x float> %727, ptr %92, align 64, !tbaa !5
-  %728 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1024
-  %729 = load float, ptr %728, align 4, !tbaa !5
-  %730 = insertelement <16 x float> poison, float %729, i64 0
-  %731 = shufflevector <16 x float> %730, <16 x float> poison, <16 x i32> zeroinitializer
-  %732 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep229.i = getelementptr i16, ptr %gep291.i, i64 %732
-  %733 = load <16 x i16>, ptr %gep229.i, align 2, !tbaa !5
-  %734 = zext <16 x i16> %733 to <16 x i32>
-  %735 = shl nuw <16 x i32> %734, splat (i32 16)
-  %736 = bitcast <16 x i32> %735 to <16 x float>
-  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %731, <16 x float> %736, <16 x float> %706)
-  store <16 x float> %737, ptr %93, align 64, !tbaa !5
-  %738 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1536
-  %739 = load float, ptr %738, align 4, !tbaa !5
-  %740 = insertelement <16 x float> poison, float %739, i64 0
-  %741 = shufflevector <16 x float> %740, <16 x float> poison, <16 x i32> zeroinitializer
-  %742 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep233.i = getelementptr i16, ptr %gep291.i, i64 %742
-  %743 = load <16 x i16>, ptr %gep233.i, align 2, !tbaa !5
-  %744 = zext <16 x i16> %743 to <16 x i32>
-  %745 = shl nuw <16 x i32> %744, splat (i32 16)
-  %746 = bitcast <16 x i32> %745 to <16 x float>
-  %747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %741, <16 x float> %746, <16 x float> %705)
-  store <16 x float> %747, ptr %94, align 64, !tbaa !5
-  %748 = load float, ptr %gep356.i, align 4, !tbaa !5
-  %749 = insertelement <16 x float> poison, float %748, i64 0
-  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer
-  %751 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep237.i = getelementptr i16, ptr %gep291.i, i64 %751
-  %752 = getelementptr i8, ptr %gep237.i, i64 32
-  %753 = load <16 x i16>, ptr %752, align 2, !tbaa !5
-  %754 = zext <16 x i16> %753 to <16 x i32>
-  %755 = shl nuw <16 x i32> %754, splat (i32 16)
-  %756 = bitcast <16 x i32> %755 to <16 x float>
-  %757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %750, <16 x float> %756, <16 x float> %704)
-  store <16 x float> %757, ptr %95, align 64, !tbaa !5
-  %758 = load float, ptr %718, align 4, !tbaa !5
-  %759 = insertelement <16 x float> poison, float %758, i64 0
-  %760 = shufflevector <16 x float> %759, <16 x float> poison, <16 x i32> zeroinitializer
-  %761 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep241.i = getelementptr i16, ptr %gep291.i, i64 %761
-  %762 = getelementptr i8, ptr %gep241.i, i64 32
-  %763 = load <16 x i16>, ptr %762, align 2, !tbaa !5
-  %764 = zext <16 x i16> %763 to <16 x i32>
-  %765 = shl nuw <16 x i32> %764, splat (i32 16)
-  %766 = bitcast <16 x i32> %765 to <16 x float>
-  %767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %760, <16 x float> %766, <16 x float> %703)
-  store <16 x float> %767, ptr %96, align 64, !tbaa !5
-  %768 = load float, ptr %728, align 4, !tbaa !5
-  %769 = insertelement <16 x float> poison, float %768, i64 0
-  %770 = shufflevector <16 x float> %769, <16 x float> poison, <16 x i32> zeroinitializer
-  %771 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep245.i = getelementptr i16, ptr %gep291.i, i64 %771
-  %772 = getelementptr i8, ptr %gep245.i, i64 32
-  %773 = load <16 x i16>, ptr %772, align 2, !tbaa !5
-  %774 = zext <16 x i16> %773 to <16 x i32>
-  %775 = shl nuw <16 x i32> %774, splat (i32 16)
-  %776 = bitcast <16 x i32> %775 to <16 x float>
-  %777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %770, <16 x float> %776, <16 x float> %702)
-  store <16 x float> %777, ptr %97, align 64, !tbaa !5
-  %778 = load float, ptr %738, align 4, !tbaa !5
-  %779 = insertelement <16 x float> poison, float %778, i64 0
-  %780 = shufflevector <16 x float> %779, <16 x float> poison, <16 x i32> zeroinitializer
-  %781 = load i64, ptr %gep358.i, align 8, !tbaa !5
-  %gep249.i = getelementptr i16, ptr %gep291.i, i64 %781
-  %782 = getelementptr i8, ptr %gep249.i, i64 32
-  %783 = load <16 x i16>, ptr %782, align 2, !tbaa !5
-  %784 = zext <16 x i16> %783 to <16 x i32>
-  %785 = shl nuw <16 x i32> %784, splat (i32 16)
-  %786 = bitcast <16 x i32> %785 to <16 x float>
-  %787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %780, <16 x float> %786, <16 x float> %701)
-  store <16 x float> %787, ptr %98, align 64, !tbaa !5
-  %indvars.iv.next330.i = add nuw nsw i64 %indvars.iv329.i, 1
-  %exitcond333.not.i = icmp eq i64 %indvars.iv.next330.i, %wide.trip.count332.i
-  br i1 %exitcond333.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !13
+  %indvars.iv336.i = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next337.i, %for_body_ti.i ]
+  %663 = phi <16 x float> [ %.promoted260.i, %for_body_ti.lr.ph.i ], [ %749, %for_body_ti.i ]
+  %664 = phi <16 x float> [ %.promoted259.i, %for_body_ti.lr.ph.i ], [ %739, %for_body_ti.i ]
+  %665 = phi <16 x float> [ %.promoted258.i, %for_body_ti.lr.ph.i ], [ %729, %for_body_ti.i ]
+  %666 = phi <16 x float> [ %.promoted257.i, %for_body_ti.lr.ph.i ], [ %719, %for_body_ti.i ]
+  %667 = phi <16 x float> [ %.promoted256.i, %for_body_ti.lr.ph.i ], [ %709, %for_body_ti.i ]
+  %668 = phi <16 x float> [ %.promoted255.i, %for_body_ti.lr.ph.i ], [ %699, %for_body_ti.i ]
+  %669 = phi <16 x float> [ %.promoted254.i, %for_body_ti.lr.ph.i ], [ %689, %for_body_ti.i ]
+  %670 = phi <16 x float> [ %.promoted.i, %for_body_ti.lr.ph.i ], [ %679, %for_body_ti.i ]
+  %gep365.i = getelementptr inbounds nuw float, ptr %invariant.gep364.i, i64 %indvars.iv336.i
+  %671 = load float, ptr %gep365.i, align 4, !tbaa !5
+  %672 = insertelement <16 x float> poison, float %671, i64 0
+  %673 = shufflevector <16 x float> %672, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep367.i = getelementptr inbounds nuw i64, ptr %invariant.gep366.i, i64 %indvars.iv336.i
+  %674 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep225.i = getelementptr i16, ptr %gep295.i, i64 %674
+  %675 = load <16 x i16>, ptr %gep225.i, align 2, !tbaa !5
+  %676 = zext <16 x i16> %675 to <16 x i32>
+  %677 = shl nuw <16 x i32> %676, splat (i32 16)
+  %678 = bitcast <16 x i32> %677 to <16 x float>
+  %679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %678, <16 x float> %670)
+  store <16 x float> %679, ptr %gep369.i, align 64, !tbaa !5
+  %680 = load float, ptr %gep365.i, align 4, !tbaa !5
+  %681 = insertelement <16 x float> poison, float %680, i64 0
+  %682 = shufflevector <16 x float> %681, <16 x float> poison, <16 x i32> zeroinitializer
+  %683 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep229.i = getelementptr i16, ptr %gep295.i, i64 %683
+  %684 = getelementptr i8, ptr %gep229.i, i64 32
+  %685 = load <16 x i16>, ptr %684, align 2, !tbaa !5
+  %686 = zext <16 x i16> %685 to <16 x i32>
+  %687 = shl nuw <16 x i32> %686, splat (i32 16)
+  %688 = bitcast <16 x i32> %687 to <16 x float>
+  %689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %688, <16 x float> %669)
+  store <16 x float> %689, ptr %94, align 64, !tbaa !5
+  %690 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 512
+  %691 = load float, ptr %690, align 4, !tbaa !5
+  %692 = insertelement <16 x float> poison, float %691, i64 0
+  %693 = shufflevector <16 x float> %692, <16 x float> poison, <16 x i32> zeroinitializer
+  %694 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep233.i = getelementptr i16, ptr %gep295.i, i64 %694
+  %695 = load <16 x i16>, ptr %gep233.i, align 2, !tbaa !5
+  %696 = zext <16 x i16> %695 to <16 x i32>
+  %697 = shl nuw <16 x i32> %696, splat (i32 16)
+  %698 = bitcast <16 x i32> %697 to <16 x float>
+  %699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %693, <16 x float> %698, <16 x float> %668)
+  store <16 x float> %699, ptr %95, align 64, !tbaa !5
+  %700 = load float, ptr %690, align 4, !tbaa !5
+  %701 = insertelement <16 x float> poison, float %700, i64 0
+  %702 = shufflevector <16 x float> %701, <16 x float> poison, <16 x i32> zeroinitializer
+  %703 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep237.i = getelementptr i16, ptr %gep295.i, i64 %703
+  %704 = getelementptr i8, ptr %gep237.i, i64 32
+  %705 = load <16 x i16>, ptr %704, align 2, !tbaa !5
+  %706 = zext <16 x i16> %705 to <16 x i32>
+  %707 = shl nuw <16 x i32> %706, splat (i32 16)
+  %708 = bitcast <16 x i32> %707 to <16 x float>
+  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %702, <16 x float> %708, <16 x float> %667)
+  store <16 x float> %709, ptr %96, align 64, !tbaa !5
+  %710 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1024
+  %711 = load float, ptr %710, align 4, !tbaa !5
+  %712 = insertelement <16 x float> poison, float %711, i64 0
+  %713 = shufflevector <16 x float> %712, <16 x float> poison, <16 x i32> zeroinitializer
+  %714 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep241.i = getelementptr i16, ptr %gep295.i, i64 %714
+  %715 = load <16 x i16>, ptr %gep241.i, align 2, !tbaa !5
+  %716 = zext <16 x i16> %715 to <16 x i32>
+  %717 = shl nuw <16 x i32> %716, splat (i32 16)
+  %718 = bitcast <16 x i32> %717 to <16 x float>
+  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %718, <16 x float> %666)
+  store <16 x float> %719, ptr %97, align 64, !tbaa !5
+  %720 = load float, ptr %710, align 4, !tbaa !5
+  %721 = insertelement <16 x float> poison, float %720, i64 0
+  %722 = shufflevector <16 x float> %721, <16 x float> poison, <16 x i32> zeroinitializer
+  %723 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep245.i = getelementptr i16, ptr %gep295.i, i64 %723
+  %724 = getelementptr i8, ptr %gep245.i, i64 32
+  %725 = load <16 x i16>, ptr %724, align 2, !tbaa !5
+  %726 = zext <16 x i16> %725 to <16 x i32>
+  %727 = shl nuw <16 x i32> %726, splat (i32 16)
+  %728 = bitcast <16 x i32> %727 to <16 x float>
+  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %728, <16 x float> %665)
+  store <16 x float> %729, ptr %98, align 64, !tbaa !5
+  %730 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1536
+  %731 = load float, ptr %730, align 4, !tbaa !5
+  %732 = insertelement <16 x float> poison, float %731, i64 0
+  %733 = shufflevector <16 x float> %732, <16 x float> poison, <16 x i32> zeroinitializer
+  %734 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep249.i = getelementptr i16, ptr %gep295.i, i64 %734
+  %735 = load <16 x i16>, ptr %gep249.i, align 2, !tbaa !5
+  %736 = zext <16 x i16> %735 to <16 x i32>
+  %737 = shl nuw <16 x i32> %736, splat (i32 16)
+  %738 = bitcast <16 x i32> %737 to <16 x float>
+  %739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %733, <16 x float> %738, <16 x float> %664)
+  store <16 x float> %739, ptr %99, align 64, !tbaa !5
+  %740 = load float, ptr %730, align 4, !tbaa !5
+  %741 = insertelement <16 x float> poison, float %740, i64 0
+  %742 = shufflevector <16 x float> %741, <16 x float> poison, <16 x i32> zeroinitializer
+  %743 = load i64, ptr %gep367.i, align 8, !tbaa !5
+  %gep253.i = getelementptr i16, ptr %gep295.i, i64 %743
+  %744 = getelementptr i8, ptr %gep253.i, i64 32
+  %745 = load <16 x i16>, ptr %744, align 2, !tbaa !5
+  %746 = zext <16 x i16> %745 to <16 x i32>
+  %747 = shl nuw <16 x i32> %746, splat (i32 16)
+  %748 = bitcast <16 x i32> %747 to <16 x float>
+  %749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %748, <16 x float> %663)
+  store <16 x float> %749, ptr %100, align 64, !tbaa !5
+  %indvars.iv.next337.i = add nuw nsw i64 %indvars.iv336.i, 1
+  %exitcond340.not.i = icmp eq i64 %indvars.iv.next337.i, %wide.trip.count339.i
+  br i1 %exitcond340.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !13
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i, %for_end_to.i
-  %indvars.iv.next335.i = add nuw nsw i64 %indvars.iv334.i, 1
-  %exitcond337.not.i = icmp eq i64 %indvars.iv.next335.i, 4
-  br i1 %exitcond337.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !32
+  %indvars.iv.next342.i = add nuw nsw i64 %indvars.iv341.i, 1
+  %exitcond344.not.i = icmp eq i64 %indvars.iv.next342.i, 4
+  br i1 %exitcond344.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !32
 
 pv_matmul_compute_.exit:                          ; preds = %for_end_r_0_m.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r_0_m.i ]
@@ -3997,165 +3940,165 @@ for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.u
   %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %327, <16 x float> %362)
   %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %321, <16 x float> %363)
   %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %315, <16 x float> %364)
-  %366 = getelementptr inbounds nuw i8, ptr %308, i64 1472
-  %367 = load <16 x float>, ptr %366, align 4, !tbaa !5
-  %368 = getelementptr inbounds nuw i8, ptr %308, i64 1408
-  %369 = load <16 x float>, ptr %368, align 4, !tbaa !5
-  %370 = getelementptr inbounds nuw i8, ptr %308, i64 1344
-  %371 = load <16 x float>, ptr %370, align 4, !tbaa !5
-  %372 = getelementptr inbounds nuw i8, ptr %308, i64 1280
-  %373 = load <16 x float>, ptr %372, align 4, !tbaa !5
-  %374 = getelementptr inbounds nuw i8, ptr %308, i64 1216
-  %375 = load <16 x float>, ptr %374, align 4, !tbaa !5
-  %376 = getelementptr inbounds nuw i8, ptr %308, i64 1152
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
-  %378 = getelementptr inbounds nuw i8, ptr %308, i64 1088
-  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
-  %380 = getelementptr inbounds nuw i8, ptr %308, i64 1024
-  %381 = load <16 x float>, ptr %380, align 4, !tbaa !5
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %381, <16 x float> %357, <16 x float> zeroinitializer)
-  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %379, <16 x float> %351, <16 x float> %382)
-  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %345, <16 x float> %383)
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %339, <16 x float> %384)
-  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %333, <16 x float> %385)
-  %387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %327, <16 x float> %386)
-  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %321, <16 x float> %387)
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %315, <16 x float> %388)
-  %390 = getelementptr inbounds nuw i8, ptr %308, i64 960
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
-  %392 = getelementptr inbounds nuw i8, ptr %308, i64 896
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
-  %394 = getelementptr inbounds nuw i8, ptr %308, i64 832
-  %395 = load <16 x float>, ptr %394, align 4, !tbaa !5
-  %396 = getelementptr inbounds nuw i8, ptr %308, i64 768
-  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
-  %398 = getelementptr inbounds nuw i8, ptr %308, i64 704
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %400 = getelementptr inbounds nuw i8, ptr %308, i64 640
-  %401 = load <16 x float>, ptr %400, align 4, !tbaa !5
-  %402 = getelementptr inbounds nuw i8, ptr %308, i64 576
-  %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
-  %404 = getelementptr inbounds nuw i8, ptr %308, i64 512
-  %405 = load <16 x float>, ptr %404, align 4, !tbaa !5
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %357, <16 x float> zeroinitializer)
-  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %351, <16 x float> %406)
-  %408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %401, <16 x float> %345, <16 x float> %407)
-  %409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %339, <16 x float> %408)
-  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %333, <16 x float> %409)
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %395, <16 x float> %327, <16 x float> %410)
-  %412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %321, <16 x float> %411)
-  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %315, <16 x float> %412)
-  %414 = getelementptr inbounds nuw i8, ptr %308, i64 448
-  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
-  %416 = getelementptr inbounds nuw i8, ptr %308, i64 384
-  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
-  %418 = getelementptr inbounds nuw i8, ptr %308, i64 320
-  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
-  %420 = getelementptr inbounds nuw i8, ptr %308, i64 256
-  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
-  %422 = getelementptr inbounds nuw i8, ptr %308, i64 192
-  %423 = load <16 x float>, ptr %422, align 4, !tbaa !5
-  %424 = getelementptr inbounds nuw i8, ptr %308, i64 128
-  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
-  %426 = getelementptr inbounds nuw i8, ptr %308, i64 64
-  %427 = load <16 x float>, ptr %426, align 4, !tbaa !5
-  %428 = load <16 x float>, ptr %308, align 4, !tbaa !5
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %428, <16 x float> %357, <16 x float> zeroinitializer)
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %427, <16 x float> %351, <16 x float> %429)
-  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %345, <16 x float> %430)
-  %432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %339, <16 x float> %431)
-  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %333, <16 x float> %432)
-  %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %327, <16 x float> %433)
-  %435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %321, <16 x float> %434)
-  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %315, <16 x float> %435)
-  %437 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %gep117.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %437
+  %366 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %gep117.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %366
   %gep113.us.us.7.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 224
-  %438 = load <16 x i16>, ptr %gep113.us.us.7.i.us.us, align 2, !tbaa !5
-  %439 = zext <16 x i16> %438 to <16 x i32>
-  %440 = shl nuw <16 x i32> %439, splat (i32 16)
-  %441 = bitcast <16 x i32> %440 to <16 x float>
+  %367 = load <16 x i16>, ptr %gep113.us.us.7.i.us.us, align 2, !tbaa !5
+  %368 = zext <16 x i16> %367 to <16 x i32>
+  %369 = shl nuw <16 x i32> %368, splat (i32 16)
+  %370 = bitcast <16 x i32> %369 to <16 x float>
   %gep113.us.us.6.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 192
-  %442 = load <16 x i16>, ptr %gep113.us.us.6.i.us.us, align 2, !tbaa !5
-  %443 = zext <16 x i16> %442 to <16 x i32>
-  %444 = shl nuw <16 x i32> %443, splat (i32 16)
-  %445 = bitcast <16 x i32> %444 to <16 x float>
+  %371 = load <16 x i16>, ptr %gep113.us.us.6.i.us.us, align 2, !tbaa !5
+  %372 = zext <16 x i16> %371 to <16 x i32>
+  %373 = shl nuw <16 x i32> %372, splat (i32 16)
+  %374 = bitcast <16 x i32> %373 to <16 x float>
   %gep113.us.us.5.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 160
-  %446 = load <16 x i16>, ptr %gep113.us.us.5.i.us.us, align 2, !tbaa !5
-  %447 = zext <16 x i16> %446 to <16 x i32>
-  %448 = shl nuw <16 x i32> %447, splat (i32 16)
-  %449 = bitcast <16 x i32> %448 to <16 x float>
+  %375 = load <16 x i16>, ptr %gep113.us.us.5.i.us.us, align 2, !tbaa !5
+  %376 = zext <16 x i16> %375 to <16 x i32>
+  %377 = shl nuw <16 x i32> %376, splat (i32 16)
+  %378 = bitcast <16 x i32> %377 to <16 x float>
   %gep113.us.us.4.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 128
-  %450 = load <16 x i16>, ptr %gep113.us.us.4.i.us.us, align 2, !tbaa !5
-  %451 = zext <16 x i16> %450 to <16 x i32>
-  %452 = shl nuw <16 x i32> %451, splat (i32 16)
-  %453 = bitcast <16 x i32> %452 to <16 x float>
+  %379 = load <16 x i16>, ptr %gep113.us.us.4.i.us.us, align 2, !tbaa !5
+  %380 = zext <16 x i16> %379 to <16 x i32>
+  %381 = shl nuw <16 x i32> %380, splat (i32 16)
+  %382 = bitcast <16 x i32> %381 to <16 x float>
   %gep113.us.us.3.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 96
-  %454 = load <16 x i16>, ptr %gep113.us.us.3.i.us.us, align 2, !tbaa !5
-  %455 = zext <16 x i16> %454 to <16 x i32>
-  %456 = shl nuw <16 x i32> %455, splat (i32 16)
-  %457 = bitcast <16 x i32> %456 to <16 x float>
+  %383 = load <16 x i16>, ptr %gep113.us.us.3.i.us.us, align 2, !tbaa !5
+  %384 = zext <16 x i16> %383 to <16 x i32>
+  %385 = shl nuw <16 x i32> %384, splat (i32 16)
+  %386 = bitcast <16 x i32> %385 to <16 x float>
   %gep113.us.us.2.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 64
-  %458 = load <16 x i16>, ptr %gep113.us.us.2.i.us.us, align 2, !tbaa !5
-  %459 = zext <16 x i16> %458 to <16 x i32>
-  %460 = shl nuw <16 x i32> %459, splat (i32 16)
-  %461 = bitcast <16 x i32> %460 to <16 x float>
+  %387 = load <16 x i16>, ptr %gep113.us.us.2.i.us.us, align 2, !tbaa !5
+  %388 = zext <16 x i16> %387 to <16 x i32>
+  %389 = shl nuw <16 x i32> %388, splat (i32 16)
+  %390 = bitcast <16 x i32> %389 to <16 x float>
   %gep113.us.us.1.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 32
-  %462 = load <16 x i16>, ptr %gep113.us.us.1.i.us.us, align 2, !tbaa !5
-  %463 = zext <16 x i16> %462 to <16 x i32>
-  %464 = shl nuw <16 x i32> %463, splat (i32 16)
-  %465 = bitcast <16 x i32> %464 to <16 x float>
-  %466 = load <16 x i16>, ptr %gep117.us.us.i.us.us, align 2, !tbaa !5
-  %467 = zext <16 x i16> %466 to <16 x i32>
-  %468 = shl nuw <16 x i32> %467, splat (i32 16)
-  %469 = bitcast <16 x i32> %468 to <16 x float>
-  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %469, <16 x float> zeroinitializer)
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %465, <16 x float> %470)
-  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %461, <16 x float> %471)
-  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %457, <16 x float> %472)
-  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %453, <16 x float> %473)
-  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %449, <16 x float> %474)
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %445, <16 x float> %475)
-  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %441, <16 x float> %476)
-  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %381, <16 x float> %469, <16 x float> zeroinitializer)
-  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %379, <16 x float> %465, <16 x float> %478)
-  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %461, <16 x float> %479)
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %457, <16 x float> %480)
-  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %453, <16 x float> %481)
-  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %449, <16 x float> %482)
-  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %445, <16 x float> %483)
-  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %441, <16 x float> %484)
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %405, <16 x float> %469, <16 x float> zeroinitializer)
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %465, <16 x float> %486)
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %401, <16 x float> %461, <16 x float> %487)
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %457, <16 x float> %488)
-  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %453, <16 x float> %489)
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %395, <16 x float> %449, <16 x float> %490)
-  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %445, <16 x float> %491)
-  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %441, <16 x float> %492)
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %428, <16 x float> %469, <16 x float> zeroinitializer)
-  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %427, <16 x float> %465, <16 x float> %494)
-  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %461, <16 x float> %495)
-  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %457, <16 x float> %496)
-  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %453, <16 x float> %497)
-  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %449, <16 x float> %498)
-  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %445, <16 x float> %499)
-  %501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %441, <16 x float> %500)
+  %391 = load <16 x i16>, ptr %gep113.us.us.1.i.us.us, align 2, !tbaa !5
+  %392 = zext <16 x i16> %391 to <16 x i32>
+  %393 = shl nuw <16 x i32> %392, splat (i32 16)
+  %394 = bitcast <16 x i32> %393 to <16 x float>
+  %395 = load <16 x i16>, ptr %gep117.us.us.i.us.us, align 2, !tbaa !5
+  %396 = zext <16 x i16> %395 to <16 x i32>
+  %397 = shl nuw <16 x i32> %396, splat (i32 16)
+  %398 = bitcast <16 x i32> %397 to <16 x float>
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %398, <16 x float> zeroinitializer)
+  %400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %394, <16 x float> %399)
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %390, <16 x float> %400)
+  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %386, <16 x float> %401)
+  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %382, <16 x float> %402)
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %378, <16 x float> %403)
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %374, <16 x float> %404)
+  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %370, <16 x float> %405)
+  %407 = getelementptr inbounds nuw i8, ptr %308, i64 448
+  %408 = getelementptr inbounds nuw i8, ptr %308, i64 1472
+  %409 = load <16 x float>, ptr %408, align 4, !tbaa !5
+  %410 = getelementptr inbounds nuw i8, ptr %308, i64 1408
+  %411 = load <16 x float>, ptr %410, align 4, !tbaa !5
+  %412 = getelementptr inbounds nuw i8, ptr %308, i64 1344
+  %413 = load <16 x float>, ptr %412, align 4, !tbaa !5
+  %414 = getelementptr inbounds nuw i8, ptr %308, i64 1280
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %416 = getelementptr inbounds nuw i8, ptr %308, i64 1216
+  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
+  %418 = getelementptr inbounds nuw i8, ptr %308, i64 1152
+  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
+  %420 = getelementptr inbounds nuw i8, ptr %308, i64 1088
+  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
+  %422 = getelementptr inbounds nuw i8, ptr %308, i64 1024
+  %423 = load <16 x float>, ptr %422, align 4, !tbaa !5
+  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %357, <16 x float> zeroinitializer)
+  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %351, <16 x float> %424)
+  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %345, <16 x float> %425)
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %339, <16 x float> %426)
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %333, <16 x float> %427)
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %413, <16 x float> %327, <16 x float> %428)
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %411, <16 x float> %321, <16 x float> %429)
+  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %315, <16 x float> %430)
+  %432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %398, <16 x float> zeroinitializer)
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %394, <16 x float> %432)
+  %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %390, <16 x float> %433)
+  %435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %386, <16 x float> %434)
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %382, <16 x float> %435)
+  %437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %413, <16 x float> %378, <16 x float> %436)
+  %438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %411, <16 x float> %374, <16 x float> %437)
+  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %370, <16 x float> %438)
+  %440 = getelementptr inbounds nuw i8, ptr %308, i64 960
+  %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
+  %442 = getelementptr inbounds nuw i8, ptr %308, i64 896
+  %443 = load <16 x float>, ptr %442, align 4, !tbaa !5
+  %444 = getelementptr inbounds nuw i8, ptr %308, i64 832
+  %445 = load <16 x float>, ptr %444, align 4, !tbaa !5
+  %446 = getelementptr inbounds nuw i8, ptr %308, i64 768
+  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
+  %448 = getelementptr inbounds nuw i8, ptr %308, i64 704
+  %449 = load <16 x float>, ptr %448, align 4, !tbaa !5
+  %450 = getelementptr inbounds nuw i8, ptr %308, i64 640
+  %451 = load <16 x float>, ptr %450, align 4, !tbaa !5
+  %452 = getelementptr inbounds nuw i8, ptr %308, i64 576
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
+  %454 = getelementptr inbounds nuw i8, ptr %308, i64 512
+  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
+  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %357, <16 x float> zeroinitializer)
+  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %453, <16 x float> %351, <16 x float> %456)
+  %458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %451, <16 x float> %345, <16 x float> %457)
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %449, <16 x float> %339, <16 x float> %458)
+  %460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %333, <16 x float> %459)
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %327, <16 x float> %460)
+  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %321, <16 x float> %461)
+  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %315, <16 x float> %462)
+  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %398, <16 x float> zeroinitializer)
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %453, <16 x float> %394, <16 x float> %464)
+  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %451, <16 x float> %390, <16 x float> %465)
+  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %449, <16 x float> %386, <16 x float> %466)
+  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %382, <16 x float> %467)
+  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %378, <16 x float> %468)
+  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %374, <16 x float> %469)
+  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %370, <16 x float> %470)
+  %472 = load <16 x float>, ptr %407, align 4, !tbaa !5
+  %473 = getelementptr inbounds nuw i8, ptr %308, i64 384
+  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
+  %475 = getelementptr inbounds nuw i8, ptr %308, i64 320
+  %476 = load <16 x float>, ptr %475, align 4, !tbaa !5
+  %477 = getelementptr inbounds nuw i8, ptr %308, i64 256
+  %478 = load <16 x float>, ptr %477, align 4, !tbaa !5
+  %479 = getelementptr inbounds nuw i8, ptr %308, i64 192
+  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
+  %481 = getelementptr inbounds nuw i8, ptr %308, i64 128
+  %482 = load <16 x float>, ptr %481, align 4, !tbaa !5
+  %483 = getelementptr inbounds nuw i8, ptr %308, i64 64
+  %484 = load <16 x float>, ptr %483, align 4, !tbaa !5
+  %485 = load <16 x float>, ptr %308, align 4, !tbaa !5
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %357, <16 x float> zeroinitializer)
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %484, <16 x float> %351, <16 x float> %486)
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %482, <16 x float> %345, <16 x float> %487)
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %339, <16 x float> %488)
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %333, <16 x float> %489)
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %476, <16 x float> %327, <16 x float> %490)
+  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %474, <16 x float> %321, <16 x float> %491)
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %472, <16 x float> %315, <16 x float> %492)
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %398, <16 x float> zeroinitializer)
+  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %484, <16 x float> %394, <16 x float> %494)
+  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %482, <16 x float> %390, <16 x float> %495)
+  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %386, <16 x float> %496)
+  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %382, <16 x float> %497)
+  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %476, <16 x float> %378, <16 x float> %498)
+  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %474, <16 x float> %374, <16 x float> %499)
+  %501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %472, <16 x float> %370, <16 x float> %500)
   %.idx.i.us.us = shl nuw nsw i64 %indvars.iv243.i.us.us, 12
   %gep271.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep270.i.us, i64 %.idx.i.us.us
   store <16 x float> %501, ptr %gep271.i.us.us, align 4, !tbaa !5
   %502 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 64
-  store <16 x float> %436, ptr %502, align 4, !tbaa !5
+  store <16 x float> %493, ptr %502, align 4, !tbaa !5
   %503 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1024
-  store <16 x float> %493, ptr %503, align 4, !tbaa !5
+  store <16 x float> %471, ptr %503, align 4, !tbaa !5
   %504 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1088
-  store <16 x float> %413, ptr %504, align 4, !tbaa !5
+  store <16 x float> %463, ptr %504, align 4, !tbaa !5
   %505 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2048
-  store <16 x float> %485, ptr %505, align 4, !tbaa !5
+  store <16 x float> %439, ptr %505, align 4, !tbaa !5
   %506 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2112
-  store <16 x float> %389, ptr %506, align 4, !tbaa !5
+  store <16 x float> %431, ptr %506, align 4, !tbaa !5
   %507 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3072
-  store <16 x float> %477, ptr %507, align 4, !tbaa !5
+  store <16 x float> %406, ptr %507, align 4, !tbaa !5
   %508 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3136
   store <16 x float> %365, ptr %508, align 4, !tbaa !5
   %indvars.iv.next244.i.us.us = add nuw nsw i64 %indvars.iv243.i.us.us, 1
@@ -4609,240 +4552,216 @@ for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preh
   %194 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %190
   %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
   %arg.i = fsub <16 x float> %195, %193
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %197 = bitcast <16 x float> %196 to <16 x i32>
-  %198 = add nsw <16 x i32> %197, splat (i32 -1262485504)
-  %199 = sitofp <16 x i32> %198 to <16 x float>
-  %200 = fmul <16 x float> %199, splat (float 0x3F2BD01060000000)
-  %201 = fmul <16 x float> %199, splat (float 0x3FE6300000000000)
-  %202 = fsub <16 x float> %arg.i, %201
-  %203 = fadd <16 x float> %200, %202
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %203, <16 x float> splat (float 0x3F81112100000000))
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %203, <16 x float> splat (float 0x3FA5553820000000))
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %206, <16 x float> %203, <16 x float> splat (float 0x3FC5555540000000))
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %207, <16 x float> %203, <16 x float> splat (float 5.000000e-01))
-  %209 = fmul <16 x float> %203, %208
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %209, <16 x float> %203, <16 x float> %203)
-  %211 = shl <16 x i32> %197, splat (i32 23)
-  %212 = add <16 x i32> %211, splat (i32 1065353216)
-  %213 = bitcast <16 x i32> %212 to <16 x float>
-  %214 = fadd <16 x float> %210, splat (float 1.000000e+00)
-  %215 = fmul <16 x float> %214, %213
-  %216 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %217 = select <16 x i1> %216, <16 x float> zeroinitializer, <16 x float> %215
+  %198 = fadd <16 x float> %196, splat (float 0xC168000FE0000000)
+  %199 = fmul <16 x float> %198, splat (float 0x3F2BD01060000000)
+  %200 = fmul <16 x float> %198, splat (float 0x3FE6300000000000)
+  %201 = fsub <16 x float> %arg.i, %200
+  %202 = fadd <16 x float> %199, %201
+  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %202, <16 x float> splat (float 0x3FA5558F20000000))
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %202, <16 x float> splat (float 0x3FC5554920000000))
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %202, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %207 = fmul <16 x float> %202, %202
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %206, <16 x float> %207, <16 x float> %202)
+  %209 = shl <16 x i32> %197, splat (i32 23)
+  %210 = bitcast <16 x i32> %209 to <16 x float>
+  %211 = fadd <16 x float> %208, splat (float 1.000000e+00)
+  %212 = fmul <16 x float> %211, %210
+  %213 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %214 = select <16 x i1> %213, <16 x float> zeroinitializer, <16 x float> %212
   %gep25 = getelementptr inbounds nuw float, ptr %invariant.gep24, i64 %190
-  store <16 x float> %217, ptr %gep25, align 64, !tbaa !5
-  %218 = load float, ptr %gep.i, align 4, !tbaa !5
-  %219 = insertelement <16 x float> poison, float %218, i64 0
-  %220 = shufflevector <16 x float> %219, <16 x float> poison, <16 x i32> zeroinitializer
-  %221 = getelementptr inbounds nuw i8, ptr %194, i64 64
-  %222 = load <16 x float>, ptr %221, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %222, %220
-  %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %224 = bitcast <16 x float> %223 to <16 x i32>
-  %225 = add nsw <16 x i32> %224, splat (i32 -1262485504)
-  %226 = sitofp <16 x i32> %225 to <16 x float>
-  %227 = fmul <16 x float> %226, splat (float 0x3F2BD01060000000)
-  %228 = fmul <16 x float> %226, splat (float 0x3FE6300000000000)
-  %229 = fsub <16 x float> %arg.1.i, %228
-  %230 = fadd <16 x float> %227, %229
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %231, <16 x float> %230, <16 x float> splat (float 0x3F81112100000000))
-  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %232, <16 x float> %230, <16 x float> splat (float 0x3FA5553820000000))
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %233, <16 x float> %230, <16 x float> splat (float 0x3FC5555540000000))
-  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %230, <16 x float> splat (float 5.000000e-01))
-  %236 = fmul <16 x float> %230, %235
-  %237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %236, <16 x float> %230, <16 x float> %230)
-  %238 = shl <16 x i32> %224, splat (i32 23)
-  %239 = add <16 x i32> %238, splat (i32 1065353216)
-  %240 = bitcast <16 x i32> %239 to <16 x float>
-  %241 = fadd <16 x float> %237, splat (float 1.000000e+00)
-  %242 = fmul <16 x float> %241, %240
-  %243 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
-  %244 = select <16 x i1> %243, <16 x float> zeroinitializer, <16 x float> %242
-  %245 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
-  store <16 x float> %244, ptr %245, align 64, !tbaa !5
-  %246 = load float, ptr %gep.i, align 4, !tbaa !5
-  %247 = insertelement <16 x float> poison, float %246, i64 0
-  %248 = shufflevector <16 x float> %247, <16 x float> poison, <16 x i32> zeroinitializer
-  %249 = getelementptr inbounds nuw i8, ptr %194, i64 128
-  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %250, %248
-  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %252 = bitcast <16 x float> %251 to <16 x i32>
-  %253 = add nsw <16 x i32> %252, splat (i32 -1262485504)
-  %254 = sitofp <16 x i32> %253 to <16 x float>
-  %255 = fmul <16 x float> %254, splat (float 0x3F2BD01060000000)
-  %256 = fmul <16 x float> %254, splat (float 0x3FE6300000000000)
-  %257 = fsub <16 x float> %arg.2.i, %256
-  %258 = fadd <16 x float> %255, %257
-  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %258, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %258, <16 x float> splat (float 0x3F81112100000000))
-  %261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %258, <16 x float> splat (float 0x3FA5553820000000))
-  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %261, <16 x float> %258, <16 x float> splat (float 0x3FC5555540000000))
-  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %262, <16 x float> %258, <16 x float> splat (float 5.000000e-01))
-  %264 = fmul <16 x float> %258, %263
-  %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %264, <16 x float> %258, <16 x float> %258)
-  %266 = shl <16 x i32> %252, splat (i32 23)
-  %267 = add <16 x i32> %266, splat (i32 1065353216)
-  %268 = bitcast <16 x i32> %267 to <16 x float>
-  %269 = fadd <16 x float> %265, splat (float 1.000000e+00)
-  %270 = fmul <16 x float> %269, %268
-  %271 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
-  %272 = select <16 x i1> %271, <16 x float> zeroinitializer, <16 x float> %270
-  %273 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
-  store <16 x float> %272, ptr %273, align 64, !tbaa !5
-  %274 = load float, ptr %gep.i, align 4, !tbaa !5
-  %275 = insertelement <16 x float> poison, float %274, i64 0
-  %276 = shufflevector <16 x float> %275, <16 x float> poison, <16 x i32> zeroinitializer
-  %277 = getelementptr inbounds nuw i8, ptr %194, i64 192
-  %278 = load <16 x float>, ptr %277, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %278, %276
-  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %280 = bitcast <16 x float> %279 to <16 x i32>
-  %281 = add nsw <16 x i32> %280, splat (i32 -1262485504)
-  %282 = sitofp <16 x i32> %281 to <16 x float>
-  %283 = fmul <16 x float> %282, splat (float 0x3F2BD01060000000)
-  %284 = fmul <16 x float> %282, splat (float 0x3FE6300000000000)
-  %285 = fsub <16 x float> %arg.3.i, %284
-  %286 = fadd <16 x float> %283, %285
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %287, <16 x float> %286, <16 x float> splat (float 0x3F81112100000000))
-  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %286, <16 x float> splat (float 0x3FA5553820000000))
-  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %289, <16 x float> %286, <16 x float> splat (float 0x3FC5555540000000))
-  %291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %290, <16 x float> %286, <16 x float> splat (float 5.000000e-01))
-  %292 = fmul <16 x float> %286, %291
-  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %292, <16 x float> %286, <16 x float> %286)
-  %294 = shl <16 x i32> %280, splat (i32 23)
-  %295 = add <16 x i32> %294, splat (i32 1065353216)
-  %296 = bitcast <16 x i32> %295 to <16 x float>
-  %297 = fadd <16 x float> %293, splat (float 1.000000e+00)
-  %298 = fmul <16 x float> %297, %296
-  %299 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
-  %300 = select <16 x i1> %299, <16 x float> zeroinitializer, <16 x float> %298
-  %301 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
-  store <16 x float> %300, ptr %301, align 64, !tbaa !5
-  %302 = load float, ptr %gep.i, align 4, !tbaa !5
-  %303 = insertelement <16 x float> poison, float %302, i64 0
-  %304 = shufflevector <16 x float> %303, <16 x float> poison, <16 x i32> zeroinitializer
-  %305 = getelementptr inbounds nuw i8, ptr %194, i64 256
-  %306 = load <16 x float>, ptr %305, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %306, %304
-  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %308 = bitcast <16 x float> %307 to <16 x i32>
-  %309 = add nsw <16 x i32> %308, splat (i32 -1262485504)
-  %310 = sitofp <16 x i32> %309 to <16 x float>
-  %311 = fmul <16 x float> %310, splat (float 0x3F2BD01060000000)
-  %312 = fmul <16 x float> %310, splat (float 0x3FE6300000000000)
-  %313 = fsub <16 x float> %arg.4.i, %312
-  %314 = fadd <16 x float> %311, %313
-  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %314, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %314, <16 x float> splat (float 0x3F81112100000000))
-  %317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %314, <16 x float> splat (float 0x3FA5553820000000))
-  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %314, <16 x float> splat (float 0x3FC5555540000000))
-  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %314, <16 x float> splat (float 5.000000e-01))
-  %320 = fmul <16 x float> %314, %319
-  %321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %314, <16 x float> %314)
-  %322 = shl <16 x i32> %308, splat (i32 23)
-  %323 = add <16 x i32> %322, splat (i32 1065353216)
-  %324 = bitcast <16 x i32> %323 to <16 x float>
-  %325 = fadd <16 x float> %321, splat (float 1.000000e+00)
-  %326 = fmul <16 x float> %325, %324
-  %327 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
-  %328 = select <16 x i1> %327, <16 x float> zeroinitializer, <16 x float> %326
-  %329 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
-  store <16 x float> %328, ptr %329, align 64, !tbaa !5
-  %330 = load float, ptr %gep.i, align 4, !tbaa !5
-  %331 = insertelement <16 x float> poison, float %330, i64 0
-  %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
-  %333 = getelementptr inbounds nuw i8, ptr %194, i64 320
-  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %334, %332
-  %335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %336 = bitcast <16 x float> %335 to <16 x i32>
-  %337 = add nsw <16 x i32> %336, splat (i32 -1262485504)
-  %338 = sitofp <16 x i32> %337 to <16 x float>
-  %339 = fmul <16 x float> %338, splat (float 0x3F2BD01060000000)
-  %340 = fmul <16 x float> %338, splat (float 0x3FE6300000000000)
-  %341 = fsub <16 x float> %arg.5.i, %340
-  %342 = fadd <16 x float> %339, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %342, <16 x float> splat (float 0x3F81112100000000))
-  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %344, <16 x float> %342, <16 x float> splat (float 0x3FA5553820000000))
-  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %342, <16 x float> splat (float 0x3FC5555540000000))
-  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %342, <16 x float> splat (float 5.000000e-01))
-  %348 = fmul <16 x float> %342, %347
-  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> %342, <16 x float> %342)
-  %350 = shl <16 x i32> %336, splat (i32 23)
-  %351 = add <16 x i32> %350, splat (i32 1065353216)
-  %352 = bitcast <16 x i32> %351 to <16 x float>
-  %353 = fadd <16 x float> %349, splat (float 1.000000e+00)
-  %354 = fmul <16 x float> %353, %352
-  %355 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
-  %356 = select <16 x i1> %355, <16 x float> zeroinitializer, <16 x float> %354
-  %357 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
-  store <16 x float> %356, ptr %357, align 64, !tbaa !5
-  %358 = load float, ptr %gep.i, align 4, !tbaa !5
-  %359 = insertelement <16 x float> poison, float %358, i64 0
-  %360 = shufflevector <16 x float> %359, <16 x float> poison, <16 x i32> zeroinitializer
-  %361 = getelementptr inbounds nuw i8, ptr %194, i64 384
-  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %362, %360
-  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %364 = bitcast <16 x float> %363 to <16 x i32>
-  %365 = add nsw <16 x i32> %364, splat (i32 -1262485504)
-  %366 = sitofp <16 x i32> %365 to <16 x float>
-  %367 = fmul <16 x float> %366, splat (float 0x3F2BD01060000000)
-  %368 = fmul <16 x float> %366, splat (float 0x3FE6300000000000)
-  %369 = fsub <16 x float> %arg.6.i, %368
-  %370 = fadd <16 x float> %367, %369
-  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %370, <16 x float> splat (float 0x3F81112100000000))
-  %373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %370, <16 x float> splat (float 0x3FA5553820000000))
-  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %370, <16 x float> splat (float 0x3FC5555540000000))
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %370, <16 x float> splat (float 5.000000e-01))
-  %376 = fmul <16 x float> %370, %375
-  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> %370, <16 x float> %370)
-  %378 = shl <16 x i32> %364, splat (i32 23)
-  %379 = add <16 x i32> %378, splat (i32 1065353216)
-  %380 = bitcast <16 x i32> %379 to <16 x float>
-  %381 = fadd <16 x float> %377, splat (float 1.000000e+00)
-  %382 = fmul <16 x float> %381, %380
-  %383 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
-  %384 = select <16 x i1> %383, <16 x float> zeroinitializer, <16 x float> %382
-  %385 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
-  store <16 x float> %384, ptr %385, align 64, !tbaa !5
-  %386 = load float, ptr %gep.i, align 4, !tbaa !5
-  %387 = insertelement <16 x float> poison, float %386, i64 0
-  %388 = shufflevector <16 x float> %387, <16 x float> poison, <16 x i32> zeroinitializer
-  %389 = getelementptr inbounds nuw i8, ptr %194, i64 448
-  %390 = load <16 x float>, ptr %389, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %390, %388
-  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %392 = bitcast <16 x float> %391 to <16 x i32>
-  %393 = add nsw <16 x i32> %392, splat (i32 -1262485504)
-  %394 = sitofp <16 x i32> %393 to <16 x float>
-  %395 = fmul <16 x float> %394, splat (float 0x3F2BD01060000000)
-  %396 = fmul <16 x float> %394, splat (float 0x3FE6300000000000)
-  %397 = fsub <16 x float> %arg.7.i, %396
-  %398 = fadd <16 x float> %395, %397
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %398, <16 x float> splat (float 0x3F81112100000000))
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %398, <16 x float> splat (float 0x3FA5553820000000))
-  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %401, <16 x float> %398, <16 x float> splat (float 0x3FC5555540000000))
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %402, <16 x float> %398, <16 x float> splat (float 5.000000e-01))
-  %404 = fmul <16 x float> %398, %403
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %404, <16 x float> %398, <16 x float> %398)
-  %406 = shl <16 x i32> %392, splat (i32 23)
-  %407 = add <16 x i32> %406, splat (i32 1065353216)
-  %408 = bitcast <16 x i32> %407 to <16 x float>
-  %409 = fadd <16 x float> %405, splat (float 1.000000e+00)
-  %410 = fmul <16 x float> %409, %408
-  %411 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
-  %412 = select <16 x i1> %411, <16 x float> zeroinitializer, <16 x float> %410
-  %413 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
-  store <16 x float> %412, ptr %413, align 64, !tbaa !5
+  store <16 x float> %214, ptr %gep25, align 64, !tbaa !5
+  %215 = load float, ptr %gep.i, align 4, !tbaa !5
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = getelementptr inbounds nuw i8, ptr %194, i64 64
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %219, %217
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %221 = bitcast <16 x float> %220 to <16 x i32>
+  %222 = fadd <16 x float> %220, splat (float 0xC168000FE0000000)
+  %223 = fmul <16 x float> %222, splat (float 0x3F2BD01060000000)
+  %224 = fmul <16 x float> %222, splat (float 0x3FE6300000000000)
+  %225 = fsub <16 x float> %arg.1.i, %224
+  %226 = fadd <16 x float> %223, %225
+  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %226, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %226, <16 x float> splat (float 0x3FA5558F20000000))
+  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %226, <16 x float> splat (float 0x3FC5554920000000))
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %229, <16 x float> %226, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %231 = fmul <16 x float> %226, %226
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %231, <16 x float> %226)
+  %233 = shl <16 x i32> %221, splat (i32 23)
+  %234 = bitcast <16 x i32> %233 to <16 x float>
+  %235 = fadd <16 x float> %232, splat (float 1.000000e+00)
+  %236 = fmul <16 x float> %235, %234
+  %237 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
+  %238 = select <16 x i1> %237, <16 x float> zeroinitializer, <16 x float> %236
+  %239 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
+  store <16 x float> %238, ptr %239, align 64, !tbaa !5
+  %240 = load float, ptr %gep.i, align 4, !tbaa !5
+  %241 = insertelement <16 x float> poison, float %240, i64 0
+  %242 = shufflevector <16 x float> %241, <16 x float> poison, <16 x i32> zeroinitializer
+  %243 = getelementptr inbounds nuw i8, ptr %194, i64 128
+  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %244, %242
+  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %246 = bitcast <16 x float> %245 to <16 x i32>
+  %247 = fadd <16 x float> %245, splat (float 0xC168000FE0000000)
+  %248 = fmul <16 x float> %247, splat (float 0x3F2BD01060000000)
+  %249 = fmul <16 x float> %247, splat (float 0x3FE6300000000000)
+  %250 = fsub <16 x float> %arg.2.i, %249
+  %251 = fadd <16 x float> %248, %250
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %251, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %252, <16 x float> %251, <16 x float> splat (float 0x3FA5558F20000000))
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %253, <16 x float> %251, <16 x float> splat (float 0x3FC5554920000000))
+  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %254, <16 x float> %251, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %256 = fmul <16 x float> %251, %251
+  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> %256, <16 x float> %251)
+  %258 = shl <16 x i32> %246, splat (i32 23)
+  %259 = bitcast <16 x i32> %258 to <16 x float>
+  %260 = fadd <16 x float> %257, splat (float 1.000000e+00)
+  %261 = fmul <16 x float> %260, %259
+  %262 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
+  %263 = select <16 x i1> %262, <16 x float> zeroinitializer, <16 x float> %261
+  %264 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
+  store <16 x float> %263, ptr %264, align 64, !tbaa !5
+  %265 = load float, ptr %gep.i, align 4, !tbaa !5
+  %266 = insertelement <16 x float> poison, float %265, i64 0
+  %267 = shufflevector <16 x float> %266, <16 x float> poison, <16 x i32> zeroinitializer
+  %268 = getelementptr inbounds nuw i8, ptr %194, i64 192
+  %269 = load <16 x float>, ptr %268, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %269, %267
+  %270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %271 = bitcast <16 x float> %270 to <16 x i32>
+  %272 = fadd <16 x float> %270, splat (float 0xC168000FE0000000)
+  %273 = fmul <16 x float> %272, splat (float 0x3F2BD01060000000)
+  %274 = fmul <16 x float> %272, splat (float 0x3FE6300000000000)
+  %275 = fsub <16 x float> %arg.3.i, %274
+  %276 = fadd <16 x float> %273, %275
+  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %276, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %276, <16 x float> splat (float 0x3FA5558F20000000))
+  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %278, <16 x float> %276, <16 x float> splat (float 0x3FC5554920000000))
+  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %279, <16 x float> %276, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %281 = fmul <16 x float> %276, %276
+  %282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %281, <16 x float> %276)
+  %283 = shl <16 x i32> %271, splat (i32 23)
+  %284 = bitcast <16 x i32> %283 to <16 x float>
+  %285 = fadd <16 x float> %282, splat (float 1.000000e+00)
+  %286 = fmul <16 x float> %285, %284
+  %287 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
+  %288 = select <16 x i1> %287, <16 x float> zeroinitializer, <16 x float> %286
+  %289 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
+  store <16 x float> %288, ptr %289, align 64, !tbaa !5
+  %290 = load float, ptr %gep.i, align 4, !tbaa !5
+  %291 = insertelement <16 x float> poison, float %290, i64 0
+  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
+  %293 = getelementptr inbounds nuw i8, ptr %194, i64 256
+  %294 = load <16 x float>, ptr %293, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %294, %292
+  %295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %296 = bitcast <16 x float> %295 to <16 x i32>
+  %297 = fadd <16 x float> %295, splat (float 0xC168000FE0000000)
+  %298 = fmul <16 x float> %297, splat (float 0x3F2BD01060000000)
+  %299 = fmul <16 x float> %297, splat (float 0x3FE6300000000000)
+  %300 = fsub <16 x float> %arg.4.i, %299
+  %301 = fadd <16 x float> %298, %300
+  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %302, <16 x float> %301, <16 x float> splat (float 0x3FA5558F20000000))
+  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %301, <16 x float> splat (float 0x3FC5554920000000))
+  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %301, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %306 = fmul <16 x float> %301, %301
+  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %306, <16 x float> %301)
+  %308 = shl <16 x i32> %296, splat (i32 23)
+  %309 = bitcast <16 x i32> %308 to <16 x float>
+  %310 = fadd <16 x float> %307, splat (float 1.000000e+00)
+  %311 = fmul <16 x float> %310, %309
+  %312 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
+  %313 = select <16 x i1> %312, <16 x float> zeroinitializer, <16 x float> %311
+  %314 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
+  store <16 x float> %313, ptr %314, align 64, !tbaa !5
+  %315 = load float, ptr %gep.i, align 4, !tbaa !5
+  %316 = insertelement <16 x float> poison, float %315, i64 0
+  %317 = shufflevector <16 x float> %316, <16 x float> poison, <16 x i32> zeroinitializer
+  %318 = getelementptr inbounds nuw i8, ptr %194, i64 320
+  %319 = load <16 x float>, ptr %318, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %319, %317
+  %320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %321 = bitcast <16 x float> %320 to <16 x i32>
+  %322 = fadd <16 x float> %320, splat (float 0xC168000FE0000000)
+  %323 = fmul <16 x float> %322, splat (float 0x3F2BD01060000000)
+  %324 = fmul <16 x float> %322, splat (float 0x3FE6300000000000)
+  %325 = fsub <16 x float> %arg.5.i, %324
+  %326 = fadd <16 x float> %323, %325
+  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %326, <16 x float> splat (float 0x3FA5558F20000000))
+  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %326, <16 x float> splat (float 0x3FC5554920000000))
+  %330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %326, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %331 = fmul <16 x float> %326, %326
+  %332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %331, <16 x float> %326)
+  %333 = shl <16 x i32> %321, splat (i32 23)
+  %334 = bitcast <16 x i32> %333 to <16 x float>
+  %335 = fadd <16 x float> %332, splat (float 1.000000e+00)
+  %336 = fmul <16 x float> %335, %334
+  %337 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
+  %338 = select <16 x i1> %337, <16 x float> zeroinitializer, <16 x float> %336
+  %339 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
+  store <16 x float> %338, ptr %339, align 64, !tbaa !5
+  %340 = load float, ptr %gep.i, align 4, !tbaa !5
+  %341 = insertelement <16 x float> poison, float %340, i64 0
+  %342 = shufflevector <16 x float> %341, <16 x float> poison, <16 x i32> zeroinitializer
+  %343 = getelementptr inbounds nuw i8, ptr %194, i64 384
+  %344 = load <16 x float>, ptr %343, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %344, %342
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %346 = bitcast <16 x float> %345 to <16 x i32>
+  %347 = fadd <16 x float> %345, splat (float 0xC168000FE0000000)
+  %348 = fmul <16 x float> %347, splat (float 0x3F2BD01060000000)
+  %349 = fmul <16 x float> %347, splat (float 0x3FE6300000000000)
+  %350 = fsub <16 x float> %arg.6.i, %349
+  %351 = fadd <16 x float> %348, %350
+  %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %352, <16 x float> %351, <16 x float> splat (float 0x3FA5558F20000000))
+  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %351, <16 x float> splat (float 0x3FC5554920000000))
+  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %354, <16 x float> %351, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %356 = fmul <16 x float> %351, %351
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %355, <16 x float> %356, <16 x float> %351)
+  %358 = shl <16 x i32> %346, splat (i32 23)
+  %359 = bitcast <16 x i32> %358 to <16 x float>
+  %360 = fadd <16 x float> %357, splat (float 1.000000e+00)
+  %361 = fmul <16 x float> %360, %359
+  %362 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
+  %363 = select <16 x i1> %362, <16 x float> zeroinitializer, <16 x float> %361
+  %364 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
+  store <16 x float> %363, ptr %364, align 64, !tbaa !5
+  %365 = load float, ptr %gep.i, align 4, !tbaa !5
+  %366 = insertelement <16 x float> poison, float %365, i64 0
+  %367 = shufflevector <16 x float> %366, <16 x float> poison, <16 x i32> zeroinitializer
+  %368 = getelementptr inbounds nuw i8, ptr %194, i64 448
+  %369 = load <16 x float>, ptr %368, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %369, %367
+  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %371 = bitcast <16 x float> %370 to <16 x i32>
+  %372 = fadd <16 x float> %370, splat (float 0xC168000FE0000000)
+  %373 = fmul <16 x float> %372, splat (float 0x3F2BD01060000000)
+  %374 = fmul <16 x float> %372, splat (float 0x3FE6300000000000)
+  %375 = fsub <16 x float> %arg.7.i, %374
+  %376 = fadd <16 x float> %373, %375
+  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %376, <16 x float> splat (float 0x3FA5558F20000000))
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %378, <16 x float> %376, <16 x float> splat (float 0x3FC5554920000000))
+  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %379, <16 x float> %376, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %381 = fmul <16 x float> %376, %376
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %381, <16 x float> %376)
+  %383 = shl <16 x i32> %371, splat (i32 23)
+  %384 = bitcast <16 x i32> %383 to <16 x float>
+  %385 = fadd <16 x float> %382, splat (float 1.000000e+00)
+  %386 = fmul <16 x float> %385, %384
+  %387 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
+  %388 = select <16 x i1> %387, <16 x float> zeroinitializer, <16 x float> %386
+  %389 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
+  store <16 x float> %388, ptr %389, align 64, !tbaa !5
   %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
   %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 16
   br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !32
@@ -4851,71 +4770,71 @@ for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.pre
   %indvars.iv88.i = phi i64 [ 0, %for_begin_r23.preheader.i ], [ %indvars.iv.next89.i, %for_begin_ax128.preheader.i ]
   %.idx23 = shl nuw nsw i64 %indvars.iv88.i, 9
   %gep27 = getelementptr inbounds nuw i8, ptr %invariant.gep24, i64 %.idx23
-  %414 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
-  %415 = fadd <16 x float> %414, zeroinitializer
-  %416 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
-  %417 = load <16 x float>, ptr %416, align 64, !tbaa !5
-  %418 = fadd <16 x float> %415, %417
-  %419 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
-  %420 = load <16 x float>, ptr %419, align 64, !tbaa !5
-  %421 = fadd <16 x float> %418, %420
-  %422 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
-  %423 = load <16 x float>, ptr %422, align 64, !tbaa !5
-  %424 = fadd <16 x float> %421, %423
-  %425 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
-  %426 = load <16 x float>, ptr %425, align 64, !tbaa !5
-  %427 = fadd <16 x float> %424, %426
-  %428 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
-  %429 = load <16 x float>, ptr %428, align 64, !tbaa !5
-  %430 = fadd <16 x float> %427, %429
-  %431 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
-  %432 = load <16 x float>, ptr %431, align 64, !tbaa !5
-  %433 = fadd <16 x float> %430, %432
-  %434 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
-  %435 = load <16 x float>, ptr %434, align 64, !tbaa !5
-  %436 = fadd <16 x float> %433, %435
+  %390 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
+  %391 = fadd <16 x float> %390, zeroinitializer
+  %392 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
+  %393 = load <16 x float>, ptr %392, align 64, !tbaa !5
+  %394 = fadd <16 x float> %391, %393
+  %395 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
+  %396 = load <16 x float>, ptr %395, align 64, !tbaa !5
+  %397 = fadd <16 x float> %394, %396
+  %398 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
+  %399 = load <16 x float>, ptr %398, align 64, !tbaa !5
+  %400 = fadd <16 x float> %397, %399
+  %401 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
+  %402 = load <16 x float>, ptr %401, align 64, !tbaa !5
+  %403 = fadd <16 x float> %400, %402
+  %404 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
+  %405 = load <16 x float>, ptr %404, align 64, !tbaa !5
+  %406 = fadd <16 x float> %403, %405
+  %407 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
+  %408 = load <16 x float>, ptr %407, align 64, !tbaa !5
+  %409 = fadd <16 x float> %406, %408
+  %410 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
+  %411 = load <16 x float>, ptr %410, align 64, !tbaa !5
+  %412 = fadd <16 x float> %409, %411
   %gep99.i = getelementptr inbounds nuw float, ptr %invariant.gep98.i, i64 %indvars.iv88.i
-  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %436, i64 0
-  %437 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %436, i64 1
-  %438 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %437
-  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %436, i64 2
-  %439 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %438
-  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %436, i64 3
-  %440 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %439
-  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %436, i64 4
-  %441 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %440
-  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %436, i64 5
-  %442 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %441
-  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %436, i64 6
-  %443 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %442
-  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %436, i64 7
-  %444 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %443
-  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %436, i64 8
-  %445 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %444
-  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %436, i64 9
-  %446 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %445
-  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %436, i64 10
-  %447 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %446
-  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %436, i64 11
-  %448 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %447
-  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %436, i64 12
-  %449 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %448
-  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %436, i64 13
-  %450 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %449
-  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %436, i64 14
-  %451 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %450
-  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %436, i64 15
-  %452 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %451
-  store float %452, ptr %gep99.i, align 4, !tbaa !5
+  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %412, i64 0
+  %413 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %412, i64 1
+  %414 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %413
+  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %412, i64 2
+  %415 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %414
+  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %412, i64 3
+  %416 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %415
+  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %412, i64 4
+  %417 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %416
+  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %412, i64 5
+  %418 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %417
+  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %412, i64 6
+  %419 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %418
+  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %412, i64 7
+  %420 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %419
+  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %412, i64 8
+  %421 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %420
+  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %412, i64 9
+  %422 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %421
+  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %412, i64 10
+  %423 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %422
+  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %412, i64 11
+  %424 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %423
+  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %412, i64 12
+  %425 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %424
+  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %412, i64 13
+  %426 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %425
+  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %412, i64 14
+  %427 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %426
+  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %412, i64 15
+  %428 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %427
+  store float %428, ptr %gep99.i, align 4, !tbaa !5
   %indvars.iv.next89.i = add nuw nsw i64 %indvars.iv88.i, 1
   %exitcond91.not.i = icmp eq i64 %indvars.iv.next89.i, 16
   br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !32
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
-  %453 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %454 = tail call i32 %453(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not.i = icmp eq i32 %454, 0
+  %429 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %430 = tail call i32 %429(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not.i = icmp eq i32 %430, 0
   br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !78
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry

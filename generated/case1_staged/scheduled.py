@@ -83,20 +83,22 @@ class Module:
                                 m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
                                 new_max[vr] = m
                                 arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                 alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                 arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                 f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                 beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                         for r in T.vectorized(16):
                             with T.sblock("new_sum"):
@@ -185,20 +187,22 @@ class Module:
                                 m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vs, vr], old_or_both)
                                 new_max[vr] = m
                                 arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                 alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                 arg_1: T.let[T.float32] = tile_max[vs, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                 f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                 beta[0, vr] = T.Select(tile_sum[vs, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                         for r in T.vectorized(16):
                             with T.sblock("new_sum"):
@@ -280,12 +284,12 @@ class Module:
                     T.reads()
                     T.writes()
                     full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                    fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                    fetched = T.sblock_alloc_buffer((8, 16, 4), "int8")
                     num_full: T.let[T.int32] = valid_len // 16
                     for i_m, r_0_m, d_0_m in T.grid(1, 4, 4):
-                        for d_1_init in T.unroll(2):
-                            for d_3_init in T.unroll(1):
-                                for r_1_init in T.unroll(4):
+                        for r_1_init in T.unroll(4):
+                            for d_1_init in T.unroll(2):
+                                for d_3_init in T.unroll(1):
                                     for d_2_init in T.vectorized(16):
                                         with T.sblock("full_groups_init"):
                                             vi = T.axis.spatial(1, i_m)
@@ -295,32 +299,33 @@ class Module:
                                             T.writes(full_acc[vi, vr, vd])
                                             full_acc[vi, vr, vd] = T.float32(0.0)
                         for to in range(num_full):
-                            for ax0, ax1, ax2 in T.grid(1, 16, 1):
+                            for ax0, ax1, ax2 in T.grid(1, 1, 4):
                                 with T.sblock("prefetch_values"):
                                     vo = T.axis.spatial(8, to + ax0)
-                                    vi = T.axis.spatial(16, ax1)
-                                    vl = T.axis.spatial(4, d_0_m + ax2)
+                                    vp = T.axis.spatial(16, r_0_m * 4 + d_0_m + ax1)
+                                    vn = T.axis.spatial(4, ax2)
                                     T.where(to < 8)
                                     T.reads(value_offsets[0:256])
-                                    T.writes(fetched[vo * 16 + vi, vl])
-                                    number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
-                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
+                                    T.writes(fetched[vo, vp, vn])
+                                    if T.EQ(0, 0) and vp < 16:
+                                        number: T.let[T.int32] = (vp * num_full + vo) * 4 + vn
+                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                             for ti in T.unroll(16):
-                                for d_1 in T.unroll(2):
-                                    for d_3 in T.unroll(1):
-                                        for r_1 in T.unroll(4):
+                                for r_1 in T.unroll(4):
+                                    for d_1 in T.unroll(2):
+                                        for d_3 in T.unroll(1):
                                             for d_2 in T.vectorized(16):
                                                 with T.sblock("full_groups_update"):
                                                     vt = T.axis.reduce(128, to * 16 + ti)
                                                     vi = T.axis.spatial(1, i_m)
                                                     vr = T.axis.spatial(16, r_0_m * 4 + r_1)
                                                     vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
-                                                    T.reads(full_acc[vi, vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                    T.reads(full_acc[vi, vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:4])
                                                     T.writes(full_acc[vi, vr, vd])
                                                     full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
-                        for d_1_init in T.unroll(2):
-                            for d_3_init in T.unroll(1):
-                                for r_1_init in T.unroll(4):
+                        for r_1_init in T.unroll(4):
+                            for d_1_init in T.unroll(2):
+                                for d_3_init in T.unroll(1):
                                     for d_2_init in T.vectorized(16):
                                         with T.sblock("tile_acc_init"):
                                             vi = T.axis.spatial(1, i_m)
@@ -330,9 +335,9 @@ class Module:
                                             T.writes(tile_acc[vs, vr, vd])
                                             tile_acc[vs, vr, vd] = full_acc[vi, vr, vd]
                         for ti in range(valid_len % 16):
-                            for d_1 in T.unroll(2):
-                                for d_3 in T.unroll(1):
-                                    for r_1 in T.unroll(4):
+                            for r_1 in T.unroll(4):
+                                for d_1 in T.unroll(2):
+                                    for d_3 in T.unroll(1):
                                         for d_2 in T.vectorized(16):
                                             with T.sblock("tile_acc_update"):
                                                 vt = T.axis.reduce(128, ti + num_full * 16)
@@ -398,8 +403,8 @@ class Module:
                                     T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                             for ax3_0 in range(4):
                                 for ax2_init in range(1):
-                                    for ax1_1_init in T.unroll(2):
-                                        for ax3_1_init in T.unroll(4):
+                                    for ax3_1_init in T.unroll(4):
+                                        for ax1_1_init in T.unroll(2):
                                             for ax0_init in T.vectorized(16):
                                                 with T.sblock("scores_rf_init"):
                                                     vd_1 = T.axis.spatial(16, ax0_init)
@@ -412,8 +417,8 @@ class Module:
                                                     scores_rf_global[vs, vr, vt, vd_1] = T.float32(0.0)
                                 for ax4, ax2 in T.grid(8, 1):
                                     for ax5 in T.unroll(1):
-                                        for ax1_1 in T.unroll(2):
-                                            for ax3_1 in T.unroll(4):
+                                        for ax3_1 in T.unroll(4):
+                                            for ax1_1 in T.unroll(2):
                                                 for ax0 in T.vectorized(16):
                                                     with T.sblock("scores_rf_update"):
                                                         vd_1 = T.axis.spatial(16, ax0)
@@ -561,12 +566,13 @@ class Module:
                                 T.reads(scaled[vr, vt], tile_max[vs, vr])
                                 T.writes(probs[vs, vr, vt])
                                 arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vs, vr]
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                 probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                     for r in range(16):
                         for ax0_init in T.vectorized(16):

@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %row_sum266.i = alloca [32 x float], align 16
-  %row_max267.i = alloca [32 x float], align 16
+  %row_sum270.i = alloca [32 x float], align 16
+  %row_max271.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -435,8 +435,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum266.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max267.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum270.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max271.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -462,832 +462,857 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %88 = shl nsw i32 %block_end, 4
   %sext = shl i64 %42, 32
   %89 = ashr exact i64 %sext, 32
-  %90 = insertelement <16 x float> poison, float %scale, i64 0
-  %91 = shufflevector <16 x float> %90, <16 x float> poison, <16 x i32> zeroinitializer
-  %92 = and i64 %50, 2147483648
-  %.not = icmp eq i64 %92, 0
-  %93 = zext i32 %87 to i64
-  %94 = and i64 %50, 4294967295
-  %wide.trip.count832.i = and i64 %44, 2147483647
+  %90 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %91 = insertelement <16 x float> poison, float %90, i64 0
+  %92 = bitcast <16 x float> %91 to <16 x i32>
+  %93 = shufflevector <16 x i32> %92, <16 x i32> poison, <16 x i32> zeroinitializer
+  %94 = insertelement <16 x float> poison, float %scale, i64 0
+  %95 = shufflevector <16 x float> %94, <16 x float> poison, <16 x i32> zeroinitializer
+  %96 = and i64 %50, 2147483648
+  %.not = icmp eq i64 %96, 0
+  %97 = zext i32 %87 to i64
+  %98 = and i64 %50, 4294967295
+  %wide.trip.count836.i = and i64 %44, 2147483647
   %invariant.op.i = add i32 %87, -1
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end238.i
-  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
-  %exitcond833.not.i = icmp eq i64 %indvars.iv.next828.i, %wide.trip.count832.i
-  br i1 %exitcond833.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end242.i
+  %indvars.iv.next832.i = add nuw nsw i64 %indvars.iv831.i, 1
+  %exitcond837.not.i = icmp eq i64 %indvars.iv.next832.i, %wide.trip.count836.i
+  br i1 %exitcond837.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv827.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next828.i, %for_begin_s.i ]
-  %95 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %q_tile.i = tail call ptr %95(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %96 = icmp eq ptr %q_tile.i, null
-  br i1 %96, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv831.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next832.i, %for_begin_s.i ]
+  %99 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %99(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %100 = icmp eq ptr %q_tile.i, null
+  br i1 %100, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %97 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %97(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %98 = icmp eq ptr %acc.i, null
-  br i1 %98, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %101 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %101(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %102 = icmp eq ptr %acc.i, null
+  br i1 %102, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %99 = add nsw i64 %indvars.iv827.i, %89
-  %100 = getelementptr inbounds i32, ptr %context_lens, i64 %99
-  %101 = load i32, ptr %100, align 4, !tbaa !5
-  %102 = mul nsw i64 %99, %q_batch
-  %103 = getelementptr i16, ptr %query, i64 %102
+  %103 = add nsw i64 %indvars.iv831.i, %89
+  %104 = getelementptr inbounds i32, ptr %context_lens, i64 %103
+  %105 = load i32, ptr %104, align 4, !tbaa !5
+  %106 = mul nsw i64 %103, %q_batch
+  %107 = getelementptr i16, ptr %query, i64 %106
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
-  %indvars.iv680.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next681.i, %for_end_ax1.i ]
-  %104 = shl nuw nsw i64 %indvars.iv680.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv680.i, 11
+  %indvars.iv684.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next685.i, %for_end_ax1.i ]
+  %108 = shl nuw nsw i64 %indvars.iv684.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv684.i, 11
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
   br label %for_begin_ax2.preheader.i
 
 for_end_tile.i:                                   ; preds = %for_end_ax1.i
-  %105 = tail call i32 @llvm.smin.i32(i32 %88, i32 %101)
-  %106 = sub nsw i32 %105, %87
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %106, i32 0)
-  %107 = add nuw nsw i32 %range_len.i, 127
-  %108 = lshr i32 %107, 7
-  %109 = tail call i32 @llvm.umax.i32(i32 %108, i32 1)
+  %109 = tail call i32 @llvm.smin.i32(i32 %88, i32 %105)
+  %110 = sub nsw i32 %109, %87
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %110, i32 0)
+  %111 = add nuw nsw i32 %range_len.i, 127
+  %112 = lshr i32 %111, 7
+  %113 = tail call i32 @llvm.umax.i32(i32 %112, i32 1)
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %110 = mul nsw i64 %99, %table_seq
-  %invariant.gep432.i = getelementptr i32, ptr %block_table, i64 %110
-  %111 = zext nneg i32 %108 to i64
-  %112 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count790.i = zext nneg i32 %109 to i64
+  %114 = mul nsw i64 %103, %table_seq
+  %invariant.gep436.i = getelementptr i32, ptr %block_table, i64 %114
+  %115 = zext nneg i32 %112 to i64
+  %116 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count794.i = zext nneg i32 %113 to i64
   br label %for_begin_step.i
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax1.preheader.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
-  %113 = add nuw nsw i64 %indvars.iv.i, %104
-  %114 = mul nsw i64 %113, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %103, i64 %114
-  %115 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
-  %116 = zext <32 x i16> %115 to <32 x i32>
-  %117 = shl nuw <32 x i32> %116, splat (i32 16)
-  %118 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %117 = add nuw nsw i64 %indvars.iv.i, %108
+  %118 = mul nsw i64 %117, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %107, i64 %118
+  %119 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %120 = zext <32 x i16> %119 to <32 x i32>
+  %121 = shl nuw <32 x i32> %120, splat (i32 16)
+  %122 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  store <4 x i32> %118, ptr %gep, align 4, !tbaa !5
-  %119 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %120 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <4 x i32> %119, ptr %120, align 4, !tbaa !5
-  %121 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %122 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  store <4 x i32> %121, ptr %122, align 4, !tbaa !5
-  %123 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %124 = getelementptr inbounds nuw i8, ptr %gep, i64 80
+  store <4 x i32> %122, ptr %gep, align 4, !tbaa !5
+  %123 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %124 = getelementptr inbounds nuw i8, ptr %gep, i64 64
   store <4 x i32> %123, ptr %124, align 4, !tbaa !5
-  %125 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %126 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  %125 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %126 = getelementptr inbounds nuw i8, ptr %gep, i64 16
   store <4 x i32> %125, ptr %126, align 4, !tbaa !5
-  %127 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %128 = getelementptr inbounds nuw i8, ptr %gep, i64 96
+  %127 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %128 = getelementptr inbounds nuw i8, ptr %gep, i64 80
   store <4 x i32> %127, ptr %128, align 4, !tbaa !5
-  %129 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %130 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  %129 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %130 = getelementptr inbounds nuw i8, ptr %gep, i64 32
   store <4 x i32> %129, ptr %130, align 4, !tbaa !5
-  %131 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 112
+  %131 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 96
   store <4 x i32> %131, ptr %132, align 4, !tbaa !5
+  %133 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %134 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  store <4 x i32> %133, ptr %134, align 4, !tbaa !5
+  %135 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %136 = getelementptr inbounds nuw i8, ptr %gep, i64 112
+  store <4 x i32> %135, ptr %136, align 4, !tbaa !5
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %133 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
-  %134 = zext <32 x i16> %133 to <32 x i32>
-  %135 = shl nuw <32 x i32> %134, splat (i32 16)
-  %136 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %137 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <4 x i32> %136, ptr %137, align 4, !tbaa !5
-  %138 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %139 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <4 x i32> %138, ptr %139, align 4, !tbaa !5
-  %140 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %141 = getelementptr inbounds nuw i8, ptr %gep, i64 144
+  %137 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %138 = zext <32 x i16> %137 to <32 x i32>
+  %139 = shl nuw <32 x i32> %138, splat (i32 16)
+  %140 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %141 = getelementptr inbounds nuw i8, ptr %gep, i64 128
   store <4 x i32> %140, ptr %141, align 4, !tbaa !5
-  %142 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %143 = getelementptr inbounds nuw i8, ptr %gep, i64 208
+  %142 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %143 = getelementptr inbounds nuw i8, ptr %gep, i64 192
   store <4 x i32> %142, ptr %143, align 4, !tbaa !5
-  %144 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %145 = getelementptr inbounds nuw i8, ptr %gep, i64 160
+  %144 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %145 = getelementptr inbounds nuw i8, ptr %gep, i64 144
   store <4 x i32> %144, ptr %145, align 4, !tbaa !5
-  %146 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %147 = getelementptr inbounds nuw i8, ptr %gep, i64 224
+  %146 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %147 = getelementptr inbounds nuw i8, ptr %gep, i64 208
   store <4 x i32> %146, ptr %147, align 4, !tbaa !5
-  %148 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %149 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  %148 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %149 = getelementptr inbounds nuw i8, ptr %gep, i64 160
   store <4 x i32> %148, ptr %149, align 4, !tbaa !5
-  %150 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 240
+  %150 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 224
   store <4 x i32> %150, ptr %151, align 4, !tbaa !5
+  %152 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %153 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  store <4 x i32> %152, ptr %153, align 4, !tbaa !5
+  %154 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %155 = getelementptr inbounds nuw i8, ptr %gep, i64 240
+  store <4 x i32> %154, ptr %155, align 4, !tbaa !5
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %152 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
-  %153 = zext <32 x i16> %152 to <32 x i32>
-  %154 = shl nuw <32 x i32> %153, splat (i32 16)
-  %155 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %156 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <4 x i32> %155, ptr %156, align 4, !tbaa !5
-  %157 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %158 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <4 x i32> %157, ptr %158, align 4, !tbaa !5
-  %159 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %160 = getelementptr inbounds nuw i8, ptr %gep, i64 272
+  %156 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %157 = zext <32 x i16> %156 to <32 x i32>
+  %158 = shl nuw <32 x i32> %157, splat (i32 16)
+  %159 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %160 = getelementptr inbounds nuw i8, ptr %gep, i64 256
   store <4 x i32> %159, ptr %160, align 4, !tbaa !5
-  %161 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 336
+  %161 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 320
   store <4 x i32> %161, ptr %162, align 4, !tbaa !5
-  %163 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %164 = getelementptr inbounds nuw i8, ptr %gep, i64 288
+  %163 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %164 = getelementptr inbounds nuw i8, ptr %gep, i64 272
   store <4 x i32> %163, ptr %164, align 4, !tbaa !5
-  %165 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %166 = getelementptr inbounds nuw i8, ptr %gep, i64 352
+  %165 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %166 = getelementptr inbounds nuw i8, ptr %gep, i64 336
   store <4 x i32> %165, ptr %166, align 4, !tbaa !5
-  %167 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %168 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  %167 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %168 = getelementptr inbounds nuw i8, ptr %gep, i64 288
   store <4 x i32> %167, ptr %168, align 4, !tbaa !5
-  %169 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 368
+  %169 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 352
   store <4 x i32> %169, ptr %170, align 4, !tbaa !5
+  %171 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %172 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  store <4 x i32> %171, ptr %172, align 4, !tbaa !5
+  %173 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %174 = getelementptr inbounds nuw i8, ptr %gep, i64 368
+  store <4 x i32> %173, ptr %174, align 4, !tbaa !5
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %171 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
-  %172 = zext <32 x i16> %171 to <32 x i32>
-  %173 = shl nuw <32 x i32> %172, splat (i32 16)
-  %174 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %175 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <4 x i32> %174, ptr %175, align 4, !tbaa !5
-  %176 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %177 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <4 x i32> %176, ptr %177, align 4, !tbaa !5
-  %178 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 400
+  %175 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %176 = zext <32 x i16> %175 to <32 x i32>
+  %177 = shl nuw <32 x i32> %176, splat (i32 16)
+  %178 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 384
   store <4 x i32> %178, ptr %179, align 4, !tbaa !5
-  %180 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %181 = getelementptr inbounds nuw i8, ptr %gep, i64 464
+  %180 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %181 = getelementptr inbounds nuw i8, ptr %gep, i64 448
   store <4 x i32> %180, ptr %181, align 4, !tbaa !5
-  %182 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %183 = getelementptr inbounds nuw i8, ptr %gep, i64 416
+  %182 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %183 = getelementptr inbounds nuw i8, ptr %gep, i64 400
   store <4 x i32> %182, ptr %183, align 4, !tbaa !5
-  %184 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %185 = getelementptr inbounds nuw i8, ptr %gep, i64 480
+  %184 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %185 = getelementptr inbounds nuw i8, ptr %gep, i64 464
   store <4 x i32> %184, ptr %185, align 4, !tbaa !5
-  %186 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %187 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  %186 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %187 = getelementptr inbounds nuw i8, ptr %gep, i64 416
   store <4 x i32> %186, ptr %187, align 4, !tbaa !5
-  %188 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %189 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  %188 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %189 = getelementptr inbounds nuw i8, ptr %gep, i64 480
   store <4 x i32> %188, ptr %189, align 4, !tbaa !5
+  %190 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %191 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  store <4 x i32> %190, ptr %191, align 4, !tbaa !5
+  %192 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %193 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  store <4 x i32> %192, ptr %193, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
   br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
-  %indvars.iv.next681.i = add nuw nsw i64 %indvars.iv680.i, 1
-  %exitcond683.not.i = icmp eq i64 %indvars.iv.next681.i, 8
-  br i1 %exitcond683.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
+  %indvars.iv.next685.i = add nuw nsw i64 %indvars.iv684.i, 1
+  %exitcond687.not.i = icmp eq i64 %indvars.iv.next685.i, 8
+  br i1 %exitcond687.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
 
-for_begin_step.i:                                 ; preds = %if_end196.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end196.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv787.i = phi i64 [ %indvars.iv.next788.i, %if_end196.i ], [ 0, %for_end_tile.i ]
-  %smin277 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %190 = and i32 %smin277, 15
-  %191 = zext nneg i32 %190 to i64
-  %exitcond791.not.i = icmp eq i64 %indvars.iv787.i, %wide.trip.count790.i
-  br i1 %exitcond791.not.i, label %for_begin_tile201.preheader.i, label %for_body_step.i, !prof !17
+for_begin_step.i:                                 ; preds = %if_end200.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end200.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv791.i = phi i64 [ %indvars.iv.next792.i, %if_end200.i ], [ 0, %for_end_tile.i ]
+  %smin301 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %194 = and i32 %smin301, 15
+  %195 = zext nneg i32 %194 to i64
+  %exitcond795.not.i = icmp eq i64 %indvars.iv791.i, %wide.trip.count794.i
+  br i1 %exitcond795.not.i, label %for_begin_tile205.preheader.i, label %for_body_step.i, !prof !17
 
-for_begin_tile201.preheader.i:                    ; preds = %for_begin_step.i
-  %192 = add nuw nsw i64 %indvars.iv827.i, %94
-  %193 = shl nuw nsw i64 %192, 5
-  %.idx.i = shl nuw nsw i64 %192, 14
-  %194 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %195 = mul nsw i64 %99, %out_batch
-  %196 = getelementptr i16, ptr %out, i64 %195
-  %197 = mul nsw i64 %99, %lse_batch
-  %198 = getelementptr float, ptr %lse, i64 %197
-  br i1 %.not, label %for_body_tile202.i, label %for_body_tile202.us.i
+for_begin_tile205.preheader.i:                    ; preds = %for_begin_step.i
+  %196 = add nuw nsw i64 %indvars.iv831.i, %98
+  %197 = shl nuw nsw i64 %196, 5
+  %.idx.i = shl nuw nsw i64 %196, 14
+  %198 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %199 = mul nsw i64 %103, %out_batch
+  %200 = getelementptr i16, ptr %out, i64 %199
+  %201 = mul nsw i64 %103, %lse_batch
+  %202 = getelementptr float, ptr %lse, i64 %201
+  br i1 %.not, label %for_body_tile206.i, label %for_body_tile206.us.i
 
-for_body_tile202.us.i:                            ; preds = %if_end221.us.3.i, %for_begin_tile201.preheader.i
-  %indvars.iv823.i = phi i64 [ %indvars.iv.next824.i, %if_end221.us.3.i ], [ 0, %for_begin_tile201.preheader.i ]
-  %199 = shl nuw nsw i64 %indvars.iv823.i, 2
-  %200 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %199
-  %total.us.i = load <4 x float>, ptr %200, align 16, !tbaa !18
-  %201 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
-  %202 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
-  %203 = select <4 x i1> %202, <4 x float> zeroinitializer, <4 x float> %201
-  %204 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> zeroinitializer
-  %205 = mul nsw i64 %199, %out_head
-  %invariant.gep623.us.i = getelementptr i16, ptr %196, i64 %205
-  %.idx60 = shl nuw nsw i64 %indvars.iv823.i, 11
-  %206 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %207 = load <32 x float>, ptr %206, align 4, !tbaa !5
-  %208 = fmul <32 x float> %207, %204
-  %209 = bitcast <32 x float> %208 to <32 x i32>
-  %210 = lshr <32 x i32> %209, splat (i32 16)
-  %211 = and <32 x i32> %210, splat (i32 1)
-  %212 = add nuw <32 x i32> %209, splat (i32 32767)
-  %213 = add nuw <32 x i32> %212, %211
+for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %for_begin_tile205.preheader.i
+  %indvars.iv827.i = phi i64 [ %indvars.iv.next828.i, %if_end225.us.3.i ], [ 0, %for_begin_tile205.preheader.i ]
+  %203 = shl nuw nsw i64 %indvars.iv827.i, 2
+  %204 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %203
+  %total.us.i = load <4 x float>, ptr %204, align 16, !tbaa !18
+  %205 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %206 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %207 = select <4 x i1> %206, <4 x float> zeroinitializer, <4 x float> %205
+  %208 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> zeroinitializer
+  %209 = mul nsw i64 %203, %out_head
+  %invariant.gep627.us.i = getelementptr i16, ptr %200, i64 %209
+  %.idx60 = shl nuw nsw i64 %indvars.iv827.i, 11
+  %210 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %211 = load <32 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <32 x float> %211, %208
+  %213 = bitcast <32 x float> %212 to <32 x i32>
   %214 = lshr <32 x i32> %213, splat (i32 16)
-  %215 = trunc nuw <32 x i32> %214 to <32 x i16>
-  store <32 x i16> %215, ptr %invariant.gep623.us.i, align 2, !tbaa !5
-  %216 = getelementptr inbounds nuw i8, ptr %206, i64 128
-  %217 = load <32 x float>, ptr %216, align 4, !tbaa !5
-  %218 = fmul <32 x float> %217, %204
-  %219 = bitcast <32 x float> %218 to <32 x i32>
-  %220 = lshr <32 x i32> %219, splat (i32 16)
-  %221 = and <32 x i32> %220, splat (i32 1)
-  %222 = add nuw <32 x i32> %219, splat (i32 32767)
-  %223 = add nuw <32 x i32> %222, %221
+  %215 = and <32 x i32> %214, splat (i32 1)
+  %216 = add nuw <32 x i32> %213, splat (i32 32767)
+  %217 = add nuw <32 x i32> %216, %215
+  %218 = lshr <32 x i32> %217, splat (i32 16)
+  %219 = trunc nuw <32 x i32> %218 to <32 x i16>
+  store <32 x i16> %219, ptr %invariant.gep627.us.i, align 2, !tbaa !5
+  %220 = getelementptr inbounds nuw i8, ptr %210, i64 128
+  %221 = load <32 x float>, ptr %220, align 4, !tbaa !5
+  %222 = fmul <32 x float> %221, %208
+  %223 = bitcast <32 x float> %222 to <32 x i32>
   %224 = lshr <32 x i32> %223, splat (i32 16)
-  %225 = trunc nuw <32 x i32> %224 to <32 x i16>
-  %gep624.us.1.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 64
-  store <32 x i16> %225, ptr %gep624.us.1.i, align 2, !tbaa !5
-  %226 = getelementptr inbounds nuw i8, ptr %206, i64 256
-  %227 = load <32 x float>, ptr %226, align 4, !tbaa !5
-  %228 = fmul <32 x float> %204, %227
-  %229 = bitcast <32 x float> %228 to <32 x i32>
-  %230 = lshr <32 x i32> %229, splat (i32 16)
-  %231 = and <32 x i32> %230, splat (i32 1)
-  %232 = add nuw <32 x i32> %229, splat (i32 32767)
-  %233 = add nuw <32 x i32> %232, %231
+  %225 = and <32 x i32> %224, splat (i32 1)
+  %226 = add nuw <32 x i32> %223, splat (i32 32767)
+  %227 = add nuw <32 x i32> %226, %225
+  %228 = lshr <32 x i32> %227, splat (i32 16)
+  %229 = trunc nuw <32 x i32> %228 to <32 x i16>
+  %gep628.us.1.i = getelementptr i8, ptr %invariant.gep627.us.i, i64 64
+  store <32 x i16> %229, ptr %gep628.us.1.i, align 2, !tbaa !5
+  %230 = getelementptr inbounds nuw i8, ptr %210, i64 256
+  %231 = load <32 x float>, ptr %230, align 4, !tbaa !5
+  %232 = fmul <32 x float> %208, %231
+  %233 = bitcast <32 x float> %232 to <32 x i32>
   %234 = lshr <32 x i32> %233, splat (i32 16)
-  %235 = trunc nuw <32 x i32> %234 to <32 x i16>
-  %gep624.us.2.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 128
-  store <32 x i16> %235, ptr %gep624.us.2.i, align 2, !tbaa !5
-  %236 = getelementptr inbounds nuw i8, ptr %206, i64 384
-  %237 = load <32 x float>, ptr %236, align 4, !tbaa !5
-  %238 = fmul <32 x float> %204, %237
-  %239 = bitcast <32 x float> %238 to <32 x i32>
-  %240 = lshr <32 x i32> %239, splat (i32 16)
-  %241 = and <32 x i32> %240, splat (i32 1)
-  %242 = add nuw <32 x i32> %239, splat (i32 32767)
-  %243 = add nuw <32 x i32> %242, %241
+  %235 = and <32 x i32> %234, splat (i32 1)
+  %236 = add nuw <32 x i32> %233, splat (i32 32767)
+  %237 = add nuw <32 x i32> %236, %235
+  %238 = lshr <32 x i32> %237, splat (i32 16)
+  %239 = trunc nuw <32 x i32> %238 to <32 x i16>
+  %gep628.us.2.i = getelementptr i8, ptr %invariant.gep627.us.i, i64 128
+  store <32 x i16> %239, ptr %gep628.us.2.i, align 2, !tbaa !5
+  %240 = getelementptr inbounds nuw i8, ptr %210, i64 384
+  %241 = load <32 x float>, ptr %240, align 4, !tbaa !5
+  %242 = fmul <32 x float> %208, %241
+  %243 = bitcast <32 x float> %242 to <32 x i32>
   %244 = lshr <32 x i32> %243, splat (i32 16)
-  %245 = trunc nuw <32 x i32> %244 to <32 x i16>
-  %gep624.us.3.i = getelementptr i8, ptr %invariant.gep623.us.i, i64 192
-  store <32 x i16> %245, ptr %gep624.us.3.i, align 2, !tbaa !5
-  %246 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %247 = or disjoint i64 %199, 1
-  %248 = mul nsw i64 %247, %out_head
-  %invariant.gep623.us.1.i = getelementptr i16, ptr %196, i64 %248
-  %249 = getelementptr inbounds nuw i8, ptr %206, i64 512
-  %250 = load <32 x float>, ptr %249, align 4, !tbaa !5
-  %251 = fmul <32 x float> %246, %250
-  %252 = bitcast <32 x float> %251 to <32 x i32>
-  %253 = lshr <32 x i32> %252, splat (i32 16)
-  %254 = and <32 x i32> %253, splat (i32 1)
-  %255 = add nuw <32 x i32> %252, splat (i32 32767)
-  %256 = add nuw <32 x i32> %255, %254
+  %245 = and <32 x i32> %244, splat (i32 1)
+  %246 = add nuw <32 x i32> %243, splat (i32 32767)
+  %247 = add nuw <32 x i32> %246, %245
+  %248 = lshr <32 x i32> %247, splat (i32 16)
+  %249 = trunc nuw <32 x i32> %248 to <32 x i16>
+  %gep628.us.3.i = getelementptr i8, ptr %invariant.gep627.us.i, i64 192
+  store <32 x i16> %249, ptr %gep628.us.3.i, align 2, !tbaa !5
+  %250 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %251 = or disjoint i64 %203, 1
+  %252 = mul nsw i64 %251, %out_head
+  %invariant.gep627.us.1.i = getelementptr i16, ptr %200, i64 %252
+  %253 = getelementptr inbounds nuw i8, ptr %210, i64 512
+  %254 = load <32 x float>, ptr %253, align 4, !tbaa !5
+  %255 = fmul <32 x float> %250, %254
+  %256 = bitcast <32 x float> %255 to <32 x i32>
   %257 = lshr <32 x i32> %256, splat (i32 16)
-  %258 = trunc nuw <32 x i32> %257 to <32 x i16>
-  store <32 x i16> %258, ptr %invariant.gep623.us.1.i, align 2, !tbaa !5
-  %259 = getelementptr inbounds nuw i8, ptr %206, i64 640
-  %260 = load <32 x float>, ptr %259, align 4, !tbaa !5
-  %261 = fmul <32 x float> %246, %260
-  %262 = bitcast <32 x float> %261 to <32 x i32>
-  %263 = lshr <32 x i32> %262, splat (i32 16)
-  %264 = and <32 x i32> %263, splat (i32 1)
-  %265 = add nuw <32 x i32> %262, splat (i32 32767)
-  %266 = add nuw <32 x i32> %265, %264
+  %258 = and <32 x i32> %257, splat (i32 1)
+  %259 = add nuw <32 x i32> %256, splat (i32 32767)
+  %260 = add nuw <32 x i32> %259, %258
+  %261 = lshr <32 x i32> %260, splat (i32 16)
+  %262 = trunc nuw <32 x i32> %261 to <32 x i16>
+  store <32 x i16> %262, ptr %invariant.gep627.us.1.i, align 2, !tbaa !5
+  %263 = getelementptr inbounds nuw i8, ptr %210, i64 640
+  %264 = load <32 x float>, ptr %263, align 4, !tbaa !5
+  %265 = fmul <32 x float> %250, %264
+  %266 = bitcast <32 x float> %265 to <32 x i32>
   %267 = lshr <32 x i32> %266, splat (i32 16)
-  %268 = trunc nuw <32 x i32> %267 to <32 x i16>
-  %gep624.us.1.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 64
-  store <32 x i16> %268, ptr %gep624.us.1.1.i, align 2, !tbaa !5
-  %269 = getelementptr inbounds nuw i8, ptr %206, i64 768
-  %270 = load <32 x float>, ptr %269, align 4, !tbaa !5
-  %271 = fmul <32 x float> %246, %270
-  %272 = bitcast <32 x float> %271 to <32 x i32>
-  %273 = lshr <32 x i32> %272, splat (i32 16)
-  %274 = and <32 x i32> %273, splat (i32 1)
-  %275 = add nuw <32 x i32> %272, splat (i32 32767)
-  %276 = add nuw <32 x i32> %275, %274
+  %268 = and <32 x i32> %267, splat (i32 1)
+  %269 = add nuw <32 x i32> %266, splat (i32 32767)
+  %270 = add nuw <32 x i32> %269, %268
+  %271 = lshr <32 x i32> %270, splat (i32 16)
+  %272 = trunc nuw <32 x i32> %271 to <32 x i16>
+  %gep628.us.1.1.i = getelementptr i8, ptr %invariant.gep627.us.1.i, i64 64
+  store <32 x i16> %272, ptr %gep628.us.1.1.i, align 2, !tbaa !5
+  %273 = getelementptr inbounds nuw i8, ptr %210, i64 768
+  %274 = load <32 x float>, ptr %273, align 4, !tbaa !5
+  %275 = fmul <32 x float> %250, %274
+  %276 = bitcast <32 x float> %275 to <32 x i32>
   %277 = lshr <32 x i32> %276, splat (i32 16)
-  %278 = trunc nuw <32 x i32> %277 to <32 x i16>
-  %gep624.us.2.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 128
-  store <32 x i16> %278, ptr %gep624.us.2.1.i, align 2, !tbaa !5
-  %279 = getelementptr inbounds nuw i8, ptr %206, i64 896
-  %280 = load <32 x float>, ptr %279, align 4, !tbaa !5
-  %281 = fmul <32 x float> %246, %280
-  %282 = bitcast <32 x float> %281 to <32 x i32>
-  %283 = lshr <32 x i32> %282, splat (i32 16)
-  %284 = and <32 x i32> %283, splat (i32 1)
-  %285 = add nuw <32 x i32> %282, splat (i32 32767)
-  %286 = add nuw <32 x i32> %285, %284
+  %278 = and <32 x i32> %277, splat (i32 1)
+  %279 = add nuw <32 x i32> %276, splat (i32 32767)
+  %280 = add nuw <32 x i32> %279, %278
+  %281 = lshr <32 x i32> %280, splat (i32 16)
+  %282 = trunc nuw <32 x i32> %281 to <32 x i16>
+  %gep628.us.2.1.i = getelementptr i8, ptr %invariant.gep627.us.1.i, i64 128
+  store <32 x i16> %282, ptr %gep628.us.2.1.i, align 2, !tbaa !5
+  %283 = getelementptr inbounds nuw i8, ptr %210, i64 896
+  %284 = load <32 x float>, ptr %283, align 4, !tbaa !5
+  %285 = fmul <32 x float> %250, %284
+  %286 = bitcast <32 x float> %285 to <32 x i32>
   %287 = lshr <32 x i32> %286, splat (i32 16)
-  %288 = trunc nuw <32 x i32> %287 to <32 x i16>
-  %gep624.us.3.1.i = getelementptr i8, ptr %invariant.gep623.us.1.i, i64 192
-  store <32 x i16> %288, ptr %gep624.us.3.1.i, align 2, !tbaa !5
-  %289 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %290 = or disjoint i64 %199, 2
-  %291 = mul nsw i64 %290, %out_head
-  %invariant.gep623.us.2.i = getelementptr i16, ptr %196, i64 %291
-  %292 = getelementptr inbounds nuw i8, ptr %206, i64 1024
-  %293 = load <32 x float>, ptr %292, align 4, !tbaa !5
-  %294 = fmul <32 x float> %289, %293
-  %295 = bitcast <32 x float> %294 to <32 x i32>
-  %296 = lshr <32 x i32> %295, splat (i32 16)
-  %297 = and <32 x i32> %296, splat (i32 1)
-  %298 = add nuw <32 x i32> %295, splat (i32 32767)
-  %299 = add nuw <32 x i32> %298, %297
+  %288 = and <32 x i32> %287, splat (i32 1)
+  %289 = add nuw <32 x i32> %286, splat (i32 32767)
+  %290 = add nuw <32 x i32> %289, %288
+  %291 = lshr <32 x i32> %290, splat (i32 16)
+  %292 = trunc nuw <32 x i32> %291 to <32 x i16>
+  %gep628.us.3.1.i = getelementptr i8, ptr %invariant.gep627.us.1.i, i64 192
+  store <32 x i16> %292, ptr %gep628.us.3.1.i, align 2, !tbaa !5
+  %293 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %294 = or disjoint i64 %203, 2
+  %295 = mul nsw i64 %294, %out_head
+  %invariant.gep627.us.2.i = getelementptr i16, ptr %200, i64 %295
+  %296 = getelementptr inbounds nuw i8, ptr %210, i64 1024
+  %297 = load <32 x float>, ptr %296, align 4, !tbaa !5
+  %298 = fmul <32 x float> %293, %297
+  %299 = bitcast <32 x float> %298 to <32 x i32>
   %300 = lshr <32 x i32> %299, splat (i32 16)
-  %301 = trunc nuw <32 x i32> %300 to <32 x i16>
-  store <32 x i16> %301, ptr %invariant.gep623.us.2.i, align 2, !tbaa !5
-  %302 = getelementptr inbounds nuw i8, ptr %206, i64 1152
-  %303 = load <32 x float>, ptr %302, align 4, !tbaa !5
-  %304 = fmul <32 x float> %289, %303
-  %305 = bitcast <32 x float> %304 to <32 x i32>
-  %306 = lshr <32 x i32> %305, splat (i32 16)
-  %307 = and <32 x i32> %306, splat (i32 1)
-  %308 = add nuw <32 x i32> %305, splat (i32 32767)
-  %309 = add nuw <32 x i32> %308, %307
+  %301 = and <32 x i32> %300, splat (i32 1)
+  %302 = add nuw <32 x i32> %299, splat (i32 32767)
+  %303 = add nuw <32 x i32> %302, %301
+  %304 = lshr <32 x i32> %303, splat (i32 16)
+  %305 = trunc nuw <32 x i32> %304 to <32 x i16>
+  store <32 x i16> %305, ptr %invariant.gep627.us.2.i, align 2, !tbaa !5
+  %306 = getelementptr inbounds nuw i8, ptr %210, i64 1152
+  %307 = load <32 x float>, ptr %306, align 4, !tbaa !5
+  %308 = fmul <32 x float> %293, %307
+  %309 = bitcast <32 x float> %308 to <32 x i32>
   %310 = lshr <32 x i32> %309, splat (i32 16)
-  %311 = trunc nuw <32 x i32> %310 to <32 x i16>
-  %gep624.us.1.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 64
-  store <32 x i16> %311, ptr %gep624.us.1.2.i, align 2, !tbaa !5
-  %312 = getelementptr inbounds nuw i8, ptr %206, i64 1280
-  %313 = load <32 x float>, ptr %312, align 4, !tbaa !5
-  %314 = fmul <32 x float> %289, %313
-  %315 = bitcast <32 x float> %314 to <32 x i32>
-  %316 = lshr <32 x i32> %315, splat (i32 16)
-  %317 = and <32 x i32> %316, splat (i32 1)
-  %318 = add nuw <32 x i32> %315, splat (i32 32767)
-  %319 = add nuw <32 x i32> %318, %317
+  %311 = and <32 x i32> %310, splat (i32 1)
+  %312 = add nuw <32 x i32> %309, splat (i32 32767)
+  %313 = add nuw <32 x i32> %312, %311
+  %314 = lshr <32 x i32> %313, splat (i32 16)
+  %315 = trunc nuw <32 x i32> %314 to <32 x i16>
+  %gep628.us.1.2.i = getelementptr i8, ptr %invariant.gep627.us.2.i, i64 64
+  store <32 x i16> %315, ptr %gep628.us.1.2.i, align 2, !tbaa !5
+  %316 = getelementptr inbounds nuw i8, ptr %210, i64 1280
+  %317 = load <32 x float>, ptr %316, align 4, !tbaa !5
+  %318 = fmul <32 x float> %293, %317
+  %319 = bitcast <32 x float> %318 to <32 x i32>
   %320 = lshr <32 x i32> %319, splat (i32 16)
-  %321 = trunc nuw <32 x i32> %320 to <32 x i16>
-  %gep624.us.2.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 128
-  store <32 x i16> %321, ptr %gep624.us.2.2.i, align 2, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %206, i64 1408
-  %323 = load <32 x float>, ptr %322, align 4, !tbaa !5
-  %324 = fmul <32 x float> %289, %323
-  %325 = bitcast <32 x float> %324 to <32 x i32>
-  %326 = lshr <32 x i32> %325, splat (i32 16)
-  %327 = and <32 x i32> %326, splat (i32 1)
-  %328 = add nuw <32 x i32> %325, splat (i32 32767)
-  %329 = add nuw <32 x i32> %328, %327
+  %321 = and <32 x i32> %320, splat (i32 1)
+  %322 = add nuw <32 x i32> %319, splat (i32 32767)
+  %323 = add nuw <32 x i32> %322, %321
+  %324 = lshr <32 x i32> %323, splat (i32 16)
+  %325 = trunc nuw <32 x i32> %324 to <32 x i16>
+  %gep628.us.2.2.i = getelementptr i8, ptr %invariant.gep627.us.2.i, i64 128
+  store <32 x i16> %325, ptr %gep628.us.2.2.i, align 2, !tbaa !5
+  %326 = getelementptr inbounds nuw i8, ptr %210, i64 1408
+  %327 = load <32 x float>, ptr %326, align 4, !tbaa !5
+  %328 = fmul <32 x float> %293, %327
+  %329 = bitcast <32 x float> %328 to <32 x i32>
   %330 = lshr <32 x i32> %329, splat (i32 16)
-  %331 = trunc nuw <32 x i32> %330 to <32 x i16>
-  %gep624.us.3.2.i = getelementptr i8, ptr %invariant.gep623.us.2.i, i64 192
-  store <32 x i16> %331, ptr %gep624.us.3.2.i, align 2, !tbaa !5
-  %332 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %333 = or disjoint i64 %199, 3
-  %334 = mul nsw i64 %333, %out_head
-  %invariant.gep623.us.3.i = getelementptr i16, ptr %196, i64 %334
-  %335 = getelementptr inbounds nuw i8, ptr %206, i64 1536
-  %336 = load <32 x float>, ptr %335, align 4, !tbaa !5
-  %337 = fmul <32 x float> %332, %336
-  %338 = bitcast <32 x float> %337 to <32 x i32>
-  %339 = lshr <32 x i32> %338, splat (i32 16)
-  %340 = and <32 x i32> %339, splat (i32 1)
-  %341 = add nuw <32 x i32> %338, splat (i32 32767)
-  %342 = add nuw <32 x i32> %341, %340
+  %331 = and <32 x i32> %330, splat (i32 1)
+  %332 = add nuw <32 x i32> %329, splat (i32 32767)
+  %333 = add nuw <32 x i32> %332, %331
+  %334 = lshr <32 x i32> %333, splat (i32 16)
+  %335 = trunc nuw <32 x i32> %334 to <32 x i16>
+  %gep628.us.3.2.i = getelementptr i8, ptr %invariant.gep627.us.2.i, i64 192
+  store <32 x i16> %335, ptr %gep628.us.3.2.i, align 2, !tbaa !5
+  %336 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %337 = or disjoint i64 %203, 3
+  %338 = mul nsw i64 %337, %out_head
+  %invariant.gep627.us.3.i = getelementptr i16, ptr %200, i64 %338
+  %339 = getelementptr inbounds nuw i8, ptr %210, i64 1536
+  %340 = load <32 x float>, ptr %339, align 4, !tbaa !5
+  %341 = fmul <32 x float> %336, %340
+  %342 = bitcast <32 x float> %341 to <32 x i32>
   %343 = lshr <32 x i32> %342, splat (i32 16)
-  %344 = trunc nuw <32 x i32> %343 to <32 x i16>
-  store <32 x i16> %344, ptr %invariant.gep623.us.3.i, align 2, !tbaa !5
-  %345 = getelementptr inbounds nuw i8, ptr %206, i64 1664
-  %346 = load <32 x float>, ptr %345, align 4, !tbaa !5
-  %347 = fmul <32 x float> %332, %346
-  %348 = bitcast <32 x float> %347 to <32 x i32>
-  %349 = lshr <32 x i32> %348, splat (i32 16)
-  %350 = and <32 x i32> %349, splat (i32 1)
-  %351 = add nuw <32 x i32> %348, splat (i32 32767)
-  %352 = add nuw <32 x i32> %351, %350
+  %344 = and <32 x i32> %343, splat (i32 1)
+  %345 = add nuw <32 x i32> %342, splat (i32 32767)
+  %346 = add nuw <32 x i32> %345, %344
+  %347 = lshr <32 x i32> %346, splat (i32 16)
+  %348 = trunc nuw <32 x i32> %347 to <32 x i16>
+  store <32 x i16> %348, ptr %invariant.gep627.us.3.i, align 2, !tbaa !5
+  %349 = getelementptr inbounds nuw i8, ptr %210, i64 1664
+  %350 = load <32 x float>, ptr %349, align 4, !tbaa !5
+  %351 = fmul <32 x float> %336, %350
+  %352 = bitcast <32 x float> %351 to <32 x i32>
   %353 = lshr <32 x i32> %352, splat (i32 16)
-  %354 = trunc nuw <32 x i32> %353 to <32 x i16>
-  %gep624.us.1.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 64
-  store <32 x i16> %354, ptr %gep624.us.1.3.i, align 2, !tbaa !5
-  %355 = getelementptr inbounds nuw i8, ptr %206, i64 1792
-  %356 = load <32 x float>, ptr %355, align 4, !tbaa !5
-  %357 = fmul <32 x float> %332, %356
-  %358 = bitcast <32 x float> %357 to <32 x i32>
-  %359 = lshr <32 x i32> %358, splat (i32 16)
-  %360 = and <32 x i32> %359, splat (i32 1)
-  %361 = add nuw <32 x i32> %358, splat (i32 32767)
-  %362 = add nuw <32 x i32> %361, %360
+  %354 = and <32 x i32> %353, splat (i32 1)
+  %355 = add nuw <32 x i32> %352, splat (i32 32767)
+  %356 = add nuw <32 x i32> %355, %354
+  %357 = lshr <32 x i32> %356, splat (i32 16)
+  %358 = trunc nuw <32 x i32> %357 to <32 x i16>
+  %gep628.us.1.3.i = getelementptr i8, ptr %invariant.gep627.us.3.i, i64 64
+  store <32 x i16> %358, ptr %gep628.us.1.3.i, align 2, !tbaa !5
+  %359 = getelementptr inbounds nuw i8, ptr %210, i64 1792
+  %360 = load <32 x float>, ptr %359, align 4, !tbaa !5
+  %361 = fmul <32 x float> %336, %360
+  %362 = bitcast <32 x float> %361 to <32 x i32>
   %363 = lshr <32 x i32> %362, splat (i32 16)
-  %364 = trunc nuw <32 x i32> %363 to <32 x i16>
-  %gep624.us.2.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 128
-  store <32 x i16> %364, ptr %gep624.us.2.3.i, align 2, !tbaa !5
-  %365 = getelementptr inbounds nuw i8, ptr %206, i64 1920
-  %366 = load <32 x float>, ptr %365, align 4, !tbaa !5
-  %367 = fmul <32 x float> %332, %366
-  %368 = bitcast <32 x float> %367 to <32 x i32>
-  %369 = lshr <32 x i32> %368, splat (i32 16)
-  %370 = and <32 x i32> %369, splat (i32 1)
-  %371 = add nuw <32 x i32> %368, splat (i32 32767)
-  %372 = add nuw <32 x i32> %371, %370
+  %364 = and <32 x i32> %363, splat (i32 1)
+  %365 = add nuw <32 x i32> %362, splat (i32 32767)
+  %366 = add nuw <32 x i32> %365, %364
+  %367 = lshr <32 x i32> %366, splat (i32 16)
+  %368 = trunc nuw <32 x i32> %367 to <32 x i16>
+  %gep628.us.2.3.i = getelementptr i8, ptr %invariant.gep627.us.3.i, i64 128
+  store <32 x i16> %368, ptr %gep628.us.2.3.i, align 2, !tbaa !5
+  %369 = getelementptr inbounds nuw i8, ptr %210, i64 1920
+  %370 = load <32 x float>, ptr %369, align 4, !tbaa !5
+  %371 = fmul <32 x float> %336, %370
+  %372 = bitcast <32 x float> %371 to <32 x i32>
   %373 = lshr <32 x i32> %372, splat (i32 16)
-  %374 = trunc nuw <32 x i32> %373 to <32 x i16>
-  %gep624.us.3.3.i = getelementptr i8, ptr %invariant.gep623.us.3.i, i64 192
-  store <32 x i16> %374, ptr %gep624.us.3.3.i, align 2, !tbaa !5
-  %375 = getelementptr float, ptr %198, i64 %199
-  %376 = load float, ptr %200, align 16, !tbaa !18
-  %377 = fcmp oeq float %376, 0.000000e+00
-  br i1 %377, label %if_end221.us.i, label %if_else220.us.i
+  %374 = and <32 x i32> %373, splat (i32 1)
+  %375 = add nuw <32 x i32> %372, splat (i32 32767)
+  %376 = add nuw <32 x i32> %375, %374
+  %377 = lshr <32 x i32> %376, splat (i32 16)
+  %378 = trunc nuw <32 x i32> %377 to <32 x i16>
+  %gep628.us.3.3.i = getelementptr i8, ptr %invariant.gep627.us.3.i, i64 192
+  store <32 x i16> %378, ptr %gep628.us.3.3.i, align 2, !tbaa !5
+  %379 = getelementptr float, ptr %202, i64 %203
+  %380 = load float, ptr %204, align 16, !tbaa !18
+  %381 = fcmp oeq float %380, 0.000000e+00
+  br i1 %381, label %if_end225.us.i, label %if_else224.us.i
 
-if_else220.us.i:                                  ; preds = %for_body_tile202.us.i
-  %378 = tail call float @llvm.log.f32(float %376)
-  %379 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %199
-  %380 = load float, ptr %379, align 16, !tbaa !20
-  %381 = fadd float %378, %380
-  br label %if_end221.us.i
+if_else224.us.i:                                  ; preds = %for_body_tile206.us.i
+  %382 = tail call float @llvm.log.f32(float %380)
+  %383 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %203
+  %384 = load float, ptr %383, align 16, !tbaa !20
+  %385 = fadd float %382, %384
+  br label %if_end225.us.i
 
-if_end221.us.i:                                   ; preds = %if_else220.us.i, %for_body_tile202.us.i
-  %382 = phi float [ %381, %if_else220.us.i ], [ 0xFFF0000000000000, %for_body_tile202.us.i ]
-  store float %382, ptr %375, align 4, !tbaa !5
-  %383 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %247
-  %384 = load float, ptr %383, align 4, !tbaa !18
-  %385 = fcmp oeq float %384, 0.000000e+00
-  br i1 %385, label %if_end221.us.1.i, label %if_else220.us.1.i
+if_end225.us.i:                                   ; preds = %if_else224.us.i, %for_body_tile206.us.i
+  %386 = phi float [ %385, %if_else224.us.i ], [ 0xFFF0000000000000, %for_body_tile206.us.i ]
+  store float %386, ptr %379, align 4, !tbaa !5
+  %387 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %251
+  %388 = load float, ptr %387, align 4, !tbaa !18
+  %389 = fcmp oeq float %388, 0.000000e+00
+  br i1 %389, label %if_end225.us.1.i, label %if_else224.us.1.i
 
-if_else220.us.1.i:                                ; preds = %if_end221.us.i
-  %386 = tail call float @llvm.log.f32(float %384)
-  %387 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %247
-  %388 = load float, ptr %387, align 4, !tbaa !20
-  %389 = fadd float %386, %388
-  br label %if_end221.us.1.i
+if_else224.us.1.i:                                ; preds = %if_end225.us.i
+  %390 = tail call float @llvm.log.f32(float %388)
+  %391 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %251
+  %392 = load float, ptr %391, align 4, !tbaa !20
+  %393 = fadd float %390, %392
+  br label %if_end225.us.1.i
 
-if_end221.us.1.i:                                 ; preds = %if_else220.us.1.i, %if_end221.us.i
-  %390 = phi float [ %389, %if_else220.us.1.i ], [ 0xFFF0000000000000, %if_end221.us.i ]
-  %391 = getelementptr i8, ptr %375, i64 4
-  store float %390, ptr %391, align 4, !tbaa !5
-  %392 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %290
-  %393 = load float, ptr %392, align 8, !tbaa !18
-  %394 = fcmp oeq float %393, 0.000000e+00
-  br i1 %394, label %if_end221.us.2.i, label %if_else220.us.2.i
+if_end225.us.1.i:                                 ; preds = %if_else224.us.1.i, %if_end225.us.i
+  %394 = phi float [ %393, %if_else224.us.1.i ], [ 0xFFF0000000000000, %if_end225.us.i ]
+  %395 = getelementptr i8, ptr %379, i64 4
+  store float %394, ptr %395, align 4, !tbaa !5
+  %396 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %294
+  %397 = load float, ptr %396, align 8, !tbaa !18
+  %398 = fcmp oeq float %397, 0.000000e+00
+  br i1 %398, label %if_end225.us.2.i, label %if_else224.us.2.i
 
-if_else220.us.2.i:                                ; preds = %if_end221.us.1.i
-  %395 = tail call float @llvm.log.f32(float %393)
-  %396 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %290
-  %397 = load float, ptr %396, align 8, !tbaa !20
-  %398 = fadd float %395, %397
-  br label %if_end221.us.2.i
+if_else224.us.2.i:                                ; preds = %if_end225.us.1.i
+  %399 = tail call float @llvm.log.f32(float %397)
+  %400 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %294
+  %401 = load float, ptr %400, align 8, !tbaa !20
+  %402 = fadd float %399, %401
+  br label %if_end225.us.2.i
 
-if_end221.us.2.i:                                 ; preds = %if_else220.us.2.i, %if_end221.us.1.i
-  %399 = phi float [ %398, %if_else220.us.2.i ], [ 0xFFF0000000000000, %if_end221.us.1.i ]
-  %400 = getelementptr i8, ptr %375, i64 8
-  store float %399, ptr %400, align 4, !tbaa !5
-  %401 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %333
-  %402 = load float, ptr %401, align 4, !tbaa !18
-  %403 = fcmp oeq float %402, 0.000000e+00
-  br i1 %403, label %if_end221.us.3.i, label %if_else220.us.3.i
+if_end225.us.2.i:                                 ; preds = %if_else224.us.2.i, %if_end225.us.1.i
+  %403 = phi float [ %402, %if_else224.us.2.i ], [ 0xFFF0000000000000, %if_end225.us.1.i ]
+  %404 = getelementptr i8, ptr %379, i64 8
+  store float %403, ptr %404, align 4, !tbaa !5
+  %405 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %337
+  %406 = load float, ptr %405, align 4, !tbaa !18
+  %407 = fcmp oeq float %406, 0.000000e+00
+  br i1 %407, label %if_end225.us.3.i, label %if_else224.us.3.i
 
-if_else220.us.3.i:                                ; preds = %if_end221.us.2.i
-  %404 = tail call float @llvm.log.f32(float %402)
-  %405 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %333
-  %406 = load float, ptr %405, align 4, !tbaa !20
-  %407 = fadd float %404, %406
-  br label %if_end221.us.3.i
+if_else224.us.3.i:                                ; preds = %if_end225.us.2.i
+  %408 = tail call float @llvm.log.f32(float %406)
+  %409 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %337
+  %410 = load float, ptr %409, align 4, !tbaa !20
+  %411 = fadd float %408, %410
+  br label %if_end225.us.3.i
 
-if_end221.us.3.i:                                 ; preds = %if_else220.us.3.i, %if_end221.us.2.i
-  %408 = phi float [ %407, %if_else220.us.3.i ], [ 0xFFF0000000000000, %if_end221.us.2.i ]
-  %409 = getelementptr i8, ptr %375, i64 12
-  store float %408, ptr %409, align 4, !tbaa !5
-  %indvars.iv.next824.i = add nuw nsw i64 %indvars.iv823.i, 1
-  %exitcond826.not.i = icmp eq i64 %indvars.iv.next824.i, 8
-  br i1 %exitcond826.not.i, label %for_end_tile203.i, label %for_body_tile202.us.i, !prof !16
+if_end225.us.3.i:                                 ; preds = %if_else224.us.3.i, %if_end225.us.2.i
+  %412 = phi float [ %411, %if_else224.us.3.i ], [ 0xFFF0000000000000, %if_end225.us.2.i ]
+  %413 = getelementptr i8, ptr %379, i64 12
+  store float %412, ptr %413, align 4, !tbaa !5
+  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
+  %exitcond830.not.i = icmp eq i64 %indvars.iv.next828.i, 8
+  br i1 %exitcond830.not.i, label %for_end_tile207.i, label %for_body_tile206.us.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %410 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %410(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %411 = icmp eq ptr %key_offsets.i, null
-  br i1 %411, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
+  %414 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %414(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %415 = icmp eq ptr %key_offsets.i, null
+  br i1 %415, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
 
 if_end15.i:                                       ; preds = %for_body_step.i
-  %412 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %412(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %413 = icmp eq ptr %value_offsets.i, null
-  br i1 %413, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
+  %416 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %416(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %417 = icmp eq ptr %value_offsets.i, null
+  br i1 %417, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
 if_end18.i:                                       ; preds = %if_end15.i
-  %414 = shl nsw i64 %indvars.iv787.i, 7
-  %415 = sub nsw i64 %112, %414
-  %416 = trunc nsw i64 %415 to i32
-  %417 = tail call i32 @llvm.smin.i32(i32 %416, i32 128)
-  %418 = add nsw i32 %417, 15
-  %indvars.iv.next788.i = add nuw nsw i64 %indvars.iv787.i, 1
-  %419 = ashr i32 %418, 4
-  %420 = and i32 %418, -16
-  %421 = icmp samesign ult i64 %indvars.iv.next788.i, %111
-  %422 = select i1 %421, i32 256, i32 %420
-  %423 = icmp sgt i32 %422, 0
-  br i1 %423, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %418 = shl nsw i64 %indvars.iv791.i, 7
+  %419 = sub nsw i64 %116, %418
+  %420 = trunc nsw i64 %419 to i32
+  %421 = tail call i32 @llvm.smin.i32(i32 %420, i32 128)
+  %422 = add nsw i32 %421, 15
+  %indvars.iv.next792.i = add nuw nsw i64 %indvars.iv791.i, 1
+  %423 = ashr i32 %422, 4
+  %424 = and i32 %422, -16
+  %425 = icmp samesign ult i64 %indvars.iv.next792.i, %115
+  %426 = select i1 %425, i32 256, i32 %424
+  %427 = icmp sgt i32 %426, 0
+  br i1 %427, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end18.i
-  %424 = add nuw nsw i64 %414, %93
-  %wide.trip.count.i = zext nneg i32 %422 to i64
+  %428 = add nuw nsw i64 %418, %97
+  %wide.trip.count.i = zext nneg i32 %426 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv684.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next685.i.1, %for_body_t.i ]
-  %425 = add nuw nsw i64 %indvars.iv684.i, %424
-  %426 = trunc i64 %425 to i32
-  %427 = tail call i32 @llvm.smin.i32(i32 %426, i32 %.reass.i)
-  %428 = sext i32 %427 to i64
-  %429 = ashr i64 %428, 4
-  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %429
-  %430 = load i32, ptr %gep433.i, align 4, !tbaa !5
-  %block.i = sext i32 %430 to i64
-  %431 = and i64 %428, 15
-  %432 = mul nsw i64 %431, %k_row
-  %433 = mul nsw i64 %k_block, %block.i
-  %434 = add nsw i64 %432, %433
-  %435 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv684.i
-  store i64 %434, ptr %435, align 8, !tbaa !5
-  %indvars.iv.next685.i = or disjoint i64 %indvars.iv684.i, 1
-  %436 = add nuw nsw i64 %indvars.iv.next685.i, %424
-  %437 = trunc i64 %436 to i32
-  %438 = tail call i32 @llvm.smin.i32(i32 %437, i32 %.reass.i)
-  %439 = sext i32 %438 to i64
-  %440 = ashr i64 %439, 4
-  %gep433.i.1 = getelementptr i32, ptr %invariant.gep432.i, i64 %440
-  %441 = load i32, ptr %gep433.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %441 to i64
-  %442 = and i64 %439, 15
-  %443 = mul nsw i64 %442, %k_row
-  %444 = mul nsw i64 %k_block, %block.i.1
-  %445 = add nsw i64 %443, %444
-  %446 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next685.i
-  store i64 %445, ptr %446, align 8, !tbaa !5
-  %indvars.iv.next685.i.1 = add nuw nsw i64 %indvars.iv684.i, 2
-  %exitcond687.not.i.1 = icmp eq i64 %indvars.iv.next685.i.1, %wide.trip.count.i
-  br i1 %exitcond687.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
+  %indvars.iv688.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next689.i.1, %for_body_t.i ]
+  %429 = add nuw nsw i64 %indvars.iv688.i, %428
+  %430 = trunc i64 %429 to i32
+  %431 = tail call i32 @llvm.smin.i32(i32 %430, i32 %.reass.i)
+  %432 = sext i32 %431 to i64
+  %433 = ashr i64 %432, 4
+  %gep437.i = getelementptr i32, ptr %invariant.gep436.i, i64 %433
+  %434 = load i32, ptr %gep437.i, align 4, !tbaa !5
+  %block.i = sext i32 %434 to i64
+  %435 = and i64 %432, 15
+  %436 = mul nsw i64 %435, %k_row
+  %437 = mul nsw i64 %k_block, %block.i
+  %438 = add nsw i64 %436, %437
+  %439 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv688.i
+  store i64 %438, ptr %439, align 8, !tbaa !5
+  %indvars.iv.next689.i = or disjoint i64 %indvars.iv688.i, 1
+  %440 = add nuw nsw i64 %indvars.iv.next689.i, %428
+  %441 = trunc i64 %440 to i32
+  %442 = tail call i32 @llvm.smin.i32(i32 %441, i32 %.reass.i)
+  %443 = sext i32 %442 to i64
+  %444 = ashr i64 %443, 4
+  %gep437.i.1 = getelementptr i32, ptr %invariant.gep436.i, i64 %444
+  %445 = load i32, ptr %gep437.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %445 to i64
+  %446 = and i64 %443, 15
+  %447 = mul nsw i64 %446, %k_row
+  %448 = mul nsw i64 %k_block, %block.i.1
+  %449 = add nsw i64 %447, %448
+  %450 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next689.i
+  store i64 %449, ptr %450, align 8, !tbaa !5
+  %indvars.iv.next689.i.1 = add nuw nsw i64 %indvars.iv688.i, 2
+  %exitcond691.not.i.1 = icmp eq i64 %indvars.iv.next689.i.1, %wide.trip.count.i
+  br i1 %exitcond691.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
-  %447 = icmp sgt i32 %419, 0
-  %448 = icmp sgt i64 %415, 0
-  %449 = icmp eq i64 %indvars.iv787.i, 0
-  %450 = insertelement <4 x i1> poison, i1 %449, i64 0
-  %451 = shufflevector <4 x i1> %450, <4 x i1> poison, <4 x i32> zeroinitializer
-  %452 = ashr i32 %417, 4
-  %453 = icmp sgt i32 %452, 0
-  %454 = and i32 %417, 15
-  %.not635.i = icmp eq i32 %454, 0
-  %455 = and i32 %417, -16
-  %456 = sext i32 %455 to i64
-  %457 = zext i32 %452 to i64
-  %wide.trip.count709.i = zext i32 %419 to i64
-  %xtraiter = and i64 %wide.trip.count709.i, 3
-  %458 = icmp ult i32 %419, 4
-  %unroll_iter = and i64 %wide.trip.count709.i, 2147483644
+  %451 = icmp sgt i32 %423, 0
+  %452 = icmp sgt i64 %419, 0
+  %453 = icmp eq i64 %indvars.iv791.i, 0
+  %454 = insertelement <4 x i1> poison, i1 %453, i64 0
+  %455 = shufflevector <4 x i1> %454, <4 x i1> poison, <4 x i32> zeroinitializer
+  %456 = ashr i32 %421, 4
+  %457 = icmp sgt i32 %456, 0
+  %458 = and i32 %421, 15
+  %.not639.i = icmp eq i32 %458, 0
+  %459 = and i32 %421, -16
+  %460 = sext i32 %459 to i64
+  %461 = zext i32 %456 to i64
+  %wide.trip.count713.i = zext i32 %423 to i64
+  %462 = add nsw i64 %wide.trip.count713.i, -1
+  %xtraiter = and i64 %wide.trip.count713.i, 3
+  %463 = icmp ult i32 %423, 4
+  %unroll_iter = and i64 %wide.trip.count713.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod202 = icmp ne i64 %xtraiter, 0
-  %xtraiter203 = and i64 %wide.trip.count709.i, 3
-  %459 = icmp ult i32 %419, 4
-  %unroll_iter207 = and i64 %wide.trip.count709.i, 2147483644
+  %xtraiter203 = and i64 %wide.trip.count713.i, 3
+  %464 = icmp ult i32 %423, 4
+  %unroll_iter207 = and i64 %wide.trip.count713.i, 2147483644
   %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
   %lcmp.mod206 = icmp ne i64 %xtraiter203, 0
-  %xtraiter209 = and i64 %wide.trip.count709.i, 3
-  %460 = icmp ult i32 %419, 4
-  %unroll_iter213 = and i64 %wide.trip.count709.i, 2147483644
+  %xtraiter209 = and i64 %wide.trip.count713.i, 3
+  %465 = icmp ult i32 %423, 4
+  %unroll_iter213 = and i64 %wide.trip.count713.i, 2147483644
   %lcmp.mod211.not = icmp eq i64 %xtraiter209, 0
   %lcmp.mod212 = icmp ne i64 %xtraiter209, 0
-  %xtraiter215 = and i64 %wide.trip.count709.i, 3
-  %461 = icmp ult i32 %419, 4
-  %unroll_iter219 = and i64 %wide.trip.count709.i, 2147483644
+  %xtraiter215 = and i64 %wide.trip.count713.i, 3
+  %466 = icmp ult i32 %423, 4
+  %unroll_iter219 = and i64 %wide.trip.count713.i, 2147483644
   %lcmp.mod217.not = icmp eq i64 %xtraiter215, 0
   %lcmp.mod218 = icmp ne i64 %xtraiter215, 0
-  %xtraiter221 = and i64 %wide.trip.count709.i, 7
-  %462 = icmp ult i32 %419, 8
-  %unroll_iter226 = and i64 %wide.trip.count709.i, 2147483640
+  %xtraiter221 = and i64 %wide.trip.count713.i, 7
+  %467 = icmp ult i32 %423, 8
+  %unroll_iter226 = and i64 %wide.trip.count713.i, 2147483640
   %lcmp.mod223.not = icmp eq i64 %xtraiter221, 0
   %lcmp.mod225 = icmp ne i64 %xtraiter221, 0
-  %xtraiter228 = and i64 %wide.trip.count709.i, 7
-  %463 = icmp ult i32 %419, 8
-  %unroll_iter233 = and i64 %wide.trip.count709.i, 2147483640
+  %xtraiter228 = and i64 %wide.trip.count713.i, 7
+  %468 = icmp ult i32 %423, 8
+  %unroll_iter233 = and i64 %wide.trip.count713.i, 2147483640
   %lcmp.mod230.not = icmp eq i64 %xtraiter228, 0
   %lcmp.mod232 = icmp ne i64 %xtraiter228, 0
-  %xtraiter235 = and i64 %wide.trip.count709.i, 7
-  %464 = icmp ult i32 %419, 8
-  %unroll_iter240 = and i64 %wide.trip.count709.i, 2147483640
+  %xtraiter235 = and i64 %wide.trip.count713.i, 7
+  %469 = icmp ult i32 %423, 8
+  %unroll_iter240 = and i64 %wide.trip.count713.i, 2147483640
   %lcmp.mod237.not = icmp eq i64 %xtraiter235, 0
   %lcmp.mod239 = icmp ne i64 %xtraiter235, 0
-  %xtraiter242 = and i64 %wide.trip.count709.i, 7
-  %465 = icmp ult i32 %419, 8
-  %unroll_iter247 = and i64 %wide.trip.count709.i, 2147483640
+  %xtraiter242 = and i64 %wide.trip.count713.i, 7
+  %470 = icmp ult i32 %423, 8
+  %unroll_iter247 = and i64 %wide.trip.count713.i, 2147483640
   %lcmp.mod244.not = icmp eq i64 %xtraiter242, 0
   %lcmp.mod246 = icmp ne i64 %xtraiter242, 0
-  %xtraiter249 = and i64 %wide.trip.count709.i, 7
-  %466 = icmp ult i32 %419, 8
-  %unroll_iter254 = and i64 %wide.trip.count709.i, 2147483640
+  %xtraiter249 = and i64 %wide.trip.count713.i, 1
+  %471 = icmp eq i64 %462, 0
+  %unroll_iter253 = and i64 %wide.trip.count713.i, 2147483646
   %lcmp.mod251.not = icmp eq i64 %xtraiter249, 0
-  %lcmp.mod253 = icmp ne i64 %xtraiter249, 0
-  %xtraiter256 = and i64 %wide.trip.count709.i, 7
-  %467 = icmp ult i32 %419, 8
-  %unroll_iter261 = and i64 %wide.trip.count709.i, 2147483640
-  %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
-  %lcmp.mod260 = icmp ne i64 %xtraiter256, 0
-  %xtraiter263 = and i64 %wide.trip.count709.i, 7
-  %468 = icmp ult i32 %419, 8
-  %unroll_iter268 = and i64 %wide.trip.count709.i, 2147483640
-  %lcmp.mod265.not = icmp eq i64 %xtraiter263, 0
-  %lcmp.mod267 = icmp ne i64 %xtraiter263, 0
-  %xtraiter270 = and i64 %wide.trip.count709.i, 7
-  %469 = icmp ult i32 %419, 8
-  %unroll_iter275 = and i64 %wide.trip.count709.i, 2147483640
-  %lcmp.mod272.not = icmp eq i64 %xtraiter270, 0
-  %lcmp.mod274 = icmp ne i64 %xtraiter270, 0
-  %xtraiter278 = and i64 %191, 1
-  %470 = icmp eq i32 %190, 1
-  %unroll_iter304 = and i64 %191, 14
-  %lcmp.mod294.not = icmp eq i64 %xtraiter278, 0
-  %lcmp.mod303 = icmp ne i64 %xtraiter278, 0
+  %lcmp.mod252 = icmp ne i64 %xtraiter249, 0
+  %xtraiter255 = and i64 %wide.trip.count713.i, 1
+  %472 = icmp eq i64 %462, 0
+  %unroll_iter259 = and i64 %wide.trip.count713.i, 2147483646
+  %lcmp.mod257.not = icmp eq i64 %xtraiter255, 0
+  %lcmp.mod258 = icmp ne i64 %xtraiter255, 0
+  %xtraiter261 = and i64 %wide.trip.count713.i, 1
+  %473 = icmp eq i64 %462, 0
+  %unroll_iter265 = and i64 %wide.trip.count713.i, 2147483646
+  %lcmp.mod263.not = icmp eq i64 %xtraiter261, 0
+  %lcmp.mod264 = icmp ne i64 %xtraiter261, 0
+  %xtraiter267 = and i64 %wide.trip.count713.i, 1
+  %474 = icmp eq i64 %462, 0
+  %unroll_iter271 = and i64 %wide.trip.count713.i, 2147483646
+  %lcmp.mod269.not = icmp eq i64 %xtraiter267, 0
+  %lcmp.mod270 = icmp ne i64 %xtraiter267, 0
+  %xtraiter273 = and i64 %wide.trip.count713.i, 7
+  %475 = icmp ult i32 %423, 8
+  %unroll_iter278 = and i64 %wide.trip.count713.i, 2147483640
+  %lcmp.mod275.not = icmp eq i64 %xtraiter273, 0
+  %lcmp.mod277 = icmp ne i64 %xtraiter273, 0
+  %xtraiter280 = and i64 %wide.trip.count713.i, 7
+  %476 = icmp ult i32 %423, 8
+  %unroll_iter285 = and i64 %wide.trip.count713.i, 2147483640
+  %lcmp.mod282.not = icmp eq i64 %xtraiter280, 0
+  %lcmp.mod284 = icmp ne i64 %xtraiter280, 0
+  %xtraiter287 = and i64 %wide.trip.count713.i, 7
+  %477 = icmp ult i32 %423, 8
+  %unroll_iter292 = and i64 %wide.trip.count713.i, 2147483640
+  %lcmp.mod289.not = icmp eq i64 %xtraiter287, 0
+  %lcmp.mod291 = icmp ne i64 %xtraiter287, 0
+  %xtraiter294 = and i64 %wide.trip.count713.i, 7
+  %478 = icmp ult i32 %423, 8
+  %unroll_iter299 = and i64 %wide.trip.count713.i, 2147483640
+  %lcmp.mod296.not = icmp eq i64 %xtraiter294, 0
+  %lcmp.mod298 = icmp ne i64 %xtraiter294, 0
+  %xtraiter302 = and i64 %195, 1
+  %479 = icmp eq i32 %194, 1
+  %unroll_iter328 = and i64 %195, 14
+  %lcmp.mod318.not = icmp eq i64 %xtraiter302, 0
+  %lcmp.mod327 = icmp ne i64 %xtraiter302, 0
   br label %for_begin_kv_head.i
 
 for_body_t21.i:                                   ; preds = %for_body_t21.i, %for_body_t.i
-  %indvars.iv688.i = phi i64 [ %indvars.iv.next689.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
-  %471 = add nuw nsw i64 %indvars.iv688.i, %424
-  %472 = trunc i64 %471 to i32
-  %473 = tail call i32 @llvm.smin.i32(i32 %472, i32 %.reass.i)
-  %474 = sext i32 %473 to i64
-  %475 = ashr i64 %474, 4
-  %gep436.i = getelementptr i32, ptr %invariant.gep432.i, i64 %475
-  %476 = load i32, ptr %gep436.i, align 4, !tbaa !5
-  %block28.i = sext i32 %476 to i64
-  %477 = and i64 %474, 15
-  %478 = mul nsw i64 %477, %v_row
-  %479 = mul nsw i64 %v_block, %block28.i
-  %480 = add nsw i64 %478, %479
-  %481 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv688.i
-  store i64 %480, ptr %481, align 8, !tbaa !5
-  %indvars.iv.next689.i = or disjoint i64 %indvars.iv688.i, 1
-  %482 = add nuw nsw i64 %indvars.iv.next689.i, %424
-  %483 = trunc i64 %482 to i32
-  %484 = tail call i32 @llvm.smin.i32(i32 %483, i32 %.reass.i)
-  %485 = sext i32 %484 to i64
-  %486 = ashr i64 %485, 4
-  %gep436.i.1 = getelementptr i32, ptr %invariant.gep432.i, i64 %486
-  %487 = load i32, ptr %gep436.i.1, align 4, !tbaa !5
-  %block28.i.1 = sext i32 %487 to i64
-  %488 = and i64 %485, 15
-  %489 = mul nsw i64 %488, %v_row
-  %490 = mul nsw i64 %v_block, %block28.i.1
-  %491 = add nsw i64 %489, %490
-  %492 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next689.i
-  store i64 %491, ptr %492, align 8, !tbaa !5
-  %indvars.iv.next689.i.1 = add nuw nsw i64 %indvars.iv688.i, 2
-  %exitcond692.not.i.1 = icmp eq i64 %indvars.iv.next689.i.1, %wide.trip.count.i
-  br i1 %exitcond692.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
+  %indvars.iv692.i = phi i64 [ %indvars.iv.next693.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
+  %480 = add nuw nsw i64 %indvars.iv692.i, %428
+  %481 = trunc i64 %480 to i32
+  %482 = tail call i32 @llvm.smin.i32(i32 %481, i32 %.reass.i)
+  %483 = sext i32 %482 to i64
+  %484 = ashr i64 %483, 4
+  %gep440.i = getelementptr i32, ptr %invariant.gep436.i, i64 %484
+  %485 = load i32, ptr %gep440.i, align 4, !tbaa !5
+  %block28.i = sext i32 %485 to i64
+  %486 = and i64 %483, 15
+  %487 = mul nsw i64 %486, %v_row
+  %488 = mul nsw i64 %v_block, %block28.i
+  %489 = add nsw i64 %487, %488
+  %490 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv692.i
+  store i64 %489, ptr %490, align 8, !tbaa !5
+  %indvars.iv.next693.i = or disjoint i64 %indvars.iv692.i, 1
+  %491 = add nuw nsw i64 %indvars.iv.next693.i, %428
+  %492 = trunc i64 %491 to i32
+  %493 = tail call i32 @llvm.smin.i32(i32 %492, i32 %.reass.i)
+  %494 = sext i32 %493 to i64
+  %495 = ashr i64 %494, 4
+  %gep440.i.1 = getelementptr i32, ptr %invariant.gep436.i, i64 %495
+  %496 = load i32, ptr %gep440.i.1, align 4, !tbaa !5
+  %block28.i.1 = sext i32 %496 to i64
+  %497 = and i64 %494, 15
+  %498 = mul nsw i64 %497, %v_row
+  %499 = mul nsw i64 %v_block, %block28.i.1
+  %500 = add nsw i64 %498, %499
+  %501 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next693.i
+  store i64 %500, ptr %501, align 8, !tbaa !5
+  %indvars.iv.next693.i.1 = add nuw nsw i64 %indvars.iv692.i, 2
+  %exitcond696.not.i.1 = icmp eq i64 %indvars.iv.next693.i.1, %wide.trip.count.i
+  br i1 %exitcond696.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
 
-for_begin_kv_head.i:                              ; preds = %if_end190.i, %for_begin_kv_head.preheader.i
-  %indvars.iv783.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next784.i, %if_end190.i ]
-  %exitcond786.not.i = icmp eq i64 %indvars.iv783.i, 8
-  br i1 %exitcond786.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
+for_begin_kv_head.i:                              ; preds = %if_end194.i, %for_begin_kv_head.preheader.i
+  %indvars.iv787.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next788.i, %if_end194.i ]
+  %exitcond790.not.i = icmp eq i64 %indvars.iv787.i, 8
+  br i1 %exitcond790.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %493 = icmp eq i64 %indvars.iv783.i, 7
-  %494 = and i1 %421, %493
-  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
-  %495 = trunc nuw nsw i64 %indvars.iv.next784.i to i32
-  %496 = select i1 %493, i32 0, i32 %495
-  %497 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %497(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %498 = icmp eq ptr %scores.i, null
-  br i1 %498, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
+  %502 = icmp eq i64 %indvars.iv787.i, 7
+  %503 = and i1 %425, %502
+  %indvars.iv.next788.i = add nuw nsw i64 %indvars.iv787.i, 1
+  %504 = trunc nuw nsw i64 %indvars.iv.next788.i to i32
+  %505 = select i1 %502, i32 0, i32 %504
+  %506 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %506(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %507 = icmp eq ptr %scores.i, null
+  br i1 %507, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %499 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %500 = tail call i32 %499(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not270.i = icmp eq i32 %500, 0
-  br i1 %.not270.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !17
+  %508 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %509 = tail call i32 %508(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not274.i = icmp eq i32 %509, 0
+  br i1 %.not274.i, label %if_end200.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
-  %501 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %501(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %502 = icmp eq ptr %probs.i, null
-  br i1 %502, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
+  %510 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %510(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %511 = icmp eq ptr %probs.i, null
+  br i1 %511, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
 
 for_begin_to_m.preheader.i:                       ; preds = %if_end32.i
-  br i1 %447, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+  br i1 %451, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
 for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
-  %503 = zext nneg i32 %496 to i64
-  %504 = mul nsw i64 %k_head, %503
-  %505 = mul nsw i64 %indvars.iv783.i, %k_head
-  %invariant.gep451.i = getelementptr i32, ptr %key_cache, i64 %505
-  %506 = select i1 %494, i64 128, i64 0
-  %.idx59 = shl nuw nsw i64 %indvars.iv783.i, 11
-  %507 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
-  %508 = getelementptr inbounds nuw i8, ptr %507, i64 512
-  %509 = getelementptr inbounds nuw i8, ptr %507, i64 1024
-  %510 = getelementptr inbounds nuw i8, ptr %507, i64 1536
-  %511 = getelementptr inbounds nuw i8, ptr %507, i64 64
-  %512 = getelementptr inbounds nuw i8, ptr %507, i64 576
-  %513 = getelementptr inbounds nuw i8, ptr %507, i64 1088
-  %514 = getelementptr inbounds nuw i8, ptr %507, i64 1600
-  %515 = getelementptr inbounds nuw i8, ptr %507, i64 128
-  %516 = getelementptr inbounds nuw i8, ptr %507, i64 640
-  %517 = getelementptr inbounds nuw i8, ptr %507, i64 1152
-  %518 = getelementptr inbounds nuw i8, ptr %507, i64 1664
-  %519 = getelementptr inbounds nuw i8, ptr %507, i64 192
-  %520 = getelementptr inbounds nuw i8, ptr %507, i64 704
-  %521 = getelementptr inbounds nuw i8, ptr %507, i64 1216
-  %522 = getelementptr inbounds nuw i8, ptr %507, i64 1728
-  %523 = getelementptr inbounds nuw i8, ptr %507, i64 256
-  %524 = getelementptr inbounds nuw i8, ptr %507, i64 768
-  %525 = getelementptr inbounds nuw i8, ptr %507, i64 1280
-  %526 = getelementptr inbounds nuw i8, ptr %507, i64 1792
-  %527 = getelementptr inbounds nuw i8, ptr %507, i64 320
-  %528 = getelementptr inbounds nuw i8, ptr %507, i64 832
-  %529 = getelementptr inbounds nuw i8, ptr %507, i64 1344
-  %530 = getelementptr inbounds nuw i8, ptr %507, i64 1856
-  %531 = getelementptr inbounds nuw i8, ptr %507, i64 384
-  %532 = getelementptr inbounds nuw i8, ptr %507, i64 896
-  %533 = getelementptr inbounds nuw i8, ptr %507, i64 1408
-  %534 = getelementptr inbounds nuw i8, ptr %507, i64 1920
-  %535 = getelementptr inbounds nuw i8, ptr %507, i64 448
-  %536 = getelementptr inbounds nuw i8, ptr %507, i64 960
-  %537 = getelementptr inbounds nuw i8, ptr %507, i64 1472
-  %538 = getelementptr inbounds nuw i8, ptr %507, i64 1984
-  %invariant.gep146 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %506
+  %512 = zext nneg i32 %505 to i64
+  %513 = mul nsw i64 %k_head, %512
+  %514 = mul nsw i64 %indvars.iv787.i, %k_head
+  %invariant.gep455.i = getelementptr i32, ptr %key_cache, i64 %514
+  %515 = select i1 %503, i64 128, i64 0
+  %.idx59 = shl nuw nsw i64 %indvars.iv787.i, 11
+  %516 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
+  %517 = getelementptr inbounds nuw i8, ptr %516, i64 512
+  %518 = getelementptr inbounds nuw i8, ptr %516, i64 1024
+  %519 = getelementptr inbounds nuw i8, ptr %516, i64 1536
+  %520 = getelementptr inbounds nuw i8, ptr %516, i64 64
+  %521 = getelementptr inbounds nuw i8, ptr %516, i64 576
+  %522 = getelementptr inbounds nuw i8, ptr %516, i64 1088
+  %523 = getelementptr inbounds nuw i8, ptr %516, i64 1600
+  %524 = getelementptr inbounds nuw i8, ptr %516, i64 128
+  %525 = getelementptr inbounds nuw i8, ptr %516, i64 640
+  %526 = getelementptr inbounds nuw i8, ptr %516, i64 1152
+  %527 = getelementptr inbounds nuw i8, ptr %516, i64 1664
+  %528 = getelementptr inbounds nuw i8, ptr %516, i64 192
+  %529 = getelementptr inbounds nuw i8, ptr %516, i64 704
+  %530 = getelementptr inbounds nuw i8, ptr %516, i64 1216
+  %531 = getelementptr inbounds nuw i8, ptr %516, i64 1728
+  %532 = getelementptr inbounds nuw i8, ptr %516, i64 256
+  %533 = getelementptr inbounds nuw i8, ptr %516, i64 768
+  %534 = getelementptr inbounds nuw i8, ptr %516, i64 1280
+  %535 = getelementptr inbounds nuw i8, ptr %516, i64 1792
+  %536 = getelementptr inbounds nuw i8, ptr %516, i64 320
+  %537 = getelementptr inbounds nuw i8, ptr %516, i64 832
+  %538 = getelementptr inbounds nuw i8, ptr %516, i64 1344
+  %539 = getelementptr inbounds nuw i8, ptr %516, i64 1856
+  %540 = getelementptr inbounds nuw i8, ptr %516, i64 384
+  %541 = getelementptr inbounds nuw i8, ptr %516, i64 896
+  %542 = getelementptr inbounds nuw i8, ptr %516, i64 1408
+  %543 = getelementptr inbounds nuw i8, ptr %516, i64 1920
+  %544 = getelementptr inbounds nuw i8, ptr %516, i64 448
+  %545 = getelementptr inbounds nuw i8, ptr %516, i64 960
+  %546 = getelementptr inbounds nuw i8, ptr %516, i64 1472
+  %547 = getelementptr inbounds nuw i8, ptr %516, i64 1984
+  %invariant.gep146 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %515
   br label %for_body_to_m.i
 
 for_begin_to_m.i:                                 ; preds = %for_begin_r.preheader.i
-  %indvars.iv.next707.i = add nuw nsw i64 %indvars.iv706.i, 1
-  %exitcond710.not.i = icmp eq i64 %indvars.iv.next707.i, %wide.trip.count709.i
-  br i1 %exitcond710.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+  %indvars.iv.next711.i = add nuw nsw i64 %indvars.iv710.i, 1
+  %exitcond714.not.i = icmp eq i64 %indvars.iv.next711.i, %wide.trip.count713.i
+  br i1 %exitcond714.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv706.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next707.i, %for_begin_to_m.i ]
-  %539 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.rf.i = tail call ptr %539(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %540 = icmp eq ptr %scores.rf.i, null
-  br i1 %540, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
+  %indvars.iv710.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next711.i, %for_begin_to_m.i ]
+  %548 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.rf.i = tail call ptr %548(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %549 = icmp eq ptr %scores.rf.i, null
+  br i1 %549, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
 
 for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
-  %541 = shl nsw i64 %indvars.iv706.i, 4
-  %invariant.gep950.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %541
-  %gep147 = getelementptr inbounds nuw i64, ptr %invariant.gep146, i64 %541
+  %550 = shl nsw i64 %indvars.iv710.i, 4
+  %invariant.gep954.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %550
+  %gep147 = getelementptr inbounds nuw i64, ptr %invariant.gep146, i64 %550
   br label %for_begin_n_1.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %542 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %542(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %543 = icmp eq ptr %scaled.i, null
-  br i1 %543, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %551 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %551(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %552 = icmp eq ptr %scaled.i, null
+  br i1 %552, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %458, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
+  br i1 %463, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
 
 for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
-  %544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled915.i = tail call ptr %544(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %545 = icmp eq ptr %scaled915.i, null
-  br i1 %545, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
+  %553 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled919.i = tail call ptr %553(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %554 = icmp eq ptr %scaled919.i, null
+  br i1 %554, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv711.i = phi i64 [ %indvars.iv.next712.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv715.i = phi i64 [ %indvars.iv.next716.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %546 = shl nsw i64 %indvars.iv711.i, 4
-  %547 = getelementptr inbounds nuw float, ptr %scores.i, i64 %546
-  %548 = load <16 x float>, ptr %547, align 4, !tbaa !5
-  %549 = fmul <16 x float> %91, %548
-  %550 = trunc i64 %546 to i32
-  %551 = sub i32 %417, %550
-  %552 = insertelement <16 x i32> poison, i32 %551, i64 0
-  %553 = shufflevector <16 x i32> %552, <16 x i32> poison, <16 x i32> zeroinitializer
-  %554 = icmp sgt <16 x i32> %553, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %555 = select <16 x i1> %554, <16 x float> %549, <16 x float> splat (float 0xFFF0000000000000)
-  %556 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %546
-  store <16 x float> %555, ptr %556, align 4, !tbaa !5
-  %indvars.iv.next712.i = shl i64 %indvars.iv711.i, 4
-  %557 = or disjoint i64 %indvars.iv.next712.i, 16
-  %558 = getelementptr inbounds nuw float, ptr %scores.i, i64 %557
-  %559 = load <16 x float>, ptr %558, align 4, !tbaa !5
-  %560 = fmul <16 x float> %91, %559
-  %561 = trunc i64 %557 to i32
-  %562 = sub i32 %417, %561
-  %563 = insertelement <16 x i32> poison, i32 %562, i64 0
-  %564 = shufflevector <16 x i32> %563, <16 x i32> poison, <16 x i32> zeroinitializer
-  %565 = icmp sgt <16 x i32> %564, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %566 = select <16 x i1> %565, <16 x float> %560, <16 x float> splat (float 0xFFF0000000000000)
-  %567 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %557
-  store <16 x float> %566, ptr %567, align 4, !tbaa !5
-  %indvars.iv.next712.i.1 = shl i64 %indvars.iv711.i, 4
-  %568 = or disjoint i64 %indvars.iv.next712.i.1, 32
-  %569 = getelementptr inbounds nuw float, ptr %scores.i, i64 %568
-  %570 = load <16 x float>, ptr %569, align 4, !tbaa !5
-  %571 = fmul <16 x float> %91, %570
-  %572 = trunc i64 %568 to i32
-  %573 = sub i32 %417, %572
-  %574 = insertelement <16 x i32> poison, i32 %573, i64 0
-  %575 = shufflevector <16 x i32> %574, <16 x i32> poison, <16 x i32> zeroinitializer
-  %576 = icmp sgt <16 x i32> %575, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %577 = select <16 x i1> %576, <16 x float> %571, <16 x float> splat (float 0xFFF0000000000000)
-  %578 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %568
-  store <16 x float> %577, ptr %578, align 4, !tbaa !5
-  %indvars.iv.next712.i.2 = shl i64 %indvars.iv711.i, 4
-  %579 = or disjoint i64 %indvars.iv.next712.i.2, 48
-  %580 = getelementptr inbounds nuw float, ptr %scores.i, i64 %579
-  %581 = load <16 x float>, ptr %580, align 4, !tbaa !5
-  %582 = fmul <16 x float> %91, %581
-  %583 = trunc i64 %579 to i32
-  %584 = sub i32 %417, %583
-  %585 = insertelement <16 x i32> poison, i32 %584, i64 0
-  %586 = shufflevector <16 x i32> %585, <16 x i32> poison, <16 x i32> zeroinitializer
-  %587 = icmp sgt <16 x i32> %586, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %588 = select <16 x i1> %587, <16 x float> %582, <16 x float> splat (float 0xFFF0000000000000)
-  %589 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %579
-  store <16 x float> %588, ptr %589, align 4, !tbaa !5
-  %indvars.iv.next712.i.3 = add nuw nsw i64 %indvars.iv711.i, 4
+  %555 = shl nsw i64 %indvars.iv715.i, 4
+  %556 = getelementptr inbounds nuw float, ptr %scores.i, i64 %555
+  %557 = load <16 x float>, ptr %556, align 4, !tbaa !5
+  %558 = fmul <16 x float> %95, %557
+  %559 = trunc i64 %555 to i32
+  %560 = sub i32 %421, %559
+  %561 = insertelement <16 x i32> poison, i32 %560, i64 0
+  %562 = shufflevector <16 x i32> %561, <16 x i32> poison, <16 x i32> zeroinitializer
+  %563 = icmp sgt <16 x i32> %562, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %564 = select <16 x i1> %563, <16 x float> %558, <16 x float> splat (float 0xFFF0000000000000)
+  %565 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %555
+  store <16 x float> %564, ptr %565, align 4, !tbaa !5
+  %indvars.iv.next716.i = shl i64 %indvars.iv715.i, 4
+  %566 = or disjoint i64 %indvars.iv.next716.i, 16
+  %567 = getelementptr inbounds nuw float, ptr %scores.i, i64 %566
+  %568 = load <16 x float>, ptr %567, align 4, !tbaa !5
+  %569 = fmul <16 x float> %95, %568
+  %570 = trunc i64 %566 to i32
+  %571 = sub i32 %421, %570
+  %572 = insertelement <16 x i32> poison, i32 %571, i64 0
+  %573 = shufflevector <16 x i32> %572, <16 x i32> poison, <16 x i32> zeroinitializer
+  %574 = icmp sgt <16 x i32> %573, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %575 = select <16 x i1> %574, <16 x float> %569, <16 x float> splat (float 0xFFF0000000000000)
+  %576 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %566
+  store <16 x float> %575, ptr %576, align 4, !tbaa !5
+  %indvars.iv.next716.i.1 = shl i64 %indvars.iv715.i, 4
+  %577 = or disjoint i64 %indvars.iv.next716.i.1, 32
+  %578 = getelementptr inbounds nuw float, ptr %scores.i, i64 %577
+  %579 = load <16 x float>, ptr %578, align 4, !tbaa !5
+  %580 = fmul <16 x float> %95, %579
+  %581 = trunc i64 %577 to i32
+  %582 = sub i32 %421, %581
+  %583 = insertelement <16 x i32> poison, i32 %582, i64 0
+  %584 = shufflevector <16 x i32> %583, <16 x i32> poison, <16 x i32> zeroinitializer
+  %585 = icmp sgt <16 x i32> %584, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %586 = select <16 x i1> %585, <16 x float> %580, <16 x float> splat (float 0xFFF0000000000000)
+  %587 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %577
+  store <16 x float> %586, ptr %587, align 4, !tbaa !5
+  %indvars.iv.next716.i.2 = shl i64 %indvars.iv715.i, 4
+  %588 = or disjoint i64 %indvars.iv.next716.i.2, 48
+  %589 = getelementptr inbounds nuw float, ptr %scores.i, i64 %588
+  %590 = load <16 x float>, ptr %589, align 4, !tbaa !5
+  %591 = fmul <16 x float> %95, %590
+  %592 = trunc i64 %588 to i32
+  %593 = sub i32 %421, %592
+  %594 = insertelement <16 x i32> poison, i32 %593, i64 0
+  %595 = shufflevector <16 x i32> %594, <16 x i32> poison, <16 x i32> zeroinitializer
+  %596 = icmp sgt <16 x i32> %595, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %597 = select <16 x i1> %596, <16 x float> %591, <16 x float> splat (float 0xFFF0000000000000)
+  %598 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %588
+  store <16 x float> %597, ptr %598, align 4, !tbaa !5
+  %indvars.iv.next716.i.3 = add nuw nsw i64 %indvars.iv715.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !26, !llvm.loop !27
@@ -1296,92 +1321,92 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !29
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv711.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next712.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  %indvars.iv715.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next716.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod202)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv711.i.epil = phi i64 [ %indvars.iv.next712.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv711.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv715.i.epil = phi i64 [ %indvars.iv.next716.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv715.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %590 = shl nsw i64 %indvars.iv711.i.epil, 4
-  %591 = getelementptr inbounds nuw float, ptr %scores.i, i64 %590
-  %592 = load <16 x float>, ptr %591, align 4, !tbaa !5
-  %593 = fmul <16 x float> %91, %592
-  %594 = trunc i64 %590 to i32
-  %595 = sub i32 %417, %594
-  %596 = insertelement <16 x i32> poison, i32 %595, i64 0
-  %597 = shufflevector <16 x i32> %596, <16 x i32> poison, <16 x i32> zeroinitializer
-  %598 = icmp sgt <16 x i32> %597, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %599 = select <16 x i1> %598, <16 x float> %593, <16 x float> splat (float 0xFFF0000000000000)
-  %600 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %590
-  store <16 x float> %599, ptr %600, align 4, !tbaa !5
-  %indvars.iv.next712.i.epil = add nuw nsw i64 %indvars.iv711.i.epil, 1
+  %599 = shl nsw i64 %indvars.iv715.i.epil, 4
+  %600 = getelementptr inbounds nuw float, ptr %scores.i, i64 %599
+  %601 = load <16 x float>, ptr %600, align 4, !tbaa !5
+  %602 = fmul <16 x float> %95, %601
+  %603 = trunc i64 %599 to i32
+  %604 = sub i32 %421, %603
+  %605 = insertelement <16 x i32> poison, i32 %604, i64 0
+  %606 = shufflevector <16 x i32> %605, <16 x i32> poison, <16 x i32> zeroinitializer
+  %607 = icmp sgt <16 x i32> %606, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %608 = select <16 x i1> %607, <16 x float> %602, <16 x float> splat (float 0xFFF0000000000000)
+  %609 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %599
+  store <16 x float> %608, ptr %609, align 4, !tbaa !5
+  %indvars.iv.next716.i.epil = add nuw nsw i64 %indvars.iv715.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !30
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %459, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
+  br i1 %464, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv711.1.i = phi i64 [ %indvars.iv.next712.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %indvars.iv715.1.i = phi i64 [ %indvars.iv.next716.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
   %niter208 = phi i64 [ %niter208.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %601 = shl nsw i64 %indvars.iv711.1.i, 4
-  %602 = add nuw nsw i64 %601, 128
-  %603 = getelementptr inbounds nuw float, ptr %scores.i, i64 %602
-  %604 = load <16 x float>, ptr %603, align 4, !tbaa !5
-  %605 = fmul <16 x float> %91, %604
-  %606 = trunc i64 %601 to i32
-  %607 = sub i32 %417, %606
-  %608 = insertelement <16 x i32> poison, i32 %607, i64 0
-  %609 = shufflevector <16 x i32> %608, <16 x i32> poison, <16 x i32> zeroinitializer
-  %610 = icmp sgt <16 x i32> %609, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %611 = select <16 x i1> %610, <16 x float> %605, <16 x float> splat (float 0xFFF0000000000000)
-  %612 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %602
-  store <16 x float> %611, ptr %612, align 4, !tbaa !5
-  %indvars.iv.next712.1.i = shl i64 %indvars.iv711.1.i, 4
-  %613 = add nuw nsw i64 %indvars.iv.next712.1.i, 144
-  %614 = getelementptr inbounds nuw float, ptr %scores.i, i64 %613
-  %615 = load <16 x float>, ptr %614, align 4, !tbaa !5
-  %616 = fmul <16 x float> %91, %615
-  %617 = trunc i64 %indvars.iv.next712.1.i to i32
-  %618 = or disjoint i32 %617, 16
-  %619 = sub i32 %417, %618
-  %620 = insertelement <16 x i32> poison, i32 %619, i64 0
-  %621 = shufflevector <16 x i32> %620, <16 x i32> poison, <16 x i32> zeroinitializer
-  %622 = icmp sgt <16 x i32> %621, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %623 = select <16 x i1> %622, <16 x float> %616, <16 x float> splat (float 0xFFF0000000000000)
-  %624 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %613
-  store <16 x float> %623, ptr %624, align 4, !tbaa !5
-  %indvars.iv.next712.1.i.1 = shl i64 %indvars.iv711.1.i, 4
-  %625 = add nuw nsw i64 %indvars.iv.next712.1.i.1, 160
-  %626 = getelementptr inbounds nuw float, ptr %scores.i, i64 %625
-  %627 = load <16 x float>, ptr %626, align 4, !tbaa !5
-  %628 = fmul <16 x float> %91, %627
-  %629 = trunc i64 %indvars.iv.next712.1.i.1 to i32
-  %630 = or disjoint i32 %629, 32
-  %631 = sub i32 %417, %630
-  %632 = insertelement <16 x i32> poison, i32 %631, i64 0
-  %633 = shufflevector <16 x i32> %632, <16 x i32> poison, <16 x i32> zeroinitializer
-  %634 = icmp sgt <16 x i32> %633, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %635 = select <16 x i1> %634, <16 x float> %628, <16 x float> splat (float 0xFFF0000000000000)
-  %636 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %625
-  store <16 x float> %635, ptr %636, align 4, !tbaa !5
-  %indvars.iv.next712.1.i.2 = shl i64 %indvars.iv711.1.i, 4
-  %637 = add nuw nsw i64 %indvars.iv.next712.1.i.2, 176
-  %638 = getelementptr inbounds nuw float, ptr %scores.i, i64 %637
-  %639 = load <16 x float>, ptr %638, align 4, !tbaa !5
-  %640 = fmul <16 x float> %91, %639
-  %641 = trunc i64 %indvars.iv.next712.1.i.2 to i32
-  %642 = or disjoint i32 %641, 48
-  %643 = sub i32 %417, %642
-  %644 = insertelement <16 x i32> poison, i32 %643, i64 0
-  %645 = shufflevector <16 x i32> %644, <16 x i32> poison, <16 x i32> zeroinitializer
-  %646 = icmp sgt <16 x i32> %645, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %647 = select <16 x i1> %646, <16 x float> %640, <16 x float> splat (float 0xFFF0000000000000)
-  %648 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %637
-  store <16 x float> %647, ptr %648, align 4, !tbaa !5
-  %indvars.iv.next712.1.i.3 = add nuw nsw i64 %indvars.iv711.1.i, 4
+  %610 = shl nsw i64 %indvars.iv715.1.i, 4
+  %611 = add nuw nsw i64 %610, 128
+  %612 = getelementptr inbounds nuw float, ptr %scores.i, i64 %611
+  %613 = load <16 x float>, ptr %612, align 4, !tbaa !5
+  %614 = fmul <16 x float> %95, %613
+  %615 = trunc i64 %610 to i32
+  %616 = sub i32 %421, %615
+  %617 = insertelement <16 x i32> poison, i32 %616, i64 0
+  %618 = shufflevector <16 x i32> %617, <16 x i32> poison, <16 x i32> zeroinitializer
+  %619 = icmp sgt <16 x i32> %618, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %620 = select <16 x i1> %619, <16 x float> %614, <16 x float> splat (float 0xFFF0000000000000)
+  %621 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %611
+  store <16 x float> %620, ptr %621, align 4, !tbaa !5
+  %indvars.iv.next716.1.i = shl i64 %indvars.iv715.1.i, 4
+  %622 = add nuw nsw i64 %indvars.iv.next716.1.i, 144
+  %623 = getelementptr inbounds nuw float, ptr %scores.i, i64 %622
+  %624 = load <16 x float>, ptr %623, align 4, !tbaa !5
+  %625 = fmul <16 x float> %95, %624
+  %626 = trunc i64 %indvars.iv.next716.1.i to i32
+  %627 = or disjoint i32 %626, 16
+  %628 = sub i32 %421, %627
+  %629 = insertelement <16 x i32> poison, i32 %628, i64 0
+  %630 = shufflevector <16 x i32> %629, <16 x i32> poison, <16 x i32> zeroinitializer
+  %631 = icmp sgt <16 x i32> %630, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %632 = select <16 x i1> %631, <16 x float> %625, <16 x float> splat (float 0xFFF0000000000000)
+  %633 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %622
+  store <16 x float> %632, ptr %633, align 4, !tbaa !5
+  %indvars.iv.next716.1.i.1 = shl i64 %indvars.iv715.1.i, 4
+  %634 = add nuw nsw i64 %indvars.iv.next716.1.i.1, 160
+  %635 = getelementptr inbounds nuw float, ptr %scores.i, i64 %634
+  %636 = load <16 x float>, ptr %635, align 4, !tbaa !5
+  %637 = fmul <16 x float> %95, %636
+  %638 = trunc i64 %indvars.iv.next716.1.i.1 to i32
+  %639 = or disjoint i32 %638, 32
+  %640 = sub i32 %421, %639
+  %641 = insertelement <16 x i32> poison, i32 %640, i64 0
+  %642 = shufflevector <16 x i32> %641, <16 x i32> poison, <16 x i32> zeroinitializer
+  %643 = icmp sgt <16 x i32> %642, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %644 = select <16 x i1> %643, <16 x float> %637, <16 x float> splat (float 0xFFF0000000000000)
+  %645 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %634
+  store <16 x float> %644, ptr %645, align 4, !tbaa !5
+  %indvars.iv.next716.1.i.2 = shl i64 %indvars.iv715.1.i, 4
+  %646 = add nuw nsw i64 %indvars.iv.next716.1.i.2, 176
+  %647 = getelementptr inbounds nuw float, ptr %scores.i, i64 %646
+  %648 = load <16 x float>, ptr %647, align 4, !tbaa !5
+  %649 = fmul <16 x float> %95, %648
+  %650 = trunc i64 %indvars.iv.next716.1.i.2 to i32
+  %651 = or disjoint i32 %650, 48
+  %652 = sub i32 %421, %651
+  %653 = insertelement <16 x i32> poison, i32 %652, i64 0
+  %654 = shufflevector <16 x i32> %653, <16 x i32> poison, <16 x i32> zeroinitializer
+  %655 = icmp sgt <16 x i32> %654, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %656 = select <16 x i1> %655, <16 x float> %649, <16 x float> splat (float 0xFFF0000000000000)
+  %657 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %646
+  store <16 x float> %656, ptr %657, align 4, !tbaa !5
+  %indvars.iv.next716.1.i.3 = add nuw nsw i64 %indvars.iv715.1.i, 4
   %niter208.next.3 = add i64 %niter208, 4
   %niter208.ncmp.3 = icmp eq i64 %niter208.next.3, %unroll_iter207
   br i1 %niter208.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
@@ -1390,93 +1415,93 @@ for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
   br i1 %lcmp.mod205.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv711.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next712.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  %indvars.iv715.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next716.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod206)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv711.1.i.epil = phi i64 [ %indvars.iv.next712.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv711.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %indvars.iv715.1.i.epil = phi i64 [ %indvars.iv.next716.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv715.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
   %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %649 = shl nsw i64 %indvars.iv711.1.i.epil, 4
-  %650 = add nuw nsw i64 %649, 128
-  %651 = getelementptr inbounds nuw float, ptr %scores.i, i64 %650
-  %652 = load <16 x float>, ptr %651, align 4, !tbaa !5
-  %653 = fmul <16 x float> %91, %652
-  %654 = trunc i64 %649 to i32
-  %655 = sub i32 %417, %654
-  %656 = insertelement <16 x i32> poison, i32 %655, i64 0
-  %657 = shufflevector <16 x i32> %656, <16 x i32> poison, <16 x i32> zeroinitializer
-  %658 = icmp sgt <16 x i32> %657, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %659 = select <16 x i1> %658, <16 x float> %653, <16 x float> splat (float 0xFFF0000000000000)
-  %660 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %650
-  store <16 x float> %659, ptr %660, align 4, !tbaa !5
-  %indvars.iv.next712.1.i.epil = add nuw nsw i64 %indvars.iv711.1.i.epil, 1
+  %658 = shl nsw i64 %indvars.iv715.1.i.epil, 4
+  %659 = add nuw nsw i64 %658, 128
+  %660 = getelementptr inbounds nuw float, ptr %scores.i, i64 %659
+  %661 = load <16 x float>, ptr %660, align 4, !tbaa !5
+  %662 = fmul <16 x float> %95, %661
+  %663 = trunc i64 %658 to i32
+  %664 = sub i32 %421, %663
+  %665 = insertelement <16 x i32> poison, i32 %664, i64 0
+  %666 = shufflevector <16 x i32> %665, <16 x i32> poison, <16 x i32> zeroinitializer
+  %667 = icmp sgt <16 x i32> %666, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %668 = select <16 x i1> %667, <16 x float> %662, <16 x float> splat (float 0xFFF0000000000000)
+  %669 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %659
+  store <16 x float> %668, ptr %669, align 4, !tbaa !5
+  %indvars.iv.next716.1.i.epil = add nuw nsw i64 %indvars.iv715.1.i.epil, 1
   %epil.iter204.next = add i64 %epil.iter204, 1
   %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
   br i1 %epil.iter204.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %460, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
+  br i1 %465, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv711.2.i = phi i64 [ %indvars.iv.next712.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %indvars.iv715.2.i = phi i64 [ %indvars.iv.next716.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
   %niter214 = phi i64 [ %niter214.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %661 = shl nsw i64 %indvars.iv711.2.i, 4
-  %662 = add nuw nsw i64 %661, 256
-  %663 = getelementptr inbounds nuw float, ptr %scores.i, i64 %662
-  %664 = load <16 x float>, ptr %663, align 4, !tbaa !5
-  %665 = fmul <16 x float> %91, %664
-  %666 = trunc i64 %661 to i32
-  %667 = sub i32 %417, %666
-  %668 = insertelement <16 x i32> poison, i32 %667, i64 0
-  %669 = shufflevector <16 x i32> %668, <16 x i32> poison, <16 x i32> zeroinitializer
-  %670 = icmp sgt <16 x i32> %669, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %671 = select <16 x i1> %670, <16 x float> %665, <16 x float> splat (float 0xFFF0000000000000)
-  %672 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %662
-  store <16 x float> %671, ptr %672, align 4, !tbaa !5
-  %indvars.iv.next712.2.i = shl i64 %indvars.iv711.2.i, 4
-  %673 = add nuw nsw i64 %indvars.iv.next712.2.i, 272
-  %674 = getelementptr inbounds nuw float, ptr %scores.i, i64 %673
-  %675 = load <16 x float>, ptr %674, align 4, !tbaa !5
-  %676 = fmul <16 x float> %91, %675
-  %677 = trunc i64 %indvars.iv.next712.2.i to i32
-  %678 = or disjoint i32 %677, 16
-  %679 = sub i32 %417, %678
-  %680 = insertelement <16 x i32> poison, i32 %679, i64 0
-  %681 = shufflevector <16 x i32> %680, <16 x i32> poison, <16 x i32> zeroinitializer
-  %682 = icmp sgt <16 x i32> %681, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %683 = select <16 x i1> %682, <16 x float> %676, <16 x float> splat (float 0xFFF0000000000000)
-  %684 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %673
-  store <16 x float> %683, ptr %684, align 4, !tbaa !5
-  %indvars.iv.next712.2.i.1 = shl i64 %indvars.iv711.2.i, 4
-  %685 = add nuw nsw i64 %indvars.iv.next712.2.i.1, 288
-  %686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %685
-  %687 = load <16 x float>, ptr %686, align 4, !tbaa !5
-  %688 = fmul <16 x float> %91, %687
-  %689 = trunc i64 %indvars.iv.next712.2.i.1 to i32
-  %690 = or disjoint i32 %689, 32
-  %691 = sub i32 %417, %690
-  %692 = insertelement <16 x i32> poison, i32 %691, i64 0
-  %693 = shufflevector <16 x i32> %692, <16 x i32> poison, <16 x i32> zeroinitializer
-  %694 = icmp sgt <16 x i32> %693, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %695 = select <16 x i1> %694, <16 x float> %688, <16 x float> splat (float 0xFFF0000000000000)
-  %696 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %685
-  store <16 x float> %695, ptr %696, align 4, !tbaa !5
-  %indvars.iv.next712.2.i.2 = shl i64 %indvars.iv711.2.i, 4
-  %697 = add nuw nsw i64 %indvars.iv.next712.2.i.2, 304
-  %698 = getelementptr inbounds nuw float, ptr %scores.i, i64 %697
-  %699 = load <16 x float>, ptr %698, align 4, !tbaa !5
-  %700 = fmul <16 x float> %91, %699
-  %701 = trunc i64 %indvars.iv.next712.2.i.2 to i32
-  %702 = or disjoint i32 %701, 48
-  %703 = sub i32 %417, %702
-  %704 = insertelement <16 x i32> poison, i32 %703, i64 0
-  %705 = shufflevector <16 x i32> %704, <16 x i32> poison, <16 x i32> zeroinitializer
-  %706 = icmp sgt <16 x i32> %705, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %707 = select <16 x i1> %706, <16 x float> %700, <16 x float> splat (float 0xFFF0000000000000)
-  %708 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %697
-  store <16 x float> %707, ptr %708, align 4, !tbaa !5
-  %indvars.iv.next712.2.i.3 = add nuw nsw i64 %indvars.iv711.2.i, 4
+  %670 = shl nsw i64 %indvars.iv715.2.i, 4
+  %671 = add nuw nsw i64 %670, 256
+  %672 = getelementptr inbounds nuw float, ptr %scores.i, i64 %671
+  %673 = load <16 x float>, ptr %672, align 4, !tbaa !5
+  %674 = fmul <16 x float> %95, %673
+  %675 = trunc i64 %670 to i32
+  %676 = sub i32 %421, %675
+  %677 = insertelement <16 x i32> poison, i32 %676, i64 0
+  %678 = shufflevector <16 x i32> %677, <16 x i32> poison, <16 x i32> zeroinitializer
+  %679 = icmp sgt <16 x i32> %678, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %680 = select <16 x i1> %679, <16 x float> %674, <16 x float> splat (float 0xFFF0000000000000)
+  %681 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %671
+  store <16 x float> %680, ptr %681, align 4, !tbaa !5
+  %indvars.iv.next716.2.i = shl i64 %indvars.iv715.2.i, 4
+  %682 = add nuw nsw i64 %indvars.iv.next716.2.i, 272
+  %683 = getelementptr inbounds nuw float, ptr %scores.i, i64 %682
+  %684 = load <16 x float>, ptr %683, align 4, !tbaa !5
+  %685 = fmul <16 x float> %95, %684
+  %686 = trunc i64 %indvars.iv.next716.2.i to i32
+  %687 = or disjoint i32 %686, 16
+  %688 = sub i32 %421, %687
+  %689 = insertelement <16 x i32> poison, i32 %688, i64 0
+  %690 = shufflevector <16 x i32> %689, <16 x i32> poison, <16 x i32> zeroinitializer
+  %691 = icmp sgt <16 x i32> %690, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %692 = select <16 x i1> %691, <16 x float> %685, <16 x float> splat (float 0xFFF0000000000000)
+  %693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %682
+  store <16 x float> %692, ptr %693, align 4, !tbaa !5
+  %indvars.iv.next716.2.i.1 = shl i64 %indvars.iv715.2.i, 4
+  %694 = add nuw nsw i64 %indvars.iv.next716.2.i.1, 288
+  %695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %694
+  %696 = load <16 x float>, ptr %695, align 4, !tbaa !5
+  %697 = fmul <16 x float> %95, %696
+  %698 = trunc i64 %indvars.iv.next716.2.i.1 to i32
+  %699 = or disjoint i32 %698, 32
+  %700 = sub i32 %421, %699
+  %701 = insertelement <16 x i32> poison, i32 %700, i64 0
+  %702 = shufflevector <16 x i32> %701, <16 x i32> poison, <16 x i32> zeroinitializer
+  %703 = icmp sgt <16 x i32> %702, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %704 = select <16 x i1> %703, <16 x float> %697, <16 x float> splat (float 0xFFF0000000000000)
+  %705 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %694
+  store <16 x float> %704, ptr %705, align 4, !tbaa !5
+  %indvars.iv.next716.2.i.2 = shl i64 %indvars.iv715.2.i, 4
+  %706 = add nuw nsw i64 %indvars.iv.next716.2.i.2, 304
+  %707 = getelementptr inbounds nuw float, ptr %scores.i, i64 %706
+  %708 = load <16 x float>, ptr %707, align 4, !tbaa !5
+  %709 = fmul <16 x float> %95, %708
+  %710 = trunc i64 %indvars.iv.next716.2.i.2 to i32
+  %711 = or disjoint i32 %710, 48
+  %712 = sub i32 %421, %711
+  %713 = insertelement <16 x i32> poison, i32 %712, i64 0
+  %714 = shufflevector <16 x i32> %713, <16 x i32> poison, <16 x i32> zeroinitializer
+  %715 = icmp sgt <16 x i32> %714, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %716 = select <16 x i1> %715, <16 x float> %709, <16 x float> splat (float 0xFFF0000000000000)
+  %717 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %706
+  store <16 x float> %716, ptr %717, align 4, !tbaa !5
+  %indvars.iv.next716.2.i.3 = add nuw nsw i64 %indvars.iv715.2.i, 4
   %niter214.next.3 = add i64 %niter214, 4
   %niter214.ncmp.3 = icmp eq i64 %niter214.next.3, %unroll_iter213
   br i1 %niter214.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
@@ -1485,93 +1510,93 @@ for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
   br i1 %lcmp.mod211.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv711.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next712.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  %indvars.iv715.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next716.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod212)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv711.2.i.epil = phi i64 [ %indvars.iv.next712.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv711.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %indvars.iv715.2.i.epil = phi i64 [ %indvars.iv.next716.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv715.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
   %epil.iter210 = phi i64 [ %epil.iter210.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %709 = shl nsw i64 %indvars.iv711.2.i.epil, 4
-  %710 = add nuw nsw i64 %709, 256
-  %711 = getelementptr inbounds nuw float, ptr %scores.i, i64 %710
-  %712 = load <16 x float>, ptr %711, align 4, !tbaa !5
-  %713 = fmul <16 x float> %91, %712
-  %714 = trunc i64 %709 to i32
-  %715 = sub i32 %417, %714
-  %716 = insertelement <16 x i32> poison, i32 %715, i64 0
-  %717 = shufflevector <16 x i32> %716, <16 x i32> poison, <16 x i32> zeroinitializer
-  %718 = icmp sgt <16 x i32> %717, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %719 = select <16 x i1> %718, <16 x float> %713, <16 x float> splat (float 0xFFF0000000000000)
-  %720 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %710
-  store <16 x float> %719, ptr %720, align 4, !tbaa !5
-  %indvars.iv.next712.2.i.epil = add nuw nsw i64 %indvars.iv711.2.i.epil, 1
+  %718 = shl nsw i64 %indvars.iv715.2.i.epil, 4
+  %719 = add nuw nsw i64 %718, 256
+  %720 = getelementptr inbounds nuw float, ptr %scores.i, i64 %719
+  %721 = load <16 x float>, ptr %720, align 4, !tbaa !5
+  %722 = fmul <16 x float> %95, %721
+  %723 = trunc i64 %718 to i32
+  %724 = sub i32 %421, %723
+  %725 = insertelement <16 x i32> poison, i32 %724, i64 0
+  %726 = shufflevector <16 x i32> %725, <16 x i32> poison, <16 x i32> zeroinitializer
+  %727 = icmp sgt <16 x i32> %726, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %728 = select <16 x i1> %727, <16 x float> %722, <16 x float> splat (float 0xFFF0000000000000)
+  %729 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %719
+  store <16 x float> %728, ptr %729, align 4, !tbaa !5
+  %indvars.iv.next716.2.i.epil = add nuw nsw i64 %indvars.iv715.2.i.epil, 1
   %epil.iter210.next = add i64 %epil.iter210, 1
   %epil.iter210.cmp.not = icmp eq i64 %epil.iter210.next, %xtraiter209
   br i1 %epil.iter210.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %461, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
+  br i1 %466, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv711.3.i = phi i64 [ %indvars.iv.next712.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %indvars.iv715.3.i = phi i64 [ %indvars.iv.next716.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
   %niter220 = phi i64 [ %niter220.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %721 = shl nsw i64 %indvars.iv711.3.i, 4
-  %722 = add nuw nsw i64 %721, 384
-  %723 = getelementptr inbounds nuw float, ptr %scores.i, i64 %722
-  %724 = load <16 x float>, ptr %723, align 4, !tbaa !5
-  %725 = fmul <16 x float> %91, %724
-  %726 = trunc i64 %721 to i32
-  %727 = sub i32 %417, %726
-  %728 = insertelement <16 x i32> poison, i32 %727, i64 0
-  %729 = shufflevector <16 x i32> %728, <16 x i32> poison, <16 x i32> zeroinitializer
-  %730 = icmp sgt <16 x i32> %729, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %731 = select <16 x i1> %730, <16 x float> %725, <16 x float> splat (float 0xFFF0000000000000)
-  %732 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %722
-  store <16 x float> %731, ptr %732, align 4, !tbaa !5
-  %indvars.iv.next712.3.i = shl i64 %indvars.iv711.3.i, 4
-  %733 = add nuw nsw i64 %indvars.iv.next712.3.i, 400
-  %734 = getelementptr inbounds nuw float, ptr %scores.i, i64 %733
-  %735 = load <16 x float>, ptr %734, align 4, !tbaa !5
-  %736 = fmul <16 x float> %91, %735
-  %737 = trunc i64 %indvars.iv.next712.3.i to i32
-  %738 = or disjoint i32 %737, 16
-  %739 = sub i32 %417, %738
-  %740 = insertelement <16 x i32> poison, i32 %739, i64 0
-  %741 = shufflevector <16 x i32> %740, <16 x i32> poison, <16 x i32> zeroinitializer
-  %742 = icmp sgt <16 x i32> %741, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %743 = select <16 x i1> %742, <16 x float> %736, <16 x float> splat (float 0xFFF0000000000000)
-  %744 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %733
-  store <16 x float> %743, ptr %744, align 4, !tbaa !5
-  %indvars.iv.next712.3.i.1 = shl i64 %indvars.iv711.3.i, 4
-  %745 = add nuw nsw i64 %indvars.iv.next712.3.i.1, 416
-  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %745
-  %747 = load <16 x float>, ptr %746, align 4, !tbaa !5
-  %748 = fmul <16 x float> %91, %747
-  %749 = trunc i64 %indvars.iv.next712.3.i.1 to i32
-  %750 = or disjoint i32 %749, 32
-  %751 = sub i32 %417, %750
-  %752 = insertelement <16 x i32> poison, i32 %751, i64 0
-  %753 = shufflevector <16 x i32> %752, <16 x i32> poison, <16 x i32> zeroinitializer
-  %754 = icmp sgt <16 x i32> %753, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %755 = select <16 x i1> %754, <16 x float> %748, <16 x float> splat (float 0xFFF0000000000000)
-  %756 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %745
-  store <16 x float> %755, ptr %756, align 4, !tbaa !5
-  %indvars.iv.next712.3.i.2 = shl i64 %indvars.iv711.3.i, 4
-  %757 = add nuw nsw i64 %indvars.iv.next712.3.i.2, 432
-  %758 = getelementptr inbounds nuw float, ptr %scores.i, i64 %757
-  %759 = load <16 x float>, ptr %758, align 4, !tbaa !5
-  %760 = fmul <16 x float> %91, %759
-  %761 = trunc i64 %indvars.iv.next712.3.i.2 to i32
-  %762 = or disjoint i32 %761, 48
-  %763 = sub i32 %417, %762
-  %764 = insertelement <16 x i32> poison, i32 %763, i64 0
-  %765 = shufflevector <16 x i32> %764, <16 x i32> poison, <16 x i32> zeroinitializer
-  %766 = icmp sgt <16 x i32> %765, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %767 = select <16 x i1> %766, <16 x float> %760, <16 x float> splat (float 0xFFF0000000000000)
-  %768 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %757
-  store <16 x float> %767, ptr %768, align 4, !tbaa !5
-  %indvars.iv.next712.3.i.3 = add nuw nsw i64 %indvars.iv711.3.i, 4
+  %730 = shl nsw i64 %indvars.iv715.3.i, 4
+  %731 = add nuw nsw i64 %730, 384
+  %732 = getelementptr inbounds nuw float, ptr %scores.i, i64 %731
+  %733 = load <16 x float>, ptr %732, align 4, !tbaa !5
+  %734 = fmul <16 x float> %95, %733
+  %735 = trunc i64 %730 to i32
+  %736 = sub i32 %421, %735
+  %737 = insertelement <16 x i32> poison, i32 %736, i64 0
+  %738 = shufflevector <16 x i32> %737, <16 x i32> poison, <16 x i32> zeroinitializer
+  %739 = icmp sgt <16 x i32> %738, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %740 = select <16 x i1> %739, <16 x float> %734, <16 x float> splat (float 0xFFF0000000000000)
+  %741 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %731
+  store <16 x float> %740, ptr %741, align 4, !tbaa !5
+  %indvars.iv.next716.3.i = shl i64 %indvars.iv715.3.i, 4
+  %742 = add nuw nsw i64 %indvars.iv.next716.3.i, 400
+  %743 = getelementptr inbounds nuw float, ptr %scores.i, i64 %742
+  %744 = load <16 x float>, ptr %743, align 4, !tbaa !5
+  %745 = fmul <16 x float> %95, %744
+  %746 = trunc i64 %indvars.iv.next716.3.i to i32
+  %747 = or disjoint i32 %746, 16
+  %748 = sub i32 %421, %747
+  %749 = insertelement <16 x i32> poison, i32 %748, i64 0
+  %750 = shufflevector <16 x i32> %749, <16 x i32> poison, <16 x i32> zeroinitializer
+  %751 = icmp sgt <16 x i32> %750, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %752 = select <16 x i1> %751, <16 x float> %745, <16 x float> splat (float 0xFFF0000000000000)
+  %753 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %742
+  store <16 x float> %752, ptr %753, align 4, !tbaa !5
+  %indvars.iv.next716.3.i.1 = shl i64 %indvars.iv715.3.i, 4
+  %754 = add nuw nsw i64 %indvars.iv.next716.3.i.1, 416
+  %755 = getelementptr inbounds nuw float, ptr %scores.i, i64 %754
+  %756 = load <16 x float>, ptr %755, align 4, !tbaa !5
+  %757 = fmul <16 x float> %95, %756
+  %758 = trunc i64 %indvars.iv.next716.3.i.1 to i32
+  %759 = or disjoint i32 %758, 32
+  %760 = sub i32 %421, %759
+  %761 = insertelement <16 x i32> poison, i32 %760, i64 0
+  %762 = shufflevector <16 x i32> %761, <16 x i32> poison, <16 x i32> zeroinitializer
+  %763 = icmp sgt <16 x i32> %762, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %764 = select <16 x i1> %763, <16 x float> %757, <16 x float> splat (float 0xFFF0000000000000)
+  %765 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %754
+  store <16 x float> %764, ptr %765, align 4, !tbaa !5
+  %indvars.iv.next716.3.i.2 = shl i64 %indvars.iv715.3.i, 4
+  %766 = add nuw nsw i64 %indvars.iv.next716.3.i.2, 432
+  %767 = getelementptr inbounds nuw float, ptr %scores.i, i64 %766
+  %768 = load <16 x float>, ptr %767, align 4, !tbaa !5
+  %769 = fmul <16 x float> %95, %768
+  %770 = trunc i64 %indvars.iv.next716.3.i.2 to i32
+  %771 = or disjoint i32 %770, 48
+  %772 = sub i32 %421, %771
+  %773 = insertelement <16 x i32> poison, i32 %772, i64 0
+  %774 = shufflevector <16 x i32> %773, <16 x i32> poison, <16 x i32> zeroinitializer
+  %775 = icmp sgt <16 x i32> %774, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %776 = select <16 x i1> %775, <16 x float> %769, <16 x float> splat (float 0xFFF0000000000000)
+  %777 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %766
+  store <16 x float> %776, ptr %777, align 4, !tbaa !5
+  %indvars.iv.next716.3.i.3 = add nuw nsw i64 %indvars.iv715.3.i, 4
   %niter220.next.3 = add i64 %niter220, 4
   %niter220.ncmp.3 = icmp eq i64 %niter220.next.3, %unroll_iter219
   br i1 %niter220.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
@@ -1580,667 +1605,667 @@ for_body_ax157.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
   br i1 %lcmp.mod217.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax157.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv711.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next712.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
+  %indvars.iv715.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next716.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod218)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv711.3.i.epil = phi i64 [ %indvars.iv.next712.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv711.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %indvars.iv715.3.i.epil = phi i64 [ %indvars.iv.next716.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv715.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
   %epil.iter216 = phi i64 [ %epil.iter216.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %769 = shl nsw i64 %indvars.iv711.3.i.epil, 4
-  %770 = add nuw nsw i64 %769, 384
-  %771 = getelementptr inbounds nuw float, ptr %scores.i, i64 %770
-  %772 = load <16 x float>, ptr %771, align 4, !tbaa !5
-  %773 = fmul <16 x float> %91, %772
-  %774 = trunc i64 %769 to i32
-  %775 = sub i32 %417, %774
-  %776 = insertelement <16 x i32> poison, i32 %775, i64 0
-  %777 = shufflevector <16 x i32> %776, <16 x i32> poison, <16 x i32> zeroinitializer
-  %778 = icmp sgt <16 x i32> %777, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %779 = select <16 x i1> %778, <16 x float> %773, <16 x float> splat (float 0xFFF0000000000000)
-  %780 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %770
-  store <16 x float> %779, ptr %780, align 4, !tbaa !5
-  %indvars.iv.next712.3.i.epil = add nuw nsw i64 %indvars.iv711.3.i.epil, 1
+  %778 = shl nsw i64 %indvars.iv715.3.i.epil, 4
+  %779 = add nuw nsw i64 %778, 384
+  %780 = getelementptr inbounds nuw float, ptr %scores.i, i64 %779
+  %781 = load <16 x float>, ptr %780, align 4, !tbaa !5
+  %782 = fmul <16 x float> %95, %781
+  %783 = trunc i64 %778 to i32
+  %784 = sub i32 %421, %783
+  %785 = insertelement <16 x i32> poison, i32 %784, i64 0
+  %786 = shufflevector <16 x i32> %785, <16 x i32> poison, <16 x i32> zeroinitializer
+  %787 = icmp sgt <16 x i32> %786, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %788 = select <16 x i1> %787, <16 x float> %782, <16 x float> splat (float 0xFFF0000000000000)
+  %789 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %779
+  store <16 x float> %788, ptr %789, align 4, !tbaa !5
+  %indvars.iv.next716.3.i.epil = add nuw nsw i64 %indvars.iv715.3.i.epil, 1
   %epil.iter216.next = add i64 %epil.iter216, 1
   %epil.iter216.cmp.not = icmp eq i64 %epil.iter216.next, %xtraiter215
   br i1 %epil.iter216.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
 
 for_body_ax157.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax157.i.preheader.unr-lcssa
-  br i1 %462, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !39
+  br i1 %467, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !39
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.preheader.i
-  %781 = getelementptr inbounds nuw float, ptr %scores.i, i64 %541
-  store <16 x float> zeroinitializer, ptr %781, align 4, !tbaa !5
+  %790 = getelementptr inbounds nuw float, ptr %scores.i, i64 %550
+  store <16 x float> zeroinitializer, ptr %790, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %782 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %782, align 4, !tbaa !5
-  %783 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %783, align 4, !tbaa !5
-  %784 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %784, align 4, !tbaa !5
-  %785 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %785, align 4, !tbaa !5
-  %786 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %786, align 4, !tbaa !5
-  %787 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %787, align 4, !tbaa !5
-  %788 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %788, align 4, !tbaa !5
-  %789 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %789, align 4, !tbaa !5
-  %790 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %790, align 4, !tbaa !5
-  %791 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %791, align 4, !tbaa !5
-  %792 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %792, align 4, !tbaa !5
-  %793 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %793, align 4, !tbaa !5
-  %794 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %794, align 4, !tbaa !5
-  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %795, align 4, !tbaa !5
-  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %796, align 4, !tbaa !5
-  %797 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %798 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %798, %797
-  %799 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %800 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %800, %799
-  %801 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %802 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %802, %801
-  %803 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %804 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %804, %803
-  %805 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %806 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %806, %805
-  %807 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %808 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %808, %807
-  %809 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %810 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %810, %809
-  %811 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %812 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %812, %811
-  %813 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %814 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %814, %813
-  %815 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %816 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %816, %815
-  %817 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %818 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %818, %817
-  %819 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %820 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %820, %819
-  %821 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %822 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %822, %821
-  %823 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %824 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %824, %823
-  %825 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %826 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %827 = fadd <16 x float> %826, %825
-  %828 = fadd <16 x float> %827, zeroinitializer
-  store <16 x float> %828, ptr %781, align 4, !tbaa !5
-  %829 = getelementptr inbounds nuw i8, ptr %781, i64 512
-  store <16 x float> zeroinitializer, ptr %829, align 4, !tbaa !5
-  %830 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %830, align 4, !tbaa !5
-  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %831, align 4, !tbaa !5
-  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %832, align 4, !tbaa !5
-  %833 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %833, align 4, !tbaa !5
-  %834 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %834, align 4, !tbaa !5
-  %835 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %835, align 4, !tbaa !5
-  %836 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %836, align 4, !tbaa !5
-  %837 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %837, align 4, !tbaa !5
-  %838 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %838, align 4, !tbaa !5
-  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %839, align 4, !tbaa !5
-  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %840, align 4, !tbaa !5
-  %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %841, align 4, !tbaa !5
-  %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %842, align 4, !tbaa !5
-  %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %843, align 4, !tbaa !5
-  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %844, align 4, !tbaa !5
-  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %845, align 4, !tbaa !5
-  %846 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %847 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %847, %846
-  %848 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %849 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %849, %848
-  %850 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %851 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %851, %850
-  %852 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %853 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %853, %852
-  %854 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %855 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %855, %854
-  %856 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %857 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %857, %856
-  %858 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %859 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %859, %858
-  %860 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %861 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %861, %860
-  %862 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %863 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %863, %862
-  %864 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %865 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %865, %864
-  %866 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %867 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %867, %866
-  %868 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %869 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %869, %868
-  %870 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %871 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %871, %870
-  %872 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %873 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %873, %872
-  %874 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %875 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %876 = fadd <16 x float> %875, %874
-  %877 = fadd <16 x float> %876, zeroinitializer
-  store <16 x float> %877, ptr %829, align 4, !tbaa !5
-  %878 = getelementptr inbounds nuw i8, ptr %781, i64 1024
-  store <16 x float> zeroinitializer, ptr %878, align 4, !tbaa !5
-  %879 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %879, align 4, !tbaa !5
-  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %880, align 4, !tbaa !5
-  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %881, align 4, !tbaa !5
-  %882 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %882, align 4, !tbaa !5
-  %883 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %883, align 4, !tbaa !5
-  %884 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %884, align 4, !tbaa !5
-  %885 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %885, align 4, !tbaa !5
-  %886 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %886, align 4, !tbaa !5
-  %887 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %887, align 4, !tbaa !5
-  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %888, align 4, !tbaa !5
-  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %889, align 4, !tbaa !5
-  %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %890, align 4, !tbaa !5
-  %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %891, align 4, !tbaa !5
-  %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %892, align 4, !tbaa !5
-  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %893, align 4, !tbaa !5
-  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %894, align 4, !tbaa !5
-  %895 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %896 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %896, %895
-  %897 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %898 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %898, %897
-  %899 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %900 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %900, %899
-  %901 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %902 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %902, %901
-  %903 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %904 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %904, %903
-  %905 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %906 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %906, %905
-  %907 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %908 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %908, %907
-  %909 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %910 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %910, %909
-  %911 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %912 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %912, %911
-  %913 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %914 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %914, %913
-  %915 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %916 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %916, %915
-  %917 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %918 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %918, %917
-  %919 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %920 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %920, %919
-  %921 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %922 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %922, %921
-  %923 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %924 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %925 = fadd <16 x float> %924, %923
-  %926 = fadd <16 x float> %925, zeroinitializer
-  store <16 x float> %926, ptr %878, align 4, !tbaa !5
-  %927 = getelementptr inbounds nuw i8, ptr %781, i64 1536
-  store <16 x float> zeroinitializer, ptr %927, align 4, !tbaa !5
-  %928 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %928, align 4, !tbaa !5
-  %929 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %929, align 4, !tbaa !5
-  %930 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %930, align 4, !tbaa !5
-  %931 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %931, align 4, !tbaa !5
-  %932 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %932, align 4, !tbaa !5
-  %933 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %933, align 4, !tbaa !5
-  %934 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %934, align 4, !tbaa !5
-  %935 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %935, align 4, !tbaa !5
-  %936 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %936, align 4, !tbaa !5
-  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %937, align 4, !tbaa !5
-  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %938, align 4, !tbaa !5
-  %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %939, align 4, !tbaa !5
-  %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %940, align 4, !tbaa !5
-  %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %941, align 4, !tbaa !5
-  %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %942, align 4, !tbaa !5
-  %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %943, align 4, !tbaa !5
-  %944 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %945 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %945, %944
-  %946 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %947 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %947, %946
-  %948 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %949 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %949, %948
-  %950 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %951 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %951, %950
-  %952 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %953 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %953, %952
-  %954 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %955 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %955, %954
-  %956 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %957 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %957, %956
-  %958 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %959 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %959, %958
-  %960 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %961 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %961, %960
-  %962 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %963 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %963, %962
-  %964 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %965 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %965, %964
-  %966 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %967 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %967, %966
-  %968 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %969 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %969, %968
-  %970 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %971 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %971, %970
-  %972 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %973 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %974 = fadd <16 x float> %973, %972
-  %975 = fadd <16 x float> %974, zeroinitializer
-  store <16 x float> %975, ptr %927, align 4, !tbaa !5
-  %976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %977 = tail call i32 %976(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not275.i = icmp eq i32 %977, 0
-  br i1 %.not275.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
+  %791 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %791, align 4, !tbaa !5
+  %792 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %792, align 4, !tbaa !5
+  %793 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %793, align 4, !tbaa !5
+  %794 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %794, align 4, !tbaa !5
+  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %795, align 4, !tbaa !5
+  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %796, align 4, !tbaa !5
+  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %797, align 4, !tbaa !5
+  %798 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %798, align 4, !tbaa !5
+  %799 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %799, align 4, !tbaa !5
+  %800 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %800, align 4, !tbaa !5
+  %801 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %801, align 4, !tbaa !5
+  %802 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %802, align 4, !tbaa !5
+  %803 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %803, align 4, !tbaa !5
+  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %804, align 4, !tbaa !5
+  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %805, align 4, !tbaa !5
+  %806 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %807 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %807, %806
+  %808 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %809 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %809, %808
+  %810 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %811 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %811, %810
+  %812 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %813 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %813, %812
+  %814 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %815 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %815, %814
+  %816 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %817 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %817, %816
+  %818 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %819 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %819, %818
+  %820 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %821 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %821, %820
+  %822 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %823 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %823, %822
+  %824 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %825 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %825, %824
+  %826 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %827 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %827, %826
+  %828 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %829 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %829, %828
+  %830 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %831 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %831, %830
+  %832 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %833 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %833, %832
+  %834 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %835 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %836 = fadd <16 x float> %835, %834
+  %837 = fadd <16 x float> %836, zeroinitializer
+  store <16 x float> %837, ptr %790, align 4, !tbaa !5
+  %838 = getelementptr inbounds nuw i8, ptr %790, i64 512
+  store <16 x float> zeroinitializer, ptr %838, align 4, !tbaa !5
+  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %839, align 4, !tbaa !5
+  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %840, align 4, !tbaa !5
+  %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %841, align 4, !tbaa !5
+  %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %842, align 4, !tbaa !5
+  %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %843, align 4, !tbaa !5
+  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %844, align 4, !tbaa !5
+  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %845, align 4, !tbaa !5
+  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %846, align 4, !tbaa !5
+  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %847, align 4, !tbaa !5
+  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %848, align 4, !tbaa !5
+  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %849, align 4, !tbaa !5
+  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %850, align 4, !tbaa !5
+  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %851, align 4, !tbaa !5
+  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %852, align 4, !tbaa !5
+  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %853, align 4, !tbaa !5
+  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %854, align 4, !tbaa !5
+  %855 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %856 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %856, %855
+  %857 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %858 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %858, %857
+  %859 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %860 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %860, %859
+  %861 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %862 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %862, %861
+  %863 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %864 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %864, %863
+  %865 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %866 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %866, %865
+  %867 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %868 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %868, %867
+  %869 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %870 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %870, %869
+  %871 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %872 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %872, %871
+  %873 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %874 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %874, %873
+  %875 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %876 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %876, %875
+  %877 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %878 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %878, %877
+  %879 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %880 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %880, %879
+  %881 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %882 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %882, %881
+  %883 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %884 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %885 = fadd <16 x float> %884, %883
+  %886 = fadd <16 x float> %885, zeroinitializer
+  store <16 x float> %886, ptr %838, align 4, !tbaa !5
+  %887 = getelementptr inbounds nuw i8, ptr %790, i64 1024
+  store <16 x float> zeroinitializer, ptr %887, align 4, !tbaa !5
+  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %888, align 4, !tbaa !5
+  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %889, align 4, !tbaa !5
+  %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %890, align 4, !tbaa !5
+  %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %891, align 4, !tbaa !5
+  %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %892, align 4, !tbaa !5
+  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %893, align 4, !tbaa !5
+  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %894, align 4, !tbaa !5
+  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %895, align 4, !tbaa !5
+  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %896, align 4, !tbaa !5
+  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %897, align 4, !tbaa !5
+  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %898, align 4, !tbaa !5
+  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %899, align 4, !tbaa !5
+  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %900, align 4, !tbaa !5
+  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %901, align 4, !tbaa !5
+  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %902, align 4, !tbaa !5
+  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %903, align 4, !tbaa !5
+  %904 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %905 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %905, %904
+  %906 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %907 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %907, %906
+  %908 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %909 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %909, %908
+  %910 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %911 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %911, %910
+  %912 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %913 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %913, %912
+  %914 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %915 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %915, %914
+  %916 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %917 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %917, %916
+  %918 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %919 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %919, %918
+  %920 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %921 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %921, %920
+  %922 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %923 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %923, %922
+  %924 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %925 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %925, %924
+  %926 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %927 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %927, %926
+  %928 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %929 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %929, %928
+  %930 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %931 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %931, %930
+  %932 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %933 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %934 = fadd <16 x float> %933, %932
+  %935 = fadd <16 x float> %934, zeroinitializer
+  store <16 x float> %935, ptr %887, align 4, !tbaa !5
+  %936 = getelementptr inbounds nuw i8, ptr %790, i64 1536
+  store <16 x float> zeroinitializer, ptr %936, align 4, !tbaa !5
+  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %937, align 4, !tbaa !5
+  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %938, align 4, !tbaa !5
+  %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %939, align 4, !tbaa !5
+  %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %940, align 4, !tbaa !5
+  %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %941, align 4, !tbaa !5
+  %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %942, align 4, !tbaa !5
+  %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %943, align 4, !tbaa !5
+  %944 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %944, align 4, !tbaa !5
+  %945 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %945, align 4, !tbaa !5
+  %946 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %946, align 4, !tbaa !5
+  %947 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %947, align 4, !tbaa !5
+  %948 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %948, align 4, !tbaa !5
+  %949 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %949, align 4, !tbaa !5
+  %950 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %950, align 4, !tbaa !5
+  %951 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %951, align 4, !tbaa !5
+  %952 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %952, align 4, !tbaa !5
+  %953 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %954 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %954, %953
+  %955 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %956 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %956, %955
+  %957 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %958 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %958, %957
+  %959 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %960 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %960, %959
+  %961 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %962 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %962, %961
+  %963 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %964 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %964, %963
+  %965 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %966 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %966, %965
+  %967 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %968 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %968, %967
+  %969 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %970 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %970, %969
+  %971 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %972 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %972, %971
+  %973 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %974 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %974, %973
+  %975 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %976 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %976, %975
+  %977 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %978 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %978, %977
+  %979 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %980 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %980, %979
+  %981 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %982 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %983 = fadd <16 x float> %982, %981
+  %984 = fadd <16 x float> %983, zeroinitializer
+  store <16 x float> %984, ptr %936, align 4, !tbaa !5
+  %985 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %986 = tail call i32 %985(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not279.i = icmp eq i32 %986, 0
+  br i1 %.not279.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
 
 for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
-  %indvars.iv698.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next699.i, %for_begin_n_1.preheader.i ]
-  %978 = shl nuw nsw i64 %indvars.iv698.i, 1
-  %979 = getelementptr inbounds nuw i64, ptr %gep147, i64 %978
-  %980 = load i64, ptr %979, align 8, !tbaa !5
-  %981 = getelementptr i32, ptr %key_cache, i64 %980
-  %982 = getelementptr i32, ptr %981, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %982, i32 0, i32 2, i32 1)
-  %983 = getelementptr i8, ptr %981, i64 64
-  %984 = getelementptr i32, ptr %983, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %984, i32 0, i32 2, i32 1)
-  %985 = getelementptr i8, ptr %981, i64 128
-  %986 = getelementptr i32, ptr %985, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %986, i32 0, i32 2, i32 1)
-  %987 = getelementptr i8, ptr %981, i64 192
-  %988 = getelementptr i32, ptr %987, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %988, i32 0, i32 2, i32 1)
-  %989 = getelementptr inbounds nuw i8, ptr %979, i64 8
-  %990 = load i64, ptr %989, align 8, !tbaa !5
-  %991 = getelementptr i32, ptr %key_cache, i64 %990
-  %992 = getelementptr i32, ptr %991, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %992, i32 0, i32 2, i32 1)
-  %993 = getelementptr i8, ptr %991, i64 64
-  %994 = getelementptr i32, ptr %993, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %994, i32 0, i32 2, i32 1)
-  %995 = getelementptr i8, ptr %991, i64 128
-  %996 = getelementptr i32, ptr %995, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %996, i32 0, i32 2, i32 1)
-  %997 = getelementptr i8, ptr %991, i64 192
-  %998 = getelementptr i32, ptr %997, i64 %504
-  tail call void @llvm.prefetch.p0(ptr readonly %998, i32 0, i32 2, i32 1)
-  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep950.i, i64 %978
-  %999 = load i64, ptr %gep.i, align 8, !tbaa !5
-  %gep452.i = getelementptr i32, ptr %invariant.gep451.i, i64 %999
-  %1000 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
-  %1001 = load i64, ptr %1000, align 8, !tbaa !5
-  %gep454.i = getelementptr i32, ptr %invariant.gep451.i, i64 %1001
-  %1002 = load <16 x float>, ptr %507, align 4, !tbaa !5
-  %1003 = load <16 x i32>, ptr %gep452.i, align 4, !tbaa !5
-  %1004 = shl <16 x i32> %1003, splat (i32 16)
-  %1005 = bitcast <16 x i32> %1004 to <16 x float>
-  %1006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1002, <16 x float> %1005, <16 x float> zeroinitializer)
-  %1007 = load <16 x float>, ptr %508, align 4, !tbaa !5
-  %1008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1007, <16 x float> %1005, <16 x float> zeroinitializer)
-  %1009 = load <16 x float>, ptr %509, align 4, !tbaa !5
-  %1010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1009, <16 x float> %1005, <16 x float> zeroinitializer)
-  %1011 = load <16 x float>, ptr %510, align 4, !tbaa !5
-  %1012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1005, <16 x float> zeroinitializer)
-  %1013 = load <16 x i32>, ptr %gep454.i, align 4, !tbaa !5
-  %1014 = shl <16 x i32> %1013, splat (i32 16)
-  %1015 = bitcast <16 x i32> %1014 to <16 x float>
-  %1016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1002, <16 x float> %1015, <16 x float> zeroinitializer)
-  %1017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1007, <16 x float> %1015, <16 x float> zeroinitializer)
-  %1018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1009, <16 x float> %1015, <16 x float> zeroinitializer)
-  %1019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1015, <16 x float> zeroinitializer)
-  %1020 = load <16 x float>, ptr %511, align 4, !tbaa !5
-  %1021 = and <16 x i32> %1003, splat (i32 -65536)
-  %1022 = bitcast <16 x i32> %1021 to <16 x float>
-  %1023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1022, <16 x float> %1006)
-  %1024 = load <16 x float>, ptr %512, align 4, !tbaa !5
-  %1025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1022, <16 x float> %1008)
-  %1026 = load <16 x float>, ptr %513, align 4, !tbaa !5
-  %1027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1022, <16 x float> %1010)
-  %1028 = load <16 x float>, ptr %514, align 4, !tbaa !5
-  %1029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1028, <16 x float> %1022, <16 x float> %1012)
-  %1030 = and <16 x i32> %1013, splat (i32 -65536)
+  %indvars.iv702.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next703.i, %for_begin_n_1.preheader.i ]
+  %987 = shl nuw nsw i64 %indvars.iv702.i, 1
+  %988 = getelementptr inbounds nuw i64, ptr %gep147, i64 %987
+  %989 = load i64, ptr %988, align 8, !tbaa !5
+  %990 = getelementptr i32, ptr %key_cache, i64 %989
+  %991 = getelementptr i32, ptr %990, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %991, i32 0, i32 2, i32 1)
+  %992 = getelementptr i8, ptr %990, i64 64
+  %993 = getelementptr i32, ptr %992, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %993, i32 0, i32 2, i32 1)
+  %994 = getelementptr i8, ptr %990, i64 128
+  %995 = getelementptr i32, ptr %994, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %995, i32 0, i32 2, i32 1)
+  %996 = getelementptr i8, ptr %990, i64 192
+  %997 = getelementptr i32, ptr %996, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %997, i32 0, i32 2, i32 1)
+  %998 = getelementptr inbounds nuw i8, ptr %988, i64 8
+  %999 = load i64, ptr %998, align 8, !tbaa !5
+  %1000 = getelementptr i32, ptr %key_cache, i64 %999
+  %1001 = getelementptr i32, ptr %1000, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %1001, i32 0, i32 2, i32 1)
+  %1002 = getelementptr i8, ptr %1000, i64 64
+  %1003 = getelementptr i32, ptr %1002, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %1003, i32 0, i32 2, i32 1)
+  %1004 = getelementptr i8, ptr %1000, i64 128
+  %1005 = getelementptr i32, ptr %1004, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %1005, i32 0, i32 2, i32 1)
+  %1006 = getelementptr i8, ptr %1000, i64 192
+  %1007 = getelementptr i32, ptr %1006, i64 %513
+  tail call void @llvm.prefetch.p0(ptr readonly %1007, i32 0, i32 2, i32 1)
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep954.i, i64 %987
+  %1008 = load i64, ptr %gep.i, align 8, !tbaa !5
+  %gep456.i = getelementptr i32, ptr %invariant.gep455.i, i64 %1008
+  %1009 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
+  %1010 = load i64, ptr %1009, align 8, !tbaa !5
+  %gep458.i = getelementptr i32, ptr %invariant.gep455.i, i64 %1010
+  %1011 = load <16 x float>, ptr %516, align 4, !tbaa !5
+  %1012 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
+  %1013 = shl <16 x i32> %1012, splat (i32 16)
+  %1014 = bitcast <16 x i32> %1013 to <16 x float>
+  %1015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1014, <16 x float> zeroinitializer)
+  %1016 = load <16 x i32>, ptr %gep458.i, align 4, !tbaa !5
+  %1017 = shl <16 x i32> %1016, splat (i32 16)
+  %1018 = bitcast <16 x i32> %1017 to <16 x float>
+  %1019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1018, <16 x float> zeroinitializer)
+  %1020 = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %1021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1014, <16 x float> zeroinitializer)
+  %1022 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1018, <16 x float> zeroinitializer)
+  %1023 = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %1024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1023, <16 x float> %1014, <16 x float> zeroinitializer)
+  %1025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1023, <16 x float> %1018, <16 x float> zeroinitializer)
+  %1026 = load <16 x float>, ptr %519, align 4, !tbaa !5
+  %1027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1014, <16 x float> zeroinitializer)
+  %1028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1018, <16 x float> zeroinitializer)
+  %1029 = load <16 x float>, ptr %520, align 4, !tbaa !5
+  %1030 = and <16 x i32> %1012, %93
   %1031 = bitcast <16 x i32> %1030 to <16 x float>
-  %1032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1031, <16 x float> %1016)
-  %1033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1031, <16 x float> %1017)
-  %1034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1031, <16 x float> %1018)
-  %1035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1028, <16 x float> %1031, <16 x float> %1019)
-  %1036 = load <16 x float>, ptr %515, align 4, !tbaa !5
-  %gep439.1.i = getelementptr i8, ptr %gep452.i, i64 64
-  %1037 = load <16 x i32>, ptr %gep439.1.i, align 4, !tbaa !5
-  %1038 = shl <16 x i32> %1037, splat (i32 16)
-  %1039 = bitcast <16 x i32> %1038 to <16 x float>
-  %1040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1039, <16 x float> %1023)
-  %1041 = load <16 x float>, ptr %516, align 4, !tbaa !5
-  %1042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1041, <16 x float> %1039, <16 x float> %1025)
-  %1043 = load <16 x float>, ptr %517, align 4, !tbaa !5
-  %1044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1043, <16 x float> %1039, <16 x float> %1027)
-  %1045 = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %1046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1039, <16 x float> %1029)
-  %gep441.1.i = getelementptr i8, ptr %gep454.i, i64 64
-  %1047 = load <16 x i32>, ptr %gep441.1.i, align 4, !tbaa !5
-  %1048 = shl <16 x i32> %1047, splat (i32 16)
-  %1049 = bitcast <16 x i32> %1048 to <16 x float>
-  %1050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1049, <16 x float> %1032)
-  %1051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1041, <16 x float> %1049, <16 x float> %1033)
-  %1052 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1043, <16 x float> %1049, <16 x float> %1034)
-  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1049, <16 x float> %1035)
-  %1054 = load <16 x float>, ptr %519, align 4, !tbaa !5
-  %1055 = and <16 x i32> %1037, splat (i32 -65536)
-  %1056 = bitcast <16 x i32> %1055 to <16 x float>
-  %1057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1056, <16 x float> %1040)
-  %1058 = load <16 x float>, ptr %520, align 4, !tbaa !5
-  %1059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1056, <16 x float> %1042)
-  %1060 = load <16 x float>, ptr %521, align 4, !tbaa !5
-  %1061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1056, <16 x float> %1044)
-  %1062 = load <16 x float>, ptr %522, align 4, !tbaa !5
-  %1063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1062, <16 x float> %1056, <16 x float> %1046)
-  %1064 = and <16 x i32> %1047, splat (i32 -65536)
+  %1032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1029, <16 x float> %1031, <16 x float> %1015)
+  %1033 = and <16 x i32> %1016, %93
+  %1034 = bitcast <16 x i32> %1033 to <16 x float>
+  %1035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1029, <16 x float> %1034, <16 x float> %1019)
+  %1036 = load <16 x float>, ptr %521, align 4, !tbaa !5
+  %1037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1031, <16 x float> %1021)
+  %1038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1034, <16 x float> %1022)
+  %1039 = load <16 x float>, ptr %522, align 4, !tbaa !5
+  %1040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1039, <16 x float> %1031, <16 x float> %1024)
+  %1041 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1039, <16 x float> %1034, <16 x float> %1025)
+  %1042 = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %1043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1031, <16 x float> %1027)
+  %1044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1034, <16 x float> %1028)
+  %1045 = load <16 x float>, ptr %524, align 4, !tbaa !5
+  %gep443.1.i = getelementptr i8, ptr %gep456.i, i64 64
+  %1046 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
+  %1047 = shl <16 x i32> %1046, splat (i32 16)
+  %1048 = bitcast <16 x i32> %1047 to <16 x float>
+  %1049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1048, <16 x float> %1032)
+  %gep445.1.i = getelementptr i8, ptr %gep458.i, i64 64
+  %1050 = load <16 x i32>, ptr %gep445.1.i, align 4, !tbaa !5
+  %1051 = shl <16 x i32> %1050, splat (i32 16)
+  %1052 = bitcast <16 x i32> %1051 to <16 x float>
+  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1052, <16 x float> %1035)
+  %1054 = load <16 x float>, ptr %525, align 4, !tbaa !5
+  %1055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1048, <16 x float> %1037)
+  %1056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1052, <16 x float> %1038)
+  %1057 = load <16 x float>, ptr %526, align 4, !tbaa !5
+  %1058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1048, <16 x float> %1040)
+  %1059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1052, <16 x float> %1041)
+  %1060 = load <16 x float>, ptr %527, align 4, !tbaa !5
+  %1061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1048, <16 x float> %1043)
+  %1062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1052, <16 x float> %1044)
+  %1063 = load <16 x float>, ptr %528, align 4, !tbaa !5
+  %1064 = and <16 x i32> %1046, %93
   %1065 = bitcast <16 x i32> %1064 to <16 x float>
-  %1066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1065, <16 x float> %1050)
-  %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1065, <16 x float> %1051)
-  %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1065, <16 x float> %1052)
-  %1069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1062, <16 x float> %1065, <16 x float> %1053)
-  %1070 = load <16 x float>, ptr %523, align 4, !tbaa !5
-  %gep439.2.i = getelementptr i8, ptr %gep452.i, i64 128
-  %1071 = load <16 x i32>, ptr %gep439.2.i, align 4, !tbaa !5
-  %1072 = shl <16 x i32> %1071, splat (i32 16)
-  %1073 = bitcast <16 x i32> %1072 to <16 x float>
-  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1073, <16 x float> %1057)
-  %1075 = load <16 x float>, ptr %524, align 4, !tbaa !5
-  %1076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1073, <16 x float> %1059)
-  %1077 = load <16 x float>, ptr %525, align 4, !tbaa !5
-  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1073, <16 x float> %1061)
-  %1079 = load <16 x float>, ptr %526, align 4, !tbaa !5
-  %1080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1073, <16 x float> %1063)
-  %gep441.2.i = getelementptr i8, ptr %gep454.i, i64 128
-  %1081 = load <16 x i32>, ptr %gep441.2.i, align 4, !tbaa !5
-  %1082 = shl <16 x i32> %1081, splat (i32 16)
-  %1083 = bitcast <16 x i32> %1082 to <16 x float>
-  %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1083, <16 x float> %1066)
-  %1085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1083, <16 x float> %1067)
-  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1083, <16 x float> %1068)
-  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1083, <16 x float> %1069)
-  %1088 = load <16 x float>, ptr %527, align 4, !tbaa !5
-  %1089 = and <16 x i32> %1071, splat (i32 -65536)
-  %1090 = bitcast <16 x i32> %1089 to <16 x float>
-  %1091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1090, <16 x float> %1074)
-  %1092 = load <16 x float>, ptr %528, align 4, !tbaa !5
-  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1090, <16 x float> %1076)
-  %1094 = load <16 x float>, ptr %529, align 4, !tbaa !5
-  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1090, <16 x float> %1078)
-  %1096 = load <16 x float>, ptr %530, align 4, !tbaa !5
-  %1097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1090, <16 x float> %1080)
-  %1098 = and <16 x i32> %1081, splat (i32 -65536)
+  %1066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1063, <16 x float> %1065, <16 x float> %1049)
+  %1067 = and <16 x i32> %1050, %93
+  %1068 = bitcast <16 x i32> %1067 to <16 x float>
+  %1069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1063, <16 x float> %1068, <16 x float> %1053)
+  %1070 = load <16 x float>, ptr %529, align 4, !tbaa !5
+  %1071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1065, <16 x float> %1055)
+  %1072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1068, <16 x float> %1056)
+  %1073 = load <16 x float>, ptr %530, align 4, !tbaa !5
+  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1065, <16 x float> %1058)
+  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1068, <16 x float> %1059)
+  %1076 = load <16 x float>, ptr %531, align 4, !tbaa !5
+  %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1065, <16 x float> %1061)
+  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1068, <16 x float> %1062)
+  %1079 = load <16 x float>, ptr %532, align 4, !tbaa !5
+  %gep443.2.i = getelementptr i8, ptr %gep456.i, i64 128
+  %1080 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
+  %1081 = shl <16 x i32> %1080, splat (i32 16)
+  %1082 = bitcast <16 x i32> %1081 to <16 x float>
+  %1083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1082, <16 x float> %1066)
+  %gep445.2.i = getelementptr i8, ptr %gep458.i, i64 128
+  %1084 = load <16 x i32>, ptr %gep445.2.i, align 4, !tbaa !5
+  %1085 = shl <16 x i32> %1084, splat (i32 16)
+  %1086 = bitcast <16 x i32> %1085 to <16 x float>
+  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1086, <16 x float> %1069)
+  %1088 = load <16 x float>, ptr %533, align 4, !tbaa !5
+  %1089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1082, <16 x float> %1071)
+  %1090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1086, <16 x float> %1072)
+  %1091 = load <16 x float>, ptr %534, align 4, !tbaa !5
+  %1092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1082, <16 x float> %1074)
+  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1086, <16 x float> %1075)
+  %1094 = load <16 x float>, ptr %535, align 4, !tbaa !5
+  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1082, <16 x float> %1077)
+  %1096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1086, <16 x float> %1078)
+  %1097 = load <16 x float>, ptr %536, align 4, !tbaa !5
+  %1098 = and <16 x i32> %1080, %93
   %1099 = bitcast <16 x i32> %1098 to <16 x float>
-  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1099, <16 x float> %1084)
-  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1099, <16 x float> %1085)
-  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1099, <16 x float> %1086)
-  %1103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1099, <16 x float> %1087)
-  %1104 = load <16 x float>, ptr %531, align 4, !tbaa !5
-  %gep439.3.i = getelementptr i8, ptr %gep452.i, i64 192
-  %1105 = load <16 x i32>, ptr %gep439.3.i, align 4, !tbaa !5
-  %1106 = shl <16 x i32> %1105, splat (i32 16)
-  %1107 = bitcast <16 x i32> %1106 to <16 x float>
-  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1107, <16 x float> %1091)
-  %1109 = load <16 x float>, ptr %532, align 4, !tbaa !5
-  %1110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1107, <16 x float> %1093)
-  %1111 = load <16 x float>, ptr %533, align 4, !tbaa !5
-  %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1107, <16 x float> %1095)
-  %1113 = load <16 x float>, ptr %534, align 4, !tbaa !5
-  %1114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1107, <16 x float> %1097)
-  %gep441.3.i = getelementptr i8, ptr %gep454.i, i64 192
-  %1115 = load <16 x i32>, ptr %gep441.3.i, align 4, !tbaa !5
-  %1116 = shl <16 x i32> %1115, splat (i32 16)
-  %1117 = bitcast <16 x i32> %1116 to <16 x float>
-  %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1117, <16 x float> %1100)
-  %1119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1117, <16 x float> %1101)
-  %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1117, <16 x float> %1102)
-  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1117, <16 x float> %1103)
-  %1122 = load <16 x float>, ptr %535, align 4, !tbaa !5
-  %1123 = and <16 x i32> %1105, splat (i32 -65536)
-  %1124 = bitcast <16 x i32> %1123 to <16 x float>
-  %1125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1124, <16 x float> %1108)
-  %1126 = load <16 x float>, ptr %536, align 4, !tbaa !5
-  %1127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1124, <16 x float> %1110)
-  %1128 = load <16 x float>, ptr %537, align 4, !tbaa !5
-  %1129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1124, <16 x float> %1112)
-  %1130 = load <16 x float>, ptr %538, align 4, !tbaa !5
-  %1131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1130, <16 x float> %1124, <16 x float> %1114)
-  %1132 = and <16 x i32> %1115, splat (i32 -65536)
+  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> %1099, <16 x float> %1083)
+  %1101 = and <16 x i32> %1084, %93
+  %1102 = bitcast <16 x i32> %1101 to <16 x float>
+  %1103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> %1102, <16 x float> %1087)
+  %1104 = load <16 x float>, ptr %537, align 4, !tbaa !5
+  %1105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1099, <16 x float> %1089)
+  %1106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1102, <16 x float> %1090)
+  %1107 = load <16 x float>, ptr %538, align 4, !tbaa !5
+  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1107, <16 x float> %1099, <16 x float> %1092)
+  %1109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1107, <16 x float> %1102, <16 x float> %1093)
+  %1110 = load <16 x float>, ptr %539, align 4, !tbaa !5
+  %1111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1099, <16 x float> %1095)
+  %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1102, <16 x float> %1096)
+  %1113 = load <16 x float>, ptr %540, align 4, !tbaa !5
+  %gep443.3.i = getelementptr i8, ptr %gep456.i, i64 192
+  %1114 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
+  %1115 = shl <16 x i32> %1114, splat (i32 16)
+  %1116 = bitcast <16 x i32> %1115 to <16 x float>
+  %1117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1116, <16 x float> %1100)
+  %gep445.3.i = getelementptr i8, ptr %gep458.i, i64 192
+  %1118 = load <16 x i32>, ptr %gep445.3.i, align 4, !tbaa !5
+  %1119 = shl <16 x i32> %1118, splat (i32 16)
+  %1120 = bitcast <16 x i32> %1119 to <16 x float>
+  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1120, <16 x float> %1103)
+  %1122 = load <16 x float>, ptr %541, align 4, !tbaa !5
+  %1123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1116, <16 x float> %1105)
+  %1124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1120, <16 x float> %1106)
+  %1125 = load <16 x float>, ptr %542, align 4, !tbaa !5
+  %1126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1116, <16 x float> %1108)
+  %1127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1120, <16 x float> %1109)
+  %1128 = load <16 x float>, ptr %543, align 4, !tbaa !5
+  %1129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1116, <16 x float> %1111)
+  %1130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1120, <16 x float> %1112)
+  %1131 = load <16 x float>, ptr %544, align 4, !tbaa !5
+  %1132 = and <16 x i32> %1114, %93
   %1133 = bitcast <16 x i32> %1132 to <16 x float>
-  %1134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1133, <16 x float> %1118)
-  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1133, <16 x float> %1119)
-  %1136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1133, <16 x float> %1120)
-  %1137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1130, <16 x float> %1133, <16 x float> %1121)
-  %.idx906.i = shl nuw nsw i64 %indvars.iv698.i, 7
-  %1138 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx906.i
-  store <16 x float> %1125, ptr %1138, align 4, !tbaa !5
-  %1139 = getelementptr inbounds nuw i8, ptr %1138, i64 64
-  store <16 x float> %1134, ptr %1139, align 4, !tbaa !5
-  %1140 = getelementptr inbounds nuw i8, ptr %1138, i64 1024
-  store <16 x float> %1127, ptr %1140, align 4, !tbaa !5
-  %1141 = getelementptr inbounds nuw i8, ptr %1138, i64 1088
-  store <16 x float> %1135, ptr %1141, align 4, !tbaa !5
-  %1142 = getelementptr inbounds nuw i8, ptr %1138, i64 2048
-  store <16 x float> %1129, ptr %1142, align 4, !tbaa !5
-  %1143 = getelementptr inbounds nuw i8, ptr %1138, i64 2112
-  store <16 x float> %1136, ptr %1143, align 4, !tbaa !5
-  %1144 = getelementptr inbounds nuw i8, ptr %1138, i64 3072
-  store <16 x float> %1131, ptr %1144, align 4, !tbaa !5
-  %1145 = getelementptr inbounds nuw i8, ptr %1138, i64 3136
-  store <16 x float> %1137, ptr %1145, align 4, !tbaa !5
-  %indvars.iv.next699.i = add nuw nsw i64 %indvars.iv698.i, 1
-  %exitcond701.not.i = icmp eq i64 %indvars.iv.next699.i, 8
-  br i1 %exitcond701.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
+  %1134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1131, <16 x float> %1133, <16 x float> %1117)
+  %1135 = and <16 x i32> %1118, %93
+  %1136 = bitcast <16 x i32> %1135 to <16 x float>
+  %1137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1131, <16 x float> %1136, <16 x float> %1121)
+  %1138 = load <16 x float>, ptr %545, align 4, !tbaa !5
+  %1139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1138, <16 x float> %1133, <16 x float> %1123)
+  %1140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1138, <16 x float> %1136, <16 x float> %1124)
+  %1141 = load <16 x float>, ptr %546, align 4, !tbaa !5
+  %1142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1141, <16 x float> %1133, <16 x float> %1126)
+  %1143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1141, <16 x float> %1136, <16 x float> %1127)
+  %1144 = load <16 x float>, ptr %547, align 4, !tbaa !5
+  %1145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1133, <16 x float> %1129)
+  %1146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1136, <16 x float> %1130)
+  %.idx910.i = shl nuw nsw i64 %indvars.iv702.i, 7
+  %1147 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx910.i
+  store <16 x float> %1134, ptr %1147, align 4, !tbaa !5
+  %1148 = getelementptr inbounds nuw i8, ptr %1147, i64 64
+  store <16 x float> %1137, ptr %1148, align 4, !tbaa !5
+  %1149 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
+  store <16 x float> %1139, ptr %1149, align 4, !tbaa !5
+  %1150 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
+  store <16 x float> %1140, ptr %1150, align 4, !tbaa !5
+  %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
+  store <16 x float> %1142, ptr %1151, align 4, !tbaa !5
+  %1152 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
+  store <16 x float> %1143, ptr %1152, align 4, !tbaa !5
+  %1153 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
+  store <16 x float> %1145, ptr %1153, align 4, !tbaa !5
+  %1154 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
+  store <16 x float> %1146, ptr %1154, align 4, !tbaa !5
+  %indvars.iv.next703.i = add nuw nsw i64 %indvars.iv702.i, 1
+  %exitcond705.not.i = icmp eq i64 %indvars.iv.next703.i, 8
+  br i1 %exitcond705.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
 
 for_body_r62.us.preheader.i:                      ; preds = %for_end_ax158.3.i
-  %peak.rf258.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 0
-  %1146 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1147 = select i1 %1146, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.3.i
-  %peak.rf258.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 1
-  %1148 = fcmp ogt float %1147, %peak.rf258.sroa.0.4.vec.extract.3.i
-  %1149 = select i1 %1148, float %1147, float %peak.rf258.sroa.0.4.vec.extract.3.i
-  %peak.rf258.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 2
-  %1150 = fcmp ogt float %1149, %peak.rf258.sroa.0.8.vec.extract.3.i
-  %1151 = select i1 %1150, float %1149, float %peak.rf258.sroa.0.8.vec.extract.3.i
-  %peak.rf258.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 3
-  %1152 = fcmp ogt float %1151, %peak.rf258.sroa.0.12.vec.extract.3.i
-  %1153 = select i1 %1152, float %1151, float %peak.rf258.sroa.0.12.vec.extract.3.i
-  %peak.rf258.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 4
-  %1154 = fcmp ogt float %1153, %peak.rf258.sroa.0.16.vec.extract.3.i
-  %1155 = select i1 %1154, float %1153, float %peak.rf258.sroa.0.16.vec.extract.3.i
-  %peak.rf258.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 5
-  %1156 = fcmp ogt float %1155, %peak.rf258.sroa.0.20.vec.extract.3.i
-  %1157 = select i1 %1156, float %1155, float %peak.rf258.sroa.0.20.vec.extract.3.i
-  %peak.rf258.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 6
-  %1158 = fcmp ogt float %1157, %peak.rf258.sroa.0.24.vec.extract.3.i
-  %1159 = select i1 %1158, float %1157, float %peak.rf258.sroa.0.24.vec.extract.3.i
-  %peak.rf258.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 7
-  %1160 = fcmp ogt float %1159, %peak.rf258.sroa.0.28.vec.extract.3.i
-  %1161 = select i1 %1160, float %1159, float %peak.rf258.sroa.0.28.vec.extract.3.i
-  %peak.rf258.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 8
-  %1162 = fcmp ogt float %1161, %peak.rf258.sroa.0.32.vec.extract.3.i
-  %1163 = select i1 %1162, float %1161, float %peak.rf258.sroa.0.32.vec.extract.3.i
-  %peak.rf258.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 9
-  %1164 = fcmp ogt float %1163, %peak.rf258.sroa.0.36.vec.extract.3.i
-  %1165 = select i1 %1164, float %1163, float %peak.rf258.sroa.0.36.vec.extract.3.i
-  %peak.rf258.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 10
-  %1166 = fcmp ogt float %1165, %peak.rf258.sroa.0.40.vec.extract.3.i
-  %1167 = select i1 %1166, float %1165, float %peak.rf258.sroa.0.40.vec.extract.3.i
-  %peak.rf258.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 11
-  %1168 = fcmp ogt float %1167, %peak.rf258.sroa.0.44.vec.extract.3.i
-  %1169 = select i1 %1168, float %1167, float %peak.rf258.sroa.0.44.vec.extract.3.i
-  %peak.rf258.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 12
-  %1170 = fcmp ogt float %1169, %peak.rf258.sroa.0.48.vec.extract.3.i
-  %1171 = select i1 %1170, float %1169, float %peak.rf258.sroa.0.48.vec.extract.3.i
-  %peak.rf258.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 13
-  %1172 = fcmp ogt float %1171, %peak.rf258.sroa.0.52.vec.extract.3.i
-  %1173 = select i1 %1172, float %1171, float %peak.rf258.sroa.0.52.vec.extract.3.i
-  %peak.rf258.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 14
-  %1174 = fcmp ogt float %1173, %peak.rf258.sroa.0.56.vec.extract.3.i
-  %1175 = select i1 %1174, float %1173, float %peak.rf258.sroa.0.56.vec.extract.3.i
-  %peak.rf258.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.3.i, i64 15
-  %1176 = fcmp ogt float %1175, %peak.rf258.sroa.0.60.vec.extract.3.i
-  %1177 = select i1 %1176, float %1175, float %peak.rf258.sroa.0.60.vec.extract.3.i
-  %peak259.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.8.vec.insert.i, float %1177, i64 3
+  %peak.rf262.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 0
+  %1155 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1156 = select i1 %1155, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.3.i
+  %peak.rf262.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 1
+  %1157 = fcmp ogt float %1156, %peak.rf262.sroa.0.4.vec.extract.3.i
+  %1158 = select i1 %1157, float %1156, float %peak.rf262.sroa.0.4.vec.extract.3.i
+  %peak.rf262.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 2
+  %1159 = fcmp ogt float %1158, %peak.rf262.sroa.0.8.vec.extract.3.i
+  %1160 = select i1 %1159, float %1158, float %peak.rf262.sroa.0.8.vec.extract.3.i
+  %peak.rf262.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 3
+  %1161 = fcmp ogt float %1160, %peak.rf262.sroa.0.12.vec.extract.3.i
+  %1162 = select i1 %1161, float %1160, float %peak.rf262.sroa.0.12.vec.extract.3.i
+  %peak.rf262.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 4
+  %1163 = fcmp ogt float %1162, %peak.rf262.sroa.0.16.vec.extract.3.i
+  %1164 = select i1 %1163, float %1162, float %peak.rf262.sroa.0.16.vec.extract.3.i
+  %peak.rf262.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 5
+  %1165 = fcmp ogt float %1164, %peak.rf262.sroa.0.20.vec.extract.3.i
+  %1166 = select i1 %1165, float %1164, float %peak.rf262.sroa.0.20.vec.extract.3.i
+  %peak.rf262.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 6
+  %1167 = fcmp ogt float %1166, %peak.rf262.sroa.0.24.vec.extract.3.i
+  %1168 = select i1 %1167, float %1166, float %peak.rf262.sroa.0.24.vec.extract.3.i
+  %peak.rf262.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 7
+  %1169 = fcmp ogt float %1168, %peak.rf262.sroa.0.28.vec.extract.3.i
+  %1170 = select i1 %1169, float %1168, float %peak.rf262.sroa.0.28.vec.extract.3.i
+  %peak.rf262.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 8
+  %1171 = fcmp ogt float %1170, %peak.rf262.sroa.0.32.vec.extract.3.i
+  %1172 = select i1 %1171, float %1170, float %peak.rf262.sroa.0.32.vec.extract.3.i
+  %peak.rf262.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 9
+  %1173 = fcmp ogt float %1172, %peak.rf262.sroa.0.36.vec.extract.3.i
+  %1174 = select i1 %1173, float %1172, float %peak.rf262.sroa.0.36.vec.extract.3.i
+  %peak.rf262.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 10
+  %1175 = fcmp ogt float %1174, %peak.rf262.sroa.0.40.vec.extract.3.i
+  %1176 = select i1 %1175, float %1174, float %peak.rf262.sroa.0.40.vec.extract.3.i
+  %peak.rf262.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 11
+  %1177 = fcmp ogt float %1176, %peak.rf262.sroa.0.44.vec.extract.3.i
+  %1178 = select i1 %1177, float %1176, float %peak.rf262.sroa.0.44.vec.extract.3.i
+  %peak.rf262.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 12
+  %1179 = fcmp ogt float %1178, %peak.rf262.sroa.0.48.vec.extract.3.i
+  %1180 = select i1 %1179, float %1178, float %peak.rf262.sroa.0.48.vec.extract.3.i
+  %peak.rf262.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 13
+  %1181 = fcmp ogt float %1180, %peak.rf262.sroa.0.52.vec.extract.3.i
+  %1182 = select i1 %1181, float %1180, float %peak.rf262.sroa.0.52.vec.extract.3.i
+  %peak.rf262.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 14
+  %1183 = fcmp ogt float %1182, %peak.rf262.sroa.0.56.vec.extract.3.i
+  %1184 = select i1 %1183, float %1182, float %peak.rf262.sroa.0.56.vec.extract.3.i
+  %peak.rf262.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 15
+  %1185 = fcmp ogt float %1184, %peak.rf262.sroa.0.60.vec.extract.3.i
+  %1186 = select i1 %1185, float %1184, float %peak.rf262.sroa.0.60.vec.extract.3.i
+  %peak263.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.8.vec.insert.i, float %1186, i64 3
   br label %for_begin_r68.preheader.i
 
 for_body_ax157.i:                                 ; preds = %for_body_ax157.i, %for_body_ax157.i.preheader
-  %indvars.iv720.i = phi i64 [ %indvars.iv.next721.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %peak.rf_global257.sroa.0.0460.i = phi <16 x float> [ %1216, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
+  %indvars.iv724.i = phi i64 [ %indvars.iv.next725.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.i = phi <16 x float> [ %1225, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
   %niter227 = phi i64 [ %niter227.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %.idx907.i = shl nsw i64 %indvars.iv720.i, 6
-  %1178 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx907.i
-  %1179 = load <16 x float>, ptr %1178, align 4, !tbaa !5
-  %1180 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.i, %1179
-  %1181 = select <16 x i1> %1180, <16 x float> %peak.rf_global257.sroa.0.0460.i, <16 x float> %1179
-  %indvars.iv.next721.i = shl i64 %indvars.iv720.i, 6
-  %1182 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i
-  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 64
-  %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !5
-  %1185 = fcmp ogt <16 x float> %1181, %1184
-  %1186 = select <16 x i1> %1185, <16 x float> %1181, <16 x float> %1184
-  %indvars.iv.next721.i.1 = shl i64 %indvars.iv720.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.1
-  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 128
-  %1189 = load <16 x float>, ptr %1188, align 4, !tbaa !5
-  %1190 = fcmp ogt <16 x float> %1186, %1189
-  %1191 = select <16 x i1> %1190, <16 x float> %1186, <16 x float> %1189
-  %indvars.iv.next721.i.2 = shl i64 %indvars.iv720.i, 6
-  %1192 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.2
-  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 192
-  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
-  %1195 = fcmp ogt <16 x float> %1191, %1194
-  %1196 = select <16 x i1> %1195, <16 x float> %1191, <16 x float> %1194
-  %indvars.iv.next721.i.3 = shl i64 %indvars.iv720.i, 6
-  %1197 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.3
-  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 256
-  %1199 = load <16 x float>, ptr %1198, align 4, !tbaa !5
-  %1200 = fcmp ogt <16 x float> %1196, %1199
-  %1201 = select <16 x i1> %1200, <16 x float> %1196, <16 x float> %1199
-  %indvars.iv.next721.i.4 = shl i64 %indvars.iv720.i, 6
-  %1202 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.4
-  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 320
-  %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !5
-  %1205 = fcmp ogt <16 x float> %1201, %1204
-  %1206 = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %1204
-  %indvars.iv.next721.i.5 = shl i64 %indvars.iv720.i, 6
-  %1207 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.5
-  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 384
-  %1209 = load <16 x float>, ptr %1208, align 4, !tbaa !5
-  %1210 = fcmp ogt <16 x float> %1206, %1209
-  %1211 = select <16 x i1> %1210, <16 x float> %1206, <16 x float> %1209
-  %indvars.iv.next721.i.6 = shl i64 %indvars.iv720.i, 6
-  %1212 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next721.i.6
-  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 448
-  %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !5
-  %1215 = fcmp ogt <16 x float> %1211, %1214
-  %1216 = select <16 x i1> %1215, <16 x float> %1211, <16 x float> %1214
-  %indvars.iv.next721.i.7 = add nuw nsw i64 %indvars.iv720.i, 8
+  %.idx911.i = shl nsw i64 %indvars.iv724.i, 6
+  %1187 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx911.i
+  %1188 = load <16 x float>, ptr %1187, align 4, !tbaa !5
+  %1189 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i, %1188
+  %1190 = select <16 x i1> %1189, <16 x float> %peak.rf_global261.sroa.0.0464.i, <16 x float> %1188
+  %indvars.iv.next725.i = shl i64 %indvars.iv724.i, 6
+  %1191 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i
+  %1192 = getelementptr inbounds nuw i8, ptr %1191, i64 64
+  %1193 = load <16 x float>, ptr %1192, align 4, !tbaa !5
+  %1194 = fcmp ogt <16 x float> %1190, %1193
+  %1195 = select <16 x i1> %1194, <16 x float> %1190, <16 x float> %1193
+  %indvars.iv.next725.i.1 = shl i64 %indvars.iv724.i, 6
+  %1196 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.1
+  %1197 = getelementptr inbounds nuw i8, ptr %1196, i64 128
+  %1198 = load <16 x float>, ptr %1197, align 4, !tbaa !5
+  %1199 = fcmp ogt <16 x float> %1195, %1198
+  %1200 = select <16 x i1> %1199, <16 x float> %1195, <16 x float> %1198
+  %indvars.iv.next725.i.2 = shl i64 %indvars.iv724.i, 6
+  %1201 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.2
+  %1202 = getelementptr inbounds nuw i8, ptr %1201, i64 192
+  %1203 = load <16 x float>, ptr %1202, align 4, !tbaa !5
+  %1204 = fcmp ogt <16 x float> %1200, %1203
+  %1205 = select <16 x i1> %1204, <16 x float> %1200, <16 x float> %1203
+  %indvars.iv.next725.i.3 = shl i64 %indvars.iv724.i, 6
+  %1206 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.3
+  %1207 = getelementptr inbounds nuw i8, ptr %1206, i64 256
+  %1208 = load <16 x float>, ptr %1207, align 4, !tbaa !5
+  %1209 = fcmp ogt <16 x float> %1205, %1208
+  %1210 = select <16 x i1> %1209, <16 x float> %1205, <16 x float> %1208
+  %indvars.iv.next725.i.4 = shl i64 %indvars.iv724.i, 6
+  %1211 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.4
+  %1212 = getelementptr inbounds nuw i8, ptr %1211, i64 320
+  %1213 = load <16 x float>, ptr %1212, align 4, !tbaa !5
+  %1214 = fcmp ogt <16 x float> %1210, %1213
+  %1215 = select <16 x i1> %1214, <16 x float> %1210, <16 x float> %1213
+  %indvars.iv.next725.i.5 = shl i64 %indvars.iv724.i, 6
+  %1216 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.5
+  %1217 = getelementptr inbounds nuw i8, ptr %1216, i64 384
+  %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
+  %1219 = fcmp ogt <16 x float> %1215, %1218
+  %1220 = select <16 x i1> %1219, <16 x float> %1215, <16 x float> %1218
+  %indvars.iv.next725.i.6 = shl i64 %indvars.iv724.i, 6
+  %1221 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.6
+  %1222 = getelementptr inbounds nuw i8, ptr %1221, i64 448
+  %1223 = load <16 x float>, ptr %1222, align 4, !tbaa !5
+  %1224 = fcmp ogt <16 x float> %1220, %1223
+  %1225 = select <16 x i1> %1224, <16 x float> %1220, <16 x float> %1223
+  %indvars.iv.next725.i.7 = add nuw nsw i64 %indvars.iv724.i, 8
   %niter227.next.7 = add i64 %niter227, 8
   %niter227.ncmp.7 = icmp eq i64 %niter227.next.7, %unroll_iter226
   br i1 %niter227.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !40, !llvm.loop !41
@@ -2249,135 +2274,135 @@ for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
   br i1 %lcmp.mod223.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !43
 
 for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
-  %indvars.iv720.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next721.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global257.sroa.0.0460.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1216, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %indvars.iv724.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next725.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod225)
   br label %for_body_ax157.i.epil
 
 for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
-  %indvars.iv720.i.epil = phi i64 [ %indvars.iv.next721.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv720.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %peak.rf_global257.sroa.0.0460.i.epil = phi <16 x float> [ %1220, %for_body_ax157.i.epil ], [ %peak.rf_global257.sroa.0.0460.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %indvars.iv724.i.epil = phi i64 [ %indvars.iv.next725.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv724.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.i.epil = phi <16 x float> [ %1229, %for_body_ax157.i.epil ], [ %peak.rf_global261.sroa.0.0464.i.epil.init, %for_body_ax157.i.epil.preheader ]
   %epil.iter222 = phi i64 [ %epil.iter222.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
-  %.idx907.i.epil = shl nsw i64 %indvars.iv720.i.epil, 6
-  %1217 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx907.i.epil
-  %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
-  %1219 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.i.epil, %1218
-  %1220 = select <16 x i1> %1219, <16 x float> %peak.rf_global257.sroa.0.0460.i.epil, <16 x float> %1218
-  %indvars.iv.next721.i.epil = add nuw nsw i64 %indvars.iv720.i.epil, 1
+  %.idx911.i.epil = shl nsw i64 %indvars.iv724.i.epil, 6
+  %1226 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx911.i.epil
+  %1227 = load <16 x float>, ptr %1226, align 4, !tbaa !5
+  %1228 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, %1227
+  %1229 = select <16 x i1> %1228, <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, <16 x float> %1227
+  %indvars.iv.next725.i.epil = add nuw nsw i64 %indvars.iv724.i.epil, 1
   %epil.iter222.next = add i64 %epil.iter222, 1
   %epil.iter222.cmp.not = icmp eq i64 %epil.iter222.next, %xtraiter221
   br i1 %epil.iter222.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !29, !llvm.loop !44
 
 for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled916918921.i = phi ptr [ %scaled915.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global257.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1216, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1220, %for_body_ax157.i.epil ]
-  %peak.rf258.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 0
-  %1221 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1222 = select i1 %1221, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.i
-  %peak.rf258.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 1
-  %1223 = fcmp ogt float %1222, %peak.rf258.sroa.0.4.vec.extract.i
-  %1224 = select i1 %1223, float %1222, float %peak.rf258.sroa.0.4.vec.extract.i
-  %peak.rf258.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 2
-  %1225 = fcmp ogt float %1224, %peak.rf258.sroa.0.8.vec.extract.i
-  %1226 = select i1 %1225, float %1224, float %peak.rf258.sroa.0.8.vec.extract.i
-  %peak.rf258.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 3
-  %1227 = fcmp ogt float %1226, %peak.rf258.sroa.0.12.vec.extract.i
-  %1228 = select i1 %1227, float %1226, float %peak.rf258.sroa.0.12.vec.extract.i
-  %peak.rf258.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 4
-  %1229 = fcmp ogt float %1228, %peak.rf258.sroa.0.16.vec.extract.i
-  %1230 = select i1 %1229, float %1228, float %peak.rf258.sroa.0.16.vec.extract.i
-  %peak.rf258.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 5
-  %1231 = fcmp ogt float %1230, %peak.rf258.sroa.0.20.vec.extract.i
-  %1232 = select i1 %1231, float %1230, float %peak.rf258.sroa.0.20.vec.extract.i
-  %peak.rf258.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 6
-  %1233 = fcmp ogt float %1232, %peak.rf258.sroa.0.24.vec.extract.i
-  %1234 = select i1 %1233, float %1232, float %peak.rf258.sroa.0.24.vec.extract.i
-  %peak.rf258.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 7
-  %1235 = fcmp ogt float %1234, %peak.rf258.sroa.0.28.vec.extract.i
-  %1236 = select i1 %1235, float %1234, float %peak.rf258.sroa.0.28.vec.extract.i
-  %peak.rf258.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 8
-  %1237 = fcmp ogt float %1236, %peak.rf258.sroa.0.32.vec.extract.i
-  %1238 = select i1 %1237, float %1236, float %peak.rf258.sroa.0.32.vec.extract.i
-  %peak.rf258.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 9
-  %1239 = fcmp ogt float %1238, %peak.rf258.sroa.0.36.vec.extract.i
-  %1240 = select i1 %1239, float %1238, float %peak.rf258.sroa.0.36.vec.extract.i
-  %peak.rf258.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 10
-  %1241 = fcmp ogt float %1240, %peak.rf258.sroa.0.40.vec.extract.i
-  %1242 = select i1 %1241, float %1240, float %peak.rf258.sroa.0.40.vec.extract.i
-  %peak.rf258.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 11
-  %1243 = fcmp ogt float %1242, %peak.rf258.sroa.0.44.vec.extract.i
-  %1244 = select i1 %1243, float %1242, float %peak.rf258.sroa.0.44.vec.extract.i
-  %peak.rf258.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 12
-  %1245 = fcmp ogt float %1244, %peak.rf258.sroa.0.48.vec.extract.i
-  %1246 = select i1 %1245, float %1244, float %peak.rf258.sroa.0.48.vec.extract.i
-  %peak.rf258.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 13
-  %1247 = fcmp ogt float %1246, %peak.rf258.sroa.0.52.vec.extract.i
-  %1248 = select i1 %1247, float %1246, float %peak.rf258.sroa.0.52.vec.extract.i
-  %peak.rf258.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 14
-  %1249 = fcmp ogt float %1248, %peak.rf258.sroa.0.56.vec.extract.i
-  %1250 = select i1 %1249, float %1248, float %peak.rf258.sroa.0.56.vec.extract.i
-  %peak.rf258.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.i, i64 15
-  %1251 = fcmp ogt float %1250, %peak.rf258.sroa.0.60.vec.extract.i
-  %1252 = select i1 %1251, float %1250, float %peak.rf258.sroa.0.60.vec.extract.i
-  %peak259.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1252, i64 0
-  br i1 %447, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
+  %scaled920922925.i = phi ptr [ %scaled919.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1229, %for_body_ax157.i.epil ]
+  %peak.rf262.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 0
+  %1230 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1231 = select i1 %1230, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.i
+  %peak.rf262.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 1
+  %1232 = fcmp ogt float %1231, %peak.rf262.sroa.0.4.vec.extract.i
+  %1233 = select i1 %1232, float %1231, float %peak.rf262.sroa.0.4.vec.extract.i
+  %peak.rf262.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 2
+  %1234 = fcmp ogt float %1233, %peak.rf262.sroa.0.8.vec.extract.i
+  %1235 = select i1 %1234, float %1233, float %peak.rf262.sroa.0.8.vec.extract.i
+  %peak.rf262.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 3
+  %1236 = fcmp ogt float %1235, %peak.rf262.sroa.0.12.vec.extract.i
+  %1237 = select i1 %1236, float %1235, float %peak.rf262.sroa.0.12.vec.extract.i
+  %peak.rf262.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 4
+  %1238 = fcmp ogt float %1237, %peak.rf262.sroa.0.16.vec.extract.i
+  %1239 = select i1 %1238, float %1237, float %peak.rf262.sroa.0.16.vec.extract.i
+  %peak.rf262.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 5
+  %1240 = fcmp ogt float %1239, %peak.rf262.sroa.0.20.vec.extract.i
+  %1241 = select i1 %1240, float %1239, float %peak.rf262.sroa.0.20.vec.extract.i
+  %peak.rf262.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 6
+  %1242 = fcmp ogt float %1241, %peak.rf262.sroa.0.24.vec.extract.i
+  %1243 = select i1 %1242, float %1241, float %peak.rf262.sroa.0.24.vec.extract.i
+  %peak.rf262.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 7
+  %1244 = fcmp ogt float %1243, %peak.rf262.sroa.0.28.vec.extract.i
+  %1245 = select i1 %1244, float %1243, float %peak.rf262.sroa.0.28.vec.extract.i
+  %peak.rf262.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 8
+  %1246 = fcmp ogt float %1245, %peak.rf262.sroa.0.32.vec.extract.i
+  %1247 = select i1 %1246, float %1245, float %peak.rf262.sroa.0.32.vec.extract.i
+  %peak.rf262.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 9
+  %1248 = fcmp ogt float %1247, %peak.rf262.sroa.0.36.vec.extract.i
+  %1249 = select i1 %1248, float %1247, float %peak.rf262.sroa.0.36.vec.extract.i
+  %peak.rf262.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 10
+  %1250 = fcmp ogt float %1249, %peak.rf262.sroa.0.40.vec.extract.i
+  %1251 = select i1 %1250, float %1249, float %peak.rf262.sroa.0.40.vec.extract.i
+  %peak.rf262.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 11
+  %1252 = fcmp ogt float %1251, %peak.rf262.sroa.0.44.vec.extract.i
+  %1253 = select i1 %1252, float %1251, float %peak.rf262.sroa.0.44.vec.extract.i
+  %peak.rf262.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 12
+  %1254 = fcmp ogt float %1253, %peak.rf262.sroa.0.48.vec.extract.i
+  %1255 = select i1 %1254, float %1253, float %peak.rf262.sroa.0.48.vec.extract.i
+  %peak.rf262.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 13
+  %1256 = fcmp ogt float %1255, %peak.rf262.sroa.0.52.vec.extract.i
+  %1257 = select i1 %1256, float %1255, float %peak.rf262.sroa.0.52.vec.extract.i
+  %peak.rf262.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 14
+  %1258 = fcmp ogt float %1257, %peak.rf262.sroa.0.56.vec.extract.i
+  %1259 = select i1 %1258, float %1257, float %peak.rf262.sroa.0.56.vec.extract.i
+  %peak.rf262.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 15
+  %1260 = fcmp ogt float %1259, %peak.rf262.sroa.0.60.vec.extract.i
+  %1261 = select i1 %1260, float %1259, float %peak.rf262.sroa.0.60.vec.extract.i
+  %peak263.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1261, i64 0
+  br i1 %451, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
 
 for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
-  br i1 %463, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
+  br i1 %468, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
 
 for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
-  %indvars.iv720.1.i = phi i64 [ %indvars.iv.next721.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %peak.rf_global257.sroa.0.0460.1.i = phi <16 x float> [ %1292, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
+  %indvars.iv724.1.i = phi i64 [ %indvars.iv.next725.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.1.i = phi <16 x float> [ %1301, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
   %niter234 = phi i64 [ %niter234.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %.idx908.i = shl nsw i64 %indvars.iv720.1.i, 6
-  %1253 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx908.i
-  %1254 = getelementptr inbounds nuw i8, ptr %1253, i64 512
-  %1255 = load <16 x float>, ptr %1254, align 4, !tbaa !5
-  %1256 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.1.i, %1255
-  %1257 = select <16 x i1> %1256, <16 x float> %peak.rf_global257.sroa.0.0460.1.i, <16 x float> %1255
-  %indvars.iv.next721.1.i = shl i64 %indvars.iv720.1.i, 6
-  %1258 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i
-  %1259 = getelementptr inbounds nuw i8, ptr %1258, i64 576
-  %1260 = load <16 x float>, ptr %1259, align 4, !tbaa !5
-  %1261 = fcmp ogt <16 x float> %1257, %1260
-  %1262 = select <16 x i1> %1261, <16 x float> %1257, <16 x float> %1260
-  %indvars.iv.next721.1.i.1 = shl i64 %indvars.iv720.1.i, 6
-  %1263 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.1
-  %1264 = getelementptr inbounds nuw i8, ptr %1263, i64 640
-  %1265 = load <16 x float>, ptr %1264, align 4, !tbaa !5
-  %1266 = fcmp ogt <16 x float> %1262, %1265
-  %1267 = select <16 x i1> %1266, <16 x float> %1262, <16 x float> %1265
-  %indvars.iv.next721.1.i.2 = shl i64 %indvars.iv720.1.i, 6
-  %1268 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.2
-  %1269 = getelementptr inbounds nuw i8, ptr %1268, i64 704
-  %1270 = load <16 x float>, ptr %1269, align 4, !tbaa !5
-  %1271 = fcmp ogt <16 x float> %1267, %1270
-  %1272 = select <16 x i1> %1271, <16 x float> %1267, <16 x float> %1270
-  %indvars.iv.next721.1.i.3 = shl i64 %indvars.iv720.1.i, 6
-  %1273 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.3
-  %1274 = getelementptr inbounds nuw i8, ptr %1273, i64 768
-  %1275 = load <16 x float>, ptr %1274, align 4, !tbaa !5
-  %1276 = fcmp ogt <16 x float> %1272, %1275
-  %1277 = select <16 x i1> %1276, <16 x float> %1272, <16 x float> %1275
-  %indvars.iv.next721.1.i.4 = shl i64 %indvars.iv720.1.i, 6
-  %1278 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.4
-  %1279 = getelementptr inbounds nuw i8, ptr %1278, i64 832
-  %1280 = load <16 x float>, ptr %1279, align 4, !tbaa !5
-  %1281 = fcmp ogt <16 x float> %1277, %1280
-  %1282 = select <16 x i1> %1281, <16 x float> %1277, <16 x float> %1280
-  %indvars.iv.next721.1.i.5 = shl i64 %indvars.iv720.1.i, 6
-  %1283 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.5
-  %1284 = getelementptr inbounds nuw i8, ptr %1283, i64 896
-  %1285 = load <16 x float>, ptr %1284, align 4, !tbaa !5
-  %1286 = fcmp ogt <16 x float> %1282, %1285
-  %1287 = select <16 x i1> %1286, <16 x float> %1282, <16 x float> %1285
-  %indvars.iv.next721.1.i.6 = shl i64 %indvars.iv720.1.i, 6
-  %1288 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.1.i.6
-  %1289 = getelementptr inbounds nuw i8, ptr %1288, i64 960
-  %1290 = load <16 x float>, ptr %1289, align 4, !tbaa !5
-  %1291 = fcmp ogt <16 x float> %1287, %1290
-  %1292 = select <16 x i1> %1291, <16 x float> %1287, <16 x float> %1290
-  %indvars.iv.next721.1.i.7 = add nuw nsw i64 %indvars.iv720.1.i, 8
+  %.idx912.i = shl nsw i64 %indvars.iv724.1.i, 6
+  %1262 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx912.i
+  %1263 = getelementptr inbounds nuw i8, ptr %1262, i64 512
+  %1264 = load <16 x float>, ptr %1263, align 4, !tbaa !5
+  %1265 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i, %1264
+  %1266 = select <16 x i1> %1265, <16 x float> %peak.rf_global261.sroa.0.0464.1.i, <16 x float> %1264
+  %indvars.iv.next725.1.i = shl i64 %indvars.iv724.1.i, 6
+  %1267 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i
+  %1268 = getelementptr inbounds nuw i8, ptr %1267, i64 576
+  %1269 = load <16 x float>, ptr %1268, align 4, !tbaa !5
+  %1270 = fcmp ogt <16 x float> %1266, %1269
+  %1271 = select <16 x i1> %1270, <16 x float> %1266, <16 x float> %1269
+  %indvars.iv.next725.1.i.1 = shl i64 %indvars.iv724.1.i, 6
+  %1272 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.1
+  %1273 = getelementptr inbounds nuw i8, ptr %1272, i64 640
+  %1274 = load <16 x float>, ptr %1273, align 4, !tbaa !5
+  %1275 = fcmp ogt <16 x float> %1271, %1274
+  %1276 = select <16 x i1> %1275, <16 x float> %1271, <16 x float> %1274
+  %indvars.iv.next725.1.i.2 = shl i64 %indvars.iv724.1.i, 6
+  %1277 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.2
+  %1278 = getelementptr inbounds nuw i8, ptr %1277, i64 704
+  %1279 = load <16 x float>, ptr %1278, align 4, !tbaa !5
+  %1280 = fcmp ogt <16 x float> %1276, %1279
+  %1281 = select <16 x i1> %1280, <16 x float> %1276, <16 x float> %1279
+  %indvars.iv.next725.1.i.3 = shl i64 %indvars.iv724.1.i, 6
+  %1282 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.3
+  %1283 = getelementptr inbounds nuw i8, ptr %1282, i64 768
+  %1284 = load <16 x float>, ptr %1283, align 4, !tbaa !5
+  %1285 = fcmp ogt <16 x float> %1281, %1284
+  %1286 = select <16 x i1> %1285, <16 x float> %1281, <16 x float> %1284
+  %indvars.iv.next725.1.i.4 = shl i64 %indvars.iv724.1.i, 6
+  %1287 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.4
+  %1288 = getelementptr inbounds nuw i8, ptr %1287, i64 832
+  %1289 = load <16 x float>, ptr %1288, align 4, !tbaa !5
+  %1290 = fcmp ogt <16 x float> %1286, %1289
+  %1291 = select <16 x i1> %1290, <16 x float> %1286, <16 x float> %1289
+  %indvars.iv.next725.1.i.5 = shl i64 %indvars.iv724.1.i, 6
+  %1292 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.5
+  %1293 = getelementptr inbounds nuw i8, ptr %1292, i64 896
+  %1294 = load <16 x float>, ptr %1293, align 4, !tbaa !5
+  %1295 = fcmp ogt <16 x float> %1291, %1294
+  %1296 = select <16 x i1> %1295, <16 x float> %1291, <16 x float> %1294
+  %indvars.iv.next725.1.i.6 = shl i64 %indvars.iv724.1.i, 6
+  %1297 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.6
+  %1298 = getelementptr inbounds nuw i8, ptr %1297, i64 960
+  %1299 = load <16 x float>, ptr %1298, align 4, !tbaa !5
+  %1300 = fcmp ogt <16 x float> %1296, %1299
+  %1301 = select <16 x i1> %1300, <16 x float> %1296, <16 x float> %1299
+  %indvars.iv.next725.1.i.7 = add nuw nsw i64 %indvars.iv724.1.i, 8
   %niter234.next.7 = add i64 %niter234, 8
   %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
   br i1 %niter234.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !40, !llvm.loop !45
@@ -2386,135 +2411,135 @@ for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
   br i1 %lcmp.mod230.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !43
 
 for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
-  %indvars.iv720.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next721.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global257.sroa.0.0460.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1292, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  %indvars.iv724.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next725.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod232)
   br label %for_body_ax157.1.i.epil
 
 for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
-  %indvars.iv720.1.i.epil = phi i64 [ %indvars.iv.next721.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv720.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %peak.rf_global257.sroa.0.0460.1.i.epil = phi <16 x float> [ %1297, %for_body_ax157.1.i.epil ], [ %peak.rf_global257.sroa.0.0460.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %indvars.iv724.1.i.epil = phi i64 [ %indvars.iv.next725.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv724.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.1.i.epil = phi <16 x float> [ %1306, %for_body_ax157.1.i.epil ], [ %peak.rf_global261.sroa.0.0464.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
   %epil.iter229 = phi i64 [ %epil.iter229.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
-  %.idx908.i.epil = shl nsw i64 %indvars.iv720.1.i.epil, 6
-  %1293 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx908.i.epil
-  %1294 = getelementptr inbounds nuw i8, ptr %1293, i64 512
-  %1295 = load <16 x float>, ptr %1294, align 4, !tbaa !5
-  %1296 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.1.i.epil, %1295
-  %1297 = select <16 x i1> %1296, <16 x float> %peak.rf_global257.sroa.0.0460.1.i.epil, <16 x float> %1295
-  %indvars.iv.next721.1.i.epil = add nuw nsw i64 %indvars.iv720.1.i.epil, 1
+  %.idx912.i.epil = shl nsw i64 %indvars.iv724.1.i.epil, 6
+  %1302 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx912.i.epil
+  %1303 = getelementptr inbounds nuw i8, ptr %1302, i64 512
+  %1304 = load <16 x float>, ptr %1303, align 4, !tbaa !5
+  %1305 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, %1304
+  %1306 = select <16 x i1> %1305, <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, <16 x float> %1304
+  %indvars.iv.next725.1.i.epil = add nuw nsw i64 %indvars.iv724.1.i.epil, 1
   %epil.iter229.next = add i64 %epil.iter229, 1
   %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
   br i1 %epil.iter229.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !29, !llvm.loop !46
 
 for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
-  %peak.rf_global257.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1292, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1297, %for_body_ax157.1.i.epil ]
-  %peak.rf258.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 0
-  %1298 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1299 = select i1 %1298, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.1.i
-  %peak.rf258.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 1
-  %1300 = fcmp ogt float %1299, %peak.rf258.sroa.0.4.vec.extract.1.i
-  %1301 = select i1 %1300, float %1299, float %peak.rf258.sroa.0.4.vec.extract.1.i
-  %peak.rf258.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 2
-  %1302 = fcmp ogt float %1301, %peak.rf258.sroa.0.8.vec.extract.1.i
-  %1303 = select i1 %1302, float %1301, float %peak.rf258.sroa.0.8.vec.extract.1.i
-  %peak.rf258.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 3
-  %1304 = fcmp ogt float %1303, %peak.rf258.sroa.0.12.vec.extract.1.i
-  %1305 = select i1 %1304, float %1303, float %peak.rf258.sroa.0.12.vec.extract.1.i
-  %peak.rf258.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 4
-  %1306 = fcmp ogt float %1305, %peak.rf258.sroa.0.16.vec.extract.1.i
-  %1307 = select i1 %1306, float %1305, float %peak.rf258.sroa.0.16.vec.extract.1.i
-  %peak.rf258.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 5
-  %1308 = fcmp ogt float %1307, %peak.rf258.sroa.0.20.vec.extract.1.i
-  %1309 = select i1 %1308, float %1307, float %peak.rf258.sroa.0.20.vec.extract.1.i
-  %peak.rf258.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 6
-  %1310 = fcmp ogt float %1309, %peak.rf258.sroa.0.24.vec.extract.1.i
-  %1311 = select i1 %1310, float %1309, float %peak.rf258.sroa.0.24.vec.extract.1.i
-  %peak.rf258.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 7
-  %1312 = fcmp ogt float %1311, %peak.rf258.sroa.0.28.vec.extract.1.i
-  %1313 = select i1 %1312, float %1311, float %peak.rf258.sroa.0.28.vec.extract.1.i
-  %peak.rf258.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 8
-  %1314 = fcmp ogt float %1313, %peak.rf258.sroa.0.32.vec.extract.1.i
-  %1315 = select i1 %1314, float %1313, float %peak.rf258.sroa.0.32.vec.extract.1.i
-  %peak.rf258.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 9
-  %1316 = fcmp ogt float %1315, %peak.rf258.sroa.0.36.vec.extract.1.i
-  %1317 = select i1 %1316, float %1315, float %peak.rf258.sroa.0.36.vec.extract.1.i
-  %peak.rf258.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 10
-  %1318 = fcmp ogt float %1317, %peak.rf258.sroa.0.40.vec.extract.1.i
-  %1319 = select i1 %1318, float %1317, float %peak.rf258.sroa.0.40.vec.extract.1.i
-  %peak.rf258.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 11
-  %1320 = fcmp ogt float %1319, %peak.rf258.sroa.0.44.vec.extract.1.i
-  %1321 = select i1 %1320, float %1319, float %peak.rf258.sroa.0.44.vec.extract.1.i
-  %peak.rf258.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 12
-  %1322 = fcmp ogt float %1321, %peak.rf258.sroa.0.48.vec.extract.1.i
-  %1323 = select i1 %1322, float %1321, float %peak.rf258.sroa.0.48.vec.extract.1.i
-  %peak.rf258.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 13
-  %1324 = fcmp ogt float %1323, %peak.rf258.sroa.0.52.vec.extract.1.i
-  %1325 = select i1 %1324, float %1323, float %peak.rf258.sroa.0.52.vec.extract.1.i
-  %peak.rf258.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 14
-  %1326 = fcmp ogt float %1325, %peak.rf258.sroa.0.56.vec.extract.1.i
-  %1327 = select i1 %1326, float %1325, float %peak.rf258.sroa.0.56.vec.extract.1.i
-  %peak.rf258.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.1.i, i64 15
-  %1328 = fcmp ogt float %1327, %peak.rf258.sroa.0.60.vec.extract.1.i
-  %1329 = select i1 %1328, float %1327, float %peak.rf258.sroa.0.60.vec.extract.1.i
-  %peak259.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.0.vec.insert.i, float %1329, i64 1
-  br i1 %447, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
+  %peak.rf_global261.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1306, %for_body_ax157.1.i.epil ]
+  %peak.rf262.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 0
+  %1307 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1308 = select i1 %1307, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.1.i
+  %peak.rf262.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 1
+  %1309 = fcmp ogt float %1308, %peak.rf262.sroa.0.4.vec.extract.1.i
+  %1310 = select i1 %1309, float %1308, float %peak.rf262.sroa.0.4.vec.extract.1.i
+  %peak.rf262.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 2
+  %1311 = fcmp ogt float %1310, %peak.rf262.sroa.0.8.vec.extract.1.i
+  %1312 = select i1 %1311, float %1310, float %peak.rf262.sroa.0.8.vec.extract.1.i
+  %peak.rf262.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 3
+  %1313 = fcmp ogt float %1312, %peak.rf262.sroa.0.12.vec.extract.1.i
+  %1314 = select i1 %1313, float %1312, float %peak.rf262.sroa.0.12.vec.extract.1.i
+  %peak.rf262.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 4
+  %1315 = fcmp ogt float %1314, %peak.rf262.sroa.0.16.vec.extract.1.i
+  %1316 = select i1 %1315, float %1314, float %peak.rf262.sroa.0.16.vec.extract.1.i
+  %peak.rf262.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 5
+  %1317 = fcmp ogt float %1316, %peak.rf262.sroa.0.20.vec.extract.1.i
+  %1318 = select i1 %1317, float %1316, float %peak.rf262.sroa.0.20.vec.extract.1.i
+  %peak.rf262.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 6
+  %1319 = fcmp ogt float %1318, %peak.rf262.sroa.0.24.vec.extract.1.i
+  %1320 = select i1 %1319, float %1318, float %peak.rf262.sroa.0.24.vec.extract.1.i
+  %peak.rf262.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 7
+  %1321 = fcmp ogt float %1320, %peak.rf262.sroa.0.28.vec.extract.1.i
+  %1322 = select i1 %1321, float %1320, float %peak.rf262.sroa.0.28.vec.extract.1.i
+  %peak.rf262.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 8
+  %1323 = fcmp ogt float %1322, %peak.rf262.sroa.0.32.vec.extract.1.i
+  %1324 = select i1 %1323, float %1322, float %peak.rf262.sroa.0.32.vec.extract.1.i
+  %peak.rf262.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 9
+  %1325 = fcmp ogt float %1324, %peak.rf262.sroa.0.36.vec.extract.1.i
+  %1326 = select i1 %1325, float %1324, float %peak.rf262.sroa.0.36.vec.extract.1.i
+  %peak.rf262.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 10
+  %1327 = fcmp ogt float %1326, %peak.rf262.sroa.0.40.vec.extract.1.i
+  %1328 = select i1 %1327, float %1326, float %peak.rf262.sroa.0.40.vec.extract.1.i
+  %peak.rf262.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 11
+  %1329 = fcmp ogt float %1328, %peak.rf262.sroa.0.44.vec.extract.1.i
+  %1330 = select i1 %1329, float %1328, float %peak.rf262.sroa.0.44.vec.extract.1.i
+  %peak.rf262.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 12
+  %1331 = fcmp ogt float %1330, %peak.rf262.sroa.0.48.vec.extract.1.i
+  %1332 = select i1 %1331, float %1330, float %peak.rf262.sroa.0.48.vec.extract.1.i
+  %peak.rf262.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 13
+  %1333 = fcmp ogt float %1332, %peak.rf262.sroa.0.52.vec.extract.1.i
+  %1334 = select i1 %1333, float %1332, float %peak.rf262.sroa.0.52.vec.extract.1.i
+  %peak.rf262.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 14
+  %1335 = fcmp ogt float %1334, %peak.rf262.sroa.0.56.vec.extract.1.i
+  %1336 = select i1 %1335, float %1334, float %peak.rf262.sroa.0.56.vec.extract.1.i
+  %peak.rf262.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 15
+  %1337 = fcmp ogt float %1336, %peak.rf262.sroa.0.60.vec.extract.1.i
+  %1338 = select i1 %1337, float %1336, float %peak.rf262.sroa.0.60.vec.extract.1.i
+  %peak263.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.0.vec.insert.i, float %1338, i64 1
+  br i1 %451, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
 
 for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
-  br i1 %464, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
+  br i1 %469, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
 
 for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
-  %indvars.iv720.2.i = phi i64 [ %indvars.iv.next721.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %peak.rf_global257.sroa.0.0460.2.i = phi <16 x float> [ %1369, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
+  %indvars.iv724.2.i = phi i64 [ %indvars.iv.next725.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.2.i = phi <16 x float> [ %1378, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
   %niter241 = phi i64 [ %niter241.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %.idx909.i = shl nsw i64 %indvars.iv720.2.i, 6
-  %1330 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx909.i
-  %1331 = getelementptr inbounds nuw i8, ptr %1330, i64 1024
-  %1332 = load <16 x float>, ptr %1331, align 4, !tbaa !5
-  %1333 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.2.i, %1332
-  %1334 = select <16 x i1> %1333, <16 x float> %peak.rf_global257.sroa.0.0460.2.i, <16 x float> %1332
-  %indvars.iv.next721.2.i = shl i64 %indvars.iv720.2.i, 6
-  %1335 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i
-  %1336 = getelementptr inbounds nuw i8, ptr %1335, i64 1088
-  %1337 = load <16 x float>, ptr %1336, align 4, !tbaa !5
-  %1338 = fcmp ogt <16 x float> %1334, %1337
-  %1339 = select <16 x i1> %1338, <16 x float> %1334, <16 x float> %1337
-  %indvars.iv.next721.2.i.1 = shl i64 %indvars.iv720.2.i, 6
-  %1340 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.1
-  %1341 = getelementptr inbounds nuw i8, ptr %1340, i64 1152
-  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !5
-  %1343 = fcmp ogt <16 x float> %1339, %1342
-  %1344 = select <16 x i1> %1343, <16 x float> %1339, <16 x float> %1342
-  %indvars.iv.next721.2.i.2 = shl i64 %indvars.iv720.2.i, 6
-  %1345 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.2
-  %1346 = getelementptr inbounds nuw i8, ptr %1345, i64 1216
-  %1347 = load <16 x float>, ptr %1346, align 4, !tbaa !5
-  %1348 = fcmp ogt <16 x float> %1344, %1347
-  %1349 = select <16 x i1> %1348, <16 x float> %1344, <16 x float> %1347
-  %indvars.iv.next721.2.i.3 = shl i64 %indvars.iv720.2.i, 6
-  %1350 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.3
-  %1351 = getelementptr inbounds nuw i8, ptr %1350, i64 1280
-  %1352 = load <16 x float>, ptr %1351, align 4, !tbaa !5
-  %1353 = fcmp ogt <16 x float> %1349, %1352
-  %1354 = select <16 x i1> %1353, <16 x float> %1349, <16 x float> %1352
-  %indvars.iv.next721.2.i.4 = shl i64 %indvars.iv720.2.i, 6
-  %1355 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.4
-  %1356 = getelementptr inbounds nuw i8, ptr %1355, i64 1344
-  %1357 = load <16 x float>, ptr %1356, align 4, !tbaa !5
-  %1358 = fcmp ogt <16 x float> %1354, %1357
-  %1359 = select <16 x i1> %1358, <16 x float> %1354, <16 x float> %1357
-  %indvars.iv.next721.2.i.5 = shl i64 %indvars.iv720.2.i, 6
-  %1360 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.5
-  %1361 = getelementptr inbounds nuw i8, ptr %1360, i64 1408
-  %1362 = load <16 x float>, ptr %1361, align 4, !tbaa !5
-  %1363 = fcmp ogt <16 x float> %1359, %1362
-  %1364 = select <16 x i1> %1363, <16 x float> %1359, <16 x float> %1362
-  %indvars.iv.next721.2.i.6 = shl i64 %indvars.iv720.2.i, 6
-  %1365 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.2.i.6
-  %1366 = getelementptr inbounds nuw i8, ptr %1365, i64 1472
-  %1367 = load <16 x float>, ptr %1366, align 4, !tbaa !5
-  %1368 = fcmp ogt <16 x float> %1364, %1367
-  %1369 = select <16 x i1> %1368, <16 x float> %1364, <16 x float> %1367
-  %indvars.iv.next721.2.i.7 = add nuw nsw i64 %indvars.iv720.2.i, 8
+  %.idx913.i = shl nsw i64 %indvars.iv724.2.i, 6
+  %1339 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx913.i
+  %1340 = getelementptr inbounds nuw i8, ptr %1339, i64 1024
+  %1341 = load <16 x float>, ptr %1340, align 4, !tbaa !5
+  %1342 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i, %1341
+  %1343 = select <16 x i1> %1342, <16 x float> %peak.rf_global261.sroa.0.0464.2.i, <16 x float> %1341
+  %indvars.iv.next725.2.i = shl i64 %indvars.iv724.2.i, 6
+  %1344 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i
+  %1345 = getelementptr inbounds nuw i8, ptr %1344, i64 1088
+  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !5
+  %1347 = fcmp ogt <16 x float> %1343, %1346
+  %1348 = select <16 x i1> %1347, <16 x float> %1343, <16 x float> %1346
+  %indvars.iv.next725.2.i.1 = shl i64 %indvars.iv724.2.i, 6
+  %1349 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.1
+  %1350 = getelementptr inbounds nuw i8, ptr %1349, i64 1152
+  %1351 = load <16 x float>, ptr %1350, align 4, !tbaa !5
+  %1352 = fcmp ogt <16 x float> %1348, %1351
+  %1353 = select <16 x i1> %1352, <16 x float> %1348, <16 x float> %1351
+  %indvars.iv.next725.2.i.2 = shl i64 %indvars.iv724.2.i, 6
+  %1354 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.2
+  %1355 = getelementptr inbounds nuw i8, ptr %1354, i64 1216
+  %1356 = load <16 x float>, ptr %1355, align 4, !tbaa !5
+  %1357 = fcmp ogt <16 x float> %1353, %1356
+  %1358 = select <16 x i1> %1357, <16 x float> %1353, <16 x float> %1356
+  %indvars.iv.next725.2.i.3 = shl i64 %indvars.iv724.2.i, 6
+  %1359 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.3
+  %1360 = getelementptr inbounds nuw i8, ptr %1359, i64 1280
+  %1361 = load <16 x float>, ptr %1360, align 4, !tbaa !5
+  %1362 = fcmp ogt <16 x float> %1358, %1361
+  %1363 = select <16 x i1> %1362, <16 x float> %1358, <16 x float> %1361
+  %indvars.iv.next725.2.i.4 = shl i64 %indvars.iv724.2.i, 6
+  %1364 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.4
+  %1365 = getelementptr inbounds nuw i8, ptr %1364, i64 1344
+  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
+  %1367 = fcmp ogt <16 x float> %1363, %1366
+  %1368 = select <16 x i1> %1367, <16 x float> %1363, <16 x float> %1366
+  %indvars.iv.next725.2.i.5 = shl i64 %indvars.iv724.2.i, 6
+  %1369 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.5
+  %1370 = getelementptr inbounds nuw i8, ptr %1369, i64 1408
+  %1371 = load <16 x float>, ptr %1370, align 4, !tbaa !5
+  %1372 = fcmp ogt <16 x float> %1368, %1371
+  %1373 = select <16 x i1> %1372, <16 x float> %1368, <16 x float> %1371
+  %indvars.iv.next725.2.i.6 = shl i64 %indvars.iv724.2.i, 6
+  %1374 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.6
+  %1375 = getelementptr inbounds nuw i8, ptr %1374, i64 1472
+  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !5
+  %1377 = fcmp ogt <16 x float> %1373, %1376
+  %1378 = select <16 x i1> %1377, <16 x float> %1373, <16 x float> %1376
+  %indvars.iv.next725.2.i.7 = add nuw nsw i64 %indvars.iv724.2.i, 8
   %niter241.next.7 = add i64 %niter241, 8
   %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
   br i1 %niter241.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !40, !llvm.loop !47
@@ -2523,135 +2548,135 @@ for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
   br i1 %lcmp.mod237.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !43
 
 for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
-  %indvars.iv720.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next721.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global257.sroa.0.0460.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1369, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  %indvars.iv724.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next725.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod239)
   br label %for_body_ax157.2.i.epil
 
 for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
-  %indvars.iv720.2.i.epil = phi i64 [ %indvars.iv.next721.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv720.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %peak.rf_global257.sroa.0.0460.2.i.epil = phi <16 x float> [ %1374, %for_body_ax157.2.i.epil ], [ %peak.rf_global257.sroa.0.0460.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %indvars.iv724.2.i.epil = phi i64 [ %indvars.iv.next725.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv724.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.2.i.epil = phi <16 x float> [ %1383, %for_body_ax157.2.i.epil ], [ %peak.rf_global261.sroa.0.0464.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
   %epil.iter236 = phi i64 [ %epil.iter236.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
-  %.idx909.i.epil = shl nsw i64 %indvars.iv720.2.i.epil, 6
-  %1370 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx909.i.epil
-  %1371 = getelementptr inbounds nuw i8, ptr %1370, i64 1024
-  %1372 = load <16 x float>, ptr %1371, align 4, !tbaa !5
-  %1373 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.2.i.epil, %1372
-  %1374 = select <16 x i1> %1373, <16 x float> %peak.rf_global257.sroa.0.0460.2.i.epil, <16 x float> %1372
-  %indvars.iv.next721.2.i.epil = add nuw nsw i64 %indvars.iv720.2.i.epil, 1
+  %.idx913.i.epil = shl nsw i64 %indvars.iv724.2.i.epil, 6
+  %1379 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx913.i.epil
+  %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 1024
+  %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
+  %1382 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, %1381
+  %1383 = select <16 x i1> %1382, <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, <16 x float> %1381
+  %indvars.iv.next725.2.i.epil = add nuw nsw i64 %indvars.iv724.2.i.epil, 1
   %epil.iter236.next = add i64 %epil.iter236, 1
   %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
   br i1 %epil.iter236.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !29, !llvm.loop !48
 
 for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
-  %peak.rf_global257.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1369, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1374, %for_body_ax157.2.i.epil ]
-  %peak.rf258.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 0
-  %1375 = fcmp olt float %peak.rf258.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1376 = select i1 %1375, float 0xC7EFFFFFE0000000, float %peak.rf258.sroa.0.0.vec.extract.2.i
-  %peak.rf258.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 1
-  %1377 = fcmp ogt float %1376, %peak.rf258.sroa.0.4.vec.extract.2.i
-  %1378 = select i1 %1377, float %1376, float %peak.rf258.sroa.0.4.vec.extract.2.i
-  %peak.rf258.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 2
-  %1379 = fcmp ogt float %1378, %peak.rf258.sroa.0.8.vec.extract.2.i
-  %1380 = select i1 %1379, float %1378, float %peak.rf258.sroa.0.8.vec.extract.2.i
-  %peak.rf258.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 3
-  %1381 = fcmp ogt float %1380, %peak.rf258.sroa.0.12.vec.extract.2.i
-  %1382 = select i1 %1381, float %1380, float %peak.rf258.sroa.0.12.vec.extract.2.i
-  %peak.rf258.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 4
-  %1383 = fcmp ogt float %1382, %peak.rf258.sroa.0.16.vec.extract.2.i
-  %1384 = select i1 %1383, float %1382, float %peak.rf258.sroa.0.16.vec.extract.2.i
-  %peak.rf258.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 5
-  %1385 = fcmp ogt float %1384, %peak.rf258.sroa.0.20.vec.extract.2.i
-  %1386 = select i1 %1385, float %1384, float %peak.rf258.sroa.0.20.vec.extract.2.i
-  %peak.rf258.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 6
-  %1387 = fcmp ogt float %1386, %peak.rf258.sroa.0.24.vec.extract.2.i
-  %1388 = select i1 %1387, float %1386, float %peak.rf258.sroa.0.24.vec.extract.2.i
-  %peak.rf258.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 7
-  %1389 = fcmp ogt float %1388, %peak.rf258.sroa.0.28.vec.extract.2.i
-  %1390 = select i1 %1389, float %1388, float %peak.rf258.sroa.0.28.vec.extract.2.i
-  %peak.rf258.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 8
-  %1391 = fcmp ogt float %1390, %peak.rf258.sroa.0.32.vec.extract.2.i
-  %1392 = select i1 %1391, float %1390, float %peak.rf258.sroa.0.32.vec.extract.2.i
-  %peak.rf258.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 9
-  %1393 = fcmp ogt float %1392, %peak.rf258.sroa.0.36.vec.extract.2.i
-  %1394 = select i1 %1393, float %1392, float %peak.rf258.sroa.0.36.vec.extract.2.i
-  %peak.rf258.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 10
-  %1395 = fcmp ogt float %1394, %peak.rf258.sroa.0.40.vec.extract.2.i
-  %1396 = select i1 %1395, float %1394, float %peak.rf258.sroa.0.40.vec.extract.2.i
-  %peak.rf258.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 11
-  %1397 = fcmp ogt float %1396, %peak.rf258.sroa.0.44.vec.extract.2.i
-  %1398 = select i1 %1397, float %1396, float %peak.rf258.sroa.0.44.vec.extract.2.i
-  %peak.rf258.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 12
-  %1399 = fcmp ogt float %1398, %peak.rf258.sroa.0.48.vec.extract.2.i
-  %1400 = select i1 %1399, float %1398, float %peak.rf258.sroa.0.48.vec.extract.2.i
-  %peak.rf258.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 13
-  %1401 = fcmp ogt float %1400, %peak.rf258.sroa.0.52.vec.extract.2.i
-  %1402 = select i1 %1401, float %1400, float %peak.rf258.sroa.0.52.vec.extract.2.i
-  %peak.rf258.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 14
-  %1403 = fcmp ogt float %1402, %peak.rf258.sroa.0.56.vec.extract.2.i
-  %1404 = select i1 %1403, float %1402, float %peak.rf258.sroa.0.56.vec.extract.2.i
-  %peak.rf258.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global257.sroa.0.0.lcssa.2.i, i64 15
-  %1405 = fcmp ogt float %1404, %peak.rf258.sroa.0.60.vec.extract.2.i
-  %1406 = select i1 %1405, float %1404, float %peak.rf258.sroa.0.60.vec.extract.2.i
-  %peak259.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak259.sroa.0.4.vec.insert.i, float %1406, i64 2
-  br i1 %447, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
+  %peak.rf_global261.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1383, %for_body_ax157.2.i.epil ]
+  %peak.rf262.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 0
+  %1384 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1385 = select i1 %1384, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.2.i
+  %peak.rf262.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 1
+  %1386 = fcmp ogt float %1385, %peak.rf262.sroa.0.4.vec.extract.2.i
+  %1387 = select i1 %1386, float %1385, float %peak.rf262.sroa.0.4.vec.extract.2.i
+  %peak.rf262.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 2
+  %1388 = fcmp ogt float %1387, %peak.rf262.sroa.0.8.vec.extract.2.i
+  %1389 = select i1 %1388, float %1387, float %peak.rf262.sroa.0.8.vec.extract.2.i
+  %peak.rf262.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 3
+  %1390 = fcmp ogt float %1389, %peak.rf262.sroa.0.12.vec.extract.2.i
+  %1391 = select i1 %1390, float %1389, float %peak.rf262.sroa.0.12.vec.extract.2.i
+  %peak.rf262.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 4
+  %1392 = fcmp ogt float %1391, %peak.rf262.sroa.0.16.vec.extract.2.i
+  %1393 = select i1 %1392, float %1391, float %peak.rf262.sroa.0.16.vec.extract.2.i
+  %peak.rf262.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 5
+  %1394 = fcmp ogt float %1393, %peak.rf262.sroa.0.20.vec.extract.2.i
+  %1395 = select i1 %1394, float %1393, float %peak.rf262.sroa.0.20.vec.extract.2.i
+  %peak.rf262.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 6
+  %1396 = fcmp ogt float %1395, %peak.rf262.sroa.0.24.vec.extract.2.i
+  %1397 = select i1 %1396, float %1395, float %peak.rf262.sroa.0.24.vec.extract.2.i
+  %peak.rf262.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 7
+  %1398 = fcmp ogt float %1397, %peak.rf262.sroa.0.28.vec.extract.2.i
+  %1399 = select i1 %1398, float %1397, float %peak.rf262.sroa.0.28.vec.extract.2.i
+  %peak.rf262.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 8
+  %1400 = fcmp ogt float %1399, %peak.rf262.sroa.0.32.vec.extract.2.i
+  %1401 = select i1 %1400, float %1399, float %peak.rf262.sroa.0.32.vec.extract.2.i
+  %peak.rf262.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 9
+  %1402 = fcmp ogt float %1401, %peak.rf262.sroa.0.36.vec.extract.2.i
+  %1403 = select i1 %1402, float %1401, float %peak.rf262.sroa.0.36.vec.extract.2.i
+  %peak.rf262.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 10
+  %1404 = fcmp ogt float %1403, %peak.rf262.sroa.0.40.vec.extract.2.i
+  %1405 = select i1 %1404, float %1403, float %peak.rf262.sroa.0.40.vec.extract.2.i
+  %peak.rf262.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 11
+  %1406 = fcmp ogt float %1405, %peak.rf262.sroa.0.44.vec.extract.2.i
+  %1407 = select i1 %1406, float %1405, float %peak.rf262.sroa.0.44.vec.extract.2.i
+  %peak.rf262.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 12
+  %1408 = fcmp ogt float %1407, %peak.rf262.sroa.0.48.vec.extract.2.i
+  %1409 = select i1 %1408, float %1407, float %peak.rf262.sroa.0.48.vec.extract.2.i
+  %peak.rf262.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 13
+  %1410 = fcmp ogt float %1409, %peak.rf262.sroa.0.52.vec.extract.2.i
+  %1411 = select i1 %1410, float %1409, float %peak.rf262.sroa.0.52.vec.extract.2.i
+  %peak.rf262.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 14
+  %1412 = fcmp ogt float %1411, %peak.rf262.sroa.0.56.vec.extract.2.i
+  %1413 = select i1 %1412, float %1411, float %peak.rf262.sroa.0.56.vec.extract.2.i
+  %peak.rf262.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 15
+  %1414 = fcmp ogt float %1413, %peak.rf262.sroa.0.60.vec.extract.2.i
+  %1415 = select i1 %1414, float %1413, float %peak.rf262.sroa.0.60.vec.extract.2.i
+  %peak263.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.4.vec.insert.i, float %1415, i64 2
+  br i1 %451, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
 
 for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
-  br i1 %465, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
+  br i1 %470, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
 
 for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
-  %indvars.iv720.3.i = phi i64 [ %indvars.iv.next721.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %peak.rf_global257.sroa.0.0460.3.i = phi <16 x float> [ %1446, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
+  %indvars.iv724.3.i = phi i64 [ %indvars.iv.next725.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.3.i = phi <16 x float> [ %1455, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
   %niter248 = phi i64 [ %niter248.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %.idx910.i = shl nsw i64 %indvars.iv720.3.i, 6
-  %1407 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx910.i
-  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 1536
-  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
-  %1410 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.3.i, %1409
-  %1411 = select <16 x i1> %1410, <16 x float> %peak.rf_global257.sroa.0.0460.3.i, <16 x float> %1409
-  %indvars.iv.next721.3.i = shl i64 %indvars.iv720.3.i, 6
-  %1412 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i
-  %1413 = getelementptr inbounds nuw i8, ptr %1412, i64 1600
-  %1414 = load <16 x float>, ptr %1413, align 4, !tbaa !5
-  %1415 = fcmp ogt <16 x float> %1411, %1414
-  %1416 = select <16 x i1> %1415, <16 x float> %1411, <16 x float> %1414
-  %indvars.iv.next721.3.i.1 = shl i64 %indvars.iv720.3.i, 6
-  %1417 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.1
-  %1418 = getelementptr inbounds nuw i8, ptr %1417, i64 1664
-  %1419 = load <16 x float>, ptr %1418, align 4, !tbaa !5
-  %1420 = fcmp ogt <16 x float> %1416, %1419
-  %1421 = select <16 x i1> %1420, <16 x float> %1416, <16 x float> %1419
-  %indvars.iv.next721.3.i.2 = shl i64 %indvars.iv720.3.i, 6
-  %1422 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.2
-  %1423 = getelementptr inbounds nuw i8, ptr %1422, i64 1728
-  %1424 = load <16 x float>, ptr %1423, align 4, !tbaa !5
-  %1425 = fcmp ogt <16 x float> %1421, %1424
-  %1426 = select <16 x i1> %1425, <16 x float> %1421, <16 x float> %1424
-  %indvars.iv.next721.3.i.3 = shl i64 %indvars.iv720.3.i, 6
-  %1427 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.3
-  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 1792
-  %1429 = load <16 x float>, ptr %1428, align 4, !tbaa !5
-  %1430 = fcmp ogt <16 x float> %1426, %1429
-  %1431 = select <16 x i1> %1430, <16 x float> %1426, <16 x float> %1429
-  %indvars.iv.next721.3.i.4 = shl i64 %indvars.iv720.3.i, 6
-  %1432 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.4
-  %1433 = getelementptr inbounds nuw i8, ptr %1432, i64 1856
-  %1434 = load <16 x float>, ptr %1433, align 4, !tbaa !5
-  %1435 = fcmp ogt <16 x float> %1431, %1434
-  %1436 = select <16 x i1> %1435, <16 x float> %1431, <16 x float> %1434
-  %indvars.iv.next721.3.i.5 = shl i64 %indvars.iv720.3.i, 6
-  %1437 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.5
-  %1438 = getelementptr inbounds nuw i8, ptr %1437, i64 1920
-  %1439 = load <16 x float>, ptr %1438, align 4, !tbaa !5
-  %1440 = fcmp ogt <16 x float> %1436, %1439
-  %1441 = select <16 x i1> %1440, <16 x float> %1436, <16 x float> %1439
-  %indvars.iv.next721.3.i.6 = shl i64 %indvars.iv720.3.i, 6
-  %1442 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %indvars.iv.next721.3.i.6
-  %1443 = getelementptr inbounds nuw i8, ptr %1442, i64 1984
-  %1444 = load <16 x float>, ptr %1443, align 4, !tbaa !5
-  %1445 = fcmp ogt <16 x float> %1441, %1444
-  %1446 = select <16 x i1> %1445, <16 x float> %1441, <16 x float> %1444
-  %indvars.iv.next721.3.i.7 = add nuw nsw i64 %indvars.iv720.3.i, 8
+  %.idx914.i = shl nsw i64 %indvars.iv724.3.i, 6
+  %1416 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx914.i
+  %1417 = getelementptr inbounds nuw i8, ptr %1416, i64 1536
+  %1418 = load <16 x float>, ptr %1417, align 4, !tbaa !5
+  %1419 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i, %1418
+  %1420 = select <16 x i1> %1419, <16 x float> %peak.rf_global261.sroa.0.0464.3.i, <16 x float> %1418
+  %indvars.iv.next725.3.i = shl i64 %indvars.iv724.3.i, 6
+  %1421 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i
+  %1422 = getelementptr inbounds nuw i8, ptr %1421, i64 1600
+  %1423 = load <16 x float>, ptr %1422, align 4, !tbaa !5
+  %1424 = fcmp ogt <16 x float> %1420, %1423
+  %1425 = select <16 x i1> %1424, <16 x float> %1420, <16 x float> %1423
+  %indvars.iv.next725.3.i.1 = shl i64 %indvars.iv724.3.i, 6
+  %1426 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.1
+  %1427 = getelementptr inbounds nuw i8, ptr %1426, i64 1664
+  %1428 = load <16 x float>, ptr %1427, align 4, !tbaa !5
+  %1429 = fcmp ogt <16 x float> %1425, %1428
+  %1430 = select <16 x i1> %1429, <16 x float> %1425, <16 x float> %1428
+  %indvars.iv.next725.3.i.2 = shl i64 %indvars.iv724.3.i, 6
+  %1431 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.2
+  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 1728
+  %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
+  %1434 = fcmp ogt <16 x float> %1430, %1433
+  %1435 = select <16 x i1> %1434, <16 x float> %1430, <16 x float> %1433
+  %indvars.iv.next725.3.i.3 = shl i64 %indvars.iv724.3.i, 6
+  %1436 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.3
+  %1437 = getelementptr inbounds nuw i8, ptr %1436, i64 1792
+  %1438 = load <16 x float>, ptr %1437, align 4, !tbaa !5
+  %1439 = fcmp ogt <16 x float> %1435, %1438
+  %1440 = select <16 x i1> %1439, <16 x float> %1435, <16 x float> %1438
+  %indvars.iv.next725.3.i.4 = shl i64 %indvars.iv724.3.i, 6
+  %1441 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.4
+  %1442 = getelementptr inbounds nuw i8, ptr %1441, i64 1856
+  %1443 = load <16 x float>, ptr %1442, align 4, !tbaa !5
+  %1444 = fcmp ogt <16 x float> %1440, %1443
+  %1445 = select <16 x i1> %1444, <16 x float> %1440, <16 x float> %1443
+  %indvars.iv.next725.3.i.5 = shl i64 %indvars.iv724.3.i, 6
+  %1446 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.5
+  %1447 = getelementptr inbounds nuw i8, ptr %1446, i64 1920
+  %1448 = load <16 x float>, ptr %1447, align 4, !tbaa !5
+  %1449 = fcmp ogt <16 x float> %1445, %1448
+  %1450 = select <16 x i1> %1449, <16 x float> %1445, <16 x float> %1448
+  %indvars.iv.next725.3.i.6 = shl i64 %indvars.iv724.3.i, 6
+  %1451 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.6
+  %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1984
+  %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !5
+  %1454 = fcmp ogt <16 x float> %1450, %1453
+  %1455 = select <16 x i1> %1454, <16 x float> %1450, <16 x float> %1453
+  %indvars.iv.next725.3.i.7 = add nuw nsw i64 %indvars.iv724.3.i, 8
   %niter248.next.7 = add i64 %niter248, 8
   %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
   br i1 %niter248.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !40, !llvm.loop !49
@@ -2660,1710 +2685,1939 @@ for_end_ax158.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.3.i
   br i1 %lcmp.mod244.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !43
 
 for_body_ax157.3.i.epil.preheader:                ; preds = %for_end_ax158.3.i.loopexit.unr-lcssa, %for_body_ax157.3.i.preheader
-  %indvars.iv720.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next721.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global257.sroa.0.0460.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1446, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  %indvars.iv724.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next725.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod246)
   br label %for_body_ax157.3.i.epil
 
 for_body_ax157.3.i.epil:                          ; preds = %for_body_ax157.3.i.epil, %for_body_ax157.3.i.epil.preheader
-  %indvars.iv720.3.i.epil = phi i64 [ %indvars.iv.next721.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv720.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %peak.rf_global257.sroa.0.0460.3.i.epil = phi <16 x float> [ %1451, %for_body_ax157.3.i.epil ], [ %peak.rf_global257.sroa.0.0460.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %indvars.iv724.3.i.epil = phi i64 [ %indvars.iv.next725.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv724.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.3.i.epil = phi <16 x float> [ %1460, %for_body_ax157.3.i.epil ], [ %peak.rf_global261.sroa.0.0464.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
   %epil.iter243 = phi i64 [ %epil.iter243.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
-  %.idx910.i.epil = shl nsw i64 %indvars.iv720.3.i.epil, 6
-  %1447 = getelementptr inbounds nuw i8, ptr %scaled916918921.i, i64 %.idx910.i.epil
-  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 1536
-  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
-  %1450 = fcmp ogt <16 x float> %peak.rf_global257.sroa.0.0460.3.i.epil, %1449
-  %1451 = select <16 x i1> %1450, <16 x float> %peak.rf_global257.sroa.0.0460.3.i.epil, <16 x float> %1449
-  %indvars.iv.next721.3.i.epil = add nuw nsw i64 %indvars.iv720.3.i.epil, 1
+  %.idx914.i.epil = shl nsw i64 %indvars.iv724.3.i.epil, 6
+  %1456 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx914.i.epil
+  %1457 = getelementptr inbounds nuw i8, ptr %1456, i64 1536
+  %1458 = load <16 x float>, ptr %1457, align 4, !tbaa !5
+  %1459 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, %1458
+  %1460 = select <16 x i1> %1459, <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, <16 x float> %1458
+  %indvars.iv.next725.3.i.epil = add nuw nsw i64 %indvars.iv724.3.i.epil, 1
   %epil.iter243.next = add i64 %epil.iter243, 1
   %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
   br i1 %epil.iter243.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !29, !llvm.loop !50
 
 for_end_ax158.3.i:                                ; preds = %for_body_ax157.3.i.epil, %for_end_ax158.3.i.loopexit.unr-lcssa, %for_end_ax158.2.i
-  %peak.rf_global257.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1446, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1451, %for_body_ax157.3.i.epil ]
-  br i1 %448, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
+  %peak.rf_global261.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1460, %for_body_ax157.3.i.epil ]
+  br i1 %452, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
 
 for_begin_r68.preheader.i:                        ; preds = %for_end_ax158.3.i, %for_body_r62.us.preheader.i
-  %tile_max261.sroa.0.3.i = phi <4 x float> [ %peak259.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
-  br i1 %447, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
+  %tile_max265.sroa.0.3.i = phi <4 x float> [ %peak263.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
+  br i1 %451, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
 
 for_begin_to73.preheader.us.preheader.i:          ; preds = %for_begin_r68.preheader.i
-  %1452 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to74.us.i
+  %1461 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  br i1 %471, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !4
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_begin_to73.preheader.us.preheader.i
-  %indvars.iv736.i = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next737.i, %for_body_to74.us.i ]
-  %1453 = shl nsw i64 %indvars.iv736.i, 4
-  %1454 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1453
-  %1455 = load <16 x float>, ptr %1454, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1455, %1452
-  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1457 = bitcast <16 x float> %1456 to <16 x i32>
-  %1458 = add nsw <16 x i32> %1457, splat (i32 -1262485504)
-  %1459 = sitofp <16 x i32> %1458 to <16 x float>
-  %1460 = fmul <16 x float> %1459, splat (float 0x3F2BD01060000000)
-  %1461 = fmul <16 x float> %1459, splat (float 0x3FE6300000000000)
-  %1462 = fsub <16 x float> %arg.us.i, %1461
-  %1463 = fadd <16 x float> %1460, %1462
-  %1464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1463, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1463, <16 x float> splat (float 0x3F81112100000000))
-  %1466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1463, <16 x float> splat (float 0x3FA5553820000000))
-  %1467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1466, <16 x float> %1463, <16 x float> splat (float 0x3FC5555540000000))
-  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1467, <16 x float> %1463, <16 x float> splat (float 5.000000e-01))
-  %1469 = fmul <16 x float> %1463, %1468
-  %1470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1469, <16 x float> %1463, <16 x float> %1463)
-  %1471 = shl <16 x i32> %1457, splat (i32 23)
-  %1472 = add <16 x i32> %1471, splat (i32 1065353216)
-  %1473 = bitcast <16 x i32> %1472 to <16 x float>
-  %1474 = fadd <16 x float> %1470, splat (float 1.000000e+00)
-  %1475 = fmul <16 x float> %1474, %1473
-  %1476 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1477 = select <16 x i1> %1476, <16 x float> zeroinitializer, <16 x float> %1475
-  %1478 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1453
-  store <16 x float> %1477, ptr %1478, align 4, !tbaa !5
-  %indvars.iv.next737.i = add nuw nsw i64 %indvars.iv736.i, 1
-  %exitcond740.not.i = icmp eq i64 %indvars.iv.next737.i, %wide.trip.count709.i
-  br i1 %exitcond740.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i, !prof !13
+  %indvars.iv740.i = phi i64 [ %indvars.iv.next741.i.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
+  %niter254 = phi i64 [ %niter254.next.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
+  %1462 = shl nsw i64 %indvars.iv740.i, 4
+  %1463 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1462
+  %1464 = load <16 x float>, ptr %1463, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1464, %1461
+  %1465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1466 = bitcast <16 x float> %1465 to <16 x i32>
+  %1467 = fadd <16 x float> %1465, splat (float 0xC168000FE0000000)
+  %1468 = fmul <16 x float> %1467, splat (float 0x3F2BD01060000000)
+  %1469 = fmul <16 x float> %1467, splat (float 0x3FE6300000000000)
+  %1470 = fsub <16 x float> %arg.us.i, %1469
+  %1471 = fadd <16 x float> %1468, %1470
+  %1472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1471, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1472, <16 x float> %1471, <16 x float> splat (float 0x3FA5558F20000000))
+  %1474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1473, <16 x float> %1471, <16 x float> splat (float 0x3FC5554920000000))
+  %1475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1474, <16 x float> %1471, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1476 = fmul <16 x float> %1471, %1471
+  %1477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1476, <16 x float> %1471)
+  %1478 = shl <16 x i32> %1466, splat (i32 23)
+  %1479 = bitcast <16 x i32> %1478 to <16 x float>
+  %1480 = fadd <16 x float> %1477, splat (float 1.000000e+00)
+  %1481 = fmul <16 x float> %1480, %1479
+  %1482 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1483 = select <16 x i1> %1482, <16 x float> zeroinitializer, <16 x float> %1481
+  %1484 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1462
+  store <16 x float> %1483, ptr %1484, align 4, !tbaa !5
+  %indvars.iv.next741.i = shl i64 %indvars.iv740.i, 4
+  %1485 = or disjoint i64 %indvars.iv.next741.i, 16
+  %1486 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1485
+  %1487 = load <16 x float>, ptr %1486, align 4, !tbaa !5
+  %arg.us.i.1 = fsub <16 x float> %1487, %1461
+  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1489 = bitcast <16 x float> %1488 to <16 x i32>
+  %1490 = fadd <16 x float> %1488, splat (float 0xC168000FE0000000)
+  %1491 = fmul <16 x float> %1490, splat (float 0x3F2BD01060000000)
+  %1492 = fmul <16 x float> %1490, splat (float 0x3FE6300000000000)
+  %1493 = fsub <16 x float> %arg.us.i.1, %1492
+  %1494 = fadd <16 x float> %1491, %1493
+  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1494, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1494, <16 x float> splat (float 0x3FA5558F20000000))
+  %1497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1494, <16 x float> splat (float 0x3FC5554920000000))
+  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1494, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1499 = fmul <16 x float> %1494, %1494
+  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1498, <16 x float> %1499, <16 x float> %1494)
+  %1501 = shl <16 x i32> %1489, splat (i32 23)
+  %1502 = bitcast <16 x i32> %1501 to <16 x float>
+  %1503 = fadd <16 x float> %1500, splat (float 1.000000e+00)
+  %1504 = fmul <16 x float> %1503, %1502
+  %1505 = fcmp olt <16 x float> %arg.us.i.1, splat (float -8.700000e+01)
+  %1506 = select <16 x i1> %1505, <16 x float> zeroinitializer, <16 x float> %1504
+  %1507 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1485
+  store <16 x float> %1506, ptr %1507, align 4, !tbaa !5
+  %indvars.iv.next741.i.1 = add nuw nsw i64 %indvars.iv740.i, 2
+  %niter254.next.1 = add i64 %niter254, 2
+  %niter254.ncmp.1 = icmp eq i64 %niter254.next.1, %unroll_iter253
+  br i1 %niter254.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, label %for_body_to74.us.i, !prof !9, !llvm.loop !51
 
-for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i
-  %1479 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br label %for_body_to74.us.1.i
+for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to74.us.i
+  br i1 %lcmp.mod251.not, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i.epil.preheader, !prof !12
+
+for_body_to74.us.i.epil.preheader:                ; preds = %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, %for_begin_to73.preheader.us.preheader.i
+  %indvars.iv740.i.epil.init = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next741.i.1, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod252)
+  %1508 = shl nsw i64 %indvars.iv740.i.epil.init, 4
+  %1509 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1508
+  %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !5
+  %arg.us.i.epil = fsub <16 x float> %1510, %1461
+  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1512 = bitcast <16 x float> %1511 to <16 x i32>
+  %1513 = fadd <16 x float> %1511, splat (float 0xC168000FE0000000)
+  %1514 = fmul <16 x float> %1513, splat (float 0x3F2BD01060000000)
+  %1515 = fmul <16 x float> %1513, splat (float 0x3FE6300000000000)
+  %1516 = fsub <16 x float> %arg.us.i.epil, %1515
+  %1517 = fadd <16 x float> %1514, %1516
+  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1517, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1518, <16 x float> %1517, <16 x float> splat (float 0x3FA5558F20000000))
+  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1519, <16 x float> %1517, <16 x float> splat (float 0x3FC5554920000000))
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1520, <16 x float> %1517, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1522 = fmul <16 x float> %1517, %1517
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1521, <16 x float> %1522, <16 x float> %1517)
+  %1524 = shl <16 x i32> %1512, splat (i32 23)
+  %1525 = bitcast <16 x i32> %1524 to <16 x float>
+  %1526 = fadd <16 x float> %1523, splat (float 1.000000e+00)
+  %1527 = fmul <16 x float> %1526, %1525
+  %1528 = fcmp olt <16 x float> %arg.us.i.epil, splat (float -8.700000e+01)
+  %1529 = select <16 x i1> %1528, <16 x float> zeroinitializer, <16 x float> %1527
+  %1530 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1508
+  store <16 x float> %1529, ptr %1530, align 4, !tbaa !5
+  br label %for_begin_to73.for_end_to75_crit_edge.us.i
+
+for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa
+  %1531 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br i1 %472, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !4
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_begin_to73.for_end_to75_crit_edge.us.i
-  %indvars.iv736.1.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next737.1.i, %for_body_to74.us.1.i ]
-  %1480 = shl nsw i64 %indvars.iv736.1.i, 4
-  %1481 = add nuw nsw i64 %1480, 128
-  %1482 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1481
-  %1483 = load <16 x float>, ptr %1482, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1483, %1479
-  %1484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1485 = bitcast <16 x float> %1484 to <16 x i32>
-  %1486 = add nsw <16 x i32> %1485, splat (i32 -1262485504)
-  %1487 = sitofp <16 x i32> %1486 to <16 x float>
-  %1488 = fmul <16 x float> %1487, splat (float 0x3F2BD01060000000)
-  %1489 = fmul <16 x float> %1487, splat (float 0x3FE6300000000000)
-  %1490 = fsub <16 x float> %arg.us.1.i, %1489
-  %1491 = fadd <16 x float> %1488, %1490
-  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1491, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1491, <16 x float> splat (float 0x3F81112100000000))
-  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1493, <16 x float> %1491, <16 x float> splat (float 0x3FA5553820000000))
-  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1494, <16 x float> %1491, <16 x float> splat (float 0x3FC5555540000000))
-  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1491, <16 x float> splat (float 5.000000e-01))
-  %1497 = fmul <16 x float> %1491, %1496
-  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1491, <16 x float> %1491)
-  %1499 = shl <16 x i32> %1485, splat (i32 23)
-  %1500 = add <16 x i32> %1499, splat (i32 1065353216)
-  %1501 = bitcast <16 x i32> %1500 to <16 x float>
-  %1502 = fadd <16 x float> %1498, splat (float 1.000000e+00)
-  %1503 = fmul <16 x float> %1502, %1501
-  %1504 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1505 = select <16 x i1> %1504, <16 x float> zeroinitializer, <16 x float> %1503
-  %1506 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1481
-  store <16 x float> %1505, ptr %1506, align 4, !tbaa !5
-  %indvars.iv.next737.1.i = add nuw nsw i64 %indvars.iv736.1.i, 1
-  %exitcond740.1.not.i = icmp eq i64 %indvars.iv.next737.1.i, %wide.trip.count709.i
-  br i1 %exitcond740.1.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i, !prof !13
+  %indvars.iv740.1.i = phi i64 [ %indvars.iv.next741.1.i.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
+  %niter260 = phi i64 [ %niter260.next.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
+  %1532 = shl nsw i64 %indvars.iv740.1.i, 4
+  %1533 = add nuw nsw i64 %1532, 128
+  %1534 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1533
+  %1535 = load <16 x float>, ptr %1534, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1535, %1531
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1537 = bitcast <16 x float> %1536 to <16 x i32>
+  %1538 = fadd <16 x float> %1536, splat (float 0xC168000FE0000000)
+  %1539 = fmul <16 x float> %1538, splat (float 0x3F2BD01060000000)
+  %1540 = fmul <16 x float> %1538, splat (float 0x3FE6300000000000)
+  %1541 = fsub <16 x float> %arg.us.1.i, %1540
+  %1542 = fadd <16 x float> %1539, %1541
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1543, <16 x float> %1542, <16 x float> splat (float 0x3FA5558F20000000))
+  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1544, <16 x float> %1542, <16 x float> splat (float 0x3FC5554920000000))
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1542, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1547 = fmul <16 x float> %1542, %1542
+  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1546, <16 x float> %1547, <16 x float> %1542)
+  %1549 = shl <16 x i32> %1537, splat (i32 23)
+  %1550 = bitcast <16 x i32> %1549 to <16 x float>
+  %1551 = fadd <16 x float> %1548, splat (float 1.000000e+00)
+  %1552 = fmul <16 x float> %1551, %1550
+  %1553 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1554 = select <16 x i1> %1553, <16 x float> zeroinitializer, <16 x float> %1552
+  %1555 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1533
+  store <16 x float> %1554, ptr %1555, align 4, !tbaa !5
+  %indvars.iv.next741.1.i = shl i64 %indvars.iv740.1.i, 4
+  %1556 = add nuw nsw i64 %indvars.iv.next741.1.i, 144
+  %1557 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1556
+  %1558 = load <16 x float>, ptr %1557, align 4, !tbaa !5
+  %arg.us.1.i.1 = fsub <16 x float> %1558, %1531
+  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1560 = bitcast <16 x float> %1559 to <16 x i32>
+  %1561 = fadd <16 x float> %1559, splat (float 0xC168000FE0000000)
+  %1562 = fmul <16 x float> %1561, splat (float 0x3F2BD01060000000)
+  %1563 = fmul <16 x float> %1561, splat (float 0x3FE6300000000000)
+  %1564 = fsub <16 x float> %arg.us.1.i.1, %1563
+  %1565 = fadd <16 x float> %1562, %1564
+  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1565, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1566, <16 x float> %1565, <16 x float> splat (float 0x3FA5558F20000000))
+  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1565, <16 x float> splat (float 0x3FC5554920000000))
+  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1568, <16 x float> %1565, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1570 = fmul <16 x float> %1565, %1565
+  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1570, <16 x float> %1565)
+  %1572 = shl <16 x i32> %1560, splat (i32 23)
+  %1573 = bitcast <16 x i32> %1572 to <16 x float>
+  %1574 = fadd <16 x float> %1571, splat (float 1.000000e+00)
+  %1575 = fmul <16 x float> %1574, %1573
+  %1576 = fcmp olt <16 x float> %arg.us.1.i.1, splat (float -8.700000e+01)
+  %1577 = select <16 x i1> %1576, <16 x float> zeroinitializer, <16 x float> %1575
+  %1578 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1556
+  store <16 x float> %1577, ptr %1578, align 4, !tbaa !5
+  %indvars.iv.next741.1.i.1 = add nuw nsw i64 %indvars.iv740.1.i, 2
+  %niter260.next.1 = add i64 %niter260, 2
+  %niter260.ncmp.1 = icmp eq i64 %niter260.next.1, %unroll_iter259
+  br i1 %niter260.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, label %for_body_to74.us.1.i, !prof !9, !llvm.loop !52
 
-for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i
-  %1507 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br label %for_body_to74.us.2.i
+for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to74.us.1.i
+  br i1 %lcmp.mod257.not, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i.epil.preheader, !prof !12
+
+for_body_to74.us.1.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.i
+  %indvars.iv740.1.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next741.1.i.1, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod258)
+  %1579 = shl nsw i64 %indvars.iv740.1.i.epil.init, 4
+  %1580 = add nuw nsw i64 %1579, 128
+  %1581 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1580
+  %1582 = load <16 x float>, ptr %1581, align 4, !tbaa !5
+  %arg.us.1.i.epil = fsub <16 x float> %1582, %1531
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1584 = bitcast <16 x float> %1583 to <16 x i32>
+  %1585 = fadd <16 x float> %1583, splat (float 0xC168000FE0000000)
+  %1586 = fmul <16 x float> %1585, splat (float 0x3F2BD01060000000)
+  %1587 = fmul <16 x float> %1585, splat (float 0x3FE6300000000000)
+  %1588 = fsub <16 x float> %arg.us.1.i.epil, %1587
+  %1589 = fadd <16 x float> %1586, %1588
+  %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1589, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1589, <16 x float> splat (float 0x3FA5558F20000000))
+  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1589, <16 x float> splat (float 0x3FC5554920000000))
+  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1589, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1594 = fmul <16 x float> %1589, %1589
+  %1595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1594, <16 x float> %1589)
+  %1596 = shl <16 x i32> %1584, splat (i32 23)
+  %1597 = bitcast <16 x i32> %1596 to <16 x float>
+  %1598 = fadd <16 x float> %1595, splat (float 1.000000e+00)
+  %1599 = fmul <16 x float> %1598, %1597
+  %1600 = fcmp olt <16 x float> %arg.us.1.i.epil, splat (float -8.700000e+01)
+  %1601 = select <16 x i1> %1600, <16 x float> zeroinitializer, <16 x float> %1599
+  %1602 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1580
+  store <16 x float> %1601, ptr %1602, align 4, !tbaa !5
+  br label %for_begin_to73.for_end_to75_crit_edge.us.1.i
+
+for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa
+  %1603 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br i1 %473, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !4
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_begin_to73.for_end_to75_crit_edge.us.1.i
-  %indvars.iv736.2.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next737.2.i, %for_body_to74.us.2.i ]
-  %1508 = shl nsw i64 %indvars.iv736.2.i, 4
-  %1509 = add nuw nsw i64 %1508, 256
-  %1510 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1509
-  %1511 = load <16 x float>, ptr %1510, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1511, %1507
-  %1512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1513 = bitcast <16 x float> %1512 to <16 x i32>
-  %1514 = add nsw <16 x i32> %1513, splat (i32 -1262485504)
-  %1515 = sitofp <16 x i32> %1514 to <16 x float>
-  %1516 = fmul <16 x float> %1515, splat (float 0x3F2BD01060000000)
-  %1517 = fmul <16 x float> %1515, splat (float 0x3FE6300000000000)
-  %1518 = fsub <16 x float> %arg.us.2.i, %1517
-  %1519 = fadd <16 x float> %1516, %1518
-  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1519, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1520, <16 x float> %1519, <16 x float> splat (float 0x3F81112100000000))
-  %1522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1521, <16 x float> %1519, <16 x float> splat (float 0x3FA5553820000000))
-  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1519, <16 x float> splat (float 0x3FC5555540000000))
-  %1524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1523, <16 x float> %1519, <16 x float> splat (float 5.000000e-01))
-  %1525 = fmul <16 x float> %1519, %1524
-  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1519, <16 x float> %1519)
-  %1527 = shl <16 x i32> %1513, splat (i32 23)
-  %1528 = add <16 x i32> %1527, splat (i32 1065353216)
-  %1529 = bitcast <16 x i32> %1528 to <16 x float>
-  %1530 = fadd <16 x float> %1526, splat (float 1.000000e+00)
-  %1531 = fmul <16 x float> %1530, %1529
-  %1532 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1533 = select <16 x i1> %1532, <16 x float> zeroinitializer, <16 x float> %1531
-  %1534 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1509
-  store <16 x float> %1533, ptr %1534, align 4, !tbaa !5
-  %indvars.iv.next737.2.i = add nuw nsw i64 %indvars.iv736.2.i, 1
-  %exitcond740.2.not.i = icmp eq i64 %indvars.iv.next737.2.i, %wide.trip.count709.i
-  br i1 %exitcond740.2.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i, !prof !13
+  %indvars.iv740.2.i = phi i64 [ %indvars.iv.next741.2.i.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
+  %niter266 = phi i64 [ %niter266.next.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
+  %1604 = shl nsw i64 %indvars.iv740.2.i, 4
+  %1605 = add nuw nsw i64 %1604, 256
+  %1606 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1605
+  %1607 = load <16 x float>, ptr %1606, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1607, %1603
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1609 = bitcast <16 x float> %1608 to <16 x i32>
+  %1610 = fadd <16 x float> %1608, splat (float 0xC168000FE0000000)
+  %1611 = fmul <16 x float> %1610, splat (float 0x3F2BD01060000000)
+  %1612 = fmul <16 x float> %1610, splat (float 0x3FE6300000000000)
+  %1613 = fsub <16 x float> %arg.us.2.i, %1612
+  %1614 = fadd <16 x float> %1611, %1613
+  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1614, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1614, <16 x float> splat (float 0x3FA5558F20000000))
+  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1614, <16 x float> splat (float 0x3FC5554920000000))
+  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1614, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1619 = fmul <16 x float> %1614, %1614
+  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1618, <16 x float> %1619, <16 x float> %1614)
+  %1621 = shl <16 x i32> %1609, splat (i32 23)
+  %1622 = bitcast <16 x i32> %1621 to <16 x float>
+  %1623 = fadd <16 x float> %1620, splat (float 1.000000e+00)
+  %1624 = fmul <16 x float> %1623, %1622
+  %1625 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1626 = select <16 x i1> %1625, <16 x float> zeroinitializer, <16 x float> %1624
+  %1627 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1605
+  store <16 x float> %1626, ptr %1627, align 4, !tbaa !5
+  %indvars.iv.next741.2.i = shl i64 %indvars.iv740.2.i, 4
+  %1628 = add nuw nsw i64 %indvars.iv.next741.2.i, 272
+  %1629 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1628
+  %1630 = load <16 x float>, ptr %1629, align 4, !tbaa !5
+  %arg.us.2.i.1 = fsub <16 x float> %1630, %1603
+  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1632 = bitcast <16 x float> %1631 to <16 x i32>
+  %1633 = fadd <16 x float> %1631, splat (float 0xC168000FE0000000)
+  %1634 = fmul <16 x float> %1633, splat (float 0x3F2BD01060000000)
+  %1635 = fmul <16 x float> %1633, splat (float 0x3FE6300000000000)
+  %1636 = fsub <16 x float> %arg.us.2.i.1, %1635
+  %1637 = fadd <16 x float> %1634, %1636
+  %1638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1637, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1637, <16 x float> splat (float 0x3FA5558F20000000))
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1639, <16 x float> %1637, <16 x float> splat (float 0x3FC5554920000000))
+  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1640, <16 x float> %1637, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1642 = fmul <16 x float> %1637, %1637
+  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1641, <16 x float> %1642, <16 x float> %1637)
+  %1644 = shl <16 x i32> %1632, splat (i32 23)
+  %1645 = bitcast <16 x i32> %1644 to <16 x float>
+  %1646 = fadd <16 x float> %1643, splat (float 1.000000e+00)
+  %1647 = fmul <16 x float> %1646, %1645
+  %1648 = fcmp olt <16 x float> %arg.us.2.i.1, splat (float -8.700000e+01)
+  %1649 = select <16 x i1> %1648, <16 x float> zeroinitializer, <16 x float> %1647
+  %1650 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1628
+  store <16 x float> %1649, ptr %1650, align 4, !tbaa !5
+  %indvars.iv.next741.2.i.1 = add nuw nsw i64 %indvars.iv740.2.i, 2
+  %niter266.next.1 = add i64 %niter266, 2
+  %niter266.ncmp.1 = icmp eq i64 %niter266.next.1, %unroll_iter265
+  br i1 %niter266.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, label %for_body_to74.us.2.i, !prof !9, !llvm.loop !53
 
-for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i
-  %1535 = shufflevector <4 x float> %tile_max261.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br label %for_body_to74.us.3.i
+for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to74.us.2.i
+  br i1 %lcmp.mod263.not, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i.epil.preheader, !prof !12
+
+for_body_to74.us.2.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.1.i
+  %indvars.iv740.2.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next741.2.i.1, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod264)
+  %1651 = shl nsw i64 %indvars.iv740.2.i.epil.init, 4
+  %1652 = add nuw nsw i64 %1651, 256
+  %1653 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1652
+  %1654 = load <16 x float>, ptr %1653, align 4, !tbaa !5
+  %arg.us.2.i.epil = fsub <16 x float> %1654, %1603
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1656 = bitcast <16 x float> %1655 to <16 x i32>
+  %1657 = fadd <16 x float> %1655, splat (float 0xC168000FE0000000)
+  %1658 = fmul <16 x float> %1657, splat (float 0x3F2BD01060000000)
+  %1659 = fmul <16 x float> %1657, splat (float 0x3FE6300000000000)
+  %1660 = fsub <16 x float> %arg.us.2.i.epil, %1659
+  %1661 = fadd <16 x float> %1658, %1660
+  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1661, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1662, <16 x float> %1661, <16 x float> splat (float 0x3FA5558F20000000))
+  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1663, <16 x float> %1661, <16 x float> splat (float 0x3FC5554920000000))
+  %1665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1664, <16 x float> %1661, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1666 = fmul <16 x float> %1661, %1661
+  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1666, <16 x float> %1661)
+  %1668 = shl <16 x i32> %1656, splat (i32 23)
+  %1669 = bitcast <16 x i32> %1668 to <16 x float>
+  %1670 = fadd <16 x float> %1667, splat (float 1.000000e+00)
+  %1671 = fmul <16 x float> %1670, %1669
+  %1672 = fcmp olt <16 x float> %arg.us.2.i.epil, splat (float -8.700000e+01)
+  %1673 = select <16 x i1> %1672, <16 x float> zeroinitializer, <16 x float> %1671
+  %1674 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1652
+  store <16 x float> %1673, ptr %1674, align 4, !tbaa !5
+  br label %for_begin_to73.for_end_to75_crit_edge.us.2.i
+
+for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa
+  %1675 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br i1 %474, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !4
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_begin_to73.for_end_to75_crit_edge.us.2.i
-  %indvars.iv736.3.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next737.3.i, %for_body_to74.us.3.i ]
-  %1536 = shl nsw i64 %indvars.iv736.3.i, 4
-  %1537 = add nuw nsw i64 %1536, 384
-  %1538 = getelementptr inbounds nuw float, ptr %scaled916918921.i, i64 %1537
-  %1539 = load <16 x float>, ptr %1538, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1539, %1535
-  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1541 = bitcast <16 x float> %1540 to <16 x i32>
-  %1542 = add nsw <16 x i32> %1541, splat (i32 -1262485504)
-  %1543 = sitofp <16 x i32> %1542 to <16 x float>
-  %1544 = fmul <16 x float> %1543, splat (float 0x3F2BD01060000000)
-  %1545 = fmul <16 x float> %1543, splat (float 0x3FE6300000000000)
-  %1546 = fsub <16 x float> %arg.us.3.i, %1545
-  %1547 = fadd <16 x float> %1544, %1546
-  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1547, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1547, <16 x float> splat (float 0x3F81112100000000))
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1547, <16 x float> splat (float 0x3FA5553820000000))
-  %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1547, <16 x float> splat (float 0x3FC5555540000000))
-  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1551, <16 x float> %1547, <16 x float> splat (float 5.000000e-01))
-  %1553 = fmul <16 x float> %1547, %1552
-  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1547, <16 x float> %1547)
-  %1555 = shl <16 x i32> %1541, splat (i32 23)
-  %1556 = add <16 x i32> %1555, splat (i32 1065353216)
-  %1557 = bitcast <16 x i32> %1556 to <16 x float>
-  %1558 = fadd <16 x float> %1554, splat (float 1.000000e+00)
-  %1559 = fmul <16 x float> %1558, %1557
-  %1560 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1561 = select <16 x i1> %1560, <16 x float> zeroinitializer, <16 x float> %1559
-  %1562 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1537
-  store <16 x float> %1561, ptr %1562, align 4, !tbaa !5
-  %indvars.iv.next737.3.i = add nuw nsw i64 %indvars.iv736.3.i, 1
-  %exitcond740.3.not.i = icmp eq i64 %indvars.iv.next737.3.i, %wide.trip.count709.i
-  br i1 %exitcond740.3.not.i, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i, !prof !13
+  %indvars.iv740.3.i = phi i64 [ %indvars.iv.next741.3.i.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
+  %niter272 = phi i64 [ %niter272.next.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
+  %1676 = shl nsw i64 %indvars.iv740.3.i, 4
+  %1677 = add nuw nsw i64 %1676, 384
+  %1678 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1677
+  %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1679, %1675
+  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1681 = bitcast <16 x float> %1680 to <16 x i32>
+  %1682 = fadd <16 x float> %1680, splat (float 0xC168000FE0000000)
+  %1683 = fmul <16 x float> %1682, splat (float 0x3F2BD01060000000)
+  %1684 = fmul <16 x float> %1682, splat (float 0x3FE6300000000000)
+  %1685 = fsub <16 x float> %arg.us.3.i, %1684
+  %1686 = fadd <16 x float> %1683, %1685
+  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1686, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1686, <16 x float> splat (float 0x3FA5558F20000000))
+  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1686, <16 x float> splat (float 0x3FC5554920000000))
+  %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1689, <16 x float> %1686, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1691 = fmul <16 x float> %1686, %1686
+  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1690, <16 x float> %1691, <16 x float> %1686)
+  %1693 = shl <16 x i32> %1681, splat (i32 23)
+  %1694 = bitcast <16 x i32> %1693 to <16 x float>
+  %1695 = fadd <16 x float> %1692, splat (float 1.000000e+00)
+  %1696 = fmul <16 x float> %1695, %1694
+  %1697 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1698 = select <16 x i1> %1697, <16 x float> zeroinitializer, <16 x float> %1696
+  %1699 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1677
+  store <16 x float> %1698, ptr %1699, align 4, !tbaa !5
+  %indvars.iv.next741.3.i = shl i64 %indvars.iv740.3.i, 4
+  %1700 = add nuw nsw i64 %indvars.iv.next741.3.i, 400
+  %1701 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1700
+  %1702 = load <16 x float>, ptr %1701, align 4, !tbaa !5
+  %arg.us.3.i.1 = fsub <16 x float> %1702, %1675
+  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1704 = bitcast <16 x float> %1703 to <16 x i32>
+  %1705 = fadd <16 x float> %1703, splat (float 0xC168000FE0000000)
+  %1706 = fmul <16 x float> %1705, splat (float 0x3F2BD01060000000)
+  %1707 = fmul <16 x float> %1705, splat (float 0x3FE6300000000000)
+  %1708 = fsub <16 x float> %arg.us.3.i.1, %1707
+  %1709 = fadd <16 x float> %1706, %1708
+  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1709, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1709, <16 x float> splat (float 0x3FA5558F20000000))
+  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1711, <16 x float> %1709, <16 x float> splat (float 0x3FC5554920000000))
+  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1709, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1714 = fmul <16 x float> %1709, %1709
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1713, <16 x float> %1714, <16 x float> %1709)
+  %1716 = shl <16 x i32> %1704, splat (i32 23)
+  %1717 = bitcast <16 x i32> %1716 to <16 x float>
+  %1718 = fadd <16 x float> %1715, splat (float 1.000000e+00)
+  %1719 = fmul <16 x float> %1718, %1717
+  %1720 = fcmp olt <16 x float> %arg.us.3.i.1, splat (float -8.700000e+01)
+  %1721 = select <16 x i1> %1720, <16 x float> zeroinitializer, <16 x float> %1719
+  %1722 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1700
+  store <16 x float> %1721, ptr %1722, align 4, !tbaa !5
+  %indvars.iv.next741.3.i.1 = add nuw nsw i64 %indvars.iv740.3.i, 2
+  %niter272.next.1 = add i64 %niter272, 2
+  %niter272.ncmp.1 = icmp eq i64 %niter272.next.1, %unroll_iter271
+  br i1 %niter272.ncmp.1, label %for_body_ax184.i.preheader.unr-lcssa, label %for_body_to74.us.3.i, !prof !9, !llvm.loop !54
 
-for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.i
-  br i1 %466, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
+for_body_ax184.i.preheader.unr-lcssa:             ; preds = %for_body_to74.us.3.i
+  br i1 %lcmp.mod269.not, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !12
+
+for_body_to74.us.3.i.epil.preheader:              ; preds = %for_body_ax184.i.preheader.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.2.i
+  %indvars.iv740.3.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next741.3.i.1, %for_body_ax184.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod270)
+  %1723 = shl nsw i64 %indvars.iv740.3.i.epil.init, 4
+  %1724 = add nuw nsw i64 %1723, 384
+  %1725 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1724
+  %1726 = load <16 x float>, ptr %1725, align 4, !tbaa !5
+  %arg.us.3.i.epil = fsub <16 x float> %1726, %1675
+  %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1728 = bitcast <16 x float> %1727 to <16 x i32>
+  %1729 = fadd <16 x float> %1727, splat (float 0xC168000FE0000000)
+  %1730 = fmul <16 x float> %1729, splat (float 0x3F2BD01060000000)
+  %1731 = fmul <16 x float> %1729, splat (float 0x3FE6300000000000)
+  %1732 = fsub <16 x float> %arg.us.3.i.epil, %1731
+  %1733 = fadd <16 x float> %1730, %1732
+  %1734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1733, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1733, <16 x float> splat (float 0x3FA5558F20000000))
+  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1735, <16 x float> %1733, <16 x float> splat (float 0x3FC5554920000000))
+  %1737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1736, <16 x float> %1733, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1738 = fmul <16 x float> %1733, %1733
+  %1739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1738, <16 x float> %1733)
+  %1740 = shl <16 x i32> %1728, splat (i32 23)
+  %1741 = bitcast <16 x i32> %1740 to <16 x float>
+  %1742 = fadd <16 x float> %1739, splat (float 1.000000e+00)
+  %1743 = fmul <16 x float> %1742, %1741
+  %1744 = fcmp olt <16 x float> %arg.us.3.i.epil, splat (float -8.700000e+01)
+  %1745 = select <16 x i1> %1744, <16 x float> zeroinitializer, <16 x float> %1743
+  %1746 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1724
+  store <16 x float> %1745, ptr %1746, align 4, !tbaa !5
+  br label %for_body_ax184.i.preheader
+
+for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.i.epil.preheader, %for_body_ax184.i.preheader.unr-lcssa
+  br i1 %475, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.i.preheader
-  %indvars.iv745.i = phi i64 [ %indvars.iv.next746.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.i = phi <16 x float> [ %1593, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
-  %niter255 = phi i64 [ %niter255.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %.idx911.i = shl nsw i64 %indvars.iv745.i, 6
-  %1563 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx911.i
-  %1564 = load <16 x float>, ptr %1563, align 4, !tbaa !5
-  %1565 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.i, %1564
-  %indvars.iv.next746.i = shl i64 %indvars.iv745.i, 6
-  %1566 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i
-  %1567 = getelementptr inbounds nuw i8, ptr %1566, i64 64
-  %1568 = load <16 x float>, ptr %1567, align 4, !tbaa !5
-  %1569 = fadd <16 x float> %1565, %1568
-  %indvars.iv.next746.i.1 = shl i64 %indvars.iv745.i, 6
-  %1570 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.1
-  %1571 = getelementptr inbounds nuw i8, ptr %1570, i64 128
-  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !5
-  %1573 = fadd <16 x float> %1569, %1572
-  %indvars.iv.next746.i.2 = shl i64 %indvars.iv745.i, 6
-  %1574 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.2
-  %1575 = getelementptr inbounds nuw i8, ptr %1574, i64 192
-  %1576 = load <16 x float>, ptr %1575, align 4, !tbaa !5
-  %1577 = fadd <16 x float> %1573, %1576
-  %indvars.iv.next746.i.3 = shl i64 %indvars.iv745.i, 6
-  %1578 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.3
-  %1579 = getelementptr inbounds nuw i8, ptr %1578, i64 256
-  %1580 = load <16 x float>, ptr %1579, align 4, !tbaa !5
-  %1581 = fadd <16 x float> %1577, %1580
-  %indvars.iv.next746.i.4 = shl i64 %indvars.iv745.i, 6
-  %1582 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.4
-  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 320
-  %1584 = load <16 x float>, ptr %1583, align 4, !tbaa !5
-  %1585 = fadd <16 x float> %1581, %1584
-  %indvars.iv.next746.i.5 = shl i64 %indvars.iv745.i, 6
-  %1586 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.5
-  %1587 = getelementptr inbounds nuw i8, ptr %1586, i64 384
-  %1588 = load <16 x float>, ptr %1587, align 4, !tbaa !5
-  %1589 = fadd <16 x float> %1585, %1588
-  %indvars.iv.next746.i.6 = shl i64 %indvars.iv745.i, 6
-  %1590 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.i.6
-  %1591 = getelementptr inbounds nuw i8, ptr %1590, i64 448
-  %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !5
-  %1593 = fadd <16 x float> %1589, %1592
-  %indvars.iv.next746.i.7 = add nuw nsw i64 %indvars.iv745.i, 8
-  %niter255.next.7 = add i64 %niter255, 8
-  %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
-  br i1 %niter255.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !51
+  %indvars.iv749.i = phi i64 [ %indvars.iv.next750.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.i = phi <16 x float> [ %1777, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
+  %niter279 = phi i64 [ %niter279.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %.idx915.i = shl nsw i64 %indvars.iv749.i, 6
+  %1747 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i
+  %1748 = load <16 x float>, ptr %1747, align 4, !tbaa !5
+  %1749 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i, %1748
+  %indvars.iv.next750.i = shl i64 %indvars.iv749.i, 6
+  %1750 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i
+  %1751 = getelementptr inbounds nuw i8, ptr %1750, i64 64
+  %1752 = load <16 x float>, ptr %1751, align 4, !tbaa !5
+  %1753 = fadd <16 x float> %1749, %1752
+  %indvars.iv.next750.i.1 = shl i64 %indvars.iv749.i, 6
+  %1754 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.1
+  %1755 = getelementptr inbounds nuw i8, ptr %1754, i64 128
+  %1756 = load <16 x float>, ptr %1755, align 4, !tbaa !5
+  %1757 = fadd <16 x float> %1753, %1756
+  %indvars.iv.next750.i.2 = shl i64 %indvars.iv749.i, 6
+  %1758 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.2
+  %1759 = getelementptr inbounds nuw i8, ptr %1758, i64 192
+  %1760 = load <16 x float>, ptr %1759, align 4, !tbaa !5
+  %1761 = fadd <16 x float> %1757, %1760
+  %indvars.iv.next750.i.3 = shl i64 %indvars.iv749.i, 6
+  %1762 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.3
+  %1763 = getelementptr inbounds nuw i8, ptr %1762, i64 256
+  %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !5
+  %1765 = fadd <16 x float> %1761, %1764
+  %indvars.iv.next750.i.4 = shl i64 %indvars.iv749.i, 6
+  %1766 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.4
+  %1767 = getelementptr inbounds nuw i8, ptr %1766, i64 320
+  %1768 = load <16 x float>, ptr %1767, align 4, !tbaa !5
+  %1769 = fadd <16 x float> %1765, %1768
+  %indvars.iv.next750.i.5 = shl i64 %indvars.iv749.i, 6
+  %1770 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.5
+  %1771 = getelementptr inbounds nuw i8, ptr %1770, i64 384
+  %1772 = load <16 x float>, ptr %1771, align 4, !tbaa !5
+  %1773 = fadd <16 x float> %1769, %1772
+  %indvars.iv.next750.i.6 = shl i64 %indvars.iv749.i, 6
+  %1774 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.6
+  %1775 = getelementptr inbounds nuw i8, ptr %1774, i64 448
+  %1776 = load <16 x float>, ptr %1775, align 4, !tbaa !5
+  %1777 = fadd <16 x float> %1773, %1776
+  %indvars.iv.next750.i.7 = add nuw nsw i64 %indvars.iv749.i, 8
+  %niter279.next.7 = add i64 %niter279, 8
+  %niter279.ncmp.7 = icmp eq i64 %niter279.next.7, %unroll_iter278
+  br i1 %niter279.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !55
 
 for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod251.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod275.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.i.preheader
-  %indvars.iv745.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next746.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global255.sroa.0.0467.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1593, %for_end_ax185.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod253)
+  %indvars.iv749.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next750.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod277)
   br label %for_body_ax184.i.epil
 
 for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
-  %indvars.iv745.i.epil = phi i64 [ %indvars.iv.next746.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv745.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.i.epil = phi <16 x float> [ %1596, %for_body_ax184.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %epil.iter250 = phi i64 [ %epil.iter250.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
-  %.idx911.i.epil = shl nsw i64 %indvars.iv745.i.epil, 6
-  %1594 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx911.i.epil
-  %1595 = load <16 x float>, ptr %1594, align 4, !tbaa !5
-  %1596 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.i.epil, %1595
-  %indvars.iv.next746.i.epil = add nuw nsw i64 %indvars.iv745.i.epil, 1
-  %epil.iter250.next = add i64 %epil.iter250, 1
-  %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
-  br i1 %epil.iter250.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !52
+  %indvars.iv749.i.epil = phi i64 [ %indvars.iv.next750.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv749.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.i.epil = phi <16 x float> [ %1780, %for_body_ax184.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %epil.iter274 = phi i64 [ %epil.iter274.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
+  %.idx915.i.epil = shl nsw i64 %indvars.iv749.i.epil, 6
+  %1778 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i.epil
+  %1779 = load <16 x float>, ptr %1778, align 4, !tbaa !5
+  %1780 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i.epil, %1779
+  %indvars.iv.next750.i.epil = add nuw nsw i64 %indvars.iv749.i.epil, 1
+  %epil.iter274.next = add i64 %epil.iter274, 1
+  %epil.iter274.cmp.not = icmp eq i64 %epil.iter274.next, %xtraiter273
+  br i1 %epil.iter274.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !56
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_r68.preheader.i
-  %tile_sum.rf_global255.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1593, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1596, %for_body_ax184.i.epil ]
-  %tile_sum.rf256.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 0
-  %1597 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf256.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 1
-  %1598 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.i, %1597
-  %tile_sum.rf256.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 2
-  %1599 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.i, %1598
-  %tile_sum.rf256.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 3
-  %1600 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.i, %1599
-  %tile_sum.rf256.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 4
-  %1601 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.i, %1600
-  %tile_sum.rf256.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 5
-  %1602 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.i, %1601
-  %tile_sum.rf256.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 6
-  %1603 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.i, %1602
-  %tile_sum.rf256.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 7
-  %1604 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.i, %1603
-  %tile_sum.rf256.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 8
-  %1605 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.i, %1604
-  %tile_sum.rf256.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 9
-  %1606 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.i, %1605
-  %tile_sum.rf256.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 10
-  %1607 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.i, %1606
-  %tile_sum.rf256.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 11
-  %1608 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.i, %1607
-  %tile_sum.rf256.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 12
-  %1609 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.i, %1608
-  %tile_sum.rf256.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 13
-  %1610 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.i, %1609
-  %tile_sum.rf256.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 14
-  %1611 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.i, %1610
-  %tile_sum.rf256.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.i, i64 15
-  %1612 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.i, %1611
-  %tile_sum260.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1612, i64 0
-  br i1 %447, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
+  %tile_sum.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1780, %for_body_ax184.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 0
+  %1781 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 1
+  %1782 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.i, %1781
+  %tile_sum.rf260.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 2
+  %1783 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.i, %1782
+  %tile_sum.rf260.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 3
+  %1784 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.i, %1783
+  %tile_sum.rf260.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 4
+  %1785 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.i, %1784
+  %tile_sum.rf260.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 5
+  %1786 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.i, %1785
+  %tile_sum.rf260.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 6
+  %1787 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.i, %1786
+  %tile_sum.rf260.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 7
+  %1788 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.i, %1787
+  %tile_sum.rf260.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 8
+  %1789 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.i, %1788
+  %tile_sum.rf260.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 9
+  %1790 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.i, %1789
+  %tile_sum.rf260.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 10
+  %1791 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.i, %1790
+  %tile_sum.rf260.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 11
+  %1792 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.i, %1791
+  %tile_sum.rf260.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 12
+  %1793 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.i, %1792
+  %tile_sum.rf260.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 13
+  %1794 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.i, %1793
+  %tile_sum.rf260.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 14
+  %1795 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.i, %1794
+  %tile_sum.rf260.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 15
+  %1796 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.i, %1795
+  %tile_sum264.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1796, i64 0
+  br i1 %451, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
 
 for_body_ax184.1.i.preheader:                     ; preds = %for_end_ax185.i
-  br i1 %467, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
+  br i1 %476, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
 
 for_body_ax184.1.i:                               ; preds = %for_body_ax184.1.i, %for_body_ax184.1.i.preheader
-  %indvars.iv745.1.i = phi i64 [ %indvars.iv.next746.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.1.i = phi <16 x float> [ %1644, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
-  %niter262 = phi i64 [ %niter262.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %.idx912.i = shl nsw i64 %indvars.iv745.1.i, 6
-  %1613 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx912.i
-  %1614 = getelementptr inbounds nuw i8, ptr %1613, i64 512
-  %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !5
-  %1616 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.1.i, %1615
-  %indvars.iv.next746.1.i = shl i64 %indvars.iv745.1.i, 6
-  %1617 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i
-  %1618 = getelementptr inbounds nuw i8, ptr %1617, i64 576
-  %1619 = load <16 x float>, ptr %1618, align 4, !tbaa !5
-  %1620 = fadd <16 x float> %1616, %1619
-  %indvars.iv.next746.1.i.1 = shl i64 %indvars.iv745.1.i, 6
-  %1621 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.1
-  %1622 = getelementptr inbounds nuw i8, ptr %1621, i64 640
-  %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !5
-  %1624 = fadd <16 x float> %1620, %1623
-  %indvars.iv.next746.1.i.2 = shl i64 %indvars.iv745.1.i, 6
-  %1625 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.2
-  %1626 = getelementptr inbounds nuw i8, ptr %1625, i64 704
-  %1627 = load <16 x float>, ptr %1626, align 4, !tbaa !5
-  %1628 = fadd <16 x float> %1624, %1627
-  %indvars.iv.next746.1.i.3 = shl i64 %indvars.iv745.1.i, 6
-  %1629 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.3
-  %1630 = getelementptr inbounds nuw i8, ptr %1629, i64 768
-  %1631 = load <16 x float>, ptr %1630, align 4, !tbaa !5
-  %1632 = fadd <16 x float> %1628, %1631
-  %indvars.iv.next746.1.i.4 = shl i64 %indvars.iv745.1.i, 6
-  %1633 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.4
-  %1634 = getelementptr inbounds nuw i8, ptr %1633, i64 832
-  %1635 = load <16 x float>, ptr %1634, align 4, !tbaa !5
-  %1636 = fadd <16 x float> %1632, %1635
-  %indvars.iv.next746.1.i.5 = shl i64 %indvars.iv745.1.i, 6
-  %1637 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.5
-  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 896
-  %1639 = load <16 x float>, ptr %1638, align 4, !tbaa !5
-  %1640 = fadd <16 x float> %1636, %1639
-  %indvars.iv.next746.1.i.6 = shl i64 %indvars.iv745.1.i, 6
-  %1641 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.1.i.6
-  %1642 = getelementptr inbounds nuw i8, ptr %1641, i64 960
-  %1643 = load <16 x float>, ptr %1642, align 4, !tbaa !5
-  %1644 = fadd <16 x float> %1640, %1643
-  %indvars.iv.next746.1.i.7 = add nuw nsw i64 %indvars.iv745.1.i, 8
-  %niter262.next.7 = add i64 %niter262, 8
-  %niter262.ncmp.7 = icmp eq i64 %niter262.next.7, %unroll_iter261
-  br i1 %niter262.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !53
+  %indvars.iv749.1.i = phi i64 [ %indvars.iv.next750.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.1.i = phi <16 x float> [ %1828, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
+  %niter286 = phi i64 [ %niter286.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %.idx916.i = shl nsw i64 %indvars.iv749.1.i, 6
+  %1797 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i
+  %1798 = getelementptr inbounds nuw i8, ptr %1797, i64 512
+  %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !5
+  %1800 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i, %1799
+  %indvars.iv.next750.1.i = shl i64 %indvars.iv749.1.i, 6
+  %1801 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i
+  %1802 = getelementptr inbounds nuw i8, ptr %1801, i64 576
+  %1803 = load <16 x float>, ptr %1802, align 4, !tbaa !5
+  %1804 = fadd <16 x float> %1800, %1803
+  %indvars.iv.next750.1.i.1 = shl i64 %indvars.iv749.1.i, 6
+  %1805 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.1
+  %1806 = getelementptr inbounds nuw i8, ptr %1805, i64 640
+  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !5
+  %1808 = fadd <16 x float> %1804, %1807
+  %indvars.iv.next750.1.i.2 = shl i64 %indvars.iv749.1.i, 6
+  %1809 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.2
+  %1810 = getelementptr inbounds nuw i8, ptr %1809, i64 704
+  %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !5
+  %1812 = fadd <16 x float> %1808, %1811
+  %indvars.iv.next750.1.i.3 = shl i64 %indvars.iv749.1.i, 6
+  %1813 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.3
+  %1814 = getelementptr inbounds nuw i8, ptr %1813, i64 768
+  %1815 = load <16 x float>, ptr %1814, align 4, !tbaa !5
+  %1816 = fadd <16 x float> %1812, %1815
+  %indvars.iv.next750.1.i.4 = shl i64 %indvars.iv749.1.i, 6
+  %1817 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.4
+  %1818 = getelementptr inbounds nuw i8, ptr %1817, i64 832
+  %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !5
+  %1820 = fadd <16 x float> %1816, %1819
+  %indvars.iv.next750.1.i.5 = shl i64 %indvars.iv749.1.i, 6
+  %1821 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.5
+  %1822 = getelementptr inbounds nuw i8, ptr %1821, i64 896
+  %1823 = load <16 x float>, ptr %1822, align 4, !tbaa !5
+  %1824 = fadd <16 x float> %1820, %1823
+  %indvars.iv.next750.1.i.6 = shl i64 %indvars.iv749.1.i, 6
+  %1825 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.6
+  %1826 = getelementptr inbounds nuw i8, ptr %1825, i64 960
+  %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !5
+  %1828 = fadd <16 x float> %1824, %1827
+  %indvars.iv.next750.1.i.7 = add nuw nsw i64 %indvars.iv749.1.i, 8
+  %niter286.next.7 = add i64 %niter286, 8
+  %niter286.ncmp.7 = icmp eq i64 %niter286.next.7, %unroll_iter285
+  br i1 %niter286.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !57
 
 for_end_ax185.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.1.i
-  br i1 %lcmp.mod258.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod282.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
 
 for_body_ax184.1.i.epil.preheader:                ; preds = %for_end_ax185.1.i.loopexit.unr-lcssa, %for_body_ax184.1.i.preheader
-  %indvars.iv745.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next746.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global255.sroa.0.0467.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1644, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod260)
+  %indvars.iv749.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next750.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod284)
   br label %for_body_ax184.1.i.epil
 
 for_body_ax184.1.i.epil:                          ; preds = %for_body_ax184.1.i.epil, %for_body_ax184.1.i.epil.preheader
-  %indvars.iv745.1.i.epil = phi i64 [ %indvars.iv.next746.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv745.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.1.i.epil = phi <16 x float> [ %1648, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %epil.iter257 = phi i64 [ %epil.iter257.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
-  %.idx912.i.epil = shl nsw i64 %indvars.iv745.1.i.epil, 6
-  %1645 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx912.i.epil
-  %1646 = getelementptr inbounds nuw i8, ptr %1645, i64 512
-  %1647 = load <16 x float>, ptr %1646, align 4, !tbaa !5
-  %1648 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.1.i.epil, %1647
-  %indvars.iv.next746.1.i.epil = add nuw nsw i64 %indvars.iv745.1.i.epil, 1
-  %epil.iter257.next = add i64 %epil.iter257, 1
-  %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !54
+  %indvars.iv749.1.i.epil = phi i64 [ %indvars.iv.next750.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv749.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.1.i.epil = phi <16 x float> [ %1832, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %epil.iter281 = phi i64 [ %epil.iter281.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
+  %.idx916.i.epil = shl nsw i64 %indvars.iv749.1.i.epil, 6
+  %1829 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i.epil
+  %1830 = getelementptr inbounds nuw i8, ptr %1829, i64 512
+  %1831 = load <16 x float>, ptr %1830, align 4, !tbaa !5
+  %1832 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i.epil, %1831
+  %indvars.iv.next750.1.i.epil = add nuw nsw i64 %indvars.iv749.1.i.epil, 1
+  %epil.iter281.next = add i64 %epil.iter281, 1
+  %epil.iter281.cmp.not = icmp eq i64 %epil.iter281.next, %xtraiter280
+  br i1 %epil.iter281.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !58
 
 for_end_ax185.1.i:                                ; preds = %for_body_ax184.1.i.epil, %for_end_ax185.1.i.loopexit.unr-lcssa, %for_end_ax185.i
-  %tile_sum.rf_global255.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1644, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1648, %for_body_ax184.1.i.epil ]
-  %tile_sum.rf256.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 0
-  %1649 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf256.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 1
-  %1650 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.1.i, %1649
-  %tile_sum.rf256.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 2
-  %1651 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.1.i, %1650
-  %tile_sum.rf256.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 3
-  %1652 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.1.i, %1651
-  %tile_sum.rf256.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 4
-  %1653 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.1.i, %1652
-  %tile_sum.rf256.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 5
-  %1654 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.1.i, %1653
-  %tile_sum.rf256.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 6
-  %1655 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.1.i, %1654
-  %tile_sum.rf256.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 7
-  %1656 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.1.i, %1655
-  %tile_sum.rf256.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 8
-  %1657 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.1.i, %1656
-  %tile_sum.rf256.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 9
-  %1658 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.1.i, %1657
-  %tile_sum.rf256.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 10
-  %1659 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.1.i, %1658
-  %tile_sum.rf256.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 11
-  %1660 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.1.i, %1659
-  %tile_sum.rf256.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 12
-  %1661 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.1.i, %1660
-  %tile_sum.rf256.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 13
-  %1662 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.1.i, %1661
-  %tile_sum.rf256.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 14
-  %1663 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.1.i, %1662
-  %tile_sum.rf256.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.1.i, i64 15
-  %1664 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.1.i, %1663
-  %tile_sum260.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.0.vec.insert.i, float %1664, i64 1
-  br i1 %447, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
+  %tile_sum.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1832, %for_body_ax184.1.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 0
+  %1833 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 1
+  %1834 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.1.i, %1833
+  %tile_sum.rf260.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 2
+  %1835 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.1.i, %1834
+  %tile_sum.rf260.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 3
+  %1836 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.1.i, %1835
+  %tile_sum.rf260.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 4
+  %1837 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.1.i, %1836
+  %tile_sum.rf260.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 5
+  %1838 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.1.i, %1837
+  %tile_sum.rf260.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 6
+  %1839 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.1.i, %1838
+  %tile_sum.rf260.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 7
+  %1840 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.1.i, %1839
+  %tile_sum.rf260.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 8
+  %1841 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.1.i, %1840
+  %tile_sum.rf260.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 9
+  %1842 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.1.i, %1841
+  %tile_sum.rf260.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 10
+  %1843 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.1.i, %1842
+  %tile_sum.rf260.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 11
+  %1844 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.1.i, %1843
+  %tile_sum.rf260.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 12
+  %1845 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.1.i, %1844
+  %tile_sum.rf260.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 13
+  %1846 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.1.i, %1845
+  %tile_sum.rf260.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 14
+  %1847 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.1.i, %1846
+  %tile_sum.rf260.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 15
+  %1848 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.1.i, %1847
+  %tile_sum264.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.0.vec.insert.i, float %1848, i64 1
+  br i1 %451, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
 
 for_body_ax184.2.i.preheader:                     ; preds = %for_end_ax185.1.i
-  br i1 %468, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
+  br i1 %477, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
 
 for_body_ax184.2.i:                               ; preds = %for_body_ax184.2.i, %for_body_ax184.2.i.preheader
-  %indvars.iv745.2.i = phi i64 [ %indvars.iv.next746.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.2.i = phi <16 x float> [ %1696, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
-  %niter269 = phi i64 [ %niter269.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %.idx913.i = shl nsw i64 %indvars.iv745.2.i, 6
-  %1665 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i
-  %1666 = getelementptr inbounds nuw i8, ptr %1665, i64 1024
-  %1667 = load <16 x float>, ptr %1666, align 4, !tbaa !5
-  %1668 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.2.i, %1667
-  %indvars.iv.next746.2.i = shl i64 %indvars.iv745.2.i, 6
-  %1669 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i
-  %1670 = getelementptr inbounds nuw i8, ptr %1669, i64 1088
-  %1671 = load <16 x float>, ptr %1670, align 4, !tbaa !5
-  %1672 = fadd <16 x float> %1668, %1671
-  %indvars.iv.next746.2.i.1 = shl i64 %indvars.iv745.2.i, 6
-  %1673 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.1
-  %1674 = getelementptr inbounds nuw i8, ptr %1673, i64 1152
-  %1675 = load <16 x float>, ptr %1674, align 4, !tbaa !5
-  %1676 = fadd <16 x float> %1672, %1675
-  %indvars.iv.next746.2.i.2 = shl i64 %indvars.iv745.2.i, 6
-  %1677 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.2
-  %1678 = getelementptr inbounds nuw i8, ptr %1677, i64 1216
-  %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !5
-  %1680 = fadd <16 x float> %1676, %1679
-  %indvars.iv.next746.2.i.3 = shl i64 %indvars.iv745.2.i, 6
-  %1681 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.3
-  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 1280
-  %1683 = load <16 x float>, ptr %1682, align 4, !tbaa !5
-  %1684 = fadd <16 x float> %1680, %1683
-  %indvars.iv.next746.2.i.4 = shl i64 %indvars.iv745.2.i, 6
-  %1685 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.4
-  %1686 = getelementptr inbounds nuw i8, ptr %1685, i64 1344
-  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !5
-  %1688 = fadd <16 x float> %1684, %1687
-  %indvars.iv.next746.2.i.5 = shl i64 %indvars.iv745.2.i, 6
-  %1689 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.5
-  %1690 = getelementptr inbounds nuw i8, ptr %1689, i64 1408
-  %1691 = load <16 x float>, ptr %1690, align 4, !tbaa !5
-  %1692 = fadd <16 x float> %1688, %1691
-  %indvars.iv.next746.2.i.6 = shl i64 %indvars.iv745.2.i, 6
-  %1693 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.2.i.6
-  %1694 = getelementptr inbounds nuw i8, ptr %1693, i64 1472
-  %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
-  %1696 = fadd <16 x float> %1692, %1695
-  %indvars.iv.next746.2.i.7 = add nuw nsw i64 %indvars.iv745.2.i, 8
-  %niter269.next.7 = add i64 %niter269, 8
-  %niter269.ncmp.7 = icmp eq i64 %niter269.next.7, %unroll_iter268
-  br i1 %niter269.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !55
+  %indvars.iv749.2.i = phi i64 [ %indvars.iv.next750.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.2.i = phi <16 x float> [ %1880, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
+  %niter293 = phi i64 [ %niter293.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %.idx917.i = shl nsw i64 %indvars.iv749.2.i, 6
+  %1849 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx917.i
+  %1850 = getelementptr inbounds nuw i8, ptr %1849, i64 1024
+  %1851 = load <16 x float>, ptr %1850, align 4, !tbaa !5
+  %1852 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i, %1851
+  %indvars.iv.next750.2.i = shl i64 %indvars.iv749.2.i, 6
+  %1853 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i
+  %1854 = getelementptr inbounds nuw i8, ptr %1853, i64 1088
+  %1855 = load <16 x float>, ptr %1854, align 4, !tbaa !5
+  %1856 = fadd <16 x float> %1852, %1855
+  %indvars.iv.next750.2.i.1 = shl i64 %indvars.iv749.2.i, 6
+  %1857 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.1
+  %1858 = getelementptr inbounds nuw i8, ptr %1857, i64 1152
+  %1859 = load <16 x float>, ptr %1858, align 4, !tbaa !5
+  %1860 = fadd <16 x float> %1856, %1859
+  %indvars.iv.next750.2.i.2 = shl i64 %indvars.iv749.2.i, 6
+  %1861 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.2
+  %1862 = getelementptr inbounds nuw i8, ptr %1861, i64 1216
+  %1863 = load <16 x float>, ptr %1862, align 4, !tbaa !5
+  %1864 = fadd <16 x float> %1860, %1863
+  %indvars.iv.next750.2.i.3 = shl i64 %indvars.iv749.2.i, 6
+  %1865 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.3
+  %1866 = getelementptr inbounds nuw i8, ptr %1865, i64 1280
+  %1867 = load <16 x float>, ptr %1866, align 4, !tbaa !5
+  %1868 = fadd <16 x float> %1864, %1867
+  %indvars.iv.next750.2.i.4 = shl i64 %indvars.iv749.2.i, 6
+  %1869 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.4
+  %1870 = getelementptr inbounds nuw i8, ptr %1869, i64 1344
+  %1871 = load <16 x float>, ptr %1870, align 4, !tbaa !5
+  %1872 = fadd <16 x float> %1868, %1871
+  %indvars.iv.next750.2.i.5 = shl i64 %indvars.iv749.2.i, 6
+  %1873 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.5
+  %1874 = getelementptr inbounds nuw i8, ptr %1873, i64 1408
+  %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
+  %1876 = fadd <16 x float> %1872, %1875
+  %indvars.iv.next750.2.i.6 = shl i64 %indvars.iv749.2.i, 6
+  %1877 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.6
+  %1878 = getelementptr inbounds nuw i8, ptr %1877, i64 1472
+  %1879 = load <16 x float>, ptr %1878, align 4, !tbaa !5
+  %1880 = fadd <16 x float> %1876, %1879
+  %indvars.iv.next750.2.i.7 = add nuw nsw i64 %indvars.iv749.2.i, 8
+  %niter293.next.7 = add i64 %niter293, 8
+  %niter293.ncmp.7 = icmp eq i64 %niter293.next.7, %unroll_iter292
+  br i1 %niter293.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !59
 
 for_end_ax185.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.2.i
-  br i1 %lcmp.mod265.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod289.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
 
 for_body_ax184.2.i.epil.preheader:                ; preds = %for_end_ax185.2.i.loopexit.unr-lcssa, %for_body_ax184.2.i.preheader
-  %indvars.iv745.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next746.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global255.sroa.0.0467.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1696, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod267)
+  %indvars.iv749.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next750.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod291)
   br label %for_body_ax184.2.i.epil
 
 for_body_ax184.2.i.epil:                          ; preds = %for_body_ax184.2.i.epil, %for_body_ax184.2.i.epil.preheader
-  %indvars.iv745.2.i.epil = phi i64 [ %indvars.iv.next746.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv745.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.2.i.epil = phi <16 x float> [ %1700, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %epil.iter264 = phi i64 [ %epil.iter264.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
-  %.idx913.i.epil = shl nsw i64 %indvars.iv745.2.i.epil, 6
-  %1697 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i.epil
-  %1698 = getelementptr inbounds nuw i8, ptr %1697, i64 1024
-  %1699 = load <16 x float>, ptr %1698, align 4, !tbaa !5
-  %1700 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.2.i.epil, %1699
-  %indvars.iv.next746.2.i.epil = add nuw nsw i64 %indvars.iv745.2.i.epil, 1
-  %epil.iter264.next = add i64 %epil.iter264, 1
-  %epil.iter264.cmp.not = icmp eq i64 %epil.iter264.next, %xtraiter263
-  br i1 %epil.iter264.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !56
+  %indvars.iv749.2.i.epil = phi i64 [ %indvars.iv.next750.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv749.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.2.i.epil = phi <16 x float> [ %1884, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %epil.iter288 = phi i64 [ %epil.iter288.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
+  %.idx917.i.epil = shl nsw i64 %indvars.iv749.2.i.epil, 6
+  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx917.i.epil
+  %1882 = getelementptr inbounds nuw i8, ptr %1881, i64 1024
+  %1883 = load <16 x float>, ptr %1882, align 4, !tbaa !5
+  %1884 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i.epil, %1883
+  %indvars.iv.next750.2.i.epil = add nuw nsw i64 %indvars.iv749.2.i.epil, 1
+  %epil.iter288.next = add i64 %epil.iter288, 1
+  %epil.iter288.cmp.not = icmp eq i64 %epil.iter288.next, %xtraiter287
+  br i1 %epil.iter288.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !60
 
 for_end_ax185.2.i:                                ; preds = %for_body_ax184.2.i.epil, %for_end_ax185.2.i.loopexit.unr-lcssa, %for_end_ax185.1.i
-  %tile_sum.rf_global255.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1696, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1700, %for_body_ax184.2.i.epil ]
-  %tile_sum.rf256.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 0
-  %1701 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf256.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 1
-  %1702 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.2.i, %1701
-  %tile_sum.rf256.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 2
-  %1703 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.2.i, %1702
-  %tile_sum.rf256.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 3
-  %1704 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.2.i, %1703
-  %tile_sum.rf256.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 4
-  %1705 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.2.i, %1704
-  %tile_sum.rf256.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 5
-  %1706 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.2.i, %1705
-  %tile_sum.rf256.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 6
-  %1707 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.2.i, %1706
-  %tile_sum.rf256.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 7
-  %1708 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.2.i, %1707
-  %tile_sum.rf256.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 8
-  %1709 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.2.i, %1708
-  %tile_sum.rf256.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 9
-  %1710 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.2.i, %1709
-  %tile_sum.rf256.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 10
-  %1711 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.2.i, %1710
-  %tile_sum.rf256.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 11
-  %1712 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.2.i, %1711
-  %tile_sum.rf256.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 12
-  %1713 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.2.i, %1712
-  %tile_sum.rf256.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 13
-  %1714 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.2.i, %1713
-  %tile_sum.rf256.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 14
-  %1715 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.2.i, %1714
-  %tile_sum.rf256.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.2.i, i64 15
-  %1716 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.2.i, %1715
-  %tile_sum260.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.4.vec.insert.i, float %1716, i64 2
-  br i1 %447, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
+  %tile_sum.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1884, %for_body_ax184.2.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 0
+  %1885 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 1
+  %1886 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.2.i, %1885
+  %tile_sum.rf260.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 2
+  %1887 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.2.i, %1886
+  %tile_sum.rf260.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 3
+  %1888 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.2.i, %1887
+  %tile_sum.rf260.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 4
+  %1889 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.2.i, %1888
+  %tile_sum.rf260.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 5
+  %1890 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.2.i, %1889
+  %tile_sum.rf260.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 6
+  %1891 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.2.i, %1890
+  %tile_sum.rf260.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 7
+  %1892 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.2.i, %1891
+  %tile_sum.rf260.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 8
+  %1893 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.2.i, %1892
+  %tile_sum.rf260.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 9
+  %1894 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.2.i, %1893
+  %tile_sum.rf260.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 10
+  %1895 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.2.i, %1894
+  %tile_sum.rf260.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 11
+  %1896 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.2.i, %1895
+  %tile_sum.rf260.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 12
+  %1897 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.2.i, %1896
+  %tile_sum.rf260.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 13
+  %1898 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.2.i, %1897
+  %tile_sum.rf260.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 14
+  %1899 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.2.i, %1898
+  %tile_sum.rf260.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 15
+  %1900 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.2.i, %1899
+  %tile_sum264.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.4.vec.insert.i, float %1900, i64 2
+  br i1 %451, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
 
 for_body_ax184.3.i.preheader:                     ; preds = %for_end_ax185.2.i
-  br i1 %469, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
+  br i1 %478, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
 
 for_body_ax184.3.i:                               ; preds = %for_body_ax184.3.i, %for_body_ax184.3.i.preheader
-  %indvars.iv745.3.i = phi i64 [ %indvars.iv.next746.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.3.i = phi <16 x float> [ %1748, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
-  %niter276 = phi i64 [ %niter276.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %.idx914.i = shl nsw i64 %indvars.iv745.3.i, 6
-  %1717 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i
-  %1718 = getelementptr inbounds nuw i8, ptr %1717, i64 1536
-  %1719 = load <16 x float>, ptr %1718, align 4, !tbaa !5
-  %1720 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.3.i, %1719
-  %indvars.iv.next746.3.i = shl i64 %indvars.iv745.3.i, 6
-  %1721 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i
-  %1722 = getelementptr inbounds nuw i8, ptr %1721, i64 1600
-  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
-  %1724 = fadd <16 x float> %1720, %1723
-  %indvars.iv.next746.3.i.1 = shl i64 %indvars.iv745.3.i, 6
-  %1725 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.1
-  %1726 = getelementptr inbounds nuw i8, ptr %1725, i64 1664
-  %1727 = load <16 x float>, ptr %1726, align 4, !tbaa !5
-  %1728 = fadd <16 x float> %1724, %1727
-  %indvars.iv.next746.3.i.2 = shl i64 %indvars.iv745.3.i, 6
-  %1729 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.2
-  %1730 = getelementptr inbounds nuw i8, ptr %1729, i64 1728
-  %1731 = load <16 x float>, ptr %1730, align 4, !tbaa !5
-  %1732 = fadd <16 x float> %1728, %1731
-  %indvars.iv.next746.3.i.3 = shl i64 %indvars.iv745.3.i, 6
-  %1733 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.3
-  %1734 = getelementptr inbounds nuw i8, ptr %1733, i64 1792
-  %1735 = load <16 x float>, ptr %1734, align 4, !tbaa !5
-  %1736 = fadd <16 x float> %1732, %1735
-  %indvars.iv.next746.3.i.4 = shl i64 %indvars.iv745.3.i, 6
-  %1737 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.4
-  %1738 = getelementptr inbounds nuw i8, ptr %1737, i64 1856
-  %1739 = load <16 x float>, ptr %1738, align 4, !tbaa !5
-  %1740 = fadd <16 x float> %1736, %1739
-  %indvars.iv.next746.3.i.5 = shl i64 %indvars.iv745.3.i, 6
-  %1741 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.5
-  %1742 = getelementptr inbounds nuw i8, ptr %1741, i64 1920
-  %1743 = load <16 x float>, ptr %1742, align 4, !tbaa !5
-  %1744 = fadd <16 x float> %1740, %1743
-  %indvars.iv.next746.3.i.6 = shl i64 %indvars.iv745.3.i, 6
-  %1745 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next746.3.i.6
-  %1746 = getelementptr inbounds nuw i8, ptr %1745, i64 1984
-  %1747 = load <16 x float>, ptr %1746, align 4, !tbaa !5
-  %1748 = fadd <16 x float> %1744, %1747
-  %indvars.iv.next746.3.i.7 = add nuw nsw i64 %indvars.iv745.3.i, 8
-  %niter276.next.7 = add i64 %niter276, 8
-  %niter276.ncmp.7 = icmp eq i64 %niter276.next.7, %unroll_iter275
-  br i1 %niter276.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !57
+  %indvars.iv749.3.i = phi i64 [ %indvars.iv.next750.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.3.i = phi <16 x float> [ %1932, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
+  %niter300 = phi i64 [ %niter300.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %.idx918.i = shl nsw i64 %indvars.iv749.3.i, 6
+  %1901 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx918.i
+  %1902 = getelementptr inbounds nuw i8, ptr %1901, i64 1536
+  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
+  %1904 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i, %1903
+  %indvars.iv.next750.3.i = shl i64 %indvars.iv749.3.i, 6
+  %1905 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i
+  %1906 = getelementptr inbounds nuw i8, ptr %1905, i64 1600
+  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !5
+  %1908 = fadd <16 x float> %1904, %1907
+  %indvars.iv.next750.3.i.1 = shl i64 %indvars.iv749.3.i, 6
+  %1909 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.1
+  %1910 = getelementptr inbounds nuw i8, ptr %1909, i64 1664
+  %1911 = load <16 x float>, ptr %1910, align 4, !tbaa !5
+  %1912 = fadd <16 x float> %1908, %1911
+  %indvars.iv.next750.3.i.2 = shl i64 %indvars.iv749.3.i, 6
+  %1913 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.2
+  %1914 = getelementptr inbounds nuw i8, ptr %1913, i64 1728
+  %1915 = load <16 x float>, ptr %1914, align 4, !tbaa !5
+  %1916 = fadd <16 x float> %1912, %1915
+  %indvars.iv.next750.3.i.3 = shl i64 %indvars.iv749.3.i, 6
+  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.3
+  %1918 = getelementptr inbounds nuw i8, ptr %1917, i64 1792
+  %1919 = load <16 x float>, ptr %1918, align 4, !tbaa !5
+  %1920 = fadd <16 x float> %1916, %1919
+  %indvars.iv.next750.3.i.4 = shl i64 %indvars.iv749.3.i, 6
+  %1921 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.4
+  %1922 = getelementptr inbounds nuw i8, ptr %1921, i64 1856
+  %1923 = load <16 x float>, ptr %1922, align 4, !tbaa !5
+  %1924 = fadd <16 x float> %1920, %1923
+  %indvars.iv.next750.3.i.5 = shl i64 %indvars.iv749.3.i, 6
+  %1925 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.5
+  %1926 = getelementptr inbounds nuw i8, ptr %1925, i64 1920
+  %1927 = load <16 x float>, ptr %1926, align 4, !tbaa !5
+  %1928 = fadd <16 x float> %1924, %1927
+  %indvars.iv.next750.3.i.6 = shl i64 %indvars.iv749.3.i, 6
+  %1929 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.6
+  %1930 = getelementptr inbounds nuw i8, ptr %1929, i64 1984
+  %1931 = load <16 x float>, ptr %1930, align 4, !tbaa !5
+  %1932 = fadd <16 x float> %1928, %1931
+  %indvars.iv.next750.3.i.7 = add nuw nsw i64 %indvars.iv749.3.i, 8
+  %niter300.next.7 = add i64 %niter300, 8
+  %niter300.ncmp.7 = icmp eq i64 %niter300.next.7, %unroll_iter299
+  br i1 %niter300.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !61
 
 for_end_ax185.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.3.i
-  br i1 %lcmp.mod272.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod296.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
 
 for_body_ax184.3.i.epil.preheader:                ; preds = %for_end_ax185.3.i.loopexit.unr-lcssa, %for_body_ax184.3.i.preheader
-  %indvars.iv745.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next746.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global255.sroa.0.0467.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1748, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod274)
+  %indvars.iv749.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next750.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod298)
   br label %for_body_ax184.3.i.epil
 
 for_body_ax184.3.i.epil:                          ; preds = %for_body_ax184.3.i.epil, %for_body_ax184.3.i.epil.preheader
-  %indvars.iv745.3.i.epil = phi i64 [ %indvars.iv.next746.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv745.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %tile_sum.rf_global255.sroa.0.0467.3.i.epil = phi <16 x float> [ %1752, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global255.sroa.0.0467.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %epil.iter271 = phi i64 [ %epil.iter271.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
-  %.idx914.i.epil = shl nsw i64 %indvars.iv745.3.i.epil, 6
-  %1749 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i.epil
-  %1750 = getelementptr inbounds nuw i8, ptr %1749, i64 1536
-  %1751 = load <16 x float>, ptr %1750, align 4, !tbaa !5
-  %1752 = fadd <16 x float> %tile_sum.rf_global255.sroa.0.0467.3.i.epil, %1751
-  %indvars.iv.next746.3.i.epil = add nuw nsw i64 %indvars.iv745.3.i.epil, 1
-  %epil.iter271.next = add i64 %epil.iter271, 1
-  %epil.iter271.cmp.not = icmp eq i64 %epil.iter271.next, %xtraiter270
-  br i1 %epil.iter271.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !58
+  %indvars.iv749.3.i.epil = phi i64 [ %indvars.iv.next750.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv749.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.3.i.epil = phi <16 x float> [ %1936, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %epil.iter295 = phi i64 [ %epil.iter295.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
+  %.idx918.i.epil = shl nsw i64 %indvars.iv749.3.i.epil, 6
+  %1933 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx918.i.epil
+  %1934 = getelementptr inbounds nuw i8, ptr %1933, i64 1536
+  %1935 = load <16 x float>, ptr %1934, align 4, !tbaa !5
+  %1936 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i.epil, %1935
+  %indvars.iv.next750.3.i.epil = add nuw nsw i64 %indvars.iv749.3.i.epil, 1
+  %epil.iter295.next = add i64 %epil.iter295, 1
+  %epil.iter295.cmp.not = icmp eq i64 %epil.iter295.next, %xtraiter294
+  br i1 %epil.iter295.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !62
 
 for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.epil, %for_end_ax185.3.i.loopexit.unr-lcssa, %for_end_ax185.2.i
-  %tile_sum.rf_global255.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1748, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1752, %for_body_ax184.3.i.epil ]
-  %tile_sum.rf256.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 0
-  %1753 = fadd float %tile_sum.rf256.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf256.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 1
-  %1754 = fadd float %tile_sum.rf256.sroa.0.4.vec.extract.3.i, %1753
-  %tile_sum.rf256.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 2
-  %1755 = fadd float %tile_sum.rf256.sroa.0.8.vec.extract.3.i, %1754
-  %tile_sum.rf256.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 3
-  %1756 = fadd float %tile_sum.rf256.sroa.0.12.vec.extract.3.i, %1755
-  %tile_sum.rf256.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 4
-  %1757 = fadd float %tile_sum.rf256.sroa.0.16.vec.extract.3.i, %1756
-  %tile_sum.rf256.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 5
-  %1758 = fadd float %tile_sum.rf256.sroa.0.20.vec.extract.3.i, %1757
-  %tile_sum.rf256.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 6
-  %1759 = fadd float %tile_sum.rf256.sroa.0.24.vec.extract.3.i, %1758
-  %tile_sum.rf256.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 7
-  %1760 = fadd float %tile_sum.rf256.sroa.0.28.vec.extract.3.i, %1759
-  %tile_sum.rf256.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 8
-  %1761 = fadd float %tile_sum.rf256.sroa.0.32.vec.extract.3.i, %1760
-  %tile_sum.rf256.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 9
-  %1762 = fadd float %tile_sum.rf256.sroa.0.36.vec.extract.3.i, %1761
-  %tile_sum.rf256.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 10
-  %1763 = fadd float %tile_sum.rf256.sroa.0.40.vec.extract.3.i, %1762
-  %tile_sum.rf256.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 11
-  %1764 = fadd float %tile_sum.rf256.sroa.0.44.vec.extract.3.i, %1763
-  %tile_sum.rf256.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 12
-  %1765 = fadd float %tile_sum.rf256.sroa.0.48.vec.extract.3.i, %1764
-  %tile_sum.rf256.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 13
-  %1766 = fadd float %tile_sum.rf256.sroa.0.52.vec.extract.3.i, %1765
-  %tile_sum.rf256.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 14
-  %1767 = fadd float %tile_sum.rf256.sroa.0.56.vec.extract.3.i, %1766
-  %tile_sum.rf256.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global255.sroa.0.0.lcssa.3.i, i64 15
-  %1768 = fadd float %tile_sum.rf256.sroa.0.60.vec.extract.3.i, %1767
-  %tile_sum260.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum260.sroa.0.8.vec.insert.i, float %1768, i64 3
-  %1769 = shl nuw nsw i64 %indvars.iv783.i, 2
-  %1770 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %1769
-  %1771 = load <4 x float>, ptr %1770, align 16, !tbaa !20
-  %old_max.i = select <4 x i1> %451, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1771
-  %1772 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %1769
-  %1773 = load <4 x float>, ptr %1772, align 16, !tbaa !18
-  %old_sum.i = select <4 x i1> %451, <4 x float> zeroinitializer, <4 x float> %1773
-  %1774 = fcmp ogt <4 x float> %old_max.i, %tile_max261.sroa.0.3.i
-  %1775 = fcmp oeq <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, zeroinitializer
-  %1776 = select <4 x i1> %1775, <4 x i1> splat (i1 true), <4 x i1> %1774
-  %old_or_both.i = select <4 x i1> %1776, <4 x float> %old_max.i, <4 x float> %tile_max261.sroa.0.3.i
-  %1777 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %1777, <4 x float> %tile_max261.sroa.0.3.i, <4 x float> %old_or_both.i
-  %1778 = fsub <4 x float> %old_max.i, %m.i
-  %1779 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1778, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %1780 = bitcast <4 x float> %1779 to <4 x i32>
-  %1781 = add nsw <4 x i32> %1780, splat (i32 -1262485504)
-  %1782 = sitofp <4 x i32> %1781 to <4 x float>
-  %1783 = fmul <4 x float> %1782, splat (float 0x3F2BD01060000000)
-  %1784 = fmul <4 x float> %1782, splat (float 0x3FE6300000000000)
-  %1785 = fsub <4 x float> %1778, %1784
-  %1786 = fadd <4 x float> %1783, %1785
-  %1787 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1786, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %1788 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1787, <4 x float> %1786, <4 x float> splat (float 0x3F81112100000000))
-  %1789 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1788, <4 x float> %1786, <4 x float> splat (float 0x3FA5553820000000))
-  %1790 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1789, <4 x float> %1786, <4 x float> splat (float 0x3FC5555540000000))
-  %1791 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1790, <4 x float> %1786, <4 x float> splat (float 5.000000e-01))
-  %1792 = fmul <4 x float> %1786, %1791
-  %1793 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1792, <4 x float> %1786, <4 x float> %1786)
-  %1794 = shl <4 x i32> %1780, splat (i32 23)
-  %1795 = add <4 x i32> %1794, splat (i32 1065353216)
-  %1796 = bitcast <4 x i32> %1795 to <4 x float>
-  %1797 = fadd <4 x float> %1793, splat (float 1.000000e+00)
-  %1798 = fmul <4 x float> %1797, %1796
-  %1799 = fcmp olt <4 x float> %1778, splat (float -8.700000e+01)
-  %1800 = select <4 x i1> %1799, <4 x float> zeroinitializer, <4 x float> %1798
-  %1801 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %1802 = select <4 x i1> %1801, <4 x float> %1800, <4 x float> zeroinitializer
-  %arg103.i = fsub <4 x float> %tile_max261.sroa.0.3.i, %m.i
-  %1803 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg103.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %1804 = bitcast <4 x float> %1803 to <4 x i32>
-  %1805 = add nsw <4 x i32> %1804, splat (i32 -1262485504)
-  %1806 = sitofp <4 x i32> %1805 to <4 x float>
-  %1807 = fmul <4 x float> %1806, splat (float 0x3F2BD01060000000)
-  %1808 = fmul <4 x float> %1806, splat (float 0x3FE6300000000000)
-  %1809 = fsub <4 x float> %arg103.i, %1808
-  %1810 = fadd <4 x float> %1807, %1809
-  %1811 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1810, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %1812 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1811, <4 x float> %1810, <4 x float> splat (float 0x3F81112100000000))
-  %1813 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1812, <4 x float> %1810, <4 x float> splat (float 0x3FA5553820000000))
-  %1814 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1813, <4 x float> %1810, <4 x float> splat (float 0x3FC5555540000000))
-  %1815 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1814, <4 x float> %1810, <4 x float> splat (float 5.000000e-01))
-  %1816 = fmul <4 x float> %1810, %1815
-  %1817 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1816, <4 x float> %1810, <4 x float> %1810)
-  %1818 = shl <4 x i32> %1804, splat (i32 23)
-  %1819 = add <4 x i32> %1818, splat (i32 1065353216)
-  %1820 = bitcast <4 x i32> %1819 to <4 x float>
-  %1821 = fadd <4 x float> %1817, splat (float 1.000000e+00)
-  %1822 = fmul <4 x float> %1821, %1820
-  %1823 = fcmp olt <4 x float> %arg103.i, splat (float -8.700000e+01)
-  %1824 = select <4 x i1> %1823, <4 x float> zeroinitializer, <4 x float> %1822
-  %1825 = fcmp one <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, zeroinitializer
-  %1826 = select <4 x i1> %1825, <4 x float> %1824, <4 x float> zeroinitializer
-  %1827 = fmul <4 x float> %old_sum.i, %1802
-  %1828 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1826, <4 x float> %tile_sum260.sroa.0.12.vec.insert.i, <4 x float> %1827)
-  store <4 x float> %m.i, ptr %1770, align 16, !tbaa !20
-  store <4 x float> %1828, ptr %1772, align 16, !tbaa !18
-  %1829 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> zeroinitializer
-  %1830 = shl nuw nsw i64 %indvars.iv783.i, 9
-  %1831 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> zeroinitializer
-  %1832 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %1833 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %1834 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %1835 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %1836 = shufflevector <4 x float> %1826, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %1837 = shufflevector <4 x float> %1802, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %1838 = select i1 %494, i32 128, i32 0
-  %1839 = zext nneg i32 %496 to i64
-  %1840 = mul nsw i64 %v_head, %1839
-  %1841 = mul nsw i64 %indvars.iv783.i, %v_head
-  %invariant.gep586.i = getelementptr i32, ptr %value_cache, i64 %1841
+  %tile_sum.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1936, %for_body_ax184.3.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 0
+  %1937 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 1
+  %1938 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.3.i, %1937
+  %tile_sum.rf260.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 2
+  %1939 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.3.i, %1938
+  %tile_sum.rf260.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 3
+  %1940 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.3.i, %1939
+  %tile_sum.rf260.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 4
+  %1941 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.3.i, %1940
+  %tile_sum.rf260.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 5
+  %1942 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.3.i, %1941
+  %tile_sum.rf260.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 6
+  %1943 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.3.i, %1942
+  %tile_sum.rf260.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 7
+  %1944 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.3.i, %1943
+  %tile_sum.rf260.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 8
+  %1945 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.3.i, %1944
+  %tile_sum.rf260.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 9
+  %1946 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.3.i, %1945
+  %tile_sum.rf260.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 10
+  %1947 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.3.i, %1946
+  %tile_sum.rf260.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 11
+  %1948 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.3.i, %1947
+  %tile_sum.rf260.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 12
+  %1949 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.3.i, %1948
+  %tile_sum.rf260.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 13
+  %1950 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.3.i, %1949
+  %tile_sum.rf260.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 14
+  %1951 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.3.i, %1950
+  %tile_sum.rf260.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 15
+  %1952 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.3.i, %1951
+  %tile_sum264.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.8.vec.insert.i, float %1952, i64 3
+  %1953 = shl nuw nsw i64 %indvars.iv787.i, 2
+  %1954 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %1953
+  %1955 = load <4 x float>, ptr %1954, align 16, !tbaa !20
+  %old_max.i = select <4 x i1> %455, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1955
+  %1956 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %1953
+  %1957 = load <4 x float>, ptr %1956, align 16, !tbaa !18
+  %old_sum.i = select <4 x i1> %455, <4 x float> zeroinitializer, <4 x float> %1957
+  %1958 = fcmp ogt <4 x float> %old_max.i, %tile_max265.sroa.0.3.i
+  %1959 = fcmp oeq <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
+  %1960 = select <4 x i1> %1959, <4 x i1> splat (i1 true), <4 x i1> %1958
+  %old_or_both.i = select <4 x i1> %1960, <4 x float> %old_max.i, <4 x float> %tile_max265.sroa.0.3.i
+  %1961 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %1961, <4 x float> %tile_max265.sroa.0.3.i, <4 x float> %old_or_both.i
+  %1962 = fsub <4 x float> %old_max.i, %m.i
+  %1963 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1962, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %1964 = bitcast <4 x float> %1963 to <4 x i32>
+  %1965 = fadd <4 x float> %1963, splat (float 0xC168000FE0000000)
+  %1966 = fmul <4 x float> %1965, splat (float 0x3F2BD01060000000)
+  %1967 = fmul <4 x float> %1965, splat (float 0x3FE6300000000000)
+  %1968 = fsub <4 x float> %1962, %1967
+  %1969 = fadd <4 x float> %1966, %1968
+  %1970 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1969, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %1971 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1970, <4 x float> %1969, <4 x float> splat (float 0x3FA5558F20000000))
+  %1972 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1971, <4 x float> %1969, <4 x float> splat (float 0x3FC5554920000000))
+  %1973 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1972, <4 x float> %1969, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %1974 = fmul <4 x float> %1969, %1969
+  %1975 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1973, <4 x float> %1974, <4 x float> %1969)
+  %1976 = shl <4 x i32> %1964, splat (i32 23)
+  %1977 = bitcast <4 x i32> %1976 to <4 x float>
+  %1978 = fadd <4 x float> %1975, splat (float 1.000000e+00)
+  %1979 = fmul <4 x float> %1978, %1977
+  %1980 = fcmp olt <4 x float> %1962, splat (float -8.700000e+01)
+  %1981 = select <4 x i1> %1980, <4 x float> zeroinitializer, <4 x float> %1979
+  %1982 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %1983 = select <4 x i1> %1982, <4 x float> %1981, <4 x float> zeroinitializer
+  %arg105.i = fsub <4 x float> %tile_max265.sroa.0.3.i, %m.i
+  %1984 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg105.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %1985 = bitcast <4 x float> %1984 to <4 x i32>
+  %1986 = fadd <4 x float> %1984, splat (float 0xC168000FE0000000)
+  %1987 = fmul <4 x float> %1986, splat (float 0x3F2BD01060000000)
+  %1988 = fmul <4 x float> %1986, splat (float 0x3FE6300000000000)
+  %1989 = fsub <4 x float> %arg105.i, %1988
+  %1990 = fadd <4 x float> %1987, %1989
+  %1991 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1990, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %1992 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1991, <4 x float> %1990, <4 x float> splat (float 0x3FA5558F20000000))
+  %1993 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1992, <4 x float> %1990, <4 x float> splat (float 0x3FC5554920000000))
+  %1994 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1993, <4 x float> %1990, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %1995 = fmul <4 x float> %1990, %1990
+  %1996 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1994, <4 x float> %1995, <4 x float> %1990)
+  %1997 = shl <4 x i32> %1985, splat (i32 23)
+  %1998 = bitcast <4 x i32> %1997 to <4 x float>
+  %1999 = fadd <4 x float> %1996, splat (float 1.000000e+00)
+  %2000 = fmul <4 x float> %1999, %1998
+  %2001 = fcmp olt <4 x float> %arg105.i, splat (float -8.700000e+01)
+  %2002 = select <4 x i1> %2001, <4 x float> zeroinitializer, <4 x float> %2000
+  %2003 = fcmp one <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
+  %2004 = select <4 x i1> %2003, <4 x float> %2002, <4 x float> zeroinitializer
+  %2005 = fmul <4 x float> %old_sum.i, %1983
+  %2006 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2004, <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, <4 x float> %2005)
+  store <4 x float> %m.i, ptr %1954, align 16, !tbaa !20
+  store <4 x float> %2006, ptr %1956, align 16, !tbaa !18
+  %2007 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> zeroinitializer
+  %2008 = shl nuw nsw i64 %indvars.iv787.i, 9
+  %2009 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> zeroinitializer
+  %2010 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2011 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2012 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2013 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2014 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2015 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2016 = select i1 %503, i32 128, i32 0
+  %2017 = zext nneg i32 %505 to i64
+  %2018 = mul nsw i64 %v_head, %2017
+  %2019 = mul nsw i64 %indvars.iv787.i, %v_head
+  %invariant.gep590.i = getelementptr i32, ptr %value_cache, i64 %2019
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end185.i, %for_end_ax185.3.i
-  %indvars.iv779.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next780.i, %if_end185.i ]
-  br i1 %453, label %for_begin_ax1121.preheader.lr.ph.i, label %for_end_to118.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end189.i, %for_end_ax185.3.i
+  %indvars.iv783.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next784.i, %if_end189.i ]
+  br i1 %457, label %for_begin_ax2125.preheader.lr.ph.i, label %for_end_to122.i, !prof !3
 
-for_begin_ax1121.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
-  %1842 = mul nuw nsw i64 %indvars.iv779.i, %457
-  %gep587.idx.i = shl i64 %indvars.iv779.i, 6
-  %gep587.i = getelementptr i8, ptr %invariant.gep586.i, i64 %gep587.idx.i
-  br label %for_begin_ax1121.preheader.i
+for_begin_ax2125.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
+  %2020 = mul nuw nsw i64 %indvars.iv783.i, %461
+  %gep591.idx.i = shl i64 %indvars.iv783.i, 6
+  %gep591.i = getelementptr i8, ptr %invariant.gep590.i, i64 %gep591.idx.i
+  br label %for_begin_ax2125.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end185.i
-  %1843 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1844 = tail call i32 %1843(i32 1, i32 %dev_id, ptr nonnull %scaled916918921.i)
-  %.not272.i = icmp eq i32 %1844, 0
-  br i1 %.not272.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !17
+for_end_d_0_m.i:                                  ; preds = %if_end189.i
+  %2021 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2022 = tail call i32 %2021(i32 1, i32 %dev_id, ptr nonnull %scaled920922925.i)
+  %.not276.i = icmp eq i32 %2022, 0
+  br i1 %.not276.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !17
 
-for_begin_ax1121.preheader.i:                     ; preds = %for_begin_ax1121.preheader.i, %for_begin_ax1121.preheader.lr.ph.i
-  %indvars.iv755.i = phi i64 [ 0, %for_begin_ax1121.preheader.lr.ph.i ], [ %indvars.iv.next756.i, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.238.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2401, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.204.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2395, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.170.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2400, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.136.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2390, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.102.0475.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2399, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.0.0474.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2380, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.34.0473.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2398, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.68.0472.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1121.preheader.lr.ph.i ], [ %2385, %for_begin_ax1121.preheader.i ]
-  %1845 = add nuw nsw i64 %indvars.iv755.i, %1842
-  %1846 = trunc i64 %1845 to i32
-  %1847 = shl i32 %1846, 2
-  %1848 = add i32 %1847, %1838
-  %1849 = sext i32 %1848 to i64
-  %1850 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1849
-  %1851 = load i64, ptr %1850, align 8, !tbaa !5
-  %1852 = getelementptr i32, ptr %value_cache, i64 %1851
-  %1853 = getelementptr i32, ptr %1852, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1853, i32 0, i32 2, i32 1)
-  %1854 = getelementptr i8, ptr %1852, i64 64
-  %1855 = getelementptr i32, ptr %1854, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1855, i32 0, i32 2, i32 1)
-  %1856 = getelementptr i8, ptr %1852, i64 128
-  %1857 = getelementptr i32, ptr %1856, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1857, i32 0, i32 2, i32 1)
-  %1858 = getelementptr i8, ptr %1852, i64 192
-  %1859 = getelementptr i32, ptr %1858, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1859, i32 0, i32 2, i32 1)
-  %1860 = getelementptr i8, ptr %1850, i64 8
-  %1861 = load i64, ptr %1860, align 8, !tbaa !5
-  %1862 = getelementptr i32, ptr %value_cache, i64 %1861
-  %1863 = getelementptr i32, ptr %1862, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1863, i32 0, i32 2, i32 1)
-  %1864 = getelementptr i8, ptr %1862, i64 64
-  %1865 = getelementptr i32, ptr %1864, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1865, i32 0, i32 2, i32 1)
-  %1866 = getelementptr i8, ptr %1862, i64 128
-  %1867 = getelementptr i32, ptr %1866, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1867, i32 0, i32 2, i32 1)
-  %1868 = getelementptr i8, ptr %1862, i64 192
-  %1869 = getelementptr i32, ptr %1868, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1869, i32 0, i32 2, i32 1)
-  %1870 = getelementptr i8, ptr %1850, i64 16
-  %1871 = load i64, ptr %1870, align 8, !tbaa !5
-  %1872 = getelementptr i32, ptr %value_cache, i64 %1871
-  %1873 = getelementptr i32, ptr %1872, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1873, i32 0, i32 2, i32 1)
-  %1874 = getelementptr i8, ptr %1872, i64 64
-  %1875 = getelementptr i32, ptr %1874, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1875, i32 0, i32 2, i32 1)
-  %1876 = getelementptr i8, ptr %1872, i64 128
-  %1877 = getelementptr i32, ptr %1876, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1877, i32 0, i32 2, i32 1)
-  %1878 = getelementptr i8, ptr %1872, i64 192
-  %1879 = getelementptr i32, ptr %1878, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1879, i32 0, i32 2, i32 1)
-  %1880 = getelementptr i8, ptr %1850, i64 24
-  %1881 = load i64, ptr %1880, align 8, !tbaa !5
-  %1882 = getelementptr i32, ptr %value_cache, i64 %1881
-  %1883 = getelementptr i32, ptr %1882, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1883, i32 0, i32 2, i32 1)
-  %1884 = getelementptr i8, ptr %1882, i64 64
-  %1885 = getelementptr i32, ptr %1884, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1885, i32 0, i32 2, i32 1)
-  %1886 = getelementptr i8, ptr %1882, i64 128
-  %1887 = getelementptr i32, ptr %1886, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1887, i32 0, i32 2, i32 1)
-  %1888 = getelementptr i8, ptr %1882, i64 192
-  %1889 = getelementptr i32, ptr %1888, i64 %1840
-  tail call void @llvm.prefetch.p0(ptr readonly %1889, i32 0, i32 2, i32 1)
-  %1890 = shl nsw i64 %indvars.iv755.i, 4
-  %1891 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1890
-  %1892 = load float, ptr %1891, align 4, !tbaa !5
-  %1893 = insertelement <16 x float> poison, float %1892, i64 0
-  %1894 = shufflevector <16 x float> %1893, <16 x float> poison, <16 x i32> zeroinitializer
-  %1895 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1890
-  %1896 = load i64, ptr %1895, align 8, !tbaa !5
-  %gep492.i = getelementptr i32, ptr %gep587.i, i64 %1896
-  %1897 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
-  %1898 = shl <16 x i32> %1897, splat (i32 16)
-  %1899 = bitcast <16 x i32> %1898 to <16 x float>
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1899, <16 x float> %full_acc251.sroa.0.0474.i)
-  %1901 = getelementptr inbounds nuw i8, ptr %1891, i64 512
-  %1902 = load float, ptr %1901, align 4, !tbaa !5
-  %1903 = insertelement <16 x float> poison, float %1902, i64 0
-  %1904 = shufflevector <16 x float> %1903, <16 x float> poison, <16 x i32> zeroinitializer
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1899, <16 x float> %full_acc251.sroa.68.0472.i)
-  %1906 = getelementptr inbounds nuw i8, ptr %1891, i64 1024
-  %1907 = load float, ptr %1906, align 4, !tbaa !5
-  %1908 = insertelement <16 x float> poison, float %1907, i64 0
-  %1909 = shufflevector <16 x float> %1908, <16 x float> poison, <16 x i32> zeroinitializer
-  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1899, <16 x float> %full_acc251.sroa.136.0476.i)
-  %1911 = getelementptr inbounds nuw i8, ptr %1891, i64 1536
-  %1912 = load float, ptr %1911, align 4, !tbaa !5
-  %1913 = insertelement <16 x float> poison, float %1912, i64 0
-  %1914 = shufflevector <16 x float> %1913, <16 x float> poison, <16 x i32> zeroinitializer
-  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1899, <16 x float> %full_acc251.sroa.204.0478.i)
-  %1916 = and <16 x i32> %1897, splat (i32 -65536)
-  %1917 = bitcast <16 x i32> %1916 to <16 x float>
-  %1918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1917, <16 x float> %full_acc251.sroa.34.0473.i)
-  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1917, <16 x float> %full_acc251.sroa.102.0475.i)
-  %1920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1917, <16 x float> %full_acc251.sroa.170.0477.i)
-  %1921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1917, <16 x float> %full_acc251.sroa.238.0479.i)
-  %1922 = or disjoint i64 %1890, 1
-  %1923 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1922
-  %1924 = load float, ptr %1923, align 4, !tbaa !5
-  %1925 = insertelement <16 x float> poison, float %1924, i64 0
-  %1926 = shufflevector <16 x float> %1925, <16 x float> poison, <16 x i32> zeroinitializer
-  %1927 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1922
-  %1928 = load i64, ptr %1927, align 8, !tbaa !5
-  %gep496.i = getelementptr i32, ptr %gep587.i, i64 %1928
-  %1929 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
-  %1930 = shl <16 x i32> %1929, splat (i32 16)
-  %1931 = bitcast <16 x i32> %1930 to <16 x float>
-  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1931, <16 x float> %1900)
-  %1933 = getelementptr inbounds nuw i8, ptr %1891, i64 516
-  %1934 = load float, ptr %1933, align 4, !tbaa !5
-  %1935 = insertelement <16 x float> poison, float %1934, i64 0
-  %1936 = shufflevector <16 x float> %1935, <16 x float> poison, <16 x i32> zeroinitializer
-  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1931, <16 x float> %1905)
-  %1938 = getelementptr inbounds nuw i8, ptr %1891, i64 1028
-  %1939 = load float, ptr %1938, align 4, !tbaa !5
-  %1940 = insertelement <16 x float> poison, float %1939, i64 0
-  %1941 = shufflevector <16 x float> %1940, <16 x float> poison, <16 x i32> zeroinitializer
-  %1942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1931, <16 x float> %1910)
-  %1943 = getelementptr inbounds nuw i8, ptr %1891, i64 1540
-  %1944 = load float, ptr %1943, align 4, !tbaa !5
-  %1945 = insertelement <16 x float> poison, float %1944, i64 0
-  %1946 = shufflevector <16 x float> %1945, <16 x float> poison, <16 x i32> zeroinitializer
-  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1931, <16 x float> %1915)
-  %1948 = and <16 x i32> %1929, splat (i32 -65536)
-  %1949 = bitcast <16 x i32> %1948 to <16 x float>
-  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1949, <16 x float> %1918)
-  %1951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1949, <16 x float> %1919)
-  %1952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1949, <16 x float> %1920)
-  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1949, <16 x float> %1921)
-  %1954 = or disjoint i64 %1890, 2
-  %1955 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1954
-  %1956 = load float, ptr %1955, align 4, !tbaa !5
-  %1957 = insertelement <16 x float> poison, float %1956, i64 0
-  %1958 = shufflevector <16 x float> %1957, <16 x float> poison, <16 x i32> zeroinitializer
-  %1959 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1954
-  %1960 = load i64, ptr %1959, align 8, !tbaa !5
-  %gep500.i = getelementptr i32, ptr %gep587.i, i64 %1960
-  %1961 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
-  %1962 = shl <16 x i32> %1961, splat (i32 16)
-  %1963 = bitcast <16 x i32> %1962 to <16 x float>
-  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1963, <16 x float> %1932)
-  %1965 = getelementptr inbounds nuw i8, ptr %1891, i64 520
-  %1966 = load float, ptr %1965, align 4, !tbaa !5
-  %1967 = insertelement <16 x float> poison, float %1966, i64 0
-  %1968 = shufflevector <16 x float> %1967, <16 x float> poison, <16 x i32> zeroinitializer
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1963, <16 x float> %1937)
-  %1970 = getelementptr inbounds nuw i8, ptr %1891, i64 1032
-  %1971 = load float, ptr %1970, align 4, !tbaa !5
-  %1972 = insertelement <16 x float> poison, float %1971, i64 0
-  %1973 = shufflevector <16 x float> %1972, <16 x float> poison, <16 x i32> zeroinitializer
-  %1974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1963, <16 x float> %1942)
-  %1975 = getelementptr inbounds nuw i8, ptr %1891, i64 1544
-  %1976 = load float, ptr %1975, align 4, !tbaa !5
-  %1977 = insertelement <16 x float> poison, float %1976, i64 0
-  %1978 = shufflevector <16 x float> %1977, <16 x float> poison, <16 x i32> zeroinitializer
-  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1963, <16 x float> %1947)
-  %1980 = and <16 x i32> %1961, splat (i32 -65536)
-  %1981 = bitcast <16 x i32> %1980 to <16 x float>
-  %1982 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1981, <16 x float> %1950)
-  %1983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1981, <16 x float> %1951)
-  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1981, <16 x float> %1952)
-  %1985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1981, <16 x float> %1953)
-  %1986 = or disjoint i64 %1890, 3
-  %1987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1986
-  %1988 = load float, ptr %1987, align 4, !tbaa !5
-  %1989 = insertelement <16 x float> poison, float %1988, i64 0
-  %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
-  %1991 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1986
-  %1992 = load i64, ptr %1991, align 8, !tbaa !5
-  %gep504.i = getelementptr i32, ptr %gep587.i, i64 %1992
-  %1993 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
-  %1994 = shl <16 x i32> %1993, splat (i32 16)
-  %1995 = bitcast <16 x i32> %1994 to <16 x float>
-  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1995, <16 x float> %1964)
-  %1997 = getelementptr inbounds nuw i8, ptr %1891, i64 524
-  %1998 = load float, ptr %1997, align 4, !tbaa !5
-  %1999 = insertelement <16 x float> poison, float %1998, i64 0
-  %2000 = shufflevector <16 x float> %1999, <16 x float> poison, <16 x i32> zeroinitializer
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %1995, <16 x float> %1969)
-  %2002 = getelementptr inbounds nuw i8, ptr %1891, i64 1036
-  %2003 = load float, ptr %2002, align 4, !tbaa !5
-  %2004 = insertelement <16 x float> poison, float %2003, i64 0
-  %2005 = shufflevector <16 x float> %2004, <16 x float> poison, <16 x i32> zeroinitializer
-  %2006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %1995, <16 x float> %1974)
-  %2007 = getelementptr inbounds nuw i8, ptr %1891, i64 1548
-  %2008 = load float, ptr %2007, align 4, !tbaa !5
-  %2009 = insertelement <16 x float> poison, float %2008, i64 0
-  %2010 = shufflevector <16 x float> %2009, <16 x float> poison, <16 x i32> zeroinitializer
-  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %1995, <16 x float> %1979)
-  %2012 = and <16 x i32> %1993, splat (i32 -65536)
-  %2013 = bitcast <16 x i32> %2012 to <16 x float>
-  %2014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %2013, <16 x float> %1982)
-  %2015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %2013, <16 x float> %1983)
-  %2016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %2013, <16 x float> %1984)
-  %2017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %2013, <16 x float> %1985)
-  %2018 = or disjoint i64 %1890, 4
-  %2019 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2018
-  %2020 = load float, ptr %2019, align 4, !tbaa !5
-  %2021 = insertelement <16 x float> poison, float %2020, i64 0
-  %2022 = shufflevector <16 x float> %2021, <16 x float> poison, <16 x i32> zeroinitializer
-  %2023 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2018
-  %2024 = load i64, ptr %2023, align 8, !tbaa !5
-  %gep508.i = getelementptr i32, ptr %gep587.i, i64 %2024
-  %2025 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
-  %2026 = shl <16 x i32> %2025, splat (i32 16)
-  %2027 = bitcast <16 x i32> %2026 to <16 x float>
-  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2027, <16 x float> %1996)
-  %2029 = getelementptr inbounds nuw i8, ptr %1891, i64 528
-  %2030 = load float, ptr %2029, align 4, !tbaa !5
-  %2031 = insertelement <16 x float> poison, float %2030, i64 0
-  %2032 = shufflevector <16 x float> %2031, <16 x float> poison, <16 x i32> zeroinitializer
-  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2027, <16 x float> %2001)
-  %2034 = getelementptr inbounds nuw i8, ptr %1891, i64 1040
-  %2035 = load float, ptr %2034, align 4, !tbaa !5
-  %2036 = insertelement <16 x float> poison, float %2035, i64 0
-  %2037 = shufflevector <16 x float> %2036, <16 x float> poison, <16 x i32> zeroinitializer
-  %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2027, <16 x float> %2006)
-  %2039 = getelementptr inbounds nuw i8, ptr %1891, i64 1552
-  %2040 = load float, ptr %2039, align 4, !tbaa !5
-  %2041 = insertelement <16 x float> poison, float %2040, i64 0
-  %2042 = shufflevector <16 x float> %2041, <16 x float> poison, <16 x i32> zeroinitializer
-  %2043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2027, <16 x float> %2011)
-  %2044 = and <16 x i32> %2025, splat (i32 -65536)
-  %2045 = bitcast <16 x i32> %2044 to <16 x float>
-  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2045, <16 x float> %2014)
-  %2047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2045, <16 x float> %2015)
-  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2045, <16 x float> %2016)
-  %2049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %2045, <16 x float> %2017)
-  %2050 = or disjoint i64 %1890, 5
-  %2051 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2050
-  %2052 = load float, ptr %2051, align 4, !tbaa !5
-  %2053 = insertelement <16 x float> poison, float %2052, i64 0
-  %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
-  %2055 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2050
-  %2056 = load i64, ptr %2055, align 8, !tbaa !5
-  %gep512.i = getelementptr i32, ptr %gep587.i, i64 %2056
-  %2057 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
-  %2058 = shl <16 x i32> %2057, splat (i32 16)
-  %2059 = bitcast <16 x i32> %2058 to <16 x float>
-  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2059, <16 x float> %2028)
-  %2061 = getelementptr inbounds nuw i8, ptr %1891, i64 532
-  %2062 = load float, ptr %2061, align 4, !tbaa !5
-  %2063 = insertelement <16 x float> poison, float %2062, i64 0
-  %2064 = shufflevector <16 x float> %2063, <16 x float> poison, <16 x i32> zeroinitializer
-  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2059, <16 x float> %2033)
-  %2066 = getelementptr inbounds nuw i8, ptr %1891, i64 1044
-  %2067 = load float, ptr %2066, align 4, !tbaa !5
-  %2068 = insertelement <16 x float> poison, float %2067, i64 0
-  %2069 = shufflevector <16 x float> %2068, <16 x float> poison, <16 x i32> zeroinitializer
-  %2070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2059, <16 x float> %2038)
-  %2071 = getelementptr inbounds nuw i8, ptr %1891, i64 1556
-  %2072 = load float, ptr %2071, align 4, !tbaa !5
-  %2073 = insertelement <16 x float> poison, float %2072, i64 0
-  %2074 = shufflevector <16 x float> %2073, <16 x float> poison, <16 x i32> zeroinitializer
-  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2059, <16 x float> %2043)
-  %2076 = and <16 x i32> %2057, splat (i32 -65536)
+for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.preheader.i, %for_begin_ax2125.preheader.lr.ph.i
+  %indvars.iv759.i = phi i64 [ 0, %for_begin_ax2125.preheader.lr.ph.i ], [ %indvars.iv.next760.i, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.238.0483.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2579, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.204.0482.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2578, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.170.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2573, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.136.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2572, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.102.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2567, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.0.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2558, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.34.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2561, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.68.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2566, %for_begin_ax2125.preheader.i ]
+  %2023 = add nuw nsw i64 %indvars.iv759.i, %2020
+  %2024 = trunc i64 %2023 to i32
+  %2025 = shl i32 %2024, 2
+  %2026 = add i32 %2025, %2016
+  %2027 = sext i32 %2026 to i64
+  %2028 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2027
+  %2029 = load i64, ptr %2028, align 8, !tbaa !5
+  %2030 = getelementptr i32, ptr %value_cache, i64 %2029
+  %2031 = getelementptr i32, ptr %2030, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2031, i32 0, i32 2, i32 1)
+  %2032 = getelementptr i8, ptr %2030, i64 64
+  %2033 = getelementptr i32, ptr %2032, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2033, i32 0, i32 2, i32 1)
+  %2034 = getelementptr i8, ptr %2030, i64 128
+  %2035 = getelementptr i32, ptr %2034, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2035, i32 0, i32 2, i32 1)
+  %2036 = getelementptr i8, ptr %2030, i64 192
+  %2037 = getelementptr i32, ptr %2036, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2037, i32 0, i32 2, i32 1)
+  %2038 = getelementptr i8, ptr %2028, i64 8
+  %2039 = load i64, ptr %2038, align 8, !tbaa !5
+  %2040 = getelementptr i32, ptr %value_cache, i64 %2039
+  %2041 = getelementptr i32, ptr %2040, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2041, i32 0, i32 2, i32 1)
+  %2042 = getelementptr i8, ptr %2040, i64 64
+  %2043 = getelementptr i32, ptr %2042, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2043, i32 0, i32 2, i32 1)
+  %2044 = getelementptr i8, ptr %2040, i64 128
+  %2045 = getelementptr i32, ptr %2044, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2045, i32 0, i32 2, i32 1)
+  %2046 = getelementptr i8, ptr %2040, i64 192
+  %2047 = getelementptr i32, ptr %2046, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2047, i32 0, i32 2, i32 1)
+  %2048 = getelementptr i8, ptr %2028, i64 16
+  %2049 = load i64, ptr %2048, align 8, !tbaa !5
+  %2050 = getelementptr i32, ptr %value_cache, i64 %2049
+  %2051 = getelementptr i32, ptr %2050, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2051, i32 0, i32 2, i32 1)
+  %2052 = getelementptr i8, ptr %2050, i64 64
+  %2053 = getelementptr i32, ptr %2052, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2053, i32 0, i32 2, i32 1)
+  %2054 = getelementptr i8, ptr %2050, i64 128
+  %2055 = getelementptr i32, ptr %2054, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2055, i32 0, i32 2, i32 1)
+  %2056 = getelementptr i8, ptr %2050, i64 192
+  %2057 = getelementptr i32, ptr %2056, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2057, i32 0, i32 2, i32 1)
+  %2058 = getelementptr i8, ptr %2028, i64 24
+  %2059 = load i64, ptr %2058, align 8, !tbaa !5
+  %2060 = getelementptr i32, ptr %value_cache, i64 %2059
+  %2061 = getelementptr i32, ptr %2060, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2061, i32 0, i32 2, i32 1)
+  %2062 = getelementptr i8, ptr %2060, i64 64
+  %2063 = getelementptr i32, ptr %2062, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2063, i32 0, i32 2, i32 1)
+  %2064 = getelementptr i8, ptr %2060, i64 128
+  %2065 = getelementptr i32, ptr %2064, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2065, i32 0, i32 2, i32 1)
+  %2066 = getelementptr i8, ptr %2060, i64 192
+  %2067 = getelementptr i32, ptr %2066, i64 %2018
+  tail call void @llvm.prefetch.p0(ptr readonly %2067, i32 0, i32 2, i32 1)
+  %2068 = shl nsw i64 %indvars.iv759.i, 4
+  %2069 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2068
+  %2070 = load float, ptr %2069, align 4, !tbaa !5
+  %2071 = insertelement <16 x float> poison, float %2070, i64 0
+  %2072 = shufflevector <16 x float> %2071, <16 x float> poison, <16 x i32> zeroinitializer
+  %2073 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2068
+  %2074 = load i64, ptr %2073, align 8, !tbaa !5
+  %gep496.i = getelementptr i32, ptr %gep591.i, i64 %2074
+  %2075 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
+  %2076 = shl <16 x i32> %2075, splat (i32 16)
   %2077 = bitcast <16 x i32> %2076 to <16 x float>
-  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2077, <16 x float> %2046)
-  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2077, <16 x float> %2047)
-  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2077, <16 x float> %2048)
-  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2077, <16 x float> %2049)
-  %2082 = or disjoint i64 %1890, 6
-  %2083 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2082
-  %2084 = load float, ptr %2083, align 4, !tbaa !5
-  %2085 = insertelement <16 x float> poison, float %2084, i64 0
-  %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
-  %2087 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2082
-  %2088 = load i64, ptr %2087, align 8, !tbaa !5
-  %gep516.i = getelementptr i32, ptr %gep587.i, i64 %2088
-  %2089 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
-  %2090 = shl <16 x i32> %2089, splat (i32 16)
-  %2091 = bitcast <16 x i32> %2090 to <16 x float>
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2091, <16 x float> %2060)
-  %2093 = getelementptr inbounds nuw i8, ptr %1891, i64 536
-  %2094 = load float, ptr %2093, align 4, !tbaa !5
-  %2095 = insertelement <16 x float> poison, float %2094, i64 0
-  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2091, <16 x float> %2065)
-  %2098 = getelementptr inbounds nuw i8, ptr %1891, i64 1048
-  %2099 = load float, ptr %2098, align 4, !tbaa !5
-  %2100 = insertelement <16 x float> poison, float %2099, i64 0
-  %2101 = shufflevector <16 x float> %2100, <16 x float> poison, <16 x i32> zeroinitializer
-  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2091, <16 x float> %2070)
-  %2103 = getelementptr inbounds nuw i8, ptr %1891, i64 1560
-  %2104 = load float, ptr %2103, align 4, !tbaa !5
-  %2105 = insertelement <16 x float> poison, float %2104, i64 0
-  %2106 = shufflevector <16 x float> %2105, <16 x float> poison, <16 x i32> zeroinitializer
-  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2091, <16 x float> %2075)
-  %2108 = and <16 x i32> %2089, splat (i32 -65536)
+  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2077, <16 x float> %full_acc255.sroa.0.0478.i)
+  %2079 = and <16 x i32> %2075, %93
+  %2080 = bitcast <16 x i32> %2079 to <16 x float>
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2080, <16 x float> %full_acc255.sroa.34.0477.i)
+  %2082 = getelementptr inbounds nuw i8, ptr %2069, i64 512
+  %2083 = load float, ptr %2082, align 4, !tbaa !5
+  %2084 = insertelement <16 x float> poison, float %2083, i64 0
+  %2085 = shufflevector <16 x float> %2084, <16 x float> poison, <16 x i32> zeroinitializer
+  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2077, <16 x float> %full_acc255.sroa.68.0476.i)
+  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2080, <16 x float> %full_acc255.sroa.102.0479.i)
+  %2088 = getelementptr inbounds nuw i8, ptr %2069, i64 1024
+  %2089 = load float, ptr %2088, align 4, !tbaa !5
+  %2090 = insertelement <16 x float> poison, float %2089, i64 0
+  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2077, <16 x float> %full_acc255.sroa.136.0480.i)
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2080, <16 x float> %full_acc255.sroa.170.0481.i)
+  %2094 = getelementptr inbounds nuw i8, ptr %2069, i64 1536
+  %2095 = load float, ptr %2094, align 4, !tbaa !5
+  %2096 = insertelement <16 x float> poison, float %2095, i64 0
+  %2097 = shufflevector <16 x float> %2096, <16 x float> poison, <16 x i32> zeroinitializer
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2077, <16 x float> %full_acc255.sroa.204.0482.i)
+  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2080, <16 x float> %full_acc255.sroa.238.0483.i)
+  %2100 = or disjoint i64 %2068, 1
+  %2101 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2100
+  %2102 = load float, ptr %2101, align 4, !tbaa !5
+  %2103 = insertelement <16 x float> poison, float %2102, i64 0
+  %2104 = shufflevector <16 x float> %2103, <16 x float> poison, <16 x i32> zeroinitializer
+  %2105 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2100
+  %2106 = load i64, ptr %2105, align 8, !tbaa !5
+  %gep500.i = getelementptr i32, ptr %gep591.i, i64 %2106
+  %2107 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
+  %2108 = shl <16 x i32> %2107, splat (i32 16)
   %2109 = bitcast <16 x i32> %2108 to <16 x float>
-  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2109, <16 x float> %2078)
-  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2109, <16 x float> %2079)
-  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2109, <16 x float> %2080)
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2109, <16 x float> %2081)
-  %2114 = or disjoint i64 %1890, 7
-  %2115 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2114
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
-  %2117 = insertelement <16 x float> poison, float %2116, i64 0
-  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2114
-  %2120 = load i64, ptr %2119, align 8, !tbaa !5
-  %gep520.i = getelementptr i32, ptr %gep587.i, i64 %2120
-  %2121 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
-  %2122 = shl <16 x i32> %2121, splat (i32 16)
-  %2123 = bitcast <16 x i32> %2122 to <16 x float>
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2123, <16 x float> %2092)
-  %2125 = getelementptr inbounds nuw i8, ptr %1891, i64 540
-  %2126 = load float, ptr %2125, align 4, !tbaa !5
-  %2127 = insertelement <16 x float> poison, float %2126, i64 0
-  %2128 = shufflevector <16 x float> %2127, <16 x float> poison, <16 x i32> zeroinitializer
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2123, <16 x float> %2097)
-  %2130 = getelementptr inbounds nuw i8, ptr %1891, i64 1052
-  %2131 = load float, ptr %2130, align 4, !tbaa !5
-  %2132 = insertelement <16 x float> poison, float %2131, i64 0
-  %2133 = shufflevector <16 x float> %2132, <16 x float> poison, <16 x i32> zeroinitializer
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2123, <16 x float> %2102)
-  %2135 = getelementptr inbounds nuw i8, ptr %1891, i64 1564
-  %2136 = load float, ptr %2135, align 4, !tbaa !5
-  %2137 = insertelement <16 x float> poison, float %2136, i64 0
-  %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2123, <16 x float> %2107)
-  %2140 = and <16 x i32> %2121, splat (i32 -65536)
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> %2109, <16 x float> %2078)
+  %2111 = and <16 x i32> %2107, %93
+  %2112 = bitcast <16 x i32> %2111 to <16 x float>
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> %2112, <16 x float> %2081)
+  %2114 = getelementptr inbounds nuw i8, ptr %2069, i64 516
+  %2115 = load float, ptr %2114, align 4, !tbaa !5
+  %2116 = insertelement <16 x float> poison, float %2115, i64 0
+  %2117 = shufflevector <16 x float> %2116, <16 x float> poison, <16 x i32> zeroinitializer
+  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2117, <16 x float> %2109, <16 x float> %2086)
+  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2117, <16 x float> %2112, <16 x float> %2087)
+  %2120 = getelementptr inbounds nuw i8, ptr %2069, i64 1028
+  %2121 = load float, ptr %2120, align 4, !tbaa !5
+  %2122 = insertelement <16 x float> poison, float %2121, i64 0
+  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2109, <16 x float> %2092)
+  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2112, <16 x float> %2093)
+  %2126 = getelementptr inbounds nuw i8, ptr %2069, i64 1540
+  %2127 = load float, ptr %2126, align 4, !tbaa !5
+  %2128 = insertelement <16 x float> poison, float %2127, i64 0
+  %2129 = shufflevector <16 x float> %2128, <16 x float> poison, <16 x i32> zeroinitializer
+  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2129, <16 x float> %2109, <16 x float> %2098)
+  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2129, <16 x float> %2112, <16 x float> %2099)
+  %2132 = or disjoint i64 %2068, 2
+  %2133 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2132
+  %2134 = load float, ptr %2133, align 4, !tbaa !5
+  %2135 = insertelement <16 x float> poison, float %2134, i64 0
+  %2136 = shufflevector <16 x float> %2135, <16 x float> poison, <16 x i32> zeroinitializer
+  %2137 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2132
+  %2138 = load i64, ptr %2137, align 8, !tbaa !5
+  %gep504.i = getelementptr i32, ptr %gep591.i, i64 %2138
+  %2139 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
+  %2140 = shl <16 x i32> %2139, splat (i32 16)
   %2141 = bitcast <16 x i32> %2140 to <16 x float>
-  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2141, <16 x float> %2110)
-  %2143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2141, <16 x float> %2111)
-  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2141, <16 x float> %2112)
-  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2141, <16 x float> %2113)
-  %2146 = or disjoint i64 %1890, 8
-  %2147 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
-  %2148 = load float, ptr %2147, align 4, !tbaa !5
-  %2149 = insertelement <16 x float> poison, float %2148, i64 0
-  %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
-  %2151 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2146
-  %2152 = load i64, ptr %2151, align 8, !tbaa !5
-  %gep524.i = getelementptr i32, ptr %gep587.i, i64 %2152
-  %2153 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
-  %2154 = shl <16 x i32> %2153, splat (i32 16)
-  %2155 = bitcast <16 x i32> %2154 to <16 x float>
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2155, <16 x float> %2124)
-  %2157 = getelementptr inbounds nuw i8, ptr %1891, i64 544
-  %2158 = load float, ptr %2157, align 4, !tbaa !5
-  %2159 = insertelement <16 x float> poison, float %2158, i64 0
-  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
-  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2155, <16 x float> %2129)
-  %2162 = getelementptr inbounds nuw i8, ptr %1891, i64 1056
-  %2163 = load float, ptr %2162, align 4, !tbaa !5
-  %2164 = insertelement <16 x float> poison, float %2163, i64 0
-  %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
-  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2155, <16 x float> %2134)
-  %2167 = getelementptr inbounds nuw i8, ptr %1891, i64 1568
-  %2168 = load float, ptr %2167, align 4, !tbaa !5
-  %2169 = insertelement <16 x float> poison, float %2168, i64 0
-  %2170 = shufflevector <16 x float> %2169, <16 x float> poison, <16 x i32> zeroinitializer
-  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2155, <16 x float> %2139)
-  %2172 = and <16 x i32> %2153, splat (i32 -65536)
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2141, <16 x float> %2110)
+  %2143 = and <16 x i32> %2139, %93
+  %2144 = bitcast <16 x i32> %2143 to <16 x float>
+  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2144, <16 x float> %2113)
+  %2146 = getelementptr inbounds nuw i8, ptr %2069, i64 520
+  %2147 = load float, ptr %2146, align 4, !tbaa !5
+  %2148 = insertelement <16 x float> poison, float %2147, i64 0
+  %2149 = shufflevector <16 x float> %2148, <16 x float> poison, <16 x i32> zeroinitializer
+  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %2141, <16 x float> %2118)
+  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %2144, <16 x float> %2119)
+  %2152 = getelementptr inbounds nuw i8, ptr %2069, i64 1032
+  %2153 = load float, ptr %2152, align 4, !tbaa !5
+  %2154 = insertelement <16 x float> poison, float %2153, i64 0
+  %2155 = shufflevector <16 x float> %2154, <16 x float> poison, <16 x i32> zeroinitializer
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2141, <16 x float> %2124)
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2144, <16 x float> %2125)
+  %2158 = getelementptr inbounds nuw i8, ptr %2069, i64 1544
+  %2159 = load float, ptr %2158, align 4, !tbaa !5
+  %2160 = insertelement <16 x float> poison, float %2159, i64 0
+  %2161 = shufflevector <16 x float> %2160, <16 x float> poison, <16 x i32> zeroinitializer
+  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2141, <16 x float> %2130)
+  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2144, <16 x float> %2131)
+  %2164 = or disjoint i64 %2068, 3
+  %2165 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2164
+  %2166 = load float, ptr %2165, align 4, !tbaa !5
+  %2167 = insertelement <16 x float> poison, float %2166, i64 0
+  %2168 = shufflevector <16 x float> %2167, <16 x float> poison, <16 x i32> zeroinitializer
+  %2169 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2164
+  %2170 = load i64, ptr %2169, align 8, !tbaa !5
+  %gep508.i = getelementptr i32, ptr %gep591.i, i64 %2170
+  %2171 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
+  %2172 = shl <16 x i32> %2171, splat (i32 16)
   %2173 = bitcast <16 x i32> %2172 to <16 x float>
-  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2173, <16 x float> %2142)
-  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2173, <16 x float> %2143)
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2173, <16 x float> %2144)
-  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> %2173, <16 x float> %2145)
-  %2178 = or disjoint i64 %1890, 9
-  %2179 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
-  %2180 = load float, ptr %2179, align 4, !tbaa !5
-  %2181 = insertelement <16 x float> poison, float %2180, i64 0
-  %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
-  %2183 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2178
-  %2184 = load i64, ptr %2183, align 8, !tbaa !5
-  %gep528.i = getelementptr i32, ptr %gep587.i, i64 %2184
-  %2185 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
-  %2186 = shl <16 x i32> %2185, splat (i32 16)
-  %2187 = bitcast <16 x i32> %2186 to <16 x float>
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2187, <16 x float> %2156)
-  %2189 = getelementptr inbounds nuw i8, ptr %1891, i64 548
-  %2190 = load float, ptr %2189, align 4, !tbaa !5
-  %2191 = insertelement <16 x float> poison, float %2190, i64 0
-  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
-  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2187, <16 x float> %2161)
-  %2194 = getelementptr inbounds nuw i8, ptr %1891, i64 1060
-  %2195 = load float, ptr %2194, align 4, !tbaa !5
-  %2196 = insertelement <16 x float> poison, float %2195, i64 0
-  %2197 = shufflevector <16 x float> %2196, <16 x float> poison, <16 x i32> zeroinitializer
-  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2187, <16 x float> %2166)
-  %2199 = getelementptr inbounds nuw i8, ptr %1891, i64 1572
-  %2200 = load float, ptr %2199, align 4, !tbaa !5
-  %2201 = insertelement <16 x float> poison, float %2200, i64 0
-  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
-  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2187, <16 x float> %2171)
-  %2204 = and <16 x i32> %2185, splat (i32 -65536)
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2173, <16 x float> %2142)
+  %2175 = and <16 x i32> %2171, %93
+  %2176 = bitcast <16 x i32> %2175 to <16 x float>
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2176, <16 x float> %2145)
+  %2178 = getelementptr inbounds nuw i8, ptr %2069, i64 524
+  %2179 = load float, ptr %2178, align 4, !tbaa !5
+  %2180 = insertelement <16 x float> poison, float %2179, i64 0
+  %2181 = shufflevector <16 x float> %2180, <16 x float> poison, <16 x i32> zeroinitializer
+  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2181, <16 x float> %2173, <16 x float> %2150)
+  %2183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2181, <16 x float> %2176, <16 x float> %2151)
+  %2184 = getelementptr inbounds nuw i8, ptr %2069, i64 1036
+  %2185 = load float, ptr %2184, align 4, !tbaa !5
+  %2186 = insertelement <16 x float> poison, float %2185, i64 0
+  %2187 = shufflevector <16 x float> %2186, <16 x float> poison, <16 x i32> zeroinitializer
+  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2187, <16 x float> %2173, <16 x float> %2156)
+  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2187, <16 x float> %2176, <16 x float> %2157)
+  %2190 = getelementptr inbounds nuw i8, ptr %2069, i64 1548
+  %2191 = load float, ptr %2190, align 4, !tbaa !5
+  %2192 = insertelement <16 x float> poison, float %2191, i64 0
+  %2193 = shufflevector <16 x float> %2192, <16 x float> poison, <16 x i32> zeroinitializer
+  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> %2173, <16 x float> %2162)
+  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> %2176, <16 x float> %2163)
+  %2196 = or disjoint i64 %2068, 4
+  %2197 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2196
+  %2198 = load float, ptr %2197, align 4, !tbaa !5
+  %2199 = insertelement <16 x float> poison, float %2198, i64 0
+  %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
+  %2201 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2196
+  %2202 = load i64, ptr %2201, align 8, !tbaa !5
+  %gep512.i = getelementptr i32, ptr %gep591.i, i64 %2202
+  %2203 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
+  %2204 = shl <16 x i32> %2203, splat (i32 16)
   %2205 = bitcast <16 x i32> %2204 to <16 x float>
-  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2205, <16 x float> %2174)
-  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2205, <16 x float> %2175)
-  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2205, <16 x float> %2176)
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2205, <16 x float> %2177)
-  %2210 = or disjoint i64 %1890, 10
-  %2211 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2210
-  %2212 = load float, ptr %2211, align 4, !tbaa !5
-  %2213 = insertelement <16 x float> poison, float %2212, i64 0
-  %2214 = shufflevector <16 x float> %2213, <16 x float> poison, <16 x i32> zeroinitializer
-  %2215 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2210
-  %2216 = load i64, ptr %2215, align 8, !tbaa !5
-  %gep532.i = getelementptr i32, ptr %gep587.i, i64 %2216
-  %2217 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
-  %2218 = shl <16 x i32> %2217, splat (i32 16)
-  %2219 = bitcast <16 x i32> %2218 to <16 x float>
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2219, <16 x float> %2188)
-  %2221 = getelementptr inbounds nuw i8, ptr %1891, i64 552
-  %2222 = load float, ptr %2221, align 4, !tbaa !5
-  %2223 = insertelement <16 x float> poison, float %2222, i64 0
-  %2224 = shufflevector <16 x float> %2223, <16 x float> poison, <16 x i32> zeroinitializer
-  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2219, <16 x float> %2193)
-  %2226 = getelementptr inbounds nuw i8, ptr %1891, i64 1064
-  %2227 = load float, ptr %2226, align 4, !tbaa !5
-  %2228 = insertelement <16 x float> poison, float %2227, i64 0
-  %2229 = shufflevector <16 x float> %2228, <16 x float> poison, <16 x i32> zeroinitializer
-  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2219, <16 x float> %2198)
-  %2231 = getelementptr inbounds nuw i8, ptr %1891, i64 1576
-  %2232 = load float, ptr %2231, align 4, !tbaa !5
-  %2233 = insertelement <16 x float> poison, float %2232, i64 0
-  %2234 = shufflevector <16 x float> %2233, <16 x float> poison, <16 x i32> zeroinitializer
-  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2219, <16 x float> %2203)
-  %2236 = and <16 x i32> %2217, splat (i32 -65536)
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2205, <16 x float> %2174)
+  %2207 = and <16 x i32> %2203, %93
+  %2208 = bitcast <16 x i32> %2207 to <16 x float>
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2208, <16 x float> %2177)
+  %2210 = getelementptr inbounds nuw i8, ptr %2069, i64 528
+  %2211 = load float, ptr %2210, align 4, !tbaa !5
+  %2212 = insertelement <16 x float> poison, float %2211, i64 0
+  %2213 = shufflevector <16 x float> %2212, <16 x float> poison, <16 x i32> zeroinitializer
+  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2213, <16 x float> %2205, <16 x float> %2182)
+  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2213, <16 x float> %2208, <16 x float> %2183)
+  %2216 = getelementptr inbounds nuw i8, ptr %2069, i64 1040
+  %2217 = load float, ptr %2216, align 4, !tbaa !5
+  %2218 = insertelement <16 x float> poison, float %2217, i64 0
+  %2219 = shufflevector <16 x float> %2218, <16 x float> poison, <16 x i32> zeroinitializer
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2205, <16 x float> %2188)
+  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2208, <16 x float> %2189)
+  %2222 = getelementptr inbounds nuw i8, ptr %2069, i64 1552
+  %2223 = load float, ptr %2222, align 4, !tbaa !5
+  %2224 = insertelement <16 x float> poison, float %2223, i64 0
+  %2225 = shufflevector <16 x float> %2224, <16 x float> poison, <16 x i32> zeroinitializer
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2205, <16 x float> %2194)
+  %2227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2208, <16 x float> %2195)
+  %2228 = or disjoint i64 %2068, 5
+  %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2228
+  %2230 = load float, ptr %2229, align 4, !tbaa !5
+  %2231 = insertelement <16 x float> poison, float %2230, i64 0
+  %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
+  %2233 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2228
+  %2234 = load i64, ptr %2233, align 8, !tbaa !5
+  %gep516.i = getelementptr i32, ptr %gep591.i, i64 %2234
+  %2235 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
+  %2236 = shl <16 x i32> %2235, splat (i32 16)
   %2237 = bitcast <16 x i32> %2236 to <16 x float>
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2237, <16 x float> %2206)
-  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2237, <16 x float> %2207)
-  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2237, <16 x float> %2208)
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2237, <16 x float> %2209)
-  %2242 = or disjoint i64 %1890, 11
-  %2243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2242
-  %2244 = load float, ptr %2243, align 4, !tbaa !5
-  %2245 = insertelement <16 x float> poison, float %2244, i64 0
-  %2246 = shufflevector <16 x float> %2245, <16 x float> poison, <16 x i32> zeroinitializer
-  %2247 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2242
-  %2248 = load i64, ptr %2247, align 8, !tbaa !5
-  %gep536.i = getelementptr i32, ptr %gep587.i, i64 %2248
-  %2249 = load <16 x i32>, ptr %gep536.i, align 4, !tbaa !5
-  %2250 = shl <16 x i32> %2249, splat (i32 16)
-  %2251 = bitcast <16 x i32> %2250 to <16 x float>
-  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2251, <16 x float> %2220)
-  %2253 = getelementptr inbounds nuw i8, ptr %1891, i64 556
-  %2254 = load float, ptr %2253, align 4, !tbaa !5
-  %2255 = insertelement <16 x float> poison, float %2254, i64 0
-  %2256 = shufflevector <16 x float> %2255, <16 x float> poison, <16 x i32> zeroinitializer
-  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2251, <16 x float> %2225)
-  %2258 = getelementptr inbounds nuw i8, ptr %1891, i64 1068
-  %2259 = load float, ptr %2258, align 4, !tbaa !5
-  %2260 = insertelement <16 x float> poison, float %2259, i64 0
-  %2261 = shufflevector <16 x float> %2260, <16 x float> poison, <16 x i32> zeroinitializer
-  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2251, <16 x float> %2230)
-  %2263 = getelementptr inbounds nuw i8, ptr %1891, i64 1580
-  %2264 = load float, ptr %2263, align 4, !tbaa !5
-  %2265 = insertelement <16 x float> poison, float %2264, i64 0
-  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
-  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2251, <16 x float> %2235)
-  %2268 = and <16 x i32> %2249, splat (i32 -65536)
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> %2237, <16 x float> %2206)
+  %2239 = and <16 x i32> %2235, %93
+  %2240 = bitcast <16 x i32> %2239 to <16 x float>
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> %2240, <16 x float> %2209)
+  %2242 = getelementptr inbounds nuw i8, ptr %2069, i64 532
+  %2243 = load float, ptr %2242, align 4, !tbaa !5
+  %2244 = insertelement <16 x float> poison, float %2243, i64 0
+  %2245 = shufflevector <16 x float> %2244, <16 x float> poison, <16 x i32> zeroinitializer
+  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2245, <16 x float> %2237, <16 x float> %2214)
+  %2247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2245, <16 x float> %2240, <16 x float> %2215)
+  %2248 = getelementptr inbounds nuw i8, ptr %2069, i64 1044
+  %2249 = load float, ptr %2248, align 4, !tbaa !5
+  %2250 = insertelement <16 x float> poison, float %2249, i64 0
+  %2251 = shufflevector <16 x float> %2250, <16 x float> poison, <16 x i32> zeroinitializer
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2237, <16 x float> %2220)
+  %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2240, <16 x float> %2221)
+  %2254 = getelementptr inbounds nuw i8, ptr %2069, i64 1556
+  %2255 = load float, ptr %2254, align 4, !tbaa !5
+  %2256 = insertelement <16 x float> poison, float %2255, i64 0
+  %2257 = shufflevector <16 x float> %2256, <16 x float> poison, <16 x i32> zeroinitializer
+  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %2237, <16 x float> %2226)
+  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %2240, <16 x float> %2227)
+  %2260 = or disjoint i64 %2068, 6
+  %2261 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2260
+  %2262 = load float, ptr %2261, align 4, !tbaa !5
+  %2263 = insertelement <16 x float> poison, float %2262, i64 0
+  %2264 = shufflevector <16 x float> %2263, <16 x float> poison, <16 x i32> zeroinitializer
+  %2265 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2260
+  %2266 = load i64, ptr %2265, align 8, !tbaa !5
+  %gep520.i = getelementptr i32, ptr %gep591.i, i64 %2266
+  %2267 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
+  %2268 = shl <16 x i32> %2267, splat (i32 16)
   %2269 = bitcast <16 x i32> %2268 to <16 x float>
-  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2269, <16 x float> %2238)
-  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2269, <16 x float> %2239)
-  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2269, <16 x float> %2240)
-  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2269, <16 x float> %2241)
-  %2274 = or disjoint i64 %1890, 12
-  %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
-  %2276 = load float, ptr %2275, align 4, !tbaa !5
-  %2277 = insertelement <16 x float> poison, float %2276, i64 0
-  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
-  %2279 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2274
-  %2280 = load i64, ptr %2279, align 8, !tbaa !5
-  %gep540.i = getelementptr i32, ptr %gep587.i, i64 %2280
-  %2281 = load <16 x i32>, ptr %gep540.i, align 4, !tbaa !5
-  %2282 = shl <16 x i32> %2281, splat (i32 16)
-  %2283 = bitcast <16 x i32> %2282 to <16 x float>
-  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2283, <16 x float> %2252)
-  %2285 = getelementptr inbounds nuw i8, ptr %1891, i64 560
-  %2286 = load float, ptr %2285, align 4, !tbaa !5
-  %2287 = insertelement <16 x float> poison, float %2286, i64 0
-  %2288 = shufflevector <16 x float> %2287, <16 x float> poison, <16 x i32> zeroinitializer
-  %2289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2283, <16 x float> %2257)
-  %2290 = getelementptr inbounds nuw i8, ptr %1891, i64 1072
-  %2291 = load float, ptr %2290, align 4, !tbaa !5
-  %2292 = insertelement <16 x float> poison, float %2291, i64 0
-  %2293 = shufflevector <16 x float> %2292, <16 x float> poison, <16 x i32> zeroinitializer
-  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2283, <16 x float> %2262)
-  %2295 = getelementptr inbounds nuw i8, ptr %1891, i64 1584
-  %2296 = load float, ptr %2295, align 4, !tbaa !5
-  %2297 = insertelement <16 x float> poison, float %2296, i64 0
-  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
-  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2283, <16 x float> %2267)
-  %2300 = and <16 x i32> %2281, splat (i32 -65536)
+  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %2269, <16 x float> %2238)
+  %2271 = and <16 x i32> %2267, %93
+  %2272 = bitcast <16 x i32> %2271 to <16 x float>
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %2272, <16 x float> %2241)
+  %2274 = getelementptr inbounds nuw i8, ptr %2069, i64 536
+  %2275 = load float, ptr %2274, align 4, !tbaa !5
+  %2276 = insertelement <16 x float> poison, float %2275, i64 0
+  %2277 = shufflevector <16 x float> %2276, <16 x float> poison, <16 x i32> zeroinitializer
+  %2278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2277, <16 x float> %2269, <16 x float> %2246)
+  %2279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2277, <16 x float> %2272, <16 x float> %2247)
+  %2280 = getelementptr inbounds nuw i8, ptr %2069, i64 1048
+  %2281 = load float, ptr %2280, align 4, !tbaa !5
+  %2282 = insertelement <16 x float> poison, float %2281, i64 0
+  %2283 = shufflevector <16 x float> %2282, <16 x float> poison, <16 x i32> zeroinitializer
+  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2269, <16 x float> %2252)
+  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2272, <16 x float> %2253)
+  %2286 = getelementptr inbounds nuw i8, ptr %2069, i64 1560
+  %2287 = load float, ptr %2286, align 4, !tbaa !5
+  %2288 = insertelement <16 x float> poison, float %2287, i64 0
+  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
+  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %2269, <16 x float> %2258)
+  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %2272, <16 x float> %2259)
+  %2292 = or disjoint i64 %2068, 7
+  %2293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2292
+  %2294 = load float, ptr %2293, align 4, !tbaa !5
+  %2295 = insertelement <16 x float> poison, float %2294, i64 0
+  %2296 = shufflevector <16 x float> %2295, <16 x float> poison, <16 x i32> zeroinitializer
+  %2297 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2292
+  %2298 = load i64, ptr %2297, align 8, !tbaa !5
+  %gep524.i = getelementptr i32, ptr %gep591.i, i64 %2298
+  %2299 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
+  %2300 = shl <16 x i32> %2299, splat (i32 16)
   %2301 = bitcast <16 x i32> %2300 to <16 x float>
-  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2301, <16 x float> %2270)
-  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2301, <16 x float> %2271)
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2301, <16 x float> %2272)
-  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %2301, <16 x float> %2273)
-  %2306 = or disjoint i64 %1890, 13
-  %2307 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2306
-  %2308 = load float, ptr %2307, align 4, !tbaa !5
-  %2309 = insertelement <16 x float> poison, float %2308, i64 0
-  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2306
-  %2312 = load i64, ptr %2311, align 8, !tbaa !5
-  %gep544.i = getelementptr i32, ptr %gep587.i, i64 %2312
-  %2313 = load <16 x i32>, ptr %gep544.i, align 4, !tbaa !5
-  %2314 = shl <16 x i32> %2313, splat (i32 16)
-  %2315 = bitcast <16 x i32> %2314 to <16 x float>
-  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2315, <16 x float> %2284)
-  %2317 = getelementptr inbounds nuw i8, ptr %1891, i64 564
-  %2318 = load float, ptr %2317, align 4, !tbaa !5
-  %2319 = insertelement <16 x float> poison, float %2318, i64 0
-  %2320 = shufflevector <16 x float> %2319, <16 x float> poison, <16 x i32> zeroinitializer
-  %2321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2315, <16 x float> %2289)
-  %2322 = getelementptr inbounds nuw i8, ptr %1891, i64 1076
-  %2323 = load float, ptr %2322, align 4, !tbaa !5
-  %2324 = insertelement <16 x float> poison, float %2323, i64 0
-  %2325 = shufflevector <16 x float> %2324, <16 x float> poison, <16 x i32> zeroinitializer
-  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2315, <16 x float> %2294)
-  %2327 = getelementptr inbounds nuw i8, ptr %1891, i64 1588
-  %2328 = load float, ptr %2327, align 4, !tbaa !5
-  %2329 = insertelement <16 x float> poison, float %2328, i64 0
-  %2330 = shufflevector <16 x float> %2329, <16 x float> poison, <16 x i32> zeroinitializer
-  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2330, <16 x float> %2315, <16 x float> %2299)
-  %2332 = and <16 x i32> %2313, splat (i32 -65536)
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2296, <16 x float> %2301, <16 x float> %2270)
+  %2303 = and <16 x i32> %2299, %93
+  %2304 = bitcast <16 x i32> %2303 to <16 x float>
+  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2296, <16 x float> %2304, <16 x float> %2273)
+  %2306 = getelementptr inbounds nuw i8, ptr %2069, i64 540
+  %2307 = load float, ptr %2306, align 4, !tbaa !5
+  %2308 = insertelement <16 x float> poison, float %2307, i64 0
+  %2309 = shufflevector <16 x float> %2308, <16 x float> poison, <16 x i32> zeroinitializer
+  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2309, <16 x float> %2301, <16 x float> %2278)
+  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2309, <16 x float> %2304, <16 x float> %2279)
+  %2312 = getelementptr inbounds nuw i8, ptr %2069, i64 1052
+  %2313 = load float, ptr %2312, align 4, !tbaa !5
+  %2314 = insertelement <16 x float> poison, float %2313, i64 0
+  %2315 = shufflevector <16 x float> %2314, <16 x float> poison, <16 x i32> zeroinitializer
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2315, <16 x float> %2301, <16 x float> %2284)
+  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2315, <16 x float> %2304, <16 x float> %2285)
+  %2318 = getelementptr inbounds nuw i8, ptr %2069, i64 1564
+  %2319 = load float, ptr %2318, align 4, !tbaa !5
+  %2320 = insertelement <16 x float> poison, float %2319, i64 0
+  %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
+  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %2301, <16 x float> %2290)
+  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %2304, <16 x float> %2291)
+  %2324 = or disjoint i64 %2068, 8
+  %2325 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2324
+  %2326 = load float, ptr %2325, align 4, !tbaa !5
+  %2327 = insertelement <16 x float> poison, float %2326, i64 0
+  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
+  %2329 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2324
+  %2330 = load i64, ptr %2329, align 8, !tbaa !5
+  %gep528.i = getelementptr i32, ptr %gep591.i, i64 %2330
+  %2331 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
+  %2332 = shl <16 x i32> %2331, splat (i32 16)
   %2333 = bitcast <16 x i32> %2332 to <16 x float>
-  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2333, <16 x float> %2302)
-  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2333, <16 x float> %2303)
-  %2336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2333, <16 x float> %2304)
-  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2330, <16 x float> %2333, <16 x float> %2305)
-  %2338 = or disjoint i64 %1890, 14
-  %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
-  %2340 = load float, ptr %2339, align 4, !tbaa !5
-  %2341 = insertelement <16 x float> poison, float %2340, i64 0
-  %2342 = shufflevector <16 x float> %2341, <16 x float> poison, <16 x i32> zeroinitializer
-  %2343 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2338
-  %2344 = load i64, ptr %2343, align 8, !tbaa !5
-  %gep548.i = getelementptr i32, ptr %gep587.i, i64 %2344
-  %2345 = load <16 x i32>, ptr %gep548.i, align 4, !tbaa !5
-  %2346 = shl <16 x i32> %2345, splat (i32 16)
-  %2347 = bitcast <16 x i32> %2346 to <16 x float>
-  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2347, <16 x float> %2316)
-  %2349 = getelementptr inbounds nuw i8, ptr %1891, i64 568
-  %2350 = load float, ptr %2349, align 4, !tbaa !5
-  %2351 = insertelement <16 x float> poison, float %2350, i64 0
-  %2352 = shufflevector <16 x float> %2351, <16 x float> poison, <16 x i32> zeroinitializer
-  %2353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2347, <16 x float> %2321)
-  %2354 = getelementptr inbounds nuw i8, ptr %1891, i64 1080
-  %2355 = load float, ptr %2354, align 4, !tbaa !5
-  %2356 = insertelement <16 x float> poison, float %2355, i64 0
-  %2357 = shufflevector <16 x float> %2356, <16 x float> poison, <16 x i32> zeroinitializer
-  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2357, <16 x float> %2347, <16 x float> %2326)
-  %2359 = getelementptr inbounds nuw i8, ptr %1891, i64 1592
-  %2360 = load float, ptr %2359, align 4, !tbaa !5
-  %2361 = insertelement <16 x float> poison, float %2360, i64 0
-  %2362 = shufflevector <16 x float> %2361, <16 x float> poison, <16 x i32> zeroinitializer
-  %2363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2362, <16 x float> %2347, <16 x float> %2331)
-  %2364 = and <16 x i32> %2345, splat (i32 -65536)
+  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2333, <16 x float> %2302)
+  %2335 = and <16 x i32> %2331, %93
+  %2336 = bitcast <16 x i32> %2335 to <16 x float>
+  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2336, <16 x float> %2305)
+  %2338 = getelementptr inbounds nuw i8, ptr %2069, i64 544
+  %2339 = load float, ptr %2338, align 4, !tbaa !5
+  %2340 = insertelement <16 x float> poison, float %2339, i64 0
+  %2341 = shufflevector <16 x float> %2340, <16 x float> poison, <16 x i32> zeroinitializer
+  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2333, <16 x float> %2310)
+  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2336, <16 x float> %2311)
+  %2344 = getelementptr inbounds nuw i8, ptr %2069, i64 1056
+  %2345 = load float, ptr %2344, align 4, !tbaa !5
+  %2346 = insertelement <16 x float> poison, float %2345, i64 0
+  %2347 = shufflevector <16 x float> %2346, <16 x float> poison, <16 x i32> zeroinitializer
+  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2333, <16 x float> %2316)
+  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2336, <16 x float> %2317)
+  %2350 = getelementptr inbounds nuw i8, ptr %2069, i64 1568
+  %2351 = load float, ptr %2350, align 4, !tbaa !5
+  %2352 = insertelement <16 x float> poison, float %2351, i64 0
+  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
+  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2333, <16 x float> %2322)
+  %2355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2336, <16 x float> %2323)
+  %2356 = or disjoint i64 %2068, 9
+  %2357 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2356
+  %2358 = load float, ptr %2357, align 4, !tbaa !5
+  %2359 = insertelement <16 x float> poison, float %2358, i64 0
+  %2360 = shufflevector <16 x float> %2359, <16 x float> poison, <16 x i32> zeroinitializer
+  %2361 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2356
+  %2362 = load i64, ptr %2361, align 8, !tbaa !5
+  %gep532.i = getelementptr i32, ptr %gep591.i, i64 %2362
+  %2363 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
+  %2364 = shl <16 x i32> %2363, splat (i32 16)
   %2365 = bitcast <16 x i32> %2364 to <16 x float>
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2365, <16 x float> %2334)
-  %2367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2365, <16 x float> %2335)
-  %2368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2357, <16 x float> %2365, <16 x float> %2336)
-  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2362, <16 x float> %2365, <16 x float> %2337)
-  %2370 = or disjoint i64 %1890, 15
-  %2371 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2370
-  %2372 = load float, ptr %2371, align 4, !tbaa !5
-  %2373 = insertelement <16 x float> poison, float %2372, i64 0
-  %2374 = shufflevector <16 x float> %2373, <16 x float> poison, <16 x i32> zeroinitializer
-  %2375 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2370
-  %2376 = load i64, ptr %2375, align 8, !tbaa !5
-  %gep552.i = getelementptr i32, ptr %gep587.i, i64 %2376
-  %2377 = load <16 x i32>, ptr %gep552.i, align 4, !tbaa !5
-  %2378 = shl <16 x i32> %2377, splat (i32 16)
-  %2379 = bitcast <16 x i32> %2378 to <16 x float>
-  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2379, <16 x float> %2348)
-  %2381 = getelementptr inbounds nuw i8, ptr %1891, i64 572
-  %2382 = load float, ptr %2381, align 4, !tbaa !5
-  %2383 = insertelement <16 x float> poison, float %2382, i64 0
-  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
-  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2379, <16 x float> %2353)
-  %2386 = getelementptr inbounds nuw i8, ptr %1891, i64 1084
-  %2387 = load float, ptr %2386, align 4, !tbaa !5
-  %2388 = insertelement <16 x float> poison, float %2387, i64 0
-  %2389 = shufflevector <16 x float> %2388, <16 x float> poison, <16 x i32> zeroinitializer
-  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2379, <16 x float> %2358)
-  %2391 = getelementptr inbounds nuw i8, ptr %1891, i64 1596
-  %2392 = load float, ptr %2391, align 4, !tbaa !5
-  %2393 = insertelement <16 x float> poison, float %2392, i64 0
-  %2394 = shufflevector <16 x float> %2393, <16 x float> poison, <16 x i32> zeroinitializer
-  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2379, <16 x float> %2363)
-  %2396 = and <16 x i32> %2377, splat (i32 -65536)
+  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2360, <16 x float> %2365, <16 x float> %2334)
+  %2367 = and <16 x i32> %2363, %93
+  %2368 = bitcast <16 x i32> %2367 to <16 x float>
+  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2360, <16 x float> %2368, <16 x float> %2337)
+  %2370 = getelementptr inbounds nuw i8, ptr %2069, i64 548
+  %2371 = load float, ptr %2370, align 4, !tbaa !5
+  %2372 = insertelement <16 x float> poison, float %2371, i64 0
+  %2373 = shufflevector <16 x float> %2372, <16 x float> poison, <16 x i32> zeroinitializer
+  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2373, <16 x float> %2365, <16 x float> %2342)
+  %2375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2373, <16 x float> %2368, <16 x float> %2343)
+  %2376 = getelementptr inbounds nuw i8, ptr %2069, i64 1060
+  %2377 = load float, ptr %2376, align 4, !tbaa !5
+  %2378 = insertelement <16 x float> poison, float %2377, i64 0
+  %2379 = shufflevector <16 x float> %2378, <16 x float> poison, <16 x i32> zeroinitializer
+  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2379, <16 x float> %2365, <16 x float> %2348)
+  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2379, <16 x float> %2368, <16 x float> %2349)
+  %2382 = getelementptr inbounds nuw i8, ptr %2069, i64 1572
+  %2383 = load float, ptr %2382, align 4, !tbaa !5
+  %2384 = insertelement <16 x float> poison, float %2383, i64 0
+  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
+  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2365, <16 x float> %2354)
+  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2368, <16 x float> %2355)
+  %2388 = or disjoint i64 %2068, 10
+  %2389 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2388
+  %2390 = load float, ptr %2389, align 4, !tbaa !5
+  %2391 = insertelement <16 x float> poison, float %2390, i64 0
+  %2392 = shufflevector <16 x float> %2391, <16 x float> poison, <16 x i32> zeroinitializer
+  %2393 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2388
+  %2394 = load i64, ptr %2393, align 8, !tbaa !5
+  %gep536.i = getelementptr i32, ptr %gep591.i, i64 %2394
+  %2395 = load <16 x i32>, ptr %gep536.i, align 4, !tbaa !5
+  %2396 = shl <16 x i32> %2395, splat (i32 16)
   %2397 = bitcast <16 x i32> %2396 to <16 x float>
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2397, <16 x float> %2366)
-  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2397, <16 x float> %2367)
-  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2397, <16 x float> %2368)
-  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2397, <16 x float> %2369)
-  %indvars.iv.next756.i = add nuw nsw i64 %indvars.iv755.i, 1
-  %exitcond759.not.i = icmp eq i64 %indvars.iv.next756.i, %457
-  br i1 %exitcond759.not.i, label %for_end_to118.i, label %for_begin_ax1121.preheader.i, !prof !13
-
-for_end_to118.i:                                  ; preds = %for_begin_ax1121.preheader.i, %for_body_d_0_m.i
-  %full_acc251.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2385, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2398, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2380, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2399, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2390, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2400, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2395, %for_begin_ax1121.preheader.i ]
-  %full_acc251.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2401, %for_begin_ax1121.preheader.i ]
-  br i1 %.not635.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !59
-
-for_body_ti.lr.ph.i:                              ; preds = %for_end_to118.i
-  %gep619.idx.i = shl i64 %indvars.iv779.i, 6
-  %gep619.i = getelementptr i8, ptr %invariant.gep586.i, i64 %gep619.idx.i
-  br i1 %470, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
-
-for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
-  br i1 %lcmp.mod294.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
-
-for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv760.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next761.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %full_acc251.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2487, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init281 = phi <16 x float> [ %full_acc251.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2505, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init283 = phi <16 x float> [ %full_acc251.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2492, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init285 = phi <16 x float> [ %full_acc251.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2506, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init287 = phi <16 x float> [ %full_acc251.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2497, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init289 = phi <16 x float> [ %full_acc251.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2507, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init291 = phi <16 x float> [ %full_acc251.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2502, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init293 = phi <16 x float> [ %full_acc251.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2508, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod303)
-  %2402 = add nuw nsw i64 %indvars.iv760.i.epil.init, %456
-  %2403 = getelementptr inbounds float, ptr %probs.i, i64 %2402
-  %2404 = load float, ptr %2403, align 4, !tbaa !5
-  %2405 = insertelement <16 x float> poison, float %2404, i64 0
-  %2406 = shufflevector <16 x float> %2405, <16 x float> poison, <16 x i32> zeroinitializer
-  %2407 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2402
-  %2408 = load i64, ptr %2407, align 8, !tbaa !5
-  %gep578.i.epil = getelementptr i32, ptr %gep619.i, i64 %2408
-  %2409 = load <16 x i32>, ptr %gep578.i.epil, align 4, !tbaa !5
-  %2410 = shl <16 x i32> %2409, splat (i32 16)
-  %2411 = bitcast <16 x i32> %2410 to <16 x float>
-  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2411, <16 x float> %.epil.init)
-  %2413 = getelementptr i8, ptr %2403, i64 512
-  %2414 = load float, ptr %2413, align 4, !tbaa !5
-  %2415 = insertelement <16 x float> poison, float %2414, i64 0
-  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
-  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2411, <16 x float> %.epil.init283)
-  %2418 = getelementptr i8, ptr %2403, i64 1024
-  %2419 = load float, ptr %2418, align 4, !tbaa !5
-  %2420 = insertelement <16 x float> poison, float %2419, i64 0
-  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
-  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2411, <16 x float> %.epil.init287)
-  %2423 = getelementptr i8, ptr %2403, i64 1536
-  %2424 = load float, ptr %2423, align 4, !tbaa !5
-  %2425 = insertelement <16 x float> poison, float %2424, i64 0
-  %2426 = shufflevector <16 x float> %2425, <16 x float> poison, <16 x i32> zeroinitializer
-  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2426, <16 x float> %2411, <16 x float> %.epil.init291)
-  %2428 = and <16 x i32> %2409, splat (i32 -65536)
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2392, <16 x float> %2397, <16 x float> %2366)
+  %2399 = and <16 x i32> %2395, %93
+  %2400 = bitcast <16 x i32> %2399 to <16 x float>
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2392, <16 x float> %2400, <16 x float> %2369)
+  %2402 = getelementptr inbounds nuw i8, ptr %2069, i64 552
+  %2403 = load float, ptr %2402, align 4, !tbaa !5
+  %2404 = insertelement <16 x float> poison, float %2403, i64 0
+  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
+  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2397, <16 x float> %2374)
+  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2400, <16 x float> %2375)
+  %2408 = getelementptr inbounds nuw i8, ptr %2069, i64 1064
+  %2409 = load float, ptr %2408, align 4, !tbaa !5
+  %2410 = insertelement <16 x float> poison, float %2409, i64 0
+  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
+  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2397, <16 x float> %2380)
+  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2400, <16 x float> %2381)
+  %2414 = getelementptr inbounds nuw i8, ptr %2069, i64 1576
+  %2415 = load float, ptr %2414, align 4, !tbaa !5
+  %2416 = insertelement <16 x float> poison, float %2415, i64 0
+  %2417 = shufflevector <16 x float> %2416, <16 x float> poison, <16 x i32> zeroinitializer
+  %2418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2417, <16 x float> %2397, <16 x float> %2386)
+  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2417, <16 x float> %2400, <16 x float> %2387)
+  %2420 = or disjoint i64 %2068, 11
+  %2421 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2420
+  %2422 = load float, ptr %2421, align 4, !tbaa !5
+  %2423 = insertelement <16 x float> poison, float %2422, i64 0
+  %2424 = shufflevector <16 x float> %2423, <16 x float> poison, <16 x i32> zeroinitializer
+  %2425 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2420
+  %2426 = load i64, ptr %2425, align 8, !tbaa !5
+  %gep540.i = getelementptr i32, ptr %gep591.i, i64 %2426
+  %2427 = load <16 x i32>, ptr %gep540.i, align 4, !tbaa !5
+  %2428 = shl <16 x i32> %2427, splat (i32 16)
   %2429 = bitcast <16 x i32> %2428 to <16 x float>
-  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2429, <16 x float> %.epil.init281)
-  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2429, <16 x float> %.epil.init285)
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2429, <16 x float> %.epil.init289)
-  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2426, <16 x float> %2429, <16 x float> %.epil.init293)
-  br label %for_begin_ax4_0.preheader.i
-
-for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to118.i
-  %.lcssa565.i = phi <16 x float> [ %full_acc251.sroa.238.0.lcssa.i, %for_end_to118.i ], [ %2508, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2433, %for_body_ti.i.epil.preheader ]
-  %.lcssa563.i = phi <16 x float> [ %full_acc251.sroa.170.0.lcssa.i, %for_end_to118.i ], [ %2507, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2432, %for_body_ti.i.epil.preheader ]
-  %.lcssa561.i = phi <16 x float> [ %full_acc251.sroa.102.0.lcssa.i, %for_end_to118.i ], [ %2506, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2431, %for_body_ti.i.epil.preheader ]
-  %.lcssa559.i = phi <16 x float> [ %full_acc251.sroa.34.0.lcssa.i, %for_end_to118.i ], [ %2505, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2430, %for_body_ti.i.epil.preheader ]
-  %.lcssa557.i = phi <16 x float> [ %full_acc251.sroa.204.0.lcssa.i, %for_end_to118.i ], [ %2502, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2427, %for_body_ti.i.epil.preheader ]
-  %.lcssa555.i = phi <16 x float> [ %full_acc251.sroa.136.0.lcssa.i, %for_end_to118.i ], [ %2497, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2422, %for_body_ti.i.epil.preheader ]
-  %.lcssa553.i = phi <16 x float> [ %full_acc251.sroa.68.0.lcssa.i, %for_end_to118.i ], [ %2492, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2417, %for_body_ti.i.epil.preheader ]
-  %.lcssa.i = phi <16 x float> [ %full_acc251.sroa.0.0.lcssa.i, %for_end_to118.i ], [ %2487, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2412, %for_body_ti.i.epil.preheader ]
-  %2434 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa559.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2435 = shl nuw nsw i64 %indvars.iv779.i, 5
-  %2436 = add nuw nsw i64 %2435, %1830
-  br i1 %449, label %if_end137.i, label %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge, !prof !8
-
-for_begin_ax4_0.preheader.i.if_end137.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
-  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2436
-  %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
-  br label %if_end137.i
-
-for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv760.i = phi i64 [ %indvars.iv.next761.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2437 = phi <16 x float> [ %2487, %for_body_ti.i ], [ %full_acc251.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2438 = phi <16 x float> [ %2505, %for_body_ti.i ], [ %full_acc251.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2439 = phi <16 x float> [ %2492, %for_body_ti.i ], [ %full_acc251.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2440 = phi <16 x float> [ %2506, %for_body_ti.i ], [ %full_acc251.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2441 = phi <16 x float> [ %2497, %for_body_ti.i ], [ %full_acc251.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2442 = phi <16 x float> [ %2507, %for_body_ti.i ], [ %full_acc251.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2443 = phi <16 x float> [ %2502, %for_body_ti.i ], [ %full_acc251.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2444 = phi <16 x float> [ %2508, %for_body_ti.i ], [ %full_acc251.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %niter305 = phi i64 [ %niter305.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2445 = add nuw nsw i64 %indvars.iv760.i, %456
-  %2446 = getelementptr inbounds float, ptr %probs.i, i64 %2445
+  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2424, <16 x float> %2429, <16 x float> %2398)
+  %2431 = and <16 x i32> %2427, %93
+  %2432 = bitcast <16 x i32> %2431 to <16 x float>
+  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2424, <16 x float> %2432, <16 x float> %2401)
+  %2434 = getelementptr inbounds nuw i8, ptr %2069, i64 556
+  %2435 = load float, ptr %2434, align 4, !tbaa !5
+  %2436 = insertelement <16 x float> poison, float %2435, i64 0
+  %2437 = shufflevector <16 x float> %2436, <16 x float> poison, <16 x i32> zeroinitializer
+  %2438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2429, <16 x float> %2406)
+  %2439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2432, <16 x float> %2407)
+  %2440 = getelementptr inbounds nuw i8, ptr %2069, i64 1068
+  %2441 = load float, ptr %2440, align 4, !tbaa !5
+  %2442 = insertelement <16 x float> poison, float %2441, i64 0
+  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
+  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2429, <16 x float> %2412)
+  %2445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2432, <16 x float> %2413)
+  %2446 = getelementptr inbounds nuw i8, ptr %2069, i64 1580
   %2447 = load float, ptr %2446, align 4, !tbaa !5
   %2448 = insertelement <16 x float> poison, float %2447, i64 0
   %2449 = shufflevector <16 x float> %2448, <16 x float> poison, <16 x i32> zeroinitializer
-  %2450 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2445
-  %2451 = load i64, ptr %2450, align 8, !tbaa !5
-  %gep578.i = getelementptr i32, ptr %gep619.i, i64 %2451
-  %2452 = load <16 x i32>, ptr %gep578.i, align 4, !tbaa !5
-  %2453 = shl <16 x i32> %2452, splat (i32 16)
-  %2454 = bitcast <16 x i32> %2453 to <16 x float>
-  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2454, <16 x float> %2437)
-  %2456 = getelementptr i8, ptr %2446, i64 512
-  %2457 = load float, ptr %2456, align 4, !tbaa !5
-  %2458 = insertelement <16 x float> poison, float %2457, i64 0
-  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
-  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2454, <16 x float> %2439)
-  %2461 = getelementptr i8, ptr %2446, i64 1024
-  %2462 = load float, ptr %2461, align 4, !tbaa !5
-  %2463 = insertelement <16 x float> poison, float %2462, i64 0
-  %2464 = shufflevector <16 x float> %2463, <16 x float> poison, <16 x i32> zeroinitializer
-  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %2454, <16 x float> %2441)
-  %2466 = getelementptr i8, ptr %2446, i64 1536
+  %2450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2429, <16 x float> %2418)
+  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2432, <16 x float> %2419)
+  %2452 = or disjoint i64 %2068, 12
+  %2453 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2452
+  %2454 = load float, ptr %2453, align 4, !tbaa !5
+  %2455 = insertelement <16 x float> poison, float %2454, i64 0
+  %2456 = shufflevector <16 x float> %2455, <16 x float> poison, <16 x i32> zeroinitializer
+  %2457 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2452
+  %2458 = load i64, ptr %2457, align 8, !tbaa !5
+  %gep544.i = getelementptr i32, ptr %gep591.i, i64 %2458
+  %2459 = load <16 x i32>, ptr %gep544.i, align 4, !tbaa !5
+  %2460 = shl <16 x i32> %2459, splat (i32 16)
+  %2461 = bitcast <16 x i32> %2460 to <16 x float>
+  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2456, <16 x float> %2461, <16 x float> %2430)
+  %2463 = and <16 x i32> %2459, %93
+  %2464 = bitcast <16 x i32> %2463 to <16 x float>
+  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2456, <16 x float> %2464, <16 x float> %2433)
+  %2466 = getelementptr inbounds nuw i8, ptr %2069, i64 560
   %2467 = load float, ptr %2466, align 4, !tbaa !5
   %2468 = insertelement <16 x float> poison, float %2467, i64 0
   %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
-  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2454, <16 x float> %2443)
-  %2471 = and <16 x i32> %2452, splat (i32 -65536)
-  %2472 = bitcast <16 x i32> %2471 to <16 x float>
-  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2472, <16 x float> %2438)
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2472, <16 x float> %2440)
-  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %2472, <16 x float> %2442)
-  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2472, <16 x float> %2444)
-  %indvars.iv.next761.i = or disjoint i64 %indvars.iv760.i, 1
-  %2477 = add nuw nsw i64 %indvars.iv.next761.i, %456
-  %2478 = getelementptr inbounds float, ptr %probs.i, i64 %2477
+  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2461, <16 x float> %2438)
+  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2464, <16 x float> %2439)
+  %2472 = getelementptr inbounds nuw i8, ptr %2069, i64 1072
+  %2473 = load float, ptr %2472, align 4, !tbaa !5
+  %2474 = insertelement <16 x float> poison, float %2473, i64 0
+  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
+  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2475, <16 x float> %2461, <16 x float> %2444)
+  %2477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2475, <16 x float> %2464, <16 x float> %2445)
+  %2478 = getelementptr inbounds nuw i8, ptr %2069, i64 1584
   %2479 = load float, ptr %2478, align 4, !tbaa !5
   %2480 = insertelement <16 x float> poison, float %2479, i64 0
   %2481 = shufflevector <16 x float> %2480, <16 x float> poison, <16 x i32> zeroinitializer
-  %2482 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2477
-  %2483 = load i64, ptr %2482, align 8, !tbaa !5
-  %gep578.i.1 = getelementptr i32, ptr %gep619.i, i64 %2483
-  %2484 = load <16 x i32>, ptr %gep578.i.1, align 4, !tbaa !5
-  %2485 = shl <16 x i32> %2484, splat (i32 16)
-  %2486 = bitcast <16 x i32> %2485 to <16 x float>
-  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2486, <16 x float> %2455)
-  %2488 = getelementptr i8, ptr %2478, i64 512
-  %2489 = load float, ptr %2488, align 4, !tbaa !5
-  %2490 = insertelement <16 x float> poison, float %2489, i64 0
-  %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
-  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2486, <16 x float> %2460)
-  %2493 = getelementptr i8, ptr %2478, i64 1024
-  %2494 = load float, ptr %2493, align 4, !tbaa !5
-  %2495 = insertelement <16 x float> poison, float %2494, i64 0
-  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
-  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2486, <16 x float> %2465)
-  %2498 = getelementptr i8, ptr %2478, i64 1536
+  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2461, <16 x float> %2450)
+  %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2464, <16 x float> %2451)
+  %2484 = or disjoint i64 %2068, 13
+  %2485 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2484
+  %2486 = load float, ptr %2485, align 4, !tbaa !5
+  %2487 = insertelement <16 x float> poison, float %2486, i64 0
+  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
+  %2489 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2484
+  %2490 = load i64, ptr %2489, align 8, !tbaa !5
+  %gep548.i = getelementptr i32, ptr %gep591.i, i64 %2490
+  %2491 = load <16 x i32>, ptr %gep548.i, align 4, !tbaa !5
+  %2492 = shl <16 x i32> %2491, splat (i32 16)
+  %2493 = bitcast <16 x i32> %2492 to <16 x float>
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2488, <16 x float> %2493, <16 x float> %2462)
+  %2495 = and <16 x i32> %2491, %93
+  %2496 = bitcast <16 x i32> %2495 to <16 x float>
+  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2488, <16 x float> %2496, <16 x float> %2465)
+  %2498 = getelementptr inbounds nuw i8, ptr %2069, i64 564
   %2499 = load float, ptr %2498, align 4, !tbaa !5
   %2500 = insertelement <16 x float> poison, float %2499, i64 0
   %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
-  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2486, <16 x float> %2470)
-  %2503 = and <16 x i32> %2484, splat (i32 -65536)
-  %2504 = bitcast <16 x i32> %2503 to <16 x float>
-  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2504, <16 x float> %2473)
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2504, <16 x float> %2474)
-  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2504, <16 x float> %2475)
-  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2504, <16 x float> %2476)
-  %indvars.iv.next761.i.1 = add nuw nsw i64 %indvars.iv760.i, 2
-  %niter305.next.1 = add i64 %niter305, 2
-  %niter305.ncmp.1 = icmp eq i64 %niter305.next.1, %unroll_iter304
-  br i1 %niter305.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !60
+  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2493, <16 x float> %2470)
+  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2496, <16 x float> %2471)
+  %2504 = getelementptr inbounds nuw i8, ptr %2069, i64 1076
+  %2505 = load float, ptr %2504, align 4, !tbaa !5
+  %2506 = insertelement <16 x float> poison, float %2505, i64 0
+  %2507 = shufflevector <16 x float> %2506, <16 x float> poison, <16 x i32> zeroinitializer
+  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2493, <16 x float> %2476)
+  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2496, <16 x float> %2477)
+  %2510 = getelementptr inbounds nuw i8, ptr %2069, i64 1588
+  %2511 = load float, ptr %2510, align 4, !tbaa !5
+  %2512 = insertelement <16 x float> poison, float %2511, i64 0
+  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
+  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2513, <16 x float> %2493, <16 x float> %2482)
+  %2515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2513, <16 x float> %2496, <16 x float> %2483)
+  %2516 = or disjoint i64 %2068, 14
+  %2517 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2516
+  %2518 = load float, ptr %2517, align 4, !tbaa !5
+  %2519 = insertelement <16 x float> poison, float %2518, i64 0
+  %2520 = shufflevector <16 x float> %2519, <16 x float> poison, <16 x i32> zeroinitializer
+  %2521 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2516
+  %2522 = load i64, ptr %2521, align 8, !tbaa !5
+  %gep552.i = getelementptr i32, ptr %gep591.i, i64 %2522
+  %2523 = load <16 x i32>, ptr %gep552.i, align 4, !tbaa !5
+  %2524 = shl <16 x i32> %2523, splat (i32 16)
+  %2525 = bitcast <16 x i32> %2524 to <16 x float>
+  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2525, <16 x float> %2494)
+  %2527 = and <16 x i32> %2523, %93
+  %2528 = bitcast <16 x i32> %2527 to <16 x float>
+  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2528, <16 x float> %2497)
+  %2530 = getelementptr inbounds nuw i8, ptr %2069, i64 568
+  %2531 = load float, ptr %2530, align 4, !tbaa !5
+  %2532 = insertelement <16 x float> poison, float %2531, i64 0
+  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
+  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2525, <16 x float> %2502)
+  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2528, <16 x float> %2503)
+  %2536 = getelementptr inbounds nuw i8, ptr %2069, i64 1080
+  %2537 = load float, ptr %2536, align 4, !tbaa !5
+  %2538 = insertelement <16 x float> poison, float %2537, i64 0
+  %2539 = shufflevector <16 x float> %2538, <16 x float> poison, <16 x i32> zeroinitializer
+  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2525, <16 x float> %2508)
+  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2528, <16 x float> %2509)
+  %2542 = getelementptr inbounds nuw i8, ptr %2069, i64 1592
+  %2543 = load float, ptr %2542, align 4, !tbaa !5
+  %2544 = insertelement <16 x float> poison, float %2543, i64 0
+  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
+  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2525, <16 x float> %2514)
+  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2528, <16 x float> %2515)
+  %2548 = or disjoint i64 %2068, 15
+  %2549 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2548
+  %2550 = load float, ptr %2549, align 4, !tbaa !5
+  %2551 = insertelement <16 x float> poison, float %2550, i64 0
+  %2552 = shufflevector <16 x float> %2551, <16 x float> poison, <16 x i32> zeroinitializer
+  %2553 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2548
+  %2554 = load i64, ptr %2553, align 8, !tbaa !5
+  %gep556.i = getelementptr i32, ptr %gep591.i, i64 %2554
+  %2555 = load <16 x i32>, ptr %gep556.i, align 4, !tbaa !5
+  %2556 = shl <16 x i32> %2555, splat (i32 16)
+  %2557 = bitcast <16 x i32> %2556 to <16 x float>
+  %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2557, <16 x float> %2526)
+  %2559 = and <16 x i32> %2555, %93
+  %2560 = bitcast <16 x i32> %2559 to <16 x float>
+  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2560, <16 x float> %2529)
+  %2562 = getelementptr inbounds nuw i8, ptr %2069, i64 572
+  %2563 = load float, ptr %2562, align 4, !tbaa !5
+  %2564 = insertelement <16 x float> poison, float %2563, i64 0
+  %2565 = shufflevector <16 x float> %2564, <16 x float> poison, <16 x i32> zeroinitializer
+  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2565, <16 x float> %2557, <16 x float> %2534)
+  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2565, <16 x float> %2560, <16 x float> %2535)
+  %2568 = getelementptr inbounds nuw i8, ptr %2069, i64 1084
+  %2569 = load float, ptr %2568, align 4, !tbaa !5
+  %2570 = insertelement <16 x float> poison, float %2569, i64 0
+  %2571 = shufflevector <16 x float> %2570, <16 x float> poison, <16 x i32> zeroinitializer
+  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2571, <16 x float> %2557, <16 x float> %2540)
+  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2571, <16 x float> %2560, <16 x float> %2541)
+  %2574 = getelementptr inbounds nuw i8, ptr %2069, i64 1596
+  %2575 = load float, ptr %2574, align 4, !tbaa !5
+  %2576 = insertelement <16 x float> poison, float %2575, i64 0
+  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
+  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2557, <16 x float> %2546)
+  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2560, <16 x float> %2547)
+  %indvars.iv.next760.i = add nuw nsw i64 %indvars.iv759.i, 1
+  %exitcond763.not.i = icmp eq i64 %indvars.iv.next760.i, %461
+  br i1 %exitcond763.not.i, label %for_end_to122.i, label %for_begin_ax2125.preheader.i, !prof !13
 
-if_end137.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge, %for_begin_ax4_0.preheader.i
-  %2509 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end137.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
-  %2510 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2436
-  %2511 = fmul <32 x float> %1831, %2509
-  %2512 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1829, <32 x float> %2434, <32 x float> %2511)
-  store <32 x float> %2512, ptr %2510, align 4, !tbaa !5
-  %2513 = shufflevector <16 x float> %.lcssa553.i, <16 x float> %.lcssa561.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %449, label %if_end153.i, label %if_end137.if_end153_crit_edge.i, !prof !8
+for_end_to122.i:                                  ; preds = %for_begin_ax2125.preheader.i, %for_body_d_0_m.i
+  %full_acc255.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2566, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2561, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2558, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2567, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2572, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2573, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2578, %for_begin_ax2125.preheader.i ]
+  %full_acc255.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2579, %for_begin_ax2125.preheader.i ]
+  br i1 %.not639.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
 
-if_end137.if_end153_crit_edge.i:                  ; preds = %if_end137.i
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2510, i64 512
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to122.i
+  %gep623.idx.i = shl i64 %indvars.iv783.i, 6
+  %gep623.i = getelementptr i8, ptr %invariant.gep590.i, i64 %gep623.idx.i
+  br i1 %479, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
+
+for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
+  br i1 %lcmp.mod318.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
+
+for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
+  %indvars.iv764.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next765.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init305 = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init307 = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init309 = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init311 = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init313 = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init315 = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init317 = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod327)
+  %2580 = add nuw nsw i64 %indvars.iv764.i.epil.init, %460
+  %2581 = getelementptr inbounds float, ptr %probs.i, i64 %2580
+  %2582 = load float, ptr %2581, align 4, !tbaa !5
+  %2583 = insertelement <16 x float> poison, float %2582, i64 0
+  %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
+  %2585 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2580
+  %2586 = load i64, ptr %2585, align 8, !tbaa !5
+  %gep582.i.epil = getelementptr i32, ptr %gep623.i, i64 %2586
+  %2587 = load <16 x i32>, ptr %gep582.i.epil, align 4, !tbaa !5
+  %2588 = shl <16 x i32> %2587, splat (i32 16)
+  %2589 = bitcast <16 x i32> %2588 to <16 x float>
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2584, <16 x float> %2589, <16 x float> %.epil.init)
+  %2591 = and <16 x i32> %2587, %93
+  %2592 = bitcast <16 x i32> %2591 to <16 x float>
+  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2584, <16 x float> %2592, <16 x float> %.epil.init305)
+  %2594 = getelementptr i8, ptr %2581, i64 512
+  %2595 = load float, ptr %2594, align 4, !tbaa !5
+  %2596 = insertelement <16 x float> poison, float %2595, i64 0
+  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
+  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2597, <16 x float> %2589, <16 x float> %.epil.init307)
+  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2597, <16 x float> %2592, <16 x float> %.epil.init309)
+  %2600 = getelementptr i8, ptr %2581, i64 1024
+  %2601 = load float, ptr %2600, align 4, !tbaa !5
+  %2602 = insertelement <16 x float> poison, float %2601, i64 0
+  %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
+  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2589, <16 x float> %.epil.init311)
+  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2592, <16 x float> %.epil.init313)
+  %2606 = getelementptr i8, ptr %2581, i64 1536
+  %2607 = load float, ptr %2606, align 4, !tbaa !5
+  %2608 = insertelement <16 x float> poison, float %2607, i64 0
+  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
+  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2609, <16 x float> %2589, <16 x float> %.epil.init315)
+  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2609, <16 x float> %2592, <16 x float> %.epil.init317)
+  br label %for_begin_ax4_0.preheader.i
+
+for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to122.i
+  %.lcssa569.i = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_end_to122.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2611, %for_body_ti.i.epil.preheader ]
+  %.lcssa567.i = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_end_to122.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2610, %for_body_ti.i.epil.preheader ]
+  %.lcssa565.i = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_end_to122.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2605, %for_body_ti.i.epil.preheader ]
+  %.lcssa563.i = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_end_to122.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2604, %for_body_ti.i.epil.preheader ]
+  %.lcssa561.i = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_end_to122.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2599, %for_body_ti.i.epil.preheader ]
+  %.lcssa559.i = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_end_to122.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2598, %for_body_ti.i.epil.preheader ]
+  %.lcssa557.i = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_end_to122.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2593, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_end_to122.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2590, %for_body_ti.i.epil.preheader ]
+  %2612 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa557.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2613 = shl nuw nsw i64 %indvars.iv783.i, 5
+  %2614 = add nuw nsw i64 %2613, %2008
+  br i1 %453, label %if_end141.i, label %for_begin_ax4_0.preheader.i.if_end141.i_crit_edge, !prof !8
+
+for_begin_ax4_0.preheader.i.if_end141.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
+  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2614
+  %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
+  br label %if_end141.i
+
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
+  %indvars.iv764.i = phi i64 [ %indvars.iv.next765.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2615 = phi <16 x float> [ %2665, %for_body_ti.i ], [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2616 = phi <16 x float> [ %2668, %for_body_ti.i ], [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2617 = phi <16 x float> [ %2673, %for_body_ti.i ], [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2618 = phi <16 x float> [ %2674, %for_body_ti.i ], [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2619 = phi <16 x float> [ %2679, %for_body_ti.i ], [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2620 = phi <16 x float> [ %2680, %for_body_ti.i ], [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2621 = phi <16 x float> [ %2685, %for_body_ti.i ], [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2622 = phi <16 x float> [ %2686, %for_body_ti.i ], [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %niter329 = phi i64 [ %niter329.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2623 = add nuw nsw i64 %indvars.iv764.i, %460
+  %2624 = getelementptr inbounds float, ptr %probs.i, i64 %2623
+  %2625 = load float, ptr %2624, align 4, !tbaa !5
+  %2626 = insertelement <16 x float> poison, float %2625, i64 0
+  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
+  %2628 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2623
+  %2629 = load i64, ptr %2628, align 8, !tbaa !5
+  %gep582.i = getelementptr i32, ptr %gep623.i, i64 %2629
+  %2630 = load <16 x i32>, ptr %gep582.i, align 4, !tbaa !5
+  %2631 = shl <16 x i32> %2630, splat (i32 16)
+  %2632 = bitcast <16 x i32> %2631 to <16 x float>
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2632, <16 x float> %2615)
+  %2634 = and <16 x i32> %2630, %93
+  %2635 = bitcast <16 x i32> %2634 to <16 x float>
+  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2635, <16 x float> %2616)
+  %2637 = getelementptr i8, ptr %2624, i64 512
+  %2638 = load float, ptr %2637, align 4, !tbaa !5
+  %2639 = insertelement <16 x float> poison, float %2638, i64 0
+  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
+  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2640, <16 x float> %2632, <16 x float> %2617)
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2640, <16 x float> %2635, <16 x float> %2618)
+  %2643 = getelementptr i8, ptr %2624, i64 1024
+  %2644 = load float, ptr %2643, align 4, !tbaa !5
+  %2645 = insertelement <16 x float> poison, float %2644, i64 0
+  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
+  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2646, <16 x float> %2632, <16 x float> %2619)
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2646, <16 x float> %2635, <16 x float> %2620)
+  %2649 = getelementptr i8, ptr %2624, i64 1536
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = insertelement <16 x float> poison, float %2650, i64 0
+  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2632, <16 x float> %2621)
+  %2654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2635, <16 x float> %2622)
+  %indvars.iv.next765.i = or disjoint i64 %indvars.iv764.i, 1
+  %2655 = add nuw nsw i64 %indvars.iv.next765.i, %460
+  %2656 = getelementptr inbounds float, ptr %probs.i, i64 %2655
+  %2657 = load float, ptr %2656, align 4, !tbaa !5
+  %2658 = insertelement <16 x float> poison, float %2657, i64 0
+  %2659 = shufflevector <16 x float> %2658, <16 x float> poison, <16 x i32> zeroinitializer
+  %2660 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2655
+  %2661 = load i64, ptr %2660, align 8, !tbaa !5
+  %gep582.i.1 = getelementptr i32, ptr %gep623.i, i64 %2661
+  %2662 = load <16 x i32>, ptr %gep582.i.1, align 4, !tbaa !5
+  %2663 = shl <16 x i32> %2662, splat (i32 16)
+  %2664 = bitcast <16 x i32> %2663 to <16 x float>
+  %2665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2664, <16 x float> %2633)
+  %2666 = and <16 x i32> %2662, %93
+  %2667 = bitcast <16 x i32> %2666 to <16 x float>
+  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2667, <16 x float> %2636)
+  %2669 = getelementptr i8, ptr %2656, i64 512
+  %2670 = load float, ptr %2669, align 4, !tbaa !5
+  %2671 = insertelement <16 x float> poison, float %2670, i64 0
+  %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
+  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2672, <16 x float> %2664, <16 x float> %2641)
+  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2672, <16 x float> %2667, <16 x float> %2642)
+  %2675 = getelementptr i8, ptr %2656, i64 1024
+  %2676 = load float, ptr %2675, align 4, !tbaa !5
+  %2677 = insertelement <16 x float> poison, float %2676, i64 0
+  %2678 = shufflevector <16 x float> %2677, <16 x float> poison, <16 x i32> zeroinitializer
+  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2678, <16 x float> %2664, <16 x float> %2647)
+  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2678, <16 x float> %2667, <16 x float> %2648)
+  %2681 = getelementptr i8, ptr %2656, i64 1536
+  %2682 = load float, ptr %2681, align 4, !tbaa !5
+  %2683 = insertelement <16 x float> poison, float %2682, i64 0
+  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
+  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2684, <16 x float> %2664, <16 x float> %2653)
+  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2684, <16 x float> %2667, <16 x float> %2654)
+  %indvars.iv.next765.i.1 = add nuw nsw i64 %indvars.iv764.i, 2
+  %niter329.next.1 = add i64 %niter329, 2
+  %niter329.ncmp.1 = icmp eq i64 %niter329.next.1, %unroll_iter328
+  br i1 %niter329.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !64
+
+if_end141.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end141.i_crit_edge, %for_begin_ax4_0.preheader.i
+  %2687 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end141.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2688 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2614
+  %2689 = fmul <32 x float> %2009, %2687
+  %2690 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2007, <32 x float> %2612, <32 x float> %2689)
+  store <32 x float> %2690, ptr %2688, align 4, !tbaa !5
+  %2691 = shufflevector <16 x float> %.lcssa559.i, <16 x float> %.lcssa561.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %453, label %if_end157.i, label %if_end141.if_end157_crit_edge.i, !prof !8
+
+if_end141.if_end157_crit_edge.i:                  ; preds = %if_end141.i
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2688, i64 512
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  br label %if_end153.i
+  br label %if_end157.i
 
-if_end153.i:                                      ; preds = %if_end137.if_end153_crit_edge.i, %if_end137.i
-  %2514 = phi <32 x float> [ %.pre.i, %if_end137.if_end153_crit_edge.i ], [ zeroinitializer, %if_end137.i ]
-  %2515 = getelementptr inbounds nuw i8, ptr %2510, i64 512
-  %2516 = fmul <32 x float> %1833, %2514
-  %2517 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1832, <32 x float> %2513, <32 x float> %2516)
-  store <32 x float> %2517, ptr %2515, align 4, !tbaa !5
-  %2518 = shufflevector <16 x float> %.lcssa555.i, <16 x float> %.lcssa563.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %449, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !8
+if_end157.i:                                      ; preds = %if_end141.if_end157_crit_edge.i, %if_end141.i
+  %2692 = phi <32 x float> [ %.pre.i, %if_end141.if_end157_crit_edge.i ], [ zeroinitializer, %if_end141.i ]
+  %2693 = getelementptr inbounds nuw i8, ptr %2688, i64 512
+  %2694 = fmul <32 x float> %2011, %2692
+  %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2010, <32 x float> %2691, <32 x float> %2694)
+  store <32 x float> %2695, ptr %2693, align 4, !tbaa !5
+  %2696 = shufflevector <16 x float> %.lcssa563.i, <16 x float> %.lcssa565.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %453, label %if_end173.i, label %if_end157.if_end173_crit_edge.i, !prof !8
 
-if_end153.if_end169_crit_edge.i:                  ; preds = %if_end153.i
-  %.phi.trans.insert892.i = getelementptr inbounds nuw i8, ptr %2510, i64 1024
-  %.pre893.i = load <32 x float>, ptr %.phi.trans.insert892.i, align 4, !tbaa !5
-  br label %if_end169.i
+if_end157.if_end173_crit_edge.i:                  ; preds = %if_end157.i
+  %.phi.trans.insert896.i = getelementptr inbounds nuw i8, ptr %2688, i64 1024
+  %.pre897.i = load <32 x float>, ptr %.phi.trans.insert896.i, align 4, !tbaa !5
+  br label %if_end173.i
 
-if_end169.i:                                      ; preds = %if_end153.if_end169_crit_edge.i, %if_end153.i
-  %2519 = phi <32 x float> [ %.pre893.i, %if_end153.if_end169_crit_edge.i ], [ zeroinitializer, %if_end153.i ]
-  %2520 = getelementptr inbounds nuw i8, ptr %2510, i64 1024
-  %2521 = fmul <32 x float> %1835, %2519
-  %2522 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1834, <32 x float> %2518, <32 x float> %2521)
-  store <32 x float> %2522, ptr %2520, align 4, !tbaa !5
-  %2523 = shufflevector <16 x float> %.lcssa557.i, <16 x float> %.lcssa565.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %449, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !8
+if_end173.i:                                      ; preds = %if_end157.if_end173_crit_edge.i, %if_end157.i
+  %2697 = phi <32 x float> [ %.pre897.i, %if_end157.if_end173_crit_edge.i ], [ zeroinitializer, %if_end157.i ]
+  %2698 = getelementptr inbounds nuw i8, ptr %2688, i64 1024
+  %2699 = fmul <32 x float> %2013, %2697
+  %2700 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2012, <32 x float> %2696, <32 x float> %2699)
+  store <32 x float> %2700, ptr %2698, align 4, !tbaa !5
+  %2701 = shufflevector <16 x float> %.lcssa567.i, <16 x float> %.lcssa569.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %453, label %if_end189.i, label %if_end173.if_end189_crit_edge.i, !prof !8
 
-if_end169.if_end185_crit_edge.i:                  ; preds = %if_end169.i
-  %.phi.trans.insert894.i = getelementptr inbounds nuw i8, ptr %2510, i64 1536
-  %.pre895.i = load <32 x float>, ptr %.phi.trans.insert894.i, align 4, !tbaa !5
-  br label %if_end185.i
+if_end173.if_end189_crit_edge.i:                  ; preds = %if_end173.i
+  %.phi.trans.insert898.i = getelementptr inbounds nuw i8, ptr %2688, i64 1536
+  %.pre899.i = load <32 x float>, ptr %.phi.trans.insert898.i, align 4, !tbaa !5
+  br label %if_end189.i
 
-if_end185.i:                                      ; preds = %if_end169.if_end185_crit_edge.i, %if_end169.i
-  %2524 = phi <32 x float> [ %.pre895.i, %if_end169.if_end185_crit_edge.i ], [ zeroinitializer, %if_end169.i ]
-  %2525 = getelementptr inbounds nuw i8, ptr %2510, i64 1536
-  %2526 = fmul <32 x float> %1837, %2524
-  %2527 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1836, <32 x float> %2523, <32 x float> %2526)
-  store <32 x float> %2527, ptr %2525, align 4, !tbaa !5
-  %indvars.iv.next780.i = add nuw nsw i64 %indvars.iv779.i, 1
-  %exitcond782.not.i = icmp eq i64 %indvars.iv.next780.i, 4
-  br i1 %exitcond782.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+if_end189.i:                                      ; preds = %if_end173.if_end189_crit_edge.i, %if_end173.i
+  %2702 = phi <32 x float> [ %.pre899.i, %if_end173.if_end189_crit_edge.i ], [ zeroinitializer, %if_end173.i ]
+  %2703 = getelementptr inbounds nuw i8, ptr %2688, i64 1536
+  %2704 = fmul <32 x float> %2015, %2702
+  %2705 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2014, <32 x float> %2701, <32 x float> %2704)
+  store <32 x float> %2705, ptr %2703, align 4, !tbaa !5
+  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
+  %exitcond786.not.i = icmp eq i64 %indvars.iv.next784.i, 4
+  br i1 %exitcond786.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end187.i:                                      ; preds = %for_end_d_0_m.i
-  %2528 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2529 = tail call i32 %2528(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not273.i = icmp eq i32 %2529, 0
-  br i1 %.not273.i, label %if_end190.i, label %fused_decode_compute_.exit, !prof !17
+if_end191.i:                                      ; preds = %for_end_d_0_m.i
+  %2706 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2707 = tail call i32 %2706(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not277.i = icmp eq i32 %2707, 0
+  br i1 %.not277.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end190.i:                                      ; preds = %if_end187.i
-  %2530 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2531 = tail call i32 %2530(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not274.i = icmp eq i32 %2531, 0
-  br i1 %.not274.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
+if_end194.i:                                      ; preds = %if_end191.i
+  %2708 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2709 = tail call i32 %2708(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not278.i = icmp eq i32 %2709, 0
+  br i1 %.not278.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end196.i:                                      ; preds = %for_end_kv_head.i
-  %2532 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2533 = tail call i32 %2532(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not271.i = icmp eq i32 %2533, 0
+if_end200.i:                                      ; preds = %for_end_kv_head.i
+  %2710 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2711 = tail call i32 %2710(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not275.i = icmp eq i32 %2711, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not271.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not275.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
 
-for_body_tile202.i:                               ; preds = %for_body_tile202.i, %for_begin_tile201.preheader.i
-  %indvars.iv807.i = phi i64 [ %indvars.iv.next808.i, %for_body_tile202.i ], [ 0, %for_begin_tile201.preheader.i ]
-  %2534 = shl nuw nsw i64 %indvars.iv807.i, 2
-  %2535 = add nuw nsw i64 %2534, %193
-  %2536 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2534
-  %2537 = load float, ptr %2536, align 16, !tbaa !20
-  %2538 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2535
-  store float %2537, ptr %2538, align 4, !tbaa !5
-  %2539 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2534
-  %2540 = load float, ptr %2539, align 16, !tbaa !18
-  %2541 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2535
-  store float %2540, ptr %2541, align 4, !tbaa !5
-  %2542 = or disjoint i64 %2534, 1
-  %2543 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2542
-  %2544 = load float, ptr %2543, align 4, !tbaa !20
-  %2545 = or disjoint i64 %2535, 1
-  %2546 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2545
-  store float %2544, ptr %2546, align 4, !tbaa !5
-  %2547 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2542
-  %2548 = load float, ptr %2547, align 4, !tbaa !18
-  %2549 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2545
-  store float %2548, ptr %2549, align 4, !tbaa !5
-  %2550 = or disjoint i64 %2534, 2
-  %2551 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2550
-  %2552 = load float, ptr %2551, align 8, !tbaa !20
-  %2553 = or disjoint i64 %2535, 2
-  %2554 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2553
-  store float %2552, ptr %2554, align 4, !tbaa !5
-  %2555 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2550
-  %2556 = load float, ptr %2555, align 8, !tbaa !18
-  %2557 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2553
-  store float %2556, ptr %2557, align 4, !tbaa !5
-  %2558 = or disjoint i64 %2534, 3
-  %2559 = getelementptr inbounds nuw float, ptr %row_max267.i, i64 %2558
-  %2560 = load float, ptr %2559, align 4, !tbaa !20
-  %2561 = or disjoint i64 %2535, 3
-  %2562 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2561
-  store float %2560, ptr %2562, align 4, !tbaa !5
-  %2563 = getelementptr inbounds nuw float, ptr %row_sum266.i, i64 %2558
-  %2564 = load float, ptr %2563, align 4, !tbaa !18
-  %2565 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2561
-  store float %2564, ptr %2565, align 4, !tbaa !5
-  %2566 = shl nuw nsw i64 %indvars.iv807.i, 9
-  %2567 = getelementptr inbounds nuw float, ptr %194, i64 %2566
-  %2568 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2566
-  %2569 = load <32 x float>, ptr %2568, align 4, !tbaa !5
-  store <32 x float> %2569, ptr %2567, align 4, !tbaa !5
-  %2570 = getelementptr inbounds nuw i8, ptr %2568, i64 128
-  %2571 = load <32 x float>, ptr %2570, align 4, !tbaa !5
-  %2572 = getelementptr inbounds nuw i8, ptr %2567, i64 128
-  store <32 x float> %2571, ptr %2572, align 4, !tbaa !5
-  %2573 = getelementptr inbounds nuw i8, ptr %2568, i64 256
-  %2574 = load <32 x float>, ptr %2573, align 4, !tbaa !5
-  %2575 = getelementptr inbounds nuw i8, ptr %2567, i64 256
-  store <32 x float> %2574, ptr %2575, align 4, !tbaa !5
-  %2576 = getelementptr inbounds nuw i8, ptr %2568, i64 384
-  %2577 = load <32 x float>, ptr %2576, align 4, !tbaa !5
-  %2578 = getelementptr inbounds nuw i8, ptr %2567, i64 384
-  store <32 x float> %2577, ptr %2578, align 4, !tbaa !5
-  %2579 = getelementptr inbounds nuw i8, ptr %2567, i64 512
-  %2580 = getelementptr inbounds nuw i8, ptr %2568, i64 512
-  %2581 = load <32 x float>, ptr %2580, align 4, !tbaa !5
-  store <32 x float> %2581, ptr %2579, align 4, !tbaa !5
-  %2582 = getelementptr inbounds nuw i8, ptr %2568, i64 640
-  %2583 = load <32 x float>, ptr %2582, align 4, !tbaa !5
-  %2584 = getelementptr inbounds nuw i8, ptr %2567, i64 640
-  store <32 x float> %2583, ptr %2584, align 4, !tbaa !5
-  %2585 = getelementptr inbounds nuw i8, ptr %2568, i64 768
-  %2586 = load <32 x float>, ptr %2585, align 4, !tbaa !5
-  %2587 = getelementptr inbounds nuw i8, ptr %2567, i64 768
-  store <32 x float> %2586, ptr %2587, align 4, !tbaa !5
-  %2588 = getelementptr inbounds nuw i8, ptr %2568, i64 896
-  %2589 = load <32 x float>, ptr %2588, align 4, !tbaa !5
-  %2590 = getelementptr inbounds nuw i8, ptr %2567, i64 896
-  store <32 x float> %2589, ptr %2590, align 4, !tbaa !5
-  %2591 = getelementptr inbounds nuw i8, ptr %2567, i64 1024
-  %2592 = getelementptr inbounds nuw i8, ptr %2568, i64 1024
-  %2593 = load <32 x float>, ptr %2592, align 4, !tbaa !5
-  store <32 x float> %2593, ptr %2591, align 4, !tbaa !5
-  %2594 = getelementptr inbounds nuw i8, ptr %2568, i64 1152
-  %2595 = load <32 x float>, ptr %2594, align 4, !tbaa !5
-  %2596 = getelementptr inbounds nuw i8, ptr %2567, i64 1152
-  store <32 x float> %2595, ptr %2596, align 4, !tbaa !5
-  %2597 = getelementptr inbounds nuw i8, ptr %2568, i64 1280
-  %2598 = load <32 x float>, ptr %2597, align 4, !tbaa !5
-  %2599 = getelementptr inbounds nuw i8, ptr %2567, i64 1280
-  store <32 x float> %2598, ptr %2599, align 4, !tbaa !5
-  %2600 = getelementptr inbounds nuw i8, ptr %2568, i64 1408
-  %2601 = load <32 x float>, ptr %2600, align 4, !tbaa !5
-  %2602 = getelementptr inbounds nuw i8, ptr %2567, i64 1408
-  store <32 x float> %2601, ptr %2602, align 4, !tbaa !5
-  %2603 = getelementptr inbounds nuw i8, ptr %2567, i64 1536
-  %2604 = getelementptr inbounds nuw i8, ptr %2568, i64 1536
-  %2605 = load <32 x float>, ptr %2604, align 4, !tbaa !5
-  store <32 x float> %2605, ptr %2603, align 4, !tbaa !5
-  %2606 = getelementptr inbounds nuw i8, ptr %2568, i64 1664
-  %2607 = load <32 x float>, ptr %2606, align 4, !tbaa !5
-  %2608 = getelementptr inbounds nuw i8, ptr %2567, i64 1664
-  store <32 x float> %2607, ptr %2608, align 4, !tbaa !5
-  %2609 = getelementptr inbounds nuw i8, ptr %2568, i64 1792
-  %2610 = load <32 x float>, ptr %2609, align 4, !tbaa !5
-  %2611 = getelementptr inbounds nuw i8, ptr %2567, i64 1792
-  store <32 x float> %2610, ptr %2611, align 4, !tbaa !5
-  %2612 = getelementptr inbounds nuw i8, ptr %2568, i64 1920
-  %2613 = load <32 x float>, ptr %2612, align 4, !tbaa !5
-  %2614 = getelementptr inbounds nuw i8, ptr %2567, i64 1920
-  store <32 x float> %2613, ptr %2614, align 4, !tbaa !5
-  %indvars.iv.next808.i = add nuw nsw i64 %indvars.iv807.i, 1
-  %exitcond810.not.i = icmp eq i64 %indvars.iv.next808.i, 8
-  br i1 %exitcond810.not.i, label %for_end_tile203.i, label %for_body_tile202.i, !prof !16
+for_body_tile206.i:                               ; preds = %for_body_tile206.i, %for_begin_tile205.preheader.i
+  %indvars.iv811.i = phi i64 [ %indvars.iv.next812.i, %for_body_tile206.i ], [ 0, %for_begin_tile205.preheader.i ]
+  %2712 = shl nuw nsw i64 %indvars.iv811.i, 2
+  %2713 = add nuw nsw i64 %2712, %197
+  %2714 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2712
+  %2715 = load float, ptr %2714, align 16, !tbaa !20
+  %2716 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2713
+  store float %2715, ptr %2716, align 4, !tbaa !5
+  %2717 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2712
+  %2718 = load float, ptr %2717, align 16, !tbaa !18
+  %2719 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2713
+  store float %2718, ptr %2719, align 4, !tbaa !5
+  %2720 = or disjoint i64 %2712, 1
+  %2721 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2720
+  %2722 = load float, ptr %2721, align 4, !tbaa !20
+  %2723 = or disjoint i64 %2713, 1
+  %2724 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2723
+  store float %2722, ptr %2724, align 4, !tbaa !5
+  %2725 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2720
+  %2726 = load float, ptr %2725, align 4, !tbaa !18
+  %2727 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2723
+  store float %2726, ptr %2727, align 4, !tbaa !5
+  %2728 = or disjoint i64 %2712, 2
+  %2729 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2728
+  %2730 = load float, ptr %2729, align 8, !tbaa !20
+  %2731 = or disjoint i64 %2713, 2
+  %2732 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2731
+  store float %2730, ptr %2732, align 4, !tbaa !5
+  %2733 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2728
+  %2734 = load float, ptr %2733, align 8, !tbaa !18
+  %2735 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2731
+  store float %2734, ptr %2735, align 4, !tbaa !5
+  %2736 = or disjoint i64 %2712, 3
+  %2737 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2736
+  %2738 = load float, ptr %2737, align 4, !tbaa !20
+  %2739 = or disjoint i64 %2713, 3
+  %2740 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2739
+  store float %2738, ptr %2740, align 4, !tbaa !5
+  %2741 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2736
+  %2742 = load float, ptr %2741, align 4, !tbaa !18
+  %2743 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2739
+  store float %2742, ptr %2743, align 4, !tbaa !5
+  %2744 = shl nuw nsw i64 %indvars.iv811.i, 9
+  %2745 = getelementptr inbounds nuw float, ptr %198, i64 %2744
+  %2746 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2744
+  %2747 = load <32 x float>, ptr %2746, align 4, !tbaa !5
+  store <32 x float> %2747, ptr %2745, align 4, !tbaa !5
+  %2748 = getelementptr inbounds nuw i8, ptr %2746, i64 128
+  %2749 = load <32 x float>, ptr %2748, align 4, !tbaa !5
+  %2750 = getelementptr inbounds nuw i8, ptr %2745, i64 128
+  store <32 x float> %2749, ptr %2750, align 4, !tbaa !5
+  %2751 = getelementptr inbounds nuw i8, ptr %2746, i64 256
+  %2752 = load <32 x float>, ptr %2751, align 4, !tbaa !5
+  %2753 = getelementptr inbounds nuw i8, ptr %2745, i64 256
+  store <32 x float> %2752, ptr %2753, align 4, !tbaa !5
+  %2754 = getelementptr inbounds nuw i8, ptr %2746, i64 384
+  %2755 = load <32 x float>, ptr %2754, align 4, !tbaa !5
+  %2756 = getelementptr inbounds nuw i8, ptr %2745, i64 384
+  store <32 x float> %2755, ptr %2756, align 4, !tbaa !5
+  %2757 = getelementptr inbounds nuw i8, ptr %2745, i64 512
+  %2758 = getelementptr inbounds nuw i8, ptr %2746, i64 512
+  %2759 = load <32 x float>, ptr %2758, align 4, !tbaa !5
+  store <32 x float> %2759, ptr %2757, align 4, !tbaa !5
+  %2760 = getelementptr inbounds nuw i8, ptr %2746, i64 640
+  %2761 = load <32 x float>, ptr %2760, align 4, !tbaa !5
+  %2762 = getelementptr inbounds nuw i8, ptr %2745, i64 640
+  store <32 x float> %2761, ptr %2762, align 4, !tbaa !5
+  %2763 = getelementptr inbounds nuw i8, ptr %2746, i64 768
+  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !5
+  %2765 = getelementptr inbounds nuw i8, ptr %2745, i64 768
+  store <32 x float> %2764, ptr %2765, align 4, !tbaa !5
+  %2766 = getelementptr inbounds nuw i8, ptr %2746, i64 896
+  %2767 = load <32 x float>, ptr %2766, align 4, !tbaa !5
+  %2768 = getelementptr inbounds nuw i8, ptr %2745, i64 896
+  store <32 x float> %2767, ptr %2768, align 4, !tbaa !5
+  %2769 = getelementptr inbounds nuw i8, ptr %2745, i64 1024
+  %2770 = getelementptr inbounds nuw i8, ptr %2746, i64 1024
+  %2771 = load <32 x float>, ptr %2770, align 4, !tbaa !5
+  store <32 x float> %2771, ptr %2769, align 4, !tbaa !5
+  %2772 = getelementptr inbounds nuw i8, ptr %2746, i64 1152
+  %2773 = load <32 x float>, ptr %2772, align 4, !tbaa !5
+  %2774 = getelementptr inbounds nuw i8, ptr %2745, i64 1152
+  store <32 x float> %2773, ptr %2774, align 4, !tbaa !5
+  %2775 = getelementptr inbounds nuw i8, ptr %2746, i64 1280
+  %2776 = load <32 x float>, ptr %2775, align 4, !tbaa !5
+  %2777 = getelementptr inbounds nuw i8, ptr %2745, i64 1280
+  store <32 x float> %2776, ptr %2777, align 4, !tbaa !5
+  %2778 = getelementptr inbounds nuw i8, ptr %2746, i64 1408
+  %2779 = load <32 x float>, ptr %2778, align 4, !tbaa !5
+  %2780 = getelementptr inbounds nuw i8, ptr %2745, i64 1408
+  store <32 x float> %2779, ptr %2780, align 4, !tbaa !5
+  %2781 = getelementptr inbounds nuw i8, ptr %2745, i64 1536
+  %2782 = getelementptr inbounds nuw i8, ptr %2746, i64 1536
+  %2783 = load <32 x float>, ptr %2782, align 4, !tbaa !5
+  store <32 x float> %2783, ptr %2781, align 4, !tbaa !5
+  %2784 = getelementptr inbounds nuw i8, ptr %2746, i64 1664
+  %2785 = load <32 x float>, ptr %2784, align 4, !tbaa !5
+  %2786 = getelementptr inbounds nuw i8, ptr %2745, i64 1664
+  store <32 x float> %2785, ptr %2786, align 4, !tbaa !5
+  %2787 = getelementptr inbounds nuw i8, ptr %2746, i64 1792
+  %2788 = load <32 x float>, ptr %2787, align 4, !tbaa !5
+  %2789 = getelementptr inbounds nuw i8, ptr %2745, i64 1792
+  store <32 x float> %2788, ptr %2789, align 4, !tbaa !5
+  %2790 = getelementptr inbounds nuw i8, ptr %2746, i64 1920
+  %2791 = load <32 x float>, ptr %2790, align 4, !tbaa !5
+  %2792 = getelementptr inbounds nuw i8, ptr %2745, i64 1920
+  store <32 x float> %2791, ptr %2792, align 4, !tbaa !5
+  %indvars.iv.next812.i = add nuw nsw i64 %indvars.iv811.i, 1
+  %exitcond814.not.i = icmp eq i64 %indvars.iv.next812.i, 8
+  br i1 %exitcond814.not.i, label %for_end_tile207.i, label %for_body_tile206.i, !prof !16
 
-for_end_tile203.i:                                ; preds = %for_body_tile202.i, %if_end221.us.3.i
-  %2615 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2616 = tail call i32 %2615(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2616, 0
-  br i1 %.not.i, label %if_end238.i, label %fused_decode_compute_.exit, !prof !17
+for_end_tile207.i:                                ; preds = %for_body_tile206.i, %if_end225.us.3.i
+  %2793 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2794 = tail call i32 %2793(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2794, 0
+  br i1 %.not.i, label %if_end242.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end238.i:                                      ; preds = %for_end_tile203.i
-  %2617 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2618 = tail call i32 %2617(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not268.i = icmp eq i32 %2618, 0
-  br i1 %.not268.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
+if_end242.i:                                      ; preds = %for_end_tile207.i
+  %2795 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2796 = tail call i32 %2795(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not272.i = icmp eq i32 %2796, 0
+  br i1 %.not272.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
 
-fused_decode_compute_.exit:                       ; preds = %if_end238.i, %for_end_tile203.i, %if_end196.i, %if_end190.i, %if_end187.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end190.i ], [ -1, %if_end187.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end196.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile203.i ], [ -1, %if_end238.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum266.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max267.i)
+fused_decode_compute_.exit:                       ; preds = %if_end242.i, %for_end_tile207.i, %if_end200.i, %if_end194.i, %if_end191.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end200.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile207.i ], [ -1, %if_end242.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum270.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max271.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor46.i = alloca [32 x float], align 16
-  %beta49.i = alloca [32 x float], align 16
-  %alpha50.i = alloca [32 x float], align 16
-  %row_sum51.i = alloca [32 x float], align 16
-  %row_max52.i = alloca [32 x float], align 16
+  %factor48.i = alloca [32 x float], align 16
+  %beta51.i = alloca [32 x float], align 16
+  %alpha52.i = alloca [32 x float], align 16
+  %row_sum53.i = alloca [32 x float], align 16
+  %row_max54.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -4454,11 +4708,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum51.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max52.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor48.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta51.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha52.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum53.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max54.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -4481,15 +4735,15 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r_0.i ]
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r_0.i ]
   %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total5357.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %467, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %total5559.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %461, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv69.i, 0
   %46 = insertelement <32 x i1> poison, i1 %45, i64 0
   %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
-  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5357.i
-  %48 = add nsw i64 %indvars.iv67.i, %43
+  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5559.i
+  %48 = add nsw i64 %indvars.iv69.i, %43
   %49 = shl nsw i64 %48, 5
   %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
   %51 = load <32 x float>, ptr %50, align 4, !tbaa !5
@@ -4502,789 +4756,783 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
   %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
   %58 = fsub <32 x float> %old_max.i, %m.i
-  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %60 = bitcast <32 x float> %59 to <32 x i32>
-  %61 = add nsw <32 x i32> %60, splat (i32 -1262485504)
-  %62 = sitofp <32 x i32> %61 to <32 x float>
-  %63 = fmul <32 x float> %62, splat (float 0x3F2BD01060000000)
-  %64 = fmul <32 x float> %62, splat (float 0x3FE6300000000000)
-  %65 = fsub <32 x float> %58, %64
-  %66 = fadd <32 x float> %63, %65
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %66, <32 x float> splat (float 0x3F81112100000000))
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %66, <32 x float> splat (float 0x3FA5553820000000))
-  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %66, <32 x float> splat (float 0x3FC5555540000000))
-  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %66, <32 x float> splat (float 5.000000e-01))
-  %72 = fmul <32 x float> %66, %71
-  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %66, <32 x float> %66)
-  %74 = shl <32 x i32> %60, splat (i32 23)
-  %75 = add <32 x i32> %74, splat (i32 1065353216)
-  %76 = bitcast <32 x i32> %75 to <32 x float>
-  %77 = fadd <32 x float> %73, splat (float 1.000000e+00)
-  %78 = fmul <32 x float> %77, %76
-  %79 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
-  %80 = select <32 x i1> %79, <32 x float> zeroinitializer, <32 x float> %78
-  %81 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %82 = select <32 x i1> %81, <32 x float> %80, <32 x float> zeroinitializer
-  store <32 x float> %82, ptr %alpha50.i, align 16, !tbaa !61
+  %61 = fadd <32 x float> %59, splat (float 0xC168000FE0000000)
+  %62 = fmul <32 x float> %61, splat (float 0x3F2BD01060000000)
+  %63 = fmul <32 x float> %61, splat (float 0x3FE6300000000000)
+  %64 = fsub <32 x float> %58, %63
+  %65 = fadd <32 x float> %62, %64
+  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %65, <32 x float> splat (float 0x3FA5558F20000000))
+  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %65, <32 x float> splat (float 0x3FC5554920000000))
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %65, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %70 = fmul <32 x float> %65, %65
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %70, <32 x float> %65)
+  %72 = shl <32 x i32> %60, splat (i32 23)
+  %73 = bitcast <32 x i32> %72 to <32 x float>
+  %74 = fadd <32 x float> %71, splat (float 1.000000e+00)
+  %75 = fmul <32 x float> %74, %73
+  %76 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
+  %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
+  %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
+  store <32 x float> %79, ptr %alpha52.i, align 16, !tbaa !65
   %arg2.i = fsub <32 x float> %51, %m.i
-  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %84 = bitcast <32 x float> %83 to <32 x i32>
-  %85 = add nsw <32 x i32> %84, splat (i32 -1262485504)
-  %86 = sitofp <32 x i32> %85 to <32 x float>
-  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
-  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
-  %89 = fsub <32 x float> %arg2.i, %88
-  %90 = fadd <32 x float> %87, %89
-  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3F81112100000000))
-  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FA5553820000000))
-  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FC5555540000000))
-  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %90, <32 x float> splat (float 5.000000e-01))
-  %96 = fmul <32 x float> %90, %95
-  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %90, <32 x float> %90)
-  %98 = shl <32 x i32> %84, splat (i32 23)
-  %99 = add <32 x i32> %98, splat (i32 1065353216)
-  %100 = bitcast <32 x i32> %99 to <32 x float>
-  %101 = fadd <32 x float> %97, splat (float 1.000000e+00)
-  %102 = fmul <32 x float> %101, %100
-  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
-  %105 = fcmp one <32 x float> %54, zeroinitializer
-  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta49.i, align 16, !tbaa !67
+  %80 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %81 = bitcast <32 x float> %80 to <32 x i32>
+  %82 = fadd <32 x float> %80, splat (float 0xC168000FE0000000)
+  %83 = fmul <32 x float> %82, splat (float 0x3F2BD01060000000)
+  %84 = fmul <32 x float> %82, splat (float 0x3FE6300000000000)
+  %85 = fsub <32 x float> %arg2.i, %84
+  %86 = fadd <32 x float> %83, %85
+  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %86, <32 x float> splat (float 0x3FA5558F20000000))
+  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %86, <32 x float> splat (float 0x3FC5554920000000))
+  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %86, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %91 = fmul <32 x float> %86, %86
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> %91, <32 x float> %86)
+  %93 = shl <32 x i32> %81, splat (i32 23)
+  %94 = bitcast <32 x i32> %93 to <32 x float>
+  %95 = fadd <32 x float> %92, splat (float 1.000000e+00)
+  %96 = fmul <32 x float> %95, %94
+  %97 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %98 = select <32 x i1> %97, <32 x float> zeroinitializer, <32 x float> %96
+  %99 = fcmp one <32 x float> %54, zeroinitializer
+  %100 = select <32 x i1> %99, <32 x float> %98, <32 x float> zeroinitializer
+  store <32 x float> %100, ptr %beta51.i, align 16, !tbaa !71
   %.idx.i = shl nsw i64 %48, 14
-  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %101 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
   %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
-  %108 = shl nuw nsw i64 %indvars.iv.i.us, 2
-  %109 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %108
-  %110 = load float, ptr %109, align 16, !tbaa !73
-  %111 = insertelement <16 x float> poison, float %110, i64 0
-  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
-  %113 = shl nuw nsw i64 %indvars.iv.i.us, 9
-  %114 = getelementptr float, ptr %107, i64 %113
-  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %108
-  %116 = load float, ptr %115, align 16, !tbaa !74
-  %117 = or disjoint i64 %108, 1
-  %118 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %117
-  %119 = load float, ptr %118, align 4, !tbaa !73
-  %120 = insertelement <16 x float> poison, float %119, i64 0
-  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
-  %122 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %117
-  %123 = load float, ptr %122, align 4, !tbaa !74
-  %124 = or disjoint i64 %108, 2
-  %125 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %124
-  %126 = load float, ptr %125, align 8, !tbaa !73
-  %127 = insertelement <16 x float> poison, float %126, i64 0
-  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
-  %129 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %124
-  %130 = load float, ptr %129, align 8, !tbaa !74
-  %131 = or disjoint i64 %108, 3
-  %132 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %131
-  %133 = load float, ptr %132, align 4, !tbaa !73
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %136 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %131
-  %137 = load float, ptr %136, align 4, !tbaa !74
-  %138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %113
-  %.scalar = fmul float %130, 0.000000e+00
-  %139 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar30 = fmul float %123, 0.000000e+00
-  %141 = insertelement <16 x float> poison, float %.scalar30, i64 0
-  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar31 = fmul float %116, 0.000000e+00
-  %143 = insertelement <16 x float> poison, float %.scalar31, i64 0
-  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %145 = load <16 x float>, ptr %114, align 4, !tbaa !5
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %145, <16 x float> %144)
-  store <16 x float> %146, ptr %138, align 4, !tbaa !5
-  %147 = getelementptr inbounds nuw i8, ptr %138, i64 64
-  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
-  %148 = getelementptr i8, ptr %114, i64 64
-  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %149, <16 x float> %144)
-  store <16 x float> %150, ptr %147, align 4, !tbaa !5
-  %151 = getelementptr inbounds nuw i8, ptr %138, i64 512
-  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !5
-  %152 = getelementptr i8, ptr %114, i64 512
-  %153 = load <16 x float>, ptr %152, align 4, !tbaa !5
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %153, <16 x float> %142)
-  store <16 x float> %154, ptr %151, align 4, !tbaa !5
-  %155 = getelementptr inbounds nuw i8, ptr %138, i64 576
-  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
-  %156 = getelementptr i8, ptr %114, i64 576
-  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %157, <16 x float> %142)
-  store <16 x float> %158, ptr %155, align 4, !tbaa !5
-  %159 = getelementptr inbounds nuw i8, ptr %138, i64 1024
-  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !5
-  %160 = getelementptr i8, ptr %114, i64 1024
-  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
-  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %161, <16 x float> %140)
-  store <16 x float> %162, ptr %159, align 4, !tbaa !5
-  %163 = getelementptr inbounds nuw i8, ptr %138, i64 1088
-  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !5
-  %164 = getelementptr i8, ptr %114, i64 1088
-  %165 = load <16 x float>, ptr %164, align 4, !tbaa !5
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %165, <16 x float> %140)
-  store <16 x float> %166, ptr %163, align 4, !tbaa !5
-  %167 = getelementptr inbounds nuw i8, ptr %138, i64 1536
+  %102 = shl nuw nsw i64 %indvars.iv.i.us, 2
+  %103 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %102
+  %104 = load float, ptr %103, align 16, !tbaa !77
+  %105 = insertelement <16 x float> poison, float %104, i64 0
+  %106 = shufflevector <16 x float> %105, <16 x float> poison, <16 x i32> zeroinitializer
+  %107 = shl nuw nsw i64 %indvars.iv.i.us, 9
+  %108 = getelementptr float, ptr %101, i64 %107
+  %109 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %102
+  %110 = load float, ptr %109, align 16, !tbaa !78
+  %111 = or disjoint i64 %102, 1
+  %112 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %111
+  %113 = load float, ptr %112, align 4, !tbaa !77
+  %114 = insertelement <16 x float> poison, float %113, i64 0
+  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
+  %116 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %111
+  %117 = load float, ptr %116, align 4, !tbaa !78
+  %118 = or disjoint i64 %102, 2
+  %119 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %118
+  %120 = load float, ptr %119, align 8, !tbaa !77
+  %121 = insertelement <16 x float> poison, float %120, i64 0
+  %122 = shufflevector <16 x float> %121, <16 x float> poison, <16 x i32> zeroinitializer
+  %123 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %118
+  %124 = load float, ptr %123, align 8, !tbaa !78
+  %125 = or disjoint i64 %102, 3
+  %126 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %125
+  %127 = load float, ptr %126, align 4, !tbaa !77
+  %128 = insertelement <16 x float> poison, float %127, i64 0
+  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
+  %130 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %125
+  %131 = load float, ptr %130, align 4, !tbaa !78
+  %132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %107
+  %.scalar = fmul float %124, 0.000000e+00
+  %133 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %134 = shufflevector <16 x float> %133, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar30 = fmul float %117, 0.000000e+00
+  %135 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %110, 0.000000e+00
+  %137 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !5
+  %139 = load <16 x float>, ptr %108, align 4, !tbaa !5
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %139, <16 x float> %138)
+  store <16 x float> %140, ptr %132, align 4, !tbaa !5
+  %141 = getelementptr inbounds nuw i8, ptr %132, i64 64
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
+  %142 = getelementptr i8, ptr %108, i64 64
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %143, <16 x float> %138)
+  store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  %145 = getelementptr inbounds nuw i8, ptr %132, i64 512
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  %146 = getelementptr i8, ptr %108, i64 512
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %147, <16 x float> %136)
+  store <16 x float> %148, ptr %145, align 4, !tbaa !5
+  %149 = getelementptr inbounds nuw i8, ptr %132, i64 576
+  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !5
+  %150 = getelementptr i8, ptr %108, i64 576
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !5
+  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %151, <16 x float> %136)
+  store <16 x float> %152, ptr %149, align 4, !tbaa !5
+  %153 = getelementptr inbounds nuw i8, ptr %132, i64 1024
+  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !5
+  %154 = getelementptr i8, ptr %108, i64 1024
+  %155 = load <16 x float>, ptr %154, align 4, !tbaa !5
+  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %155, <16 x float> %134)
+  store <16 x float> %156, ptr %153, align 4, !tbaa !5
+  %157 = getelementptr inbounds nuw i8, ptr %132, i64 1088
+  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !5
+  %158 = getelementptr i8, ptr %108, i64 1088
+  %159 = load <16 x float>, ptr %158, align 4, !tbaa !5
+  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %159, <16 x float> %134)
+  store <16 x float> %160, ptr %157, align 4, !tbaa !5
+  %161 = getelementptr inbounds nuw i8, ptr %132, i64 1536
+  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !5
+  %162 = getelementptr i8, ptr %108, i64 1536
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %.scalar34 = fmul float %131, 0.000000e+00
+  %164 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %163, <16 x float> %165)
+  store <16 x float> %166, ptr %161, align 4, !tbaa !5
+  %167 = getelementptr inbounds nuw i8, ptr %132, i64 1600
   store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !5
-  %168 = getelementptr i8, ptr %114, i64 1536
+  %168 = getelementptr i8, ptr %108, i64 1600
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %.scalar34 = fmul float %137, 0.000000e+00
-  %170 = insertelement <16 x float> poison, float %.scalar34, i64 0
-  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> zeroinitializer
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %169, <16 x float> %171)
-  store <16 x float> %172, ptr %167, align 4, !tbaa !5
-  %173 = getelementptr inbounds nuw i8, ptr %138, i64 1600
-  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
-  %174 = getelementptr i8, ptr %114, i64 1600
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %175, <16 x float> %171)
-  store <16 x float> %176, ptr %173, align 4, !tbaa !5
-  %177 = getelementptr inbounds nuw i8, ptr %138, i64 128
-  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %114, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %179, <16 x float> %144)
-  store <16 x float> %180, ptr %177, align 4, !tbaa !5
-  %181 = getelementptr inbounds nuw i8, ptr %138, i64 192
-  store <16 x float> zeroinitializer, ptr %181, align 4, !tbaa !5
-  %182 = getelementptr i8, ptr %114, i64 192
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %183, <16 x float> %144)
-  store <16 x float> %184, ptr %181, align 4, !tbaa !5
-  %185 = getelementptr inbounds nuw i8, ptr %138, i64 640
-  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !5
-  %186 = getelementptr i8, ptr %114, i64 640
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %187, <16 x float> %142)
-  store <16 x float> %188, ptr %185, align 4, !tbaa !5
-  %189 = getelementptr inbounds nuw i8, ptr %138, i64 704
-  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %114, i64 704
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %191, <16 x float> %142)
-  store <16 x float> %192, ptr %189, align 4, !tbaa !5
-  %193 = getelementptr inbounds nuw i8, ptr %138, i64 1152
-  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
-  %194 = getelementptr i8, ptr %114, i64 1152
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %195, <16 x float> %140)
-  store <16 x float> %196, ptr %193, align 4, !tbaa !5
-  %197 = getelementptr inbounds nuw i8, ptr %138, i64 1216
-  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !5
-  %198 = getelementptr i8, ptr %114, i64 1216
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %199, <16 x float> %140)
-  store <16 x float> %200, ptr %197, align 4, !tbaa !5
-  %201 = getelementptr inbounds nuw i8, ptr %138, i64 1664
-  store <16 x float> zeroinitializer, ptr %201, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %114, i64 1664
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %203, <16 x float> %171)
-  store <16 x float> %204, ptr %201, align 4, !tbaa !5
-  %205 = getelementptr inbounds nuw i8, ptr %138, i64 1728
-  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !5
-  %206 = getelementptr i8, ptr %114, i64 1728
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %207, <16 x float> %171)
-  store <16 x float> %208, ptr %205, align 4, !tbaa !5
-  %209 = getelementptr inbounds nuw i8, ptr %138, i64 256
-  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !5
-  %210 = getelementptr i8, ptr %114, i64 256
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
-  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %211, <16 x float> %144)
-  store <16 x float> %212, ptr %209, align 4, !tbaa !5
-  %213 = getelementptr inbounds nuw i8, ptr %138, i64 320
-  store <16 x float> zeroinitializer, ptr %213, align 4, !tbaa !5
-  %214 = getelementptr i8, ptr %114, i64 320
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
-  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %215, <16 x float> %144)
-  store <16 x float> %216, ptr %213, align 4, !tbaa !5
-  %217 = getelementptr inbounds nuw i8, ptr %138, i64 768
-  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !5
-  %218 = getelementptr i8, ptr %114, i64 768
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
-  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %219, <16 x float> %142)
-  store <16 x float> %220, ptr %217, align 4, !tbaa !5
-  %221 = getelementptr inbounds nuw i8, ptr %138, i64 832
-  store <16 x float> zeroinitializer, ptr %221, align 4, !tbaa !5
-  %222 = getelementptr i8, ptr %114, i64 832
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
-  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %223, <16 x float> %142)
-  store <16 x float> %224, ptr %221, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %138, i64 1280
-  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !5
-  %226 = getelementptr i8, ptr %114, i64 1280
-  %227 = load <16 x float>, ptr %226, align 4, !tbaa !5
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %227, <16 x float> %140)
-  store <16 x float> %228, ptr %225, align 4, !tbaa !5
-  %229 = getelementptr inbounds nuw i8, ptr %138, i64 1344
-  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !5
-  %230 = getelementptr i8, ptr %114, i64 1344
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %231, <16 x float> %140)
-  store <16 x float> %232, ptr %229, align 4, !tbaa !5
-  %233 = getelementptr inbounds nuw i8, ptr %138, i64 1792
-  store <16 x float> zeroinitializer, ptr %233, align 4, !tbaa !5
-  %234 = getelementptr i8, ptr %114, i64 1792
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %235, <16 x float> %171)
-  store <16 x float> %236, ptr %233, align 4, !tbaa !5
-  %237 = getelementptr inbounds nuw i8, ptr %138, i64 1856
-  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !5
-  %238 = getelementptr i8, ptr %114, i64 1856
-  %239 = load <16 x float>, ptr %238, align 4, !tbaa !5
-  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %239, <16 x float> %171)
-  store <16 x float> %240, ptr %237, align 4, !tbaa !5
-  %241 = getelementptr inbounds nuw i8, ptr %138, i64 384
-  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !5
-  %242 = getelementptr i8, ptr %114, i64 384
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !5
-  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %243, <16 x float> %144)
-  store <16 x float> %244, ptr %241, align 4, !tbaa !5
-  %245 = getelementptr inbounds nuw i8, ptr %138, i64 448
-  store <16 x float> zeroinitializer, ptr %245, align 4, !tbaa !5
-  %246 = getelementptr i8, ptr %114, i64 448
-  %247 = load <16 x float>, ptr %246, align 4, !tbaa !5
-  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %247, <16 x float> %144)
-  store <16 x float> %248, ptr %245, align 4, !tbaa !5
-  %249 = getelementptr inbounds nuw i8, ptr %138, i64 896
-  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !5
-  %250 = getelementptr i8, ptr %114, i64 896
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %251, <16 x float> %142)
-  store <16 x float> %252, ptr %249, align 4, !tbaa !5
-  %253 = getelementptr inbounds nuw i8, ptr %138, i64 960
-  store <16 x float> zeroinitializer, ptr %253, align 4, !tbaa !5
-  %254 = getelementptr i8, ptr %114, i64 960
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !5
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %255, <16 x float> %142)
-  store <16 x float> %256, ptr %253, align 4, !tbaa !5
-  %257 = getelementptr inbounds nuw i8, ptr %138, i64 1408
-  store <16 x float> zeroinitializer, ptr %257, align 4, !tbaa !5
-  %258 = getelementptr i8, ptr %114, i64 1408
-  %259 = load <16 x float>, ptr %258, align 4, !tbaa !5
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %259, <16 x float> %140)
-  store <16 x float> %260, ptr %257, align 4, !tbaa !5
-  %261 = getelementptr inbounds nuw i8, ptr %138, i64 1472
-  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !5
-  %262 = getelementptr i8, ptr %114, i64 1472
-  %263 = load <16 x float>, ptr %262, align 4, !tbaa !5
-  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %263, <16 x float> %140)
-  store <16 x float> %264, ptr %261, align 4, !tbaa !5
-  %265 = getelementptr inbounds nuw i8, ptr %138, i64 1920
-  store <16 x float> zeroinitializer, ptr %265, align 4, !tbaa !5
-  %266 = getelementptr i8, ptr %114, i64 1920
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !5
-  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %267, <16 x float> %171)
-  store <16 x float> %268, ptr %265, align 4, !tbaa !5
-  %269 = getelementptr inbounds nuw i8, ptr %138, i64 1984
-  store <16 x float> zeroinitializer, ptr %269, align 4, !tbaa !5
-  %270 = getelementptr i8, ptr %114, i64 1984
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
-  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %271, <16 x float> %171)
-  store <16 x float> %272, ptr %269, align 4, !tbaa !5
+  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %169, <16 x float> %165)
+  store <16 x float> %170, ptr %167, align 4, !tbaa !5
+  %171 = getelementptr inbounds nuw i8, ptr %132, i64 128
+  store <16 x float> zeroinitializer, ptr %171, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %108, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %173, <16 x float> %138)
+  store <16 x float> %174, ptr %171, align 4, !tbaa !5
+  %175 = getelementptr inbounds nuw i8, ptr %132, i64 192
+  store <16 x float> zeroinitializer, ptr %175, align 4, !tbaa !5
+  %176 = getelementptr i8, ptr %108, i64 192
+  %177 = load <16 x float>, ptr %176, align 4, !tbaa !5
+  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %177, <16 x float> %138)
+  store <16 x float> %178, ptr %175, align 4, !tbaa !5
+  %179 = getelementptr inbounds nuw i8, ptr %132, i64 640
+  store <16 x float> zeroinitializer, ptr %179, align 4, !tbaa !5
+  %180 = getelementptr i8, ptr %108, i64 640
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %181, <16 x float> %136)
+  store <16 x float> %182, ptr %179, align 4, !tbaa !5
+  %183 = getelementptr inbounds nuw i8, ptr %132, i64 704
+  store <16 x float> zeroinitializer, ptr %183, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %108, i64 704
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %185, <16 x float> %136)
+  store <16 x float> %186, ptr %183, align 4, !tbaa !5
+  %187 = getelementptr inbounds nuw i8, ptr %132, i64 1152
+  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !5
+  %188 = getelementptr i8, ptr %108, i64 1152
+  %189 = load <16 x float>, ptr %188, align 4, !tbaa !5
+  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %189, <16 x float> %134)
+  store <16 x float> %190, ptr %187, align 4, !tbaa !5
+  %191 = getelementptr inbounds nuw i8, ptr %132, i64 1216
+  store <16 x float> zeroinitializer, ptr %191, align 4, !tbaa !5
+  %192 = getelementptr i8, ptr %108, i64 1216
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %193, <16 x float> %134)
+  store <16 x float> %194, ptr %191, align 4, !tbaa !5
+  %195 = getelementptr inbounds nuw i8, ptr %132, i64 1664
+  store <16 x float> zeroinitializer, ptr %195, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %108, i64 1664
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %197, <16 x float> %165)
+  store <16 x float> %198, ptr %195, align 4, !tbaa !5
+  %199 = getelementptr inbounds nuw i8, ptr %132, i64 1728
+  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !5
+  %200 = getelementptr i8, ptr %108, i64 1728
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !5
+  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %201, <16 x float> %165)
+  store <16 x float> %202, ptr %199, align 4, !tbaa !5
+  %203 = getelementptr inbounds nuw i8, ptr %132, i64 256
+  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !5
+  %204 = getelementptr i8, ptr %108, i64 256
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %205, <16 x float> %138)
+  store <16 x float> %206, ptr %203, align 4, !tbaa !5
+  %207 = getelementptr inbounds nuw i8, ptr %132, i64 320
+  store <16 x float> zeroinitializer, ptr %207, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %108, i64 320
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %209, <16 x float> %138)
+  store <16 x float> %210, ptr %207, align 4, !tbaa !5
+  %211 = getelementptr inbounds nuw i8, ptr %132, i64 768
+  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !5
+  %212 = getelementptr i8, ptr %108, i64 768
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
+  %214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %213, <16 x float> %136)
+  store <16 x float> %214, ptr %211, align 4, !tbaa !5
+  %215 = getelementptr inbounds nuw i8, ptr %132, i64 832
+  store <16 x float> zeroinitializer, ptr %215, align 4, !tbaa !5
+  %216 = getelementptr i8, ptr %108, i64 832
+  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %217, <16 x float> %136)
+  store <16 x float> %218, ptr %215, align 4, !tbaa !5
+  %219 = getelementptr inbounds nuw i8, ptr %132, i64 1280
+  store <16 x float> zeroinitializer, ptr %219, align 4, !tbaa !5
+  %220 = getelementptr i8, ptr %108, i64 1280
+  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %221, <16 x float> %134)
+  store <16 x float> %222, ptr %219, align 4, !tbaa !5
+  %223 = getelementptr inbounds nuw i8, ptr %132, i64 1344
+  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !5
+  %224 = getelementptr i8, ptr %108, i64 1344
+  %225 = load <16 x float>, ptr %224, align 4, !tbaa !5
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %225, <16 x float> %134)
+  store <16 x float> %226, ptr %223, align 4, !tbaa !5
+  %227 = getelementptr inbounds nuw i8, ptr %132, i64 1792
+  store <16 x float> zeroinitializer, ptr %227, align 4, !tbaa !5
+  %228 = getelementptr i8, ptr %108, i64 1792
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %229, <16 x float> %165)
+  store <16 x float> %230, ptr %227, align 4, !tbaa !5
+  %231 = getelementptr inbounds nuw i8, ptr %132, i64 1856
+  store <16 x float> zeroinitializer, ptr %231, align 4, !tbaa !5
+  %232 = getelementptr i8, ptr %108, i64 1856
+  %233 = load <16 x float>, ptr %232, align 4, !tbaa !5
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %233, <16 x float> %165)
+  store <16 x float> %234, ptr %231, align 4, !tbaa !5
+  %235 = getelementptr inbounds nuw i8, ptr %132, i64 384
+  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !5
+  %236 = getelementptr i8, ptr %108, i64 384
+  %237 = load <16 x float>, ptr %236, align 4, !tbaa !5
+  %238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %237, <16 x float> %138)
+  store <16 x float> %238, ptr %235, align 4, !tbaa !5
+  %239 = getelementptr inbounds nuw i8, ptr %132, i64 448
+  store <16 x float> zeroinitializer, ptr %239, align 4, !tbaa !5
+  %240 = getelementptr i8, ptr %108, i64 448
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %241, <16 x float> %138)
+  store <16 x float> %242, ptr %239, align 4, !tbaa !5
+  %243 = getelementptr inbounds nuw i8, ptr %132, i64 896
+  store <16 x float> zeroinitializer, ptr %243, align 4, !tbaa !5
+  %244 = getelementptr i8, ptr %108, i64 896
+  %245 = load <16 x float>, ptr %244, align 4, !tbaa !5
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %245, <16 x float> %136)
+  store <16 x float> %246, ptr %243, align 4, !tbaa !5
+  %247 = getelementptr inbounds nuw i8, ptr %132, i64 960
+  store <16 x float> zeroinitializer, ptr %247, align 4, !tbaa !5
+  %248 = getelementptr i8, ptr %108, i64 960
+  %249 = load <16 x float>, ptr %248, align 4, !tbaa !5
+  %250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %249, <16 x float> %136)
+  store <16 x float> %250, ptr %247, align 4, !tbaa !5
+  %251 = getelementptr inbounds nuw i8, ptr %132, i64 1408
+  store <16 x float> zeroinitializer, ptr %251, align 4, !tbaa !5
+  %252 = getelementptr i8, ptr %108, i64 1408
+  %253 = load <16 x float>, ptr %252, align 4, !tbaa !5
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %253, <16 x float> %134)
+  store <16 x float> %254, ptr %251, align 4, !tbaa !5
+  %255 = getelementptr inbounds nuw i8, ptr %132, i64 1472
+  store <16 x float> zeroinitializer, ptr %255, align 4, !tbaa !5
+  %256 = getelementptr i8, ptr %108, i64 1472
+  %257 = load <16 x float>, ptr %256, align 4, !tbaa !5
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %257, <16 x float> %134)
+  store <16 x float> %258, ptr %255, align 4, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %132, i64 1920
+  store <16 x float> zeroinitializer, ptr %259, align 4, !tbaa !5
+  %260 = getelementptr i8, ptr %108, i64 1920
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !5
+  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %261, <16 x float> %165)
+  store <16 x float> %262, ptr %259, align 4, !tbaa !5
+  %263 = getelementptr inbounds nuw i8, ptr %132, i64 1984
+  store <16 x float> zeroinitializer, ptr %263, align 4, !tbaa !5
+  %264 = getelementptr i8, ptr %108, i64 1984
+  %265 = load <16 x float>, ptr %264, align 4, !tbaa !5
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %265, <16 x float> %165)
+  store <16 x float> %266, ptr %263, align 4, !tbaa !5
   %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
   %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 8
   br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !16
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %467, %for_end_r_0.i ]
-  %m56.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  store <32 x float> %m56.lcssa.i, ptr %row_max52.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum51.i, align 16
-  %273 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %274 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %275 = select <32 x i1> %274, <32 x float> zeroinitializer, <32 x float> %273
-  store <32 x float> %275, ptr %factor46.i, align 16, !tbaa !75
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %461, %for_end_r_0.i ]
+  %m58.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m58.lcssa.i, ptr %row_max54.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum53.i, align 16
+  %267 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %268 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %269 = select <32 x i1> %268, <32 x float> zeroinitializer, <32 x float> %267
+  store <32 x float> %269, ptr %factor48.i, align 16, !tbaa !79
   %sext28 = shl i64 %20, 32
-  %276 = ashr exact i64 %sext28, 32
-  %277 = mul nsw i64 %out_batch, %276
-  %278 = getelementptr i16, ptr %out, i64 %277
-  br label %for_begin_d_031.preheader.i
+  %270 = ashr exact i64 %sext28, 32
+  %271 = mul nsw i64 %out_batch, %270
+  %272 = getelementptr i16, ptr %out, i64 %271
+  br label %for_begin_d_033.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %279 = shl nuw nsw i64 %indvars.iv.i, 2
-  %280 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %279
-  %281 = load float, ptr %280, align 16, !tbaa !73
+  %273 = shl nuw nsw i64 %indvars.iv.i, 2
+  %274 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %273
+  %275 = load float, ptr %274, align 16, !tbaa !77
+  %276 = insertelement <16 x float> poison, float %275, i64 0
+  %277 = shufflevector <16 x float> %276, <16 x float> poison, <16 x i32> zeroinitializer
+  %278 = shl nuw nsw i64 %indvars.iv.i, 9
+  %279 = getelementptr float, ptr %101, i64 %278
+  %280 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %273
+  %281 = load float, ptr %280, align 16, !tbaa !78
   %282 = insertelement <16 x float> poison, float %281, i64 0
   %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
-  %284 = shl nuw nsw i64 %indvars.iv.i, 9
-  %285 = getelementptr float, ptr %107, i64 %284
-  %286 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %279
-  %287 = load float, ptr %286, align 16, !tbaa !74
-  %288 = insertelement <16 x float> poison, float %287, i64 0
-  %289 = shufflevector <16 x float> %288, <16 x float> poison, <16 x i32> zeroinitializer
-  %290 = or disjoint i64 %279, 1
-  %291 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %290
-  %292 = load float, ptr %291, align 4, !tbaa !73
-  %293 = insertelement <16 x float> poison, float %292, i64 0
-  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
-  %295 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %290
-  %296 = load float, ptr %295, align 4, !tbaa !74
-  %297 = insertelement <16 x float> poison, float %296, i64 0
-  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
-  %299 = or disjoint i64 %279, 2
-  %300 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %299
-  %301 = load float, ptr %300, align 8, !tbaa !73
-  %302 = insertelement <16 x float> poison, float %301, i64 0
-  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
-  %304 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %299
-  %305 = load float, ptr %304, align 8, !tbaa !74
-  %306 = insertelement <16 x float> poison, float %305, i64 0
-  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
-  %308 = or disjoint i64 %279, 3
-  %309 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %308
-  %310 = load float, ptr %309, align 4, !tbaa !73
-  %311 = insertelement <16 x float> poison, float %310, i64 0
-  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
-  %313 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %308
-  %314 = load float, ptr %313, align 4, !tbaa !74
-  %315 = insertelement <16 x float> poison, float %314, i64 0
-  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
-  %317 = getelementptr inbounds nuw float, ptr %acc.i, i64 %284
-  %.pre.i = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %.pre115.i = fmul <16 x float> %289, %.pre.i
-  %318 = load <16 x float>, ptr %285, align 4, !tbaa !5
-  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %318, <16 x float> %.pre115.i)
-  store <16 x float> %319, ptr %317, align 4, !tbaa !5
-  %320 = getelementptr i8, ptr %285, i64 64
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %317, i64 64
-  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %324 = fmul <16 x float> %289, %323
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %321, <16 x float> %324)
-  store <16 x float> %325, ptr %322, align 4, !tbaa !5
-  %.phi.trans.insert83.i = getelementptr inbounds nuw i8, ptr %317, i64 512
-  %.pre84.i = load <16 x float>, ptr %.phi.trans.insert83.i, align 4, !tbaa !5
-  %.pre116.i = fmul <16 x float> %298, %.pre84.i
-  %326 = getelementptr i8, ptr %285, i64 512
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %327, <16 x float> %.pre116.i)
-  store <16 x float> %328, ptr %.phi.trans.insert83.i, align 4, !tbaa !5
-  %329 = getelementptr i8, ptr %285, i64 576
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %331 = getelementptr inbounds nuw i8, ptr %317, i64 576
-  %332 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %333 = fmul <16 x float> %298, %332
-  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %330, <16 x float> %333)
-  store <16 x float> %334, ptr %331, align 4, !tbaa !5
-  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %317, i64 1024
+  %284 = or disjoint i64 %273, 1
+  %285 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %284
+  %286 = load float, ptr %285, align 4, !tbaa !77
+  %287 = insertelement <16 x float> poison, float %286, i64 0
+  %288 = shufflevector <16 x float> %287, <16 x float> poison, <16 x i32> zeroinitializer
+  %289 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %284
+  %290 = load float, ptr %289, align 4, !tbaa !78
+  %291 = insertelement <16 x float> poison, float %290, i64 0
+  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
+  %293 = or disjoint i64 %273, 2
+  %294 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %293
+  %295 = load float, ptr %294, align 8, !tbaa !77
+  %296 = insertelement <16 x float> poison, float %295, i64 0
+  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
+  %298 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %293
+  %299 = load float, ptr %298, align 8, !tbaa !78
+  %300 = insertelement <16 x float> poison, float %299, i64 0
+  %301 = shufflevector <16 x float> %300, <16 x float> poison, <16 x i32> zeroinitializer
+  %302 = or disjoint i64 %273, 3
+  %303 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %302
+  %304 = load float, ptr %303, align 4, !tbaa !77
+  %305 = insertelement <16 x float> poison, float %304, i64 0
+  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
+  %307 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %302
+  %308 = load float, ptr %307, align 4, !tbaa !78
+  %309 = insertelement <16 x float> poison, float %308, i64 0
+  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
+  %311 = getelementptr inbounds nuw float, ptr %acc.i, i64 %278
+  %.pre.i = load <16 x float>, ptr %311, align 4, !tbaa !5
+  %.pre117.i = fmul <16 x float> %283, %.pre.i
+  %312 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %312, <16 x float> %.pre117.i)
+  store <16 x float> %313, ptr %311, align 4, !tbaa !5
+  %314 = getelementptr i8, ptr %279, i64 64
+  %315 = load <16 x float>, ptr %314, align 4, !tbaa !5
+  %316 = getelementptr inbounds nuw i8, ptr %311, i64 64
+  %317 = load <16 x float>, ptr %316, align 4, !tbaa !5
+  %318 = fmul <16 x float> %283, %317
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %315, <16 x float> %318)
+  store <16 x float> %319, ptr %316, align 4, !tbaa !5
+  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %311, i64 512
   %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
-  %.pre118.i = fmul <16 x float> %307, %.pre86.i
-  %335 = getelementptr i8, ptr %285, i64 1024
-  %336 = load <16 x float>, ptr %335, align 4, !tbaa !5
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %336, <16 x float> %.pre118.i)
-  store <16 x float> %337, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
-  %338 = getelementptr i8, ptr %285, i64 1088
-  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
-  %340 = getelementptr inbounds nuw i8, ptr %317, i64 1088
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
-  %342 = fmul <16 x float> %307, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %339, <16 x float> %342)
-  store <16 x float> %343, ptr %340, align 4, !tbaa !5
-  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %317, i64 1536
+  %.pre118.i = fmul <16 x float> %292, %.pre86.i
+  %320 = getelementptr i8, ptr %279, i64 512
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %321, <16 x float> %.pre118.i)
+  store <16 x float> %322, ptr %.phi.trans.insert85.i, align 4, !tbaa !5
+  %323 = getelementptr i8, ptr %279, i64 576
+  %324 = load <16 x float>, ptr %323, align 4, !tbaa !5
+  %325 = getelementptr inbounds nuw i8, ptr %311, i64 576
+  %326 = load <16 x float>, ptr %325, align 4, !tbaa !5
+  %327 = fmul <16 x float> %292, %326
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %324, <16 x float> %327)
+  store <16 x float> %328, ptr %325, align 4, !tbaa !5
+  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %311, i64 1024
   %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
-  %344 = getelementptr i8, ptr %285, i64 1536
-  %345 = load <16 x float>, ptr %344, align 4, !tbaa !5
-  %346 = fmul <16 x float> %316, %.pre88.i
-  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %345, <16 x float> %346)
-  store <16 x float> %347, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
-  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %317, i64 1600
+  %.pre120.i = fmul <16 x float> %301, %.pre88.i
+  %329 = getelementptr i8, ptr %279, i64 1024
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %330, <16 x float> %.pre120.i)
+  store <16 x float> %331, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
+  %332 = getelementptr i8, ptr %279, i64 1088
+  %333 = load <16 x float>, ptr %332, align 4, !tbaa !5
+  %334 = getelementptr inbounds nuw i8, ptr %311, i64 1088
+  %335 = load <16 x float>, ptr %334, align 4, !tbaa !5
+  %336 = fmul <16 x float> %301, %335
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %333, <16 x float> %336)
+  store <16 x float> %337, ptr %334, align 4, !tbaa !5
+  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %311, i64 1536
   %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
-  %348 = getelementptr i8, ptr %285, i64 1600
-  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
-  %350 = fmul <16 x float> %316, %.pre90.i
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %349, <16 x float> %350)
-  store <16 x float> %351, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
-  %352 = getelementptr i8, ptr %285, i64 128
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
-  %354 = getelementptr inbounds nuw i8, ptr %317, i64 128
-  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
-  %356 = fmul <16 x float> %289, %355
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %353, <16 x float> %356)
-  store <16 x float> %357, ptr %354, align 4, !tbaa !5
-  %358 = getelementptr i8, ptr %285, i64 192
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
-  %360 = getelementptr inbounds nuw i8, ptr %317, i64 192
-  %361 = load <16 x float>, ptr %360, align 4, !tbaa !5
-  %362 = fmul <16 x float> %289, %361
-  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %359, <16 x float> %362)
-  store <16 x float> %363, ptr %360, align 4, !tbaa !5
-  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %317, i64 640
+  %338 = getelementptr i8, ptr %279, i64 1536
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
+  %340 = fmul <16 x float> %310, %.pre90.i
+  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %339, <16 x float> %340)
+  store <16 x float> %341, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
+  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %311, i64 1600
   %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
-  %.pre120.i = fmul <16 x float> %298, %.pre92.i
-  %364 = getelementptr i8, ptr %285, i64 640
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %365, <16 x float> %.pre120.i)
-  store <16 x float> %366, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
-  %367 = getelementptr i8, ptr %285, i64 704
-  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
-  %369 = getelementptr inbounds nuw i8, ptr %317, i64 704
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
-  %371 = fmul <16 x float> %298, %370
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %368, <16 x float> %371)
-  store <16 x float> %372, ptr %369, align 4, !tbaa !5
-  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %317, i64 1152
+  %342 = getelementptr i8, ptr %279, i64 1600
+  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
+  %344 = fmul <16 x float> %310, %.pre92.i
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %343, <16 x float> %344)
+  store <16 x float> %345, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
+  %346 = getelementptr i8, ptr %279, i64 128
+  %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
+  %348 = getelementptr inbounds nuw i8, ptr %311, i64 128
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
+  %350 = fmul <16 x float> %283, %349
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %347, <16 x float> %350)
+  store <16 x float> %351, ptr %348, align 4, !tbaa !5
+  %352 = getelementptr i8, ptr %279, i64 192
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
+  %354 = getelementptr inbounds nuw i8, ptr %311, i64 192
+  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
+  %356 = fmul <16 x float> %283, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 4, !tbaa !5
+  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %311, i64 640
   %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
-  %.pre122.i = fmul <16 x float> %307, %.pre94.i
-  %373 = getelementptr i8, ptr %285, i64 1152
-  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %374, <16 x float> %.pre122.i)
-  store <16 x float> %375, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
-  %376 = getelementptr i8, ptr %285, i64 1216
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
-  %378 = getelementptr inbounds nuw i8, ptr %317, i64 1216
-  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
-  %380 = fmul <16 x float> %307, %379
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %377, <16 x float> %380)
-  store <16 x float> %381, ptr %378, align 4, !tbaa !5
-  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %317, i64 1664
+  %.pre122.i = fmul <16 x float> %292, %.pre94.i
+  %358 = getelementptr i8, ptr %279, i64 640
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %359, <16 x float> %.pre122.i)
+  store <16 x float> %360, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
+  %361 = getelementptr i8, ptr %279, i64 704
+  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
+  %363 = getelementptr inbounds nuw i8, ptr %311, i64 704
+  %364 = load <16 x float>, ptr %363, align 4, !tbaa !5
+  %365 = fmul <16 x float> %292, %364
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %362, <16 x float> %365)
+  store <16 x float> %366, ptr %363, align 4, !tbaa !5
+  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %311, i64 1152
   %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
-  %382 = getelementptr i8, ptr %285, i64 1664
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
-  %384 = fmul <16 x float> %316, %.pre96.i
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %383, <16 x float> %384)
-  store <16 x float> %385, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
-  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %317, i64 1728
+  %.pre124.i = fmul <16 x float> %301, %.pre96.i
+  %367 = getelementptr i8, ptr %279, i64 1152
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %368, <16 x float> %.pre124.i)
+  store <16 x float> %369, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
+  %370 = getelementptr i8, ptr %279, i64 1216
+  %371 = load <16 x float>, ptr %370, align 4, !tbaa !5
+  %372 = getelementptr inbounds nuw i8, ptr %311, i64 1216
+  %373 = load <16 x float>, ptr %372, align 4, !tbaa !5
+  %374 = fmul <16 x float> %301, %373
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %371, <16 x float> %374)
+  store <16 x float> %375, ptr %372, align 4, !tbaa !5
+  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %311, i64 1664
   %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
-  %386 = getelementptr i8, ptr %285, i64 1728
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
-  %388 = fmul <16 x float> %316, %.pre98.i
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %387, <16 x float> %388)
-  store <16 x float> %389, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
-  %390 = getelementptr i8, ptr %285, i64 256
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
-  %392 = getelementptr inbounds nuw i8, ptr %317, i64 256
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
-  %394 = fmul <16 x float> %289, %393
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %391, <16 x float> %394)
-  store <16 x float> %395, ptr %392, align 4, !tbaa !5
-  %396 = getelementptr i8, ptr %285, i64 320
-  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
-  %398 = getelementptr inbounds nuw i8, ptr %317, i64 320
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %400 = fmul <16 x float> %289, %399
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %397, <16 x float> %400)
-  store <16 x float> %401, ptr %398, align 4, !tbaa !5
-  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %317, i64 768
+  %376 = getelementptr i8, ptr %279, i64 1664
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %378 = fmul <16 x float> %310, %.pre98.i
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %377, <16 x float> %378)
+  store <16 x float> %379, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
+  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %311, i64 1728
   %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
-  %.pre124.i = fmul <16 x float> %298, %.pre100.i
-  %402 = getelementptr i8, ptr %285, i64 768
-  %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %403, <16 x float> %.pre124.i)
-  store <16 x float> %404, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
-  %405 = getelementptr i8, ptr %285, i64 832
-  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
-  %407 = getelementptr inbounds nuw i8, ptr %317, i64 832
-  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
-  %409 = fmul <16 x float> %298, %408
-  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %406, <16 x float> %409)
-  store <16 x float> %410, ptr %407, align 4, !tbaa !5
-  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %317, i64 1280
+  %380 = getelementptr i8, ptr %279, i64 1728
+  %381 = load <16 x float>, ptr %380, align 4, !tbaa !5
+  %382 = fmul <16 x float> %310, %.pre100.i
+  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %381, <16 x float> %382)
+  store <16 x float> %383, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
+  %384 = getelementptr i8, ptr %279, i64 256
+  %385 = load <16 x float>, ptr %384, align 4, !tbaa !5
+  %386 = getelementptr inbounds nuw i8, ptr %311, i64 256
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
+  %388 = fmul <16 x float> %283, %387
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %385, <16 x float> %388)
+  store <16 x float> %389, ptr %386, align 4, !tbaa !5
+  %390 = getelementptr i8, ptr %279, i64 320
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw i8, ptr %311, i64 320
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
+  %394 = fmul <16 x float> %283, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 4, !tbaa !5
+  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %311, i64 768
   %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
-  %.pre126.i = fmul <16 x float> %307, %.pre102.i
-  %411 = getelementptr i8, ptr %285, i64 1280
-  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
-  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %412, <16 x float> %.pre126.i)
-  store <16 x float> %413, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
-  %414 = getelementptr i8, ptr %285, i64 1344
-  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
-  %416 = getelementptr inbounds nuw i8, ptr %317, i64 1344
-  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
-  %418 = fmul <16 x float> %307, %417
-  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %415, <16 x float> %418)
-  store <16 x float> %419, ptr %416, align 4, !tbaa !5
-  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %317, i64 1792
+  %.pre126.i = fmul <16 x float> %292, %.pre102.i
+  %396 = getelementptr i8, ptr %279, i64 768
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
+  %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %397, <16 x float> %.pre126.i)
+  store <16 x float> %398, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
+  %399 = getelementptr i8, ptr %279, i64 832
+  %400 = load <16 x float>, ptr %399, align 4, !tbaa !5
+  %401 = getelementptr inbounds nuw i8, ptr %311, i64 832
+  %402 = load <16 x float>, ptr %401, align 4, !tbaa !5
+  %403 = fmul <16 x float> %292, %402
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %400, <16 x float> %403)
+  store <16 x float> %404, ptr %401, align 4, !tbaa !5
+  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %311, i64 1280
   %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
-  %420 = getelementptr i8, ptr %285, i64 1792
-  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
-  %422 = fmul <16 x float> %316, %.pre104.i
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %421, <16 x float> %422)
-  store <16 x float> %423, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
-  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %317, i64 1856
+  %.pre128.i = fmul <16 x float> %301, %.pre104.i
+  %405 = getelementptr i8, ptr %279, i64 1280
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %406, <16 x float> %.pre128.i)
+  store <16 x float> %407, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
+  %408 = getelementptr i8, ptr %279, i64 1344
+  %409 = load <16 x float>, ptr %408, align 4, !tbaa !5
+  %410 = getelementptr inbounds nuw i8, ptr %311, i64 1344
+  %411 = load <16 x float>, ptr %410, align 4, !tbaa !5
+  %412 = fmul <16 x float> %301, %411
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %409, <16 x float> %412)
+  store <16 x float> %413, ptr %410, align 4, !tbaa !5
+  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %311, i64 1792
   %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
-  %424 = getelementptr i8, ptr %285, i64 1856
-  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
-  %426 = fmul <16 x float> %316, %.pre106.i
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %425, <16 x float> %426)
-  store <16 x float> %427, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
-  %428 = getelementptr i8, ptr %285, i64 384
-  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
-  %430 = getelementptr inbounds nuw i8, ptr %317, i64 384
-  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
-  %432 = fmul <16 x float> %289, %431
-  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %429, <16 x float> %432)
-  store <16 x float> %433, ptr %430, align 4, !tbaa !5
-  %434 = getelementptr i8, ptr %285, i64 448
-  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
-  %436 = getelementptr inbounds nuw i8, ptr %317, i64 448
-  %437 = load <16 x float>, ptr %436, align 4, !tbaa !5
-  %438 = fmul <16 x float> %289, %437
-  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %435, <16 x float> %438)
-  store <16 x float> %439, ptr %436, align 4, !tbaa !5
-  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %317, i64 896
+  %414 = getelementptr i8, ptr %279, i64 1792
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %416 = fmul <16 x float> %310, %.pre106.i
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %415, <16 x float> %416)
+  store <16 x float> %417, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
+  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %311, i64 1856
   %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
-  %.pre128.i = fmul <16 x float> %298, %.pre108.i
-  %440 = getelementptr i8, ptr %285, i64 896
-  %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
-  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %441, <16 x float> %.pre128.i)
-  store <16 x float> %442, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
-  %443 = getelementptr i8, ptr %285, i64 960
-  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
-  %445 = getelementptr inbounds nuw i8, ptr %317, i64 960
-  %446 = load <16 x float>, ptr %445, align 4, !tbaa !5
-  %447 = fmul <16 x float> %298, %446
-  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %444, <16 x float> %447)
-  store <16 x float> %448, ptr %445, align 4, !tbaa !5
-  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %317, i64 1408
+  %418 = getelementptr i8, ptr %279, i64 1856
+  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
+  %420 = fmul <16 x float> %310, %.pre108.i
+  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %419, <16 x float> %420)
+  store <16 x float> %421, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
+  %422 = getelementptr i8, ptr %279, i64 384
+  %423 = load <16 x float>, ptr %422, align 4, !tbaa !5
+  %424 = getelementptr inbounds nuw i8, ptr %311, i64 384
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
+  %426 = fmul <16 x float> %283, %425
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %423, <16 x float> %426)
+  store <16 x float> %427, ptr %424, align 4, !tbaa !5
+  %428 = getelementptr i8, ptr %279, i64 448
+  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
+  %430 = getelementptr inbounds nuw i8, ptr %311, i64 448
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
+  %432 = fmul <16 x float> %283, %431
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %429, <16 x float> %432)
+  store <16 x float> %433, ptr %430, align 4, !tbaa !5
+  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %311, i64 896
   %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
-  %.pre130.i = fmul <16 x float> %307, %.pre110.i
-  %449 = getelementptr i8, ptr %285, i64 1408
-  %450 = load <16 x float>, ptr %449, align 4, !tbaa !5
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %450, <16 x float> %.pre130.i)
-  store <16 x float> %451, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
-  %452 = getelementptr i8, ptr %285, i64 1472
-  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
-  %454 = getelementptr inbounds nuw i8, ptr %317, i64 1472
-  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
-  %456 = fmul <16 x float> %307, %455
-  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %453, <16 x float> %456)
-  store <16 x float> %457, ptr %454, align 4, !tbaa !5
-  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %317, i64 1920
+  %.pre130.i = fmul <16 x float> %292, %.pre110.i
+  %434 = getelementptr i8, ptr %279, i64 896
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %435, <16 x float> %.pre130.i)
+  store <16 x float> %436, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
+  %437 = getelementptr i8, ptr %279, i64 960
+  %438 = load <16 x float>, ptr %437, align 4, !tbaa !5
+  %439 = getelementptr inbounds nuw i8, ptr %311, i64 960
+  %440 = load <16 x float>, ptr %439, align 4, !tbaa !5
+  %441 = fmul <16 x float> %292, %440
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %438, <16 x float> %441)
+  store <16 x float> %442, ptr %439, align 4, !tbaa !5
+  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %311, i64 1408
   %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
-  %458 = getelementptr i8, ptr %285, i64 1920
-  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
-  %460 = fmul <16 x float> %316, %.pre112.i
-  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %459, <16 x float> %460)
-  store <16 x float> %461, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
-  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %317, i64 1984
+  %.pre132.i = fmul <16 x float> %301, %.pre112.i
+  %443 = getelementptr i8, ptr %279, i64 1408
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
+  %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %444, <16 x float> %.pre132.i)
+  store <16 x float> %445, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
+  %446 = getelementptr i8, ptr %279, i64 1472
+  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
+  %448 = getelementptr inbounds nuw i8, ptr %311, i64 1472
+  %449 = load <16 x float>, ptr %448, align 4, !tbaa !5
+  %450 = fmul <16 x float> %301, %449
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %447, <16 x float> %450)
+  store <16 x float> %451, ptr %448, align 4, !tbaa !5
+  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %311, i64 1920
   %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
-  %462 = getelementptr i8, ptr %285, i64 1984
-  %463 = load <16 x float>, ptr %462, align 4, !tbaa !5
-  %464 = fmul <16 x float> %316, %.pre114.i
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %463, <16 x float> %464)
-  store <16 x float> %465, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
+  %452 = getelementptr i8, ptr %279, i64 1920
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
+  %454 = fmul <16 x float> %310, %.pre114.i
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %453, <16 x float> %454)
+  store <16 x float> %455, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
+  %.phi.trans.insert115.i = getelementptr inbounds nuw i8, ptr %311, i64 1984
+  %.pre116.i = load <16 x float>, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
+  %456 = getelementptr i8, ptr %279, i64 1984
+  %457 = load <16 x float>, ptr %456, align 4, !tbaa !5
+  %458 = fmul <16 x float> %310, %.pre116.i
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %457, <16 x float> %458)
+  store <16 x float> %459, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
   br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
-  %466 = fmul <32 x float> %old_sum.i, %82
-  %467 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %54, <32 x float> %466)
-  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
-  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
-  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  %460 = fmul <32 x float> %old_sum.i, %79
+  %461 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %100, <32 x float> %54, <32 x float> %460)
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
-  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_031.preheader.i ]
-  %468 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv75.i
-  %469 = load float, ptr %468, align 4, !tbaa !81
-  %470 = insertelement <16 x float> poison, float %469, i64 0
-  %471 = shufflevector <16 x float> %470, <16 x float> poison, <16 x i32> zeroinitializer
-  %472 = mul nsw i64 %indvars.iv75.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %278, i64 %472
-  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
-  %473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
-  %475 = fmul <16 x float> %474, %471
-  %476 = bitcast <16 x float> %475 to <16 x i32>
-  %477 = lshr <16 x i32> %476, splat (i32 16)
-  %478 = and <16 x i32> %477, splat (i32 1)
-  %479 = add nuw <16 x i32> %476, splat (i32 32767)
-  %480 = add nuw <16 x i32> %479, %478
+for_begin_d_033.preheader.i:                      ; preds = %for_begin_d_033.preheader.i, %for_end_step.i
+  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_033.preheader.i ]
+  %462 = getelementptr inbounds nuw float, ptr %factor48.i, i64 %indvars.iv77.i
+  %463 = load float, ptr %462, align 4, !tbaa !85
+  %464 = insertelement <16 x float> poison, float %463, i64 0
+  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
+  %466 = mul nsw i64 %indvars.iv77.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %272, i64 %466
+  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
+  %467 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %468 = load <16 x float>, ptr %467, align 4, !tbaa !5
+  %469 = fmul <16 x float> %468, %465
+  %470 = bitcast <16 x float> %469 to <16 x i32>
+  %471 = lshr <16 x i32> %470, splat (i32 16)
+  %472 = and <16 x i32> %471, splat (i32 1)
+  %473 = add nuw <16 x i32> %470, splat (i32 32767)
+  %474 = add nuw <16 x i32> %473, %472
+  %475 = lshr <16 x i32> %474, splat (i32 16)
+  %476 = trunc nuw <16 x i32> %475 to <16 x i16>
+  store <16 x i16> %476, ptr %invariant.gep.i, align 2, !tbaa !5
+  %477 = getelementptr inbounds nuw i8, ptr %467, i64 64
+  %478 = load <16 x float>, ptr %477, align 4, !tbaa !5
+  %479 = fmul <16 x float> %465, %478
+  %480 = bitcast <16 x float> %479 to <16 x i32>
   %481 = lshr <16 x i32> %480, splat (i32 16)
-  %482 = trunc nuw <16 x i32> %481 to <16 x i16>
-  store <16 x i16> %482, ptr %invariant.gep.i, align 2, !tbaa !5
-  %483 = getelementptr inbounds nuw i8, ptr %473, i64 64
-  %484 = load <16 x float>, ptr %483, align 4, !tbaa !5
-  %485 = fmul <16 x float> %471, %484
-  %486 = bitcast <16 x float> %485 to <16 x i32>
-  %487 = lshr <16 x i32> %486, splat (i32 16)
-  %488 = and <16 x i32> %487, splat (i32 1)
-  %489 = add nuw <16 x i32> %486, splat (i32 32767)
-  %490 = add nuw <16 x i32> %489, %488
-  %491 = lshr <16 x i32> %490, splat (i32 16)
-  %492 = trunc nuw <16 x i32> %491 to <16 x i16>
+  %482 = and <16 x i32> %481, splat (i32 1)
+  %483 = add nuw <16 x i32> %480, splat (i32 32767)
+  %484 = add nuw <16 x i32> %483, %482
+  %485 = lshr <16 x i32> %484, splat (i32 16)
+  %486 = trunc nuw <16 x i32> %485 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %492, ptr %gep.1.i, align 2, !tbaa !5
-  %493 = getelementptr inbounds nuw i8, ptr %473, i64 128
-  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
-  %495 = fmul <16 x float> %471, %494
-  %496 = bitcast <16 x float> %495 to <16 x i32>
-  %497 = lshr <16 x i32> %496, splat (i32 16)
-  %498 = and <16 x i32> %497, splat (i32 1)
-  %499 = add nuw <16 x i32> %496, splat (i32 32767)
-  %500 = add nuw <16 x i32> %499, %498
-  %501 = lshr <16 x i32> %500, splat (i32 16)
-  %502 = trunc nuw <16 x i32> %501 to <16 x i16>
+  store <16 x i16> %486, ptr %gep.1.i, align 2, !tbaa !5
+  %487 = getelementptr inbounds nuw i8, ptr %467, i64 128
+  %488 = load <16 x float>, ptr %487, align 4, !tbaa !5
+  %489 = fmul <16 x float> %465, %488
+  %490 = bitcast <16 x float> %489 to <16 x i32>
+  %491 = lshr <16 x i32> %490, splat (i32 16)
+  %492 = and <16 x i32> %491, splat (i32 1)
+  %493 = add nuw <16 x i32> %490, splat (i32 32767)
+  %494 = add nuw <16 x i32> %493, %492
+  %495 = lshr <16 x i32> %494, splat (i32 16)
+  %496 = trunc nuw <16 x i32> %495 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %502, ptr %gep.2.i, align 2, !tbaa !5
-  %503 = getelementptr inbounds nuw i8, ptr %473, i64 192
-  %504 = load <16 x float>, ptr %503, align 4, !tbaa !5
-  %505 = fmul <16 x float> %471, %504
-  %506 = bitcast <16 x float> %505 to <16 x i32>
-  %507 = lshr <16 x i32> %506, splat (i32 16)
-  %508 = and <16 x i32> %507, splat (i32 1)
-  %509 = add nuw <16 x i32> %506, splat (i32 32767)
-  %510 = add nuw <16 x i32> %509, %508
-  %511 = lshr <16 x i32> %510, splat (i32 16)
-  %512 = trunc nuw <16 x i32> %511 to <16 x i16>
+  store <16 x i16> %496, ptr %gep.2.i, align 2, !tbaa !5
+  %497 = getelementptr inbounds nuw i8, ptr %467, i64 192
+  %498 = load <16 x float>, ptr %497, align 4, !tbaa !5
+  %499 = fmul <16 x float> %465, %498
+  %500 = bitcast <16 x float> %499 to <16 x i32>
+  %501 = lshr <16 x i32> %500, splat (i32 16)
+  %502 = and <16 x i32> %501, splat (i32 1)
+  %503 = add nuw <16 x i32> %500, splat (i32 32767)
+  %504 = add nuw <16 x i32> %503, %502
+  %505 = lshr <16 x i32> %504, splat (i32 16)
+  %506 = trunc nuw <16 x i32> %505 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %512, ptr %gep.3.i, align 2, !tbaa !5
-  %513 = getelementptr inbounds nuw i8, ptr %473, i64 256
-  %514 = load <16 x float>, ptr %513, align 4, !tbaa !5
-  %515 = fmul <16 x float> %471, %514
-  %516 = bitcast <16 x float> %515 to <16 x i32>
-  %517 = lshr <16 x i32> %516, splat (i32 16)
-  %518 = and <16 x i32> %517, splat (i32 1)
-  %519 = add nuw <16 x i32> %516, splat (i32 32767)
-  %520 = add nuw <16 x i32> %519, %518
-  %521 = lshr <16 x i32> %520, splat (i32 16)
-  %522 = trunc nuw <16 x i32> %521 to <16 x i16>
+  store <16 x i16> %506, ptr %gep.3.i, align 2, !tbaa !5
+  %507 = getelementptr inbounds nuw i8, ptr %467, i64 256
+  %508 = load <16 x float>, ptr %507, align 4, !tbaa !5
+  %509 = fmul <16 x float> %465, %508
+  %510 = bitcast <16 x float> %509 to <16 x i32>
+  %511 = lshr <16 x i32> %510, splat (i32 16)
+  %512 = and <16 x i32> %511, splat (i32 1)
+  %513 = add nuw <16 x i32> %510, splat (i32 32767)
+  %514 = add nuw <16 x i32> %513, %512
+  %515 = lshr <16 x i32> %514, splat (i32 16)
+  %516 = trunc nuw <16 x i32> %515 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %522, ptr %gep.4.i, align 2, !tbaa !5
-  %523 = getelementptr inbounds nuw i8, ptr %473, i64 320
-  %524 = load <16 x float>, ptr %523, align 4, !tbaa !5
-  %525 = fmul <16 x float> %471, %524
-  %526 = bitcast <16 x float> %525 to <16 x i32>
-  %527 = lshr <16 x i32> %526, splat (i32 16)
-  %528 = and <16 x i32> %527, splat (i32 1)
-  %529 = add nuw <16 x i32> %526, splat (i32 32767)
-  %530 = add nuw <16 x i32> %529, %528
-  %531 = lshr <16 x i32> %530, splat (i32 16)
-  %532 = trunc nuw <16 x i32> %531 to <16 x i16>
+  store <16 x i16> %516, ptr %gep.4.i, align 2, !tbaa !5
+  %517 = getelementptr inbounds nuw i8, ptr %467, i64 320
+  %518 = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %519 = fmul <16 x float> %465, %518
+  %520 = bitcast <16 x float> %519 to <16 x i32>
+  %521 = lshr <16 x i32> %520, splat (i32 16)
+  %522 = and <16 x i32> %521, splat (i32 1)
+  %523 = add nuw <16 x i32> %520, splat (i32 32767)
+  %524 = add nuw <16 x i32> %523, %522
+  %525 = lshr <16 x i32> %524, splat (i32 16)
+  %526 = trunc nuw <16 x i32> %525 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %532, ptr %gep.5.i, align 2, !tbaa !5
-  %533 = getelementptr inbounds nuw i8, ptr %473, i64 384
-  %534 = load <16 x float>, ptr %533, align 4, !tbaa !5
-  %535 = fmul <16 x float> %471, %534
-  %536 = bitcast <16 x float> %535 to <16 x i32>
-  %537 = lshr <16 x i32> %536, splat (i32 16)
-  %538 = and <16 x i32> %537, splat (i32 1)
-  %539 = add nuw <16 x i32> %536, splat (i32 32767)
-  %540 = add nuw <16 x i32> %539, %538
-  %541 = lshr <16 x i32> %540, splat (i32 16)
-  %542 = trunc nuw <16 x i32> %541 to <16 x i16>
+  store <16 x i16> %526, ptr %gep.5.i, align 2, !tbaa !5
+  %527 = getelementptr inbounds nuw i8, ptr %467, i64 384
+  %528 = load <16 x float>, ptr %527, align 4, !tbaa !5
+  %529 = fmul <16 x float> %465, %528
+  %530 = bitcast <16 x float> %529 to <16 x i32>
+  %531 = lshr <16 x i32> %530, splat (i32 16)
+  %532 = and <16 x i32> %531, splat (i32 1)
+  %533 = add nuw <16 x i32> %530, splat (i32 32767)
+  %534 = add nuw <16 x i32> %533, %532
+  %535 = lshr <16 x i32> %534, splat (i32 16)
+  %536 = trunc nuw <16 x i32> %535 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %542, ptr %gep.6.i, align 2, !tbaa !5
-  %543 = getelementptr inbounds nuw i8, ptr %473, i64 448
-  %544 = load <16 x float>, ptr %543, align 4, !tbaa !5
-  %545 = fmul <16 x float> %471, %544
-  %546 = bitcast <16 x float> %545 to <16 x i32>
-  %547 = lshr <16 x i32> %546, splat (i32 16)
-  %548 = and <16 x i32> %547, splat (i32 1)
-  %549 = add nuw <16 x i32> %546, splat (i32 32767)
-  %550 = add nuw <16 x i32> %549, %548
-  %551 = lshr <16 x i32> %550, splat (i32 16)
-  %552 = trunc nuw <16 x i32> %551 to <16 x i16>
+  store <16 x i16> %536, ptr %gep.6.i, align 2, !tbaa !5
+  %537 = getelementptr inbounds nuw i8, ptr %467, i64 448
+  %538 = load <16 x float>, ptr %537, align 4, !tbaa !5
+  %539 = fmul <16 x float> %465, %538
+  %540 = bitcast <16 x float> %539 to <16 x i32>
+  %541 = lshr <16 x i32> %540, splat (i32 16)
+  %542 = and <16 x i32> %541, splat (i32 1)
+  %543 = add nuw <16 x i32> %540, splat (i32 32767)
+  %544 = add nuw <16 x i32> %543, %542
+  %545 = lshr <16 x i32> %544, splat (i32 16)
+  %546 = trunc nuw <16 x i32> %545 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %552, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
-  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 32
-  br i1 %exitcond78.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !16
+  store <16 x i16> %546, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 32
+  br i1 %exitcond80.not.i, label %for_begin_r38.preheader.i, label %for_begin_d_033.preheader.i, !prof !16
 
-for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
-  %553 = mul nsw i64 %lse_batch, %276
-  %554 = getelementptr float, ptr %lse, i64 %553
-  br label %for_body_r37.i
+for_begin_r38.preheader.i:                        ; preds = %for_begin_d_033.preheader.i
+  %547 = mul nsw i64 %lse_batch, %270
+  %548 = getelementptr float, ptr %lse, i64 %547
+  br label %for_body_r39.i
 
-for_body_r37.i:                                   ; preds = %if_end42.i.3, %for_begin_r36.preheader.i
-  %indvars.iv79.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next80.i.3, %if_end42.i.3 ]
-  %555 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv79.i
-  %556 = load float, ptr %555, align 16, !tbaa !82
-  %557 = fcmp oeq float %556, 0.000000e+00
-  br i1 %557, label %if_end42.i, label %if_else.i
+for_body_r39.i:                                   ; preds = %if_end44.i.3, %for_begin_r38.preheader.i
+  %indvars.iv81.i = phi i64 [ 0, %for_begin_r38.preheader.i ], [ %indvars.iv.next82.i.3, %if_end44.i.3 ]
+  %549 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv81.i
+  %550 = load float, ptr %549, align 16, !tbaa !86
+  %551 = fcmp oeq float %550, 0.000000e+00
+  br i1 %551, label %if_end44.i, label %if_else.i
 
-for_end_r38.i:                                    ; preds = %if_end42.i.3
-  %558 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %559 = tail call i32 %558(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %559, 0
+for_end_r40.i:                                    ; preds = %if_end44.i.3
+  %552 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %553 = tail call i32 %552(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %553, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r37.i
-  %560 = tail call float @llvm.log.f32(float %556)
-  %561 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv79.i
-  %562 = load float, ptr %561, align 16, !tbaa !84
-  %563 = fadd float %560, %562
-  br label %if_end42.i
+if_else.i:                                        ; preds = %for_body_r39.i
+  %554 = tail call float @llvm.log.f32(float %550)
+  %555 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv81.i
+  %556 = load float, ptr %555, align 16, !tbaa !88
+  %557 = fadd float %554, %556
+  br label %if_end44.i
 
-if_end42.i:                                       ; preds = %if_else.i, %for_body_r37.i
-  %564 = phi float [ %563, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
-  %565 = getelementptr float, ptr %554, i64 %indvars.iv79.i
-  store float %564, ptr %565, align 4, !tbaa !5
-  %indvars.iv.next80.i = or disjoint i64 %indvars.iv79.i, 1
-  %566 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i
-  %567 = load float, ptr %566, align 4, !tbaa !82
-  %568 = fcmp oeq float %567, 0.000000e+00
-  br i1 %568, label %if_end42.i.1, label %if_else.i.1
+if_end44.i:                                       ; preds = %if_else.i, %for_body_r39.i
+  %558 = phi float [ %557, %if_else.i ], [ 0xFFF0000000000000, %for_body_r39.i ]
+  %559 = getelementptr float, ptr %548, i64 %indvars.iv81.i
+  store float %558, ptr %559, align 4, !tbaa !5
+  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
+  %560 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i
+  %561 = load float, ptr %560, align 4, !tbaa !86
+  %562 = fcmp oeq float %561, 0.000000e+00
+  br i1 %562, label %if_end44.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end42.i
-  %569 = tail call float @llvm.log.f32(float %567)
-  %570 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i
-  %571 = load float, ptr %570, align 4, !tbaa !84
-  %572 = fadd float %569, %571
-  br label %if_end42.i.1
+if_else.i.1:                                      ; preds = %if_end44.i
+  %563 = tail call float @llvm.log.f32(float %561)
+  %564 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i
+  %565 = load float, ptr %564, align 4, !tbaa !88
+  %566 = fadd float %563, %565
+  br label %if_end44.i.1
 
-if_end42.i.1:                                     ; preds = %if_else.i.1, %if_end42.i
-  %573 = phi float [ %572, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
-  %574 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i
-  store float %573, ptr %574, align 4, !tbaa !5
-  %indvars.iv.next80.i.1 = or disjoint i64 %indvars.iv79.i, 2
-  %575 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.1
-  %576 = load float, ptr %575, align 8, !tbaa !82
-  %577 = fcmp oeq float %576, 0.000000e+00
-  br i1 %577, label %if_end42.i.2, label %if_else.i.2
+if_end44.i.1:                                     ; preds = %if_else.i.1, %if_end44.i
+  %567 = phi float [ %566, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end44.i ]
+  %568 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i
+  store float %567, ptr %568, align 4, !tbaa !5
+  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
+  %569 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i.1
+  %570 = load float, ptr %569, align 8, !tbaa !86
+  %571 = fcmp oeq float %570, 0.000000e+00
+  br i1 %571, label %if_end44.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end42.i.1
-  %578 = tail call float @llvm.log.f32(float %576)
-  %579 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.1
-  %580 = load float, ptr %579, align 8, !tbaa !84
-  %581 = fadd float %578, %580
-  br label %if_end42.i.2
+if_else.i.2:                                      ; preds = %if_end44.i.1
+  %572 = tail call float @llvm.log.f32(float %570)
+  %573 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i.1
+  %574 = load float, ptr %573, align 8, !tbaa !88
+  %575 = fadd float %572, %574
+  br label %if_end44.i.2
 
-if_end42.i.2:                                     ; preds = %if_else.i.2, %if_end42.i.1
-  %582 = phi float [ %581, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
-  %583 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.1
-  store float %582, ptr %583, align 4, !tbaa !5
-  %indvars.iv.next80.i.2 = or disjoint i64 %indvars.iv79.i, 3
-  %584 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.2
-  %585 = load float, ptr %584, align 4, !tbaa !82
-  %586 = fcmp oeq float %585, 0.000000e+00
-  br i1 %586, label %if_end42.i.3, label %if_else.i.3
+if_end44.i.2:                                     ; preds = %if_else.i.2, %if_end44.i.1
+  %576 = phi float [ %575, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end44.i.1 ]
+  %577 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i.1
+  store float %576, ptr %577, align 4, !tbaa !5
+  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
+  %578 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i.2
+  %579 = load float, ptr %578, align 4, !tbaa !86
+  %580 = fcmp oeq float %579, 0.000000e+00
+  br i1 %580, label %if_end44.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end42.i.2
-  %587 = tail call float @llvm.log.f32(float %585)
-  %588 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.2
-  %589 = load float, ptr %588, align 4, !tbaa !84
-  %590 = fadd float %587, %589
-  br label %if_end42.i.3
+if_else.i.3:                                      ; preds = %if_end44.i.2
+  %581 = tail call float @llvm.log.f32(float %579)
+  %582 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i.2
+  %583 = load float, ptr %582, align 4, !tbaa !88
+  %584 = fadd float %581, %583
+  br label %if_end44.i.3
 
-if_end42.i.3:                                     ; preds = %if_else.i.3, %if_end42.i.2
-  %591 = phi float [ %590, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
-  %592 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.2
-  store float %591, ptr %592, align 4, !tbaa !5
-  %indvars.iv.next80.i.3 = add nuw nsw i64 %indvars.iv79.i, 4
-  %exitcond82.not.i.3 = icmp eq i64 %indvars.iv.next80.i.3, 32
-  br i1 %exitcond82.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !16, !llvm.loop !86
+if_end44.i.3:                                     ; preds = %if_else.i.3, %if_end44.i.2
+  %585 = phi float [ %584, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end44.i.2 ]
+  %586 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i.2
+  store float %585, ptr %586, align 4, !tbaa !5
+  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
+  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next82.i.3, 32
+  br i1 %exitcond84.not.i.3, label %for_end_r40.i, label %for_body_r39.i, !prof !16, !llvm.loop !90
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r38.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r38.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum51.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max52.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r40.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r40.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor48.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta51.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha52.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum53.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max54.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5293,6 +5541,9 @@ declare void @llvm.assume(i1 noundef) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
 declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
@@ -5546,40 +5797,44 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !48 = distinct !{!48, !31, !32}
 !49 = distinct !{!49, !42}
 !50 = distinct !{!50, !31, !32}
-!51 = distinct !{!51, !42}
-!52 = distinct !{!52, !31, !32}
-!53 = distinct !{!53, !42}
-!54 = distinct !{!54, !31, !32}
+!51 = distinct !{!51, !11}
+!52 = distinct !{!52, !11}
+!53 = distinct !{!53, !11}
+!54 = distinct !{!54, !11}
 !55 = distinct !{!55, !42}
 !56 = distinct !{!56, !31, !32}
 !57 = distinct !{!57, !42}
 !58 = distinct !{!58, !31, !32}
-!59 = !{!"branch_weights", i32 1, i32 127}
-!60 = distinct !{!60, !11}
-!61 = !{!62, !62, i64 0}
-!62 = !{!"buffer2.w128.b0", !63, i64 0}
-!63 = !{!"buffer2.w256.b0", !64, i64 0}
-!64 = !{!"buffer2.w512.b0", !65, i64 0}
-!65 = !{!"buffer2.w1024.b0", !66, i64 0}
-!66 = !{!"buffer2", !7, i64 0}
-!67 = !{!68, !68, i64 0}
-!68 = !{!"buffer3.w128.b0", !69, i64 0}
-!69 = !{!"buffer3.w256.b0", !70, i64 0}
-!70 = !{!"buffer3.w512.b0", !71, i64 0}
-!71 = !{!"buffer3.w1024.b0", !72, i64 0}
-!72 = !{!"buffer3", !7, i64 0}
-!73 = !{!72, !72, i64 0}
-!74 = !{!66, !66, i64 0}
-!75 = !{!76, !76, i64 0}
-!76 = !{!"buffer4.w128.b0", !77, i64 0}
-!77 = !{!"buffer4.w256.b0", !78, i64 0}
-!78 = !{!"buffer4.w512.b0", !79, i64 0}
-!79 = !{!"buffer4.w1024.b0", !80, i64 0}
-!80 = !{!"buffer4", !7, i64 0}
-!81 = !{!80, !80, i64 0}
-!82 = !{!83, !83, i64 0}
-!83 = !{!"buffer5", !7, i64 0}
-!84 = !{!85, !85, i64 0}
-!85 = !{!"buffer6", !7, i64 0}
-!86 = distinct !{!86, !87}
-!87 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!59 = distinct !{!59, !42}
+!60 = distinct !{!60, !31, !32}
+!61 = distinct !{!61, !42}
+!62 = distinct !{!62, !31, !32}
+!63 = !{!"branch_weights", i32 1, i32 127}
+!64 = distinct !{!64, !11}
+!65 = !{!66, !66, i64 0}
+!66 = !{!"buffer2.w128.b0", !67, i64 0}
+!67 = !{!"buffer2.w256.b0", !68, i64 0}
+!68 = !{!"buffer2.w512.b0", !69, i64 0}
+!69 = !{!"buffer2.w1024.b0", !70, i64 0}
+!70 = !{!"buffer2", !7, i64 0}
+!71 = !{!72, !72, i64 0}
+!72 = !{!"buffer3.w128.b0", !73, i64 0}
+!73 = !{!"buffer3.w256.b0", !74, i64 0}
+!74 = !{!"buffer3.w512.b0", !75, i64 0}
+!75 = !{!"buffer3.w1024.b0", !76, i64 0}
+!76 = !{!"buffer3", !7, i64 0}
+!77 = !{!76, !76, i64 0}
+!78 = !{!70, !70, i64 0}
+!79 = !{!80, !80, i64 0}
+!80 = !{!"buffer4.w128.b0", !81, i64 0}
+!81 = !{!"buffer4.w256.b0", !82, i64 0}
+!82 = !{!"buffer4.w512.b0", !83, i64 0}
+!83 = !{!"buffer4.w1024.b0", !84, i64 0}
+!84 = !{!"buffer4", !7, i64 0}
+!85 = !{!84, !84, i64 0}
+!86 = !{!87, !87, i64 0}
+!87 = !{!"buffer5", !7, i64 0}
+!88 = !{!89, !89, i64 0}
+!89 = !{!"buffer6", !7, i64 0}
+!90 = distinct !{!90, !91}
+!91 = !{!"llvm.loop.estimated_trip_count", i32 262144}

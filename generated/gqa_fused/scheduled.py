@@ -178,8 +178,8 @@ class Module:
                                                             T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ax3_0 in range(1):
                                                         for ax2_init in range(1):
-                                                            for ax1_1_init in T.unroll(2):
-                                                                for ax3_1_init in T.unroll(4):
+                                                            for ax3_1_init in T.unroll(4):
+                                                                for ax1_1_init in T.unroll(2):
                                                                     for ax0_init in T.vectorized(16):
                                                                         with T.sblock("scores_rf_init"):
                                                                             vd_1 = T.axis.spatial(16, ax0_init)
@@ -192,8 +192,8 @@ class Module:
                                                                             scores_rf_global[0, vr, vt, vd_1] = T.float32(0.0)
                                                         for ax4, ax2 in T.grid(4, 1):
                                                             for ax5 in T.unroll(2):
-                                                                for ax1_1 in T.unroll(2):
-                                                                    for ax3_1 in T.unroll(4):
+                                                                for ax3_1 in T.unroll(4):
+                                                                    for ax1_1 in T.unroll(2):
                                                                         for ax0 in T.vectorized(16):
                                                                             with T.sblock("scores_rf_update"):
                                                                                 vd_1 = T.axis.spatial(16, ax0)
@@ -204,7 +204,7 @@ class Module:
                                                                                 T.where(to_m < 8)
                                                                                 T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[first_tile, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + k_now + T.Cast("int64", vi) * k_head], key_offsets[vt])
                                                                                 T.writes(scores_rf_global[0, vr, vt, vd_1])
-                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[first_tile, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & -65536))
+                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[first_tile, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                                         for ax0 in range(1):
                                                             for ax1 in T.unroll(4):
                                                                 for ax2 in T.unroll(2):
@@ -336,12 +336,13 @@ class Module:
                                                                 T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                                 T.writes(probs[vslot, vr, vt])
                                                                 arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
-                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                                 probs[vslot, vr, vt] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(16):
@@ -398,20 +399,22 @@ class Module:
                                                             m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                             arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
-                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                                            p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                                            series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                             beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("new_sum"):
@@ -432,13 +435,13 @@ class Module:
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
                                             full_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
-                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            fetched = T.sblock_alloc_buffer((8, 4, 16), "int8")
                                             tile_acc_global = T.sblock_alloc_buffer((1, 4, 64, 2))
                                             num_full: T.let[T.int32] = valid_len // 16
                                             for i_m, r_0_m, d_0_m in T.grid(1, 1, 4):
-                                                for d_1_init in T.unroll(1):
-                                                    for d_3_init in T.unroll(2):
-                                                        for r_1_init in T.unroll(4):
+                                                for r_1_init in T.unroll(4):
+                                                    for d_1_init in T.unroll(1):
+                                                        for d_3_init in T.unroll(2):
                                                             for d_2_init in T.vectorized(16):
                                                                 with T.sblock("full_groups_init"):
                                                                     vi = T.axis.spatial(1, i_m)
@@ -448,32 +451,33 @@ class Module:
                                                                     T.writes(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
                                                                     full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 16, 1):
+                                                    for ax0, ax1, ax2 in T.grid(1, 1, 16):
                                                         with T.sblock("prefetch_values"):
                                                             vo = T.axis.spatial(8, to + ax0)
-                                                            vi = T.axis.spatial(16, ax1)
-                                                            vl = T.axis.spatial(4, d_0_m + ax2)
+                                                            vp = T.axis.spatial(4, d_0_m + ax1)
+                                                            vn = T.axis.spatial(16, ax2)
                                                             T.where(to < 8)
                                                             T.reads(value_offsets[0:256])
-                                                            T.writes(fetched[vo * 16 + vi, vl])
-                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 16 + vi
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                            T.writes(fetched[vo, vp, vn])
+                                                            if T.EQ(0, 0) and vp < 4:
+                                                                number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 16 + vn
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ti in T.unroll(16):
-                                                        for d_1 in T.unroll(1):
-                                                            for d_3 in T.unroll(2):
-                                                                for r_1 in T.unroll(4):
+                                                        for r_1 in T.unroll(4):
+                                                            for d_1 in T.unroll(1):
+                                                                for d_3 in T.unroll(2):
                                                                     for d_2 in T.vectorized(16):
                                                                         with T.sblock("full_groups_update"):
                                                                             vt = T.axis.reduce(128, to * 16 + ti)
                                                                             vi = T.axis.spatial(1, i_m)
                                                                             vr = T.axis.spatial(4, r_0_m * 4 + r_1)
                                                                             vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)
-                                                                            T.reads(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                                            T.reads(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:16])
                                                                             T.writes(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                                            full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
-                                                for d_1_init in T.unroll(1):
-                                                    for d_3_init in T.unroll(2):
-                                                        for r_1_init in T.unroll(4):
+                                                                            full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                for r_1_init in T.unroll(4):
+                                                    for d_1_init in T.unroll(1):
+                                                        for d_3_init in T.unroll(2):
                                                             for d_2_init in T.vectorized(16):
                                                                 with T.sblock("tile_acc_init"):
                                                                     vi = T.axis.spatial(1, i_m)
@@ -483,9 +487,9 @@ class Module:
                                                                     T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
                                                                     tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2]
                                                 for ti in range(valid_len % 16):
-                                                    for d_1 in T.unroll(1):
-                                                        for d_3 in T.unroll(2):
-                                                            for r_1 in T.unroll(4):
+                                                    for r_1 in T.unroll(4):
+                                                        for d_1 in T.unroll(1):
+                                                            for d_3 in T.unroll(2):
                                                                 for d_2 in T.vectorized(16):
                                                                     with T.sblock("tile_acc_update"):
                                                                         vt = T.axis.reduce(128, ti + num_full * 16)
@@ -494,7 +498,7 @@ class Module:
                                                                         vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)
                                                                         T.reads(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2], full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                                         T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
+                                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                                 for r_1 in T.unroll(4):
                                                     for d_1_0 in T.unroll(1):
                                                         for ax0, ax1, ax2, ax3_0, ax4_0 in T.grid(1, 1, 1, 1, 4):
@@ -611,20 +615,22 @@ class Module:
                                 m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
                                 new_max[vr] = m
                                 arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                 alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                 arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                 f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                 beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                         for r in T.vectorized(32):
                             with T.sblock("new_sum"):

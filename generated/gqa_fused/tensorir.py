@@ -159,7 +159,7 @@ class Module:
                                                     T.writes(scores[0, vr, vt])
                                                     with T.init():
                                                         scores[0, vr, vt] = T.float32(0.0)
-                                                    scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first_tile + vi, vr, vd] * T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] & -65536))
+                                                    scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first_tile + vi, vr, vd] * T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                         for tile in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, tile)
@@ -199,12 +199,13 @@ class Module:
                                                             T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                             T.writes(probs[vslot, vr, vt])
                                                             arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             probs[vslot, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                     for r, to, ti in T.grid(4, num_groups, 16):
                                                         with T.sblock("tile_sum"):
@@ -232,20 +233,22 @@ class Module:
                                                             m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                             arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
-                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                                            p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                                            series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                             beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in range(4):
                                                         with T.sblock("new_sum"):
@@ -266,25 +269,26 @@ class Module:
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 128))
                                             full_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            fetched = T.sblock_alloc_buffer((8, 4, 16), "int8")
                                             num_full: T.let[T.int32] = valid_len // 16
-                                            for to, ti, li in T.grid(num_full, 16, 4):
+                                            for to, pi, ni in T.grid(num_full, 4, 16):
                                                 with T.sblock("prefetch_values"):
                                                     vo = T.axis.spatial(8, to)
-                                                    vi, vl = T.axis.remap("SS", [ti, li])
+                                                    vp, vn = T.axis.remap("SS", [pi, ni])
                                                     T.reads(value_offsets[0:256])
-                                                    T.writes(fetched[vo * 16 + vi, vl])
-                                                    number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 16 + vi
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    T.writes(fetched[vo, vp, vn])
+                                                    if T.EQ(0, 0) and vp < 4:
+                                                        number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 16 + vn
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for i, to, ti, r, d in T.grid(1, num_full, 16, 4, 128):
                                                 with T.sblock("full_groups"):
                                                     vt = T.axis.reduce(128, to * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                    T.reads(probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:16])
                                                     T.writes(full_acc[vi, vr, vd])
                                                     with T.init():
                                                         full_acc[vi, vr, vd] = T.float32(0.0)
-                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
+                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                             for i, ti, r, d in T.grid(1, valid_len % 16, 4, 128):
                                                 with T.sblock("tile_acc"):
                                                     vt = T.axis.reduce(128, num_full * 16 + ti)
@@ -293,7 +297,7 @@ class Module:
                                                     T.writes(tile_acc[0, vr, vd])
                                                     with T.init():
                                                         tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
+                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                             for i, r, d in T.grid(1, 4, 128):
                                                 with T.sblock("acc"):
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
@@ -386,20 +390,22 @@ class Module:
                                 m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
                                 new_max[vr] = m
                                 arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                 alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                 arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                 f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                 beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                         for r in range(32):
                             with T.sblock("new_sum"):

@@ -1135,10 +1135,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %peak223.i = alloca [4 x float], align 16
-  %tile_sum224.i = alloca [4 x float], align 16
-  %row_sum229.i = alloca [32 x float], align 16
-  %row_max230.i = alloca [32 x float], align 16
+  %peak222.i = alloca [4 x float], align 16
+  %tile_sum223.i = alloca [4 x float], align 16
+  %row_sum228.i = alloca [32 x float], align 16
+  %row_max229.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1321,10 +1321,10 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak223.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum224.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum229.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max230.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak222.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum223.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum228.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max229.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1356,7 +1356,7 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %.not = icmp eq i64 %92, 0
   %93 = zext i32 %87 to i64
   %94 = and i64 %50, 4294967295
-  %wide.trip.count1250.i = and i64 %44, 2147483647
+  %wide.trip.count1249.i = and i64 %44, 2147483647
   %invariant.op.i = add i32 %87, -1
   %95 = mul i64 %q_batch, %89
   %96 = shl i64 %95, 1
@@ -1370,14 +1370,14 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %stride.check = icmp ne i64 %.mask, 0
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end207.i
-  %indvars.iv.next1246.i = add nuw nsw i64 %indvars.iv1245.i, 1
-  %exitcond1251.not.i = icmp eq i64 %indvars.iv.next1246.i, %wide.trip.count1250.i
-  br i1 %exitcond1251.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end206.i
+  %indvars.iv.next1245.i = add nuw nsw i64 %indvars.iv1244.i, 1
+  %exitcond1250.not.i = icmp eq i64 %indvars.iv.next1245.i, %wide.trip.count1249.i
+  br i1 %exitcond1250.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1245.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1246.i, %for_begin_s.i ]
-  %103 = mul i64 %97, %indvars.iv1245.i
+  %indvars.iv1244.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1245.i, %for_begin_s.i ]
+  %103 = mul i64 %97, %indvars.iv1244.i
   %scevgep86 = getelementptr i8, ptr %99, i64 %103
   %scevgep87 = getelementptr i8, ptr %102, i64 %103
   %104 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -1392,7 +1392,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %107, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %108 = add nsw i64 %indvars.iv1245.i, %89
+  %108 = add nsw i64 %indvars.iv1244.i, %89
   %109 = getelementptr inbounds i32, ptr %context_lens, i64 %108
   %110 = load i32, ptr %109, align 4, !tbaa !4
   %111 = mul nsw i64 %108, %q_batch
@@ -1405,12 +1405,12 @@ if_end2.i:                                        ; preds = %if_end.i
   br label %for_begin_r.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv1101.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1102.i, %for_end_d.i ]
-  %114 = shl nuw nsw i64 %indvars.iv1101.i, 2
+  %indvars.iv1100.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1101.i, %for_end_d.i ]
+  %114 = shl nuw nsw i64 %indvars.iv1100.i, 2
   %115 = mul nsw i64 %114, %q_head
   %invariant.gep.i = getelementptr i16, ptr %112, i64 %115
-  %invariant.gep1310.i.idx = shl nuw nsw i64 %indvars.iv1101.i, 10
-  %invariant.gep1310.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1310.i.idx
+  %invariant.gep1309.i.idx = shl nuw nsw i64 %indvars.iv1100.i, 10
+  %invariant.gep1309.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1309.i.idx
   br i1 %113, label %for_body_d.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %for_begin_r.preheader.i
@@ -1421,10 +1421,10 @@ vector.body:                                      ; preds = %for_begin_r.prehead
   %wide.load88 = load <8 x i32>, ptr %116, align 2, !alias.scope !12
   %wide.load89 = load <8 x i32>, ptr %117, align 2, !alias.scope !12
   %wide.load90 = load <8 x i32>, ptr %118, align 2, !alias.scope !12
-  %119 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 32
-  %120 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 64
-  %121 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 96
-  store <8 x i32> %wide.load, ptr %invariant.gep1310.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %119 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 32
+  %120 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 64
+  %121 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 96
+  store <8 x i32> %wide.load, ptr %invariant.gep1309.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load88, ptr %119, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load89, ptr %120, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load90, ptr %121, align 4, !tbaa !4, !alias.scope !15, !noalias !12
@@ -1436,10 +1436,10 @@ vector.body:                                      ; preds = %for_begin_r.prehead
   %wide.load88.1 = load <8 x i32>, ptr %123, align 2, !alias.scope !12
   %wide.load89.1 = load <8 x i32>, ptr %124, align 2, !alias.scope !12
   %wide.load90.1 = load <8 x i32>, ptr %125, align 2, !alias.scope !12
-  %126 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 128
-  %127 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 160
-  %128 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 192
-  %129 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 224
+  %126 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 128
+  %127 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 160
+  %128 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 192
+  %129 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 224
   store <8 x i32> %wide.load.1, ptr %126, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load88.1, ptr %127, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %wide.load89.1, ptr %128, align 4, !tbaa !4, !alias.scope !15, !noalias !12
@@ -1458,7 +1458,7 @@ for_end_tile.i:                                   ; preds = %for_end_d.i
   %136 = getelementptr i32, ptr %block_table, i64 %135
   %137 = zext nneg i32 %133 to i64
   %138 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1208.i = zext nneg i32 %134 to i64
+  %wide.trip.count1207.i = zext nneg i32 %134 to i64
   br label %for_begin_step.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r.preheader.i
@@ -1466,50 +1466,50 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
   %139 = load i32, ptr %gep.i, align 2
-  %gep1311.i = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.i
-  store i32 %139, ptr %gep1311.i, align 4, !tbaa !4
+  %gep1310.i = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.i
+  store i32 %139, ptr %gep1310.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
   %140 = load i32, ptr %gep.i.1, align 2
-  %gep1311.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i
-  store i32 %140, ptr %gep1311.i.1, align 4, !tbaa !4
+  %gep1310.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i
+  store i32 %140, ptr %gep1310.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
   %141 = load i32, ptr %gep.i.2, align 2
-  %gep1311.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.1
-  store i32 %141, ptr %gep1311.i.2, align 4, !tbaa !4
+  %gep1310.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.1
+  store i32 %141, ptr %gep1310.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
   %142 = load i32, ptr %gep.i.3, align 2
-  %gep1311.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.2
-  store i32 %142, ptr %gep1311.i.3, align 4, !tbaa !4
+  %gep1310.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.2
+  store i32 %142, ptr %gep1310.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = or disjoint i64 %indvars.iv.i, 4
   %gep.idx.i.4 = shl i64 %indvars.iv.next.i.3, 2
   %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.4
   %143 = load i32, ptr %gep.i.4, align 2
-  %gep1311.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.3
-  store i32 %143, ptr %gep1311.i.4, align 4, !tbaa !4
+  %gep1310.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.3
+  store i32 %143, ptr %gep1310.i.4, align 4, !tbaa !4
   %indvars.iv.next.i.4 = or disjoint i64 %indvars.iv.i, 5
   %gep.idx.i.5 = shl i64 %indvars.iv.next.i.4, 2
   %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.5
   %144 = load i32, ptr %gep.i.5, align 2
-  %gep1311.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.4
-  store i32 %144, ptr %gep1311.i.5, align 4, !tbaa !4
+  %gep1310.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.4
+  store i32 %144, ptr %gep1310.i.5, align 4, !tbaa !4
   %indvars.iv.next.i.5 = or disjoint i64 %indvars.iv.i, 6
   %gep.idx.i.6 = shl i64 %indvars.iv.next.i.5, 2
   %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.6
   %145 = load i32, ptr %gep.i.6, align 2
-  %gep1311.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.5
-  store i32 %145, ptr %gep1311.i.6, align 4, !tbaa !4
+  %gep1310.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.5
+  store i32 %145, ptr %gep1310.i.6, align 4, !tbaa !4
   %indvars.iv.next.i.6 = or disjoint i64 %indvars.iv.i, 7
   %gep.idx.i.7 = shl i64 %indvars.iv.next.i.6, 2
   %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.7
   %146 = load i32, ptr %gep.i.7, align 2
-  %gep1311.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1310.i, i64 %indvars.iv.next.i.6
-  store i32 %146, ptr %gep1311.i.7, align 4, !tbaa !4
+  %gep1310.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.6
+  store i32 %146, ptr %gep1310.i.7, align 4, !tbaa !4
   %indvars.iv.next.i.7 = add nuw nsw i64 %indvars.iv.i, 8
   %exitcond.not.i.7 = icmp eq i64 %indvars.iv.next.i.7, 64
   br i1 %exitcond.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
@@ -1519,793 +1519,793 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   %148 = mul nsw i64 %147, %q_head
   %invariant.gep.1.i = getelementptr i16, ptr %112, i64 %148
   %149 = load i32, ptr %invariant.gep.1.i, align 2
-  %150 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 256
+  %150 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 256
   store i32 %149, ptr %150, align 4, !tbaa !4
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 4
   %151 = load i32, ptr %gep.1.i.1, align 2
-  %152 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 260
+  %152 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 260
   store i32 %151, ptr %152, align 4, !tbaa !4
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 8
   %153 = load i32, ptr %gep.1.i.2, align 2
-  %154 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 264
+  %154 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 264
   store i32 %153, ptr %154, align 4, !tbaa !4
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 12
   %155 = load i32, ptr %gep.1.i.3, align 2
-  %156 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 268
+  %156 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 268
   store i32 %155, ptr %156, align 4, !tbaa !4
   %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 16
   %157 = load i32, ptr %gep.1.i.4, align 2
-  %158 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 272
+  %158 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 272
   store i32 %157, ptr %158, align 4, !tbaa !4
   %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 20
   %159 = load i32, ptr %gep.1.i.5, align 2
-  %160 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 276
+  %160 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 276
   store i32 %159, ptr %160, align 4, !tbaa !4
   %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 24
   %161 = load i32, ptr %gep.1.i.6, align 2
-  %162 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 280
+  %162 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 280
   store i32 %161, ptr %162, align 4, !tbaa !4
   %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 28
   %163 = load i32, ptr %gep.1.i.7, align 2
-  %164 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 284
+  %164 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 284
   store i32 %163, ptr %164, align 4, !tbaa !4
   %gep.1.i.8 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %165 = load i32, ptr %gep.1.i.8, align 2
-  %166 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 288
+  %166 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 288
   store i32 %165, ptr %166, align 4, !tbaa !4
   %gep.1.i.9 = getelementptr i8, ptr %invariant.gep.1.i, i64 36
   %167 = load i32, ptr %gep.1.i.9, align 2
-  %168 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 292
+  %168 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 292
   store i32 %167, ptr %168, align 4, !tbaa !4
   %gep.1.i.10 = getelementptr i8, ptr %invariant.gep.1.i, i64 40
   %169 = load i32, ptr %gep.1.i.10, align 2
-  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 296
+  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 296
   store i32 %169, ptr %170, align 4, !tbaa !4
   %gep.1.i.11 = getelementptr i8, ptr %invariant.gep.1.i, i64 44
   %171 = load i32, ptr %gep.1.i.11, align 2
-  %172 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 300
+  %172 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 300
   store i32 %171, ptr %172, align 4, !tbaa !4
   %gep.1.i.12 = getelementptr i8, ptr %invariant.gep.1.i, i64 48
   %173 = load i32, ptr %gep.1.i.12, align 2
-  %174 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 304
+  %174 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 304
   store i32 %173, ptr %174, align 4, !tbaa !4
   %gep.1.i.13 = getelementptr i8, ptr %invariant.gep.1.i, i64 52
   %175 = load i32, ptr %gep.1.i.13, align 2
-  %176 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 308
+  %176 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 308
   store i32 %175, ptr %176, align 4, !tbaa !4
   %gep.1.i.14 = getelementptr i8, ptr %invariant.gep.1.i, i64 56
   %177 = load i32, ptr %gep.1.i.14, align 2
-  %178 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 312
+  %178 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 312
   store i32 %177, ptr %178, align 4, !tbaa !4
   %gep.1.i.15 = getelementptr i8, ptr %invariant.gep.1.i, i64 60
   %179 = load i32, ptr %gep.1.i.15, align 2
-  %180 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 316
+  %180 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 316
   store i32 %179, ptr %180, align 4, !tbaa !4
   %gep.1.i.16 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %181 = load i32, ptr %gep.1.i.16, align 2
-  %182 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 320
+  %182 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 320
   store i32 %181, ptr %182, align 4, !tbaa !4
   %gep.1.i.17 = getelementptr i8, ptr %invariant.gep.1.i, i64 68
   %183 = load i32, ptr %gep.1.i.17, align 2
-  %184 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 324
+  %184 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 324
   store i32 %183, ptr %184, align 4, !tbaa !4
   %gep.1.i.18 = getelementptr i8, ptr %invariant.gep.1.i, i64 72
   %185 = load i32, ptr %gep.1.i.18, align 2
-  %186 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 328
+  %186 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 328
   store i32 %185, ptr %186, align 4, !tbaa !4
   %gep.1.i.19 = getelementptr i8, ptr %invariant.gep.1.i, i64 76
   %187 = load i32, ptr %gep.1.i.19, align 2
-  %188 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 332
+  %188 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 332
   store i32 %187, ptr %188, align 4, !tbaa !4
   %gep.1.i.20 = getelementptr i8, ptr %invariant.gep.1.i, i64 80
   %189 = load i32, ptr %gep.1.i.20, align 2
-  %190 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 336
+  %190 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 336
   store i32 %189, ptr %190, align 4, !tbaa !4
   %gep.1.i.21 = getelementptr i8, ptr %invariant.gep.1.i, i64 84
   %191 = load i32, ptr %gep.1.i.21, align 2
-  %192 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 340
+  %192 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 340
   store i32 %191, ptr %192, align 4, !tbaa !4
   %gep.1.i.22 = getelementptr i8, ptr %invariant.gep.1.i, i64 88
   %193 = load i32, ptr %gep.1.i.22, align 2
-  %194 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 344
+  %194 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 344
   store i32 %193, ptr %194, align 4, !tbaa !4
   %gep.1.i.23 = getelementptr i8, ptr %invariant.gep.1.i, i64 92
   %195 = load i32, ptr %gep.1.i.23, align 2
-  %196 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 348
+  %196 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 348
   store i32 %195, ptr %196, align 4, !tbaa !4
   %gep.1.i.24 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
   %197 = load i32, ptr %gep.1.i.24, align 2
-  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 352
+  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 352
   store i32 %197, ptr %198, align 4, !tbaa !4
   %gep.1.i.25 = getelementptr i8, ptr %invariant.gep.1.i, i64 100
   %199 = load i32, ptr %gep.1.i.25, align 2
-  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 356
+  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 356
   store i32 %199, ptr %200, align 4, !tbaa !4
   %gep.1.i.26 = getelementptr i8, ptr %invariant.gep.1.i, i64 104
   %201 = load i32, ptr %gep.1.i.26, align 2
-  %202 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 360
+  %202 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 360
   store i32 %201, ptr %202, align 4, !tbaa !4
   %gep.1.i.27 = getelementptr i8, ptr %invariant.gep.1.i, i64 108
   %203 = load i32, ptr %gep.1.i.27, align 2
-  %204 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 364
+  %204 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 364
   store i32 %203, ptr %204, align 4, !tbaa !4
   %gep.1.i.28 = getelementptr i8, ptr %invariant.gep.1.i, i64 112
   %205 = load i32, ptr %gep.1.i.28, align 2
-  %206 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 368
+  %206 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 368
   store i32 %205, ptr %206, align 4, !tbaa !4
   %gep.1.i.29 = getelementptr i8, ptr %invariant.gep.1.i, i64 116
   %207 = load i32, ptr %gep.1.i.29, align 2
-  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 372
+  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 372
   store i32 %207, ptr %208, align 4, !tbaa !4
   %gep.1.i.30 = getelementptr i8, ptr %invariant.gep.1.i, i64 120
   %209 = load i32, ptr %gep.1.i.30, align 2
-  %210 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 376
+  %210 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 376
   store i32 %209, ptr %210, align 4, !tbaa !4
   %gep.1.i.31 = getelementptr i8, ptr %invariant.gep.1.i, i64 124
   %211 = load i32, ptr %gep.1.i.31, align 2
-  %212 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 380
+  %212 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 380
   store i32 %211, ptr %212, align 4, !tbaa !4
   %gep.1.i.32 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %213 = load i32, ptr %gep.1.i.32, align 2
-  %214 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 384
+  %214 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 384
   store i32 %213, ptr %214, align 4, !tbaa !4
   %gep.1.i.33 = getelementptr i8, ptr %invariant.gep.1.i, i64 132
   %215 = load i32, ptr %gep.1.i.33, align 2
-  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 388
+  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 388
   store i32 %215, ptr %216, align 4, !tbaa !4
   %gep.1.i.34 = getelementptr i8, ptr %invariant.gep.1.i, i64 136
   %217 = load i32, ptr %gep.1.i.34, align 2
-  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 392
+  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 392
   store i32 %217, ptr %218, align 4, !tbaa !4
   %gep.1.i.35 = getelementptr i8, ptr %invariant.gep.1.i, i64 140
   %219 = load i32, ptr %gep.1.i.35, align 2
-  %220 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 396
+  %220 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 396
   store i32 %219, ptr %220, align 4, !tbaa !4
   %gep.1.i.36 = getelementptr i8, ptr %invariant.gep.1.i, i64 144
   %221 = load i32, ptr %gep.1.i.36, align 2
-  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 400
+  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 400
   store i32 %221, ptr %222, align 4, !tbaa !4
   %gep.1.i.37 = getelementptr i8, ptr %invariant.gep.1.i, i64 148
   %223 = load i32, ptr %gep.1.i.37, align 2
-  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 404
+  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 404
   store i32 %223, ptr %224, align 4, !tbaa !4
   %gep.1.i.38 = getelementptr i8, ptr %invariant.gep.1.i, i64 152
   %225 = load i32, ptr %gep.1.i.38, align 2
-  %226 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 408
+  %226 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 408
   store i32 %225, ptr %226, align 4, !tbaa !4
   %gep.1.i.39 = getelementptr i8, ptr %invariant.gep.1.i, i64 156
   %227 = load i32, ptr %gep.1.i.39, align 2
-  %228 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 412
+  %228 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 412
   store i32 %227, ptr %228, align 4, !tbaa !4
   %gep.1.i.40 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %229 = load i32, ptr %gep.1.i.40, align 2
-  %230 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 416
+  %230 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 416
   store i32 %229, ptr %230, align 4, !tbaa !4
   %gep.1.i.41 = getelementptr i8, ptr %invariant.gep.1.i, i64 164
   %231 = load i32, ptr %gep.1.i.41, align 2
-  %232 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 420
+  %232 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 420
   store i32 %231, ptr %232, align 4, !tbaa !4
   %gep.1.i.42 = getelementptr i8, ptr %invariant.gep.1.i, i64 168
   %233 = load i32, ptr %gep.1.i.42, align 2
-  %234 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 424
+  %234 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 424
   store i32 %233, ptr %234, align 4, !tbaa !4
   %gep.1.i.43 = getelementptr i8, ptr %invariant.gep.1.i, i64 172
   %235 = load i32, ptr %gep.1.i.43, align 2
-  %236 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 428
+  %236 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 428
   store i32 %235, ptr %236, align 4, !tbaa !4
   %gep.1.i.44 = getelementptr i8, ptr %invariant.gep.1.i, i64 176
   %237 = load i32, ptr %gep.1.i.44, align 2
-  %238 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 432
+  %238 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 432
   store i32 %237, ptr %238, align 4, !tbaa !4
   %gep.1.i.45 = getelementptr i8, ptr %invariant.gep.1.i, i64 180
   %239 = load i32, ptr %gep.1.i.45, align 2
-  %240 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 436
+  %240 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 436
   store i32 %239, ptr %240, align 4, !tbaa !4
   %gep.1.i.46 = getelementptr i8, ptr %invariant.gep.1.i, i64 184
   %241 = load i32, ptr %gep.1.i.46, align 2
-  %242 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 440
+  %242 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 440
   store i32 %241, ptr %242, align 4, !tbaa !4
   %gep.1.i.47 = getelementptr i8, ptr %invariant.gep.1.i, i64 188
   %243 = load i32, ptr %gep.1.i.47, align 2
-  %244 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 444
+  %244 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 444
   store i32 %243, ptr %244, align 4, !tbaa !4
   %gep.1.i.48 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %245 = load i32, ptr %gep.1.i.48, align 2
-  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 448
+  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 448
   store i32 %245, ptr %246, align 4, !tbaa !4
   %gep.1.i.49 = getelementptr i8, ptr %invariant.gep.1.i, i64 196
   %247 = load i32, ptr %gep.1.i.49, align 2
-  %248 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 452
+  %248 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 452
   store i32 %247, ptr %248, align 4, !tbaa !4
   %gep.1.i.50 = getelementptr i8, ptr %invariant.gep.1.i, i64 200
   %249 = load i32, ptr %gep.1.i.50, align 2
-  %250 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 456
+  %250 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 456
   store i32 %249, ptr %250, align 4, !tbaa !4
   %gep.1.i.51 = getelementptr i8, ptr %invariant.gep.1.i, i64 204
   %251 = load i32, ptr %gep.1.i.51, align 2
-  %252 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 460
+  %252 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 460
   store i32 %251, ptr %252, align 4, !tbaa !4
   %gep.1.i.52 = getelementptr i8, ptr %invariant.gep.1.i, i64 208
   %253 = load i32, ptr %gep.1.i.52, align 2
-  %254 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 464
+  %254 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 464
   store i32 %253, ptr %254, align 4, !tbaa !4
   %gep.1.i.53 = getelementptr i8, ptr %invariant.gep.1.i, i64 212
   %255 = load i32, ptr %gep.1.i.53, align 2
-  %256 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 468
+  %256 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 468
   store i32 %255, ptr %256, align 4, !tbaa !4
   %gep.1.i.54 = getelementptr i8, ptr %invariant.gep.1.i, i64 216
   %257 = load i32, ptr %gep.1.i.54, align 2
-  %258 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 472
+  %258 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 472
   store i32 %257, ptr %258, align 4, !tbaa !4
   %gep.1.i.55 = getelementptr i8, ptr %invariant.gep.1.i, i64 220
   %259 = load i32, ptr %gep.1.i.55, align 2
-  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 476
+  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 476
   store i32 %259, ptr %260, align 4, !tbaa !4
   %gep.1.i.56 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
   %261 = load i32, ptr %gep.1.i.56, align 2
-  %262 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 480
+  %262 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 480
   store i32 %261, ptr %262, align 4, !tbaa !4
   %gep.1.i.57 = getelementptr i8, ptr %invariant.gep.1.i, i64 228
   %263 = load i32, ptr %gep.1.i.57, align 2
-  %264 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 484
+  %264 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 484
   store i32 %263, ptr %264, align 4, !tbaa !4
   %gep.1.i.58 = getelementptr i8, ptr %invariant.gep.1.i, i64 232
   %265 = load i32, ptr %gep.1.i.58, align 2
-  %266 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 488
+  %266 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 488
   store i32 %265, ptr %266, align 4, !tbaa !4
   %gep.1.i.59 = getelementptr i8, ptr %invariant.gep.1.i, i64 236
   %267 = load i32, ptr %gep.1.i.59, align 2
-  %268 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 492
+  %268 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 492
   store i32 %267, ptr %268, align 4, !tbaa !4
   %gep.1.i.60 = getelementptr i8, ptr %invariant.gep.1.i, i64 240
   %269 = load i32, ptr %gep.1.i.60, align 2
-  %270 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 496
+  %270 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 496
   store i32 %269, ptr %270, align 4, !tbaa !4
   %gep.1.i.61 = getelementptr i8, ptr %invariant.gep.1.i, i64 244
   %271 = load i32, ptr %gep.1.i.61, align 2
-  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 500
+  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 500
   store i32 %271, ptr %272, align 4, !tbaa !4
   %gep.1.i.62 = getelementptr i8, ptr %invariant.gep.1.i, i64 248
   %273 = load i32, ptr %gep.1.i.62, align 2
-  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 504
+  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 504
   store i32 %273, ptr %274, align 4, !tbaa !4
   %gep.1.i.63 = getelementptr i8, ptr %invariant.gep.1.i, i64 252
   %275 = load i32, ptr %gep.1.i.63, align 2
-  %276 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 508
+  %276 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 508
   store i32 %275, ptr %276, align 4, !tbaa !4
   %277 = or disjoint i64 %114, 2
   %278 = mul nsw i64 %277, %q_head
   %invariant.gep.2.i = getelementptr i16, ptr %112, i64 %278
   %279 = load i32, ptr %invariant.gep.2.i, align 2
-  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 512
+  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 512
   store i32 %279, ptr %280, align 4, !tbaa !4
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 4
   %281 = load i32, ptr %gep.2.i.1, align 2
-  %282 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 516
+  %282 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 516
   store i32 %281, ptr %282, align 4, !tbaa !4
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 8
   %283 = load i32, ptr %gep.2.i.2, align 2
-  %284 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 520
+  %284 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 520
   store i32 %283, ptr %284, align 4, !tbaa !4
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 12
   %285 = load i32, ptr %gep.2.i.3, align 2
-  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 524
+  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 524
   store i32 %285, ptr %286, align 4, !tbaa !4
   %gep.2.i.4 = getelementptr i8, ptr %invariant.gep.2.i, i64 16
   %287 = load i32, ptr %gep.2.i.4, align 2
-  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 528
+  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 528
   store i32 %287, ptr %288, align 4, !tbaa !4
   %gep.2.i.5 = getelementptr i8, ptr %invariant.gep.2.i, i64 20
   %289 = load i32, ptr %gep.2.i.5, align 2
-  %290 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 532
+  %290 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 532
   store i32 %289, ptr %290, align 4, !tbaa !4
   %gep.2.i.6 = getelementptr i8, ptr %invariant.gep.2.i, i64 24
   %291 = load i32, ptr %gep.2.i.6, align 2
-  %292 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 536
+  %292 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 536
   store i32 %291, ptr %292, align 4, !tbaa !4
   %gep.2.i.7 = getelementptr i8, ptr %invariant.gep.2.i, i64 28
   %293 = load i32, ptr %gep.2.i.7, align 2
-  %294 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 540
+  %294 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 540
   store i32 %293, ptr %294, align 4, !tbaa !4
   %gep.2.i.8 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %295 = load i32, ptr %gep.2.i.8, align 2
-  %296 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 544
+  %296 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 544
   store i32 %295, ptr %296, align 4, !tbaa !4
   %gep.2.i.9 = getelementptr i8, ptr %invariant.gep.2.i, i64 36
   %297 = load i32, ptr %gep.2.i.9, align 2
-  %298 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 548
+  %298 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 548
   store i32 %297, ptr %298, align 4, !tbaa !4
   %gep.2.i.10 = getelementptr i8, ptr %invariant.gep.2.i, i64 40
   %299 = load i32, ptr %gep.2.i.10, align 2
-  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 552
+  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 552
   store i32 %299, ptr %300, align 4, !tbaa !4
   %gep.2.i.11 = getelementptr i8, ptr %invariant.gep.2.i, i64 44
   %301 = load i32, ptr %gep.2.i.11, align 2
-  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 556
+  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 556
   store i32 %301, ptr %302, align 4, !tbaa !4
   %gep.2.i.12 = getelementptr i8, ptr %invariant.gep.2.i, i64 48
   %303 = load i32, ptr %gep.2.i.12, align 2
-  %304 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 560
+  %304 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 560
   store i32 %303, ptr %304, align 4, !tbaa !4
   %gep.2.i.13 = getelementptr i8, ptr %invariant.gep.2.i, i64 52
   %305 = load i32, ptr %gep.2.i.13, align 2
-  %306 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 564
+  %306 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 564
   store i32 %305, ptr %306, align 4, !tbaa !4
   %gep.2.i.14 = getelementptr i8, ptr %invariant.gep.2.i, i64 56
   %307 = load i32, ptr %gep.2.i.14, align 2
-  %308 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 568
+  %308 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 568
   store i32 %307, ptr %308, align 4, !tbaa !4
   %gep.2.i.15 = getelementptr i8, ptr %invariant.gep.2.i, i64 60
   %309 = load i32, ptr %gep.2.i.15, align 2
-  %310 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 572
+  %310 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 572
   store i32 %309, ptr %310, align 4, !tbaa !4
   %gep.2.i.16 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %311 = load i32, ptr %gep.2.i.16, align 2
-  %312 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 576
+  %312 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 576
   store i32 %311, ptr %312, align 4, !tbaa !4
   %gep.2.i.17 = getelementptr i8, ptr %invariant.gep.2.i, i64 68
   %313 = load i32, ptr %gep.2.i.17, align 2
-  %314 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 580
+  %314 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 580
   store i32 %313, ptr %314, align 4, !tbaa !4
   %gep.2.i.18 = getelementptr i8, ptr %invariant.gep.2.i, i64 72
   %315 = load i32, ptr %gep.2.i.18, align 2
-  %316 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 584
+  %316 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 584
   store i32 %315, ptr %316, align 4, !tbaa !4
   %gep.2.i.19 = getelementptr i8, ptr %invariant.gep.2.i, i64 76
   %317 = load i32, ptr %gep.2.i.19, align 2
-  %318 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 588
+  %318 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 588
   store i32 %317, ptr %318, align 4, !tbaa !4
   %gep.2.i.20 = getelementptr i8, ptr %invariant.gep.2.i, i64 80
   %319 = load i32, ptr %gep.2.i.20, align 2
-  %320 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 592
+  %320 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 592
   store i32 %319, ptr %320, align 4, !tbaa !4
   %gep.2.i.21 = getelementptr i8, ptr %invariant.gep.2.i, i64 84
   %321 = load i32, ptr %gep.2.i.21, align 2
-  %322 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 596
+  %322 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 596
   store i32 %321, ptr %322, align 4, !tbaa !4
   %gep.2.i.22 = getelementptr i8, ptr %invariant.gep.2.i, i64 88
   %323 = load i32, ptr %gep.2.i.22, align 2
-  %324 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 600
+  %324 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 600
   store i32 %323, ptr %324, align 4, !tbaa !4
   %gep.2.i.23 = getelementptr i8, ptr %invariant.gep.2.i, i64 92
   %325 = load i32, ptr %gep.2.i.23, align 2
-  %326 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 604
+  %326 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 604
   store i32 %325, ptr %326, align 4, !tbaa !4
   %gep.2.i.24 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
   %327 = load i32, ptr %gep.2.i.24, align 2
-  %328 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 608
+  %328 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 608
   store i32 %327, ptr %328, align 4, !tbaa !4
   %gep.2.i.25 = getelementptr i8, ptr %invariant.gep.2.i, i64 100
   %329 = load i32, ptr %gep.2.i.25, align 2
-  %330 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 612
+  %330 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 612
   store i32 %329, ptr %330, align 4, !tbaa !4
   %gep.2.i.26 = getelementptr i8, ptr %invariant.gep.2.i, i64 104
   %331 = load i32, ptr %gep.2.i.26, align 2
-  %332 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 616
+  %332 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 616
   store i32 %331, ptr %332, align 4, !tbaa !4
   %gep.2.i.27 = getelementptr i8, ptr %invariant.gep.2.i, i64 108
   %333 = load i32, ptr %gep.2.i.27, align 2
-  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 620
+  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 620
   store i32 %333, ptr %334, align 4, !tbaa !4
   %gep.2.i.28 = getelementptr i8, ptr %invariant.gep.2.i, i64 112
   %335 = load i32, ptr %gep.2.i.28, align 2
-  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 624
+  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 624
   store i32 %335, ptr %336, align 4, !tbaa !4
   %gep.2.i.29 = getelementptr i8, ptr %invariant.gep.2.i, i64 116
   %337 = load i32, ptr %gep.2.i.29, align 2
-  %338 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 628
+  %338 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 628
   store i32 %337, ptr %338, align 4, !tbaa !4
   %gep.2.i.30 = getelementptr i8, ptr %invariant.gep.2.i, i64 120
   %339 = load i32, ptr %gep.2.i.30, align 2
-  %340 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 632
+  %340 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 632
   store i32 %339, ptr %340, align 4, !tbaa !4
   %gep.2.i.31 = getelementptr i8, ptr %invariant.gep.2.i, i64 124
   %341 = load i32, ptr %gep.2.i.31, align 2
-  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 636
+  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 636
   store i32 %341, ptr %342, align 4, !tbaa !4
   %gep.2.i.32 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %343 = load i32, ptr %gep.2.i.32, align 2
-  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 640
+  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 640
   store i32 %343, ptr %344, align 4, !tbaa !4
   %gep.2.i.33 = getelementptr i8, ptr %invariant.gep.2.i, i64 132
   %345 = load i32, ptr %gep.2.i.33, align 2
-  %346 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 644
+  %346 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 644
   store i32 %345, ptr %346, align 4, !tbaa !4
   %gep.2.i.34 = getelementptr i8, ptr %invariant.gep.2.i, i64 136
   %347 = load i32, ptr %gep.2.i.34, align 2
-  %348 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 648
+  %348 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 648
   store i32 %347, ptr %348, align 4, !tbaa !4
   %gep.2.i.35 = getelementptr i8, ptr %invariant.gep.2.i, i64 140
   %349 = load i32, ptr %gep.2.i.35, align 2
-  %350 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 652
+  %350 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 652
   store i32 %349, ptr %350, align 4, !tbaa !4
   %gep.2.i.36 = getelementptr i8, ptr %invariant.gep.2.i, i64 144
   %351 = load i32, ptr %gep.2.i.36, align 2
-  %352 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 656
+  %352 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 656
   store i32 %351, ptr %352, align 4, !tbaa !4
   %gep.2.i.37 = getelementptr i8, ptr %invariant.gep.2.i, i64 148
   %353 = load i32, ptr %gep.2.i.37, align 2
-  %354 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 660
+  %354 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 660
   store i32 %353, ptr %354, align 4, !tbaa !4
   %gep.2.i.38 = getelementptr i8, ptr %invariant.gep.2.i, i64 152
   %355 = load i32, ptr %gep.2.i.38, align 2
-  %356 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 664
+  %356 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 664
   store i32 %355, ptr %356, align 4, !tbaa !4
   %gep.2.i.39 = getelementptr i8, ptr %invariant.gep.2.i, i64 156
   %357 = load i32, ptr %gep.2.i.39, align 2
-  %358 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 668
+  %358 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 668
   store i32 %357, ptr %358, align 4, !tbaa !4
   %gep.2.i.40 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %359 = load i32, ptr %gep.2.i.40, align 2
-  %360 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 672
+  %360 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 672
   store i32 %359, ptr %360, align 4, !tbaa !4
   %gep.2.i.41 = getelementptr i8, ptr %invariant.gep.2.i, i64 164
   %361 = load i32, ptr %gep.2.i.41, align 2
-  %362 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 676
+  %362 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 676
   store i32 %361, ptr %362, align 4, !tbaa !4
   %gep.2.i.42 = getelementptr i8, ptr %invariant.gep.2.i, i64 168
   %363 = load i32, ptr %gep.2.i.42, align 2
-  %364 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 680
+  %364 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 680
   store i32 %363, ptr %364, align 4, !tbaa !4
   %gep.2.i.43 = getelementptr i8, ptr %invariant.gep.2.i, i64 172
   %365 = load i32, ptr %gep.2.i.43, align 2
-  %366 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 684
+  %366 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 684
   store i32 %365, ptr %366, align 4, !tbaa !4
   %gep.2.i.44 = getelementptr i8, ptr %invariant.gep.2.i, i64 176
   %367 = load i32, ptr %gep.2.i.44, align 2
-  %368 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 688
+  %368 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 688
   store i32 %367, ptr %368, align 4, !tbaa !4
   %gep.2.i.45 = getelementptr i8, ptr %invariant.gep.2.i, i64 180
   %369 = load i32, ptr %gep.2.i.45, align 2
-  %370 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 692
+  %370 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 692
   store i32 %369, ptr %370, align 4, !tbaa !4
   %gep.2.i.46 = getelementptr i8, ptr %invariant.gep.2.i, i64 184
   %371 = load i32, ptr %gep.2.i.46, align 2
-  %372 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 696
+  %372 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 696
   store i32 %371, ptr %372, align 4, !tbaa !4
   %gep.2.i.47 = getelementptr i8, ptr %invariant.gep.2.i, i64 188
   %373 = load i32, ptr %gep.2.i.47, align 2
-  %374 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 700
+  %374 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 700
   store i32 %373, ptr %374, align 4, !tbaa !4
   %gep.2.i.48 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %375 = load i32, ptr %gep.2.i.48, align 2
-  %376 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 704
+  %376 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 704
   store i32 %375, ptr %376, align 4, !tbaa !4
   %gep.2.i.49 = getelementptr i8, ptr %invariant.gep.2.i, i64 196
   %377 = load i32, ptr %gep.2.i.49, align 2
-  %378 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 708
+  %378 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 708
   store i32 %377, ptr %378, align 4, !tbaa !4
   %gep.2.i.50 = getelementptr i8, ptr %invariant.gep.2.i, i64 200
   %379 = load i32, ptr %gep.2.i.50, align 2
-  %380 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 712
+  %380 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 712
   store i32 %379, ptr %380, align 4, !tbaa !4
   %gep.2.i.51 = getelementptr i8, ptr %invariant.gep.2.i, i64 204
   %381 = load i32, ptr %gep.2.i.51, align 2
-  %382 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 716
+  %382 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 716
   store i32 %381, ptr %382, align 4, !tbaa !4
   %gep.2.i.52 = getelementptr i8, ptr %invariant.gep.2.i, i64 208
   %383 = load i32, ptr %gep.2.i.52, align 2
-  %384 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 720
+  %384 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 720
   store i32 %383, ptr %384, align 4, !tbaa !4
   %gep.2.i.53 = getelementptr i8, ptr %invariant.gep.2.i, i64 212
   %385 = load i32, ptr %gep.2.i.53, align 2
-  %386 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 724
+  %386 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 724
   store i32 %385, ptr %386, align 4, !tbaa !4
   %gep.2.i.54 = getelementptr i8, ptr %invariant.gep.2.i, i64 216
   %387 = load i32, ptr %gep.2.i.54, align 2
-  %388 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 728
+  %388 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 728
   store i32 %387, ptr %388, align 4, !tbaa !4
   %gep.2.i.55 = getelementptr i8, ptr %invariant.gep.2.i, i64 220
   %389 = load i32, ptr %gep.2.i.55, align 2
-  %390 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 732
+  %390 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 732
   store i32 %389, ptr %390, align 4, !tbaa !4
   %gep.2.i.56 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
   %391 = load i32, ptr %gep.2.i.56, align 2
-  %392 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 736
+  %392 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 736
   store i32 %391, ptr %392, align 4, !tbaa !4
   %gep.2.i.57 = getelementptr i8, ptr %invariant.gep.2.i, i64 228
   %393 = load i32, ptr %gep.2.i.57, align 2
-  %394 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 740
+  %394 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 740
   store i32 %393, ptr %394, align 4, !tbaa !4
   %gep.2.i.58 = getelementptr i8, ptr %invariant.gep.2.i, i64 232
   %395 = load i32, ptr %gep.2.i.58, align 2
-  %396 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 744
+  %396 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 744
   store i32 %395, ptr %396, align 4, !tbaa !4
   %gep.2.i.59 = getelementptr i8, ptr %invariant.gep.2.i, i64 236
   %397 = load i32, ptr %gep.2.i.59, align 2
-  %398 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 748
+  %398 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 748
   store i32 %397, ptr %398, align 4, !tbaa !4
   %gep.2.i.60 = getelementptr i8, ptr %invariant.gep.2.i, i64 240
   %399 = load i32, ptr %gep.2.i.60, align 2
-  %400 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 752
+  %400 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 752
   store i32 %399, ptr %400, align 4, !tbaa !4
   %gep.2.i.61 = getelementptr i8, ptr %invariant.gep.2.i, i64 244
   %401 = load i32, ptr %gep.2.i.61, align 2
-  %402 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 756
+  %402 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 756
   store i32 %401, ptr %402, align 4, !tbaa !4
   %gep.2.i.62 = getelementptr i8, ptr %invariant.gep.2.i, i64 248
   %403 = load i32, ptr %gep.2.i.62, align 2
-  %404 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 760
+  %404 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 760
   store i32 %403, ptr %404, align 4, !tbaa !4
   %gep.2.i.63 = getelementptr i8, ptr %invariant.gep.2.i, i64 252
   %405 = load i32, ptr %gep.2.i.63, align 2
-  %406 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 764
+  %406 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 764
   store i32 %405, ptr %406, align 4, !tbaa !4
   %407 = or disjoint i64 %114, 3
   %408 = mul nsw i64 %407, %q_head
   %invariant.gep.3.i = getelementptr i16, ptr %112, i64 %408
   %409 = load i32, ptr %invariant.gep.3.i, align 2
-  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 768
+  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 768
   store i32 %409, ptr %410, align 4, !tbaa !4
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 4
   %411 = load i32, ptr %gep.3.i.1, align 2
-  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 772
+  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 772
   store i32 %411, ptr %412, align 4, !tbaa !4
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 8
   %413 = load i32, ptr %gep.3.i.2, align 2
-  %414 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 776
+  %414 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 776
   store i32 %413, ptr %414, align 4, !tbaa !4
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 12
   %415 = load i32, ptr %gep.3.i.3, align 2
-  %416 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 780
+  %416 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 780
   store i32 %415, ptr %416, align 4, !tbaa !4
   %gep.3.i.4 = getelementptr i8, ptr %invariant.gep.3.i, i64 16
   %417 = load i32, ptr %gep.3.i.4, align 2
-  %418 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 784
+  %418 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 784
   store i32 %417, ptr %418, align 4, !tbaa !4
   %gep.3.i.5 = getelementptr i8, ptr %invariant.gep.3.i, i64 20
   %419 = load i32, ptr %gep.3.i.5, align 2
-  %420 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 788
+  %420 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 788
   store i32 %419, ptr %420, align 4, !tbaa !4
   %gep.3.i.6 = getelementptr i8, ptr %invariant.gep.3.i, i64 24
   %421 = load i32, ptr %gep.3.i.6, align 2
-  %422 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 792
+  %422 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 792
   store i32 %421, ptr %422, align 4, !tbaa !4
   %gep.3.i.7 = getelementptr i8, ptr %invariant.gep.3.i, i64 28
   %423 = load i32, ptr %gep.3.i.7, align 2
-  %424 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 796
+  %424 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 796
   store i32 %423, ptr %424, align 4, !tbaa !4
   %gep.3.i.8 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %425 = load i32, ptr %gep.3.i.8, align 2
-  %426 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 800
+  %426 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 800
   store i32 %425, ptr %426, align 4, !tbaa !4
   %gep.3.i.9 = getelementptr i8, ptr %invariant.gep.3.i, i64 36
   %427 = load i32, ptr %gep.3.i.9, align 2
-  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 804
+  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 804
   store i32 %427, ptr %428, align 4, !tbaa !4
   %gep.3.i.10 = getelementptr i8, ptr %invariant.gep.3.i, i64 40
   %429 = load i32, ptr %gep.3.i.10, align 2
-  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 808
+  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 808
   store i32 %429, ptr %430, align 4, !tbaa !4
   %gep.3.i.11 = getelementptr i8, ptr %invariant.gep.3.i, i64 44
   %431 = load i32, ptr %gep.3.i.11, align 2
-  %432 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 812
+  %432 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 812
   store i32 %431, ptr %432, align 4, !tbaa !4
   %gep.3.i.12 = getelementptr i8, ptr %invariant.gep.3.i, i64 48
   %433 = load i32, ptr %gep.3.i.12, align 2
-  %434 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 816
+  %434 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 816
   store i32 %433, ptr %434, align 4, !tbaa !4
   %gep.3.i.13 = getelementptr i8, ptr %invariant.gep.3.i, i64 52
   %435 = load i32, ptr %gep.3.i.13, align 2
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 820
+  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 820
   store i32 %435, ptr %436, align 4, !tbaa !4
   %gep.3.i.14 = getelementptr i8, ptr %invariant.gep.3.i, i64 56
   %437 = load i32, ptr %gep.3.i.14, align 2
-  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 824
+  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 824
   store i32 %437, ptr %438, align 4, !tbaa !4
   %gep.3.i.15 = getelementptr i8, ptr %invariant.gep.3.i, i64 60
   %439 = load i32, ptr %gep.3.i.15, align 2
-  %440 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 828
+  %440 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 828
   store i32 %439, ptr %440, align 4, !tbaa !4
   %gep.3.i.16 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %441 = load i32, ptr %gep.3.i.16, align 2
-  %442 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 832
+  %442 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 832
   store i32 %441, ptr %442, align 4, !tbaa !4
   %gep.3.i.17 = getelementptr i8, ptr %invariant.gep.3.i, i64 68
   %443 = load i32, ptr %gep.3.i.17, align 2
-  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 836
+  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 836
   store i32 %443, ptr %444, align 4, !tbaa !4
   %gep.3.i.18 = getelementptr i8, ptr %invariant.gep.3.i, i64 72
   %445 = load i32, ptr %gep.3.i.18, align 2
-  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 840
+  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 840
   store i32 %445, ptr %446, align 4, !tbaa !4
   %gep.3.i.19 = getelementptr i8, ptr %invariant.gep.3.i, i64 76
   %447 = load i32, ptr %gep.3.i.19, align 2
-  %448 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 844
+  %448 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 844
   store i32 %447, ptr %448, align 4, !tbaa !4
   %gep.3.i.20 = getelementptr i8, ptr %invariant.gep.3.i, i64 80
   %449 = load i32, ptr %gep.3.i.20, align 2
-  %450 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 848
+  %450 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 848
   store i32 %449, ptr %450, align 4, !tbaa !4
   %gep.3.i.21 = getelementptr i8, ptr %invariant.gep.3.i, i64 84
   %451 = load i32, ptr %gep.3.i.21, align 2
-  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 852
+  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 852
   store i32 %451, ptr %452, align 4, !tbaa !4
   %gep.3.i.22 = getelementptr i8, ptr %invariant.gep.3.i, i64 88
   %453 = load i32, ptr %gep.3.i.22, align 2
-  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 856
+  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 856
   store i32 %453, ptr %454, align 4, !tbaa !4
   %gep.3.i.23 = getelementptr i8, ptr %invariant.gep.3.i, i64 92
   %455 = load i32, ptr %gep.3.i.23, align 2
-  %456 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 860
+  %456 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 860
   store i32 %455, ptr %456, align 4, !tbaa !4
   %gep.3.i.24 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
   %457 = load i32, ptr %gep.3.i.24, align 2
-  %458 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 864
+  %458 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 864
   store i32 %457, ptr %458, align 4, !tbaa !4
   %gep.3.i.25 = getelementptr i8, ptr %invariant.gep.3.i, i64 100
   %459 = load i32, ptr %gep.3.i.25, align 2
-  %460 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 868
+  %460 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 868
   store i32 %459, ptr %460, align 4, !tbaa !4
   %gep.3.i.26 = getelementptr i8, ptr %invariant.gep.3.i, i64 104
   %461 = load i32, ptr %gep.3.i.26, align 2
-  %462 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 872
+  %462 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 872
   store i32 %461, ptr %462, align 4, !tbaa !4
   %gep.3.i.27 = getelementptr i8, ptr %invariant.gep.3.i, i64 108
   %463 = load i32, ptr %gep.3.i.27, align 2
-  %464 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 876
+  %464 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 876
   store i32 %463, ptr %464, align 4, !tbaa !4
   %gep.3.i.28 = getelementptr i8, ptr %invariant.gep.3.i, i64 112
   %465 = load i32, ptr %gep.3.i.28, align 2
-  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 880
+  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 880
   store i32 %465, ptr %466, align 4, !tbaa !4
   %gep.3.i.29 = getelementptr i8, ptr %invariant.gep.3.i, i64 116
   %467 = load i32, ptr %gep.3.i.29, align 2
-  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 884
+  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 884
   store i32 %467, ptr %468, align 4, !tbaa !4
   %gep.3.i.30 = getelementptr i8, ptr %invariant.gep.3.i, i64 120
   %469 = load i32, ptr %gep.3.i.30, align 2
-  %470 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 888
+  %470 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 888
   store i32 %469, ptr %470, align 4, !tbaa !4
   %gep.3.i.31 = getelementptr i8, ptr %invariant.gep.3.i, i64 124
   %471 = load i32, ptr %gep.3.i.31, align 2
-  %472 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 892
+  %472 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 892
   store i32 %471, ptr %472, align 4, !tbaa !4
   %gep.3.i.32 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %473 = load i32, ptr %gep.3.i.32, align 2
-  %474 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 896
+  %474 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 896
   store i32 %473, ptr %474, align 4, !tbaa !4
   %gep.3.i.33 = getelementptr i8, ptr %invariant.gep.3.i, i64 132
   %475 = load i32, ptr %gep.3.i.33, align 2
-  %476 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 900
+  %476 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 900
   store i32 %475, ptr %476, align 4, !tbaa !4
   %gep.3.i.34 = getelementptr i8, ptr %invariant.gep.3.i, i64 136
   %477 = load i32, ptr %gep.3.i.34, align 2
-  %478 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 904
+  %478 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 904
   store i32 %477, ptr %478, align 4, !tbaa !4
   %gep.3.i.35 = getelementptr i8, ptr %invariant.gep.3.i, i64 140
   %479 = load i32, ptr %gep.3.i.35, align 2
-  %480 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 908
+  %480 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 908
   store i32 %479, ptr %480, align 4, !tbaa !4
   %gep.3.i.36 = getelementptr i8, ptr %invariant.gep.3.i, i64 144
   %481 = load i32, ptr %gep.3.i.36, align 2
-  %482 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 912
+  %482 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 912
   store i32 %481, ptr %482, align 4, !tbaa !4
   %gep.3.i.37 = getelementptr i8, ptr %invariant.gep.3.i, i64 148
   %483 = load i32, ptr %gep.3.i.37, align 2
-  %484 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 916
+  %484 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 916
   store i32 %483, ptr %484, align 4, !tbaa !4
   %gep.3.i.38 = getelementptr i8, ptr %invariant.gep.3.i, i64 152
   %485 = load i32, ptr %gep.3.i.38, align 2
-  %486 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 920
+  %486 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 920
   store i32 %485, ptr %486, align 4, !tbaa !4
   %gep.3.i.39 = getelementptr i8, ptr %invariant.gep.3.i, i64 156
   %487 = load i32, ptr %gep.3.i.39, align 2
-  %488 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 924
+  %488 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 924
   store i32 %487, ptr %488, align 4, !tbaa !4
   %gep.3.i.40 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %489 = load i32, ptr %gep.3.i.40, align 2
-  %490 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 928
+  %490 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 928
   store i32 %489, ptr %490, align 4, !tbaa !4
   %gep.3.i.41 = getelementptr i8, ptr %invariant.gep.3.i, i64 164
   %491 = load i32, ptr %gep.3.i.41, align 2
-  %492 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 932
+  %492 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 932
   store i32 %491, ptr %492, align 4, !tbaa !4
   %gep.3.i.42 = getelementptr i8, ptr %invariant.gep.3.i, i64 168
   %493 = load i32, ptr %gep.3.i.42, align 2
-  %494 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 936
+  %494 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 936
   store i32 %493, ptr %494, align 4, !tbaa !4
   %gep.3.i.43 = getelementptr i8, ptr %invariant.gep.3.i, i64 172
   %495 = load i32, ptr %gep.3.i.43, align 2
-  %496 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 940
+  %496 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 940
   store i32 %495, ptr %496, align 4, !tbaa !4
   %gep.3.i.44 = getelementptr i8, ptr %invariant.gep.3.i, i64 176
   %497 = load i32, ptr %gep.3.i.44, align 2
-  %498 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 944
+  %498 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 944
   store i32 %497, ptr %498, align 4, !tbaa !4
   %gep.3.i.45 = getelementptr i8, ptr %invariant.gep.3.i, i64 180
   %499 = load i32, ptr %gep.3.i.45, align 2
-  %500 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 948
+  %500 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 948
   store i32 %499, ptr %500, align 4, !tbaa !4
   %gep.3.i.46 = getelementptr i8, ptr %invariant.gep.3.i, i64 184
   %501 = load i32, ptr %gep.3.i.46, align 2
-  %502 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 952
+  %502 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 952
   store i32 %501, ptr %502, align 4, !tbaa !4
   %gep.3.i.47 = getelementptr i8, ptr %invariant.gep.3.i, i64 188
   %503 = load i32, ptr %gep.3.i.47, align 2
-  %504 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 956
+  %504 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 956
   store i32 %503, ptr %504, align 4, !tbaa !4
   %gep.3.i.48 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %505 = load i32, ptr %gep.3.i.48, align 2
-  %506 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 960
+  %506 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 960
   store i32 %505, ptr %506, align 4, !tbaa !4
   %gep.3.i.49 = getelementptr i8, ptr %invariant.gep.3.i, i64 196
   %507 = load i32, ptr %gep.3.i.49, align 2
-  %508 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 964
+  %508 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 964
   store i32 %507, ptr %508, align 4, !tbaa !4
   %gep.3.i.50 = getelementptr i8, ptr %invariant.gep.3.i, i64 200
   %509 = load i32, ptr %gep.3.i.50, align 2
-  %510 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 968
+  %510 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 968
   store i32 %509, ptr %510, align 4, !tbaa !4
   %gep.3.i.51 = getelementptr i8, ptr %invariant.gep.3.i, i64 204
   %511 = load i32, ptr %gep.3.i.51, align 2
-  %512 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 972
+  %512 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 972
   store i32 %511, ptr %512, align 4, !tbaa !4
   %gep.3.i.52 = getelementptr i8, ptr %invariant.gep.3.i, i64 208
   %513 = load i32, ptr %gep.3.i.52, align 2
-  %514 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 976
+  %514 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 976
   store i32 %513, ptr %514, align 4, !tbaa !4
   %gep.3.i.53 = getelementptr i8, ptr %invariant.gep.3.i, i64 212
   %515 = load i32, ptr %gep.3.i.53, align 2
-  %516 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 980
+  %516 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 980
   store i32 %515, ptr %516, align 4, !tbaa !4
   %gep.3.i.54 = getelementptr i8, ptr %invariant.gep.3.i, i64 216
   %517 = load i32, ptr %gep.3.i.54, align 2
-  %518 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 984
+  %518 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 984
   store i32 %517, ptr %518, align 4, !tbaa !4
   %gep.3.i.55 = getelementptr i8, ptr %invariant.gep.3.i, i64 220
   %519 = load i32, ptr %gep.3.i.55, align 2
-  %520 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 988
+  %520 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 988
   store i32 %519, ptr %520, align 4, !tbaa !4
   %gep.3.i.56 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
   %521 = load i32, ptr %gep.3.i.56, align 2
-  %522 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 992
+  %522 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 992
   store i32 %521, ptr %522, align 4, !tbaa !4
   %gep.3.i.57 = getelementptr i8, ptr %invariant.gep.3.i, i64 228
   %523 = load i32, ptr %gep.3.i.57, align 2
-  %524 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 996
+  %524 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 996
   store i32 %523, ptr %524, align 4, !tbaa !4
   %gep.3.i.58 = getelementptr i8, ptr %invariant.gep.3.i, i64 232
   %525 = load i32, ptr %gep.3.i.58, align 2
-  %526 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1000
+  %526 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1000
   store i32 %525, ptr %526, align 4, !tbaa !4
   %gep.3.i.59 = getelementptr i8, ptr %invariant.gep.3.i, i64 236
   %527 = load i32, ptr %gep.3.i.59, align 2
-  %528 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1004
+  %528 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1004
   store i32 %527, ptr %528, align 4, !tbaa !4
   %gep.3.i.60 = getelementptr i8, ptr %invariant.gep.3.i, i64 240
   %529 = load i32, ptr %gep.3.i.60, align 2
-  %530 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1008
+  %530 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1008
   store i32 %529, ptr %530, align 4, !tbaa !4
   %gep.3.i.61 = getelementptr i8, ptr %invariant.gep.3.i, i64 244
   %531 = load i32, ptr %gep.3.i.61, align 2
-  %532 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1012
+  %532 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1012
   store i32 %531, ptr %532, align 4, !tbaa !4
   %gep.3.i.62 = getelementptr i8, ptr %invariant.gep.3.i, i64 248
   %533 = load i32, ptr %gep.3.i.62, align 2
-  %534 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1016
+  %534 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1016
   store i32 %533, ptr %534, align 4, !tbaa !4
   %gep.3.i.63 = getelementptr i8, ptr %invariant.gep.3.i, i64 252
   %535 = load i32, ptr %gep.3.i.63, align 2
-  %536 = getelementptr inbounds nuw i8, ptr %invariant.gep1310.i, i64 1020
+  %536 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1020
   store i32 %535, ptr %536, align 4, !tbaa !4
-  %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
-  %exitcond1104.not.i = icmp eq i64 %indvars.iv.next1102.i, 8
-  br i1 %exitcond1104.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !21
+  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
+  %exitcond1103.not.i = icmp eq i64 %indvars.iv.next1101.i, 8
+  br i1 %exitcond1103.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !21
 
-for_begin_step.i:                                 ; preds = %if_end165.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end165.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv1205.i = phi i64 [ %indvars.iv.next1206.i, %if_end165.i ], [ 0, %for_end_tile.i ]
+for_begin_step.i:                                 ; preds = %if_end164.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end164.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv1204.i = phi i64 [ %indvars.iv.next1205.i, %if_end164.i ], [ 0, %for_end_tile.i ]
   %smin177 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %537 = and i32 %smin177, 31
   %narrow = add nuw nsw i32 %537, 1
   %538 = lshr i32 %narrow, 1
   %539 = zext nneg i32 %538 to i64
-  %exitcond1209.not.i = icmp eq i64 %indvars.iv1205.i, %wide.trip.count1208.i
-  br i1 %exitcond1209.not.i, label %for_begin_tile170.preheader.i, label %for_body_step.i, !prof !22
+  %exitcond1208.not.i = icmp eq i64 %indvars.iv1204.i, %wide.trip.count1207.i
+  br i1 %exitcond1208.not.i, label %for_begin_tile169.preheader.i, label %for_body_step.i, !prof !22
 
-for_begin_tile170.preheader.i:                    ; preds = %for_begin_step.i
-  %540 = add nuw nsw i64 %indvars.iv1245.i, %94
+for_begin_tile169.preheader.i:                    ; preds = %for_begin_step.i
+  %540 = add nuw nsw i64 %indvars.iv1244.i, %94
   %541 = shl nuw nsw i64 %540, 5
   %.idx.i = shl nuw nsw i64 %540, 14
   %542 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
@@ -2313,21 +2313,21 @@ for_begin_tile170.preheader.i:                    ; preds = %for_begin_step.i
   %544 = getelementptr i16, ptr %out, i64 %543
   %545 = mul nsw i64 %108, %lse_batch
   %546 = getelementptr float, ptr %lse, i64 %545
-  br i1 %.not, label %for_body_tile171.i, label %for_body_tile171.us.i
+  br i1 %.not, label %for_body_tile170.i, label %for_body_tile170.us.i
 
-for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %for_begin_tile170.preheader.i
-  %indvars.iv1241.i = phi i64 [ %indvars.iv.next1242.i, %if_end190.us.3.i ], [ 0, %for_begin_tile170.preheader.i ]
-  %547 = shl nuw nsw i64 %indvars.iv1241.i, 2
-  %548 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %547
+for_body_tile170.us.i:                            ; preds = %if_end189.us.3.i, %for_begin_tile169.preheader.i
+  %indvars.iv1240.i = phi i64 [ %indvars.iv.next1241.i, %if_end189.us.3.i ], [ 0, %for_begin_tile169.preheader.i ]
+  %547 = shl nuw nsw i64 %indvars.iv1240.i, 2
+  %548 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %547
   %total.us.i = load <4 x float>, ptr %548, align 16, !tbaa !23
   %549 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %550 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %551 = select <4 x i1> %550, <4 x float> zeroinitializer, <4 x float> %549
-  %.idx59 = shl nuw nsw i64 %indvars.iv1241.i, 11
+  %.idx59 = shl nuw nsw i64 %indvars.iv1240.i, 11
   %invariant.gep64 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx59
   %552 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> zeroinitializer
   %553 = mul nsw i64 %547, %out_head
-  %invariant.gep1059.us.i = getelementptr i16, ptr %544, i64 %553
+  %invariant.gep1058.us.i = getelementptr i16, ptr %544, i64 %553
   %554 = load <16 x float>, ptr %invariant.gep64, align 4, !tbaa !4
   %555 = fmul <16 x float> %554, %552
   %556 = bitcast <16 x float> %555 to <16 x i32>
@@ -2337,7 +2337,7 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %560 = add nuw <16 x i32> %559, %558
   %561 = lshr <16 x i32> %560, splat (i32 16)
   %562 = trunc nuw <16 x i32> %561 to <16 x i16>
-  store <16 x i16> %562, ptr %invariant.gep1059.us.i, align 2, !tbaa !4
+  store <16 x i16> %562, ptr %invariant.gep1058.us.i, align 2, !tbaa !4
   %563 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 64
   %564 = load <16 x float>, ptr %563, align 4, !tbaa !4
   %565 = fmul <16 x float> %552, %564
@@ -2348,8 +2348,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %570 = add nuw <16 x i32> %569, %568
   %571 = lshr <16 x i32> %570, splat (i32 16)
   %572 = trunc nuw <16 x i32> %571 to <16 x i16>
-  %gep1060.us.1.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 32
-  store <16 x i16> %572, ptr %gep1060.us.1.i, align 2, !tbaa !4
+  %gep1059.us.1.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 32
+  store <16 x i16> %572, ptr %gep1059.us.1.i, align 2, !tbaa !4
   %573 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 128
   %574 = load <16 x float>, ptr %573, align 4, !tbaa !4
   %575 = fmul <16 x float> %552, %574
@@ -2360,8 +2360,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %580 = add nuw <16 x i32> %579, %578
   %581 = lshr <16 x i32> %580, splat (i32 16)
   %582 = trunc nuw <16 x i32> %581 to <16 x i16>
-  %gep1060.us.2.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 64
-  store <16 x i16> %582, ptr %gep1060.us.2.i, align 2, !tbaa !4
+  %gep1059.us.2.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 64
+  store <16 x i16> %582, ptr %gep1059.us.2.i, align 2, !tbaa !4
   %583 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 192
   %584 = load <16 x float>, ptr %583, align 4, !tbaa !4
   %585 = fmul <16 x float> %552, %584
@@ -2372,8 +2372,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %590 = add nuw <16 x i32> %589, %588
   %591 = lshr <16 x i32> %590, splat (i32 16)
   %592 = trunc nuw <16 x i32> %591 to <16 x i16>
-  %gep1060.us.3.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 96
-  store <16 x i16> %592, ptr %gep1060.us.3.i, align 2, !tbaa !4
+  %gep1059.us.3.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 96
+  store <16 x i16> %592, ptr %gep1059.us.3.i, align 2, !tbaa !4
   %593 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 256
   %594 = load <16 x float>, ptr %593, align 4, !tbaa !4
   %595 = fmul <16 x float> %552, %594
@@ -2384,8 +2384,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %600 = add nuw <16 x i32> %599, %598
   %601 = lshr <16 x i32> %600, splat (i32 16)
   %602 = trunc nuw <16 x i32> %601 to <16 x i16>
-  %gep1060.us.4.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 128
-  store <16 x i16> %602, ptr %gep1060.us.4.i, align 2, !tbaa !4
+  %gep1059.us.4.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 128
+  store <16 x i16> %602, ptr %gep1059.us.4.i, align 2, !tbaa !4
   %603 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 320
   %604 = load <16 x float>, ptr %603, align 4, !tbaa !4
   %605 = fmul <16 x float> %552, %604
@@ -2396,8 +2396,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %610 = add nuw <16 x i32> %609, %608
   %611 = lshr <16 x i32> %610, splat (i32 16)
   %612 = trunc nuw <16 x i32> %611 to <16 x i16>
-  %gep1060.us.5.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 160
-  store <16 x i16> %612, ptr %gep1060.us.5.i, align 2, !tbaa !4
+  %gep1059.us.5.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 160
+  store <16 x i16> %612, ptr %gep1059.us.5.i, align 2, !tbaa !4
   %613 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 384
   %614 = load <16 x float>, ptr %613, align 4, !tbaa !4
   %615 = fmul <16 x float> %552, %614
@@ -2408,8 +2408,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %620 = add nuw <16 x i32> %619, %618
   %621 = lshr <16 x i32> %620, splat (i32 16)
   %622 = trunc nuw <16 x i32> %621 to <16 x i16>
-  %gep1060.us.6.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 192
-  store <16 x i16> %622, ptr %gep1060.us.6.i, align 2, !tbaa !4
+  %gep1059.us.6.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 192
+  store <16 x i16> %622, ptr %gep1059.us.6.i, align 2, !tbaa !4
   %623 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 448
   %624 = load <16 x float>, ptr %623, align 4, !tbaa !4
   %625 = fmul <16 x float> %552, %624
@@ -2420,12 +2420,12 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %630 = add nuw <16 x i32> %629, %628
   %631 = lshr <16 x i32> %630, splat (i32 16)
   %632 = trunc nuw <16 x i32> %631 to <16 x i16>
-  %gep1060.us.7.i = getelementptr i8, ptr %invariant.gep1059.us.i, i64 224
-  store <16 x i16> %632, ptr %gep1060.us.7.i, align 2, !tbaa !4
+  %gep1059.us.7.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 224
+  store <16 x i16> %632, ptr %gep1059.us.7.i, align 2, !tbaa !4
   %633 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %634 = or disjoint i64 %547, 1
   %635 = mul nsw i64 %634, %out_head
-  %invariant.gep1059.us.i.1 = getelementptr i16, ptr %544, i64 %635
+  %invariant.gep1058.us.i.1 = getelementptr i16, ptr %544, i64 %635
   %gep65.1 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 512
   %636 = load <16 x float>, ptr %gep65.1, align 4, !tbaa !4
   %637 = fmul <16 x float> %636, %633
@@ -2436,7 +2436,7 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %642 = add nuw <16 x i32> %641, %640
   %643 = lshr <16 x i32> %642, splat (i32 16)
   %644 = trunc nuw <16 x i32> %643 to <16 x i16>
-  store <16 x i16> %644, ptr %invariant.gep1059.us.i.1, align 2, !tbaa !4
+  store <16 x i16> %644, ptr %invariant.gep1058.us.i.1, align 2, !tbaa !4
   %645 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 576
   %646 = load <16 x float>, ptr %645, align 4, !tbaa !4
   %647 = fmul <16 x float> %633, %646
@@ -2447,8 +2447,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %652 = add nuw <16 x i32> %651, %650
   %653 = lshr <16 x i32> %652, splat (i32 16)
   %654 = trunc nuw <16 x i32> %653 to <16 x i16>
-  %gep1060.us.1.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 32
-  store <16 x i16> %654, ptr %gep1060.us.1.i.1, align 2, !tbaa !4
+  %gep1059.us.1.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 32
+  store <16 x i16> %654, ptr %gep1059.us.1.i.1, align 2, !tbaa !4
   %655 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 640
   %656 = load <16 x float>, ptr %655, align 4, !tbaa !4
   %657 = fmul <16 x float> %633, %656
@@ -2459,8 +2459,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %662 = add nuw <16 x i32> %661, %660
   %663 = lshr <16 x i32> %662, splat (i32 16)
   %664 = trunc nuw <16 x i32> %663 to <16 x i16>
-  %gep1060.us.2.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 64
-  store <16 x i16> %664, ptr %gep1060.us.2.i.1, align 2, !tbaa !4
+  %gep1059.us.2.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 64
+  store <16 x i16> %664, ptr %gep1059.us.2.i.1, align 2, !tbaa !4
   %665 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 704
   %666 = load <16 x float>, ptr %665, align 4, !tbaa !4
   %667 = fmul <16 x float> %633, %666
@@ -2471,8 +2471,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %672 = add nuw <16 x i32> %671, %670
   %673 = lshr <16 x i32> %672, splat (i32 16)
   %674 = trunc nuw <16 x i32> %673 to <16 x i16>
-  %gep1060.us.3.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 96
-  store <16 x i16> %674, ptr %gep1060.us.3.i.1, align 2, !tbaa !4
+  %gep1059.us.3.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 96
+  store <16 x i16> %674, ptr %gep1059.us.3.i.1, align 2, !tbaa !4
   %675 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 768
   %676 = load <16 x float>, ptr %675, align 4, !tbaa !4
   %677 = fmul <16 x float> %633, %676
@@ -2483,8 +2483,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %682 = add nuw <16 x i32> %681, %680
   %683 = lshr <16 x i32> %682, splat (i32 16)
   %684 = trunc nuw <16 x i32> %683 to <16 x i16>
-  %gep1060.us.4.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 128
-  store <16 x i16> %684, ptr %gep1060.us.4.i.1, align 2, !tbaa !4
+  %gep1059.us.4.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 128
+  store <16 x i16> %684, ptr %gep1059.us.4.i.1, align 2, !tbaa !4
   %685 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 832
   %686 = load <16 x float>, ptr %685, align 4, !tbaa !4
   %687 = fmul <16 x float> %633, %686
@@ -2495,8 +2495,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %692 = add nuw <16 x i32> %691, %690
   %693 = lshr <16 x i32> %692, splat (i32 16)
   %694 = trunc nuw <16 x i32> %693 to <16 x i16>
-  %gep1060.us.5.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 160
-  store <16 x i16> %694, ptr %gep1060.us.5.i.1, align 2, !tbaa !4
+  %gep1059.us.5.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 160
+  store <16 x i16> %694, ptr %gep1059.us.5.i.1, align 2, !tbaa !4
   %695 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 896
   %696 = load <16 x float>, ptr %695, align 4, !tbaa !4
   %697 = fmul <16 x float> %633, %696
@@ -2507,8 +2507,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %702 = add nuw <16 x i32> %701, %700
   %703 = lshr <16 x i32> %702, splat (i32 16)
   %704 = trunc nuw <16 x i32> %703 to <16 x i16>
-  %gep1060.us.6.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 192
-  store <16 x i16> %704, ptr %gep1060.us.6.i.1, align 2, !tbaa !4
+  %gep1059.us.6.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 192
+  store <16 x i16> %704, ptr %gep1059.us.6.i.1, align 2, !tbaa !4
   %705 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 960
   %706 = load <16 x float>, ptr %705, align 4, !tbaa !4
   %707 = fmul <16 x float> %633, %706
@@ -2519,12 +2519,12 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %712 = add nuw <16 x i32> %711, %710
   %713 = lshr <16 x i32> %712, splat (i32 16)
   %714 = trunc nuw <16 x i32> %713 to <16 x i16>
-  %gep1060.us.7.i.1 = getelementptr i8, ptr %invariant.gep1059.us.i.1, i64 224
-  store <16 x i16> %714, ptr %gep1060.us.7.i.1, align 2, !tbaa !4
+  %gep1059.us.7.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 224
+  store <16 x i16> %714, ptr %gep1059.us.7.i.1, align 2, !tbaa !4
   %715 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %716 = or disjoint i64 %547, 2
   %717 = mul nsw i64 %716, %out_head
-  %invariant.gep1059.us.i.2 = getelementptr i16, ptr %544, i64 %717
+  %invariant.gep1058.us.i.2 = getelementptr i16, ptr %544, i64 %717
   %gep65.2 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1024
   %718 = load <16 x float>, ptr %gep65.2, align 4, !tbaa !4
   %719 = fmul <16 x float> %718, %715
@@ -2535,7 +2535,7 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %724 = add nuw <16 x i32> %723, %722
   %725 = lshr <16 x i32> %724, splat (i32 16)
   %726 = trunc nuw <16 x i32> %725 to <16 x i16>
-  store <16 x i16> %726, ptr %invariant.gep1059.us.i.2, align 2, !tbaa !4
+  store <16 x i16> %726, ptr %invariant.gep1058.us.i.2, align 2, !tbaa !4
   %727 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1088
   %728 = load <16 x float>, ptr %727, align 4, !tbaa !4
   %729 = fmul <16 x float> %715, %728
@@ -2546,8 +2546,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %734 = add nuw <16 x i32> %733, %732
   %735 = lshr <16 x i32> %734, splat (i32 16)
   %736 = trunc nuw <16 x i32> %735 to <16 x i16>
-  %gep1060.us.1.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 32
-  store <16 x i16> %736, ptr %gep1060.us.1.i.2, align 2, !tbaa !4
+  %gep1059.us.1.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 32
+  store <16 x i16> %736, ptr %gep1059.us.1.i.2, align 2, !tbaa !4
   %737 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1152
   %738 = load <16 x float>, ptr %737, align 4, !tbaa !4
   %739 = fmul <16 x float> %715, %738
@@ -2558,8 +2558,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %744 = add nuw <16 x i32> %743, %742
   %745 = lshr <16 x i32> %744, splat (i32 16)
   %746 = trunc nuw <16 x i32> %745 to <16 x i16>
-  %gep1060.us.2.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 64
-  store <16 x i16> %746, ptr %gep1060.us.2.i.2, align 2, !tbaa !4
+  %gep1059.us.2.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 64
+  store <16 x i16> %746, ptr %gep1059.us.2.i.2, align 2, !tbaa !4
   %747 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1216
   %748 = load <16 x float>, ptr %747, align 4, !tbaa !4
   %749 = fmul <16 x float> %715, %748
@@ -2570,8 +2570,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %754 = add nuw <16 x i32> %753, %752
   %755 = lshr <16 x i32> %754, splat (i32 16)
   %756 = trunc nuw <16 x i32> %755 to <16 x i16>
-  %gep1060.us.3.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 96
-  store <16 x i16> %756, ptr %gep1060.us.3.i.2, align 2, !tbaa !4
+  %gep1059.us.3.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 96
+  store <16 x i16> %756, ptr %gep1059.us.3.i.2, align 2, !tbaa !4
   %757 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1280
   %758 = load <16 x float>, ptr %757, align 4, !tbaa !4
   %759 = fmul <16 x float> %715, %758
@@ -2582,8 +2582,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %764 = add nuw <16 x i32> %763, %762
   %765 = lshr <16 x i32> %764, splat (i32 16)
   %766 = trunc nuw <16 x i32> %765 to <16 x i16>
-  %gep1060.us.4.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 128
-  store <16 x i16> %766, ptr %gep1060.us.4.i.2, align 2, !tbaa !4
+  %gep1059.us.4.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 128
+  store <16 x i16> %766, ptr %gep1059.us.4.i.2, align 2, !tbaa !4
   %767 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1344
   %768 = load <16 x float>, ptr %767, align 4, !tbaa !4
   %769 = fmul <16 x float> %715, %768
@@ -2594,8 +2594,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %774 = add nuw <16 x i32> %773, %772
   %775 = lshr <16 x i32> %774, splat (i32 16)
   %776 = trunc nuw <16 x i32> %775 to <16 x i16>
-  %gep1060.us.5.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 160
-  store <16 x i16> %776, ptr %gep1060.us.5.i.2, align 2, !tbaa !4
+  %gep1059.us.5.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 160
+  store <16 x i16> %776, ptr %gep1059.us.5.i.2, align 2, !tbaa !4
   %777 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1408
   %778 = load <16 x float>, ptr %777, align 4, !tbaa !4
   %779 = fmul <16 x float> %715, %778
@@ -2606,8 +2606,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %784 = add nuw <16 x i32> %783, %782
   %785 = lshr <16 x i32> %784, splat (i32 16)
   %786 = trunc nuw <16 x i32> %785 to <16 x i16>
-  %gep1060.us.6.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 192
-  store <16 x i16> %786, ptr %gep1060.us.6.i.2, align 2, !tbaa !4
+  %gep1059.us.6.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 192
+  store <16 x i16> %786, ptr %gep1059.us.6.i.2, align 2, !tbaa !4
   %787 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1472
   %788 = load <16 x float>, ptr %787, align 4, !tbaa !4
   %789 = fmul <16 x float> %715, %788
@@ -2618,12 +2618,12 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %794 = add nuw <16 x i32> %793, %792
   %795 = lshr <16 x i32> %794, splat (i32 16)
   %796 = trunc nuw <16 x i32> %795 to <16 x i16>
-  %gep1060.us.7.i.2 = getelementptr i8, ptr %invariant.gep1059.us.i.2, i64 224
-  store <16 x i16> %796, ptr %gep1060.us.7.i.2, align 2, !tbaa !4
+  %gep1059.us.7.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 224
+  store <16 x i16> %796, ptr %gep1059.us.7.i.2, align 2, !tbaa !4
   %797 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %798 = or disjoint i64 %547, 3
   %799 = mul nsw i64 %798, %out_head
-  %invariant.gep1059.us.i.3 = getelementptr i16, ptr %544, i64 %799
+  %invariant.gep1058.us.i.3 = getelementptr i16, ptr %544, i64 %799
   %gep65.3 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1536
   %800 = load <16 x float>, ptr %gep65.3, align 4, !tbaa !4
   %801 = fmul <16 x float> %800, %797
@@ -2634,7 +2634,7 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %806 = add nuw <16 x i32> %805, %804
   %807 = lshr <16 x i32> %806, splat (i32 16)
   %808 = trunc nuw <16 x i32> %807 to <16 x i16>
-  store <16 x i16> %808, ptr %invariant.gep1059.us.i.3, align 2, !tbaa !4
+  store <16 x i16> %808, ptr %invariant.gep1058.us.i.3, align 2, !tbaa !4
   %809 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1600
   %810 = load <16 x float>, ptr %809, align 4, !tbaa !4
   %811 = fmul <16 x float> %797, %810
@@ -2645,8 +2645,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %816 = add nuw <16 x i32> %815, %814
   %817 = lshr <16 x i32> %816, splat (i32 16)
   %818 = trunc nuw <16 x i32> %817 to <16 x i16>
-  %gep1060.us.1.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 32
-  store <16 x i16> %818, ptr %gep1060.us.1.i.3, align 2, !tbaa !4
+  %gep1059.us.1.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 32
+  store <16 x i16> %818, ptr %gep1059.us.1.i.3, align 2, !tbaa !4
   %819 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1664
   %820 = load <16 x float>, ptr %819, align 4, !tbaa !4
   %821 = fmul <16 x float> %797, %820
@@ -2657,8 +2657,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %826 = add nuw <16 x i32> %825, %824
   %827 = lshr <16 x i32> %826, splat (i32 16)
   %828 = trunc nuw <16 x i32> %827 to <16 x i16>
-  %gep1060.us.2.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 64
-  store <16 x i16> %828, ptr %gep1060.us.2.i.3, align 2, !tbaa !4
+  %gep1059.us.2.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 64
+  store <16 x i16> %828, ptr %gep1059.us.2.i.3, align 2, !tbaa !4
   %829 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1728
   %830 = load <16 x float>, ptr %829, align 4, !tbaa !4
   %831 = fmul <16 x float> %797, %830
@@ -2669,8 +2669,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %836 = add nuw <16 x i32> %835, %834
   %837 = lshr <16 x i32> %836, splat (i32 16)
   %838 = trunc nuw <16 x i32> %837 to <16 x i16>
-  %gep1060.us.3.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 96
-  store <16 x i16> %838, ptr %gep1060.us.3.i.3, align 2, !tbaa !4
+  %gep1059.us.3.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 96
+  store <16 x i16> %838, ptr %gep1059.us.3.i.3, align 2, !tbaa !4
   %839 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1792
   %840 = load <16 x float>, ptr %839, align 4, !tbaa !4
   %841 = fmul <16 x float> %797, %840
@@ -2681,8 +2681,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %846 = add nuw <16 x i32> %845, %844
   %847 = lshr <16 x i32> %846, splat (i32 16)
   %848 = trunc nuw <16 x i32> %847 to <16 x i16>
-  %gep1060.us.4.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 128
-  store <16 x i16> %848, ptr %gep1060.us.4.i.3, align 2, !tbaa !4
+  %gep1059.us.4.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 128
+  store <16 x i16> %848, ptr %gep1059.us.4.i.3, align 2, !tbaa !4
   %849 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1856
   %850 = load <16 x float>, ptr %849, align 4, !tbaa !4
   %851 = fmul <16 x float> %797, %850
@@ -2693,8 +2693,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %856 = add nuw <16 x i32> %855, %854
   %857 = lshr <16 x i32> %856, splat (i32 16)
   %858 = trunc nuw <16 x i32> %857 to <16 x i16>
-  %gep1060.us.5.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 160
-  store <16 x i16> %858, ptr %gep1060.us.5.i.3, align 2, !tbaa !4
+  %gep1059.us.5.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 160
+  store <16 x i16> %858, ptr %gep1059.us.5.i.3, align 2, !tbaa !4
   %859 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1920
   %860 = load <16 x float>, ptr %859, align 4, !tbaa !4
   %861 = fmul <16 x float> %797, %860
@@ -2705,8 +2705,8 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %866 = add nuw <16 x i32> %865, %864
   %867 = lshr <16 x i32> %866, splat (i32 16)
   %868 = trunc nuw <16 x i32> %867 to <16 x i16>
-  %gep1060.us.6.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 192
-  store <16 x i16> %868, ptr %gep1060.us.6.i.3, align 2, !tbaa !4
+  %gep1059.us.6.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 192
+  store <16 x i16> %868, ptr %gep1059.us.6.i.3, align 2, !tbaa !4
   %869 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1984
   %870 = load <16 x float>, ptr %869, align 4, !tbaa !4
   %871 = fmul <16 x float> %797, %870
@@ -2717,77 +2717,77 @@ for_body_tile171.us.i:                            ; preds = %if_end190.us.3.i, %
   %876 = add nuw <16 x i32> %875, %874
   %877 = lshr <16 x i32> %876, splat (i32 16)
   %878 = trunc nuw <16 x i32> %877 to <16 x i16>
-  %gep1060.us.7.i.3 = getelementptr i8, ptr %invariant.gep1059.us.i.3, i64 224
-  store <16 x i16> %878, ptr %gep1060.us.7.i.3, align 2, !tbaa !4
+  %gep1059.us.7.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 224
+  store <16 x i16> %878, ptr %gep1059.us.7.i.3, align 2, !tbaa !4
   %879 = getelementptr float, ptr %546, i64 %547
   %880 = load float, ptr %548, align 16, !tbaa !23
   %881 = fcmp oeq float %880, 0.000000e+00
-  br i1 %881, label %if_end190.us.i, label %if_else189.us.i
+  br i1 %881, label %if_end189.us.i, label %if_else188.us.i
 
-if_else189.us.i:                                  ; preds = %for_body_tile171.us.i
+if_else188.us.i:                                  ; preds = %for_body_tile170.us.i
   %882 = tail call float @llvm.log.f32(float %880)
-  %883 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %547
+  %883 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %547
   %884 = load float, ptr %883, align 16, !tbaa !25
   %885 = fadd float %882, %884
-  br label %if_end190.us.i
+  br label %if_end189.us.i
 
-if_end190.us.i:                                   ; preds = %if_else189.us.i, %for_body_tile171.us.i
-  %886 = phi float [ %885, %if_else189.us.i ], [ 0xFFF0000000000000, %for_body_tile171.us.i ]
+if_end189.us.i:                                   ; preds = %if_else188.us.i, %for_body_tile170.us.i
+  %886 = phi float [ %885, %if_else188.us.i ], [ 0xFFF0000000000000, %for_body_tile170.us.i ]
   store float %886, ptr %879, align 4, !tbaa !4
   %887 = or disjoint i64 %547, 1
-  %888 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %887
+  %888 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %887
   %889 = load float, ptr %888, align 4, !tbaa !23
   %890 = fcmp oeq float %889, 0.000000e+00
-  br i1 %890, label %if_end190.us.1.i, label %if_else189.us.1.i
+  br i1 %890, label %if_end189.us.1.i, label %if_else188.us.1.i
 
-if_else189.us.1.i:                                ; preds = %if_end190.us.i
+if_else188.us.1.i:                                ; preds = %if_end189.us.i
   %891 = tail call float @llvm.log.f32(float %889)
-  %892 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %887
+  %892 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %887
   %893 = load float, ptr %892, align 4, !tbaa !25
   %894 = fadd float %891, %893
-  br label %if_end190.us.1.i
+  br label %if_end189.us.1.i
 
-if_end190.us.1.i:                                 ; preds = %if_else189.us.1.i, %if_end190.us.i
-  %895 = phi float [ %894, %if_else189.us.1.i ], [ 0xFFF0000000000000, %if_end190.us.i ]
+if_end189.us.1.i:                                 ; preds = %if_else188.us.1.i, %if_end189.us.i
+  %895 = phi float [ %894, %if_else188.us.1.i ], [ 0xFFF0000000000000, %if_end189.us.i ]
   %896 = getelementptr i8, ptr %879, i64 4
   store float %895, ptr %896, align 4, !tbaa !4
   %897 = or disjoint i64 %547, 2
-  %898 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %897
+  %898 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %897
   %899 = load float, ptr %898, align 8, !tbaa !23
   %900 = fcmp oeq float %899, 0.000000e+00
-  br i1 %900, label %if_end190.us.2.i, label %if_else189.us.2.i
+  br i1 %900, label %if_end189.us.2.i, label %if_else188.us.2.i
 
-if_else189.us.2.i:                                ; preds = %if_end190.us.1.i
+if_else188.us.2.i:                                ; preds = %if_end189.us.1.i
   %901 = tail call float @llvm.log.f32(float %899)
-  %902 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %897
+  %902 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %897
   %903 = load float, ptr %902, align 8, !tbaa !25
   %904 = fadd float %901, %903
-  br label %if_end190.us.2.i
+  br label %if_end189.us.2.i
 
-if_end190.us.2.i:                                 ; preds = %if_else189.us.2.i, %if_end190.us.1.i
-  %905 = phi float [ %904, %if_else189.us.2.i ], [ 0xFFF0000000000000, %if_end190.us.1.i ]
+if_end189.us.2.i:                                 ; preds = %if_else188.us.2.i, %if_end189.us.1.i
+  %905 = phi float [ %904, %if_else188.us.2.i ], [ 0xFFF0000000000000, %if_end189.us.1.i ]
   %906 = getelementptr i8, ptr %879, i64 8
   store float %905, ptr %906, align 4, !tbaa !4
   %907 = or disjoint i64 %547, 3
-  %908 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %907
+  %908 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %907
   %909 = load float, ptr %908, align 4, !tbaa !23
   %910 = fcmp oeq float %909, 0.000000e+00
-  br i1 %910, label %if_end190.us.3.i, label %if_else189.us.3.i
+  br i1 %910, label %if_end189.us.3.i, label %if_else188.us.3.i
 
-if_else189.us.3.i:                                ; preds = %if_end190.us.2.i
+if_else188.us.3.i:                                ; preds = %if_end189.us.2.i
   %911 = tail call float @llvm.log.f32(float %909)
-  %912 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %907
+  %912 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %907
   %913 = load float, ptr %912, align 4, !tbaa !25
   %914 = fadd float %911, %913
-  br label %if_end190.us.3.i
+  br label %if_end189.us.3.i
 
-if_end190.us.3.i:                                 ; preds = %if_else189.us.3.i, %if_end190.us.2.i
-  %915 = phi float [ %914, %if_else189.us.3.i ], [ 0xFFF0000000000000, %if_end190.us.2.i ]
+if_end189.us.3.i:                                 ; preds = %if_else188.us.3.i, %if_end189.us.2.i
+  %915 = phi float [ %914, %if_else188.us.3.i ], [ 0xFFF0000000000000, %if_end189.us.2.i ]
   %916 = getelementptr i8, ptr %879, i64 12
   store float %915, ptr %916, align 4, !tbaa !4
-  %indvars.iv.next1242.i = add nuw nsw i64 %indvars.iv1241.i, 1
-  %exitcond1244.not.i = icmp eq i64 %indvars.iv.next1242.i, 8
-  br i1 %exitcond1244.not.i, label %for_end_tile172.i, label %for_body_tile171.us.i, !prof !21
+  %indvars.iv.next1241.i = add nuw nsw i64 %indvars.iv1240.i, 1
+  %exitcond1243.not.i = icmp eq i64 %indvars.iv.next1241.i, 8
+  br i1 %exitcond1243.not.i, label %for_end_tile171.i, label %for_body_tile170.us.i, !prof !21
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %917 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2802,15 +2802,15 @@ if_end5.i:                                        ; preds = %for_body_step.i
   br i1 %920, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %921 = shl nsw i64 %indvars.iv1205.i, 7
+  %921 = shl nsw i64 %indvars.iv1204.i, 7
   %922 = sub nsw i64 %138, %921
   %923 = trunc nsw i64 %922 to i32
   %924 = tail call i32 @llvm.smin.i32(i32 %923, i32 128)
   %925 = add nsw i32 %924, 31
-  %indvars.iv.next1206.i = add nuw nsw i64 %indvars.iv1205.i, 1
+  %indvars.iv.next1205.i = add nuw nsw i64 %indvars.iv1204.i, 1
   %926 = ashr i32 %925, 5
   %927 = and i32 %925, -32
-  %928 = icmp samesign ult i64 %indvars.iv.next1206.i, %137
+  %928 = icmp samesign ult i64 %indvars.iv.next1205.i, %137
   %929 = select i1 %928, i32 256, i32 %927
   %930 = icmp sgt i32 %929, 0
   br i1 %930, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
@@ -2821,8 +2821,8 @@ for_body_t.lr.ph.i:                               ; preds = %if_end8.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv1105.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1106.i.3, %for_body_t.i ]
-  %932 = add nuw nsw i64 %indvars.iv1105.i, %931
+  %indvars.iv1104.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1105.i.3, %for_body_t.i ]
+  %932 = add nuw nsw i64 %indvars.iv1104.i, %931
   %933 = trunc i64 %932 to i32
   %934 = tail call i32 @llvm.smin.i32(i32 %933, i32 %.reass.i)
   %935 = ashr i32 %934, 4
@@ -2831,10 +2831,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %938 = load i32, ptr %937, align 4, !tbaa !4
   %block.i = sext i32 %938 to i64
   %939 = mul nsw i64 %k_block, %block.i
-  %940 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1105.i
+  %940 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1104.i
   store i64 %939, ptr %940, align 8, !tbaa !4
-  %indvars.iv.next1106.i = or disjoint i64 %indvars.iv1105.i, 1
-  %941 = add nuw nsw i64 %indvars.iv.next1106.i, %931
+  %indvars.iv.next1105.i = or disjoint i64 %indvars.iv1104.i, 1
+  %941 = add nuw nsw i64 %indvars.iv.next1105.i, %931
   %942 = trunc i64 %941 to i32
   %943 = tail call i32 @llvm.smin.i32(i32 %942, i32 %.reass.i)
   %944 = ashr i32 %943, 4
@@ -2843,10 +2843,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %947 = load i32, ptr %946, align 4, !tbaa !4
   %block.i.1 = sext i32 %947 to i64
   %948 = mul nsw i64 %k_block, %block.i.1
-  %949 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1106.i
+  %949 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1105.i
   store i64 %948, ptr %949, align 8, !tbaa !4
-  %indvars.iv.next1106.i.1 = or disjoint i64 %indvars.iv1105.i, 2
-  %950 = add nuw nsw i64 %indvars.iv.next1106.i.1, %931
+  %indvars.iv.next1105.i.1 = or disjoint i64 %indvars.iv1104.i, 2
+  %950 = add nuw nsw i64 %indvars.iv.next1105.i.1, %931
   %951 = trunc i64 %950 to i32
   %952 = tail call i32 @llvm.smin.i32(i32 %951, i32 %.reass.i)
   %953 = ashr i32 %952, 4
@@ -2855,10 +2855,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %956 = load i32, ptr %955, align 4, !tbaa !4
   %block.i.2 = sext i32 %956 to i64
   %957 = mul nsw i64 %k_block, %block.i.2
-  %958 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1106.i.1
+  %958 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1105.i.1
   store i64 %957, ptr %958, align 8, !tbaa !4
-  %indvars.iv.next1106.i.2 = or disjoint i64 %indvars.iv1105.i, 3
-  %959 = add nuw nsw i64 %indvars.iv.next1106.i.2, %931
+  %indvars.iv.next1105.i.2 = or disjoint i64 %indvars.iv1104.i, 3
+  %959 = add nuw nsw i64 %indvars.iv.next1105.i.2, %931
   %960 = trunc i64 %959 to i32
   %961 = tail call i32 @llvm.smin.i32(i32 %960, i32 %.reass.i)
   %962 = ashr i32 %961, 4
@@ -2867,96 +2867,96 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %965 = load i32, ptr %964, align 4, !tbaa !4
   %block.i.3 = sext i32 %965 to i64
   %966 = mul nsw i64 %k_block, %block.i.3
-  %967 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1106.i.2
+  %967 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1105.i.2
   store i64 %966, ptr %967, align 8, !tbaa !4
-  %indvars.iv.next1106.i.3 = add nuw nsw i64 %indvars.iv1105.i, 4
-  %exitcond1108.not.i.3 = icmp eq i64 %indvars.iv.next1106.i.3, %wide.trip.count.i
-  br i1 %exitcond1108.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !27
+  %indvars.iv.next1105.i.3 = add nuw nsw i64 %indvars.iv1104.i, 4
+  %exitcond1107.not.i.3 = icmp eq i64 %indvars.iv.next1105.i.3, %wide.trip.count.i
+  br i1 %exitcond1107.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !27
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %968 = icmp sgt i32 %926, 0
   %969 = icmp sgt i64 %922, 0
-  %970 = icmp eq i64 %indvars.iv1205.i, 0
+  %970 = icmp eq i64 %indvars.iv1204.i, 0
   %971 = insertelement <4 x i1> poison, i1 %970, i64 0
   %972 = shufflevector <4 x i1> %971, <4 x i1> poison, <4 x i32> zeroinitializer
   %973 = ashr i32 %924, 5
   %974 = icmp sgt i32 %973, 0
   %975 = and i32 %924, 31
-  %.not1071.i = icmp eq i32 %975, 0
+  %.not1070.i = icmp eq i32 %975, 0
   %976 = shl nsw i32 %973, 4
   %977 = and i32 %924, -32
   %978 = sext i32 %977 to i64
   %979 = sext i32 %976 to i64
   %980 = zext i32 %973 to i64
-  %wide.trip.count1128.i = zext i32 %926 to i64
-  %xtraiter = and i64 %wide.trip.count1128.i, 3
+  %wide.trip.count1127.i = zext i32 %926 to i64
+  %xtraiter = and i64 %wide.trip.count1127.i, 3
   %981 = icmp ult i32 %926, 4
-  %unroll_iter = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod96 = icmp ne i64 %xtraiter, 0
-  %xtraiter97 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter97 = and i64 %wide.trip.count1127.i, 3
   %982 = icmp ult i32 %926, 4
-  %unroll_iter101 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter101 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod99.not = icmp eq i64 %xtraiter97, 0
   %lcmp.mod100 = icmp ne i64 %xtraiter97, 0
-  %xtraiter103 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter103 = and i64 %wide.trip.count1127.i, 3
   %983 = icmp ult i32 %926, 4
-  %unroll_iter107 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter107 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod105.not = icmp eq i64 %xtraiter103, 0
   %lcmp.mod106 = icmp ne i64 %xtraiter103, 0
-  %xtraiter109 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter109 = and i64 %wide.trip.count1127.i, 3
   %984 = icmp ult i32 %926, 4
-  %unroll_iter113 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter113 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod111.not = icmp eq i64 %xtraiter109, 0
   %lcmp.mod112 = icmp ne i64 %xtraiter109, 0
-  %xtraiter115 = and i64 %wide.trip.count1128.i, 7
+  %xtraiter115 = and i64 %wide.trip.count1127.i, 7
   %985 = icmp ult i32 %926, 8
-  %unroll_iter120 = and i64 %wide.trip.count1128.i, 2147483640
+  %unroll_iter120 = and i64 %wide.trip.count1127.i, 2147483640
   %lcmp.mod117.not = icmp eq i64 %xtraiter115, 0
   %lcmp.mod119 = icmp ne i64 %xtraiter115, 0
-  %xtraiter122 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter122 = and i64 %wide.trip.count1127.i, 3
   %986 = icmp ult i32 %926, 4
-  %unroll_iter126 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter126 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod124.not = icmp eq i64 %xtraiter122, 0
   %lcmp.mod125 = icmp ne i64 %xtraiter122, 0
-  %xtraiter128 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter128 = and i64 %wide.trip.count1127.i, 3
   %987 = icmp ult i32 %926, 4
-  %unroll_iter132 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter132 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod130.not = icmp eq i64 %xtraiter128, 0
   %lcmp.mod131 = icmp ne i64 %xtraiter128, 0
-  %xtraiter134 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter134 = and i64 %wide.trip.count1127.i, 3
   %988 = icmp ult i32 %926, 4
-  %unroll_iter138 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter138 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod136.not = icmp eq i64 %xtraiter134, 0
   %lcmp.mod137 = icmp ne i64 %xtraiter134, 0
-  %xtraiter140 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter140 = and i64 %wide.trip.count1127.i, 3
   %989 = icmp ult i32 %926, 4
-  %unroll_iter144 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter144 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod142.not = icmp eq i64 %xtraiter140, 0
   %lcmp.mod143 = icmp ne i64 %xtraiter140, 0
-  %xtraiter146 = and i64 %wide.trip.count1128.i, 7
+  %xtraiter146 = and i64 %wide.trip.count1127.i, 7
   %990 = icmp ult i32 %926, 8
-  %unroll_iter151 = and i64 %wide.trip.count1128.i, 2147483640
+  %unroll_iter151 = and i64 %wide.trip.count1127.i, 2147483640
   %lcmp.mod148.not = icmp eq i64 %xtraiter146, 0
   %lcmp.mod150 = icmp ne i64 %xtraiter146, 0
-  %xtraiter153 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter153 = and i64 %wide.trip.count1127.i, 3
   %991 = icmp ult i32 %926, 4
-  %unroll_iter157 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter157 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod155.not = icmp eq i64 %xtraiter153, 0
   %lcmp.mod156 = icmp ne i64 %xtraiter153, 0
-  %xtraiter159 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter159 = and i64 %wide.trip.count1127.i, 3
   %992 = icmp ult i32 %926, 4
-  %unroll_iter163 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter163 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod161.not = icmp eq i64 %xtraiter159, 0
   %lcmp.mod162 = icmp ne i64 %xtraiter159, 0
-  %xtraiter165 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter165 = and i64 %wide.trip.count1127.i, 3
   %993 = icmp ult i32 %926, 4
-  %unroll_iter169 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter169 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod167.not = icmp eq i64 %xtraiter165, 0
   %lcmp.mod168 = icmp ne i64 %xtraiter165, 0
-  %xtraiter171 = and i64 %wide.trip.count1128.i, 3
+  %xtraiter171 = and i64 %wide.trip.count1127.i, 3
   %994 = icmp ult i32 %926, 4
-  %unroll_iter175 = and i64 %wide.trip.count1128.i, 2147483644
+  %unroll_iter175 = and i64 %wide.trip.count1127.i, 2147483644
   %lcmp.mod173.not = icmp eq i64 %xtraiter171, 0
   %lcmp.mod174 = icmp ne i64 %xtraiter171, 0
   %xtraiter178 = and i64 %539, 1
@@ -2967,83 +2967,83 @@ for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %996 = add nuw nsw i64 %indvars.iv1109.i, %931
+  %indvars.iv1108.i = phi i64 [ %indvars.iv.next1109.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %996 = add nuw nsw i64 %indvars.iv1108.i, %931
   %997 = trunc i64 %996 to i32
   %998 = tail call i32 @llvm.smin.i32(i32 %997, i32 %.reass.i)
   %999 = sext i32 %998 to i64
   %1000 = ashr i64 %999, 4
-  %gep874.i = getelementptr i32, ptr %136, i64 %1000
-  %1001 = load i32, ptr %gep874.i, align 4, !tbaa !4
+  %gep873.i = getelementptr i32, ptr %136, i64 %1000
+  %1001 = load i32, ptr %gep873.i, align 4, !tbaa !4
   %block18.i = sext i32 %1001 to i64
   %1002 = lshr i64 %999, 1
   %1003 = and i64 %1002, 7
   %1004 = mul nsw i64 %1003, %v_row
   %1005 = mul nsw i64 %v_block, %block18.i
   %1006 = add nsw i64 %1004, %1005
-  %1007 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1109.i
+  %1007 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1108.i
   store i64 %1006, ptr %1007, align 8, !tbaa !4
-  %indvars.iv.next1110.i = or disjoint i64 %indvars.iv1109.i, 1
-  %1008 = add nuw nsw i64 %indvars.iv.next1110.i, %931
+  %indvars.iv.next1109.i = or disjoint i64 %indvars.iv1108.i, 1
+  %1008 = add nuw nsw i64 %indvars.iv.next1109.i, %931
   %1009 = trunc i64 %1008 to i32
   %1010 = tail call i32 @llvm.smin.i32(i32 %1009, i32 %.reass.i)
   %1011 = sext i32 %1010 to i64
   %1012 = ashr i64 %1011, 4
-  %gep874.i.1 = getelementptr i32, ptr %136, i64 %1012
-  %1013 = load i32, ptr %gep874.i.1, align 4, !tbaa !4
+  %gep873.i.1 = getelementptr i32, ptr %136, i64 %1012
+  %1013 = load i32, ptr %gep873.i.1, align 4, !tbaa !4
   %block18.i.1 = sext i32 %1013 to i64
   %1014 = lshr i64 %1011, 1
   %1015 = and i64 %1014, 7
   %1016 = mul nsw i64 %1015, %v_row
   %1017 = mul nsw i64 %v_block, %block18.i.1
   %1018 = add nsw i64 %1016, %1017
-  %1019 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1110.i
+  %1019 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1109.i
   store i64 %1018, ptr %1019, align 8, !tbaa !4
-  %indvars.iv.next1110.i.1 = or disjoint i64 %indvars.iv1109.i, 2
-  %1020 = add nuw nsw i64 %indvars.iv.next1110.i.1, %931
+  %indvars.iv.next1109.i.1 = or disjoint i64 %indvars.iv1108.i, 2
+  %1020 = add nuw nsw i64 %indvars.iv.next1109.i.1, %931
   %1021 = trunc i64 %1020 to i32
   %1022 = tail call i32 @llvm.smin.i32(i32 %1021, i32 %.reass.i)
   %1023 = sext i32 %1022 to i64
   %1024 = ashr i64 %1023, 4
-  %gep874.i.2 = getelementptr i32, ptr %136, i64 %1024
-  %1025 = load i32, ptr %gep874.i.2, align 4, !tbaa !4
+  %gep873.i.2 = getelementptr i32, ptr %136, i64 %1024
+  %1025 = load i32, ptr %gep873.i.2, align 4, !tbaa !4
   %block18.i.2 = sext i32 %1025 to i64
   %1026 = lshr i64 %1023, 1
   %1027 = and i64 %1026, 7
   %1028 = mul nsw i64 %1027, %v_row
   %1029 = mul nsw i64 %v_block, %block18.i.2
   %1030 = add nsw i64 %1028, %1029
-  %1031 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1110.i.1
+  %1031 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1109.i.1
   store i64 %1030, ptr %1031, align 8, !tbaa !4
-  %indvars.iv.next1110.i.2 = or disjoint i64 %indvars.iv1109.i, 3
-  %1032 = add nuw nsw i64 %indvars.iv.next1110.i.2, %931
+  %indvars.iv.next1109.i.2 = or disjoint i64 %indvars.iv1108.i, 3
+  %1032 = add nuw nsw i64 %indvars.iv.next1109.i.2, %931
   %1033 = trunc i64 %1032 to i32
   %1034 = tail call i32 @llvm.smin.i32(i32 %1033, i32 %.reass.i)
   %1035 = sext i32 %1034 to i64
   %1036 = ashr i64 %1035, 4
-  %gep874.i.3 = getelementptr i32, ptr %136, i64 %1036
-  %1037 = load i32, ptr %gep874.i.3, align 4, !tbaa !4
+  %gep873.i.3 = getelementptr i32, ptr %136, i64 %1036
+  %1037 = load i32, ptr %gep873.i.3, align 4, !tbaa !4
   %block18.i.3 = sext i32 %1037 to i64
   %1038 = lshr i64 %1035, 1
   %1039 = and i64 %1038, 7
   %1040 = mul nsw i64 %1039, %v_row
   %1041 = mul nsw i64 %v_block, %block18.i.3
   %1042 = add nsw i64 %1040, %1041
-  %1043 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1110.i.2
+  %1043 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1109.i.2
   store i64 %1042, ptr %1043, align 8, !tbaa !4
-  %indvars.iv.next1110.i.3 = add nuw nsw i64 %indvars.iv1109.i, 4
-  %exitcond1113.not.i.3 = icmp eq i64 %indvars.iv.next1110.i.3, %wide.trip.count.i
-  br i1 %exitcond1113.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !29
+  %indvars.iv.next1109.i.3 = add nuw nsw i64 %indvars.iv1108.i, 4
+  %exitcond1112.not.i.3 = icmp eq i64 %indvars.iv.next1109.i.3, %wide.trip.count.i
+  br i1 %exitcond1112.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !29
 
-for_begin_kv_head.i:                              ; preds = %if_end159.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1201.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1202.i, %if_end159.i ]
-  %exitcond1204.not.i = icmp eq i64 %indvars.iv1201.i, 8
-  br i1 %exitcond1204.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
+for_begin_kv_head.i:                              ; preds = %if_end158.i, %for_begin_kv_head.preheader.i
+  %indvars.iv1200.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1201.i, %if_end158.i ]
+  %exitcond1203.not.i = icmp eq i64 %indvars.iv1200.i, 8
+  br i1 %exitcond1203.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %1044 = icmp eq i64 %indvars.iv1201.i, 7
+  %1044 = icmp eq i64 %indvars.iv1200.i, 7
   %1045 = and i1 %928, %1044
-  %indvars.iv.next1202.i = add nuw nsw i64 %indvars.iv1201.i, 1
+  %indvars.iv.next1201.i = add nuw nsw i64 %indvars.iv1200.i, 1
   %1046 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %scores.i = tail call ptr %1046(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1047 = icmp eq ptr %scores.i, null
@@ -3052,8 +3052,8 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %1048 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1049 = tail call i32 %1048(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not233.i = icmp eq i32 %1049, 0
-  br i1 %.not233.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
+  %.not232.i = icmp eq i32 %1049, 0
+  br i1 %.not232.i, label %if_end164.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
   %1050 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -3063,239 +3063,239 @@ if_end22.i:                                       ; preds = %for_body_kv_head.i
 
 for_begin___m.preheader.i:                        ; preds = %if_end22.i
   %1052 = select i1 %1045, i32 128, i32 0
-  %1053 = select i1 %1044, i64 0, i64 %indvars.iv.next1202.i
+  %1053 = select i1 %1044, i64 0, i64 %indvars.iv.next1201.i
   %1054 = mul nsw i64 %1053, %k_head
-  %invariant.gep885.i = getelementptr i32, ptr %key_cache, i64 %1054
-  %1055 = mul nsw i64 %indvars.iv1201.i, %k_head
-  %invariant.gep897.i = getelementptr i32, ptr %key_cache, i64 %1055
+  %invariant.gep884.i = getelementptr i32, ptr %key_cache, i64 %1054
+  %1055 = mul nsw i64 %indvars.iv1200.i, %k_head
+  %invariant.gep896.i = getelementptr i32, ptr %key_cache, i64 %1055
   br i1 %968, label %for_begin_n_1_m.preheader.us.i.preheader, label %for_end___m.i, !prof !3
 
 for_begin_n_1_m.preheader.us.i.preheader:         ; preds = %for_begin___m.preheader.i
-  %.idx = shl nuw nsw i64 %indvars.iv1201.i, 10
+  %.idx = shl nuw nsw i64 %indvars.iv1200.i, 10
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
   br label %for_begin_n_1_m.preheader.us.i
 
 for_end_n_1_m.us.i:                               ; preds = %for_begin_n_2.preheader.us.i
   %1056 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1180
-  store <16 x float> %r.i264.us.1.i, ptr %1056, align 4, !tbaa !4
+  store <16 x float> %r.i263.us.1.i, ptr %1056, align 4, !tbaa !4
   %1057 = getelementptr inbounds nuw i8, ptr %1056, i64 64
-  store <16 x float> %r.i267.us.1.i, ptr %1057, align 4, !tbaa !4
+  store <16 x float> %r.i266.us.1.i, ptr %1057, align 4, !tbaa !4
   %1058 = getelementptr inbounds nuw i8, ptr %1056, i64 512
-  store <16 x float> %r.i270.us.1.i, ptr %1058, align 4, !tbaa !4
+  store <16 x float> %r.i269.us.1.i, ptr %1058, align 4, !tbaa !4
   %1059 = getelementptr inbounds nuw i8, ptr %1056, i64 576
-  store <16 x float> %r.i273.us.1.i, ptr %1059, align 4, !tbaa !4
+  store <16 x float> %r.i272.us.1.i, ptr %1059, align 4, !tbaa !4
   %1060 = getelementptr inbounds nuw i8, ptr %1056, i64 1024
-  store <16 x float> %r.i276.us.1.i, ptr %1060, align 4, !tbaa !4
+  store <16 x float> %r.i275.us.1.i, ptr %1060, align 4, !tbaa !4
   %1061 = getelementptr inbounds nuw i8, ptr %1056, i64 1088
-  store <16 x float> %r.i279.us.1.i, ptr %1061, align 4, !tbaa !4
+  store <16 x float> %r.i278.us.1.i, ptr %1061, align 4, !tbaa !4
   %1062 = getelementptr inbounds nuw i8, ptr %1056, i64 1536
-  store <16 x float> %r.i282.us.1.i, ptr %1062, align 4, !tbaa !4
+  store <16 x float> %r.i281.us.1.i, ptr %1062, align 4, !tbaa !4
   %1063 = getelementptr inbounds nuw i8, ptr %1056, i64 1600
-  store <16 x float> %r.i285.us.1.i, ptr %1063, align 4, !tbaa !4
-  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
-  %exitcond1129.not.i = icmp eq i64 %indvars.iv.next1126.i, %wide.trip.count1128.i
-  br i1 %exitcond1129.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
+  store <16 x float> %r.i284.us.1.i, ptr %1063, align 4, !tbaa !4
+  %indvars.iv.next1125.i = add nuw nsw i64 %indvars.iv1124.i, 1
+  %exitcond1128.not.i = icmp eq i64 %indvars.iv.next1125.i, %wide.trip.count1127.i
+  br i1 %exitcond1128.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
 
 for_begin_n_2.preheader.us.i:                     ; preds = %for_begin_n_1_m.preheader.us.i, %for_begin_n_2.preheader.us.i
-  %indvars.iv1121.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1122.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.0.0894.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i264.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.6.0893.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i267.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.12.0892.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i270.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.18.0891.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i273.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.24.0890.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i276.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.30.0889.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i279.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.36.0888.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i282.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global226.sroa.42.0887.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i285.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %1064 = shl i64 %indvars.iv1121.i, 3
+  %indvars.iv1120.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1121.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.0.0893.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i263.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.6.0892.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i266.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.12.0891.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i269.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.18.0890.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i272.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.24.0889.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i275.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.30.0888.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i278.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.36.0887.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i281.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global225.sroa.42.0886.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i284.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %1064 = shl i64 %indvars.iv1120.i, 3
   %.masked.us.i = and i64 %1064, 56
-  %indvars.iv1121.tr1277.i = trunc i64 %indvars.iv1121.i to i32
-  %1065 = shl i32 %indvars.iv1121.tr1277.i, 1
-  %.masked240.us.i = and i32 %1065, 16
-  %1066 = or disjoint i32 %.masked240.us.i, %1186
+  %indvars.iv1120.tr1276.i = trunc i64 %indvars.iv1120.i to i32
+  %1065 = shl i32 %indvars.iv1120.tr1276.i, 1
+  %.masked239.us.i = and i32 %1065, 16
+  %1066 = or disjoint i32 %.masked239.us.i, %1186
   %1067 = zext nneg i32 %1066 to i64
   %1068 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1067
   %1069 = load i64, ptr %1068, align 8, !tbaa !4
-  %gep886.us.i = getelementptr i32, ptr %invariant.gep885.i, i64 %1069
+  %gep885.us.i = getelementptr i32, ptr %invariant.gep884.i, i64 %1069
   %1070 = mul nsw i64 %.masked.us.i, %k_row
-  %1071 = getelementptr i32, ptr %gep886.us.i, i64 %1070
+  %1071 = getelementptr i32, ptr %gep885.us.i, i64 %1070
   tail call void @llvm.prefetch.p0(ptr readonly %1071, i32 0, i32 2, i32 1)
   %1072 = or disjoint i64 %.masked.us.i, 1
   %1073 = mul nsw i64 %1072, %k_row
-  %1074 = getelementptr i32, ptr %gep886.us.i, i64 %1073
+  %1074 = getelementptr i32, ptr %gep885.us.i, i64 %1073
   tail call void @llvm.prefetch.p0(ptr readonly %1074, i32 0, i32 2, i32 1)
   %1075 = or disjoint i64 %.masked.us.i, 2
   %1076 = mul nsw i64 %1075, %k_row
-  %1077 = getelementptr i32, ptr %gep886.us.i, i64 %1076
+  %1077 = getelementptr i32, ptr %gep885.us.i, i64 %1076
   tail call void @llvm.prefetch.p0(ptr readonly %1077, i32 0, i32 2, i32 1)
   %1078 = or disjoint i64 %.masked.us.i, 3
   %1079 = mul nsw i64 %1078, %k_row
-  %1080 = getelementptr i32, ptr %gep886.us.i, i64 %1079
+  %1080 = getelementptr i32, ptr %gep885.us.i, i64 %1079
   tail call void @llvm.prefetch.p0(ptr readonly %1080, i32 0, i32 2, i32 1)
   %1081 = or disjoint i64 %.masked.us.i, 4
   %1082 = mul nsw i64 %1081, %k_row
-  %1083 = getelementptr i32, ptr %gep886.us.i, i64 %1082
+  %1083 = getelementptr i32, ptr %gep885.us.i, i64 %1082
   tail call void @llvm.prefetch.p0(ptr readonly %1083, i32 0, i32 2, i32 1)
   %1084 = or disjoint i64 %.masked.us.i, 5
   %1085 = mul nsw i64 %1084, %k_row
-  %1086 = getelementptr i32, ptr %gep886.us.i, i64 %1085
+  %1086 = getelementptr i32, ptr %gep885.us.i, i64 %1085
   tail call void @llvm.prefetch.p0(ptr readonly %1086, i32 0, i32 2, i32 1)
   %1087 = or disjoint i64 %.masked.us.i, 6
   %1088 = mul nsw i64 %1087, %k_row
-  %1089 = getelementptr i32, ptr %gep886.us.i, i64 %1088
+  %1089 = getelementptr i32, ptr %gep885.us.i, i64 %1088
   tail call void @llvm.prefetch.p0(ptr readonly %1089, i32 0, i32 2, i32 1)
   %1090 = or disjoint i64 %.masked.us.i, 7
   %1091 = mul nsw i64 %1090, %k_row
-  %1092 = getelementptr i32, ptr %gep886.us.i, i64 %1091
+  %1092 = getelementptr i32, ptr %gep885.us.i, i64 %1091
   tail call void @llvm.prefetch.p0(ptr readonly %1092, i32 0, i32 2, i32 1)
-  %1093 = shl nuw nsw i64 %indvars.iv1121.i, 2
+  %1093 = shl nuw nsw i64 %indvars.iv1120.i, 2
   %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %1093
   %1094 = load i32, ptr %gep, align 4, !tbaa !4
   %1095 = insertelement <16 x i32> poison, i32 %1094, i64 0
   %1096 = shufflevector <16 x i32> %1095, <16 x i32> poison, <16 x i32> zeroinitializer
   %1097 = mul nsw i64 %1093, %k_row
-  %1098 = getelementptr i32, ptr %gep898.us.i, i64 %1097
+  %1098 = getelementptr i32, ptr %gep897.us.i, i64 %1097
   %1099 = load <32 x bfloat>, ptr %1098, align 4, !tbaa !4
   %x.i.us.i = bitcast <16 x i32> %1096 to <32 x bfloat>
-  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.0.0894.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1099)
-  %1100 = getelementptr i32, ptr %gep900.us.i, i64 %1097
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.0.0893.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1099)
+  %1100 = getelementptr i32, ptr %gep899.us.i, i64 %1097
   %1101 = load <32 x bfloat>, ptr %1100, align 4, !tbaa !4
-  %r.i243.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.6.0893.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1101)
+  %r.i242.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.6.0892.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1101)
   %1102 = getelementptr inbounds nuw i8, ptr %gep, i64 256
   %1103 = load i32, ptr %1102, align 4, !tbaa !4
   %1104 = insertelement <16 x i32> poison, i32 %1103, i64 0
   %1105 = shufflevector <16 x i32> %1104, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i244.us.i = bitcast <16 x i32> %1105 to <32 x bfloat>
-  %r.i246.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.12.0892.us.i, <32 x bfloat> %x.i244.us.i, <32 x bfloat> %1099)
-  %r.i249.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.18.0891.us.i, <32 x bfloat> %x.i244.us.i, <32 x bfloat> %1101)
+  %x.i243.us.i = bitcast <16 x i32> %1105 to <32 x bfloat>
+  %r.i245.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.12.0891.us.i, <32 x bfloat> %x.i243.us.i, <32 x bfloat> %1099)
+  %r.i248.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.18.0890.us.i, <32 x bfloat> %x.i243.us.i, <32 x bfloat> %1101)
   %1106 = getelementptr inbounds nuw i8, ptr %gep, i64 512
   %1107 = load i32, ptr %1106, align 4, !tbaa !4
   %1108 = insertelement <16 x i32> poison, i32 %1107, i64 0
   %1109 = shufflevector <16 x i32> %1108, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i250.us.i = bitcast <16 x i32> %1109 to <32 x bfloat>
-  %r.i252.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.24.0890.us.i, <32 x bfloat> %x.i250.us.i, <32 x bfloat> %1099)
-  %r.i255.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.30.0889.us.i, <32 x bfloat> %x.i250.us.i, <32 x bfloat> %1101)
+  %x.i249.us.i = bitcast <16 x i32> %1109 to <32 x bfloat>
+  %r.i251.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.24.0889.us.i, <32 x bfloat> %x.i249.us.i, <32 x bfloat> %1099)
+  %r.i254.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.30.0888.us.i, <32 x bfloat> %x.i249.us.i, <32 x bfloat> %1101)
   %1110 = getelementptr inbounds nuw i8, ptr %gep, i64 768
   %1111 = load i32, ptr %1110, align 4, !tbaa !4
   %1112 = insertelement <16 x i32> poison, i32 %1111, i64 0
   %1113 = shufflevector <16 x i32> %1112, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i256.us.i = bitcast <16 x i32> %1113 to <32 x bfloat>
-  %r.i258.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.36.0888.us.i, <32 x bfloat> %x.i256.us.i, <32 x bfloat> %1099)
-  %r.i261.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global226.sroa.42.0887.us.i, <32 x bfloat> %x.i256.us.i, <32 x bfloat> %1101)
+  %x.i255.us.i = bitcast <16 x i32> %1113 to <32 x bfloat>
+  %r.i257.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.36.0887.us.i, <32 x bfloat> %x.i255.us.i, <32 x bfloat> %1099)
+  %r.i260.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.42.0886.us.i, <32 x bfloat> %x.i255.us.i, <32 x bfloat> %1101)
   %1114 = getelementptr inbounds nuw i8, ptr %gep, i64 4
   %1115 = load i32, ptr %1114, align 4, !tbaa !4
   %1116 = insertelement <16 x i32> poison, i32 %1115, i64 0
   %1117 = shufflevector <16 x i32> %1116, <16 x i32> poison, <16 x i32> zeroinitializer
   %1118 = or disjoint i64 %1093, 1
   %1119 = mul nsw i64 %1118, %k_row
-  %1120 = getelementptr i32, ptr %gep898.us.i, i64 %1119
+  %1120 = getelementptr i32, ptr %gep897.us.i, i64 %1119
   %1121 = load <32 x bfloat>, ptr %1120, align 4, !tbaa !4
-  %x.i262.us.i = bitcast <16 x i32> %1117 to <32 x bfloat>
-  %r.i264.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i262.us.i, <32 x bfloat> %1121)
-  %1122 = getelementptr i32, ptr %gep900.us.i, i64 %1119
+  %x.i261.us.i = bitcast <16 x i32> %1117 to <32 x bfloat>
+  %r.i263.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i261.us.i, <32 x bfloat> %1121)
+  %1122 = getelementptr i32, ptr %gep899.us.i, i64 %1119
   %1123 = load <32 x bfloat>, ptr %1122, align 4, !tbaa !4
-  %r.i267.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i243.us.i, <32 x bfloat> %x.i262.us.i, <32 x bfloat> %1123)
+  %r.i266.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.i, <32 x bfloat> %x.i261.us.i, <32 x bfloat> %1123)
   %1124 = getelementptr inbounds nuw i8, ptr %gep, i64 260
   %1125 = load i32, ptr %1124, align 4, !tbaa !4
   %1126 = insertelement <16 x i32> poison, i32 %1125, i64 0
   %1127 = shufflevector <16 x i32> %1126, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i268.us.i = bitcast <16 x i32> %1127 to <32 x bfloat>
-  %r.i270.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i246.us.i, <32 x bfloat> %x.i268.us.i, <32 x bfloat> %1121)
-  %r.i273.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i249.us.i, <32 x bfloat> %x.i268.us.i, <32 x bfloat> %1123)
+  %x.i267.us.i = bitcast <16 x i32> %1127 to <32 x bfloat>
+  %r.i269.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.i, <32 x bfloat> %x.i267.us.i, <32 x bfloat> %1121)
+  %r.i272.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.i, <32 x bfloat> %x.i267.us.i, <32 x bfloat> %1123)
   %1128 = getelementptr inbounds nuw i8, ptr %gep, i64 516
   %1129 = load i32, ptr %1128, align 4, !tbaa !4
   %1130 = insertelement <16 x i32> poison, i32 %1129, i64 0
   %1131 = shufflevector <16 x i32> %1130, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i274.us.i = bitcast <16 x i32> %1131 to <32 x bfloat>
-  %r.i276.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i252.us.i, <32 x bfloat> %x.i274.us.i, <32 x bfloat> %1121)
-  %r.i279.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i255.us.i, <32 x bfloat> %x.i274.us.i, <32 x bfloat> %1123)
+  %x.i273.us.i = bitcast <16 x i32> %1131 to <32 x bfloat>
+  %r.i275.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.i, <32 x bfloat> %x.i273.us.i, <32 x bfloat> %1121)
+  %r.i278.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.i, <32 x bfloat> %x.i273.us.i, <32 x bfloat> %1123)
   %1132 = getelementptr inbounds nuw i8, ptr %gep, i64 772
   %1133 = load i32, ptr %1132, align 4, !tbaa !4
   %1134 = insertelement <16 x i32> poison, i32 %1133, i64 0
   %1135 = shufflevector <16 x i32> %1134, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i280.us.i = bitcast <16 x i32> %1135 to <32 x bfloat>
-  %r.i282.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i258.us.i, <32 x bfloat> %x.i280.us.i, <32 x bfloat> %1121)
-  %r.i285.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i261.us.i, <32 x bfloat> %x.i280.us.i, <32 x bfloat> %1123)
+  %x.i279.us.i = bitcast <16 x i32> %1135 to <32 x bfloat>
+  %r.i281.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.i, <32 x bfloat> %x.i279.us.i, <32 x bfloat> %1121)
+  %r.i284.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.i, <32 x bfloat> %x.i279.us.i, <32 x bfloat> %1123)
   %1136 = getelementptr inbounds nuw i8, ptr %gep, i64 8
   %1137 = load i32, ptr %1136, align 4, !tbaa !4
   %1138 = insertelement <16 x i32> poison, i32 %1137, i64 0
   %1139 = shufflevector <16 x i32> %1138, <16 x i32> poison, <16 x i32> zeroinitializer
   %1140 = or disjoint i64 %1093, 2
   %1141 = mul nsw i64 %1140, %k_row
-  %1142 = getelementptr i32, ptr %gep898.us.i, i64 %1141
+  %1142 = getelementptr i32, ptr %gep897.us.i, i64 %1141
   %1143 = load <32 x bfloat>, ptr %1142, align 4, !tbaa !4
   %x.i.us.1.i = bitcast <16 x i32> %1139 to <32 x bfloat>
-  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i264.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1143)
-  %1144 = getelementptr i32, ptr %gep900.us.i, i64 %1141
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1143)
+  %1144 = getelementptr i32, ptr %gep899.us.i, i64 %1141
   %1145 = load <32 x bfloat>, ptr %1144, align 4, !tbaa !4
-  %r.i243.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i267.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1145)
+  %r.i242.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1145)
   %1146 = getelementptr inbounds nuw i8, ptr %gep, i64 264
   %1147 = load i32, ptr %1146, align 4, !tbaa !4
   %1148 = insertelement <16 x i32> poison, i32 %1147, i64 0
   %1149 = shufflevector <16 x i32> %1148, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i244.us.1.i = bitcast <16 x i32> %1149 to <32 x bfloat>
-  %r.i246.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i270.us.i, <32 x bfloat> %x.i244.us.1.i, <32 x bfloat> %1143)
-  %r.i249.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i273.us.i, <32 x bfloat> %x.i244.us.1.i, <32 x bfloat> %1145)
+  %x.i243.us.1.i = bitcast <16 x i32> %1149 to <32 x bfloat>
+  %r.i245.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.i, <32 x bfloat> %x.i243.us.1.i, <32 x bfloat> %1143)
+  %r.i248.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.i, <32 x bfloat> %x.i243.us.1.i, <32 x bfloat> %1145)
   %1150 = getelementptr inbounds nuw i8, ptr %gep, i64 520
   %1151 = load i32, ptr %1150, align 4, !tbaa !4
   %1152 = insertelement <16 x i32> poison, i32 %1151, i64 0
   %1153 = shufflevector <16 x i32> %1152, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i250.us.1.i = bitcast <16 x i32> %1153 to <32 x bfloat>
-  %r.i252.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i276.us.i, <32 x bfloat> %x.i250.us.1.i, <32 x bfloat> %1143)
-  %r.i255.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i279.us.i, <32 x bfloat> %x.i250.us.1.i, <32 x bfloat> %1145)
+  %x.i249.us.1.i = bitcast <16 x i32> %1153 to <32 x bfloat>
+  %r.i251.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.us.i, <32 x bfloat> %x.i249.us.1.i, <32 x bfloat> %1143)
+  %r.i254.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.us.i, <32 x bfloat> %x.i249.us.1.i, <32 x bfloat> %1145)
   %1154 = getelementptr inbounds nuw i8, ptr %gep, i64 776
   %1155 = load i32, ptr %1154, align 4, !tbaa !4
   %1156 = insertelement <16 x i32> poison, i32 %1155, i64 0
   %1157 = shufflevector <16 x i32> %1156, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i256.us.1.i = bitcast <16 x i32> %1157 to <32 x bfloat>
-  %r.i258.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i282.us.i, <32 x bfloat> %x.i256.us.1.i, <32 x bfloat> %1143)
-  %r.i261.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i285.us.i, <32 x bfloat> %x.i256.us.1.i, <32 x bfloat> %1145)
+  %x.i255.us.1.i = bitcast <16 x i32> %1157 to <32 x bfloat>
+  %r.i257.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.us.i, <32 x bfloat> %x.i255.us.1.i, <32 x bfloat> %1143)
+  %r.i260.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.us.i, <32 x bfloat> %x.i255.us.1.i, <32 x bfloat> %1145)
   %1158 = getelementptr inbounds nuw i8, ptr %gep, i64 12
   %1159 = load i32, ptr %1158, align 4, !tbaa !4
   %1160 = insertelement <16 x i32> poison, i32 %1159, i64 0
   %1161 = shufflevector <16 x i32> %1160, <16 x i32> poison, <16 x i32> zeroinitializer
   %1162 = or disjoint i64 %1093, 3
   %1163 = mul nsw i64 %1162, %k_row
-  %1164 = getelementptr i32, ptr %gep898.us.i, i64 %1163
+  %1164 = getelementptr i32, ptr %gep897.us.i, i64 %1163
   %1165 = load <32 x bfloat>, ptr %1164, align 4, !tbaa !4
-  %x.i262.us.1.i = bitcast <16 x i32> %1161 to <32 x bfloat>
-  %r.i264.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i262.us.1.i, <32 x bfloat> %1165)
-  %1166 = getelementptr i32, ptr %gep900.us.i, i64 %1163
+  %x.i261.us.1.i = bitcast <16 x i32> %1161 to <32 x bfloat>
+  %r.i263.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i261.us.1.i, <32 x bfloat> %1165)
+  %1166 = getelementptr i32, ptr %gep899.us.i, i64 %1163
   %1167 = load <32 x bfloat>, ptr %1166, align 4, !tbaa !4
-  %r.i267.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i243.us.1.i, <32 x bfloat> %x.i262.us.1.i, <32 x bfloat> %1167)
+  %r.i266.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.1.i, <32 x bfloat> %x.i261.us.1.i, <32 x bfloat> %1167)
   %1168 = getelementptr inbounds nuw i8, ptr %gep, i64 268
   %1169 = load i32, ptr %1168, align 4, !tbaa !4
   %1170 = insertelement <16 x i32> poison, i32 %1169, i64 0
   %1171 = shufflevector <16 x i32> %1170, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i268.us.1.i = bitcast <16 x i32> %1171 to <32 x bfloat>
-  %r.i270.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i246.us.1.i, <32 x bfloat> %x.i268.us.1.i, <32 x bfloat> %1165)
-  %r.i273.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i249.us.1.i, <32 x bfloat> %x.i268.us.1.i, <32 x bfloat> %1167)
+  %x.i267.us.1.i = bitcast <16 x i32> %1171 to <32 x bfloat>
+  %r.i269.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.1.i, <32 x bfloat> %x.i267.us.1.i, <32 x bfloat> %1165)
+  %r.i272.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.1.i, <32 x bfloat> %x.i267.us.1.i, <32 x bfloat> %1167)
   %1172 = getelementptr inbounds nuw i8, ptr %gep, i64 524
   %1173 = load i32, ptr %1172, align 4, !tbaa !4
   %1174 = insertelement <16 x i32> poison, i32 %1173, i64 0
   %1175 = shufflevector <16 x i32> %1174, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i274.us.1.i = bitcast <16 x i32> %1175 to <32 x bfloat>
-  %r.i276.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i252.us.1.i, <32 x bfloat> %x.i274.us.1.i, <32 x bfloat> %1165)
-  %r.i279.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i255.us.1.i, <32 x bfloat> %x.i274.us.1.i, <32 x bfloat> %1167)
+  %x.i273.us.1.i = bitcast <16 x i32> %1175 to <32 x bfloat>
+  %r.i275.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.1.i, <32 x bfloat> %x.i273.us.1.i, <32 x bfloat> %1165)
+  %r.i278.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.1.i, <32 x bfloat> %x.i273.us.1.i, <32 x bfloat> %1167)
   %1176 = getelementptr inbounds nuw i8, ptr %gep, i64 780
   %1177 = load i32, ptr %1176, align 4, !tbaa !4
   %1178 = insertelement <16 x i32> poison, i32 %1177, i64 0
   %1179 = shufflevector <16 x i32> %1178, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i280.us.1.i = bitcast <16 x i32> %1179 to <32 x bfloat>
-  %r.i282.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i258.us.1.i, <32 x bfloat> %x.i280.us.1.i, <32 x bfloat> %1165)
-  %r.i285.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i261.us.1.i, <32 x bfloat> %x.i280.us.1.i, <32 x bfloat> %1167)
-  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
-  %exitcond1124.not.i = icmp eq i64 %indvars.iv.next1122.i, 16
-  br i1 %exitcond1124.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !21
+  %x.i279.us.1.i = bitcast <16 x i32> %1179 to <32 x bfloat>
+  %r.i281.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.1.i, <32 x bfloat> %x.i279.us.1.i, <32 x bfloat> %1165)
+  %r.i284.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.1.i, <32 x bfloat> %x.i279.us.1.i, <32 x bfloat> %1167)
+  %indvars.iv.next1121.i = add nuw nsw i64 %indvars.iv1120.i, 1
+  %exitcond1123.not.i = icmp eq i64 %indvars.iv.next1121.i, 16
+  br i1 %exitcond1123.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !21
 
 for_begin_n_1_m.preheader.us.i:                   ; preds = %for_end_n_1_m.us.i, %for_begin_n_1_m.preheader.us.i.preheader
-  %indvars.iv1125.i = phi i64 [ %indvars.iv.next1126.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
-  %1180 = shl nsw i64 %indvars.iv1125.i, 5
+  %indvars.iv1124.i = phi i64 [ %indvars.iv.next1125.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
+  %1180 = shl nsw i64 %indvars.iv1124.i, 5
   %1181 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1180
   %1182 = load i64, ptr %1181, align 8, !tbaa !4
-  %gep898.us.i = getelementptr i32, ptr %invariant.gep897.i, i64 %1182
+  %gep897.us.i = getelementptr i32, ptr %invariant.gep896.i, i64 %1182
   %1183 = getelementptr inbounds nuw i8, ptr %1181, i64 128
   %1184 = load i64, ptr %1183, align 8, !tbaa !4
-  %gep900.us.i = getelementptr i32, ptr %invariant.gep897.i, i64 %1184
+  %gep899.us.i = getelementptr i32, ptr %invariant.gep896.i, i64 %1184
   %1185 = trunc i64 %1180 to i32
   %1186 = add i32 %1052, %1185
   br label %for_begin_n_2.preheader.us.i
@@ -3325,9 +3325,9 @@ for_body_to.us.i.preheader:                       ; preds = %for_begin_r36.prehe
   br i1 %981, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !30
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv1130.i = phi i64 [ %indvars.iv.next1131.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv1129.i = phi i64 [ %indvars.iv.next1130.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %1193 = shl nsw i64 %indvars.iv1130.i, 5
+  %1193 = shl nsw i64 %indvars.iv1129.i, 5
   %1194 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1193
   %1195 = load <32 x float>, ptr %1194, align 4, !tbaa !4
   %1196 = fmul <32 x float> %91, %1195
@@ -3339,8 +3339,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1202 = select <32 x i1> %1201, <32 x float> %1196, <32 x float> splat (float 0xFFF0000000000000)
   %1203 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1193
   store <32 x float> %1202, ptr %1203, align 4, !tbaa !4
-  %indvars.iv.next1131.i = shl i64 %indvars.iv1130.i, 5
-  %1204 = or disjoint i64 %indvars.iv.next1131.i, 32
+  %indvars.iv.next1130.i = shl i64 %indvars.iv1129.i, 5
+  %1204 = or disjoint i64 %indvars.iv.next1130.i, 32
   %1205 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1204
   %1206 = load <32 x float>, ptr %1205, align 4, !tbaa !4
   %1207 = fmul <32 x float> %91, %1206
@@ -3352,8 +3352,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1213 = select <32 x i1> %1212, <32 x float> %1207, <32 x float> splat (float 0xFFF0000000000000)
   %1214 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1204
   store <32 x float> %1213, ptr %1214, align 4, !tbaa !4
-  %indvars.iv.next1131.i.1 = shl i64 %indvars.iv1130.i, 5
-  %1215 = or disjoint i64 %indvars.iv.next1131.i.1, 64
+  %indvars.iv.next1130.i.1 = shl i64 %indvars.iv1129.i, 5
+  %1215 = or disjoint i64 %indvars.iv.next1130.i.1, 64
   %1216 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1215
   %1217 = load <32 x float>, ptr %1216, align 4, !tbaa !4
   %1218 = fmul <32 x float> %91, %1217
@@ -3365,8 +3365,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1224 = select <32 x i1> %1223, <32 x float> %1218, <32 x float> splat (float 0xFFF0000000000000)
   %1225 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1215
   store <32 x float> %1224, ptr %1225, align 4, !tbaa !4
-  %indvars.iv.next1131.i.2 = shl i64 %indvars.iv1130.i, 5
-  %1226 = or disjoint i64 %indvars.iv.next1131.i.2, 96
+  %indvars.iv.next1130.i.2 = shl i64 %indvars.iv1129.i, 5
+  %1226 = or disjoint i64 %indvars.iv.next1130.i.2, 96
   %1227 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1226
   %1228 = load <32 x float>, ptr %1227, align 4, !tbaa !4
   %1229 = fmul <32 x float> %91, %1228
@@ -3378,7 +3378,7 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1235 = select <32 x i1> %1234, <32 x float> %1229, <32 x float> splat (float 0xFFF0000000000000)
   %1236 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1226
   store <32 x float> %1235, ptr %1236, align 4, !tbaa !4
-  %indvars.iv.next1131.i.3 = add nuw nsw i64 %indvars.iv1130.i, 4
+  %indvars.iv.next1130.i.3 = add nuw nsw i64 %indvars.iv1129.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !31, !llvm.loop !32
@@ -3387,14 +3387,14 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !34
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv1130.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1131.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  %indvars.iv1129.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1130.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod96)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv1130.i.epil = phi i64 [ %indvars.iv.next1131.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1130.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv1129.i.epil = phi i64 [ %indvars.iv.next1130.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1129.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %1237 = shl nsw i64 %indvars.iv1130.i.epil, 5
+  %1237 = shl nsw i64 %indvars.iv1129.i.epil, 5
   %1238 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1237
   %1239 = load <32 x float>, ptr %1238, align 4, !tbaa !4
   %1240 = fmul <32 x float> %91, %1239
@@ -3406,7 +3406,7 @@ for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.ep
   %1246 = select <32 x i1> %1245, <32 x float> %1240, <32 x float> splat (float 0xFFF0000000000000)
   %1247 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1237
   store <32 x float> %1246, ptr %1247, align 4, !tbaa !4
-  %indvars.iv.next1131.i.epil = add nuw nsw i64 %indvars.iv1130.i.epil, 1
+  %indvars.iv.next1130.i.epil = add nuw nsw i64 %indvars.iv1129.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !35, !llvm.loop !36
@@ -3415,9 +3415,9 @@ for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.ep
   br i1 %982, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !30
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv1130.1.i = phi i64 [ %indvars.iv.next1131.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %indvars.iv1129.1.i = phi i64 [ %indvars.iv.next1130.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
   %niter102 = phi i64 [ %niter102.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %1248 = shl nsw i64 %indvars.iv1130.1.i, 5
+  %1248 = shl nsw i64 %indvars.iv1129.1.i, 5
   %1249 = add nuw nsw i64 %1248, 128
   %1250 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1249
   %1251 = load <32 x float>, ptr %1250, align 4, !tbaa !4
@@ -3430,12 +3430,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1258 = select <32 x i1> %1257, <32 x float> %1252, <32 x float> splat (float 0xFFF0000000000000)
   %1259 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1249
   store <32 x float> %1258, ptr %1259, align 4, !tbaa !4
-  %indvars.iv.next1131.1.i = shl i64 %indvars.iv1130.1.i, 5
-  %1260 = add nuw nsw i64 %indvars.iv.next1131.1.i, 160
+  %indvars.iv.next1130.1.i = shl i64 %indvars.iv1129.1.i, 5
+  %1260 = add nuw nsw i64 %indvars.iv.next1130.1.i, 160
   %1261 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1260
   %1262 = load <32 x float>, ptr %1261, align 4, !tbaa !4
   %1263 = fmul <32 x float> %91, %1262
-  %1264 = trunc i64 %indvars.iv.next1131.1.i to i32
+  %1264 = trunc i64 %indvars.iv.next1130.1.i to i32
   %1265 = or disjoint i32 %1264, 32
   %1266 = sub i32 %924, %1265
   %1267 = insertelement <32 x i32> poison, i32 %1266, i64 0
@@ -3444,12 +3444,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1270 = select <32 x i1> %1269, <32 x float> %1263, <32 x float> splat (float 0xFFF0000000000000)
   %1271 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1260
   store <32 x float> %1270, ptr %1271, align 4, !tbaa !4
-  %indvars.iv.next1131.1.i.1 = shl i64 %indvars.iv1130.1.i, 5
-  %1272 = add nuw nsw i64 %indvars.iv.next1131.1.i.1, 192
+  %indvars.iv.next1130.1.i.1 = shl i64 %indvars.iv1129.1.i, 5
+  %1272 = add nuw nsw i64 %indvars.iv.next1130.1.i.1, 192
   %1273 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1272
   %1274 = load <32 x float>, ptr %1273, align 4, !tbaa !4
   %1275 = fmul <32 x float> %91, %1274
-  %1276 = trunc i64 %indvars.iv.next1131.1.i.1 to i32
+  %1276 = trunc i64 %indvars.iv.next1130.1.i.1 to i32
   %1277 = or disjoint i32 %1276, 64
   %1278 = sub i32 %924, %1277
   %1279 = insertelement <32 x i32> poison, i32 %1278, i64 0
@@ -3458,12 +3458,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1282 = select <32 x i1> %1281, <32 x float> %1275, <32 x float> splat (float 0xFFF0000000000000)
   %1283 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1272
   store <32 x float> %1282, ptr %1283, align 4, !tbaa !4
-  %indvars.iv.next1131.1.i.2 = shl i64 %indvars.iv1130.1.i, 5
-  %1284 = add nuw nsw i64 %indvars.iv.next1131.1.i.2, 224
+  %indvars.iv.next1130.1.i.2 = shl i64 %indvars.iv1129.1.i, 5
+  %1284 = add nuw nsw i64 %indvars.iv.next1130.1.i.2, 224
   %1285 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1284
   %1286 = load <32 x float>, ptr %1285, align 4, !tbaa !4
   %1287 = fmul <32 x float> %91, %1286
-  %1288 = trunc i64 %indvars.iv.next1131.1.i.2 to i32
+  %1288 = trunc i64 %indvars.iv.next1130.1.i.2 to i32
   %1289 = or disjoint i32 %1288, 96
   %1290 = sub i32 %924, %1289
   %1291 = insertelement <32 x i32> poison, i32 %1290, i64 0
@@ -3472,7 +3472,7 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1294 = select <32 x i1> %1293, <32 x float> %1287, <32 x float> splat (float 0xFFF0000000000000)
   %1295 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1284
   store <32 x float> %1294, ptr %1295, align 4, !tbaa !4
-  %indvars.iv.next1131.1.i.3 = add nuw nsw i64 %indvars.iv1130.1.i, 4
+  %indvars.iv.next1130.1.i.3 = add nuw nsw i64 %indvars.iv1129.1.i, 4
   %niter102.next.3 = add i64 %niter102, 4
   %niter102.ncmp.3 = icmp eq i64 %niter102.next.3, %unroll_iter101
   br i1 %niter102.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !31, !llvm.loop !39
@@ -3481,14 +3481,14 @@ for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
   br i1 %lcmp.mod99.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !34
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv1130.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1131.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  %indvars.iv1129.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1130.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod100)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv1130.1.i.epil = phi i64 [ %indvars.iv.next1131.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1130.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %indvars.iv1129.1.i.epil = phi i64 [ %indvars.iv.next1130.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1129.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
   %epil.iter98 = phi i64 [ %epil.iter98.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %1296 = shl nsw i64 %indvars.iv1130.1.i.epil, 5
+  %1296 = shl nsw i64 %indvars.iv1129.1.i.epil, 5
   %1297 = add nuw nsw i64 %1296, 128
   %1298 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1297
   %1299 = load <32 x float>, ptr %1298, align 4, !tbaa !4
@@ -3501,7 +3501,7 @@ for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.
   %1306 = select <32 x i1> %1305, <32 x float> %1300, <32 x float> splat (float 0xFFF0000000000000)
   %1307 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1297
   store <32 x float> %1306, ptr %1307, align 4, !tbaa !4
-  %indvars.iv.next1131.1.i.epil = add nuw nsw i64 %indvars.iv1130.1.i.epil, 1
+  %indvars.iv.next1130.1.i.epil = add nuw nsw i64 %indvars.iv1129.1.i.epil, 1
   %epil.iter98.next = add i64 %epil.iter98, 1
   %epil.iter98.cmp.not = icmp eq i64 %epil.iter98.next, %xtraiter97
   br i1 %epil.iter98.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !35, !llvm.loop !40
@@ -3510,9 +3510,9 @@ for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.
   br i1 %983, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !30
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv1130.2.i = phi i64 [ %indvars.iv.next1131.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %indvars.iv1129.2.i = phi i64 [ %indvars.iv.next1130.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
   %niter108 = phi i64 [ %niter108.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %1308 = shl nsw i64 %indvars.iv1130.2.i, 5
+  %1308 = shl nsw i64 %indvars.iv1129.2.i, 5
   %1309 = add nuw nsw i64 %1308, 256
   %1310 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1309
   %1311 = load <32 x float>, ptr %1310, align 4, !tbaa !4
@@ -3525,12 +3525,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1318 = select <32 x i1> %1317, <32 x float> %1312, <32 x float> splat (float 0xFFF0000000000000)
   %1319 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1309
   store <32 x float> %1318, ptr %1319, align 4, !tbaa !4
-  %indvars.iv.next1131.2.i = shl i64 %indvars.iv1130.2.i, 5
-  %1320 = add nuw nsw i64 %indvars.iv.next1131.2.i, 288
+  %indvars.iv.next1130.2.i = shl i64 %indvars.iv1129.2.i, 5
+  %1320 = add nuw nsw i64 %indvars.iv.next1130.2.i, 288
   %1321 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1320
   %1322 = load <32 x float>, ptr %1321, align 4, !tbaa !4
   %1323 = fmul <32 x float> %91, %1322
-  %1324 = trunc i64 %indvars.iv.next1131.2.i to i32
+  %1324 = trunc i64 %indvars.iv.next1130.2.i to i32
   %1325 = or disjoint i32 %1324, 32
   %1326 = sub i32 %924, %1325
   %1327 = insertelement <32 x i32> poison, i32 %1326, i64 0
@@ -3539,12 +3539,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1330 = select <32 x i1> %1329, <32 x float> %1323, <32 x float> splat (float 0xFFF0000000000000)
   %1331 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1320
   store <32 x float> %1330, ptr %1331, align 4, !tbaa !4
-  %indvars.iv.next1131.2.i.1 = shl i64 %indvars.iv1130.2.i, 5
-  %1332 = add nuw nsw i64 %indvars.iv.next1131.2.i.1, 320
+  %indvars.iv.next1130.2.i.1 = shl i64 %indvars.iv1129.2.i, 5
+  %1332 = add nuw nsw i64 %indvars.iv.next1130.2.i.1, 320
   %1333 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1332
   %1334 = load <32 x float>, ptr %1333, align 4, !tbaa !4
   %1335 = fmul <32 x float> %91, %1334
-  %1336 = trunc i64 %indvars.iv.next1131.2.i.1 to i32
+  %1336 = trunc i64 %indvars.iv.next1130.2.i.1 to i32
   %1337 = or disjoint i32 %1336, 64
   %1338 = sub i32 %924, %1337
   %1339 = insertelement <32 x i32> poison, i32 %1338, i64 0
@@ -3553,12 +3553,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1342 = select <32 x i1> %1341, <32 x float> %1335, <32 x float> splat (float 0xFFF0000000000000)
   %1343 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1332
   store <32 x float> %1342, ptr %1343, align 4, !tbaa !4
-  %indvars.iv.next1131.2.i.2 = shl i64 %indvars.iv1130.2.i, 5
-  %1344 = add nuw nsw i64 %indvars.iv.next1131.2.i.2, 352
+  %indvars.iv.next1130.2.i.2 = shl i64 %indvars.iv1129.2.i, 5
+  %1344 = add nuw nsw i64 %indvars.iv.next1130.2.i.2, 352
   %1345 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1344
   %1346 = load <32 x float>, ptr %1345, align 4, !tbaa !4
   %1347 = fmul <32 x float> %91, %1346
-  %1348 = trunc i64 %indvars.iv.next1131.2.i.2 to i32
+  %1348 = trunc i64 %indvars.iv.next1130.2.i.2 to i32
   %1349 = or disjoint i32 %1348, 96
   %1350 = sub i32 %924, %1349
   %1351 = insertelement <32 x i32> poison, i32 %1350, i64 0
@@ -3567,7 +3567,7 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1354 = select <32 x i1> %1353, <32 x float> %1347, <32 x float> splat (float 0xFFF0000000000000)
   %1355 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1344
   store <32 x float> %1354, ptr %1355, align 4, !tbaa !4
-  %indvars.iv.next1131.2.i.3 = add nuw nsw i64 %indvars.iv1130.2.i, 4
+  %indvars.iv.next1130.2.i.3 = add nuw nsw i64 %indvars.iv1129.2.i, 4
   %niter108.next.3 = add i64 %niter108, 4
   %niter108.ncmp.3 = icmp eq i64 %niter108.next.3, %unroll_iter107
   br i1 %niter108.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !31, !llvm.loop !41
@@ -3576,14 +3576,14 @@ for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
   br i1 %lcmp.mod105.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !34
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv1130.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1131.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  %indvars.iv1129.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1130.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod106)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv1130.2.i.epil = phi i64 [ %indvars.iv.next1131.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1130.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %indvars.iv1129.2.i.epil = phi i64 [ %indvars.iv.next1130.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1129.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
   %epil.iter104 = phi i64 [ %epil.iter104.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %1356 = shl nsw i64 %indvars.iv1130.2.i.epil, 5
+  %1356 = shl nsw i64 %indvars.iv1129.2.i.epil, 5
   %1357 = add nuw nsw i64 %1356, 256
   %1358 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1357
   %1359 = load <32 x float>, ptr %1358, align 4, !tbaa !4
@@ -3596,7 +3596,7 @@ for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.
   %1366 = select <32 x i1> %1365, <32 x float> %1360, <32 x float> splat (float 0xFFF0000000000000)
   %1367 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1357
   store <32 x float> %1366, ptr %1367, align 4, !tbaa !4
-  %indvars.iv.next1131.2.i.epil = add nuw nsw i64 %indvars.iv1130.2.i.epil, 1
+  %indvars.iv.next1130.2.i.epil = add nuw nsw i64 %indvars.iv1129.2.i.epil, 1
   %epil.iter104.next = add i64 %epil.iter104, 1
   %epil.iter104.cmp.not = icmp eq i64 %epil.iter104.next, %xtraiter103
   br i1 %epil.iter104.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !35, !llvm.loop !42
@@ -3605,9 +3605,9 @@ for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.
   br i1 %984, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !30
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv1130.3.i = phi i64 [ %indvars.iv.next1131.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %indvars.iv1129.3.i = phi i64 [ %indvars.iv.next1130.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
   %niter114 = phi i64 [ %niter114.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %1368 = shl nsw i64 %indvars.iv1130.3.i, 5
+  %1368 = shl nsw i64 %indvars.iv1129.3.i, 5
   %1369 = add nuw nsw i64 %1368, 384
   %1370 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1369
   %1371 = load <32 x float>, ptr %1370, align 4, !tbaa !4
@@ -3620,12 +3620,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1378 = select <32 x i1> %1377, <32 x float> %1372, <32 x float> splat (float 0xFFF0000000000000)
   %1379 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1369
   store <32 x float> %1378, ptr %1379, align 4, !tbaa !4
-  %indvars.iv.next1131.3.i = shl i64 %indvars.iv1130.3.i, 5
-  %1380 = add nuw nsw i64 %indvars.iv.next1131.3.i, 416
+  %indvars.iv.next1130.3.i = shl i64 %indvars.iv1129.3.i, 5
+  %1380 = add nuw nsw i64 %indvars.iv.next1130.3.i, 416
   %1381 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1380
   %1382 = load <32 x float>, ptr %1381, align 4, !tbaa !4
   %1383 = fmul <32 x float> %91, %1382
-  %1384 = trunc i64 %indvars.iv.next1131.3.i to i32
+  %1384 = trunc i64 %indvars.iv.next1130.3.i to i32
   %1385 = or disjoint i32 %1384, 32
   %1386 = sub i32 %924, %1385
   %1387 = insertelement <32 x i32> poison, i32 %1386, i64 0
@@ -3634,12 +3634,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1390 = select <32 x i1> %1389, <32 x float> %1383, <32 x float> splat (float 0xFFF0000000000000)
   %1391 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1380
   store <32 x float> %1390, ptr %1391, align 4, !tbaa !4
-  %indvars.iv.next1131.3.i.1 = shl i64 %indvars.iv1130.3.i, 5
-  %1392 = add nuw nsw i64 %indvars.iv.next1131.3.i.1, 448
+  %indvars.iv.next1130.3.i.1 = shl i64 %indvars.iv1129.3.i, 5
+  %1392 = add nuw nsw i64 %indvars.iv.next1130.3.i.1, 448
   %1393 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1392
   %1394 = load <32 x float>, ptr %1393, align 4, !tbaa !4
   %1395 = fmul <32 x float> %91, %1394
-  %1396 = trunc i64 %indvars.iv.next1131.3.i.1 to i32
+  %1396 = trunc i64 %indvars.iv.next1130.3.i.1 to i32
   %1397 = or disjoint i32 %1396, 64
   %1398 = sub i32 %924, %1397
   %1399 = insertelement <32 x i32> poison, i32 %1398, i64 0
@@ -3648,12 +3648,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1402 = select <32 x i1> %1401, <32 x float> %1395, <32 x float> splat (float 0xFFF0000000000000)
   %1403 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1392
   store <32 x float> %1402, ptr %1403, align 4, !tbaa !4
-  %indvars.iv.next1131.3.i.2 = shl i64 %indvars.iv1130.3.i, 5
-  %1404 = add nuw nsw i64 %indvars.iv.next1131.3.i.2, 480
+  %indvars.iv.next1130.3.i.2 = shl i64 %indvars.iv1129.3.i, 5
+  %1404 = add nuw nsw i64 %indvars.iv.next1130.3.i.2, 480
   %1405 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1404
   %1406 = load <32 x float>, ptr %1405, align 4, !tbaa !4
   %1407 = fmul <32 x float> %91, %1406
-  %1408 = trunc i64 %indvars.iv.next1131.3.i.2 to i32
+  %1408 = trunc i64 %indvars.iv.next1130.3.i.2 to i32
   %1409 = or disjoint i32 %1408, 96
   %1410 = sub i32 %924, %1409
   %1411 = insertelement <32 x i32> poison, i32 %1410, i64 0
@@ -3662,7 +3662,7 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1414 = select <32 x i1> %1413, <32 x float> %1407, <32 x float> splat (float 0xFFF0000000000000)
   %1415 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1404
   store <32 x float> %1414, ptr %1415, align 4, !tbaa !4
-  %indvars.iv.next1131.3.i.3 = add nuw nsw i64 %indvars.iv1130.3.i, 4
+  %indvars.iv.next1130.3.i.3 = add nuw nsw i64 %indvars.iv1129.3.i, 4
   %niter114.next.3 = add i64 %niter114, 4
   %niter114.ncmp.3 = icmp eq i64 %niter114.next.3, %unroll_iter113
   br i1 %niter114.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !31, !llvm.loop !43
@@ -3671,14 +3671,14 @@ for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.u
   br i1 %lcmp.mod111.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !34
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv1130.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1131.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+  %indvars.iv1129.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1130.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod112)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv1130.3.i.epil = phi i64 [ %indvars.iv.next1131.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1130.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %indvars.iv1129.3.i.epil = phi i64 [ %indvars.iv.next1130.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1129.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
   %epil.iter110 = phi i64 [ %epil.iter110.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %1416 = shl nsw i64 %indvars.iv1130.3.i.epil, 5
+  %1416 = shl nsw i64 %indvars.iv1129.3.i.epil, 5
   %1417 = add nuw nsw i64 %1416, 384
   %1418 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1417
   %1419 = load <32 x float>, ptr %1418, align 4, !tbaa !4
@@ -3691,7 +3691,7 @@ for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.
   %1426 = select <32 x i1> %1425, <32 x float> %1420, <32 x float> splat (float 0xFFF0000000000000)
   %1427 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1417
   store <32 x float> %1426, ptr %1427, align 4, !tbaa !4
-  %indvars.iv.next1131.3.i.epil = add nuw nsw i64 %indvars.iv1130.3.i.epil, 1
+  %indvars.iv.next1130.3.i.epil = add nuw nsw i64 %indvars.iv1129.3.i.epil, 1
   %epil.iter110.next = add i64 %epil.iter110, 1
   %epil.iter110.cmp.not = icmp eq i64 %epil.iter110.next, %xtraiter109
   br i1 %epil.iter110.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !35, !llvm.loop !44
@@ -3700,66 +3700,66 @@ for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.us.3.i.
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1144.i = phi i64 [ %indvars.iv.next1145.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  %indvars.iv1143.i = phi i64 [ %indvars.iv.next1144.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
   br i1 %968, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1279.i = shl nuw nsw i64 %indvars.iv1144.i, 9
-  %invariant.gep1318.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1279.i
+  %.idx1278.i = shl nuw nsw i64 %indvars.iv1143.i, 9
+  %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1278.i
   br i1 %985, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !45
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1139.i = phi i64 [ %indvars.iv.next1140.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global221.sroa.0.0903.i = phi <32 x float> [ %1458, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %indvars.iv1138.i = phi i64 [ %indvars.iv.next1139.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global220.sroa.0.0902.i = phi <32 x float> [ %1458, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
   %niter121 = phi i64 [ %niter121.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1278.i = shl nsw i64 %indvars.iv1139.i, 7
-  %gep1319.i = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %.idx1278.i
-  %1428 = load <32 x float>, ptr %gep1319.i, align 4, !tbaa !4
-  %1429 = fcmp ogt <32 x float> %peak.rf_global221.sroa.0.0903.i, %1428
-  %1430 = select <32 x i1> %1429, <32 x float> %peak.rf_global221.sroa.0.0903.i, <32 x float> %1428
-  %indvars.iv.next1140.i = shl i64 %indvars.iv1139.i, 7
-  %1431 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i
-  %gep1319.i.1 = getelementptr inbounds nuw i8, ptr %1431, i64 128
-  %1432 = load <32 x float>, ptr %gep1319.i.1, align 4, !tbaa !4
+  %.idx1277.i = shl nsw i64 %indvars.iv1138.i, 7
+  %gep1318.i = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i
+  %1428 = load <32 x float>, ptr %gep1318.i, align 4, !tbaa !4
+  %1429 = fcmp ogt <32 x float> %peak.rf_global220.sroa.0.0902.i, %1428
+  %1430 = select <32 x i1> %1429, <32 x float> %peak.rf_global220.sroa.0.0902.i, <32 x float> %1428
+  %indvars.iv.next1139.i = shl i64 %indvars.iv1138.i, 7
+  %1431 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i
+  %gep1318.i.1 = getelementptr inbounds nuw i8, ptr %1431, i64 128
+  %1432 = load <32 x float>, ptr %gep1318.i.1, align 4, !tbaa !4
   %1433 = fcmp ogt <32 x float> %1430, %1432
   %1434 = select <32 x i1> %1433, <32 x float> %1430, <32 x float> %1432
-  %indvars.iv.next1140.i.1 = shl i64 %indvars.iv1139.i, 7
-  %1435 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.1
-  %gep1319.i.2 = getelementptr inbounds nuw i8, ptr %1435, i64 256
-  %1436 = load <32 x float>, ptr %gep1319.i.2, align 4, !tbaa !4
+  %indvars.iv.next1139.i.1 = shl i64 %indvars.iv1138.i, 7
+  %1435 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.1
+  %gep1318.i.2 = getelementptr inbounds nuw i8, ptr %1435, i64 256
+  %1436 = load <32 x float>, ptr %gep1318.i.2, align 4, !tbaa !4
   %1437 = fcmp ogt <32 x float> %1434, %1436
   %1438 = select <32 x i1> %1437, <32 x float> %1434, <32 x float> %1436
-  %indvars.iv.next1140.i.2 = shl i64 %indvars.iv1139.i, 7
-  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.2
-  %gep1319.i.3 = getelementptr inbounds nuw i8, ptr %1439, i64 384
-  %1440 = load <32 x float>, ptr %gep1319.i.3, align 4, !tbaa !4
+  %indvars.iv.next1139.i.2 = shl i64 %indvars.iv1138.i, 7
+  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.2
+  %gep1318.i.3 = getelementptr inbounds nuw i8, ptr %1439, i64 384
+  %1440 = load <32 x float>, ptr %gep1318.i.3, align 4, !tbaa !4
   %1441 = fcmp ogt <32 x float> %1438, %1440
   %1442 = select <32 x i1> %1441, <32 x float> %1438, <32 x float> %1440
-  %indvars.iv.next1140.i.3 = shl i64 %indvars.iv1139.i, 7
-  %1443 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.3
-  %gep1319.i.4 = getelementptr inbounds nuw i8, ptr %1443, i64 512
-  %1444 = load <32 x float>, ptr %gep1319.i.4, align 4, !tbaa !4
+  %indvars.iv.next1139.i.3 = shl i64 %indvars.iv1138.i, 7
+  %1443 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.3
+  %gep1318.i.4 = getelementptr inbounds nuw i8, ptr %1443, i64 512
+  %1444 = load <32 x float>, ptr %gep1318.i.4, align 4, !tbaa !4
   %1445 = fcmp ogt <32 x float> %1442, %1444
   %1446 = select <32 x i1> %1445, <32 x float> %1442, <32 x float> %1444
-  %indvars.iv.next1140.i.4 = shl i64 %indvars.iv1139.i, 7
-  %1447 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.4
-  %gep1319.i.5 = getelementptr inbounds nuw i8, ptr %1447, i64 640
-  %1448 = load <32 x float>, ptr %gep1319.i.5, align 4, !tbaa !4
+  %indvars.iv.next1139.i.4 = shl i64 %indvars.iv1138.i, 7
+  %1447 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.4
+  %gep1318.i.5 = getelementptr inbounds nuw i8, ptr %1447, i64 640
+  %1448 = load <32 x float>, ptr %gep1318.i.5, align 4, !tbaa !4
   %1449 = fcmp ogt <32 x float> %1446, %1448
   %1450 = select <32 x i1> %1449, <32 x float> %1446, <32 x float> %1448
-  %indvars.iv.next1140.i.5 = shl i64 %indvars.iv1139.i, 7
-  %1451 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.5
-  %gep1319.i.6 = getelementptr inbounds nuw i8, ptr %1451, i64 768
-  %1452 = load <32 x float>, ptr %gep1319.i.6, align 4, !tbaa !4
+  %indvars.iv.next1139.i.5 = shl i64 %indvars.iv1138.i, 7
+  %1451 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.5
+  %gep1318.i.6 = getelementptr inbounds nuw i8, ptr %1451, i64 768
+  %1452 = load <32 x float>, ptr %gep1318.i.6, align 4, !tbaa !4
   %1453 = fcmp ogt <32 x float> %1450, %1452
   %1454 = select <32 x i1> %1453, <32 x float> %1450, <32 x float> %1452
-  %indvars.iv.next1140.i.6 = shl i64 %indvars.iv1139.i, 7
-  %1455 = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %indvars.iv.next1140.i.6
-  %gep1319.i.7 = getelementptr inbounds nuw i8, ptr %1455, i64 896
-  %1456 = load <32 x float>, ptr %gep1319.i.7, align 4, !tbaa !4
+  %indvars.iv.next1139.i.6 = shl i64 %indvars.iv1138.i, 7
+  %1455 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.6
+  %gep1318.i.7 = getelementptr inbounds nuw i8, ptr %1455, i64 896
+  %1456 = load <32 x float>, ptr %gep1318.i.7, align 4, !tbaa !4
   %1457 = fcmp ogt <32 x float> %1454, %1456
   %1458 = select <32 x i1> %1457, <32 x float> %1454, <32 x float> %1456
-  %indvars.iv.next1140.i.7 = add nuw nsw i64 %indvars.iv1139.i, 8
+  %indvars.iv.next1139.i.7 = add nuw nsw i64 %indvars.iv1138.i, 8
   %niter121.next.7 = add i64 %niter121, 8
   %niter121.ncmp.7 = icmp eq i64 %niter121.next.7, %unroll_iter120
   br i1 %niter121.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !46, !llvm.loop !47
@@ -3768,131 +3768,131 @@ for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
   br i1 %lcmp.mod117.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !49
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1139.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1140.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global221.sroa.0.0903.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %indvars.iv1138.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1139.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global220.sroa.0.0902.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod119)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1139.i.epil = phi i64 [ %indvars.iv1139.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1140.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global221.sroa.0.0903.i.epil = phi <32 x float> [ %peak.rf_global221.sroa.0.0903.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1461, %for_body_ax1.i.epil ]
+  %indvars.iv1138.i.epil = phi i64 [ %indvars.iv1138.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1139.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global220.sroa.0.0902.i.epil = phi <32 x float> [ %peak.rf_global220.sroa.0.0902.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1461, %for_body_ax1.i.epil ]
   %epil.iter116 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter116.next, %for_body_ax1.i.epil ]
-  %.idx1278.i.epil = shl nsw i64 %indvars.iv1139.i.epil, 7
-  %gep1319.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1318.i, i64 %.idx1278.i.epil
-  %1459 = load <32 x float>, ptr %gep1319.i.epil, align 4, !tbaa !4
-  %1460 = fcmp ogt <32 x float> %peak.rf_global221.sroa.0.0903.i.epil, %1459
-  %1461 = select <32 x i1> %1460, <32 x float> %peak.rf_global221.sroa.0.0903.i.epil, <32 x float> %1459
-  %indvars.iv.next1140.i.epil = add nuw nsw i64 %indvars.iv1139.i.epil, 1
+  %.idx1277.i.epil = shl nsw i64 %indvars.iv1138.i.epil, 7
+  %gep1318.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i.epil
+  %1459 = load <32 x float>, ptr %gep1318.i.epil, align 4, !tbaa !4
+  %1460 = fcmp ogt <32 x float> %peak.rf_global220.sroa.0.0902.i.epil, %1459
+  %1461 = select <32 x i1> %1460, <32 x float> %peak.rf_global220.sroa.0.0902.i.epil, <32 x float> %1459
+  %indvars.iv.next1139.i.epil = add nuw nsw i64 %indvars.iv1138.i.epil, 1
   %epil.iter116.next = add i64 %epil.iter116, 1
   %epil.iter116.cmp.not = icmp eq i64 %epil.iter116.next, %xtraiter115
   br i1 %epil.iter116.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !34, !llvm.loop !50
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global221.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1461, %for_body_ax1.i.epil ]
-  %1462 = getelementptr inbounds nuw float, ptr %peak223.i, i64 %indvars.iv1144.i
-  %peak.rf222.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 0
-  %1463 = fcmp olt float %peak.rf222.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1464 = select i1 %1463, float 0xC7EFFFFFE0000000, float %peak.rf222.sroa.0.0.vec.extract.i
-  %peak.rf222.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 1
-  %1465 = fcmp ogt float %1464, %peak.rf222.sroa.0.4.vec.extract.i
-  %1466 = select i1 %1465, float %1464, float %peak.rf222.sroa.0.4.vec.extract.i
-  %peak.rf222.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 2
-  %1467 = fcmp ogt float %1466, %peak.rf222.sroa.0.8.vec.extract.i
-  %1468 = select i1 %1467, float %1466, float %peak.rf222.sroa.0.8.vec.extract.i
-  %peak.rf222.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 3
-  %1469 = fcmp ogt float %1468, %peak.rf222.sroa.0.12.vec.extract.i
-  %1470 = select i1 %1469, float %1468, float %peak.rf222.sroa.0.12.vec.extract.i
-  %peak.rf222.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 4
-  %1471 = fcmp ogt float %1470, %peak.rf222.sroa.0.16.vec.extract.i
-  %1472 = select i1 %1471, float %1470, float %peak.rf222.sroa.0.16.vec.extract.i
-  %peak.rf222.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 5
-  %1473 = fcmp ogt float %1472, %peak.rf222.sroa.0.20.vec.extract.i
-  %1474 = select i1 %1473, float %1472, float %peak.rf222.sroa.0.20.vec.extract.i
-  %peak.rf222.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 6
-  %1475 = fcmp ogt float %1474, %peak.rf222.sroa.0.24.vec.extract.i
-  %1476 = select i1 %1475, float %1474, float %peak.rf222.sroa.0.24.vec.extract.i
-  %peak.rf222.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 7
-  %1477 = fcmp ogt float %1476, %peak.rf222.sroa.0.28.vec.extract.i
-  %1478 = select i1 %1477, float %1476, float %peak.rf222.sroa.0.28.vec.extract.i
-  %peak.rf222.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 8
-  %1479 = fcmp ogt float %1478, %peak.rf222.sroa.0.32.vec.extract.i
-  %1480 = select i1 %1479, float %1478, float %peak.rf222.sroa.0.32.vec.extract.i
-  %peak.rf222.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 9
-  %1481 = fcmp ogt float %1480, %peak.rf222.sroa.0.36.vec.extract.i
-  %1482 = select i1 %1481, float %1480, float %peak.rf222.sroa.0.36.vec.extract.i
-  %peak.rf222.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 10
-  %1483 = fcmp ogt float %1482, %peak.rf222.sroa.0.40.vec.extract.i
-  %1484 = select i1 %1483, float %1482, float %peak.rf222.sroa.0.40.vec.extract.i
-  %peak.rf222.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 11
-  %1485 = fcmp ogt float %1484, %peak.rf222.sroa.0.44.vec.extract.i
-  %1486 = select i1 %1485, float %1484, float %peak.rf222.sroa.0.44.vec.extract.i
-  %peak.rf222.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 12
-  %1487 = fcmp ogt float %1486, %peak.rf222.sroa.0.48.vec.extract.i
-  %1488 = select i1 %1487, float %1486, float %peak.rf222.sroa.0.48.vec.extract.i
-  %peak.rf222.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 13
-  %1489 = fcmp ogt float %1488, %peak.rf222.sroa.0.52.vec.extract.i
-  %1490 = select i1 %1489, float %1488, float %peak.rf222.sroa.0.52.vec.extract.i
-  %peak.rf222.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 14
-  %1491 = fcmp ogt float %1490, %peak.rf222.sroa.0.56.vec.extract.i
-  %1492 = select i1 %1491, float %1490, float %peak.rf222.sroa.0.56.vec.extract.i
-  %peak.rf222.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 15
-  %1493 = fcmp ogt float %1492, %peak.rf222.sroa.0.60.vec.extract.i
-  %1494 = select i1 %1493, float %1492, float %peak.rf222.sroa.0.60.vec.extract.i
-  %peak.rf222.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 16
-  %1495 = fcmp ogt float %1494, %peak.rf222.sroa.0.64.vec.extract.i
-  %1496 = select i1 %1495, float %1494, float %peak.rf222.sroa.0.64.vec.extract.i
-  %peak.rf222.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 17
-  %1497 = fcmp ogt float %1496, %peak.rf222.sroa.0.68.vec.extract.i
-  %1498 = select i1 %1497, float %1496, float %peak.rf222.sroa.0.68.vec.extract.i
-  %peak.rf222.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 18
-  %1499 = fcmp ogt float %1498, %peak.rf222.sroa.0.72.vec.extract.i
-  %1500 = select i1 %1499, float %1498, float %peak.rf222.sroa.0.72.vec.extract.i
-  %peak.rf222.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 19
-  %1501 = fcmp ogt float %1500, %peak.rf222.sroa.0.76.vec.extract.i
-  %1502 = select i1 %1501, float %1500, float %peak.rf222.sroa.0.76.vec.extract.i
-  %peak.rf222.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 20
-  %1503 = fcmp ogt float %1502, %peak.rf222.sroa.0.80.vec.extract.i
-  %1504 = select i1 %1503, float %1502, float %peak.rf222.sroa.0.80.vec.extract.i
-  %peak.rf222.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 21
-  %1505 = fcmp ogt float %1504, %peak.rf222.sroa.0.84.vec.extract.i
-  %1506 = select i1 %1505, float %1504, float %peak.rf222.sroa.0.84.vec.extract.i
-  %peak.rf222.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 22
-  %1507 = fcmp ogt float %1506, %peak.rf222.sroa.0.88.vec.extract.i
-  %1508 = select i1 %1507, float %1506, float %peak.rf222.sroa.0.88.vec.extract.i
-  %peak.rf222.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 23
-  %1509 = fcmp ogt float %1508, %peak.rf222.sroa.0.92.vec.extract.i
-  %1510 = select i1 %1509, float %1508, float %peak.rf222.sroa.0.92.vec.extract.i
-  %peak.rf222.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 24
-  %1511 = fcmp ogt float %1510, %peak.rf222.sroa.0.96.vec.extract.i
-  %1512 = select i1 %1511, float %1510, float %peak.rf222.sroa.0.96.vec.extract.i
-  %peak.rf222.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 25
-  %1513 = fcmp ogt float %1512, %peak.rf222.sroa.0.100.vec.extract.i
-  %1514 = select i1 %1513, float %1512, float %peak.rf222.sroa.0.100.vec.extract.i
-  %peak.rf222.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 26
-  %1515 = fcmp ogt float %1514, %peak.rf222.sroa.0.104.vec.extract.i
-  %1516 = select i1 %1515, float %1514, float %peak.rf222.sroa.0.104.vec.extract.i
-  %peak.rf222.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 27
-  %1517 = fcmp ogt float %1516, %peak.rf222.sroa.0.108.vec.extract.i
-  %1518 = select i1 %1517, float %1516, float %peak.rf222.sroa.0.108.vec.extract.i
-  %peak.rf222.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 28
-  %1519 = fcmp ogt float %1518, %peak.rf222.sroa.0.112.vec.extract.i
-  %1520 = select i1 %1519, float %1518, float %peak.rf222.sroa.0.112.vec.extract.i
-  %peak.rf222.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 29
-  %1521 = fcmp ogt float %1520, %peak.rf222.sroa.0.116.vec.extract.i
-  %1522 = select i1 %1521, float %1520, float %peak.rf222.sroa.0.116.vec.extract.i
-  %peak.rf222.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 30
-  %1523 = fcmp ogt float %1522, %peak.rf222.sroa.0.120.vec.extract.i
-  %1524 = select i1 %1523, float %1522, float %peak.rf222.sroa.0.120.vec.extract.i
-  %peak.rf222.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 31
-  %1525 = fcmp ogt float %1524, %peak.rf222.sroa.0.124.vec.extract.i
-  %1526 = select i1 %1525, float %1524, float %peak.rf222.sroa.0.124.vec.extract.i
+  %peak.rf_global220.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1461, %for_body_ax1.i.epil ]
+  %1462 = getelementptr inbounds nuw float, ptr %peak222.i, i64 %indvars.iv1143.i
+  %peak.rf221.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 0
+  %1463 = fcmp olt float %peak.rf221.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1464 = select i1 %1463, float 0xC7EFFFFFE0000000, float %peak.rf221.sroa.0.0.vec.extract.i
+  %peak.rf221.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 1
+  %1465 = fcmp ogt float %1464, %peak.rf221.sroa.0.4.vec.extract.i
+  %1466 = select i1 %1465, float %1464, float %peak.rf221.sroa.0.4.vec.extract.i
+  %peak.rf221.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 2
+  %1467 = fcmp ogt float %1466, %peak.rf221.sroa.0.8.vec.extract.i
+  %1468 = select i1 %1467, float %1466, float %peak.rf221.sroa.0.8.vec.extract.i
+  %peak.rf221.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 3
+  %1469 = fcmp ogt float %1468, %peak.rf221.sroa.0.12.vec.extract.i
+  %1470 = select i1 %1469, float %1468, float %peak.rf221.sroa.0.12.vec.extract.i
+  %peak.rf221.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 4
+  %1471 = fcmp ogt float %1470, %peak.rf221.sroa.0.16.vec.extract.i
+  %1472 = select i1 %1471, float %1470, float %peak.rf221.sroa.0.16.vec.extract.i
+  %peak.rf221.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 5
+  %1473 = fcmp ogt float %1472, %peak.rf221.sroa.0.20.vec.extract.i
+  %1474 = select i1 %1473, float %1472, float %peak.rf221.sroa.0.20.vec.extract.i
+  %peak.rf221.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 6
+  %1475 = fcmp ogt float %1474, %peak.rf221.sroa.0.24.vec.extract.i
+  %1476 = select i1 %1475, float %1474, float %peak.rf221.sroa.0.24.vec.extract.i
+  %peak.rf221.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 7
+  %1477 = fcmp ogt float %1476, %peak.rf221.sroa.0.28.vec.extract.i
+  %1478 = select i1 %1477, float %1476, float %peak.rf221.sroa.0.28.vec.extract.i
+  %peak.rf221.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 8
+  %1479 = fcmp ogt float %1478, %peak.rf221.sroa.0.32.vec.extract.i
+  %1480 = select i1 %1479, float %1478, float %peak.rf221.sroa.0.32.vec.extract.i
+  %peak.rf221.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 9
+  %1481 = fcmp ogt float %1480, %peak.rf221.sroa.0.36.vec.extract.i
+  %1482 = select i1 %1481, float %1480, float %peak.rf221.sroa.0.36.vec.extract.i
+  %peak.rf221.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 10
+  %1483 = fcmp ogt float %1482, %peak.rf221.sroa.0.40.vec.extract.i
+  %1484 = select i1 %1483, float %1482, float %peak.rf221.sroa.0.40.vec.extract.i
+  %peak.rf221.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 11
+  %1485 = fcmp ogt float %1484, %peak.rf221.sroa.0.44.vec.extract.i
+  %1486 = select i1 %1485, float %1484, float %peak.rf221.sroa.0.44.vec.extract.i
+  %peak.rf221.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 12
+  %1487 = fcmp ogt float %1486, %peak.rf221.sroa.0.48.vec.extract.i
+  %1488 = select i1 %1487, float %1486, float %peak.rf221.sroa.0.48.vec.extract.i
+  %peak.rf221.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 13
+  %1489 = fcmp ogt float %1488, %peak.rf221.sroa.0.52.vec.extract.i
+  %1490 = select i1 %1489, float %1488, float %peak.rf221.sroa.0.52.vec.extract.i
+  %peak.rf221.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 14
+  %1491 = fcmp ogt float %1490, %peak.rf221.sroa.0.56.vec.extract.i
+  %1492 = select i1 %1491, float %1490, float %peak.rf221.sroa.0.56.vec.extract.i
+  %peak.rf221.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 15
+  %1493 = fcmp ogt float %1492, %peak.rf221.sroa.0.60.vec.extract.i
+  %1494 = select i1 %1493, float %1492, float %peak.rf221.sroa.0.60.vec.extract.i
+  %peak.rf221.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 16
+  %1495 = fcmp ogt float %1494, %peak.rf221.sroa.0.64.vec.extract.i
+  %1496 = select i1 %1495, float %1494, float %peak.rf221.sroa.0.64.vec.extract.i
+  %peak.rf221.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 17
+  %1497 = fcmp ogt float %1496, %peak.rf221.sroa.0.68.vec.extract.i
+  %1498 = select i1 %1497, float %1496, float %peak.rf221.sroa.0.68.vec.extract.i
+  %peak.rf221.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 18
+  %1499 = fcmp ogt float %1498, %peak.rf221.sroa.0.72.vec.extract.i
+  %1500 = select i1 %1499, float %1498, float %peak.rf221.sroa.0.72.vec.extract.i
+  %peak.rf221.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 19
+  %1501 = fcmp ogt float %1500, %peak.rf221.sroa.0.76.vec.extract.i
+  %1502 = select i1 %1501, float %1500, float %peak.rf221.sroa.0.76.vec.extract.i
+  %peak.rf221.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 20
+  %1503 = fcmp ogt float %1502, %peak.rf221.sroa.0.80.vec.extract.i
+  %1504 = select i1 %1503, float %1502, float %peak.rf221.sroa.0.80.vec.extract.i
+  %peak.rf221.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 21
+  %1505 = fcmp ogt float %1504, %peak.rf221.sroa.0.84.vec.extract.i
+  %1506 = select i1 %1505, float %1504, float %peak.rf221.sroa.0.84.vec.extract.i
+  %peak.rf221.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 22
+  %1507 = fcmp ogt float %1506, %peak.rf221.sroa.0.88.vec.extract.i
+  %1508 = select i1 %1507, float %1506, float %peak.rf221.sroa.0.88.vec.extract.i
+  %peak.rf221.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 23
+  %1509 = fcmp ogt float %1508, %peak.rf221.sroa.0.92.vec.extract.i
+  %1510 = select i1 %1509, float %1508, float %peak.rf221.sroa.0.92.vec.extract.i
+  %peak.rf221.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 24
+  %1511 = fcmp ogt float %1510, %peak.rf221.sroa.0.96.vec.extract.i
+  %1512 = select i1 %1511, float %1510, float %peak.rf221.sroa.0.96.vec.extract.i
+  %peak.rf221.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 25
+  %1513 = fcmp ogt float %1512, %peak.rf221.sroa.0.100.vec.extract.i
+  %1514 = select i1 %1513, float %1512, float %peak.rf221.sroa.0.100.vec.extract.i
+  %peak.rf221.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 26
+  %1515 = fcmp ogt float %1514, %peak.rf221.sroa.0.104.vec.extract.i
+  %1516 = select i1 %1515, float %1514, float %peak.rf221.sroa.0.104.vec.extract.i
+  %peak.rf221.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 27
+  %1517 = fcmp ogt float %1516, %peak.rf221.sroa.0.108.vec.extract.i
+  %1518 = select i1 %1517, float %1516, float %peak.rf221.sroa.0.108.vec.extract.i
+  %peak.rf221.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 28
+  %1519 = fcmp ogt float %1518, %peak.rf221.sroa.0.112.vec.extract.i
+  %1520 = select i1 %1519, float %1518, float %peak.rf221.sroa.0.112.vec.extract.i
+  %peak.rf221.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 29
+  %1521 = fcmp ogt float %1520, %peak.rf221.sroa.0.116.vec.extract.i
+  %1522 = select i1 %1521, float %1520, float %peak.rf221.sroa.0.116.vec.extract.i
+  %peak.rf221.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 30
+  %1523 = fcmp ogt float %1522, %peak.rf221.sroa.0.120.vec.extract.i
+  %1524 = select i1 %1523, float %1522, float %peak.rf221.sroa.0.120.vec.extract.i
+  %peak.rf221.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 31
+  %1525 = fcmp ogt float %1524, %peak.rf221.sroa.0.124.vec.extract.i
+  %1526 = select i1 %1525, float %1524, float %peak.rf221.sroa.0.124.vec.extract.i
   store float %1526, ptr %1462, align 4, !tbaa !51
-  %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
-  %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1145.i, 4
-  br i1 %exitcond1147.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
+  %indvars.iv.next1144.i = add nuw nsw i64 %indvars.iv1143.i, 1
+  %exitcond1146.not.i = icmp eq i64 %indvars.iv.next1144.i, 4
+  br i1 %exitcond1146.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
 
 for_body_r47.preheader.i:                         ; preds = %for_end_ax1.i
-  %1527 = load <4 x float>, ptr %peak223.i, align 16
+  %1527 = load <4 x float>, ptr %peak222.i, align 16
   %spec.select = select i1 %969, <4 x float> %1527, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
   %spec.select196 = select i1 %969, <4 x float> %1527, <4 x float> splat (float 0xC6293E5940000000)
   %1528 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select196, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
@@ -3903,206 +3903,194 @@ for_begin_to58.preheader.us.preheader.i:          ; preds = %for_body_r47.prehea
   br label %for_body_to59.us.i
 
 for_body_to59.us.i:                               ; preds = %for_body_to59.us.i, %for_begin_to58.preheader.us.preheader.i
-  %indvars.iv1152.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1153.i, %for_body_to59.us.i ]
-  %1530 = shl nsw i64 %indvars.iv1152.i, 5
+  %indvars.iv1151.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1152.i, %for_body_to59.us.i ]
+  %1530 = shl nsw i64 %indvars.iv1151.i, 5
   %1531 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1530
   %1532 = load <32 x float>, ptr %1531, align 4, !tbaa !4
   %arg.us.i = fsub <32 x float> %1532, %1529
-  %1533 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1533 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %1534 = bitcast <32 x float> %1533 to <32 x i32>
-  %1535 = add nsw <32 x i32> %1534, splat (i32 -1262485504)
-  %1536 = sitofp <32 x i32> %1535 to <32 x float>
-  %1537 = fmul <32 x float> %1536, splat (float 0x3F2BD01060000000)
-  %1538 = fmul <32 x float> %1536, splat (float 0x3FE6300000000000)
-  %1539 = fsub <32 x float> %arg.us.i, %1538
-  %1540 = fadd <32 x float> %1537, %1539
-  %1541 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1540, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1542 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1541, <32 x float> %1540, <32 x float> splat (float 0x3F81112100000000))
-  %1543 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1542, <32 x float> %1540, <32 x float> splat (float 0x3FA5553820000000))
-  %1544 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1543, <32 x float> %1540, <32 x float> splat (float 0x3FC5555540000000))
-  %1545 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1544, <32 x float> %1540, <32 x float> splat (float 5.000000e-01))
-  %1546 = fmul <32 x float> %1540, %1545
-  %1547 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1546, <32 x float> %1540, <32 x float> %1540)
-  %1548 = shl <32 x i32> %1534, splat (i32 23)
-  %1549 = add <32 x i32> %1548, splat (i32 1065353216)
-  %1550 = bitcast <32 x i32> %1549 to <32 x float>
-  %1551 = fadd <32 x float> %1547, splat (float 1.000000e+00)
-  %1552 = fmul <32 x float> %1551, %1550
-  %1553 = fcmp olt <32 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1554 = select <32 x i1> %1553, <32 x float> zeroinitializer, <32 x float> %1552
-  %1555 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1530
-  store <32 x float> %1554, ptr %1555, align 4, !tbaa !4
-  %indvars.iv.next1153.i = add nuw nsw i64 %indvars.iv1152.i, 1
-  %exitcond1156.not.i = icmp eq i64 %indvars.iv.next1153.i, %wide.trip.count1128.i
-  br i1 %exitcond1156.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
+  %1535 = fadd <32 x float> %1533, splat (float 0xC168000FE0000000)
+  %1536 = fmul <32 x float> %1535, splat (float 0x3F2BD01060000000)
+  %1537 = fmul <32 x float> %1535, splat (float 0x3FE6300000000000)
+  %1538 = fsub <32 x float> %arg.us.i, %1537
+  %1539 = fadd <32 x float> %1536, %1538
+  %1540 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1539, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1541 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1540, <32 x float> %1539, <32 x float> splat (float 0x3FA5558F20000000))
+  %1542 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1541, <32 x float> %1539, <32 x float> splat (float 0x3FC5554920000000))
+  %1543 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1542, <32 x float> %1539, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1544 = fmul <32 x float> %1539, %1539
+  %1545 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1543, <32 x float> %1544, <32 x float> %1539)
+  %1546 = shl <32 x i32> %1534, splat (i32 23)
+  %1547 = bitcast <32 x i32> %1546 to <32 x float>
+  %1548 = fadd <32 x float> %1545, splat (float 1.000000e+00)
+  %1549 = fmul <32 x float> %1548, %1547
+  %1550 = fcmp olt <32 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1551 = select <32 x i1> %1550, <32 x float> zeroinitializer, <32 x float> %1549
+  %1552 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1530
+  store <32 x float> %1551, ptr %1552, align 4, !tbaa !4
+  %indvars.iv.next1152.i = add nuw nsw i64 %indvars.iv1151.i, 1
+  %exitcond1155.not.i = icmp eq i64 %indvars.iv.next1152.i, %wide.trip.count1127.i
+  br i1 %exitcond1155.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.i:       ; preds = %for_body_to59.us.i
-  %1556 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1553 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   br label %for_body_to59.us.1.i
 
 for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.i, %for_begin_to58.for_end_to60_crit_edge.us.i
-  %indvars.iv1152.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1153.1.i, %for_body_to59.us.1.i ]
-  %1557 = shl nsw i64 %indvars.iv1152.1.i, 5
-  %1558 = add nuw nsw i64 %1557, 128
-  %1559 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1558
-  %1560 = load <32 x float>, ptr %1559, align 4, !tbaa !4
-  %arg.us.1.i = fsub <32 x float> %1560, %1556
-  %1561 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1562 = bitcast <32 x float> %1561 to <32 x i32>
-  %1563 = add nsw <32 x i32> %1562, splat (i32 -1262485504)
-  %1564 = sitofp <32 x i32> %1563 to <32 x float>
-  %1565 = fmul <32 x float> %1564, splat (float 0x3F2BD01060000000)
-  %1566 = fmul <32 x float> %1564, splat (float 0x3FE6300000000000)
-  %1567 = fsub <32 x float> %arg.us.1.i, %1566
-  %1568 = fadd <32 x float> %1565, %1567
-  %1569 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1568, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1570 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1569, <32 x float> %1568, <32 x float> splat (float 0x3F81112100000000))
-  %1571 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1570, <32 x float> %1568, <32 x float> splat (float 0x3FA5553820000000))
-  %1572 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1571, <32 x float> %1568, <32 x float> splat (float 0x3FC5555540000000))
-  %1573 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1572, <32 x float> %1568, <32 x float> splat (float 5.000000e-01))
-  %1574 = fmul <32 x float> %1568, %1573
-  %1575 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1574, <32 x float> %1568, <32 x float> %1568)
-  %1576 = shl <32 x i32> %1562, splat (i32 23)
-  %1577 = add <32 x i32> %1576, splat (i32 1065353216)
-  %1578 = bitcast <32 x i32> %1577 to <32 x float>
-  %1579 = fadd <32 x float> %1575, splat (float 1.000000e+00)
-  %1580 = fmul <32 x float> %1579, %1578
-  %1581 = fcmp olt <32 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1582 = select <32 x i1> %1581, <32 x float> zeroinitializer, <32 x float> %1580
-  %1583 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1558
-  store <32 x float> %1582, ptr %1583, align 4, !tbaa !4
-  %indvars.iv.next1153.1.i = add nuw nsw i64 %indvars.iv1152.1.i, 1
-  %exitcond1156.1.not.i = icmp eq i64 %indvars.iv.next1153.1.i, %wide.trip.count1128.i
-  br i1 %exitcond1156.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
+  %indvars.iv1151.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1152.1.i, %for_body_to59.us.1.i ]
+  %1554 = shl nsw i64 %indvars.iv1151.1.i, 5
+  %1555 = add nuw nsw i64 %1554, 128
+  %1556 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1555
+  %1557 = load <32 x float>, ptr %1556, align 4, !tbaa !4
+  %arg.us.1.i = fsub <32 x float> %1557, %1553
+  %1558 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1559 = bitcast <32 x float> %1558 to <32 x i32>
+  %1560 = fadd <32 x float> %1558, splat (float 0xC168000FE0000000)
+  %1561 = fmul <32 x float> %1560, splat (float 0x3F2BD01060000000)
+  %1562 = fmul <32 x float> %1560, splat (float 0x3FE6300000000000)
+  %1563 = fsub <32 x float> %arg.us.1.i, %1562
+  %1564 = fadd <32 x float> %1561, %1563
+  %1565 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1564, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1566 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1565, <32 x float> %1564, <32 x float> splat (float 0x3FA5558F20000000))
+  %1567 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1566, <32 x float> %1564, <32 x float> splat (float 0x3FC5554920000000))
+  %1568 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1567, <32 x float> %1564, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1569 = fmul <32 x float> %1564, %1564
+  %1570 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1568, <32 x float> %1569, <32 x float> %1564)
+  %1571 = shl <32 x i32> %1559, splat (i32 23)
+  %1572 = bitcast <32 x i32> %1571 to <32 x float>
+  %1573 = fadd <32 x float> %1570, splat (float 1.000000e+00)
+  %1574 = fmul <32 x float> %1573, %1572
+  %1575 = fcmp olt <32 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1576 = select <32 x i1> %1575, <32 x float> zeroinitializer, <32 x float> %1574
+  %1577 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1555
+  store <32 x float> %1576, ptr %1577, align 4, !tbaa !4
+  %indvars.iv.next1152.1.i = add nuw nsw i64 %indvars.iv1151.1.i, 1
+  %exitcond1155.1.not.i = icmp eq i64 %indvars.iv.next1152.1.i, %wide.trip.count1127.i
+  br i1 %exitcond1155.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.1.i:     ; preds = %for_body_to59.us.1.i
-  %1584 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1578 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   br label %for_body_to59.us.2.i
 
 for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.i, %for_begin_to58.for_end_to60_crit_edge.us.1.i
-  %indvars.iv1152.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1153.2.i, %for_body_to59.us.2.i ]
-  %1585 = shl nsw i64 %indvars.iv1152.2.i, 5
-  %1586 = add nuw nsw i64 %1585, 256
-  %1587 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1586
-  %1588 = load <32 x float>, ptr %1587, align 4, !tbaa !4
-  %arg.us.2.i = fsub <32 x float> %1588, %1584
-  %1589 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1590 = bitcast <32 x float> %1589 to <32 x i32>
-  %1591 = add nsw <32 x i32> %1590, splat (i32 -1262485504)
-  %1592 = sitofp <32 x i32> %1591 to <32 x float>
-  %1593 = fmul <32 x float> %1592, splat (float 0x3F2BD01060000000)
-  %1594 = fmul <32 x float> %1592, splat (float 0x3FE6300000000000)
-  %1595 = fsub <32 x float> %arg.us.2.i, %1594
-  %1596 = fadd <32 x float> %1593, %1595
-  %1597 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1596, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1598 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1597, <32 x float> %1596, <32 x float> splat (float 0x3F81112100000000))
-  %1599 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1598, <32 x float> %1596, <32 x float> splat (float 0x3FA5553820000000))
-  %1600 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1599, <32 x float> %1596, <32 x float> splat (float 0x3FC5555540000000))
-  %1601 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1600, <32 x float> %1596, <32 x float> splat (float 5.000000e-01))
-  %1602 = fmul <32 x float> %1596, %1601
-  %1603 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1602, <32 x float> %1596, <32 x float> %1596)
-  %1604 = shl <32 x i32> %1590, splat (i32 23)
-  %1605 = add <32 x i32> %1604, splat (i32 1065353216)
-  %1606 = bitcast <32 x i32> %1605 to <32 x float>
-  %1607 = fadd <32 x float> %1603, splat (float 1.000000e+00)
-  %1608 = fmul <32 x float> %1607, %1606
-  %1609 = fcmp olt <32 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1610 = select <32 x i1> %1609, <32 x float> zeroinitializer, <32 x float> %1608
-  %1611 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1586
-  store <32 x float> %1610, ptr %1611, align 4, !tbaa !4
-  %indvars.iv.next1153.2.i = add nuw nsw i64 %indvars.iv1152.2.i, 1
-  %exitcond1156.2.not.i = icmp eq i64 %indvars.iv.next1153.2.i, %wide.trip.count1128.i
-  br i1 %exitcond1156.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
+  %indvars.iv1151.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1152.2.i, %for_body_to59.us.2.i ]
+  %1579 = shl nsw i64 %indvars.iv1151.2.i, 5
+  %1580 = add nuw nsw i64 %1579, 256
+  %1581 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1580
+  %1582 = load <32 x float>, ptr %1581, align 4, !tbaa !4
+  %arg.us.2.i = fsub <32 x float> %1582, %1578
+  %1583 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1584 = bitcast <32 x float> %1583 to <32 x i32>
+  %1585 = fadd <32 x float> %1583, splat (float 0xC168000FE0000000)
+  %1586 = fmul <32 x float> %1585, splat (float 0x3F2BD01060000000)
+  %1587 = fmul <32 x float> %1585, splat (float 0x3FE6300000000000)
+  %1588 = fsub <32 x float> %arg.us.2.i, %1587
+  %1589 = fadd <32 x float> %1586, %1588
+  %1590 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1589, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1591 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1590, <32 x float> %1589, <32 x float> splat (float 0x3FA5558F20000000))
+  %1592 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1591, <32 x float> %1589, <32 x float> splat (float 0x3FC5554920000000))
+  %1593 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1592, <32 x float> %1589, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1594 = fmul <32 x float> %1589, %1589
+  %1595 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1593, <32 x float> %1594, <32 x float> %1589)
+  %1596 = shl <32 x i32> %1584, splat (i32 23)
+  %1597 = bitcast <32 x i32> %1596 to <32 x float>
+  %1598 = fadd <32 x float> %1595, splat (float 1.000000e+00)
+  %1599 = fmul <32 x float> %1598, %1597
+  %1600 = fcmp olt <32 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1601 = select <32 x i1> %1600, <32 x float> zeroinitializer, <32 x float> %1599
+  %1602 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1580
+  store <32 x float> %1601, ptr %1602, align 4, !tbaa !4
+  %indvars.iv.next1152.2.i = add nuw nsw i64 %indvars.iv1151.2.i, 1
+  %exitcond1155.2.not.i = icmp eq i64 %indvars.iv.next1152.2.i, %wide.trip.count1127.i
+  br i1 %exitcond1155.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.2.i:     ; preds = %for_body_to59.us.2.i
-  %1612 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1603 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   br label %for_body_to59.us.3.i
 
 for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.i, %for_begin_to58.for_end_to60_crit_edge.us.2.i
-  %indvars.iv1152.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1153.3.i, %for_body_to59.us.3.i ]
-  %1613 = shl nsw i64 %indvars.iv1152.3.i, 5
-  %1614 = add nuw nsw i64 %1613, 384
-  %1615 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1614
-  %1616 = load <32 x float>, ptr %1615, align 4, !tbaa !4
-  %arg.us.3.i = fsub <32 x float> %1616, %1612
-  %1617 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1618 = bitcast <32 x float> %1617 to <32 x i32>
-  %1619 = add nsw <32 x i32> %1618, splat (i32 -1262485504)
-  %1620 = sitofp <32 x i32> %1619 to <32 x float>
-  %1621 = fmul <32 x float> %1620, splat (float 0x3F2BD01060000000)
-  %1622 = fmul <32 x float> %1620, splat (float 0x3FE6300000000000)
-  %1623 = fsub <32 x float> %arg.us.3.i, %1622
-  %1624 = fadd <32 x float> %1621, %1623
-  %1625 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1624, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1626 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1625, <32 x float> %1624, <32 x float> splat (float 0x3F81112100000000))
-  %1627 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1626, <32 x float> %1624, <32 x float> splat (float 0x3FA5553820000000))
-  %1628 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1627, <32 x float> %1624, <32 x float> splat (float 0x3FC5555540000000))
-  %1629 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1628, <32 x float> %1624, <32 x float> splat (float 5.000000e-01))
-  %1630 = fmul <32 x float> %1624, %1629
-  %1631 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1630, <32 x float> %1624, <32 x float> %1624)
-  %1632 = shl <32 x i32> %1618, splat (i32 23)
-  %1633 = add <32 x i32> %1632, splat (i32 1065353216)
-  %1634 = bitcast <32 x i32> %1633 to <32 x float>
-  %1635 = fadd <32 x float> %1631, splat (float 1.000000e+00)
-  %1636 = fmul <32 x float> %1635, %1634
-  %1637 = fcmp olt <32 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1638 = select <32 x i1> %1637, <32 x float> zeroinitializer, <32 x float> %1636
-  %1639 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1614
-  store <32 x float> %1638, ptr %1639, align 4, !tbaa !4
-  %indvars.iv.next1153.3.i = add nuw nsw i64 %indvars.iv1152.3.i, 1
-  %exitcond1156.3.not.i = icmp eq i64 %indvars.iv.next1153.3.i, %wide.trip.count1128.i
-  br i1 %exitcond1156.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
+  %indvars.iv1151.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1152.3.i, %for_body_to59.us.3.i ]
+  %1604 = shl nsw i64 %indvars.iv1151.3.i, 5
+  %1605 = add nuw nsw i64 %1604, 384
+  %1606 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1605
+  %1607 = load <32 x float>, ptr %1606, align 4, !tbaa !4
+  %arg.us.3.i = fsub <32 x float> %1607, %1603
+  %1608 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1609 = bitcast <32 x float> %1608 to <32 x i32>
+  %1610 = fadd <32 x float> %1608, splat (float 0xC168000FE0000000)
+  %1611 = fmul <32 x float> %1610, splat (float 0x3F2BD01060000000)
+  %1612 = fmul <32 x float> %1610, splat (float 0x3FE6300000000000)
+  %1613 = fsub <32 x float> %arg.us.3.i, %1612
+  %1614 = fadd <32 x float> %1611, %1613
+  %1615 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1614, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1616 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1615, <32 x float> %1614, <32 x float> splat (float 0x3FA5558F20000000))
+  %1617 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1616, <32 x float> %1614, <32 x float> splat (float 0x3FC5554920000000))
+  %1618 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1617, <32 x float> %1614, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1619 = fmul <32 x float> %1614, %1614
+  %1620 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1618, <32 x float> %1619, <32 x float> %1614)
+  %1621 = shl <32 x i32> %1609, splat (i32 23)
+  %1622 = bitcast <32 x i32> %1621 to <32 x float>
+  %1623 = fadd <32 x float> %1620, splat (float 1.000000e+00)
+  %1624 = fmul <32 x float> %1623, %1622
+  %1625 = fcmp olt <32 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1626 = select <32 x i1> %1625, <32 x float> zeroinitializer, <32 x float> %1624
+  %1627 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1605
+  store <32 x float> %1626, ptr %1627, align 4, !tbaa !4
+  %indvars.iv.next1152.3.i = add nuw nsw i64 %indvars.iv1151.3.i, 1
+  %exitcond1155.3.not.i = icmp eq i64 %indvars.iv.next1152.3.i, %wide.trip.count1127.i
+  br i1 %exitcond1155.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
 
 for_body_to69.us.i.preheader:                     ; preds = %for_body_to59.us.3.i
   br i1 %986, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !30
 
 for_body_to69.us.i:                               ; preds = %for_body_to69.us.i, %for_body_to69.us.i.preheader
-  %indvars.iv1161.i = phi i64 [ %indvars.iv.next1162.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %indvars.iv1160.i = phi i64 [ %indvars.iv.next1161.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
   %niter127 = phi i64 [ %niter127.next.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
-  %1640 = shl nsw i64 %indvars.iv1161.i, 5
-  %1641 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1640
-  %1642 = load <32 x i32>, ptr %1641, align 4, !tbaa !4
-  %1643 = lshr <32 x i32> %1642, splat (i32 16)
-  %1644 = and <32 x i32> %1643, splat (i32 1)
-  %1645 = add nsw <32 x i32> %1642, splat (i32 32767)
-  %1646 = add nsw <32 x i32> %1645, %1644
-  %1647 = and <32 x i32> %1646, splat (i32 -65536)
-  %1648 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1640
-  store <32 x i32> %1647, ptr %1648, align 4, !tbaa !4
-  %indvars.iv.next1162.i = shl i64 %indvars.iv1161.i, 5
-  %1649 = or disjoint i64 %indvars.iv.next1162.i, 32
-  %1650 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1649
-  %1651 = load <32 x i32>, ptr %1650, align 4, !tbaa !4
-  %1652 = lshr <32 x i32> %1651, splat (i32 16)
-  %1653 = and <32 x i32> %1652, splat (i32 1)
-  %1654 = add nsw <32 x i32> %1651, splat (i32 32767)
-  %1655 = add nsw <32 x i32> %1654, %1653
-  %1656 = and <32 x i32> %1655, splat (i32 -65536)
-  %1657 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1649
-  store <32 x i32> %1656, ptr %1657, align 4, !tbaa !4
-  %indvars.iv.next1162.i.1 = shl i64 %indvars.iv1161.i, 5
-  %1658 = or disjoint i64 %indvars.iv.next1162.i.1, 64
-  %1659 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1658
-  %1660 = load <32 x i32>, ptr %1659, align 4, !tbaa !4
-  %1661 = lshr <32 x i32> %1660, splat (i32 16)
-  %1662 = and <32 x i32> %1661, splat (i32 1)
-  %1663 = add nsw <32 x i32> %1660, splat (i32 32767)
-  %1664 = add nsw <32 x i32> %1663, %1662
-  %1665 = and <32 x i32> %1664, splat (i32 -65536)
-  %1666 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1658
-  store <32 x i32> %1665, ptr %1666, align 4, !tbaa !4
-  %indvars.iv.next1162.i.2 = shl i64 %indvars.iv1161.i, 5
-  %1667 = or disjoint i64 %indvars.iv.next1162.i.2, 96
-  %1668 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1667
-  %1669 = load <32 x i32>, ptr %1668, align 4, !tbaa !4
-  %1670 = lshr <32 x i32> %1669, splat (i32 16)
-  %1671 = and <32 x i32> %1670, splat (i32 1)
-  %1672 = add nsw <32 x i32> %1669, splat (i32 32767)
-  %1673 = add nsw <32 x i32> %1672, %1671
-  %1674 = and <32 x i32> %1673, splat (i32 -65536)
-  %1675 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1667
-  store <32 x i32> %1674, ptr %1675, align 4, !tbaa !4
-  %indvars.iv.next1162.i.3 = add nuw nsw i64 %indvars.iv1161.i, 4
+  %1628 = shl nsw i64 %indvars.iv1160.i, 5
+  %1629 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1628
+  %1630 = load <32 x i32>, ptr %1629, align 4, !tbaa !4
+  %1631 = lshr <32 x i32> %1630, splat (i32 16)
+  %1632 = and <32 x i32> %1631, splat (i32 1)
+  %1633 = add nsw <32 x i32> %1630, splat (i32 32767)
+  %1634 = add nsw <32 x i32> %1633, %1632
+  %1635 = and <32 x i32> %1634, splat (i32 -65536)
+  %1636 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1628
+  store <32 x i32> %1635, ptr %1636, align 4, !tbaa !4
+  %indvars.iv.next1161.i = shl i64 %indvars.iv1160.i, 5
+  %1637 = or disjoint i64 %indvars.iv.next1161.i, 32
+  %1638 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1637
+  %1639 = load <32 x i32>, ptr %1638, align 4, !tbaa !4
+  %1640 = lshr <32 x i32> %1639, splat (i32 16)
+  %1641 = and <32 x i32> %1640, splat (i32 1)
+  %1642 = add nsw <32 x i32> %1639, splat (i32 32767)
+  %1643 = add nsw <32 x i32> %1642, %1641
+  %1644 = and <32 x i32> %1643, splat (i32 -65536)
+  %1645 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1637
+  store <32 x i32> %1644, ptr %1645, align 4, !tbaa !4
+  %indvars.iv.next1161.i.1 = shl i64 %indvars.iv1160.i, 5
+  %1646 = or disjoint i64 %indvars.iv.next1161.i.1, 64
+  %1647 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1646
+  %1648 = load <32 x i32>, ptr %1647, align 4, !tbaa !4
+  %1649 = lshr <32 x i32> %1648, splat (i32 16)
+  %1650 = and <32 x i32> %1649, splat (i32 1)
+  %1651 = add nsw <32 x i32> %1648, splat (i32 32767)
+  %1652 = add nsw <32 x i32> %1651, %1650
+  %1653 = and <32 x i32> %1652, splat (i32 -65536)
+  %1654 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1646
+  store <32 x i32> %1653, ptr %1654, align 4, !tbaa !4
+  %indvars.iv.next1161.i.2 = shl i64 %indvars.iv1160.i, 5
+  %1655 = or disjoint i64 %indvars.iv.next1161.i.2, 96
+  %1656 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1655
+  %1657 = load <32 x i32>, ptr %1656, align 4, !tbaa !4
+  %1658 = lshr <32 x i32> %1657, splat (i32 16)
+  %1659 = and <32 x i32> %1658, splat (i32 1)
+  %1660 = add nsw <32 x i32> %1657, splat (i32 32767)
+  %1661 = add nsw <32 x i32> %1660, %1659
+  %1662 = and <32 x i32> %1661, splat (i32 -65536)
+  %1663 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1655
+  store <32 x i32> %1662, ptr %1663, align 4, !tbaa !4
+  %indvars.iv.next1161.i.3 = add nuw nsw i64 %indvars.iv1160.i, 4
   %niter127.next.3 = add i64 %niter127, 4
   %niter127.ncmp.3 = icmp eq i64 %niter127.next.3, %unroll_iter126
   br i1 %niter127.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !31, !llvm.loop !53
@@ -4111,24 +4099,24 @@ for_body_to69.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.i
   br i1 %lcmp.mod124.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !34
 
 for_body_to69.us.i.epil.preheader:                ; preds = %for_body_to69.us.1.i.preheader.unr-lcssa, %for_body_to69.us.i.preheader
-  %indvars.iv1161.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1162.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
+  %indvars.iv1160.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1161.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod125)
   br label %for_body_to69.us.i.epil
 
 for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.i.epil.preheader
-  %indvars.iv1161.i.epil = phi i64 [ %indvars.iv.next1162.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1161.i.epil.init, %for_body_to69.us.i.epil.preheader ]
+  %indvars.iv1160.i.epil = phi i64 [ %indvars.iv.next1161.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1160.i.epil.init, %for_body_to69.us.i.epil.preheader ]
   %epil.iter123 = phi i64 [ %epil.iter123.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
-  %1676 = shl nsw i64 %indvars.iv1161.i.epil, 5
-  %1677 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1676
-  %1678 = load <32 x i32>, ptr %1677, align 4, !tbaa !4
-  %1679 = lshr <32 x i32> %1678, splat (i32 16)
-  %1680 = and <32 x i32> %1679, splat (i32 1)
-  %1681 = add nsw <32 x i32> %1678, splat (i32 32767)
-  %1682 = add nsw <32 x i32> %1681, %1680
-  %1683 = and <32 x i32> %1682, splat (i32 -65536)
-  %1684 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1676
-  store <32 x i32> %1683, ptr %1684, align 4, !tbaa !4
-  %indvars.iv.next1162.i.epil = add nuw nsw i64 %indvars.iv1161.i.epil, 1
+  %1664 = shl nsw i64 %indvars.iv1160.i.epil, 5
+  %1665 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1664
+  %1666 = load <32 x i32>, ptr %1665, align 4, !tbaa !4
+  %1667 = lshr <32 x i32> %1666, splat (i32 16)
+  %1668 = and <32 x i32> %1667, splat (i32 1)
+  %1669 = add nsw <32 x i32> %1666, splat (i32 32767)
+  %1670 = add nsw <32 x i32> %1669, %1668
+  %1671 = and <32 x i32> %1670, splat (i32 -65536)
+  %1672 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1664
+  store <32 x i32> %1671, ptr %1672, align 4, !tbaa !4
+  %indvars.iv.next1161.i.epil = add nuw nsw i64 %indvars.iv1160.i.epil, 1
   %epil.iter123.next = add i64 %epil.iter123, 1
   %epil.iter123.cmp.not = icmp eq i64 %epil.iter123.next, %xtraiter122
   br i1 %epil.iter123.cmp.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil, !prof !35, !llvm.loop !54
@@ -4137,53 +4125,53 @@ for_body_to69.us.1.i.preheader:                   ; preds = %for_body_to69.us.i.
   br i1 %987, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !30
 
 for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.i, %for_body_to69.us.1.i.preheader
-  %indvars.iv1161.1.i = phi i64 [ %indvars.iv.next1162.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %indvars.iv1160.1.i = phi i64 [ %indvars.iv.next1161.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
   %niter133 = phi i64 [ %niter133.next.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
-  %1685 = shl nsw i64 %indvars.iv1161.1.i, 5
-  %1686 = add nuw nsw i64 %1685, 128
-  %1687 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1686
-  %1688 = load <32 x i32>, ptr %1687, align 4, !tbaa !4
-  %1689 = lshr <32 x i32> %1688, splat (i32 16)
-  %1690 = and <32 x i32> %1689, splat (i32 1)
-  %1691 = add nsw <32 x i32> %1688, splat (i32 32767)
-  %1692 = add nsw <32 x i32> %1691, %1690
-  %1693 = and <32 x i32> %1692, splat (i32 -65536)
-  %1694 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1686
-  store <32 x i32> %1693, ptr %1694, align 4, !tbaa !4
-  %indvars.iv.next1162.1.i = shl i64 %indvars.iv1161.1.i, 5
-  %1695 = add nuw nsw i64 %indvars.iv.next1162.1.i, 160
-  %1696 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1695
-  %1697 = load <32 x i32>, ptr %1696, align 4, !tbaa !4
-  %1698 = lshr <32 x i32> %1697, splat (i32 16)
-  %1699 = and <32 x i32> %1698, splat (i32 1)
-  %1700 = add nsw <32 x i32> %1697, splat (i32 32767)
-  %1701 = add nsw <32 x i32> %1700, %1699
-  %1702 = and <32 x i32> %1701, splat (i32 -65536)
-  %1703 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1695
-  store <32 x i32> %1702, ptr %1703, align 4, !tbaa !4
-  %indvars.iv.next1162.1.i.1 = shl i64 %indvars.iv1161.1.i, 5
-  %1704 = add nuw nsw i64 %indvars.iv.next1162.1.i.1, 192
-  %1705 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1704
-  %1706 = load <32 x i32>, ptr %1705, align 4, !tbaa !4
-  %1707 = lshr <32 x i32> %1706, splat (i32 16)
-  %1708 = and <32 x i32> %1707, splat (i32 1)
-  %1709 = add nsw <32 x i32> %1706, splat (i32 32767)
-  %1710 = add nsw <32 x i32> %1709, %1708
-  %1711 = and <32 x i32> %1710, splat (i32 -65536)
-  %1712 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1704
-  store <32 x i32> %1711, ptr %1712, align 4, !tbaa !4
-  %indvars.iv.next1162.1.i.2 = shl i64 %indvars.iv1161.1.i, 5
-  %1713 = add nuw nsw i64 %indvars.iv.next1162.1.i.2, 224
-  %1714 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1713
-  %1715 = load <32 x i32>, ptr %1714, align 4, !tbaa !4
-  %1716 = lshr <32 x i32> %1715, splat (i32 16)
-  %1717 = and <32 x i32> %1716, splat (i32 1)
-  %1718 = add nsw <32 x i32> %1715, splat (i32 32767)
-  %1719 = add nsw <32 x i32> %1718, %1717
-  %1720 = and <32 x i32> %1719, splat (i32 -65536)
-  %1721 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1713
-  store <32 x i32> %1720, ptr %1721, align 4, !tbaa !4
-  %indvars.iv.next1162.1.i.3 = add nuw nsw i64 %indvars.iv1161.1.i, 4
+  %1673 = shl nsw i64 %indvars.iv1160.1.i, 5
+  %1674 = add nuw nsw i64 %1673, 128
+  %1675 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1674
+  %1676 = load <32 x i32>, ptr %1675, align 4, !tbaa !4
+  %1677 = lshr <32 x i32> %1676, splat (i32 16)
+  %1678 = and <32 x i32> %1677, splat (i32 1)
+  %1679 = add nsw <32 x i32> %1676, splat (i32 32767)
+  %1680 = add nsw <32 x i32> %1679, %1678
+  %1681 = and <32 x i32> %1680, splat (i32 -65536)
+  %1682 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1674
+  store <32 x i32> %1681, ptr %1682, align 4, !tbaa !4
+  %indvars.iv.next1161.1.i = shl i64 %indvars.iv1160.1.i, 5
+  %1683 = add nuw nsw i64 %indvars.iv.next1161.1.i, 160
+  %1684 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1683
+  %1685 = load <32 x i32>, ptr %1684, align 4, !tbaa !4
+  %1686 = lshr <32 x i32> %1685, splat (i32 16)
+  %1687 = and <32 x i32> %1686, splat (i32 1)
+  %1688 = add nsw <32 x i32> %1685, splat (i32 32767)
+  %1689 = add nsw <32 x i32> %1688, %1687
+  %1690 = and <32 x i32> %1689, splat (i32 -65536)
+  %1691 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
+  store <32 x i32> %1690, ptr %1691, align 4, !tbaa !4
+  %indvars.iv.next1161.1.i.1 = shl i64 %indvars.iv1160.1.i, 5
+  %1692 = add nuw nsw i64 %indvars.iv.next1161.1.i.1, 192
+  %1693 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1692
+  %1694 = load <32 x i32>, ptr %1693, align 4, !tbaa !4
+  %1695 = lshr <32 x i32> %1694, splat (i32 16)
+  %1696 = and <32 x i32> %1695, splat (i32 1)
+  %1697 = add nsw <32 x i32> %1694, splat (i32 32767)
+  %1698 = add nsw <32 x i32> %1697, %1696
+  %1699 = and <32 x i32> %1698, splat (i32 -65536)
+  %1700 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1692
+  store <32 x i32> %1699, ptr %1700, align 4, !tbaa !4
+  %indvars.iv.next1161.1.i.2 = shl i64 %indvars.iv1160.1.i, 5
+  %1701 = add nuw nsw i64 %indvars.iv.next1161.1.i.2, 224
+  %1702 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1701
+  %1703 = load <32 x i32>, ptr %1702, align 4, !tbaa !4
+  %1704 = lshr <32 x i32> %1703, splat (i32 16)
+  %1705 = and <32 x i32> %1704, splat (i32 1)
+  %1706 = add nsw <32 x i32> %1703, splat (i32 32767)
+  %1707 = add nsw <32 x i32> %1706, %1705
+  %1708 = and <32 x i32> %1707, splat (i32 -65536)
+  %1709 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1701
+  store <32 x i32> %1708, ptr %1709, align 4, !tbaa !4
+  %indvars.iv.next1161.1.i.3 = add nuw nsw i64 %indvars.iv1160.1.i, 4
   %niter133.next.3 = add i64 %niter133, 4
   %niter133.ncmp.3 = icmp eq i64 %niter133.next.3, %unroll_iter132
   br i1 %niter133.ncmp.3, label %for_body_to69.us.2.i.preheader.unr-lcssa, label %for_body_to69.us.1.i, !prof !31, !llvm.loop !55
@@ -4192,25 +4180,25 @@ for_body_to69.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.1.
   br i1 %lcmp.mod130.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil.preheader, !prof !34
 
 for_body_to69.us.1.i.epil.preheader:              ; preds = %for_body_to69.us.2.i.preheader.unr-lcssa, %for_body_to69.us.1.i.preheader
-  %indvars.iv1161.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1162.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
+  %indvars.iv1160.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1161.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod131)
   br label %for_body_to69.us.1.i.epil
 
 for_body_to69.us.1.i.epil:                        ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.1.i.epil.preheader
-  %indvars.iv1161.1.i.epil = phi i64 [ %indvars.iv.next1162.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1161.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
+  %indvars.iv1160.1.i.epil = phi i64 [ %indvars.iv.next1161.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1160.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
   %epil.iter129 = phi i64 [ %epil.iter129.next, %for_body_to69.us.1.i.epil ], [ 0, %for_body_to69.us.1.i.epil.preheader ]
-  %1722 = shl nsw i64 %indvars.iv1161.1.i.epil, 5
-  %1723 = add nuw nsw i64 %1722, 128
-  %1724 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1723
-  %1725 = load <32 x i32>, ptr %1724, align 4, !tbaa !4
-  %1726 = lshr <32 x i32> %1725, splat (i32 16)
-  %1727 = and <32 x i32> %1726, splat (i32 1)
-  %1728 = add nsw <32 x i32> %1725, splat (i32 32767)
-  %1729 = add nsw <32 x i32> %1728, %1727
-  %1730 = and <32 x i32> %1729, splat (i32 -65536)
-  %1731 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1723
-  store <32 x i32> %1730, ptr %1731, align 4, !tbaa !4
-  %indvars.iv.next1162.1.i.epil = add nuw nsw i64 %indvars.iv1161.1.i.epil, 1
+  %1710 = shl nsw i64 %indvars.iv1160.1.i.epil, 5
+  %1711 = add nuw nsw i64 %1710, 128
+  %1712 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1711
+  %1713 = load <32 x i32>, ptr %1712, align 4, !tbaa !4
+  %1714 = lshr <32 x i32> %1713, splat (i32 16)
+  %1715 = and <32 x i32> %1714, splat (i32 1)
+  %1716 = add nsw <32 x i32> %1713, splat (i32 32767)
+  %1717 = add nsw <32 x i32> %1716, %1715
+  %1718 = and <32 x i32> %1717, splat (i32 -65536)
+  %1719 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1711
+  store <32 x i32> %1718, ptr %1719, align 4, !tbaa !4
+  %indvars.iv.next1161.1.i.epil = add nuw nsw i64 %indvars.iv1160.1.i.epil, 1
   %epil.iter129.next = add i64 %epil.iter129, 1
   %epil.iter129.cmp.not = icmp eq i64 %epil.iter129.next, %xtraiter128
   br i1 %epil.iter129.cmp.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil, !prof !35, !llvm.loop !56
@@ -4219,53 +4207,53 @@ for_body_to69.us.2.i.preheader:                   ; preds = %for_body_to69.us.1.
   br i1 %988, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !30
 
 for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.i, %for_body_to69.us.2.i.preheader
-  %indvars.iv1161.2.i = phi i64 [ %indvars.iv.next1162.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %indvars.iv1160.2.i = phi i64 [ %indvars.iv.next1161.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
   %niter139 = phi i64 [ %niter139.next.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
-  %1732 = shl nsw i64 %indvars.iv1161.2.i, 5
-  %1733 = add nuw nsw i64 %1732, 256
-  %1734 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1733
-  %1735 = load <32 x i32>, ptr %1734, align 4, !tbaa !4
-  %1736 = lshr <32 x i32> %1735, splat (i32 16)
-  %1737 = and <32 x i32> %1736, splat (i32 1)
-  %1738 = add nsw <32 x i32> %1735, splat (i32 32767)
-  %1739 = add nsw <32 x i32> %1738, %1737
-  %1740 = and <32 x i32> %1739, splat (i32 -65536)
-  %1741 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1733
-  store <32 x i32> %1740, ptr %1741, align 4, !tbaa !4
-  %indvars.iv.next1162.2.i = shl i64 %indvars.iv1161.2.i, 5
-  %1742 = add nuw nsw i64 %indvars.iv.next1162.2.i, 288
-  %1743 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1742
-  %1744 = load <32 x i32>, ptr %1743, align 4, !tbaa !4
-  %1745 = lshr <32 x i32> %1744, splat (i32 16)
-  %1746 = and <32 x i32> %1745, splat (i32 1)
-  %1747 = add nsw <32 x i32> %1744, splat (i32 32767)
-  %1748 = add nsw <32 x i32> %1747, %1746
-  %1749 = and <32 x i32> %1748, splat (i32 -65536)
-  %1750 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1742
-  store <32 x i32> %1749, ptr %1750, align 4, !tbaa !4
-  %indvars.iv.next1162.2.i.1 = shl i64 %indvars.iv1161.2.i, 5
-  %1751 = add nuw nsw i64 %indvars.iv.next1162.2.i.1, 320
-  %1752 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1751
-  %1753 = load <32 x i32>, ptr %1752, align 4, !tbaa !4
-  %1754 = lshr <32 x i32> %1753, splat (i32 16)
-  %1755 = and <32 x i32> %1754, splat (i32 1)
-  %1756 = add nsw <32 x i32> %1753, splat (i32 32767)
-  %1757 = add nsw <32 x i32> %1756, %1755
-  %1758 = and <32 x i32> %1757, splat (i32 -65536)
-  %1759 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1751
-  store <32 x i32> %1758, ptr %1759, align 4, !tbaa !4
-  %indvars.iv.next1162.2.i.2 = shl i64 %indvars.iv1161.2.i, 5
-  %1760 = add nuw nsw i64 %indvars.iv.next1162.2.i.2, 352
-  %1761 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1760
-  %1762 = load <32 x i32>, ptr %1761, align 4, !tbaa !4
-  %1763 = lshr <32 x i32> %1762, splat (i32 16)
-  %1764 = and <32 x i32> %1763, splat (i32 1)
-  %1765 = add nsw <32 x i32> %1762, splat (i32 32767)
-  %1766 = add nsw <32 x i32> %1765, %1764
-  %1767 = and <32 x i32> %1766, splat (i32 -65536)
-  %1768 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1760
-  store <32 x i32> %1767, ptr %1768, align 4, !tbaa !4
-  %indvars.iv.next1162.2.i.3 = add nuw nsw i64 %indvars.iv1161.2.i, 4
+  %1720 = shl nsw i64 %indvars.iv1160.2.i, 5
+  %1721 = add nuw nsw i64 %1720, 256
+  %1722 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1721
+  %1723 = load <32 x i32>, ptr %1722, align 4, !tbaa !4
+  %1724 = lshr <32 x i32> %1723, splat (i32 16)
+  %1725 = and <32 x i32> %1724, splat (i32 1)
+  %1726 = add nsw <32 x i32> %1723, splat (i32 32767)
+  %1727 = add nsw <32 x i32> %1726, %1725
+  %1728 = and <32 x i32> %1727, splat (i32 -65536)
+  %1729 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1721
+  store <32 x i32> %1728, ptr %1729, align 4, !tbaa !4
+  %indvars.iv.next1161.2.i = shl i64 %indvars.iv1160.2.i, 5
+  %1730 = add nuw nsw i64 %indvars.iv.next1161.2.i, 288
+  %1731 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1730
+  %1732 = load <32 x i32>, ptr %1731, align 4, !tbaa !4
+  %1733 = lshr <32 x i32> %1732, splat (i32 16)
+  %1734 = and <32 x i32> %1733, splat (i32 1)
+  %1735 = add nsw <32 x i32> %1732, splat (i32 32767)
+  %1736 = add nsw <32 x i32> %1735, %1734
+  %1737 = and <32 x i32> %1736, splat (i32 -65536)
+  %1738 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1730
+  store <32 x i32> %1737, ptr %1738, align 4, !tbaa !4
+  %indvars.iv.next1161.2.i.1 = shl i64 %indvars.iv1160.2.i, 5
+  %1739 = add nuw nsw i64 %indvars.iv.next1161.2.i.1, 320
+  %1740 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1739
+  %1741 = load <32 x i32>, ptr %1740, align 4, !tbaa !4
+  %1742 = lshr <32 x i32> %1741, splat (i32 16)
+  %1743 = and <32 x i32> %1742, splat (i32 1)
+  %1744 = add nsw <32 x i32> %1741, splat (i32 32767)
+  %1745 = add nsw <32 x i32> %1744, %1743
+  %1746 = and <32 x i32> %1745, splat (i32 -65536)
+  %1747 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1739
+  store <32 x i32> %1746, ptr %1747, align 4, !tbaa !4
+  %indvars.iv.next1161.2.i.2 = shl i64 %indvars.iv1160.2.i, 5
+  %1748 = add nuw nsw i64 %indvars.iv.next1161.2.i.2, 352
+  %1749 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1748
+  %1750 = load <32 x i32>, ptr %1749, align 4, !tbaa !4
+  %1751 = lshr <32 x i32> %1750, splat (i32 16)
+  %1752 = and <32 x i32> %1751, splat (i32 1)
+  %1753 = add nsw <32 x i32> %1750, splat (i32 32767)
+  %1754 = add nsw <32 x i32> %1753, %1752
+  %1755 = and <32 x i32> %1754, splat (i32 -65536)
+  %1756 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1748
+  store <32 x i32> %1755, ptr %1756, align 4, !tbaa !4
+  %indvars.iv.next1161.2.i.3 = add nuw nsw i64 %indvars.iv1160.2.i, 4
   %niter139.next.3 = add i64 %niter139, 4
   %niter139.ncmp.3 = icmp eq i64 %niter139.next.3, %unroll_iter138
   br i1 %niter139.ncmp.3, label %for_body_to69.us.3.i.preheader.unr-lcssa, label %for_body_to69.us.2.i, !prof !31, !llvm.loop !57
@@ -4274,25 +4262,25 @@ for_body_to69.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.2.
   br i1 %lcmp.mod136.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil.preheader, !prof !34
 
 for_body_to69.us.2.i.epil.preheader:              ; preds = %for_body_to69.us.3.i.preheader.unr-lcssa, %for_body_to69.us.2.i.preheader
-  %indvars.iv1161.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1162.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
+  %indvars.iv1160.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1161.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod137)
   br label %for_body_to69.us.2.i.epil
 
 for_body_to69.us.2.i.epil:                        ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.2.i.epil.preheader
-  %indvars.iv1161.2.i.epil = phi i64 [ %indvars.iv.next1162.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1161.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
+  %indvars.iv1160.2.i.epil = phi i64 [ %indvars.iv.next1161.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1160.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
   %epil.iter135 = phi i64 [ %epil.iter135.next, %for_body_to69.us.2.i.epil ], [ 0, %for_body_to69.us.2.i.epil.preheader ]
-  %1769 = shl nsw i64 %indvars.iv1161.2.i.epil, 5
-  %1770 = add nuw nsw i64 %1769, 256
-  %1771 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1770
-  %1772 = load <32 x i32>, ptr %1771, align 4, !tbaa !4
-  %1773 = lshr <32 x i32> %1772, splat (i32 16)
-  %1774 = and <32 x i32> %1773, splat (i32 1)
-  %1775 = add nsw <32 x i32> %1772, splat (i32 32767)
-  %1776 = add nsw <32 x i32> %1775, %1774
-  %1777 = and <32 x i32> %1776, splat (i32 -65536)
-  %1778 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1770
-  store <32 x i32> %1777, ptr %1778, align 4, !tbaa !4
-  %indvars.iv.next1162.2.i.epil = add nuw nsw i64 %indvars.iv1161.2.i.epil, 1
+  %1757 = shl nsw i64 %indvars.iv1160.2.i.epil, 5
+  %1758 = add nuw nsw i64 %1757, 256
+  %1759 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1758
+  %1760 = load <32 x i32>, ptr %1759, align 4, !tbaa !4
+  %1761 = lshr <32 x i32> %1760, splat (i32 16)
+  %1762 = and <32 x i32> %1761, splat (i32 1)
+  %1763 = add nsw <32 x i32> %1760, splat (i32 32767)
+  %1764 = add nsw <32 x i32> %1763, %1762
+  %1765 = and <32 x i32> %1764, splat (i32 -65536)
+  %1766 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1758
+  store <32 x i32> %1765, ptr %1766, align 4, !tbaa !4
+  %indvars.iv.next1161.2.i.epil = add nuw nsw i64 %indvars.iv1160.2.i.epil, 1
   %epil.iter135.next = add i64 %epil.iter135, 1
   %epil.iter135.cmp.not = icmp eq i64 %epil.iter135.next, %xtraiter134
   br i1 %epil.iter135.cmp.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil, !prof !35, !llvm.loop !58
@@ -4301,53 +4289,53 @@ for_body_to69.us.3.i.preheader:                   ; preds = %for_body_to69.us.2.
   br i1 %989, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !30
 
 for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.i, %for_body_to69.us.3.i.preheader
-  %indvars.iv1161.3.i = phi i64 [ %indvars.iv.next1162.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %indvars.iv1160.3.i = phi i64 [ %indvars.iv.next1161.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
   %niter145 = phi i64 [ %niter145.next.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
-  %1779 = shl nsw i64 %indvars.iv1161.3.i, 5
-  %1780 = add nuw nsw i64 %1779, 384
-  %1781 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1780
-  %1782 = load <32 x i32>, ptr %1781, align 4, !tbaa !4
-  %1783 = lshr <32 x i32> %1782, splat (i32 16)
-  %1784 = and <32 x i32> %1783, splat (i32 1)
-  %1785 = add nsw <32 x i32> %1782, splat (i32 32767)
-  %1786 = add nsw <32 x i32> %1785, %1784
-  %1787 = and <32 x i32> %1786, splat (i32 -65536)
-  %1788 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1780
-  store <32 x i32> %1787, ptr %1788, align 4, !tbaa !4
-  %indvars.iv.next1162.3.i = shl i64 %indvars.iv1161.3.i, 5
-  %1789 = add nuw nsw i64 %indvars.iv.next1162.3.i, 416
-  %1790 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1789
-  %1791 = load <32 x i32>, ptr %1790, align 4, !tbaa !4
-  %1792 = lshr <32 x i32> %1791, splat (i32 16)
-  %1793 = and <32 x i32> %1792, splat (i32 1)
-  %1794 = add nsw <32 x i32> %1791, splat (i32 32767)
-  %1795 = add nsw <32 x i32> %1794, %1793
-  %1796 = and <32 x i32> %1795, splat (i32 -65536)
-  %1797 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1789
-  store <32 x i32> %1796, ptr %1797, align 4, !tbaa !4
-  %indvars.iv.next1162.3.i.1 = shl i64 %indvars.iv1161.3.i, 5
-  %1798 = add nuw nsw i64 %indvars.iv.next1162.3.i.1, 448
-  %1799 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1798
-  %1800 = load <32 x i32>, ptr %1799, align 4, !tbaa !4
-  %1801 = lshr <32 x i32> %1800, splat (i32 16)
-  %1802 = and <32 x i32> %1801, splat (i32 1)
-  %1803 = add nsw <32 x i32> %1800, splat (i32 32767)
-  %1804 = add nsw <32 x i32> %1803, %1802
-  %1805 = and <32 x i32> %1804, splat (i32 -65536)
-  %1806 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1798
-  store <32 x i32> %1805, ptr %1806, align 4, !tbaa !4
-  %indvars.iv.next1162.3.i.2 = shl i64 %indvars.iv1161.3.i, 5
-  %1807 = add nuw nsw i64 %indvars.iv.next1162.3.i.2, 480
-  %1808 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1807
-  %1809 = load <32 x i32>, ptr %1808, align 4, !tbaa !4
-  %1810 = lshr <32 x i32> %1809, splat (i32 16)
-  %1811 = and <32 x i32> %1810, splat (i32 1)
-  %1812 = add nsw <32 x i32> %1809, splat (i32 32767)
-  %1813 = add nsw <32 x i32> %1812, %1811
-  %1814 = and <32 x i32> %1813, splat (i32 -65536)
-  %1815 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1807
-  store <32 x i32> %1814, ptr %1815, align 4, !tbaa !4
-  %indvars.iv.next1162.3.i.3 = add nuw nsw i64 %indvars.iv1161.3.i, 4
+  %1767 = shl nsw i64 %indvars.iv1160.3.i, 5
+  %1768 = add nuw nsw i64 %1767, 384
+  %1769 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1768
+  %1770 = load <32 x i32>, ptr %1769, align 4, !tbaa !4
+  %1771 = lshr <32 x i32> %1770, splat (i32 16)
+  %1772 = and <32 x i32> %1771, splat (i32 1)
+  %1773 = add nsw <32 x i32> %1770, splat (i32 32767)
+  %1774 = add nsw <32 x i32> %1773, %1772
+  %1775 = and <32 x i32> %1774, splat (i32 -65536)
+  %1776 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1768
+  store <32 x i32> %1775, ptr %1776, align 4, !tbaa !4
+  %indvars.iv.next1161.3.i = shl i64 %indvars.iv1160.3.i, 5
+  %1777 = add nuw nsw i64 %indvars.iv.next1161.3.i, 416
+  %1778 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1777
+  %1779 = load <32 x i32>, ptr %1778, align 4, !tbaa !4
+  %1780 = lshr <32 x i32> %1779, splat (i32 16)
+  %1781 = and <32 x i32> %1780, splat (i32 1)
+  %1782 = add nsw <32 x i32> %1779, splat (i32 32767)
+  %1783 = add nsw <32 x i32> %1782, %1781
+  %1784 = and <32 x i32> %1783, splat (i32 -65536)
+  %1785 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1777
+  store <32 x i32> %1784, ptr %1785, align 4, !tbaa !4
+  %indvars.iv.next1161.3.i.1 = shl i64 %indvars.iv1160.3.i, 5
+  %1786 = add nuw nsw i64 %indvars.iv.next1161.3.i.1, 448
+  %1787 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1786
+  %1788 = load <32 x i32>, ptr %1787, align 4, !tbaa !4
+  %1789 = lshr <32 x i32> %1788, splat (i32 16)
+  %1790 = and <32 x i32> %1789, splat (i32 1)
+  %1791 = add nsw <32 x i32> %1788, splat (i32 32767)
+  %1792 = add nsw <32 x i32> %1791, %1790
+  %1793 = and <32 x i32> %1792, splat (i32 -65536)
+  %1794 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1786
+  store <32 x i32> %1793, ptr %1794, align 4, !tbaa !4
+  %indvars.iv.next1161.3.i.2 = shl i64 %indvars.iv1160.3.i, 5
+  %1795 = add nuw nsw i64 %indvars.iv.next1161.3.i.2, 480
+  %1796 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1795
+  %1797 = load <32 x i32>, ptr %1796, align 4, !tbaa !4
+  %1798 = lshr <32 x i32> %1797, splat (i32 16)
+  %1799 = and <32 x i32> %1798, splat (i32 1)
+  %1800 = add nsw <32 x i32> %1797, splat (i32 32767)
+  %1801 = add nsw <32 x i32> %1800, %1799
+  %1802 = and <32 x i32> %1801, splat (i32 -65536)
+  %1803 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1795
+  store <32 x i32> %1802, ptr %1803, align 4, !tbaa !4
+  %indvars.iv.next1161.3.i.3 = add nuw nsw i64 %indvars.iv1160.3.i, 4
   %niter145.next.3 = add i64 %niter145, 4
   %niter145.ncmp.3 = icmp eq i64 %niter145.next.3, %unroll_iter144
   br i1 %niter145.ncmp.3, label %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to69.us.3.i, !prof !31, !llvm.loop !59
@@ -4356,25 +4344,25 @@ for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to
   br i1 %lcmp.mod142.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil.preheader, !prof !34
 
 for_body_to69.us.3.i.epil.preheader:              ; preds = %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to69.us.3.i.preheader
-  %indvars.iv1161.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1162.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
+  %indvars.iv1160.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1161.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod143)
   br label %for_body_to69.us.3.i.epil
 
 for_body_to69.us.3.i.epil:                        ; preds = %for_body_to69.us.3.i.epil, %for_body_to69.us.3.i.epil.preheader
-  %indvars.iv1161.3.i.epil = phi i64 [ %indvars.iv.next1162.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1161.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
+  %indvars.iv1160.3.i.epil = phi i64 [ %indvars.iv.next1161.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1160.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
   %epil.iter141 = phi i64 [ %epil.iter141.next, %for_body_to69.us.3.i.epil ], [ 0, %for_body_to69.us.3.i.epil.preheader ]
-  %1816 = shl nsw i64 %indvars.iv1161.3.i.epil, 5
-  %1817 = add nuw nsw i64 %1816, 384
-  %1818 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1817
-  %1819 = load <32 x i32>, ptr %1818, align 4, !tbaa !4
-  %1820 = lshr <32 x i32> %1819, splat (i32 16)
-  %1821 = and <32 x i32> %1820, splat (i32 1)
-  %1822 = add nsw <32 x i32> %1819, splat (i32 32767)
-  %1823 = add nsw <32 x i32> %1822, %1821
-  %1824 = and <32 x i32> %1823, splat (i32 -65536)
-  %1825 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1817
-  store <32 x i32> %1824, ptr %1825, align 4, !tbaa !4
-  %indvars.iv.next1162.3.i.epil = add nuw nsw i64 %indvars.iv1161.3.i.epil, 1
+  %1804 = shl nsw i64 %indvars.iv1160.3.i.epil, 5
+  %1805 = add nuw nsw i64 %1804, 384
+  %1806 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1805
+  %1807 = load <32 x i32>, ptr %1806, align 4, !tbaa !4
+  %1808 = lshr <32 x i32> %1807, splat (i32 16)
+  %1809 = and <32 x i32> %1808, splat (i32 1)
+  %1810 = add nsw <32 x i32> %1807, splat (i32 32767)
+  %1811 = add nsw <32 x i32> %1810, %1809
+  %1812 = and <32 x i32> %1811, splat (i32 -65536)
+  %1813 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1805
+  store <32 x i32> %1812, ptr %1813, align 4, !tbaa !4
+  %indvars.iv.next1161.3.i.epil = add nuw nsw i64 %indvars.iv1160.3.i.epil, 1
   %epil.iter141.next = add i64 %epil.iter141, 1
   %epil.iter141.cmp.not = icmp eq i64 %epil.iter141.next, %xtraiter140
   br i1 %epil.iter141.cmp.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil, !prof !35, !llvm.loop !60
@@ -4383,58 +4371,58 @@ for_begin_ax178.preheader.i.preheader:            ; preds = %for_body_to69.us.3.
   br label %for_begin_ax178.preheader.i
 
 for_begin_ax178.preheader.i:                      ; preds = %for_end_ax180.i, %for_begin_ax178.preheader.i.preheader
-  %indvars.iv1175.i = phi i64 [ %indvars.iv.next1176.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
+  %indvars.iv1174.i = phi i64 [ %indvars.iv.next1175.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
   br i1 %968, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
 
 for_body_ax179.lr.ph.i:                           ; preds = %for_begin_ax178.preheader.i
-  %.idx1281.i = shl nuw nsw i64 %indvars.iv1175.i, 9
-  %invariant.gep1320.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i
+  %.idx1280.i = shl nuw nsw i64 %indvars.iv1174.i, 9
+  %invariant.gep1319.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1280.i
   br i1 %990, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !45
 
 for_body_ax179.i:                                 ; preds = %for_body_ax179.i, %for_body_ax179.lr.ph.i
-  %indvars.iv1170.i = phi i64 [ %indvars.iv.next1171.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %tile_sum.rf_global219.sroa.0.0912.i = phi <32 x float> [ %1848, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
+  %indvars.iv1169.i = phi i64 [ %indvars.iv.next1170.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %tile_sum.rf_global218.sroa.0.0911.i = phi <32 x float> [ %1836, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
   %niter152 = phi i64 [ %niter152.next.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %.idx1280.i = shl nsw i64 %indvars.iv1170.i, 7
-  %gep1321.i = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %.idx1280.i
-  %1826 = load <32 x float>, ptr %gep1321.i, align 4, !tbaa !4
-  %1827 = fadd <32 x float> %tile_sum.rf_global219.sroa.0.0912.i, %1826
-  %indvars.iv.next1171.i = shl i64 %indvars.iv1170.i, 7
-  %1828 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i
-  %gep1321.i.1 = getelementptr inbounds nuw i8, ptr %1828, i64 128
-  %1829 = load <32 x float>, ptr %gep1321.i.1, align 4, !tbaa !4
+  %.idx1279.i = shl nsw i64 %indvars.iv1169.i, 7
+  %gep1320.i = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %.idx1279.i
+  %1814 = load <32 x float>, ptr %gep1320.i, align 4, !tbaa !4
+  %1815 = fadd <32 x float> %tile_sum.rf_global218.sroa.0.0911.i, %1814
+  %indvars.iv.next1170.i = shl i64 %indvars.iv1169.i, 7
+  %1816 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i
+  %gep1320.i.1 = getelementptr inbounds nuw i8, ptr %1816, i64 128
+  %1817 = load <32 x float>, ptr %gep1320.i.1, align 4, !tbaa !4
+  %1818 = fadd <32 x float> %1815, %1817
+  %indvars.iv.next1170.i.1 = shl i64 %indvars.iv1169.i, 7
+  %1819 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.1
+  %gep1320.i.2 = getelementptr inbounds nuw i8, ptr %1819, i64 256
+  %1820 = load <32 x float>, ptr %gep1320.i.2, align 4, !tbaa !4
+  %1821 = fadd <32 x float> %1818, %1820
+  %indvars.iv.next1170.i.2 = shl i64 %indvars.iv1169.i, 7
+  %1822 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.2
+  %gep1320.i.3 = getelementptr inbounds nuw i8, ptr %1822, i64 384
+  %1823 = load <32 x float>, ptr %gep1320.i.3, align 4, !tbaa !4
+  %1824 = fadd <32 x float> %1821, %1823
+  %indvars.iv.next1170.i.3 = shl i64 %indvars.iv1169.i, 7
+  %1825 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.3
+  %gep1320.i.4 = getelementptr inbounds nuw i8, ptr %1825, i64 512
+  %1826 = load <32 x float>, ptr %gep1320.i.4, align 4, !tbaa !4
+  %1827 = fadd <32 x float> %1824, %1826
+  %indvars.iv.next1170.i.4 = shl i64 %indvars.iv1169.i, 7
+  %1828 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.4
+  %gep1320.i.5 = getelementptr inbounds nuw i8, ptr %1828, i64 640
+  %1829 = load <32 x float>, ptr %gep1320.i.5, align 4, !tbaa !4
   %1830 = fadd <32 x float> %1827, %1829
-  %indvars.iv.next1171.i.1 = shl i64 %indvars.iv1170.i, 7
-  %1831 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.1
-  %gep1321.i.2 = getelementptr inbounds nuw i8, ptr %1831, i64 256
-  %1832 = load <32 x float>, ptr %gep1321.i.2, align 4, !tbaa !4
+  %indvars.iv.next1170.i.5 = shl i64 %indvars.iv1169.i, 7
+  %1831 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.5
+  %gep1320.i.6 = getelementptr inbounds nuw i8, ptr %1831, i64 768
+  %1832 = load <32 x float>, ptr %gep1320.i.6, align 4, !tbaa !4
   %1833 = fadd <32 x float> %1830, %1832
-  %indvars.iv.next1171.i.2 = shl i64 %indvars.iv1170.i, 7
-  %1834 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.2
-  %gep1321.i.3 = getelementptr inbounds nuw i8, ptr %1834, i64 384
-  %1835 = load <32 x float>, ptr %gep1321.i.3, align 4, !tbaa !4
+  %indvars.iv.next1170.i.6 = shl i64 %indvars.iv1169.i, 7
+  %1834 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.6
+  %gep1320.i.7 = getelementptr inbounds nuw i8, ptr %1834, i64 896
+  %1835 = load <32 x float>, ptr %gep1320.i.7, align 4, !tbaa !4
   %1836 = fadd <32 x float> %1833, %1835
-  %indvars.iv.next1171.i.3 = shl i64 %indvars.iv1170.i, 7
-  %1837 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.3
-  %gep1321.i.4 = getelementptr inbounds nuw i8, ptr %1837, i64 512
-  %1838 = load <32 x float>, ptr %gep1321.i.4, align 4, !tbaa !4
-  %1839 = fadd <32 x float> %1836, %1838
-  %indvars.iv.next1171.i.4 = shl i64 %indvars.iv1170.i, 7
-  %1840 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.4
-  %gep1321.i.5 = getelementptr inbounds nuw i8, ptr %1840, i64 640
-  %1841 = load <32 x float>, ptr %gep1321.i.5, align 4, !tbaa !4
-  %1842 = fadd <32 x float> %1839, %1841
-  %indvars.iv.next1171.i.5 = shl i64 %indvars.iv1170.i, 7
-  %1843 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.5
-  %gep1321.i.6 = getelementptr inbounds nuw i8, ptr %1843, i64 768
-  %1844 = load <32 x float>, ptr %gep1321.i.6, align 4, !tbaa !4
-  %1845 = fadd <32 x float> %1842, %1844
-  %indvars.iv.next1171.i.6 = shl i64 %indvars.iv1170.i, 7
-  %1846 = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %indvars.iv.next1171.i.6
-  %gep1321.i.7 = getelementptr inbounds nuw i8, ptr %1846, i64 896
-  %1847 = load <32 x float>, ptr %gep1321.i.7, align 4, !tbaa !4
-  %1848 = fadd <32 x float> %1845, %1847
-  %indvars.iv.next1171.i.7 = add nuw nsw i64 %indvars.iv1170.i, 8
+  %indvars.iv.next1170.i.7 = add nuw nsw i64 %indvars.iv1169.i, 8
   %niter152.next.7 = add i64 %niter152, 8
   %niter152.ncmp.7 = icmp eq i64 %niter152.next.7, %unroll_iter151
   br i1 %niter152.ncmp.7, label %for_end_ax180.i.loopexit.unr-lcssa, label %for_body_ax179.i, !prof !46, !llvm.loop !61
@@ -4443,95 +4431,95 @@ for_end_ax180.i.loopexit.unr-lcssa:               ; preds = %for_body_ax179.i
   br i1 %lcmp.mod148.not, label %for_end_ax180.i, label %for_body_ax179.i.epil.preheader, !prof !49
 
 for_body_ax179.i.epil.preheader:                  ; preds = %for_end_ax180.i.loopexit.unr-lcssa, %for_body_ax179.lr.ph.i
-  %indvars.iv1170.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1171.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global219.sroa.0.0912.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %1848, %for_end_ax180.i.loopexit.unr-lcssa ]
+  %indvars.iv1169.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1170.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global218.sroa.0.0911.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %1836, %for_end_ax180.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod150)
   br label %for_body_ax179.i.epil
 
 for_body_ax179.i.epil:                            ; preds = %for_body_ax179.i.epil, %for_body_ax179.i.epil.preheader
-  %indvars.iv1170.i.epil = phi i64 [ %indvars.iv1170.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1171.i.epil, %for_body_ax179.i.epil ]
-  %tile_sum.rf_global219.sroa.0.0912.i.epil = phi <32 x float> [ %tile_sum.rf_global219.sroa.0.0912.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %1850, %for_body_ax179.i.epil ]
+  %indvars.iv1169.i.epil = phi i64 [ %indvars.iv1169.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1170.i.epil, %for_body_ax179.i.epil ]
+  %tile_sum.rf_global218.sroa.0.0911.i.epil = phi <32 x float> [ %tile_sum.rf_global218.sroa.0.0911.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %1838, %for_body_ax179.i.epil ]
   %epil.iter147 = phi i64 [ 0, %for_body_ax179.i.epil.preheader ], [ %epil.iter147.next, %for_body_ax179.i.epil ]
-  %.idx1280.i.epil = shl nsw i64 %indvars.iv1170.i.epil, 7
-  %gep1321.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1320.i, i64 %.idx1280.i.epil
-  %1849 = load <32 x float>, ptr %gep1321.i.epil, align 4, !tbaa !4
-  %1850 = fadd <32 x float> %tile_sum.rf_global219.sroa.0.0912.i.epil, %1849
-  %indvars.iv.next1171.i.epil = add nuw nsw i64 %indvars.iv1170.i.epil, 1
+  %.idx1279.i.epil = shl nsw i64 %indvars.iv1169.i.epil, 7
+  %gep1320.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %.idx1279.i.epil
+  %1837 = load <32 x float>, ptr %gep1320.i.epil, align 4, !tbaa !4
+  %1838 = fadd <32 x float> %tile_sum.rf_global218.sroa.0.0911.i.epil, %1837
+  %indvars.iv.next1170.i.epil = add nuw nsw i64 %indvars.iv1169.i.epil, 1
   %epil.iter147.next = add i64 %epil.iter147, 1
   %epil.iter147.cmp.not = icmp eq i64 %epil.iter147.next, %xtraiter146
   br i1 %epil.iter147.cmp.not, label %for_end_ax180.i, label %for_body_ax179.i.epil, !prof !34, !llvm.loop !62
 
 for_end_ax180.i:                                  ; preds = %for_body_ax179.i.epil, %for_end_ax180.i.loopexit.unr-lcssa, %for_begin_ax178.preheader.i
-  %tile_sum.rf_global219.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %1848, %for_end_ax180.i.loopexit.unr-lcssa ], [ %1850, %for_body_ax179.i.epil ]
-  %1851 = getelementptr inbounds nuw float, ptr %tile_sum224.i, i64 %indvars.iv1175.i
-  %tile_sum.rf220.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 0
-  %1852 = fadd float %tile_sum.rf220.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf220.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 1
-  %1853 = fadd float %tile_sum.rf220.sroa.0.4.vec.extract.i, %1852
-  %tile_sum.rf220.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 2
-  %1854 = fadd float %tile_sum.rf220.sroa.0.8.vec.extract.i, %1853
-  %tile_sum.rf220.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 3
-  %1855 = fadd float %tile_sum.rf220.sroa.0.12.vec.extract.i, %1854
-  %tile_sum.rf220.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 4
-  %1856 = fadd float %tile_sum.rf220.sroa.0.16.vec.extract.i, %1855
-  %tile_sum.rf220.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 5
-  %1857 = fadd float %tile_sum.rf220.sroa.0.20.vec.extract.i, %1856
-  %tile_sum.rf220.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 6
-  %1858 = fadd float %tile_sum.rf220.sroa.0.24.vec.extract.i, %1857
-  %tile_sum.rf220.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 7
-  %1859 = fadd float %tile_sum.rf220.sroa.0.28.vec.extract.i, %1858
-  %tile_sum.rf220.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 8
-  %1860 = fadd float %tile_sum.rf220.sroa.0.32.vec.extract.i, %1859
-  %tile_sum.rf220.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 9
-  %1861 = fadd float %tile_sum.rf220.sroa.0.36.vec.extract.i, %1860
-  %tile_sum.rf220.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 10
-  %1862 = fadd float %tile_sum.rf220.sroa.0.40.vec.extract.i, %1861
-  %tile_sum.rf220.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 11
-  %1863 = fadd float %tile_sum.rf220.sroa.0.44.vec.extract.i, %1862
-  %tile_sum.rf220.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 12
-  %1864 = fadd float %tile_sum.rf220.sroa.0.48.vec.extract.i, %1863
-  %tile_sum.rf220.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 13
-  %1865 = fadd float %tile_sum.rf220.sroa.0.52.vec.extract.i, %1864
-  %tile_sum.rf220.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 14
-  %1866 = fadd float %tile_sum.rf220.sroa.0.56.vec.extract.i, %1865
-  %tile_sum.rf220.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 15
-  %1867 = fadd float %tile_sum.rf220.sroa.0.60.vec.extract.i, %1866
-  %tile_sum.rf220.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 16
-  %1868 = fadd float %tile_sum.rf220.sroa.0.64.vec.extract.i, %1867
-  %tile_sum.rf220.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 17
-  %1869 = fadd float %tile_sum.rf220.sroa.0.68.vec.extract.i, %1868
-  %tile_sum.rf220.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 18
-  %1870 = fadd float %tile_sum.rf220.sroa.0.72.vec.extract.i, %1869
-  %tile_sum.rf220.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 19
-  %1871 = fadd float %tile_sum.rf220.sroa.0.76.vec.extract.i, %1870
-  %tile_sum.rf220.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 20
-  %1872 = fadd float %tile_sum.rf220.sroa.0.80.vec.extract.i, %1871
-  %tile_sum.rf220.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 21
-  %1873 = fadd float %tile_sum.rf220.sroa.0.84.vec.extract.i, %1872
-  %tile_sum.rf220.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 22
-  %1874 = fadd float %tile_sum.rf220.sroa.0.88.vec.extract.i, %1873
-  %tile_sum.rf220.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 23
-  %1875 = fadd float %tile_sum.rf220.sroa.0.92.vec.extract.i, %1874
-  %tile_sum.rf220.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 24
-  %1876 = fadd float %tile_sum.rf220.sroa.0.96.vec.extract.i, %1875
-  %tile_sum.rf220.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 25
-  %1877 = fadd float %tile_sum.rf220.sroa.0.100.vec.extract.i, %1876
-  %tile_sum.rf220.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 26
-  %1878 = fadd float %tile_sum.rf220.sroa.0.104.vec.extract.i, %1877
-  %tile_sum.rf220.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 27
-  %1879 = fadd float %tile_sum.rf220.sroa.0.108.vec.extract.i, %1878
-  %tile_sum.rf220.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 28
-  %1880 = fadd float %tile_sum.rf220.sroa.0.112.vec.extract.i, %1879
-  %tile_sum.rf220.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 29
-  %1881 = fadd float %tile_sum.rf220.sroa.0.116.vec.extract.i, %1880
-  %tile_sum.rf220.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 30
-  %1882 = fadd float %tile_sum.rf220.sroa.0.120.vec.extract.i, %1881
-  %tile_sum.rf220.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 31
-  %1883 = fadd float %tile_sum.rf220.sroa.0.124.vec.extract.i, %1882
-  store float %1883, ptr %1851, align 4, !tbaa !63
-  %indvars.iv.next1176.i = add nuw nsw i64 %indvars.iv1175.i, 1
-  %exitcond1178.not.i = icmp eq i64 %indvars.iv.next1176.i, 4
-  br i1 %exitcond1178.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !21
+  %tile_sum.rf_global218.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %1836, %for_end_ax180.i.loopexit.unr-lcssa ], [ %1838, %for_body_ax179.i.epil ]
+  %1839 = getelementptr inbounds nuw float, ptr %tile_sum223.i, i64 %indvars.iv1174.i
+  %tile_sum.rf219.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 0
+  %1840 = fadd float %tile_sum.rf219.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf219.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 1
+  %1841 = fadd float %tile_sum.rf219.sroa.0.4.vec.extract.i, %1840
+  %tile_sum.rf219.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 2
+  %1842 = fadd float %tile_sum.rf219.sroa.0.8.vec.extract.i, %1841
+  %tile_sum.rf219.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 3
+  %1843 = fadd float %tile_sum.rf219.sroa.0.12.vec.extract.i, %1842
+  %tile_sum.rf219.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 4
+  %1844 = fadd float %tile_sum.rf219.sroa.0.16.vec.extract.i, %1843
+  %tile_sum.rf219.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 5
+  %1845 = fadd float %tile_sum.rf219.sroa.0.20.vec.extract.i, %1844
+  %tile_sum.rf219.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 6
+  %1846 = fadd float %tile_sum.rf219.sroa.0.24.vec.extract.i, %1845
+  %tile_sum.rf219.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 7
+  %1847 = fadd float %tile_sum.rf219.sroa.0.28.vec.extract.i, %1846
+  %tile_sum.rf219.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 8
+  %1848 = fadd float %tile_sum.rf219.sroa.0.32.vec.extract.i, %1847
+  %tile_sum.rf219.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 9
+  %1849 = fadd float %tile_sum.rf219.sroa.0.36.vec.extract.i, %1848
+  %tile_sum.rf219.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 10
+  %1850 = fadd float %tile_sum.rf219.sroa.0.40.vec.extract.i, %1849
+  %tile_sum.rf219.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 11
+  %1851 = fadd float %tile_sum.rf219.sroa.0.44.vec.extract.i, %1850
+  %tile_sum.rf219.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 12
+  %1852 = fadd float %tile_sum.rf219.sroa.0.48.vec.extract.i, %1851
+  %tile_sum.rf219.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 13
+  %1853 = fadd float %tile_sum.rf219.sroa.0.52.vec.extract.i, %1852
+  %tile_sum.rf219.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 14
+  %1854 = fadd float %tile_sum.rf219.sroa.0.56.vec.extract.i, %1853
+  %tile_sum.rf219.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 15
+  %1855 = fadd float %tile_sum.rf219.sroa.0.60.vec.extract.i, %1854
+  %tile_sum.rf219.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 16
+  %1856 = fadd float %tile_sum.rf219.sroa.0.64.vec.extract.i, %1855
+  %tile_sum.rf219.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 17
+  %1857 = fadd float %tile_sum.rf219.sroa.0.68.vec.extract.i, %1856
+  %tile_sum.rf219.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 18
+  %1858 = fadd float %tile_sum.rf219.sroa.0.72.vec.extract.i, %1857
+  %tile_sum.rf219.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 19
+  %1859 = fadd float %tile_sum.rf219.sroa.0.76.vec.extract.i, %1858
+  %tile_sum.rf219.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 20
+  %1860 = fadd float %tile_sum.rf219.sroa.0.80.vec.extract.i, %1859
+  %tile_sum.rf219.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 21
+  %1861 = fadd float %tile_sum.rf219.sroa.0.84.vec.extract.i, %1860
+  %tile_sum.rf219.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 22
+  %1862 = fadd float %tile_sum.rf219.sroa.0.88.vec.extract.i, %1861
+  %tile_sum.rf219.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 23
+  %1863 = fadd float %tile_sum.rf219.sroa.0.92.vec.extract.i, %1862
+  %tile_sum.rf219.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 24
+  %1864 = fadd float %tile_sum.rf219.sroa.0.96.vec.extract.i, %1863
+  %tile_sum.rf219.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 25
+  %1865 = fadd float %tile_sum.rf219.sroa.0.100.vec.extract.i, %1864
+  %tile_sum.rf219.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 26
+  %1866 = fadd float %tile_sum.rf219.sroa.0.104.vec.extract.i, %1865
+  %tile_sum.rf219.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 27
+  %1867 = fadd float %tile_sum.rf219.sroa.0.108.vec.extract.i, %1866
+  %tile_sum.rf219.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 28
+  %1868 = fadd float %tile_sum.rf219.sroa.0.112.vec.extract.i, %1867
+  %tile_sum.rf219.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 29
+  %1869 = fadd float %tile_sum.rf219.sroa.0.116.vec.extract.i, %1868
+  %tile_sum.rf219.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 30
+  %1870 = fadd float %tile_sum.rf219.sroa.0.120.vec.extract.i, %1869
+  %tile_sum.rf219.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 31
+  %1871 = fadd float %tile_sum.rf219.sroa.0.124.vec.extract.i, %1870
+  store float %1871, ptr %1839, align 4, !tbaa !63
+  %indvars.iv.next1175.i = add nuw nsw i64 %indvars.iv1174.i, 1
+  %exitcond1177.not.i = icmp eq i64 %indvars.iv.next1175.i, 4
+  br i1 %exitcond1177.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !21
 
 for_begin_to88.preheader.preheader.i:             ; preds = %for_end_ax180.i
   br i1 %968, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
@@ -4540,60 +4528,60 @@ for_body_to89.i.preheader:                        ; preds = %for_begin_to88.preh
   br i1 %991, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !30
 
 for_body_to89.i:                                  ; preds = %for_body_to89.i, %for_body_to89.i.preheader
-  %indvars.iv1179.i = phi i64 [ %indvars.iv.next1180.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %indvars.iv1178.i = phi i64 [ %indvars.iv.next1179.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
   %niter158 = phi i64 [ %niter158.next.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
-  %.idx1282.i = shl nsw i64 %indvars.iv1179.i, 7
-  %1884 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i
-  %1885 = load <32 x float>, ptr %1884, align 4, !tbaa !4
-  %1886 = bitcast <32 x float> %1885 to <32 x i32>
-  %1887 = shufflevector <32 x i32> %1886, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1888 = lshr <16 x i32> %1887, splat (i32 16)
-  %1889 = bitcast <32 x float> %1885 to <32 x i32>
-  %1890 = shufflevector <32 x i32> %1889, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1891 = or <16 x i32> %1888, %1890
-  %.idx1283.i = shl nsw i64 %indvars.iv1179.i, 6
-  %1892 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i
-  store <16 x i32> %1891, ptr %1892, align 4, !tbaa !4
-  %indvars.iv.next1180.i = or disjoint i64 %indvars.iv1179.i, 1
-  %.idx1282.i.1 = shl nsw i64 %indvars.iv.next1180.i, 7
-  %1893 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.1
-  %1894 = load <32 x float>, ptr %1893, align 4, !tbaa !4
-  %1895 = bitcast <32 x float> %1894 to <32 x i32>
-  %1896 = shufflevector <32 x i32> %1895, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1897 = lshr <16 x i32> %1896, splat (i32 16)
-  %1898 = bitcast <32 x float> %1894 to <32 x i32>
-  %1899 = shufflevector <32 x i32> %1898, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1900 = or <16 x i32> %1897, %1899
-  %.idx1283.i.1 = shl nsw i64 %indvars.iv.next1180.i, 6
-  %1901 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.1
-  store <16 x i32> %1900, ptr %1901, align 4, !tbaa !4
-  %indvars.iv.next1180.i.1 = or disjoint i64 %indvars.iv1179.i, 2
-  %.idx1282.i.2 = shl nsw i64 %indvars.iv.next1180.i.1, 7
-  %1902 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.2
-  %1903 = load <32 x float>, ptr %1902, align 4, !tbaa !4
-  %1904 = bitcast <32 x float> %1903 to <32 x i32>
-  %1905 = shufflevector <32 x i32> %1904, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1906 = lshr <16 x i32> %1905, splat (i32 16)
-  %1907 = bitcast <32 x float> %1903 to <32 x i32>
-  %1908 = shufflevector <32 x i32> %1907, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1909 = or <16 x i32> %1906, %1908
-  %.idx1283.i.2 = shl nsw i64 %indvars.iv.next1180.i.1, 6
-  %1910 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.2
-  store <16 x i32> %1909, ptr %1910, align 4, !tbaa !4
-  %indvars.iv.next1180.i.2 = or disjoint i64 %indvars.iv1179.i, 3
-  %.idx1282.i.3 = shl nsw i64 %indvars.iv.next1180.i.2, 7
-  %1911 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.3
-  %1912 = load <32 x float>, ptr %1911, align 4, !tbaa !4
-  %1913 = bitcast <32 x float> %1912 to <32 x i32>
-  %1914 = shufflevector <32 x i32> %1913, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1915 = lshr <16 x i32> %1914, splat (i32 16)
-  %1916 = bitcast <32 x float> %1912 to <32 x i32>
-  %1917 = shufflevector <32 x i32> %1916, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1918 = or <16 x i32> %1915, %1917
-  %.idx1283.i.3 = shl nsw i64 %indvars.iv.next1180.i.2, 6
-  %1919 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.3
-  store <16 x i32> %1918, ptr %1919, align 4, !tbaa !4
-  %indvars.iv.next1180.i.3 = add nuw nsw i64 %indvars.iv1179.i, 4
+  %.idx1281.i = shl nsw i64 %indvars.iv1178.i, 7
+  %1872 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i
+  %1873 = load <32 x float>, ptr %1872, align 4, !tbaa !4
+  %1874 = bitcast <32 x float> %1873 to <32 x i32>
+  %1875 = shufflevector <32 x i32> %1874, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1876 = lshr <16 x i32> %1875, splat (i32 16)
+  %1877 = bitcast <32 x float> %1873 to <32 x i32>
+  %1878 = shufflevector <32 x i32> %1877, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1879 = or <16 x i32> %1876, %1878
+  %.idx1282.i = shl nsw i64 %indvars.iv1178.i, 6
+  %1880 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i
+  store <16 x i32> %1879, ptr %1880, align 4, !tbaa !4
+  %indvars.iv.next1179.i = or disjoint i64 %indvars.iv1178.i, 1
+  %.idx1281.i.1 = shl nsw i64 %indvars.iv.next1179.i, 7
+  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.1
+  %1882 = load <32 x float>, ptr %1881, align 4, !tbaa !4
+  %1883 = bitcast <32 x float> %1882 to <32 x i32>
+  %1884 = shufflevector <32 x i32> %1883, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1885 = lshr <16 x i32> %1884, splat (i32 16)
+  %1886 = bitcast <32 x float> %1882 to <32 x i32>
+  %1887 = shufflevector <32 x i32> %1886, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1888 = or <16 x i32> %1885, %1887
+  %.idx1282.i.1 = shl nsw i64 %indvars.iv.next1179.i, 6
+  %1889 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.1
+  store <16 x i32> %1888, ptr %1889, align 4, !tbaa !4
+  %indvars.iv.next1179.i.1 = or disjoint i64 %indvars.iv1178.i, 2
+  %.idx1281.i.2 = shl nsw i64 %indvars.iv.next1179.i.1, 7
+  %1890 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.2
+  %1891 = load <32 x float>, ptr %1890, align 4, !tbaa !4
+  %1892 = bitcast <32 x float> %1891 to <32 x i32>
+  %1893 = shufflevector <32 x i32> %1892, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1894 = lshr <16 x i32> %1893, splat (i32 16)
+  %1895 = bitcast <32 x float> %1891 to <32 x i32>
+  %1896 = shufflevector <32 x i32> %1895, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1897 = or <16 x i32> %1894, %1896
+  %.idx1282.i.2 = shl nsw i64 %indvars.iv.next1179.i.1, 6
+  %1898 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.2
+  store <16 x i32> %1897, ptr %1898, align 4, !tbaa !4
+  %indvars.iv.next1179.i.2 = or disjoint i64 %indvars.iv1178.i, 3
+  %.idx1281.i.3 = shl nsw i64 %indvars.iv.next1179.i.2, 7
+  %1899 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.3
+  %1900 = load <32 x float>, ptr %1899, align 4, !tbaa !4
+  %1901 = bitcast <32 x float> %1900 to <32 x i32>
+  %1902 = shufflevector <32 x i32> %1901, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1903 = lshr <16 x i32> %1902, splat (i32 16)
+  %1904 = bitcast <32 x float> %1900 to <32 x i32>
+  %1905 = shufflevector <32 x i32> %1904, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1906 = or <16 x i32> %1903, %1905
+  %.idx1282.i.3 = shl nsw i64 %indvars.iv.next1179.i.2, 6
+  %1907 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.3
+  store <16 x i32> %1906, ptr %1907, align 4, !tbaa !4
+  %indvars.iv.next1179.i.3 = add nuw nsw i64 %indvars.iv1178.i, 4
   %niter158.next.3 = add i64 %niter158, 4
   %niter158.ncmp.3 = icmp eq i64 %niter158.next.3, %unroll_iter157
   br i1 %niter158.ncmp.3, label %for_body_to89.1.i.preheader.unr-lcssa, label %for_body_to89.i, !prof !31, !llvm.loop !65
@@ -4602,26 +4590,26 @@ for_body_to89.1.i.preheader.unr-lcssa:            ; preds = %for_body_to89.i
   br i1 %lcmp.mod155.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil.preheader, !prof !34
 
 for_body_to89.i.epil.preheader:                   ; preds = %for_body_to89.1.i.preheader.unr-lcssa, %for_body_to89.i.preheader
-  %indvars.iv1179.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1180.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
+  %indvars.iv1178.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1179.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod156)
   br label %for_body_to89.i.epil
 
 for_body_to89.i.epil:                             ; preds = %for_body_to89.i.epil, %for_body_to89.i.epil.preheader
-  %indvars.iv1179.i.epil = phi i64 [ %indvars.iv.next1180.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1179.i.epil.init, %for_body_to89.i.epil.preheader ]
+  %indvars.iv1178.i.epil = phi i64 [ %indvars.iv.next1179.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1178.i.epil.init, %for_body_to89.i.epil.preheader ]
   %epil.iter154 = phi i64 [ %epil.iter154.next, %for_body_to89.i.epil ], [ 0, %for_body_to89.i.epil.preheader ]
-  %.idx1282.i.epil = shl nsw i64 %indvars.iv1179.i.epil, 7
-  %1920 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1282.i.epil
-  %1921 = load <32 x float>, ptr %1920, align 4, !tbaa !4
-  %1922 = bitcast <32 x float> %1921 to <32 x i32>
-  %1923 = shufflevector <32 x i32> %1922, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1924 = lshr <16 x i32> %1923, splat (i32 16)
-  %1925 = bitcast <32 x float> %1921 to <32 x i32>
-  %1926 = shufflevector <32 x i32> %1925, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1927 = or <16 x i32> %1924, %1926
-  %.idx1283.i.epil = shl nsw i64 %indvars.iv1179.i.epil, 6
-  %1928 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1283.i.epil
-  store <16 x i32> %1927, ptr %1928, align 4, !tbaa !4
-  %indvars.iv.next1180.i.epil = add nuw nsw i64 %indvars.iv1179.i.epil, 1
+  %.idx1281.i.epil = shl nsw i64 %indvars.iv1178.i.epil, 7
+  %1908 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.epil
+  %1909 = load <32 x float>, ptr %1908, align 4, !tbaa !4
+  %1910 = bitcast <32 x float> %1909 to <32 x i32>
+  %1911 = shufflevector <32 x i32> %1910, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1912 = lshr <16 x i32> %1911, splat (i32 16)
+  %1913 = bitcast <32 x float> %1909 to <32 x i32>
+  %1914 = shufflevector <32 x i32> %1913, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1915 = or <16 x i32> %1912, %1914
+  %.idx1282.i.epil = shl nsw i64 %indvars.iv1178.i.epil, 6
+  %1916 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.epil
+  store <16 x i32> %1915, ptr %1916, align 4, !tbaa !4
+  %indvars.iv.next1179.i.epil = add nuw nsw i64 %indvars.iv1178.i.epil, 1
   %epil.iter154.next = add i64 %epil.iter154, 1
   %epil.iter154.cmp.not = icmp eq i64 %epil.iter154.next, %xtraiter153
   br i1 %epil.iter154.cmp.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil, !prof !35, !llvm.loop !66
@@ -4630,68 +4618,68 @@ for_body_to89.1.i.preheader:                      ; preds = %for_body_to89.i.epi
   br i1 %992, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !30
 
 for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, %for_body_to89.1.i.preheader
-  %indvars.iv1179.1.i = phi i64 [ %indvars.iv.next1180.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %indvars.iv1178.1.i = phi i64 [ %indvars.iv.next1179.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
   %niter164 = phi i64 [ %niter164.next.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
-  %.idx1284.i = shl nsw i64 %indvars.iv1179.1.i, 7
-  %1929 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i
-  %1930 = getelementptr inbounds nuw i8, ptr %1929, i64 512
-  %1931 = load <32 x float>, ptr %1930, align 4, !tbaa !4
-  %1932 = bitcast <32 x float> %1931 to <32 x i32>
-  %1933 = shufflevector <32 x i32> %1932, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1934 = lshr <16 x i32> %1933, splat (i32 16)
-  %1935 = bitcast <32 x float> %1931 to <32 x i32>
-  %1936 = shufflevector <32 x i32> %1935, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1937 = or <16 x i32> %1934, %1936
-  %.idx1285.i = shl nsw i64 %indvars.iv1179.1.i, 6
-  %1938 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i
-  %1939 = getelementptr inbounds nuw i8, ptr %1938, i64 256
-  store <16 x i32> %1937, ptr %1939, align 4, !tbaa !4
-  %indvars.iv.next1180.1.i = or disjoint i64 %indvars.iv1179.1.i, 1
-  %.idx1284.i.1 = shl nsw i64 %indvars.iv.next1180.1.i, 7
-  %1940 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.1
-  %1941 = getelementptr inbounds nuw i8, ptr %1940, i64 512
-  %1942 = load <32 x float>, ptr %1941, align 4, !tbaa !4
-  %1943 = bitcast <32 x float> %1942 to <32 x i32>
-  %1944 = shufflevector <32 x i32> %1943, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1945 = lshr <16 x i32> %1944, splat (i32 16)
-  %1946 = bitcast <32 x float> %1942 to <32 x i32>
-  %1947 = shufflevector <32 x i32> %1946, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1948 = or <16 x i32> %1945, %1947
-  %.idx1285.i.1 = shl nsw i64 %indvars.iv.next1180.1.i, 6
-  %1949 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.1
-  %1950 = getelementptr inbounds nuw i8, ptr %1949, i64 256
-  store <16 x i32> %1948, ptr %1950, align 4, !tbaa !4
-  %indvars.iv.next1180.1.i.1 = or disjoint i64 %indvars.iv1179.1.i, 2
-  %.idx1284.i.2 = shl nsw i64 %indvars.iv.next1180.1.i.1, 7
-  %1951 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.2
-  %1952 = getelementptr inbounds nuw i8, ptr %1951, i64 512
-  %1953 = load <32 x float>, ptr %1952, align 4, !tbaa !4
-  %1954 = bitcast <32 x float> %1953 to <32 x i32>
-  %1955 = shufflevector <32 x i32> %1954, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1956 = lshr <16 x i32> %1955, splat (i32 16)
-  %1957 = bitcast <32 x float> %1953 to <32 x i32>
-  %1958 = shufflevector <32 x i32> %1957, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1959 = or <16 x i32> %1956, %1958
-  %.idx1285.i.2 = shl nsw i64 %indvars.iv.next1180.1.i.1, 6
-  %1960 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.2
-  %1961 = getelementptr inbounds nuw i8, ptr %1960, i64 256
-  store <16 x i32> %1959, ptr %1961, align 4, !tbaa !4
-  %indvars.iv.next1180.1.i.2 = or disjoint i64 %indvars.iv1179.1.i, 3
-  %.idx1284.i.3 = shl nsw i64 %indvars.iv.next1180.1.i.2, 7
-  %1962 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.3
-  %1963 = getelementptr inbounds nuw i8, ptr %1962, i64 512
-  %1964 = load <32 x float>, ptr %1963, align 4, !tbaa !4
-  %1965 = bitcast <32 x float> %1964 to <32 x i32>
-  %1966 = shufflevector <32 x i32> %1965, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1967 = lshr <16 x i32> %1966, splat (i32 16)
-  %1968 = bitcast <32 x float> %1964 to <32 x i32>
-  %1969 = shufflevector <32 x i32> %1968, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1970 = or <16 x i32> %1967, %1969
-  %.idx1285.i.3 = shl nsw i64 %indvars.iv.next1180.1.i.2, 6
-  %1971 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.3
-  %1972 = getelementptr inbounds nuw i8, ptr %1971, i64 256
-  store <16 x i32> %1970, ptr %1972, align 4, !tbaa !4
-  %indvars.iv.next1180.1.i.3 = add nuw nsw i64 %indvars.iv1179.1.i, 4
+  %.idx1283.i = shl nsw i64 %indvars.iv1178.1.i, 7
+  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i
+  %1918 = getelementptr inbounds nuw i8, ptr %1917, i64 512
+  %1919 = load <32 x float>, ptr %1918, align 4, !tbaa !4
+  %1920 = bitcast <32 x float> %1919 to <32 x i32>
+  %1921 = shufflevector <32 x i32> %1920, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1922 = lshr <16 x i32> %1921, splat (i32 16)
+  %1923 = bitcast <32 x float> %1919 to <32 x i32>
+  %1924 = shufflevector <32 x i32> %1923, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1925 = or <16 x i32> %1922, %1924
+  %.idx1284.i = shl nsw i64 %indvars.iv1178.1.i, 6
+  %1926 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i
+  %1927 = getelementptr inbounds nuw i8, ptr %1926, i64 256
+  store <16 x i32> %1925, ptr %1927, align 4, !tbaa !4
+  %indvars.iv.next1179.1.i = or disjoint i64 %indvars.iv1178.1.i, 1
+  %.idx1283.i.1 = shl nsw i64 %indvars.iv.next1179.1.i, 7
+  %1928 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.1
+  %1929 = getelementptr inbounds nuw i8, ptr %1928, i64 512
+  %1930 = load <32 x float>, ptr %1929, align 4, !tbaa !4
+  %1931 = bitcast <32 x float> %1930 to <32 x i32>
+  %1932 = shufflevector <32 x i32> %1931, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1933 = lshr <16 x i32> %1932, splat (i32 16)
+  %1934 = bitcast <32 x float> %1930 to <32 x i32>
+  %1935 = shufflevector <32 x i32> %1934, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1936 = or <16 x i32> %1933, %1935
+  %.idx1284.i.1 = shl nsw i64 %indvars.iv.next1179.1.i, 6
+  %1937 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.1
+  %1938 = getelementptr inbounds nuw i8, ptr %1937, i64 256
+  store <16 x i32> %1936, ptr %1938, align 4, !tbaa !4
+  %indvars.iv.next1179.1.i.1 = or disjoint i64 %indvars.iv1178.1.i, 2
+  %.idx1283.i.2 = shl nsw i64 %indvars.iv.next1179.1.i.1, 7
+  %1939 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.2
+  %1940 = getelementptr inbounds nuw i8, ptr %1939, i64 512
+  %1941 = load <32 x float>, ptr %1940, align 4, !tbaa !4
+  %1942 = bitcast <32 x float> %1941 to <32 x i32>
+  %1943 = shufflevector <32 x i32> %1942, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1944 = lshr <16 x i32> %1943, splat (i32 16)
+  %1945 = bitcast <32 x float> %1941 to <32 x i32>
+  %1946 = shufflevector <32 x i32> %1945, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1947 = or <16 x i32> %1944, %1946
+  %.idx1284.i.2 = shl nsw i64 %indvars.iv.next1179.1.i.1, 6
+  %1948 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.2
+  %1949 = getelementptr inbounds nuw i8, ptr %1948, i64 256
+  store <16 x i32> %1947, ptr %1949, align 4, !tbaa !4
+  %indvars.iv.next1179.1.i.2 = or disjoint i64 %indvars.iv1178.1.i, 3
+  %.idx1283.i.3 = shl nsw i64 %indvars.iv.next1179.1.i.2, 7
+  %1950 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.3
+  %1951 = getelementptr inbounds nuw i8, ptr %1950, i64 512
+  %1952 = load <32 x float>, ptr %1951, align 4, !tbaa !4
+  %1953 = bitcast <32 x float> %1952 to <32 x i32>
+  %1954 = shufflevector <32 x i32> %1953, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1955 = lshr <16 x i32> %1954, splat (i32 16)
+  %1956 = bitcast <32 x float> %1952 to <32 x i32>
+  %1957 = shufflevector <32 x i32> %1956, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1958 = or <16 x i32> %1955, %1957
+  %.idx1284.i.3 = shl nsw i64 %indvars.iv.next1179.1.i.2, 6
+  %1959 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.3
+  %1960 = getelementptr inbounds nuw i8, ptr %1959, i64 256
+  store <16 x i32> %1958, ptr %1960, align 4, !tbaa !4
+  %indvars.iv.next1179.1.i.3 = add nuw nsw i64 %indvars.iv1178.1.i, 4
   %niter164.next.3 = add i64 %niter164, 4
   %niter164.ncmp.3 = icmp eq i64 %niter164.next.3, %unroll_iter163
   br i1 %niter164.ncmp.3, label %for_body_to89.2.i.preheader.unr-lcssa, label %for_body_to89.1.i, !prof !31, !llvm.loop !67
@@ -4700,28 +4688,28 @@ for_body_to89.2.i.preheader.unr-lcssa:            ; preds = %for_body_to89.1.i
   br i1 %lcmp.mod161.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil.preheader, !prof !34
 
 for_body_to89.1.i.epil.preheader:                 ; preds = %for_body_to89.2.i.preheader.unr-lcssa, %for_body_to89.1.i.preheader
-  %indvars.iv1179.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1180.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
+  %indvars.iv1178.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1179.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod162)
   br label %for_body_to89.1.i.epil
 
 for_body_to89.1.i.epil:                           ; preds = %for_body_to89.1.i.epil, %for_body_to89.1.i.epil.preheader
-  %indvars.iv1179.1.i.epil = phi i64 [ %indvars.iv.next1180.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1179.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
+  %indvars.iv1178.1.i.epil = phi i64 [ %indvars.iv.next1179.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1178.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
   %epil.iter160 = phi i64 [ %epil.iter160.next, %for_body_to89.1.i.epil ], [ 0, %for_body_to89.1.i.epil.preheader ]
-  %.idx1284.i.epil = shl nsw i64 %indvars.iv1179.1.i.epil, 7
-  %1973 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i.epil
-  %1974 = getelementptr inbounds nuw i8, ptr %1973, i64 512
-  %1975 = load <32 x float>, ptr %1974, align 4, !tbaa !4
-  %1976 = bitcast <32 x float> %1975 to <32 x i32>
-  %1977 = shufflevector <32 x i32> %1976, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1978 = lshr <16 x i32> %1977, splat (i32 16)
-  %1979 = bitcast <32 x float> %1975 to <32 x i32>
-  %1980 = shufflevector <32 x i32> %1979, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1981 = or <16 x i32> %1978, %1980
-  %.idx1285.i.epil = shl nsw i64 %indvars.iv1179.1.i.epil, 6
-  %1982 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1285.i.epil
-  %1983 = getelementptr inbounds nuw i8, ptr %1982, i64 256
-  store <16 x i32> %1981, ptr %1983, align 4, !tbaa !4
-  %indvars.iv.next1180.1.i.epil = add nuw nsw i64 %indvars.iv1179.1.i.epil, 1
+  %.idx1283.i.epil = shl nsw i64 %indvars.iv1178.1.i.epil, 7
+  %1961 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.epil
+  %1962 = getelementptr inbounds nuw i8, ptr %1961, i64 512
+  %1963 = load <32 x float>, ptr %1962, align 4, !tbaa !4
+  %1964 = bitcast <32 x float> %1963 to <32 x i32>
+  %1965 = shufflevector <32 x i32> %1964, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1966 = lshr <16 x i32> %1965, splat (i32 16)
+  %1967 = bitcast <32 x float> %1963 to <32 x i32>
+  %1968 = shufflevector <32 x i32> %1967, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1969 = or <16 x i32> %1966, %1968
+  %.idx1284.i.epil = shl nsw i64 %indvars.iv1178.1.i.epil, 6
+  %1970 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.epil
+  %1971 = getelementptr inbounds nuw i8, ptr %1970, i64 256
+  store <16 x i32> %1969, ptr %1971, align 4, !tbaa !4
+  %indvars.iv.next1179.1.i.epil = add nuw nsw i64 %indvars.iv1178.1.i.epil, 1
   %epil.iter160.next = add i64 %epil.iter160, 1
   %epil.iter160.cmp.not = icmp eq i64 %epil.iter160.next, %xtraiter159
   br i1 %epil.iter160.cmp.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil, !prof !35, !llvm.loop !68
@@ -4730,68 +4718,68 @@ for_body_to89.2.i.preheader:                      ; preds = %for_body_to89.1.i.e
   br i1 %993, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !30
 
 for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, %for_body_to89.2.i.preheader
-  %indvars.iv1179.2.i = phi i64 [ %indvars.iv.next1180.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %indvars.iv1178.2.i = phi i64 [ %indvars.iv.next1179.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
   %niter170 = phi i64 [ %niter170.next.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
-  %.idx1286.i = shl nsw i64 %indvars.iv1179.2.i, 7
-  %1984 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i
-  %1985 = getelementptr inbounds nuw i8, ptr %1984, i64 1024
-  %1986 = load <32 x float>, ptr %1985, align 4, !tbaa !4
-  %1987 = bitcast <32 x float> %1986 to <32 x i32>
-  %1988 = shufflevector <32 x i32> %1987, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1989 = lshr <16 x i32> %1988, splat (i32 16)
-  %1990 = bitcast <32 x float> %1986 to <32 x i32>
-  %1991 = shufflevector <32 x i32> %1990, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1992 = or <16 x i32> %1989, %1991
-  %.idx1287.i = shl nsw i64 %indvars.iv1179.2.i, 6
-  %1993 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i
-  %1994 = getelementptr inbounds nuw i8, ptr %1993, i64 512
-  store <16 x i32> %1992, ptr %1994, align 4, !tbaa !4
-  %indvars.iv.next1180.2.i = or disjoint i64 %indvars.iv1179.2.i, 1
-  %.idx1286.i.1 = shl nsw i64 %indvars.iv.next1180.2.i, 7
-  %1995 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.1
-  %1996 = getelementptr inbounds nuw i8, ptr %1995, i64 1024
-  %1997 = load <32 x float>, ptr %1996, align 4, !tbaa !4
-  %1998 = bitcast <32 x float> %1997 to <32 x i32>
-  %1999 = shufflevector <32 x i32> %1998, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2000 = lshr <16 x i32> %1999, splat (i32 16)
-  %2001 = bitcast <32 x float> %1997 to <32 x i32>
-  %2002 = shufflevector <32 x i32> %2001, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2003 = or <16 x i32> %2000, %2002
-  %.idx1287.i.1 = shl nsw i64 %indvars.iv.next1180.2.i, 6
-  %2004 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.1
-  %2005 = getelementptr inbounds nuw i8, ptr %2004, i64 512
-  store <16 x i32> %2003, ptr %2005, align 4, !tbaa !4
-  %indvars.iv.next1180.2.i.1 = or disjoint i64 %indvars.iv1179.2.i, 2
-  %.idx1286.i.2 = shl nsw i64 %indvars.iv.next1180.2.i.1, 7
-  %2006 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.2
-  %2007 = getelementptr inbounds nuw i8, ptr %2006, i64 1024
-  %2008 = load <32 x float>, ptr %2007, align 4, !tbaa !4
-  %2009 = bitcast <32 x float> %2008 to <32 x i32>
-  %2010 = shufflevector <32 x i32> %2009, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2011 = lshr <16 x i32> %2010, splat (i32 16)
-  %2012 = bitcast <32 x float> %2008 to <32 x i32>
-  %2013 = shufflevector <32 x i32> %2012, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2014 = or <16 x i32> %2011, %2013
-  %.idx1287.i.2 = shl nsw i64 %indvars.iv.next1180.2.i.1, 6
-  %2015 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.2
-  %2016 = getelementptr inbounds nuw i8, ptr %2015, i64 512
-  store <16 x i32> %2014, ptr %2016, align 4, !tbaa !4
-  %indvars.iv.next1180.2.i.2 = or disjoint i64 %indvars.iv1179.2.i, 3
-  %.idx1286.i.3 = shl nsw i64 %indvars.iv.next1180.2.i.2, 7
-  %2017 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.3
-  %2018 = getelementptr inbounds nuw i8, ptr %2017, i64 1024
-  %2019 = load <32 x float>, ptr %2018, align 4, !tbaa !4
-  %2020 = bitcast <32 x float> %2019 to <32 x i32>
-  %2021 = shufflevector <32 x i32> %2020, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2022 = lshr <16 x i32> %2021, splat (i32 16)
-  %2023 = bitcast <32 x float> %2019 to <32 x i32>
-  %2024 = shufflevector <32 x i32> %2023, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2025 = or <16 x i32> %2022, %2024
-  %.idx1287.i.3 = shl nsw i64 %indvars.iv.next1180.2.i.2, 6
-  %2026 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.3
-  %2027 = getelementptr inbounds nuw i8, ptr %2026, i64 512
-  store <16 x i32> %2025, ptr %2027, align 4, !tbaa !4
-  %indvars.iv.next1180.2.i.3 = add nuw nsw i64 %indvars.iv1179.2.i, 4
+  %.idx1285.i = shl nsw i64 %indvars.iv1178.2.i, 7
+  %1972 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i
+  %1973 = getelementptr inbounds nuw i8, ptr %1972, i64 1024
+  %1974 = load <32 x float>, ptr %1973, align 4, !tbaa !4
+  %1975 = bitcast <32 x float> %1974 to <32 x i32>
+  %1976 = shufflevector <32 x i32> %1975, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1977 = lshr <16 x i32> %1976, splat (i32 16)
+  %1978 = bitcast <32 x float> %1974 to <32 x i32>
+  %1979 = shufflevector <32 x i32> %1978, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1980 = or <16 x i32> %1977, %1979
+  %.idx1286.i = shl nsw i64 %indvars.iv1178.2.i, 6
+  %1981 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i
+  %1982 = getelementptr inbounds nuw i8, ptr %1981, i64 512
+  store <16 x i32> %1980, ptr %1982, align 4, !tbaa !4
+  %indvars.iv.next1179.2.i = or disjoint i64 %indvars.iv1178.2.i, 1
+  %.idx1285.i.1 = shl nsw i64 %indvars.iv.next1179.2.i, 7
+  %1983 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.1
+  %1984 = getelementptr inbounds nuw i8, ptr %1983, i64 1024
+  %1985 = load <32 x float>, ptr %1984, align 4, !tbaa !4
+  %1986 = bitcast <32 x float> %1985 to <32 x i32>
+  %1987 = shufflevector <32 x i32> %1986, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1988 = lshr <16 x i32> %1987, splat (i32 16)
+  %1989 = bitcast <32 x float> %1985 to <32 x i32>
+  %1990 = shufflevector <32 x i32> %1989, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1991 = or <16 x i32> %1988, %1990
+  %.idx1286.i.1 = shl nsw i64 %indvars.iv.next1179.2.i, 6
+  %1992 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.1
+  %1993 = getelementptr inbounds nuw i8, ptr %1992, i64 512
+  store <16 x i32> %1991, ptr %1993, align 4, !tbaa !4
+  %indvars.iv.next1179.2.i.1 = or disjoint i64 %indvars.iv1178.2.i, 2
+  %.idx1285.i.2 = shl nsw i64 %indvars.iv.next1179.2.i.1, 7
+  %1994 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.2
+  %1995 = getelementptr inbounds nuw i8, ptr %1994, i64 1024
+  %1996 = load <32 x float>, ptr %1995, align 4, !tbaa !4
+  %1997 = bitcast <32 x float> %1996 to <32 x i32>
+  %1998 = shufflevector <32 x i32> %1997, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1999 = lshr <16 x i32> %1998, splat (i32 16)
+  %2000 = bitcast <32 x float> %1996 to <32 x i32>
+  %2001 = shufflevector <32 x i32> %2000, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2002 = or <16 x i32> %1999, %2001
+  %.idx1286.i.2 = shl nsw i64 %indvars.iv.next1179.2.i.1, 6
+  %2003 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.2
+  %2004 = getelementptr inbounds nuw i8, ptr %2003, i64 512
+  store <16 x i32> %2002, ptr %2004, align 4, !tbaa !4
+  %indvars.iv.next1179.2.i.2 = or disjoint i64 %indvars.iv1178.2.i, 3
+  %.idx1285.i.3 = shl nsw i64 %indvars.iv.next1179.2.i.2, 7
+  %2005 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.3
+  %2006 = getelementptr inbounds nuw i8, ptr %2005, i64 1024
+  %2007 = load <32 x float>, ptr %2006, align 4, !tbaa !4
+  %2008 = bitcast <32 x float> %2007 to <32 x i32>
+  %2009 = shufflevector <32 x i32> %2008, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2010 = lshr <16 x i32> %2009, splat (i32 16)
+  %2011 = bitcast <32 x float> %2007 to <32 x i32>
+  %2012 = shufflevector <32 x i32> %2011, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2013 = or <16 x i32> %2010, %2012
+  %.idx1286.i.3 = shl nsw i64 %indvars.iv.next1179.2.i.2, 6
+  %2014 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.3
+  %2015 = getelementptr inbounds nuw i8, ptr %2014, i64 512
+  store <16 x i32> %2013, ptr %2015, align 4, !tbaa !4
+  %indvars.iv.next1179.2.i.3 = add nuw nsw i64 %indvars.iv1178.2.i, 4
   %niter170.next.3 = add i64 %niter170, 4
   %niter170.ncmp.3 = icmp eq i64 %niter170.next.3, %unroll_iter169
   br i1 %niter170.ncmp.3, label %for_body_to89.3.i.preheader.unr-lcssa, label %for_body_to89.2.i, !prof !31, !llvm.loop !69
@@ -4800,28 +4788,28 @@ for_body_to89.3.i.preheader.unr-lcssa:            ; preds = %for_body_to89.2.i
   br i1 %lcmp.mod167.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil.preheader, !prof !34
 
 for_body_to89.2.i.epil.preheader:                 ; preds = %for_body_to89.3.i.preheader.unr-lcssa, %for_body_to89.2.i.preheader
-  %indvars.iv1179.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1180.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
+  %indvars.iv1178.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1179.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod168)
   br label %for_body_to89.2.i.epil
 
 for_body_to89.2.i.epil:                           ; preds = %for_body_to89.2.i.epil, %for_body_to89.2.i.epil.preheader
-  %indvars.iv1179.2.i.epil = phi i64 [ %indvars.iv.next1180.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1179.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
+  %indvars.iv1178.2.i.epil = phi i64 [ %indvars.iv.next1179.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1178.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
   %epil.iter166 = phi i64 [ %epil.iter166.next, %for_body_to89.2.i.epil ], [ 0, %for_body_to89.2.i.epil.preheader ]
-  %.idx1286.i.epil = shl nsw i64 %indvars.iv1179.2.i.epil, 7
-  %2028 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1286.i.epil
-  %2029 = getelementptr inbounds nuw i8, ptr %2028, i64 1024
-  %2030 = load <32 x float>, ptr %2029, align 4, !tbaa !4
-  %2031 = bitcast <32 x float> %2030 to <32 x i32>
-  %2032 = shufflevector <32 x i32> %2031, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2033 = lshr <16 x i32> %2032, splat (i32 16)
-  %2034 = bitcast <32 x float> %2030 to <32 x i32>
-  %2035 = shufflevector <32 x i32> %2034, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2036 = or <16 x i32> %2033, %2035
-  %.idx1287.i.epil = shl nsw i64 %indvars.iv1179.2.i.epil, 6
-  %2037 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i.epil
-  %2038 = getelementptr inbounds nuw i8, ptr %2037, i64 512
-  store <16 x i32> %2036, ptr %2038, align 4, !tbaa !4
-  %indvars.iv.next1180.2.i.epil = add nuw nsw i64 %indvars.iv1179.2.i.epil, 1
+  %.idx1285.i.epil = shl nsw i64 %indvars.iv1178.2.i.epil, 7
+  %2016 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.epil
+  %2017 = getelementptr inbounds nuw i8, ptr %2016, i64 1024
+  %2018 = load <32 x float>, ptr %2017, align 4, !tbaa !4
+  %2019 = bitcast <32 x float> %2018 to <32 x i32>
+  %2020 = shufflevector <32 x i32> %2019, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2021 = lshr <16 x i32> %2020, splat (i32 16)
+  %2022 = bitcast <32 x float> %2018 to <32 x i32>
+  %2023 = shufflevector <32 x i32> %2022, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2024 = or <16 x i32> %2021, %2023
+  %.idx1286.i.epil = shl nsw i64 %indvars.iv1178.2.i.epil, 6
+  %2025 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.epil
+  %2026 = getelementptr inbounds nuw i8, ptr %2025, i64 512
+  store <16 x i32> %2024, ptr %2026, align 4, !tbaa !4
+  %indvars.iv.next1179.2.i.epil = add nuw nsw i64 %indvars.iv1178.2.i.epil, 1
   %epil.iter166.next = add i64 %epil.iter166, 1
   %epil.iter166.cmp.not = icmp eq i64 %epil.iter166.next, %xtraiter165
   br i1 %epil.iter166.cmp.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil, !prof !35, !llvm.loop !70
@@ -4830,68 +4818,68 @@ for_body_to89.3.i.preheader:                      ; preds = %for_body_to89.2.i.e
   br i1 %994, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !30
 
 for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, %for_body_to89.3.i.preheader
-  %indvars.iv1179.3.i = phi i64 [ %indvars.iv.next1180.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %indvars.iv1178.3.i = phi i64 [ %indvars.iv.next1179.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
   %niter176 = phi i64 [ %niter176.next.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
-  %.idx1288.i = shl nsw i64 %indvars.iv1179.3.i, 7
-  %2039 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i
-  %2040 = getelementptr inbounds nuw i8, ptr %2039, i64 1536
-  %2041 = load <32 x float>, ptr %2040, align 4, !tbaa !4
-  %2042 = bitcast <32 x float> %2041 to <32 x i32>
-  %2043 = shufflevector <32 x i32> %2042, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2044 = lshr <16 x i32> %2043, splat (i32 16)
-  %2045 = bitcast <32 x float> %2041 to <32 x i32>
-  %2046 = shufflevector <32 x i32> %2045, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2047 = or <16 x i32> %2044, %2046
-  %.idx1289.i = shl nsw i64 %indvars.iv1179.3.i, 6
-  %2048 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i
-  %2049 = getelementptr inbounds nuw i8, ptr %2048, i64 768
-  store <16 x i32> %2047, ptr %2049, align 4, !tbaa !4
-  %indvars.iv.next1180.3.i = or disjoint i64 %indvars.iv1179.3.i, 1
-  %.idx1288.i.1 = shl nsw i64 %indvars.iv.next1180.3.i, 7
-  %2050 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.1
-  %2051 = getelementptr inbounds nuw i8, ptr %2050, i64 1536
-  %2052 = load <32 x float>, ptr %2051, align 4, !tbaa !4
-  %2053 = bitcast <32 x float> %2052 to <32 x i32>
-  %2054 = shufflevector <32 x i32> %2053, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2055 = lshr <16 x i32> %2054, splat (i32 16)
-  %2056 = bitcast <32 x float> %2052 to <32 x i32>
-  %2057 = shufflevector <32 x i32> %2056, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2058 = or <16 x i32> %2055, %2057
-  %.idx1289.i.1 = shl nsw i64 %indvars.iv.next1180.3.i, 6
-  %2059 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.1
-  %2060 = getelementptr inbounds nuw i8, ptr %2059, i64 768
-  store <16 x i32> %2058, ptr %2060, align 4, !tbaa !4
-  %indvars.iv.next1180.3.i.1 = or disjoint i64 %indvars.iv1179.3.i, 2
-  %.idx1288.i.2 = shl nsw i64 %indvars.iv.next1180.3.i.1, 7
-  %2061 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.2
-  %2062 = getelementptr inbounds nuw i8, ptr %2061, i64 1536
-  %2063 = load <32 x float>, ptr %2062, align 4, !tbaa !4
-  %2064 = bitcast <32 x float> %2063 to <32 x i32>
-  %2065 = shufflevector <32 x i32> %2064, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2066 = lshr <16 x i32> %2065, splat (i32 16)
-  %2067 = bitcast <32 x float> %2063 to <32 x i32>
-  %2068 = shufflevector <32 x i32> %2067, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2069 = or <16 x i32> %2066, %2068
-  %.idx1289.i.2 = shl nsw i64 %indvars.iv.next1180.3.i.1, 6
-  %2070 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.2
-  %2071 = getelementptr inbounds nuw i8, ptr %2070, i64 768
-  store <16 x i32> %2069, ptr %2071, align 4, !tbaa !4
-  %indvars.iv.next1180.3.i.2 = or disjoint i64 %indvars.iv1179.3.i, 3
-  %.idx1288.i.3 = shl nsw i64 %indvars.iv.next1180.3.i.2, 7
-  %2072 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.3
-  %2073 = getelementptr inbounds nuw i8, ptr %2072, i64 1536
-  %2074 = load <32 x float>, ptr %2073, align 4, !tbaa !4
-  %2075 = bitcast <32 x float> %2074 to <32 x i32>
-  %2076 = shufflevector <32 x i32> %2075, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2077 = lshr <16 x i32> %2076, splat (i32 16)
-  %2078 = bitcast <32 x float> %2074 to <32 x i32>
-  %2079 = shufflevector <32 x i32> %2078, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2080 = or <16 x i32> %2077, %2079
-  %.idx1289.i.3 = shl nsw i64 %indvars.iv.next1180.3.i.2, 6
-  %2081 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.3
-  %2082 = getelementptr inbounds nuw i8, ptr %2081, i64 768
-  store <16 x i32> %2080, ptr %2082, align 4, !tbaa !4
-  %indvars.iv.next1180.3.i.3 = add nuw nsw i64 %indvars.iv1179.3.i, 4
+  %.idx1287.i = shl nsw i64 %indvars.iv1178.3.i, 7
+  %2027 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i
+  %2028 = getelementptr inbounds nuw i8, ptr %2027, i64 1536
+  %2029 = load <32 x float>, ptr %2028, align 4, !tbaa !4
+  %2030 = bitcast <32 x float> %2029 to <32 x i32>
+  %2031 = shufflevector <32 x i32> %2030, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2032 = lshr <16 x i32> %2031, splat (i32 16)
+  %2033 = bitcast <32 x float> %2029 to <32 x i32>
+  %2034 = shufflevector <32 x i32> %2033, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2035 = or <16 x i32> %2032, %2034
+  %.idx1288.i = shl nsw i64 %indvars.iv1178.3.i, 6
+  %2036 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i
+  %2037 = getelementptr inbounds nuw i8, ptr %2036, i64 768
+  store <16 x i32> %2035, ptr %2037, align 4, !tbaa !4
+  %indvars.iv.next1179.3.i = or disjoint i64 %indvars.iv1178.3.i, 1
+  %.idx1287.i.1 = shl nsw i64 %indvars.iv.next1179.3.i, 7
+  %2038 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.1
+  %2039 = getelementptr inbounds nuw i8, ptr %2038, i64 1536
+  %2040 = load <32 x float>, ptr %2039, align 4, !tbaa !4
+  %2041 = bitcast <32 x float> %2040 to <32 x i32>
+  %2042 = shufflevector <32 x i32> %2041, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2043 = lshr <16 x i32> %2042, splat (i32 16)
+  %2044 = bitcast <32 x float> %2040 to <32 x i32>
+  %2045 = shufflevector <32 x i32> %2044, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2046 = or <16 x i32> %2043, %2045
+  %.idx1288.i.1 = shl nsw i64 %indvars.iv.next1179.3.i, 6
+  %2047 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.1
+  %2048 = getelementptr inbounds nuw i8, ptr %2047, i64 768
+  store <16 x i32> %2046, ptr %2048, align 4, !tbaa !4
+  %indvars.iv.next1179.3.i.1 = or disjoint i64 %indvars.iv1178.3.i, 2
+  %.idx1287.i.2 = shl nsw i64 %indvars.iv.next1179.3.i.1, 7
+  %2049 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.2
+  %2050 = getelementptr inbounds nuw i8, ptr %2049, i64 1536
+  %2051 = load <32 x float>, ptr %2050, align 4, !tbaa !4
+  %2052 = bitcast <32 x float> %2051 to <32 x i32>
+  %2053 = shufflevector <32 x i32> %2052, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2054 = lshr <16 x i32> %2053, splat (i32 16)
+  %2055 = bitcast <32 x float> %2051 to <32 x i32>
+  %2056 = shufflevector <32 x i32> %2055, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2057 = or <16 x i32> %2054, %2056
+  %.idx1288.i.2 = shl nsw i64 %indvars.iv.next1179.3.i.1, 6
+  %2058 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.2
+  %2059 = getelementptr inbounds nuw i8, ptr %2058, i64 768
+  store <16 x i32> %2057, ptr %2059, align 4, !tbaa !4
+  %indvars.iv.next1179.3.i.2 = or disjoint i64 %indvars.iv1178.3.i, 3
+  %.idx1287.i.3 = shl nsw i64 %indvars.iv.next1179.3.i.2, 7
+  %2060 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.3
+  %2061 = getelementptr inbounds nuw i8, ptr %2060, i64 1536
+  %2062 = load <32 x float>, ptr %2061, align 4, !tbaa !4
+  %2063 = bitcast <32 x float> %2062 to <32 x i32>
+  %2064 = shufflevector <32 x i32> %2063, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2065 = lshr <16 x i32> %2064, splat (i32 16)
+  %2066 = bitcast <32 x float> %2062 to <32 x i32>
+  %2067 = shufflevector <32 x i32> %2066, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2068 = or <16 x i32> %2065, %2067
+  %.idx1288.i.3 = shl nsw i64 %indvars.iv.next1179.3.i.2, 6
+  %2069 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.3
+  %2070 = getelementptr inbounds nuw i8, ptr %2069, i64 768
+  store <16 x i32> %2068, ptr %2070, align 4, !tbaa !4
+  %indvars.iv.next1179.3.i.3 = add nuw nsw i64 %indvars.iv1178.3.i, 4
   %niter176.next.3 = add i64 %niter176, 4
   %niter176.ncmp.3 = icmp eq i64 %niter176.next.3, %unroll_iter175
   br i1 %niter176.ncmp.3, label %for_end_to90.3.i.loopexit.unr-lcssa, label %for_body_to89.3.i, !prof !31, !llvm.loop !71
@@ -4900,940 +4888,934 @@ for_end_to90.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to89.3.i
   br i1 %lcmp.mod173.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil.preheader, !prof !34
 
 for_body_to89.3.i.epil.preheader:                 ; preds = %for_end_to90.3.i.loopexit.unr-lcssa, %for_body_to89.3.i.preheader
-  %indvars.iv1179.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1180.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
+  %indvars.iv1178.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1179.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod174)
   br label %for_body_to89.3.i.epil
 
 for_body_to89.3.i.epil:                           ; preds = %for_body_to89.3.i.epil, %for_body_to89.3.i.epil.preheader
-  %indvars.iv1179.3.i.epil = phi i64 [ %indvars.iv.next1180.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1179.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
+  %indvars.iv1178.3.i.epil = phi i64 [ %indvars.iv.next1179.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1178.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
   %epil.iter172 = phi i64 [ %epil.iter172.next, %for_body_to89.3.i.epil ], [ 0, %for_body_to89.3.i.epil.preheader ]
-  %.idx1288.i.epil = shl nsw i64 %indvars.iv1179.3.i.epil, 7
-  %2083 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1288.i.epil
-  %2084 = getelementptr inbounds nuw i8, ptr %2083, i64 1536
-  %2085 = load <32 x float>, ptr %2084, align 4, !tbaa !4
-  %2086 = bitcast <32 x float> %2085 to <32 x i32>
-  %2087 = shufflevector <32 x i32> %2086, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2088 = lshr <16 x i32> %2087, splat (i32 16)
-  %2089 = bitcast <32 x float> %2085 to <32 x i32>
-  %2090 = shufflevector <32 x i32> %2089, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2091 = or <16 x i32> %2088, %2090
-  %.idx1289.i.epil = shl nsw i64 %indvars.iv1179.3.i.epil, 6
-  %2092 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i.epil
-  %2093 = getelementptr inbounds nuw i8, ptr %2092, i64 768
-  store <16 x i32> %2091, ptr %2093, align 4, !tbaa !4
-  %indvars.iv.next1180.3.i.epil = add nuw nsw i64 %indvars.iv1179.3.i.epil, 1
+  %.idx1287.i.epil = shl nsw i64 %indvars.iv1178.3.i.epil, 7
+  %2071 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.epil
+  %2072 = getelementptr inbounds nuw i8, ptr %2071, i64 1536
+  %2073 = load <32 x float>, ptr %2072, align 4, !tbaa !4
+  %2074 = bitcast <32 x float> %2073 to <32 x i32>
+  %2075 = shufflevector <32 x i32> %2074, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2076 = lshr <16 x i32> %2075, splat (i32 16)
+  %2077 = bitcast <32 x float> %2073 to <32 x i32>
+  %2078 = shufflevector <32 x i32> %2077, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2079 = or <16 x i32> %2076, %2078
+  %.idx1288.i.epil = shl nsw i64 %indvars.iv1178.3.i.epil, 6
+  %2080 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.epil
+  %2081 = getelementptr inbounds nuw i8, ptr %2080, i64 768
+  store <16 x i32> %2079, ptr %2081, align 4, !tbaa !4
+  %indvars.iv.next1179.3.i.epil = add nuw nsw i64 %indvars.iv1178.3.i.epil, 1
   %epil.iter172.next = add i64 %epil.iter172, 1
   %epil.iter172.cmp.not = icmp eq i64 %epil.iter172.next, %xtraiter171
   br i1 %epil.iter172.cmp.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil, !prof !35, !llvm.loop !72
 
 for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.epil, %for_end_to90.3.i.loopexit.unr-lcssa, %for_begin_to88.preheader.preheader.i
-  %2094 = shl nuw nsw i64 %indvars.iv1201.i, 2
-  %2095 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2094
-  %2096 = load <4 x float>, ptr %2095, align 16, !tbaa !25
-  %old_max.i = select <4 x i1> %972, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2096
-  %2097 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2094
-  %2098 = load <4 x float>, ptr %2097, align 16, !tbaa !23
-  %old_sum.i = select <4 x i1> %972, <4 x float> zeroinitializer, <4 x float> %2098
-  %2099 = fcmp ogt <4 x float> %old_max.i, %1528
-  %2100 = load <4 x float>, ptr %tile_sum224.i, align 16, !tbaa !73
-  %2101 = fcmp oeq <4 x float> %2100, zeroinitializer
-  %2102 = select <4 x i1> %2101, <4 x i1> splat (i1 true), <4 x i1> %2099
-  %old_or_both.i = select <4 x i1> %2102, <4 x float> %old_max.i, <4 x float> %1528
-  %2103 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2103, <4 x float> %1528, <4 x float> %old_or_both.i
-  %2104 = fsub <4 x float> %old_max.i, %m.i
-  %2105 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2104, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2106 = bitcast <4 x float> %2105 to <4 x i32>
-  %2107 = add nsw <4 x i32> %2106, splat (i32 -1262485504)
-  %2108 = sitofp <4 x i32> %2107 to <4 x float>
-  %2109 = fmul <4 x float> %2108, splat (float 0x3F2BD01060000000)
-  %2110 = fmul <4 x float> %2108, splat (float 0x3FE6300000000000)
-  %2111 = fsub <4 x float> %2104, %2110
-  %2112 = fadd <4 x float> %2109, %2111
-  %2113 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2112, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2114 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2113, <4 x float> %2112, <4 x float> splat (float 0x3F81112100000000))
-  %2115 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2114, <4 x float> %2112, <4 x float> splat (float 0x3FA5553820000000))
-  %2116 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2115, <4 x float> %2112, <4 x float> splat (float 0x3FC5555540000000))
-  %2117 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2116, <4 x float> %2112, <4 x float> splat (float 5.000000e-01))
-  %2118 = fmul <4 x float> %2112, %2117
-  %2119 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2118, <4 x float> %2112, <4 x float> %2112)
-  %2120 = shl <4 x i32> %2106, splat (i32 23)
-  %2121 = add <4 x i32> %2120, splat (i32 1065353216)
-  %2122 = bitcast <4 x i32> %2121 to <4 x float>
-  %2123 = fadd <4 x float> %2119, splat (float 1.000000e+00)
-  %2124 = fmul <4 x float> %2123, %2122
-  %2125 = fcmp olt <4 x float> %2104, splat (float -8.700000e+01)
-  %2126 = select <4 x i1> %2125, <4 x float> zeroinitializer, <4 x float> %2124
-  %2127 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2128 = select <4 x i1> %2127, <4 x float> %2126, <4 x float> zeroinitializer
-  %arg108.i = fsub <4 x float> %1528, %m.i
-  %2129 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg108.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2130 = bitcast <4 x float> %2129 to <4 x i32>
-  %2131 = add nsw <4 x i32> %2130, splat (i32 -1262485504)
-  %2132 = sitofp <4 x i32> %2131 to <4 x float>
-  %2133 = fmul <4 x float> %2132, splat (float 0x3F2BD01060000000)
-  %2134 = fmul <4 x float> %2132, splat (float 0x3FE6300000000000)
-  %2135 = fsub <4 x float> %arg108.i, %2134
-  %2136 = fadd <4 x float> %2133, %2135
-  %2137 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2136, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2138 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2137, <4 x float> %2136, <4 x float> splat (float 0x3F81112100000000))
-  %2139 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2138, <4 x float> %2136, <4 x float> splat (float 0x3FA5553820000000))
-  %2140 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2139, <4 x float> %2136, <4 x float> splat (float 0x3FC5555540000000))
-  %2141 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2140, <4 x float> %2136, <4 x float> splat (float 5.000000e-01))
-  %2142 = fmul <4 x float> %2136, %2141
-  %2143 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2142, <4 x float> %2136, <4 x float> %2136)
-  %2144 = shl <4 x i32> %2130, splat (i32 23)
-  %2145 = add <4 x i32> %2144, splat (i32 1065353216)
-  %2146 = bitcast <4 x i32> %2145 to <4 x float>
-  %2147 = fadd <4 x float> %2143, splat (float 1.000000e+00)
-  %2148 = fmul <4 x float> %2147, %2146
-  %2149 = fcmp olt <4 x float> %arg108.i, splat (float -8.700000e+01)
-  %2150 = select <4 x i1> %2149, <4 x float> zeroinitializer, <4 x float> %2148
-  %2151 = fcmp one <4 x float> %2100, zeroinitializer
-  %2152 = select <4 x i1> %2151, <4 x float> %2150, <4 x float> zeroinitializer
-  %2153 = fmul <4 x float> %old_sum.i, %2128
-  %2154 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2152, <4 x float> %2100, <4 x float> %2153)
-  store <4 x float> %m.i, ptr %2095, align 16, !tbaa !25
-  store <4 x float> %2154, ptr %2097, align 16, !tbaa !23
-  %2155 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> zeroinitializer
-  %2156 = shl nuw nsw i64 %indvars.iv1201.i, 9
-  %2157 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> zeroinitializer
-  %2158 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2159 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2160 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2161 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2162 = shufflevector <4 x float> %2152, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2163 = shufflevector <4 x float> %2128, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2164 = mul nsw i64 %1053, %v_head
-  %2165 = mul nsw i64 %indvars.iv1201.i, %v_head
-  %invariant.gep1022.i = getelementptr i32, ptr %value_cache, i64 %2165
-  %2166 = fmul <16 x float> %2157, zeroinitializer
-  %2167 = fmul <16 x float> %2159, zeroinitializer
-  %2168 = fmul <16 x float> %2161, zeroinitializer
-  %invariant.gep1322.i = getelementptr i32, ptr %prob_pairs.i, i64 %979
-  %2169 = fmul <16 x float> %2163, zeroinitializer
+  %2082 = shl nuw nsw i64 %indvars.iv1200.i, 2
+  %2083 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2082
+  %2084 = load <4 x float>, ptr %2083, align 16, !tbaa !25
+  %old_max.i = select <4 x i1> %972, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2084
+  %2085 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2082
+  %2086 = load <4 x float>, ptr %2085, align 16, !tbaa !23
+  %old_sum.i = select <4 x i1> %972, <4 x float> zeroinitializer, <4 x float> %2086
+  %2087 = fcmp ogt <4 x float> %old_max.i, %1528
+  %2088 = load <4 x float>, ptr %tile_sum223.i, align 16, !tbaa !73
+  %2089 = fcmp oeq <4 x float> %2088, zeroinitializer
+  %2090 = select <4 x i1> %2089, <4 x i1> splat (i1 true), <4 x i1> %2087
+  %old_or_both.i = select <4 x i1> %2090, <4 x float> %old_max.i, <4 x float> %1528
+  %2091 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2091, <4 x float> %1528, <4 x float> %old_or_both.i
+  %2092 = fsub <4 x float> %old_max.i, %m.i
+  %2093 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2092, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2094 = bitcast <4 x float> %2093 to <4 x i32>
+  %2095 = fadd <4 x float> %2093, splat (float 0xC168000FE0000000)
+  %2096 = fmul <4 x float> %2095, splat (float 0x3F2BD01060000000)
+  %2097 = fmul <4 x float> %2095, splat (float 0x3FE6300000000000)
+  %2098 = fsub <4 x float> %2092, %2097
+  %2099 = fadd <4 x float> %2096, %2098
+  %2100 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2099, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2101 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2100, <4 x float> %2099, <4 x float> splat (float 0x3FA5558F20000000))
+  %2102 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2101, <4 x float> %2099, <4 x float> splat (float 0x3FC5554920000000))
+  %2103 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2102, <4 x float> %2099, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2104 = fmul <4 x float> %2099, %2099
+  %2105 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2103, <4 x float> %2104, <4 x float> %2099)
+  %2106 = shl <4 x i32> %2094, splat (i32 23)
+  %2107 = bitcast <4 x i32> %2106 to <4 x float>
+  %2108 = fadd <4 x float> %2105, splat (float 1.000000e+00)
+  %2109 = fmul <4 x float> %2108, %2107
+  %2110 = fcmp olt <4 x float> %2092, splat (float -8.700000e+01)
+  %2111 = select <4 x i1> %2110, <4 x float> zeroinitializer, <4 x float> %2109
+  %2112 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2113 = select <4 x i1> %2112, <4 x float> %2111, <4 x float> zeroinitializer
+  %arg110.i = fsub <4 x float> %1528, %m.i
+  %2114 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg110.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2115 = bitcast <4 x float> %2114 to <4 x i32>
+  %2116 = fadd <4 x float> %2114, splat (float 0xC168000FE0000000)
+  %2117 = fmul <4 x float> %2116, splat (float 0x3F2BD01060000000)
+  %2118 = fmul <4 x float> %2116, splat (float 0x3FE6300000000000)
+  %2119 = fsub <4 x float> %arg110.i, %2118
+  %2120 = fadd <4 x float> %2117, %2119
+  %2121 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2120, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2122 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2121, <4 x float> %2120, <4 x float> splat (float 0x3FA5558F20000000))
+  %2123 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2122, <4 x float> %2120, <4 x float> splat (float 0x3FC5554920000000))
+  %2124 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2123, <4 x float> %2120, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2125 = fmul <4 x float> %2120, %2120
+  %2126 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2124, <4 x float> %2125, <4 x float> %2120)
+  %2127 = shl <4 x i32> %2115, splat (i32 23)
+  %2128 = bitcast <4 x i32> %2127 to <4 x float>
+  %2129 = fadd <4 x float> %2126, splat (float 1.000000e+00)
+  %2130 = fmul <4 x float> %2129, %2128
+  %2131 = fcmp olt <4 x float> %arg110.i, splat (float -8.700000e+01)
+  %2132 = select <4 x i1> %2131, <4 x float> zeroinitializer, <4 x float> %2130
+  %2133 = fcmp one <4 x float> %2088, zeroinitializer
+  %2134 = select <4 x i1> %2133, <4 x float> %2132, <4 x float> zeroinitializer
+  %2135 = fmul <4 x float> %old_sum.i, %2113
+  %2136 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2134, <4 x float> %2088, <4 x float> %2135)
+  store <4 x float> %m.i, ptr %2083, align 16, !tbaa !25
+  store <4 x float> %2136, ptr %2085, align 16, !tbaa !23
+  %2137 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> zeroinitializer
+  %2138 = shl nuw nsw i64 %indvars.iv1200.i, 9
+  %2139 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> zeroinitializer
+  %2140 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2141 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2142 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2143 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2144 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2145 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2146 = mul nsw i64 %1053, %v_head
+  %2147 = mul nsw i64 %indvars.iv1200.i, %v_head
+  %invariant.gep1021.i = getelementptr i32, ptr %value_cache, i64 %2147
+  %2148 = fmul <16 x float> %2139, zeroinitializer
+  %2149 = fmul <16 x float> %2141, zeroinitializer
+  %2150 = fmul <16 x float> %2143, zeroinitializer
+  %invariant.gep1321.i = getelementptr i32, ptr %prob_pairs.i, i64 %979
+  %2151 = fmul <16 x float> %2145, zeroinitializer
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end148.i, %for_end_to90.3.i
-  %indvars.iv1197.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1198.i, %if_end148.i ]
-  br i1 %974, label %for_begin_ax1126.preheader.lr.ph.i, label %for_end_to123.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end147.i, %for_end_to90.3.i
+  %indvars.iv1196.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1197.i, %if_end147.i ]
+  br i1 %974, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to127.i, !prof !3
 
-for_begin_ax1126.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
-  %2170 = mul nuw nsw i64 %indvars.iv1197.i, %980
-  %gep1023.idx.i = shl i64 %indvars.iv1197.i, 7
-  %gep1023.i = getelementptr i8, ptr %invariant.gep1022.i, i64 %gep1023.idx.i
-  br label %for_begin_ax1126.preheader.i
+for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
+  %2152 = mul nuw nsw i64 %indvars.iv1196.i, %980
+  %gep1022.idx.i = shl i64 %indvars.iv1196.i, 7
+  %gep1022.i = getelementptr i8, ptr %invariant.gep1021.i, i64 %gep1022.idx.i
+  br label %for_begin_ax2.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end148.i
-  %2171 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2172 = tail call i32 %2171(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not235.i = icmp eq i32 %2172, 0
-  br i1 %.not235.i, label %if_end150.i, label %fused_decode_compute_.exit, !prof !22
+for_end_d_0_m.i:                                  ; preds = %if_end147.i
+  %2153 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2154 = tail call i32 %2153(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not234.i = icmp eq i32 %2154, 0
+  br i1 %.not234.i, label %if_end149.i, label %fused_decode_compute_.exit, !prof !22
 
-for_begin_ax1126.preheader.i:                     ; preds = %for_begin_ax1126.preheader.i, %for_begin_ax1126.preheader.lr.ph.i
-  %indvars.iv1189.i = phi i64 [ 0, %for_begin_ax1126.preheader.lr.ph.i ], [ %indvars.iv.next1190.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.238.0926.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i669.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.204.0925.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i657.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.170.0924.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i666.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.136.0923.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i654.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.102.0922.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i663.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.0.0921.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i648.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.34.0920.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i660.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.68.0919.i = phi <16 x float> [ zeroinitializer, %for_begin_ax1126.preheader.lr.ph.i ], [ %r.i651.i, %for_begin_ax1126.preheader.i ]
-  %2173 = add nuw nsw i64 %indvars.iv1189.i, %2170
-  %2174 = trunc i64 %2173 to i32
-  %2175 = shl i32 %2174, 3
-  %2176 = add i32 %2175, %1052
-  %2177 = sext i32 %2176 to i64
-  %2178 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2177
-  %2179 = load i64, ptr %2178, align 8, !tbaa !4
-  %2180 = getelementptr i32, ptr %value_cache, i64 %2179
-  %2181 = getelementptr i32, ptr %2180, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2181, i32 0, i32 2, i32 1)
-  %2182 = getelementptr i8, ptr %2180, i64 64
-  %2183 = getelementptr i32, ptr %2182, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2183, i32 0, i32 2, i32 1)
-  %2184 = getelementptr i8, ptr %2180, i64 128
-  %2185 = getelementptr i32, ptr %2184, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2185, i32 0, i32 2, i32 1)
-  %2186 = getelementptr i8, ptr %2180, i64 192
-  %2187 = getelementptr i32, ptr %2186, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2187, i32 0, i32 2, i32 1)
-  %2188 = getelementptr i8, ptr %2178, i64 8
-  %2189 = load i64, ptr %2188, align 8, !tbaa !4
-  %2190 = getelementptr i32, ptr %value_cache, i64 %2189
-  %2191 = getelementptr i8, ptr %2190, i64 256
-  %2192 = getelementptr i32, ptr %2191, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2192, i32 0, i32 2, i32 1)
-  %2193 = getelementptr i8, ptr %2190, i64 320
-  %2194 = getelementptr i32, ptr %2193, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2194, i32 0, i32 2, i32 1)
-  %2195 = getelementptr i8, ptr %2190, i64 384
-  %2196 = getelementptr i32, ptr %2195, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2196, i32 0, i32 2, i32 1)
-  %2197 = getelementptr i8, ptr %2190, i64 448
-  %2198 = getelementptr i32, ptr %2197, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2198, i32 0, i32 2, i32 1)
-  %2199 = getelementptr i8, ptr %2178, i64 16
-  %2200 = load i64, ptr %2199, align 8, !tbaa !4
-  %2201 = getelementptr i32, ptr %value_cache, i64 %2200
-  %2202 = getelementptr i32, ptr %2201, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2202, i32 0, i32 2, i32 1)
-  %2203 = getelementptr i8, ptr %2201, i64 64
-  %2204 = getelementptr i32, ptr %2203, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2204, i32 0, i32 2, i32 1)
-  %2205 = getelementptr i8, ptr %2201, i64 128
-  %2206 = getelementptr i32, ptr %2205, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2206, i32 0, i32 2, i32 1)
-  %2207 = getelementptr i8, ptr %2201, i64 192
-  %2208 = getelementptr i32, ptr %2207, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2208, i32 0, i32 2, i32 1)
-  %2209 = getelementptr i8, ptr %2178, i64 24
-  %2210 = load i64, ptr %2209, align 8, !tbaa !4
-  %2211 = getelementptr i32, ptr %value_cache, i64 %2210
-  %2212 = getelementptr i8, ptr %2211, i64 256
-  %2213 = getelementptr i32, ptr %2212, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2213, i32 0, i32 2, i32 1)
-  %2214 = getelementptr i8, ptr %2211, i64 320
-  %2215 = getelementptr i32, ptr %2214, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2215, i32 0, i32 2, i32 1)
-  %2216 = getelementptr i8, ptr %2211, i64 384
-  %2217 = getelementptr i32, ptr %2216, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2217, i32 0, i32 2, i32 1)
-  %2218 = getelementptr i8, ptr %2211, i64 448
-  %2219 = getelementptr i32, ptr %2218, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2219, i32 0, i32 2, i32 1)
-  %2220 = getelementptr i8, ptr %2178, i64 32
-  %2221 = load i64, ptr %2220, align 8, !tbaa !4
-  %2222 = getelementptr i32, ptr %value_cache, i64 %2221
-  %2223 = getelementptr i32, ptr %2222, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2223, i32 0, i32 2, i32 1)
-  %2224 = getelementptr i8, ptr %2222, i64 64
-  %2225 = getelementptr i32, ptr %2224, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2225, i32 0, i32 2, i32 1)
-  %2226 = getelementptr i8, ptr %2222, i64 128
-  %2227 = getelementptr i32, ptr %2226, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2227, i32 0, i32 2, i32 1)
-  %2228 = getelementptr i8, ptr %2222, i64 192
-  %2229 = getelementptr i32, ptr %2228, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2229, i32 0, i32 2, i32 1)
-  %2230 = getelementptr i8, ptr %2178, i64 40
-  %2231 = load i64, ptr %2230, align 8, !tbaa !4
-  %2232 = getelementptr i32, ptr %value_cache, i64 %2231
-  %2233 = getelementptr i8, ptr %2232, i64 256
-  %2234 = getelementptr i32, ptr %2233, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2234, i32 0, i32 2, i32 1)
-  %2235 = getelementptr i8, ptr %2232, i64 320
-  %2236 = getelementptr i32, ptr %2235, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2236, i32 0, i32 2, i32 1)
-  %2237 = getelementptr i8, ptr %2232, i64 384
-  %2238 = getelementptr i32, ptr %2237, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2238, i32 0, i32 2, i32 1)
-  %2239 = getelementptr i8, ptr %2232, i64 448
-  %2240 = getelementptr i32, ptr %2239, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2240, i32 0, i32 2, i32 1)
-  %2241 = getelementptr i8, ptr %2178, i64 48
-  %2242 = load i64, ptr %2241, align 8, !tbaa !4
-  %2243 = getelementptr i32, ptr %value_cache, i64 %2242
-  %2244 = getelementptr i32, ptr %2243, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2244, i32 0, i32 2, i32 1)
-  %2245 = getelementptr i8, ptr %2243, i64 64
-  %2246 = getelementptr i32, ptr %2245, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2246, i32 0, i32 2, i32 1)
-  %2247 = getelementptr i8, ptr %2243, i64 128
-  %2248 = getelementptr i32, ptr %2247, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2248, i32 0, i32 2, i32 1)
-  %2249 = getelementptr i8, ptr %2243, i64 192
-  %2250 = getelementptr i32, ptr %2249, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2250, i32 0, i32 2, i32 1)
-  %2251 = getelementptr i8, ptr %2178, i64 56
-  %2252 = load i64, ptr %2251, align 8, !tbaa !4
-  %2253 = getelementptr i32, ptr %value_cache, i64 %2252
-  %2254 = getelementptr i8, ptr %2253, i64 256
-  %2255 = getelementptr i32, ptr %2254, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2255, i32 0, i32 2, i32 1)
-  %2256 = getelementptr i8, ptr %2253, i64 320
-  %2257 = getelementptr i32, ptr %2256, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2257, i32 0, i32 2, i32 1)
-  %2258 = getelementptr i8, ptr %2253, i64 384
-  %2259 = getelementptr i32, ptr %2258, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2259, i32 0, i32 2, i32 1)
-  %2260 = getelementptr i8, ptr %2253, i64 448
-  %2261 = getelementptr i32, ptr %2260, i64 %2164
-  tail call void @llvm.prefetch.p0(ptr readonly %2261, i32 0, i32 2, i32 1)
-  %.idx1290.i = shl nsw i64 %indvars.iv1189.i, 6
-  %2262 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1290.i
-  %2263 = load i32, ptr %2262, align 4, !tbaa !4
-  %2264 = insertelement <16 x i32> poison, i32 %2263, i64 0
-  %2265 = shufflevector <16 x i32> %2264, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1291.i = shl nsw i64 %indvars.iv1189.i, 8
-  %2266 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1291.i
-  %2267 = load i64, ptr %2266, align 8, !tbaa !4
-  %gep939.i = getelementptr i32, ptr %gep1023.i, i64 %2267
-  %2268 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
-  %x.i286.i = bitcast <16 x i32> %2265 to <32 x bfloat>
-  %r.i288.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.0.0921.i, <32 x bfloat> %x.i286.i, <32 x bfloat> %2268)
-  %2269 = getelementptr inbounds nuw i8, ptr %2262, i64 256
-  %2270 = load i32, ptr %2269, align 4, !tbaa !4
-  %2271 = insertelement <16 x i32> poison, i32 %2270, i64 0
-  %2272 = shufflevector <16 x i32> %2271, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i289.i = bitcast <16 x i32> %2272 to <32 x bfloat>
-  %r.i291.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.68.0919.i, <32 x bfloat> %x.i289.i, <32 x bfloat> %2268)
-  %2273 = getelementptr inbounds nuw i8, ptr %2262, i64 512
-  %2274 = load i32, ptr %2273, align 4, !tbaa !4
-  %2275 = insertelement <16 x i32> poison, i32 %2274, i64 0
-  %2276 = shufflevector <16 x i32> %2275, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i292.i = bitcast <16 x i32> %2276 to <32 x bfloat>
-  %r.i294.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.136.0923.i, <32 x bfloat> %x.i292.i, <32 x bfloat> %2268)
-  %2277 = getelementptr inbounds nuw i8, ptr %2262, i64 768
-  %2278 = load i32, ptr %2277, align 4, !tbaa !4
-  %2279 = insertelement <16 x i32> poison, i32 %2278, i64 0
-  %2280 = shufflevector <16 x i32> %2279, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i295.i = bitcast <16 x i32> %2280 to <32 x bfloat>
-  %r.i297.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.204.0925.i, <32 x bfloat> %x.i295.i, <32 x bfloat> %2268)
-  %2281 = getelementptr i8, ptr %gep939.i, i64 64
-  %2282 = load <32 x bfloat>, ptr %2281, align 4, !tbaa !4
-  %r.i300.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.34.0920.i, <32 x bfloat> %x.i286.i, <32 x bfloat> %2282)
-  %r.i303.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.102.0922.i, <32 x bfloat> %x.i289.i, <32 x bfloat> %2282)
-  %r.i306.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.170.0924.i, <32 x bfloat> %x.i292.i, <32 x bfloat> %2282)
-  %r.i309.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc215.sroa.238.0926.i, <32 x bfloat> %x.i295.i, <32 x bfloat> %2282)
-  %2283 = getelementptr inbounds nuw i8, ptr %2262, i64 4
-  %2284 = load i32, ptr %2283, align 4, !tbaa !4
-  %2285 = insertelement <16 x i32> poison, i32 %2284, i64 0
-  %2286 = shufflevector <16 x i32> %2285, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2287 = getelementptr inbounds nuw i8, ptr %2266, i64 16
-  %2288 = load i64, ptr %2287, align 8, !tbaa !4
-  %gep943.i = getelementptr i32, ptr %gep1023.i, i64 %2288
-  %2289 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
-  %x.i310.i = bitcast <16 x i32> %2286 to <32 x bfloat>
-  %r.i312.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i288.i, <32 x bfloat> %x.i310.i, <32 x bfloat> %2289)
-  %2290 = getelementptr inbounds nuw i8, ptr %2262, i64 260
-  %2291 = load i32, ptr %2290, align 4, !tbaa !4
-  %2292 = insertelement <16 x i32> poison, i32 %2291, i64 0
-  %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i313.i = bitcast <16 x i32> %2293 to <32 x bfloat>
-  %r.i315.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i291.i, <32 x bfloat> %x.i313.i, <32 x bfloat> %2289)
-  %2294 = getelementptr inbounds nuw i8, ptr %2262, i64 516
-  %2295 = load i32, ptr %2294, align 4, !tbaa !4
-  %2296 = insertelement <16 x i32> poison, i32 %2295, i64 0
-  %2297 = shufflevector <16 x i32> %2296, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i316.i = bitcast <16 x i32> %2297 to <32 x bfloat>
-  %r.i318.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i294.i, <32 x bfloat> %x.i316.i, <32 x bfloat> %2289)
-  %2298 = getelementptr inbounds nuw i8, ptr %2262, i64 772
-  %2299 = load i32, ptr %2298, align 4, !tbaa !4
-  %2300 = insertelement <16 x i32> poison, i32 %2299, i64 0
-  %2301 = shufflevector <16 x i32> %2300, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i319.i = bitcast <16 x i32> %2301 to <32 x bfloat>
-  %r.i321.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i297.i, <32 x bfloat> %x.i319.i, <32 x bfloat> %2289)
-  %2302 = getelementptr i8, ptr %gep943.i, i64 64
-  %2303 = load <32 x bfloat>, ptr %2302, align 4, !tbaa !4
-  %r.i324.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i300.i, <32 x bfloat> %x.i310.i, <32 x bfloat> %2303)
-  %r.i327.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i303.i, <32 x bfloat> %x.i313.i, <32 x bfloat> %2303)
-  %r.i330.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i306.i, <32 x bfloat> %x.i316.i, <32 x bfloat> %2303)
-  %r.i333.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i309.i, <32 x bfloat> %x.i319.i, <32 x bfloat> %2303)
-  %2304 = getelementptr inbounds nuw i8, ptr %2262, i64 8
-  %2305 = load i32, ptr %2304, align 4, !tbaa !4
-  %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
-  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2308 = getelementptr inbounds nuw i8, ptr %2266, i64 32
-  %2309 = load i64, ptr %2308, align 8, !tbaa !4
-  %gep947.i = getelementptr i32, ptr %gep1023.i, i64 %2309
-  %2310 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
-  %x.i334.i = bitcast <16 x i32> %2307 to <32 x bfloat>
-  %r.i336.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i312.i, <32 x bfloat> %x.i334.i, <32 x bfloat> %2310)
-  %2311 = getelementptr inbounds nuw i8, ptr %2262, i64 264
-  %2312 = load i32, ptr %2311, align 4, !tbaa !4
-  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
-  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i337.i = bitcast <16 x i32> %2314 to <32 x bfloat>
-  %r.i339.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i315.i, <32 x bfloat> %x.i337.i, <32 x bfloat> %2310)
-  %2315 = getelementptr inbounds nuw i8, ptr %2262, i64 520
-  %2316 = load i32, ptr %2315, align 4, !tbaa !4
-  %2317 = insertelement <16 x i32> poison, i32 %2316, i64 0
-  %2318 = shufflevector <16 x i32> %2317, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i340.i = bitcast <16 x i32> %2318 to <32 x bfloat>
-  %r.i342.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i318.i, <32 x bfloat> %x.i340.i, <32 x bfloat> %2310)
-  %2319 = getelementptr inbounds nuw i8, ptr %2262, i64 776
-  %2320 = load i32, ptr %2319, align 4, !tbaa !4
-  %2321 = insertelement <16 x i32> poison, i32 %2320, i64 0
-  %2322 = shufflevector <16 x i32> %2321, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i343.i = bitcast <16 x i32> %2322 to <32 x bfloat>
-  %r.i345.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i321.i, <32 x bfloat> %x.i343.i, <32 x bfloat> %2310)
-  %2323 = getelementptr i8, ptr %gep947.i, i64 64
-  %2324 = load <32 x bfloat>, ptr %2323, align 4, !tbaa !4
-  %r.i348.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i324.i, <32 x bfloat> %x.i334.i, <32 x bfloat> %2324)
-  %r.i351.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i327.i, <32 x bfloat> %x.i337.i, <32 x bfloat> %2324)
-  %r.i354.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i330.i, <32 x bfloat> %x.i340.i, <32 x bfloat> %2324)
-  %r.i357.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i333.i, <32 x bfloat> %x.i343.i, <32 x bfloat> %2324)
-  %2325 = getelementptr inbounds nuw i8, ptr %2262, i64 12
-  %2326 = load i32, ptr %2325, align 4, !tbaa !4
-  %2327 = insertelement <16 x i32> poison, i32 %2326, i64 0
-  %2328 = shufflevector <16 x i32> %2327, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2329 = getelementptr inbounds nuw i8, ptr %2266, i64 48
-  %2330 = load i64, ptr %2329, align 8, !tbaa !4
-  %gep951.i = getelementptr i32, ptr %gep1023.i, i64 %2330
-  %2331 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
-  %x.i358.i = bitcast <16 x i32> %2328 to <32 x bfloat>
-  %r.i360.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i336.i, <32 x bfloat> %x.i358.i, <32 x bfloat> %2331)
-  %2332 = getelementptr inbounds nuw i8, ptr %2262, i64 268
-  %2333 = load i32, ptr %2332, align 4, !tbaa !4
-  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
-  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i361.i = bitcast <16 x i32> %2335 to <32 x bfloat>
-  %r.i363.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i339.i, <32 x bfloat> %x.i361.i, <32 x bfloat> %2331)
-  %2336 = getelementptr inbounds nuw i8, ptr %2262, i64 524
-  %2337 = load i32, ptr %2336, align 4, !tbaa !4
-  %2338 = insertelement <16 x i32> poison, i32 %2337, i64 0
-  %2339 = shufflevector <16 x i32> %2338, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i364.i = bitcast <16 x i32> %2339 to <32 x bfloat>
-  %r.i366.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i342.i, <32 x bfloat> %x.i364.i, <32 x bfloat> %2331)
-  %2340 = getelementptr inbounds nuw i8, ptr %2262, i64 780
-  %2341 = load i32, ptr %2340, align 4, !tbaa !4
-  %2342 = insertelement <16 x i32> poison, i32 %2341, i64 0
-  %2343 = shufflevector <16 x i32> %2342, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i367.i = bitcast <16 x i32> %2343 to <32 x bfloat>
-  %r.i369.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i345.i, <32 x bfloat> %x.i367.i, <32 x bfloat> %2331)
-  %2344 = getelementptr i8, ptr %gep951.i, i64 64
-  %2345 = load <32 x bfloat>, ptr %2344, align 4, !tbaa !4
-  %r.i372.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i348.i, <32 x bfloat> %x.i358.i, <32 x bfloat> %2345)
-  %r.i375.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i351.i, <32 x bfloat> %x.i361.i, <32 x bfloat> %2345)
-  %r.i378.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i354.i, <32 x bfloat> %x.i364.i, <32 x bfloat> %2345)
-  %r.i381.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i357.i, <32 x bfloat> %x.i367.i, <32 x bfloat> %2345)
-  %2346 = getelementptr inbounds nuw i8, ptr %2262, i64 16
-  %2347 = load i32, ptr %2346, align 4, !tbaa !4
-  %2348 = insertelement <16 x i32> poison, i32 %2347, i64 0
-  %2349 = shufflevector <16 x i32> %2348, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2350 = getelementptr inbounds nuw i8, ptr %2266, i64 64
-  %2351 = load i64, ptr %2350, align 8, !tbaa !4
-  %gep955.i = getelementptr i32, ptr %gep1023.i, i64 %2351
-  %2352 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
-  %x.i382.i = bitcast <16 x i32> %2349 to <32 x bfloat>
-  %r.i384.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i360.i, <32 x bfloat> %x.i382.i, <32 x bfloat> %2352)
-  %2353 = getelementptr inbounds nuw i8, ptr %2262, i64 272
-  %2354 = load i32, ptr %2353, align 4, !tbaa !4
-  %2355 = insertelement <16 x i32> poison, i32 %2354, i64 0
-  %2356 = shufflevector <16 x i32> %2355, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i385.i = bitcast <16 x i32> %2356 to <32 x bfloat>
-  %r.i387.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i363.i, <32 x bfloat> %x.i385.i, <32 x bfloat> %2352)
-  %2357 = getelementptr inbounds nuw i8, ptr %2262, i64 528
-  %2358 = load i32, ptr %2357, align 4, !tbaa !4
-  %2359 = insertelement <16 x i32> poison, i32 %2358, i64 0
-  %2360 = shufflevector <16 x i32> %2359, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i388.i = bitcast <16 x i32> %2360 to <32 x bfloat>
-  %r.i390.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i366.i, <32 x bfloat> %x.i388.i, <32 x bfloat> %2352)
-  %2361 = getelementptr inbounds nuw i8, ptr %2262, i64 784
-  %2362 = load i32, ptr %2361, align 4, !tbaa !4
-  %2363 = insertelement <16 x i32> poison, i32 %2362, i64 0
-  %2364 = shufflevector <16 x i32> %2363, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i391.i = bitcast <16 x i32> %2364 to <32 x bfloat>
-  %r.i393.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i369.i, <32 x bfloat> %x.i391.i, <32 x bfloat> %2352)
-  %2365 = getelementptr i8, ptr %gep955.i, i64 64
-  %2366 = load <32 x bfloat>, ptr %2365, align 4, !tbaa !4
-  %r.i396.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i372.i, <32 x bfloat> %x.i382.i, <32 x bfloat> %2366)
-  %r.i399.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i375.i, <32 x bfloat> %x.i385.i, <32 x bfloat> %2366)
-  %r.i402.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i378.i, <32 x bfloat> %x.i388.i, <32 x bfloat> %2366)
-  %r.i405.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i381.i, <32 x bfloat> %x.i391.i, <32 x bfloat> %2366)
-  %2367 = getelementptr inbounds nuw i8, ptr %2262, i64 20
-  %2368 = load i32, ptr %2367, align 4, !tbaa !4
-  %2369 = insertelement <16 x i32> poison, i32 %2368, i64 0
-  %2370 = shufflevector <16 x i32> %2369, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2371 = getelementptr inbounds nuw i8, ptr %2266, i64 80
-  %2372 = load i64, ptr %2371, align 8, !tbaa !4
-  %gep959.i = getelementptr i32, ptr %gep1023.i, i64 %2372
-  %2373 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
-  %x.i406.i = bitcast <16 x i32> %2370 to <32 x bfloat>
-  %r.i408.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i384.i, <32 x bfloat> %x.i406.i, <32 x bfloat> %2373)
-  %2374 = getelementptr inbounds nuw i8, ptr %2262, i64 276
-  %2375 = load i32, ptr %2374, align 4, !tbaa !4
-  %2376 = insertelement <16 x i32> poison, i32 %2375, i64 0
-  %2377 = shufflevector <16 x i32> %2376, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i409.i = bitcast <16 x i32> %2377 to <32 x bfloat>
-  %r.i411.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i387.i, <32 x bfloat> %x.i409.i, <32 x bfloat> %2373)
-  %2378 = getelementptr inbounds nuw i8, ptr %2262, i64 532
-  %2379 = load i32, ptr %2378, align 4, !tbaa !4
-  %2380 = insertelement <16 x i32> poison, i32 %2379, i64 0
-  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i412.i = bitcast <16 x i32> %2381 to <32 x bfloat>
-  %r.i414.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i390.i, <32 x bfloat> %x.i412.i, <32 x bfloat> %2373)
-  %2382 = getelementptr inbounds nuw i8, ptr %2262, i64 788
-  %2383 = load i32, ptr %2382, align 4, !tbaa !4
-  %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
-  %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i415.i = bitcast <16 x i32> %2385 to <32 x bfloat>
-  %r.i417.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i393.i, <32 x bfloat> %x.i415.i, <32 x bfloat> %2373)
-  %2386 = getelementptr i8, ptr %gep959.i, i64 64
-  %2387 = load <32 x bfloat>, ptr %2386, align 4, !tbaa !4
-  %r.i420.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i396.i, <32 x bfloat> %x.i406.i, <32 x bfloat> %2387)
-  %r.i423.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i399.i, <32 x bfloat> %x.i409.i, <32 x bfloat> %2387)
-  %r.i426.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i402.i, <32 x bfloat> %x.i412.i, <32 x bfloat> %2387)
-  %r.i429.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i405.i, <32 x bfloat> %x.i415.i, <32 x bfloat> %2387)
-  %2388 = getelementptr inbounds nuw i8, ptr %2262, i64 24
-  %2389 = load i32, ptr %2388, align 4, !tbaa !4
-  %2390 = insertelement <16 x i32> poison, i32 %2389, i64 0
-  %2391 = shufflevector <16 x i32> %2390, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2392 = getelementptr inbounds nuw i8, ptr %2266, i64 96
-  %2393 = load i64, ptr %2392, align 8, !tbaa !4
-  %gep963.i = getelementptr i32, ptr %gep1023.i, i64 %2393
-  %2394 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
-  %x.i430.i = bitcast <16 x i32> %2391 to <32 x bfloat>
-  %r.i432.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i408.i, <32 x bfloat> %x.i430.i, <32 x bfloat> %2394)
-  %2395 = getelementptr inbounds nuw i8, ptr %2262, i64 280
-  %2396 = load i32, ptr %2395, align 4, !tbaa !4
-  %2397 = insertelement <16 x i32> poison, i32 %2396, i64 0
-  %2398 = shufflevector <16 x i32> %2397, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i433.i = bitcast <16 x i32> %2398 to <32 x bfloat>
-  %r.i435.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i411.i, <32 x bfloat> %x.i433.i, <32 x bfloat> %2394)
-  %2399 = getelementptr inbounds nuw i8, ptr %2262, i64 536
-  %2400 = load i32, ptr %2399, align 4, !tbaa !4
-  %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
-  %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i436.i = bitcast <16 x i32> %2402 to <32 x bfloat>
-  %r.i438.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i414.i, <32 x bfloat> %x.i436.i, <32 x bfloat> %2394)
-  %2403 = getelementptr inbounds nuw i8, ptr %2262, i64 792
-  %2404 = load i32, ptr %2403, align 4, !tbaa !4
-  %2405 = insertelement <16 x i32> poison, i32 %2404, i64 0
-  %2406 = shufflevector <16 x i32> %2405, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i439.i = bitcast <16 x i32> %2406 to <32 x bfloat>
-  %r.i441.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i417.i, <32 x bfloat> %x.i439.i, <32 x bfloat> %2394)
-  %2407 = getelementptr i8, ptr %gep963.i, i64 64
-  %2408 = load <32 x bfloat>, ptr %2407, align 4, !tbaa !4
-  %r.i444.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i420.i, <32 x bfloat> %x.i430.i, <32 x bfloat> %2408)
-  %r.i447.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i423.i, <32 x bfloat> %x.i433.i, <32 x bfloat> %2408)
-  %r.i450.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i426.i, <32 x bfloat> %x.i436.i, <32 x bfloat> %2408)
-  %r.i453.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i429.i, <32 x bfloat> %x.i439.i, <32 x bfloat> %2408)
-  %2409 = getelementptr inbounds nuw i8, ptr %2262, i64 28
-  %2410 = load i32, ptr %2409, align 4, !tbaa !4
-  %2411 = insertelement <16 x i32> poison, i32 %2410, i64 0
-  %2412 = shufflevector <16 x i32> %2411, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2413 = getelementptr inbounds nuw i8, ptr %2266, i64 112
-  %2414 = load i64, ptr %2413, align 8, !tbaa !4
-  %gep967.i = getelementptr i32, ptr %gep1023.i, i64 %2414
-  %2415 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
-  %x.i454.i = bitcast <16 x i32> %2412 to <32 x bfloat>
-  %r.i456.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i432.i, <32 x bfloat> %x.i454.i, <32 x bfloat> %2415)
-  %2416 = getelementptr inbounds nuw i8, ptr %2262, i64 284
-  %2417 = load i32, ptr %2416, align 4, !tbaa !4
-  %2418 = insertelement <16 x i32> poison, i32 %2417, i64 0
-  %2419 = shufflevector <16 x i32> %2418, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i457.i = bitcast <16 x i32> %2419 to <32 x bfloat>
-  %r.i459.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i435.i, <32 x bfloat> %x.i457.i, <32 x bfloat> %2415)
-  %2420 = getelementptr inbounds nuw i8, ptr %2262, i64 540
-  %2421 = load i32, ptr %2420, align 4, !tbaa !4
-  %2422 = insertelement <16 x i32> poison, i32 %2421, i64 0
-  %2423 = shufflevector <16 x i32> %2422, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i460.i = bitcast <16 x i32> %2423 to <32 x bfloat>
-  %r.i462.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i438.i, <32 x bfloat> %x.i460.i, <32 x bfloat> %2415)
-  %2424 = getelementptr inbounds nuw i8, ptr %2262, i64 796
-  %2425 = load i32, ptr %2424, align 4, !tbaa !4
-  %2426 = insertelement <16 x i32> poison, i32 %2425, i64 0
-  %2427 = shufflevector <16 x i32> %2426, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i463.i = bitcast <16 x i32> %2427 to <32 x bfloat>
-  %r.i465.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i441.i, <32 x bfloat> %x.i463.i, <32 x bfloat> %2415)
-  %2428 = getelementptr i8, ptr %gep967.i, i64 64
-  %2429 = load <32 x bfloat>, ptr %2428, align 4, !tbaa !4
-  %r.i468.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i444.i, <32 x bfloat> %x.i454.i, <32 x bfloat> %2429)
-  %r.i471.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i447.i, <32 x bfloat> %x.i457.i, <32 x bfloat> %2429)
-  %r.i474.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i450.i, <32 x bfloat> %x.i460.i, <32 x bfloat> %2429)
-  %r.i477.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i453.i, <32 x bfloat> %x.i463.i, <32 x bfloat> %2429)
-  %2430 = getelementptr inbounds nuw i8, ptr %2262, i64 32
-  %2431 = load i32, ptr %2430, align 4, !tbaa !4
-  %2432 = insertelement <16 x i32> poison, i32 %2431, i64 0
-  %2433 = shufflevector <16 x i32> %2432, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2434 = getelementptr inbounds nuw i8, ptr %2266, i64 128
-  %2435 = load i64, ptr %2434, align 8, !tbaa !4
-  %gep971.i = getelementptr i32, ptr %gep1023.i, i64 %2435
-  %2436 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
-  %x.i478.i = bitcast <16 x i32> %2433 to <32 x bfloat>
-  %r.i480.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i456.i, <32 x bfloat> %x.i478.i, <32 x bfloat> %2436)
-  %2437 = getelementptr inbounds nuw i8, ptr %2262, i64 288
-  %2438 = load i32, ptr %2437, align 4, !tbaa !4
-  %2439 = insertelement <16 x i32> poison, i32 %2438, i64 0
-  %2440 = shufflevector <16 x i32> %2439, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i481.i = bitcast <16 x i32> %2440 to <32 x bfloat>
-  %r.i483.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i459.i, <32 x bfloat> %x.i481.i, <32 x bfloat> %2436)
-  %2441 = getelementptr inbounds nuw i8, ptr %2262, i64 544
-  %2442 = load i32, ptr %2441, align 4, !tbaa !4
-  %2443 = insertelement <16 x i32> poison, i32 %2442, i64 0
-  %2444 = shufflevector <16 x i32> %2443, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i484.i = bitcast <16 x i32> %2444 to <32 x bfloat>
-  %r.i486.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i462.i, <32 x bfloat> %x.i484.i, <32 x bfloat> %2436)
-  %2445 = getelementptr inbounds nuw i8, ptr %2262, i64 800
-  %2446 = load i32, ptr %2445, align 4, !tbaa !4
-  %2447 = insertelement <16 x i32> poison, i32 %2446, i64 0
-  %2448 = shufflevector <16 x i32> %2447, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i487.i = bitcast <16 x i32> %2448 to <32 x bfloat>
-  %r.i489.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i465.i, <32 x bfloat> %x.i487.i, <32 x bfloat> %2436)
-  %2449 = getelementptr i8, ptr %gep971.i, i64 64
-  %2450 = load <32 x bfloat>, ptr %2449, align 4, !tbaa !4
-  %r.i492.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i468.i, <32 x bfloat> %x.i478.i, <32 x bfloat> %2450)
-  %r.i495.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i471.i, <32 x bfloat> %x.i481.i, <32 x bfloat> %2450)
-  %r.i498.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i474.i, <32 x bfloat> %x.i484.i, <32 x bfloat> %2450)
-  %r.i501.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i477.i, <32 x bfloat> %x.i487.i, <32 x bfloat> %2450)
-  %2451 = getelementptr inbounds nuw i8, ptr %2262, i64 36
-  %2452 = load i32, ptr %2451, align 4, !tbaa !4
-  %2453 = insertelement <16 x i32> poison, i32 %2452, i64 0
-  %2454 = shufflevector <16 x i32> %2453, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2455 = getelementptr inbounds nuw i8, ptr %2266, i64 144
-  %2456 = load i64, ptr %2455, align 8, !tbaa !4
-  %gep975.i = getelementptr i32, ptr %gep1023.i, i64 %2456
-  %2457 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
-  %x.i502.i = bitcast <16 x i32> %2454 to <32 x bfloat>
-  %r.i504.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i480.i, <32 x bfloat> %x.i502.i, <32 x bfloat> %2457)
-  %2458 = getelementptr inbounds nuw i8, ptr %2262, i64 292
-  %2459 = load i32, ptr %2458, align 4, !tbaa !4
-  %2460 = insertelement <16 x i32> poison, i32 %2459, i64 0
-  %2461 = shufflevector <16 x i32> %2460, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i505.i = bitcast <16 x i32> %2461 to <32 x bfloat>
-  %r.i507.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i483.i, <32 x bfloat> %x.i505.i, <32 x bfloat> %2457)
-  %2462 = getelementptr inbounds nuw i8, ptr %2262, i64 548
-  %2463 = load i32, ptr %2462, align 4, !tbaa !4
-  %2464 = insertelement <16 x i32> poison, i32 %2463, i64 0
-  %2465 = shufflevector <16 x i32> %2464, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i508.i = bitcast <16 x i32> %2465 to <32 x bfloat>
-  %r.i510.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i486.i, <32 x bfloat> %x.i508.i, <32 x bfloat> %2457)
-  %2466 = getelementptr inbounds nuw i8, ptr %2262, i64 804
-  %2467 = load i32, ptr %2466, align 4, !tbaa !4
-  %2468 = insertelement <16 x i32> poison, i32 %2467, i64 0
-  %2469 = shufflevector <16 x i32> %2468, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i511.i = bitcast <16 x i32> %2469 to <32 x bfloat>
-  %r.i513.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i489.i, <32 x bfloat> %x.i511.i, <32 x bfloat> %2457)
-  %2470 = getelementptr i8, ptr %gep975.i, i64 64
-  %2471 = load <32 x bfloat>, ptr %2470, align 4, !tbaa !4
-  %r.i516.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i492.i, <32 x bfloat> %x.i502.i, <32 x bfloat> %2471)
-  %r.i519.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i495.i, <32 x bfloat> %x.i505.i, <32 x bfloat> %2471)
-  %r.i522.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i498.i, <32 x bfloat> %x.i508.i, <32 x bfloat> %2471)
-  %r.i525.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i501.i, <32 x bfloat> %x.i511.i, <32 x bfloat> %2471)
-  %2472 = getelementptr inbounds nuw i8, ptr %2262, i64 40
-  %2473 = load i32, ptr %2472, align 4, !tbaa !4
-  %2474 = insertelement <16 x i32> poison, i32 %2473, i64 0
-  %2475 = shufflevector <16 x i32> %2474, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2476 = getelementptr inbounds nuw i8, ptr %2266, i64 160
-  %2477 = load i64, ptr %2476, align 8, !tbaa !4
-  %gep979.i = getelementptr i32, ptr %gep1023.i, i64 %2477
-  %2478 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
-  %x.i526.i = bitcast <16 x i32> %2475 to <32 x bfloat>
-  %r.i528.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i504.i, <32 x bfloat> %x.i526.i, <32 x bfloat> %2478)
-  %2479 = getelementptr inbounds nuw i8, ptr %2262, i64 296
-  %2480 = load i32, ptr %2479, align 4, !tbaa !4
-  %2481 = insertelement <16 x i32> poison, i32 %2480, i64 0
-  %2482 = shufflevector <16 x i32> %2481, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i529.i = bitcast <16 x i32> %2482 to <32 x bfloat>
-  %r.i531.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i507.i, <32 x bfloat> %x.i529.i, <32 x bfloat> %2478)
-  %2483 = getelementptr inbounds nuw i8, ptr %2262, i64 552
-  %2484 = load i32, ptr %2483, align 4, !tbaa !4
-  %2485 = insertelement <16 x i32> poison, i32 %2484, i64 0
-  %2486 = shufflevector <16 x i32> %2485, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i532.i = bitcast <16 x i32> %2486 to <32 x bfloat>
-  %r.i534.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i510.i, <32 x bfloat> %x.i532.i, <32 x bfloat> %2478)
-  %2487 = getelementptr inbounds nuw i8, ptr %2262, i64 808
-  %2488 = load i32, ptr %2487, align 4, !tbaa !4
-  %2489 = insertelement <16 x i32> poison, i32 %2488, i64 0
-  %2490 = shufflevector <16 x i32> %2489, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i535.i = bitcast <16 x i32> %2490 to <32 x bfloat>
-  %r.i537.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i513.i, <32 x bfloat> %x.i535.i, <32 x bfloat> %2478)
-  %2491 = getelementptr i8, ptr %gep979.i, i64 64
-  %2492 = load <32 x bfloat>, ptr %2491, align 4, !tbaa !4
-  %r.i540.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i516.i, <32 x bfloat> %x.i526.i, <32 x bfloat> %2492)
-  %r.i543.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i519.i, <32 x bfloat> %x.i529.i, <32 x bfloat> %2492)
-  %r.i546.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i522.i, <32 x bfloat> %x.i532.i, <32 x bfloat> %2492)
-  %r.i549.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i525.i, <32 x bfloat> %x.i535.i, <32 x bfloat> %2492)
-  %2493 = getelementptr inbounds nuw i8, ptr %2262, i64 44
-  %2494 = load i32, ptr %2493, align 4, !tbaa !4
-  %2495 = insertelement <16 x i32> poison, i32 %2494, i64 0
-  %2496 = shufflevector <16 x i32> %2495, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2497 = getelementptr inbounds nuw i8, ptr %2266, i64 176
-  %2498 = load i64, ptr %2497, align 8, !tbaa !4
-  %gep983.i = getelementptr i32, ptr %gep1023.i, i64 %2498
-  %2499 = load <32 x bfloat>, ptr %gep983.i, align 4, !tbaa !4
-  %x.i550.i = bitcast <16 x i32> %2496 to <32 x bfloat>
-  %r.i552.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i528.i, <32 x bfloat> %x.i550.i, <32 x bfloat> %2499)
-  %2500 = getelementptr inbounds nuw i8, ptr %2262, i64 300
-  %2501 = load i32, ptr %2500, align 4, !tbaa !4
-  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
-  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i553.i = bitcast <16 x i32> %2503 to <32 x bfloat>
-  %r.i555.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i531.i, <32 x bfloat> %x.i553.i, <32 x bfloat> %2499)
-  %2504 = getelementptr inbounds nuw i8, ptr %2262, i64 556
-  %2505 = load i32, ptr %2504, align 4, !tbaa !4
-  %2506 = insertelement <16 x i32> poison, i32 %2505, i64 0
-  %2507 = shufflevector <16 x i32> %2506, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i556.i = bitcast <16 x i32> %2507 to <32 x bfloat>
-  %r.i558.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i534.i, <32 x bfloat> %x.i556.i, <32 x bfloat> %2499)
-  %2508 = getelementptr inbounds nuw i8, ptr %2262, i64 812
-  %2509 = load i32, ptr %2508, align 4, !tbaa !4
-  %2510 = insertelement <16 x i32> poison, i32 %2509, i64 0
-  %2511 = shufflevector <16 x i32> %2510, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i559.i = bitcast <16 x i32> %2511 to <32 x bfloat>
-  %r.i561.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i537.i, <32 x bfloat> %x.i559.i, <32 x bfloat> %2499)
-  %2512 = getelementptr i8, ptr %gep983.i, i64 64
-  %2513 = load <32 x bfloat>, ptr %2512, align 4, !tbaa !4
-  %r.i564.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i540.i, <32 x bfloat> %x.i550.i, <32 x bfloat> %2513)
-  %r.i567.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i543.i, <32 x bfloat> %x.i553.i, <32 x bfloat> %2513)
-  %r.i570.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i546.i, <32 x bfloat> %x.i556.i, <32 x bfloat> %2513)
-  %r.i573.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i549.i, <32 x bfloat> %x.i559.i, <32 x bfloat> %2513)
-  %2514 = getelementptr inbounds nuw i8, ptr %2262, i64 48
-  %2515 = load i32, ptr %2514, align 4, !tbaa !4
-  %2516 = insertelement <16 x i32> poison, i32 %2515, i64 0
-  %2517 = shufflevector <16 x i32> %2516, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2518 = getelementptr inbounds nuw i8, ptr %2266, i64 192
-  %2519 = load i64, ptr %2518, align 8, !tbaa !4
-  %gep987.i = getelementptr i32, ptr %gep1023.i, i64 %2519
-  %2520 = load <32 x bfloat>, ptr %gep987.i, align 4, !tbaa !4
-  %x.i574.i = bitcast <16 x i32> %2517 to <32 x bfloat>
-  %r.i576.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i552.i, <32 x bfloat> %x.i574.i, <32 x bfloat> %2520)
-  %2521 = getelementptr inbounds nuw i8, ptr %2262, i64 304
-  %2522 = load i32, ptr %2521, align 4, !tbaa !4
-  %2523 = insertelement <16 x i32> poison, i32 %2522, i64 0
-  %2524 = shufflevector <16 x i32> %2523, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i577.i = bitcast <16 x i32> %2524 to <32 x bfloat>
-  %r.i579.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i555.i, <32 x bfloat> %x.i577.i, <32 x bfloat> %2520)
-  %2525 = getelementptr inbounds nuw i8, ptr %2262, i64 560
-  %2526 = load i32, ptr %2525, align 4, !tbaa !4
-  %2527 = insertelement <16 x i32> poison, i32 %2526, i64 0
-  %2528 = shufflevector <16 x i32> %2527, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i580.i = bitcast <16 x i32> %2528 to <32 x bfloat>
-  %r.i582.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i558.i, <32 x bfloat> %x.i580.i, <32 x bfloat> %2520)
-  %2529 = getelementptr inbounds nuw i8, ptr %2262, i64 816
-  %2530 = load i32, ptr %2529, align 4, !tbaa !4
-  %2531 = insertelement <16 x i32> poison, i32 %2530, i64 0
-  %2532 = shufflevector <16 x i32> %2531, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i583.i = bitcast <16 x i32> %2532 to <32 x bfloat>
-  %r.i585.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i561.i, <32 x bfloat> %x.i583.i, <32 x bfloat> %2520)
-  %2533 = getelementptr i8, ptr %gep987.i, i64 64
-  %2534 = load <32 x bfloat>, ptr %2533, align 4, !tbaa !4
-  %r.i588.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i564.i, <32 x bfloat> %x.i574.i, <32 x bfloat> %2534)
-  %r.i591.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i567.i, <32 x bfloat> %x.i577.i, <32 x bfloat> %2534)
-  %r.i594.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i570.i, <32 x bfloat> %x.i580.i, <32 x bfloat> %2534)
-  %r.i597.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i573.i, <32 x bfloat> %x.i583.i, <32 x bfloat> %2534)
-  %2535 = getelementptr inbounds nuw i8, ptr %2262, i64 52
-  %2536 = load i32, ptr %2535, align 4, !tbaa !4
-  %2537 = insertelement <16 x i32> poison, i32 %2536, i64 0
-  %2538 = shufflevector <16 x i32> %2537, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2539 = getelementptr inbounds nuw i8, ptr %2266, i64 208
-  %2540 = load i64, ptr %2539, align 8, !tbaa !4
-  %gep991.i = getelementptr i32, ptr %gep1023.i, i64 %2540
-  %2541 = load <32 x bfloat>, ptr %gep991.i, align 4, !tbaa !4
-  %x.i598.i = bitcast <16 x i32> %2538 to <32 x bfloat>
-  %r.i600.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i576.i, <32 x bfloat> %x.i598.i, <32 x bfloat> %2541)
-  %2542 = getelementptr inbounds nuw i8, ptr %2262, i64 308
-  %2543 = load i32, ptr %2542, align 4, !tbaa !4
-  %2544 = insertelement <16 x i32> poison, i32 %2543, i64 0
-  %2545 = shufflevector <16 x i32> %2544, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i601.i = bitcast <16 x i32> %2545 to <32 x bfloat>
-  %r.i603.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i579.i, <32 x bfloat> %x.i601.i, <32 x bfloat> %2541)
-  %2546 = getelementptr inbounds nuw i8, ptr %2262, i64 564
-  %2547 = load i32, ptr %2546, align 4, !tbaa !4
-  %2548 = insertelement <16 x i32> poison, i32 %2547, i64 0
-  %2549 = shufflevector <16 x i32> %2548, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i604.i = bitcast <16 x i32> %2549 to <32 x bfloat>
-  %r.i606.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i582.i, <32 x bfloat> %x.i604.i, <32 x bfloat> %2541)
-  %2550 = getelementptr inbounds nuw i8, ptr %2262, i64 820
-  %2551 = load i32, ptr %2550, align 4, !tbaa !4
-  %2552 = insertelement <16 x i32> poison, i32 %2551, i64 0
-  %2553 = shufflevector <16 x i32> %2552, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i607.i = bitcast <16 x i32> %2553 to <32 x bfloat>
-  %r.i609.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i585.i, <32 x bfloat> %x.i607.i, <32 x bfloat> %2541)
-  %2554 = getelementptr i8, ptr %gep991.i, i64 64
-  %2555 = load <32 x bfloat>, ptr %2554, align 4, !tbaa !4
-  %r.i612.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i588.i, <32 x bfloat> %x.i598.i, <32 x bfloat> %2555)
-  %r.i615.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i591.i, <32 x bfloat> %x.i601.i, <32 x bfloat> %2555)
-  %r.i618.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i594.i, <32 x bfloat> %x.i604.i, <32 x bfloat> %2555)
-  %r.i621.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i597.i, <32 x bfloat> %x.i607.i, <32 x bfloat> %2555)
-  %2556 = getelementptr inbounds nuw i8, ptr %2262, i64 56
-  %2557 = load i32, ptr %2556, align 4, !tbaa !4
-  %2558 = insertelement <16 x i32> poison, i32 %2557, i64 0
-  %2559 = shufflevector <16 x i32> %2558, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2560 = getelementptr inbounds nuw i8, ptr %2266, i64 224
-  %2561 = load i64, ptr %2560, align 8, !tbaa !4
-  %gep995.i = getelementptr i32, ptr %gep1023.i, i64 %2561
-  %2562 = load <32 x bfloat>, ptr %gep995.i, align 4, !tbaa !4
-  %x.i622.i = bitcast <16 x i32> %2559 to <32 x bfloat>
-  %r.i624.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i600.i, <32 x bfloat> %x.i622.i, <32 x bfloat> %2562)
-  %2563 = getelementptr inbounds nuw i8, ptr %2262, i64 312
-  %2564 = load i32, ptr %2563, align 4, !tbaa !4
-  %2565 = insertelement <16 x i32> poison, i32 %2564, i64 0
-  %2566 = shufflevector <16 x i32> %2565, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i625.i = bitcast <16 x i32> %2566 to <32 x bfloat>
-  %r.i627.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i603.i, <32 x bfloat> %x.i625.i, <32 x bfloat> %2562)
-  %2567 = getelementptr inbounds nuw i8, ptr %2262, i64 568
-  %2568 = load i32, ptr %2567, align 4, !tbaa !4
-  %2569 = insertelement <16 x i32> poison, i32 %2568, i64 0
-  %2570 = shufflevector <16 x i32> %2569, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i628.i = bitcast <16 x i32> %2570 to <32 x bfloat>
-  %r.i630.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i606.i, <32 x bfloat> %x.i628.i, <32 x bfloat> %2562)
-  %2571 = getelementptr inbounds nuw i8, ptr %2262, i64 824
-  %2572 = load i32, ptr %2571, align 4, !tbaa !4
-  %2573 = insertelement <16 x i32> poison, i32 %2572, i64 0
-  %2574 = shufflevector <16 x i32> %2573, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i631.i = bitcast <16 x i32> %2574 to <32 x bfloat>
-  %r.i633.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i609.i, <32 x bfloat> %x.i631.i, <32 x bfloat> %2562)
-  %2575 = getelementptr i8, ptr %gep995.i, i64 64
-  %2576 = load <32 x bfloat>, ptr %2575, align 4, !tbaa !4
-  %r.i636.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i612.i, <32 x bfloat> %x.i622.i, <32 x bfloat> %2576)
-  %r.i639.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i615.i, <32 x bfloat> %x.i625.i, <32 x bfloat> %2576)
-  %r.i642.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i618.i, <32 x bfloat> %x.i628.i, <32 x bfloat> %2576)
-  %r.i645.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i621.i, <32 x bfloat> %x.i631.i, <32 x bfloat> %2576)
-  %2577 = getelementptr inbounds nuw i8, ptr %2262, i64 60
-  %2578 = load i32, ptr %2577, align 4, !tbaa !4
-  %2579 = insertelement <16 x i32> poison, i32 %2578, i64 0
-  %2580 = shufflevector <16 x i32> %2579, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2581 = getelementptr inbounds nuw i8, ptr %2266, i64 240
-  %2582 = load i64, ptr %2581, align 8, !tbaa !4
-  %gep999.i = getelementptr i32, ptr %gep1023.i, i64 %2582
-  %2583 = load <32 x bfloat>, ptr %gep999.i, align 4, !tbaa !4
-  %x.i646.i = bitcast <16 x i32> %2580 to <32 x bfloat>
-  %r.i648.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i624.i, <32 x bfloat> %x.i646.i, <32 x bfloat> %2583)
-  %2584 = getelementptr inbounds nuw i8, ptr %2262, i64 316
-  %2585 = load i32, ptr %2584, align 4, !tbaa !4
-  %2586 = insertelement <16 x i32> poison, i32 %2585, i64 0
-  %2587 = shufflevector <16 x i32> %2586, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i649.i = bitcast <16 x i32> %2587 to <32 x bfloat>
-  %r.i651.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i627.i, <32 x bfloat> %x.i649.i, <32 x bfloat> %2583)
-  %2588 = getelementptr inbounds nuw i8, ptr %2262, i64 572
-  %2589 = load i32, ptr %2588, align 4, !tbaa !4
-  %2590 = insertelement <16 x i32> poison, i32 %2589, i64 0
-  %2591 = shufflevector <16 x i32> %2590, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i652.i = bitcast <16 x i32> %2591 to <32 x bfloat>
-  %r.i654.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i630.i, <32 x bfloat> %x.i652.i, <32 x bfloat> %2583)
-  %2592 = getelementptr inbounds nuw i8, ptr %2262, i64 828
-  %2593 = load i32, ptr %2592, align 4, !tbaa !4
-  %2594 = insertelement <16 x i32> poison, i32 %2593, i64 0
-  %2595 = shufflevector <16 x i32> %2594, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i655.i = bitcast <16 x i32> %2595 to <32 x bfloat>
-  %r.i657.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i633.i, <32 x bfloat> %x.i655.i, <32 x bfloat> %2583)
-  %2596 = getelementptr i8, ptr %gep999.i, i64 64
-  %2597 = load <32 x bfloat>, ptr %2596, align 4, !tbaa !4
-  %r.i660.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i636.i, <32 x bfloat> %x.i646.i, <32 x bfloat> %2597)
-  %r.i663.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i639.i, <32 x bfloat> %x.i649.i, <32 x bfloat> %2597)
-  %r.i666.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i642.i, <32 x bfloat> %x.i652.i, <32 x bfloat> %2597)
-  %r.i669.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i645.i, <32 x bfloat> %x.i655.i, <32 x bfloat> %2597)
-  %indvars.iv.next1190.i = add nuw nsw i64 %indvars.iv1189.i, 1
-  %exitcond1193.not.i = icmp eq i64 %indvars.iv.next1190.i, %980
-  br i1 %exitcond1193.not.i, label %for_end_to123.i, label %for_begin_ax1126.preheader.i, !prof !8
+for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax2.preheader.lr.ph.i
+  %indvars.iv1188.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next1189.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.238.0925.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i668.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.204.0924.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.170.0923.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.136.0922.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.102.0921.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.0.0920.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.34.0919.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.68.0918.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
+  %2155 = add nuw nsw i64 %indvars.iv1188.i, %2152
+  %2156 = trunc i64 %2155 to i32
+  %2157 = shl i32 %2156, 3
+  %2158 = add i32 %2157, %1052
+  %2159 = sext i32 %2158 to i64
+  %2160 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2159
+  %2161 = load i64, ptr %2160, align 8, !tbaa !4
+  %2162 = getelementptr i32, ptr %value_cache, i64 %2161
+  %2163 = getelementptr i32, ptr %2162, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2163, i32 0, i32 2, i32 1)
+  %2164 = getelementptr i8, ptr %2162, i64 64
+  %2165 = getelementptr i32, ptr %2164, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2165, i32 0, i32 2, i32 1)
+  %2166 = getelementptr i8, ptr %2162, i64 128
+  %2167 = getelementptr i32, ptr %2166, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2167, i32 0, i32 2, i32 1)
+  %2168 = getelementptr i8, ptr %2162, i64 192
+  %2169 = getelementptr i32, ptr %2168, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2169, i32 0, i32 2, i32 1)
+  %2170 = getelementptr i8, ptr %2160, i64 8
+  %2171 = load i64, ptr %2170, align 8, !tbaa !4
+  %2172 = getelementptr i32, ptr %value_cache, i64 %2171
+  %2173 = getelementptr i8, ptr %2172, i64 256
+  %2174 = getelementptr i32, ptr %2173, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2174, i32 0, i32 2, i32 1)
+  %2175 = getelementptr i8, ptr %2172, i64 320
+  %2176 = getelementptr i32, ptr %2175, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2176, i32 0, i32 2, i32 1)
+  %2177 = getelementptr i8, ptr %2172, i64 384
+  %2178 = getelementptr i32, ptr %2177, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2178, i32 0, i32 2, i32 1)
+  %2179 = getelementptr i8, ptr %2172, i64 448
+  %2180 = getelementptr i32, ptr %2179, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2180, i32 0, i32 2, i32 1)
+  %2181 = getelementptr i8, ptr %2160, i64 16
+  %2182 = load i64, ptr %2181, align 8, !tbaa !4
+  %2183 = getelementptr i32, ptr %value_cache, i64 %2182
+  %2184 = getelementptr i32, ptr %2183, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2184, i32 0, i32 2, i32 1)
+  %2185 = getelementptr i8, ptr %2183, i64 64
+  %2186 = getelementptr i32, ptr %2185, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2186, i32 0, i32 2, i32 1)
+  %2187 = getelementptr i8, ptr %2183, i64 128
+  %2188 = getelementptr i32, ptr %2187, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2188, i32 0, i32 2, i32 1)
+  %2189 = getelementptr i8, ptr %2183, i64 192
+  %2190 = getelementptr i32, ptr %2189, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2190, i32 0, i32 2, i32 1)
+  %2191 = getelementptr i8, ptr %2160, i64 24
+  %2192 = load i64, ptr %2191, align 8, !tbaa !4
+  %2193 = getelementptr i32, ptr %value_cache, i64 %2192
+  %2194 = getelementptr i8, ptr %2193, i64 256
+  %2195 = getelementptr i32, ptr %2194, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2195, i32 0, i32 2, i32 1)
+  %2196 = getelementptr i8, ptr %2193, i64 320
+  %2197 = getelementptr i32, ptr %2196, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2197, i32 0, i32 2, i32 1)
+  %2198 = getelementptr i8, ptr %2193, i64 384
+  %2199 = getelementptr i32, ptr %2198, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2199, i32 0, i32 2, i32 1)
+  %2200 = getelementptr i8, ptr %2193, i64 448
+  %2201 = getelementptr i32, ptr %2200, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2201, i32 0, i32 2, i32 1)
+  %2202 = getelementptr i8, ptr %2160, i64 32
+  %2203 = load i64, ptr %2202, align 8, !tbaa !4
+  %2204 = getelementptr i32, ptr %value_cache, i64 %2203
+  %2205 = getelementptr i32, ptr %2204, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2205, i32 0, i32 2, i32 1)
+  %2206 = getelementptr i8, ptr %2204, i64 64
+  %2207 = getelementptr i32, ptr %2206, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2207, i32 0, i32 2, i32 1)
+  %2208 = getelementptr i8, ptr %2204, i64 128
+  %2209 = getelementptr i32, ptr %2208, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2209, i32 0, i32 2, i32 1)
+  %2210 = getelementptr i8, ptr %2204, i64 192
+  %2211 = getelementptr i32, ptr %2210, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2211, i32 0, i32 2, i32 1)
+  %2212 = getelementptr i8, ptr %2160, i64 40
+  %2213 = load i64, ptr %2212, align 8, !tbaa !4
+  %2214 = getelementptr i32, ptr %value_cache, i64 %2213
+  %2215 = getelementptr i8, ptr %2214, i64 256
+  %2216 = getelementptr i32, ptr %2215, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2216, i32 0, i32 2, i32 1)
+  %2217 = getelementptr i8, ptr %2214, i64 320
+  %2218 = getelementptr i32, ptr %2217, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2218, i32 0, i32 2, i32 1)
+  %2219 = getelementptr i8, ptr %2214, i64 384
+  %2220 = getelementptr i32, ptr %2219, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2220, i32 0, i32 2, i32 1)
+  %2221 = getelementptr i8, ptr %2214, i64 448
+  %2222 = getelementptr i32, ptr %2221, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2222, i32 0, i32 2, i32 1)
+  %2223 = getelementptr i8, ptr %2160, i64 48
+  %2224 = load i64, ptr %2223, align 8, !tbaa !4
+  %2225 = getelementptr i32, ptr %value_cache, i64 %2224
+  %2226 = getelementptr i32, ptr %2225, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2226, i32 0, i32 2, i32 1)
+  %2227 = getelementptr i8, ptr %2225, i64 64
+  %2228 = getelementptr i32, ptr %2227, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2228, i32 0, i32 2, i32 1)
+  %2229 = getelementptr i8, ptr %2225, i64 128
+  %2230 = getelementptr i32, ptr %2229, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2230, i32 0, i32 2, i32 1)
+  %2231 = getelementptr i8, ptr %2225, i64 192
+  %2232 = getelementptr i32, ptr %2231, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2232, i32 0, i32 2, i32 1)
+  %2233 = getelementptr i8, ptr %2160, i64 56
+  %2234 = load i64, ptr %2233, align 8, !tbaa !4
+  %2235 = getelementptr i32, ptr %value_cache, i64 %2234
+  %2236 = getelementptr i8, ptr %2235, i64 256
+  %2237 = getelementptr i32, ptr %2236, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2237, i32 0, i32 2, i32 1)
+  %2238 = getelementptr i8, ptr %2235, i64 320
+  %2239 = getelementptr i32, ptr %2238, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2239, i32 0, i32 2, i32 1)
+  %2240 = getelementptr i8, ptr %2235, i64 384
+  %2241 = getelementptr i32, ptr %2240, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2241, i32 0, i32 2, i32 1)
+  %2242 = getelementptr i8, ptr %2235, i64 448
+  %2243 = getelementptr i32, ptr %2242, i64 %2146
+  tail call void @llvm.prefetch.p0(ptr readonly %2243, i32 0, i32 2, i32 1)
+  %.idx1289.i = shl nsw i64 %indvars.iv1188.i, 6
+  %2244 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i
+  %2245 = load i32, ptr %2244, align 4, !tbaa !4
+  %2246 = insertelement <16 x i32> poison, i32 %2245, i64 0
+  %2247 = shufflevector <16 x i32> %2246, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1290.i = shl nsw i64 %indvars.iv1188.i, 8
+  %2248 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1290.i
+  %2249 = load i64, ptr %2248, align 8, !tbaa !4
+  %gep938.i = getelementptr i32, ptr %gep1022.i, i64 %2249
+  %2250 = load <32 x bfloat>, ptr %gep938.i, align 4, !tbaa !4
+  %x.i285.i = bitcast <16 x i32> %2247 to <32 x bfloat>
+  %r.i287.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.0.0920.i, <32 x bfloat> %x.i285.i, <32 x bfloat> %2250)
+  %2251 = getelementptr i8, ptr %gep938.i, i64 64
+  %2252 = load <32 x bfloat>, ptr %2251, align 4, !tbaa !4
+  %r.i290.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.34.0919.i, <32 x bfloat> %x.i285.i, <32 x bfloat> %2252)
+  %2253 = getelementptr inbounds nuw i8, ptr %2244, i64 256
+  %2254 = load i32, ptr %2253, align 4, !tbaa !4
+  %2255 = insertelement <16 x i32> poison, i32 %2254, i64 0
+  %2256 = shufflevector <16 x i32> %2255, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i291.i = bitcast <16 x i32> %2256 to <32 x bfloat>
+  %r.i293.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.68.0918.i, <32 x bfloat> %x.i291.i, <32 x bfloat> %2250)
+  %r.i296.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.102.0921.i, <32 x bfloat> %x.i291.i, <32 x bfloat> %2252)
+  %2257 = getelementptr inbounds nuw i8, ptr %2244, i64 512
+  %2258 = load i32, ptr %2257, align 4, !tbaa !4
+  %2259 = insertelement <16 x i32> poison, i32 %2258, i64 0
+  %2260 = shufflevector <16 x i32> %2259, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i297.i = bitcast <16 x i32> %2260 to <32 x bfloat>
+  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.136.0922.i, <32 x bfloat> %x.i297.i, <32 x bfloat> %2250)
+  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.170.0923.i, <32 x bfloat> %x.i297.i, <32 x bfloat> %2252)
+  %2261 = getelementptr inbounds nuw i8, ptr %2244, i64 768
+  %2262 = load i32, ptr %2261, align 4, !tbaa !4
+  %2263 = insertelement <16 x i32> poison, i32 %2262, i64 0
+  %2264 = shufflevector <16 x i32> %2263, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i303.i = bitcast <16 x i32> %2264 to <32 x bfloat>
+  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.204.0924.i, <32 x bfloat> %x.i303.i, <32 x bfloat> %2250)
+  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.238.0925.i, <32 x bfloat> %x.i303.i, <32 x bfloat> %2252)
+  %2265 = getelementptr inbounds nuw i8, ptr %2244, i64 4
+  %2266 = load i32, ptr %2265, align 4, !tbaa !4
+  %2267 = insertelement <16 x i32> poison, i32 %2266, i64 0
+  %2268 = shufflevector <16 x i32> %2267, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2269 = getelementptr inbounds nuw i8, ptr %2248, i64 16
+  %2270 = load i64, ptr %2269, align 8, !tbaa !4
+  %gep942.i = getelementptr i32, ptr %gep1022.i, i64 %2270
+  %2271 = load <32 x bfloat>, ptr %gep942.i, align 4, !tbaa !4
+  %x.i309.i = bitcast <16 x i32> %2268 to <32 x bfloat>
+  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %2271)
+  %2272 = getelementptr i8, ptr %gep942.i, i64 64
+  %2273 = load <32 x bfloat>, ptr %2272, align 4, !tbaa !4
+  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %2273)
+  %2274 = getelementptr inbounds nuw i8, ptr %2244, i64 260
+  %2275 = load i32, ptr %2274, align 4, !tbaa !4
+  %2276 = insertelement <16 x i32> poison, i32 %2275, i64 0
+  %2277 = shufflevector <16 x i32> %2276, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i315.i = bitcast <16 x i32> %2277 to <32 x bfloat>
+  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %2271)
+  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %2273)
+  %2278 = getelementptr inbounds nuw i8, ptr %2244, i64 516
+  %2279 = load i32, ptr %2278, align 4, !tbaa !4
+  %2280 = insertelement <16 x i32> poison, i32 %2279, i64 0
+  %2281 = shufflevector <16 x i32> %2280, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i321.i = bitcast <16 x i32> %2281 to <32 x bfloat>
+  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i321.i, <32 x bfloat> %2271)
+  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i321.i, <32 x bfloat> %2273)
+  %2282 = getelementptr inbounds nuw i8, ptr %2244, i64 772
+  %2283 = load i32, ptr %2282, align 4, !tbaa !4
+  %2284 = insertelement <16 x i32> poison, i32 %2283, i64 0
+  %2285 = shufflevector <16 x i32> %2284, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i327.i = bitcast <16 x i32> %2285 to <32 x bfloat>
+  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i327.i, <32 x bfloat> %2271)
+  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i327.i, <32 x bfloat> %2273)
+  %2286 = getelementptr inbounds nuw i8, ptr %2244, i64 8
+  %2287 = load i32, ptr %2286, align 4, !tbaa !4
+  %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
+  %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2290 = getelementptr inbounds nuw i8, ptr %2248, i64 32
+  %2291 = load i64, ptr %2290, align 8, !tbaa !4
+  %gep946.i = getelementptr i32, ptr %gep1022.i, i64 %2291
+  %2292 = load <32 x bfloat>, ptr %gep946.i, align 4, !tbaa !4
+  %x.i333.i = bitcast <16 x i32> %2289 to <32 x bfloat>
+  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %2292)
+  %2293 = getelementptr i8, ptr %gep946.i, i64 64
+  %2294 = load <32 x bfloat>, ptr %2293, align 4, !tbaa !4
+  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %2294)
+  %2295 = getelementptr inbounds nuw i8, ptr %2244, i64 264
+  %2296 = load i32, ptr %2295, align 4, !tbaa !4
+  %2297 = insertelement <16 x i32> poison, i32 %2296, i64 0
+  %2298 = shufflevector <16 x i32> %2297, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i339.i = bitcast <16 x i32> %2298 to <32 x bfloat>
+  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %2292)
+  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %2294)
+  %2299 = getelementptr inbounds nuw i8, ptr %2244, i64 520
+  %2300 = load i32, ptr %2299, align 4, !tbaa !4
+  %2301 = insertelement <16 x i32> poison, i32 %2300, i64 0
+  %2302 = shufflevector <16 x i32> %2301, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i345.i = bitcast <16 x i32> %2302 to <32 x bfloat>
+  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i345.i, <32 x bfloat> %2292)
+  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i345.i, <32 x bfloat> %2294)
+  %2303 = getelementptr inbounds nuw i8, ptr %2244, i64 776
+  %2304 = load i32, ptr %2303, align 4, !tbaa !4
+  %2305 = insertelement <16 x i32> poison, i32 %2304, i64 0
+  %2306 = shufflevector <16 x i32> %2305, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i351.i = bitcast <16 x i32> %2306 to <32 x bfloat>
+  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i351.i, <32 x bfloat> %2292)
+  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i351.i, <32 x bfloat> %2294)
+  %2307 = getelementptr inbounds nuw i8, ptr %2244, i64 12
+  %2308 = load i32, ptr %2307, align 4, !tbaa !4
+  %2309 = insertelement <16 x i32> poison, i32 %2308, i64 0
+  %2310 = shufflevector <16 x i32> %2309, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2311 = getelementptr inbounds nuw i8, ptr %2248, i64 48
+  %2312 = load i64, ptr %2311, align 8, !tbaa !4
+  %gep950.i = getelementptr i32, ptr %gep1022.i, i64 %2312
+  %2313 = load <32 x bfloat>, ptr %gep950.i, align 4, !tbaa !4
+  %x.i357.i = bitcast <16 x i32> %2310 to <32 x bfloat>
+  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %2313)
+  %2314 = getelementptr i8, ptr %gep950.i, i64 64
+  %2315 = load <32 x bfloat>, ptr %2314, align 4, !tbaa !4
+  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %2315)
+  %2316 = getelementptr inbounds nuw i8, ptr %2244, i64 268
+  %2317 = load i32, ptr %2316, align 4, !tbaa !4
+  %2318 = insertelement <16 x i32> poison, i32 %2317, i64 0
+  %2319 = shufflevector <16 x i32> %2318, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i363.i = bitcast <16 x i32> %2319 to <32 x bfloat>
+  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %2313)
+  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %2315)
+  %2320 = getelementptr inbounds nuw i8, ptr %2244, i64 524
+  %2321 = load i32, ptr %2320, align 4, !tbaa !4
+  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
+  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i369.i = bitcast <16 x i32> %2323 to <32 x bfloat>
+  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i369.i, <32 x bfloat> %2313)
+  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i369.i, <32 x bfloat> %2315)
+  %2324 = getelementptr inbounds nuw i8, ptr %2244, i64 780
+  %2325 = load i32, ptr %2324, align 4, !tbaa !4
+  %2326 = insertelement <16 x i32> poison, i32 %2325, i64 0
+  %2327 = shufflevector <16 x i32> %2326, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i375.i = bitcast <16 x i32> %2327 to <32 x bfloat>
+  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i375.i, <32 x bfloat> %2313)
+  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i375.i, <32 x bfloat> %2315)
+  %2328 = getelementptr inbounds nuw i8, ptr %2244, i64 16
+  %2329 = load i32, ptr %2328, align 4, !tbaa !4
+  %2330 = insertelement <16 x i32> poison, i32 %2329, i64 0
+  %2331 = shufflevector <16 x i32> %2330, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2332 = getelementptr inbounds nuw i8, ptr %2248, i64 64
+  %2333 = load i64, ptr %2332, align 8, !tbaa !4
+  %gep954.i = getelementptr i32, ptr %gep1022.i, i64 %2333
+  %2334 = load <32 x bfloat>, ptr %gep954.i, align 4, !tbaa !4
+  %x.i381.i = bitcast <16 x i32> %2331 to <32 x bfloat>
+  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %2334)
+  %2335 = getelementptr i8, ptr %gep954.i, i64 64
+  %2336 = load <32 x bfloat>, ptr %2335, align 4, !tbaa !4
+  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %2336)
+  %2337 = getelementptr inbounds nuw i8, ptr %2244, i64 272
+  %2338 = load i32, ptr %2337, align 4, !tbaa !4
+  %2339 = insertelement <16 x i32> poison, i32 %2338, i64 0
+  %2340 = shufflevector <16 x i32> %2339, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i387.i = bitcast <16 x i32> %2340 to <32 x bfloat>
+  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %2334)
+  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %2336)
+  %2341 = getelementptr inbounds nuw i8, ptr %2244, i64 528
+  %2342 = load i32, ptr %2341, align 4, !tbaa !4
+  %2343 = insertelement <16 x i32> poison, i32 %2342, i64 0
+  %2344 = shufflevector <16 x i32> %2343, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i393.i = bitcast <16 x i32> %2344 to <32 x bfloat>
+  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i393.i, <32 x bfloat> %2334)
+  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i393.i, <32 x bfloat> %2336)
+  %2345 = getelementptr inbounds nuw i8, ptr %2244, i64 784
+  %2346 = load i32, ptr %2345, align 4, !tbaa !4
+  %2347 = insertelement <16 x i32> poison, i32 %2346, i64 0
+  %2348 = shufflevector <16 x i32> %2347, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i399.i = bitcast <16 x i32> %2348 to <32 x bfloat>
+  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i399.i, <32 x bfloat> %2334)
+  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i399.i, <32 x bfloat> %2336)
+  %2349 = getelementptr inbounds nuw i8, ptr %2244, i64 20
+  %2350 = load i32, ptr %2349, align 4, !tbaa !4
+  %2351 = insertelement <16 x i32> poison, i32 %2350, i64 0
+  %2352 = shufflevector <16 x i32> %2351, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2353 = getelementptr inbounds nuw i8, ptr %2248, i64 80
+  %2354 = load i64, ptr %2353, align 8, !tbaa !4
+  %gep958.i = getelementptr i32, ptr %gep1022.i, i64 %2354
+  %2355 = load <32 x bfloat>, ptr %gep958.i, align 4, !tbaa !4
+  %x.i405.i = bitcast <16 x i32> %2352 to <32 x bfloat>
+  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %2355)
+  %2356 = getelementptr i8, ptr %gep958.i, i64 64
+  %2357 = load <32 x bfloat>, ptr %2356, align 4, !tbaa !4
+  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %2357)
+  %2358 = getelementptr inbounds nuw i8, ptr %2244, i64 276
+  %2359 = load i32, ptr %2358, align 4, !tbaa !4
+  %2360 = insertelement <16 x i32> poison, i32 %2359, i64 0
+  %2361 = shufflevector <16 x i32> %2360, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i411.i = bitcast <16 x i32> %2361 to <32 x bfloat>
+  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %2355)
+  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %2357)
+  %2362 = getelementptr inbounds nuw i8, ptr %2244, i64 532
+  %2363 = load i32, ptr %2362, align 4, !tbaa !4
+  %2364 = insertelement <16 x i32> poison, i32 %2363, i64 0
+  %2365 = shufflevector <16 x i32> %2364, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i417.i = bitcast <16 x i32> %2365 to <32 x bfloat>
+  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i417.i, <32 x bfloat> %2355)
+  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i417.i, <32 x bfloat> %2357)
+  %2366 = getelementptr inbounds nuw i8, ptr %2244, i64 788
+  %2367 = load i32, ptr %2366, align 4, !tbaa !4
+  %2368 = insertelement <16 x i32> poison, i32 %2367, i64 0
+  %2369 = shufflevector <16 x i32> %2368, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i423.i = bitcast <16 x i32> %2369 to <32 x bfloat>
+  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i423.i, <32 x bfloat> %2355)
+  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i423.i, <32 x bfloat> %2357)
+  %2370 = getelementptr inbounds nuw i8, ptr %2244, i64 24
+  %2371 = load i32, ptr %2370, align 4, !tbaa !4
+  %2372 = insertelement <16 x i32> poison, i32 %2371, i64 0
+  %2373 = shufflevector <16 x i32> %2372, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2374 = getelementptr inbounds nuw i8, ptr %2248, i64 96
+  %2375 = load i64, ptr %2374, align 8, !tbaa !4
+  %gep962.i = getelementptr i32, ptr %gep1022.i, i64 %2375
+  %2376 = load <32 x bfloat>, ptr %gep962.i, align 4, !tbaa !4
+  %x.i429.i = bitcast <16 x i32> %2373 to <32 x bfloat>
+  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %2376)
+  %2377 = getelementptr i8, ptr %gep962.i, i64 64
+  %2378 = load <32 x bfloat>, ptr %2377, align 4, !tbaa !4
+  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %2378)
+  %2379 = getelementptr inbounds nuw i8, ptr %2244, i64 280
+  %2380 = load i32, ptr %2379, align 4, !tbaa !4
+  %2381 = insertelement <16 x i32> poison, i32 %2380, i64 0
+  %2382 = shufflevector <16 x i32> %2381, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i435.i = bitcast <16 x i32> %2382 to <32 x bfloat>
+  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %2376)
+  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %2378)
+  %2383 = getelementptr inbounds nuw i8, ptr %2244, i64 536
+  %2384 = load i32, ptr %2383, align 4, !tbaa !4
+  %2385 = insertelement <16 x i32> poison, i32 %2384, i64 0
+  %2386 = shufflevector <16 x i32> %2385, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i441.i = bitcast <16 x i32> %2386 to <32 x bfloat>
+  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i441.i, <32 x bfloat> %2376)
+  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i441.i, <32 x bfloat> %2378)
+  %2387 = getelementptr inbounds nuw i8, ptr %2244, i64 792
+  %2388 = load i32, ptr %2387, align 4, !tbaa !4
+  %2389 = insertelement <16 x i32> poison, i32 %2388, i64 0
+  %2390 = shufflevector <16 x i32> %2389, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i447.i = bitcast <16 x i32> %2390 to <32 x bfloat>
+  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i447.i, <32 x bfloat> %2376)
+  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i447.i, <32 x bfloat> %2378)
+  %2391 = getelementptr inbounds nuw i8, ptr %2244, i64 28
+  %2392 = load i32, ptr %2391, align 4, !tbaa !4
+  %2393 = insertelement <16 x i32> poison, i32 %2392, i64 0
+  %2394 = shufflevector <16 x i32> %2393, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2395 = getelementptr inbounds nuw i8, ptr %2248, i64 112
+  %2396 = load i64, ptr %2395, align 8, !tbaa !4
+  %gep966.i = getelementptr i32, ptr %gep1022.i, i64 %2396
+  %2397 = load <32 x bfloat>, ptr %gep966.i, align 4, !tbaa !4
+  %x.i453.i = bitcast <16 x i32> %2394 to <32 x bfloat>
+  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %2397)
+  %2398 = getelementptr i8, ptr %gep966.i, i64 64
+  %2399 = load <32 x bfloat>, ptr %2398, align 4, !tbaa !4
+  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %2399)
+  %2400 = getelementptr inbounds nuw i8, ptr %2244, i64 284
+  %2401 = load i32, ptr %2400, align 4, !tbaa !4
+  %2402 = insertelement <16 x i32> poison, i32 %2401, i64 0
+  %2403 = shufflevector <16 x i32> %2402, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i459.i = bitcast <16 x i32> %2403 to <32 x bfloat>
+  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %2397)
+  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %2399)
+  %2404 = getelementptr inbounds nuw i8, ptr %2244, i64 540
+  %2405 = load i32, ptr %2404, align 4, !tbaa !4
+  %2406 = insertelement <16 x i32> poison, i32 %2405, i64 0
+  %2407 = shufflevector <16 x i32> %2406, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i465.i = bitcast <16 x i32> %2407 to <32 x bfloat>
+  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i465.i, <32 x bfloat> %2397)
+  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i465.i, <32 x bfloat> %2399)
+  %2408 = getelementptr inbounds nuw i8, ptr %2244, i64 796
+  %2409 = load i32, ptr %2408, align 4, !tbaa !4
+  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
+  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i471.i = bitcast <16 x i32> %2411 to <32 x bfloat>
+  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i471.i, <32 x bfloat> %2397)
+  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i471.i, <32 x bfloat> %2399)
+  %2412 = getelementptr inbounds nuw i8, ptr %2244, i64 32
+  %2413 = load i32, ptr %2412, align 4, !tbaa !4
+  %2414 = insertelement <16 x i32> poison, i32 %2413, i64 0
+  %2415 = shufflevector <16 x i32> %2414, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2416 = getelementptr inbounds nuw i8, ptr %2248, i64 128
+  %2417 = load i64, ptr %2416, align 8, !tbaa !4
+  %gep970.i = getelementptr i32, ptr %gep1022.i, i64 %2417
+  %2418 = load <32 x bfloat>, ptr %gep970.i, align 4, !tbaa !4
+  %x.i477.i = bitcast <16 x i32> %2415 to <32 x bfloat>
+  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %2418)
+  %2419 = getelementptr i8, ptr %gep970.i, i64 64
+  %2420 = load <32 x bfloat>, ptr %2419, align 4, !tbaa !4
+  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %2420)
+  %2421 = getelementptr inbounds nuw i8, ptr %2244, i64 288
+  %2422 = load i32, ptr %2421, align 4, !tbaa !4
+  %2423 = insertelement <16 x i32> poison, i32 %2422, i64 0
+  %2424 = shufflevector <16 x i32> %2423, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i483.i = bitcast <16 x i32> %2424 to <32 x bfloat>
+  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %2418)
+  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %2420)
+  %2425 = getelementptr inbounds nuw i8, ptr %2244, i64 544
+  %2426 = load i32, ptr %2425, align 4, !tbaa !4
+  %2427 = insertelement <16 x i32> poison, i32 %2426, i64 0
+  %2428 = shufflevector <16 x i32> %2427, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i489.i = bitcast <16 x i32> %2428 to <32 x bfloat>
+  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i489.i, <32 x bfloat> %2418)
+  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i489.i, <32 x bfloat> %2420)
+  %2429 = getelementptr inbounds nuw i8, ptr %2244, i64 800
+  %2430 = load i32, ptr %2429, align 4, !tbaa !4
+  %2431 = insertelement <16 x i32> poison, i32 %2430, i64 0
+  %2432 = shufflevector <16 x i32> %2431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i495.i = bitcast <16 x i32> %2432 to <32 x bfloat>
+  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i495.i, <32 x bfloat> %2418)
+  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i495.i, <32 x bfloat> %2420)
+  %2433 = getelementptr inbounds nuw i8, ptr %2244, i64 36
+  %2434 = load i32, ptr %2433, align 4, !tbaa !4
+  %2435 = insertelement <16 x i32> poison, i32 %2434, i64 0
+  %2436 = shufflevector <16 x i32> %2435, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2437 = getelementptr inbounds nuw i8, ptr %2248, i64 144
+  %2438 = load i64, ptr %2437, align 8, !tbaa !4
+  %gep974.i = getelementptr i32, ptr %gep1022.i, i64 %2438
+  %2439 = load <32 x bfloat>, ptr %gep974.i, align 4, !tbaa !4
+  %x.i501.i = bitcast <16 x i32> %2436 to <32 x bfloat>
+  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %2439)
+  %2440 = getelementptr i8, ptr %gep974.i, i64 64
+  %2441 = load <32 x bfloat>, ptr %2440, align 4, !tbaa !4
+  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %2441)
+  %2442 = getelementptr inbounds nuw i8, ptr %2244, i64 292
+  %2443 = load i32, ptr %2442, align 4, !tbaa !4
+  %2444 = insertelement <16 x i32> poison, i32 %2443, i64 0
+  %2445 = shufflevector <16 x i32> %2444, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i507.i = bitcast <16 x i32> %2445 to <32 x bfloat>
+  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %2439)
+  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %2441)
+  %2446 = getelementptr inbounds nuw i8, ptr %2244, i64 548
+  %2447 = load i32, ptr %2446, align 4, !tbaa !4
+  %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
+  %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i513.i = bitcast <16 x i32> %2449 to <32 x bfloat>
+  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i513.i, <32 x bfloat> %2439)
+  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i513.i, <32 x bfloat> %2441)
+  %2450 = getelementptr inbounds nuw i8, ptr %2244, i64 804
+  %2451 = load i32, ptr %2450, align 4, !tbaa !4
+  %2452 = insertelement <16 x i32> poison, i32 %2451, i64 0
+  %2453 = shufflevector <16 x i32> %2452, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i519.i = bitcast <16 x i32> %2453 to <32 x bfloat>
+  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i519.i, <32 x bfloat> %2439)
+  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i519.i, <32 x bfloat> %2441)
+  %2454 = getelementptr inbounds nuw i8, ptr %2244, i64 40
+  %2455 = load i32, ptr %2454, align 4, !tbaa !4
+  %2456 = insertelement <16 x i32> poison, i32 %2455, i64 0
+  %2457 = shufflevector <16 x i32> %2456, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2458 = getelementptr inbounds nuw i8, ptr %2248, i64 160
+  %2459 = load i64, ptr %2458, align 8, !tbaa !4
+  %gep978.i = getelementptr i32, ptr %gep1022.i, i64 %2459
+  %2460 = load <32 x bfloat>, ptr %gep978.i, align 4, !tbaa !4
+  %x.i525.i = bitcast <16 x i32> %2457 to <32 x bfloat>
+  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %2460)
+  %2461 = getelementptr i8, ptr %gep978.i, i64 64
+  %2462 = load <32 x bfloat>, ptr %2461, align 4, !tbaa !4
+  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %2462)
+  %2463 = getelementptr inbounds nuw i8, ptr %2244, i64 296
+  %2464 = load i32, ptr %2463, align 4, !tbaa !4
+  %2465 = insertelement <16 x i32> poison, i32 %2464, i64 0
+  %2466 = shufflevector <16 x i32> %2465, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i531.i = bitcast <16 x i32> %2466 to <32 x bfloat>
+  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %2460)
+  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %2462)
+  %2467 = getelementptr inbounds nuw i8, ptr %2244, i64 552
+  %2468 = load i32, ptr %2467, align 4, !tbaa !4
+  %2469 = insertelement <16 x i32> poison, i32 %2468, i64 0
+  %2470 = shufflevector <16 x i32> %2469, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i537.i = bitcast <16 x i32> %2470 to <32 x bfloat>
+  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i537.i, <32 x bfloat> %2460)
+  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i537.i, <32 x bfloat> %2462)
+  %2471 = getelementptr inbounds nuw i8, ptr %2244, i64 808
+  %2472 = load i32, ptr %2471, align 4, !tbaa !4
+  %2473 = insertelement <16 x i32> poison, i32 %2472, i64 0
+  %2474 = shufflevector <16 x i32> %2473, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i543.i = bitcast <16 x i32> %2474 to <32 x bfloat>
+  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i543.i, <32 x bfloat> %2460)
+  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i543.i, <32 x bfloat> %2462)
+  %2475 = getelementptr inbounds nuw i8, ptr %2244, i64 44
+  %2476 = load i32, ptr %2475, align 4, !tbaa !4
+  %2477 = insertelement <16 x i32> poison, i32 %2476, i64 0
+  %2478 = shufflevector <16 x i32> %2477, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2479 = getelementptr inbounds nuw i8, ptr %2248, i64 176
+  %2480 = load i64, ptr %2479, align 8, !tbaa !4
+  %gep982.i = getelementptr i32, ptr %gep1022.i, i64 %2480
+  %2481 = load <32 x bfloat>, ptr %gep982.i, align 4, !tbaa !4
+  %x.i549.i = bitcast <16 x i32> %2478 to <32 x bfloat>
+  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %2481)
+  %2482 = getelementptr i8, ptr %gep982.i, i64 64
+  %2483 = load <32 x bfloat>, ptr %2482, align 4, !tbaa !4
+  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %2483)
+  %2484 = getelementptr inbounds nuw i8, ptr %2244, i64 300
+  %2485 = load i32, ptr %2484, align 4, !tbaa !4
+  %2486 = insertelement <16 x i32> poison, i32 %2485, i64 0
+  %2487 = shufflevector <16 x i32> %2486, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i555.i = bitcast <16 x i32> %2487 to <32 x bfloat>
+  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %2481)
+  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %2483)
+  %2488 = getelementptr inbounds nuw i8, ptr %2244, i64 556
+  %2489 = load i32, ptr %2488, align 4, !tbaa !4
+  %2490 = insertelement <16 x i32> poison, i32 %2489, i64 0
+  %2491 = shufflevector <16 x i32> %2490, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i561.i = bitcast <16 x i32> %2491 to <32 x bfloat>
+  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i561.i, <32 x bfloat> %2481)
+  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i561.i, <32 x bfloat> %2483)
+  %2492 = getelementptr inbounds nuw i8, ptr %2244, i64 812
+  %2493 = load i32, ptr %2492, align 4, !tbaa !4
+  %2494 = insertelement <16 x i32> poison, i32 %2493, i64 0
+  %2495 = shufflevector <16 x i32> %2494, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i567.i = bitcast <16 x i32> %2495 to <32 x bfloat>
+  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i567.i, <32 x bfloat> %2481)
+  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i567.i, <32 x bfloat> %2483)
+  %2496 = getelementptr inbounds nuw i8, ptr %2244, i64 48
+  %2497 = load i32, ptr %2496, align 4, !tbaa !4
+  %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
+  %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2500 = getelementptr inbounds nuw i8, ptr %2248, i64 192
+  %2501 = load i64, ptr %2500, align 8, !tbaa !4
+  %gep986.i = getelementptr i32, ptr %gep1022.i, i64 %2501
+  %2502 = load <32 x bfloat>, ptr %gep986.i, align 4, !tbaa !4
+  %x.i573.i = bitcast <16 x i32> %2499 to <32 x bfloat>
+  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2502)
+  %2503 = getelementptr i8, ptr %gep986.i, i64 64
+  %2504 = load <32 x bfloat>, ptr %2503, align 4, !tbaa !4
+  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2504)
+  %2505 = getelementptr inbounds nuw i8, ptr %2244, i64 304
+  %2506 = load i32, ptr %2505, align 4, !tbaa !4
+  %2507 = insertelement <16 x i32> poison, i32 %2506, i64 0
+  %2508 = shufflevector <16 x i32> %2507, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i579.i = bitcast <16 x i32> %2508 to <32 x bfloat>
+  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2502)
+  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2504)
+  %2509 = getelementptr inbounds nuw i8, ptr %2244, i64 560
+  %2510 = load i32, ptr %2509, align 4, !tbaa !4
+  %2511 = insertelement <16 x i32> poison, i32 %2510, i64 0
+  %2512 = shufflevector <16 x i32> %2511, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i585.i = bitcast <16 x i32> %2512 to <32 x bfloat>
+  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i585.i, <32 x bfloat> %2502)
+  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i585.i, <32 x bfloat> %2504)
+  %2513 = getelementptr inbounds nuw i8, ptr %2244, i64 816
+  %2514 = load i32, ptr %2513, align 4, !tbaa !4
+  %2515 = insertelement <16 x i32> poison, i32 %2514, i64 0
+  %2516 = shufflevector <16 x i32> %2515, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i591.i = bitcast <16 x i32> %2516 to <32 x bfloat>
+  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i591.i, <32 x bfloat> %2502)
+  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i591.i, <32 x bfloat> %2504)
+  %2517 = getelementptr inbounds nuw i8, ptr %2244, i64 52
+  %2518 = load i32, ptr %2517, align 4, !tbaa !4
+  %2519 = insertelement <16 x i32> poison, i32 %2518, i64 0
+  %2520 = shufflevector <16 x i32> %2519, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2521 = getelementptr inbounds nuw i8, ptr %2248, i64 208
+  %2522 = load i64, ptr %2521, align 8, !tbaa !4
+  %gep990.i = getelementptr i32, ptr %gep1022.i, i64 %2522
+  %2523 = load <32 x bfloat>, ptr %gep990.i, align 4, !tbaa !4
+  %x.i597.i = bitcast <16 x i32> %2520 to <32 x bfloat>
+  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2523)
+  %2524 = getelementptr i8, ptr %gep990.i, i64 64
+  %2525 = load <32 x bfloat>, ptr %2524, align 4, !tbaa !4
+  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2525)
+  %2526 = getelementptr inbounds nuw i8, ptr %2244, i64 308
+  %2527 = load i32, ptr %2526, align 4, !tbaa !4
+  %2528 = insertelement <16 x i32> poison, i32 %2527, i64 0
+  %2529 = shufflevector <16 x i32> %2528, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i603.i = bitcast <16 x i32> %2529 to <32 x bfloat>
+  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2523)
+  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2525)
+  %2530 = getelementptr inbounds nuw i8, ptr %2244, i64 564
+  %2531 = load i32, ptr %2530, align 4, !tbaa !4
+  %2532 = insertelement <16 x i32> poison, i32 %2531, i64 0
+  %2533 = shufflevector <16 x i32> %2532, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i609.i = bitcast <16 x i32> %2533 to <32 x bfloat>
+  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i609.i, <32 x bfloat> %2523)
+  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i609.i, <32 x bfloat> %2525)
+  %2534 = getelementptr inbounds nuw i8, ptr %2244, i64 820
+  %2535 = load i32, ptr %2534, align 4, !tbaa !4
+  %2536 = insertelement <16 x i32> poison, i32 %2535, i64 0
+  %2537 = shufflevector <16 x i32> %2536, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i615.i = bitcast <16 x i32> %2537 to <32 x bfloat>
+  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i615.i, <32 x bfloat> %2523)
+  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i615.i, <32 x bfloat> %2525)
+  %2538 = getelementptr inbounds nuw i8, ptr %2244, i64 56
+  %2539 = load i32, ptr %2538, align 4, !tbaa !4
+  %2540 = insertelement <16 x i32> poison, i32 %2539, i64 0
+  %2541 = shufflevector <16 x i32> %2540, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2542 = getelementptr inbounds nuw i8, ptr %2248, i64 224
+  %2543 = load i64, ptr %2542, align 8, !tbaa !4
+  %gep994.i = getelementptr i32, ptr %gep1022.i, i64 %2543
+  %2544 = load <32 x bfloat>, ptr %gep994.i, align 4, !tbaa !4
+  %x.i621.i = bitcast <16 x i32> %2541 to <32 x bfloat>
+  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2544)
+  %2545 = getelementptr i8, ptr %gep994.i, i64 64
+  %2546 = load <32 x bfloat>, ptr %2545, align 4, !tbaa !4
+  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2546)
+  %2547 = getelementptr inbounds nuw i8, ptr %2244, i64 312
+  %2548 = load i32, ptr %2547, align 4, !tbaa !4
+  %2549 = insertelement <16 x i32> poison, i32 %2548, i64 0
+  %2550 = shufflevector <16 x i32> %2549, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i627.i = bitcast <16 x i32> %2550 to <32 x bfloat>
+  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2544)
+  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2546)
+  %2551 = getelementptr inbounds nuw i8, ptr %2244, i64 568
+  %2552 = load i32, ptr %2551, align 4, !tbaa !4
+  %2553 = insertelement <16 x i32> poison, i32 %2552, i64 0
+  %2554 = shufflevector <16 x i32> %2553, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i633.i = bitcast <16 x i32> %2554 to <32 x bfloat>
+  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i633.i, <32 x bfloat> %2544)
+  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i633.i, <32 x bfloat> %2546)
+  %2555 = getelementptr inbounds nuw i8, ptr %2244, i64 824
+  %2556 = load i32, ptr %2555, align 4, !tbaa !4
+  %2557 = insertelement <16 x i32> poison, i32 %2556, i64 0
+  %2558 = shufflevector <16 x i32> %2557, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i639.i = bitcast <16 x i32> %2558 to <32 x bfloat>
+  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i639.i, <32 x bfloat> %2544)
+  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i639.i, <32 x bfloat> %2546)
+  %2559 = getelementptr inbounds nuw i8, ptr %2244, i64 60
+  %2560 = load i32, ptr %2559, align 4, !tbaa !4
+  %2561 = insertelement <16 x i32> poison, i32 %2560, i64 0
+  %2562 = shufflevector <16 x i32> %2561, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2563 = getelementptr inbounds nuw i8, ptr %2248, i64 240
+  %2564 = load i64, ptr %2563, align 8, !tbaa !4
+  %gep998.i = getelementptr i32, ptr %gep1022.i, i64 %2564
+  %2565 = load <32 x bfloat>, ptr %gep998.i, align 4, !tbaa !4
+  %x.i645.i = bitcast <16 x i32> %2562 to <32 x bfloat>
+  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2565)
+  %2566 = getelementptr i8, ptr %gep998.i, i64 64
+  %2567 = load <32 x bfloat>, ptr %2566, align 4, !tbaa !4
+  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2567)
+  %2568 = getelementptr inbounds nuw i8, ptr %2244, i64 316
+  %2569 = load i32, ptr %2568, align 4, !tbaa !4
+  %2570 = insertelement <16 x i32> poison, i32 %2569, i64 0
+  %2571 = shufflevector <16 x i32> %2570, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i651.i = bitcast <16 x i32> %2571 to <32 x bfloat>
+  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2565)
+  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2567)
+  %2572 = getelementptr inbounds nuw i8, ptr %2244, i64 572
+  %2573 = load i32, ptr %2572, align 4, !tbaa !4
+  %2574 = insertelement <16 x i32> poison, i32 %2573, i64 0
+  %2575 = shufflevector <16 x i32> %2574, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i657.i = bitcast <16 x i32> %2575 to <32 x bfloat>
+  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i657.i, <32 x bfloat> %2565)
+  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i657.i, <32 x bfloat> %2567)
+  %2576 = getelementptr inbounds nuw i8, ptr %2244, i64 828
+  %2577 = load i32, ptr %2576, align 4, !tbaa !4
+  %2578 = insertelement <16 x i32> poison, i32 %2577, i64 0
+  %2579 = shufflevector <16 x i32> %2578, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i663.i = bitcast <16 x i32> %2579 to <32 x bfloat>
+  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i663.i, <32 x bfloat> %2565)
+  %r.i668.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.i, <32 x bfloat> %x.i663.i, <32 x bfloat> %2567)
+  %indvars.iv.next1189.i = add nuw nsw i64 %indvars.iv1188.i, 1
+  %exitcond1192.not.i = icmp eq i64 %indvars.iv.next1189.i, %980
+  br i1 %exitcond1192.not.i, label %for_end_to127.i, label %for_begin_ax2.preheader.i, !prof !8
 
-for_end_to123.i:                                  ; preds = %for_begin_ax1126.preheader.i, %for_body_d_0_m.i
-  %full_acc215.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i651.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i660.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i648.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i663.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i654.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i666.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i657.i, %for_begin_ax1126.preheader.i ]
-  %full_acc215.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i669.i, %for_begin_ax1126.preheader.i ]
-  br i1 %.not1071.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
+for_end_to127.i:                                  ; preds = %for_begin_ax2.preheader.i, %for_body_d_0_m.i
+  %full_acc214.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
+  %full_acc214.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i668.i, %for_begin_ax2.preheader.i ]
+  br i1 %.not1070.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
 
-for_body_ti.lr.ph.i:                              ; preds = %for_end_to123.i
-  %gep1055.idx.i = shl i64 %indvars.iv1197.i, 7
-  %gep1055.i = getelementptr i8, ptr %invariant.gep1022.i, i64 %gep1055.idx.i
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to127.i
+  %gep1054.idx.i = shl i64 %indvars.iv1196.i, 7
+  %gep1054.i = getelementptr i8, ptr %invariant.gep1021.i, i64 %gep1054.idx.i
   br i1 %995, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !81
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv1194.i = phi i64 [ %indvars.iv.next1195.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.0.01007.i = phi <16 x float> [ %r.i672.i.1, %for_body_ti.i ], [ %full_acc215.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.4.01006.i = phi <16 x float> [ %r.i684.i.1, %for_body_ti.i ], [ %full_acc215.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.8.01005.i = phi <16 x float> [ %r.i675.i.1, %for_body_ti.i ], [ %full_acc215.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.12.01004.i = phi <16 x float> [ %r.i687.i.1, %for_body_ti.i ], [ %full_acc215.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.16.01003.i = phi <16 x float> [ %r.i678.i.1, %for_body_ti.i ], [ %full_acc215.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.20.01002.i = phi <16 x float> [ %r.i690.i.1, %for_body_ti.i ], [ %full_acc215.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.24.01001.i = phi <16 x float> [ %r.i681.i.1, %for_body_ti.i ], [ %full_acc215.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc216.sroa.28.01000.i = phi <16 x float> [ %r.i693.i.1, %for_body_ti.i ], [ %full_acc215.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %indvars.iv1193.i = phi i64 [ %indvars.iv.next1194.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.0.01006.i = phi <16 x float> [ %r.i671.i.1, %for_body_ti.i ], [ %full_acc214.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.4.01005.i = phi <16 x float> [ %r.i674.i.1, %for_body_ti.i ], [ %full_acc214.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.8.01004.i = phi <16 x float> [ %r.i677.i.1, %for_body_ti.i ], [ %full_acc214.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.12.01003.i = phi <16 x float> [ %r.i680.i.1, %for_body_ti.i ], [ %full_acc214.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.16.01002.i = phi <16 x float> [ %r.i683.i.1, %for_body_ti.i ], [ %full_acc214.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.20.01001.i = phi <16 x float> [ %r.i686.i.1, %for_body_ti.i ], [ %full_acc214.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.24.01000.i = phi <16 x float> [ %r.i689.i.1, %for_body_ti.i ], [ %full_acc214.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc215.sroa.28.0999.i = phi <16 x float> [ %r.i692.i.1, %for_body_ti.i ], [ %full_acc214.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %niter191 = phi i64 [ %niter191.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %gep1323.i = getelementptr i32, ptr %invariant.gep1322.i, i64 %indvars.iv1194.i
-  %2598 = load i32, ptr %gep1323.i, align 4, !tbaa !4
-  %2599 = insertelement <16 x i32> poison, i32 %2598, i64 0
-  %2600 = shufflevector <16 x i32> %2599, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2601 = shl nuw nsw i64 %indvars.iv1194.i, 1
-  %2602 = add nuw nsw i64 %2601, %978
-  %2603 = icmp slt i64 %2602, 127
-  %2604 = or disjoint i64 %2602, 1
-  %2605 = icmp slt i64 %2604, %922
-  %2606 = and i1 %2603, %2605
-  %2607 = select i1 %2606, i32 -1, i32 65535
-  %2608 = insertelement <16 x i32> poison, i32 %2607, i64 0
-  %2609 = shufflevector <16 x i32> %2608, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2610 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2602
-  %2611 = load i64, ptr %2610, align 8, !tbaa !4
-  %gep1020.i = getelementptr i32, ptr %gep1055.i, i64 %2611
-  %2612 = load <16 x i32>, ptr %gep1020.i, align 4, !tbaa !4
-  %2613 = and <16 x i32> %2612, %2609
-  %x.i670.i = bitcast <16 x i32> %2600 to <32 x bfloat>
-  %y.i671.i = bitcast <16 x i32> %2613 to <32 x bfloat>
-  %r.i672.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.0.01007.i, <32 x bfloat> %x.i670.i, <32 x bfloat> %y.i671.i)
-  %2614 = getelementptr i8, ptr %gep1323.i, i64 256
-  %2615 = load i32, ptr %2614, align 4, !tbaa !4
-  %2616 = insertelement <16 x i32> poison, i32 %2615, i64 0
-  %2617 = shufflevector <16 x i32> %2616, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i673.i = bitcast <16 x i32> %2617 to <32 x bfloat>
-  %r.i675.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.8.01005.i, <32 x bfloat> %x.i673.i, <32 x bfloat> %y.i671.i)
-  %2618 = getelementptr i8, ptr %gep1323.i, i64 512
-  %2619 = load i32, ptr %2618, align 4, !tbaa !4
-  %2620 = insertelement <16 x i32> poison, i32 %2619, i64 0
-  %2621 = shufflevector <16 x i32> %2620, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i676.i = bitcast <16 x i32> %2621 to <32 x bfloat>
-  %r.i678.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.16.01003.i, <32 x bfloat> %x.i676.i, <32 x bfloat> %y.i671.i)
-  %2622 = getelementptr i8, ptr %gep1323.i, i64 768
-  %2623 = load i32, ptr %2622, align 4, !tbaa !4
-  %2624 = insertelement <16 x i32> poison, i32 %2623, i64 0
-  %2625 = shufflevector <16 x i32> %2624, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i679.i = bitcast <16 x i32> %2625 to <32 x bfloat>
-  %r.i681.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.24.01001.i, <32 x bfloat> %x.i679.i, <32 x bfloat> %y.i671.i)
-  %2626 = getelementptr i8, ptr %gep1020.i, i64 64
-  %2627 = load <16 x i32>, ptr %2626, align 4, !tbaa !4
-  %2628 = and <16 x i32> %2627, %2609
-  %y.i683.i = bitcast <16 x i32> %2628 to <32 x bfloat>
-  %r.i684.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.4.01006.i, <32 x bfloat> %x.i670.i, <32 x bfloat> %y.i683.i)
-  %r.i687.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.12.01004.i, <32 x bfloat> %x.i673.i, <32 x bfloat> %y.i683.i)
-  %r.i690.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.20.01002.i, <32 x bfloat> %x.i676.i, <32 x bfloat> %y.i683.i)
-  %r.i693.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.28.01000.i, <32 x bfloat> %x.i679.i, <32 x bfloat> %y.i683.i)
-  %indvars.iv.next1195.i = or disjoint i64 %indvars.iv1194.i, 1
-  %gep1323.i.1 = getelementptr i32, ptr %invariant.gep1322.i, i64 %indvars.iv.next1195.i
-  %2629 = load i32, ptr %gep1323.i.1, align 4, !tbaa !4
-  %2630 = insertelement <16 x i32> poison, i32 %2629, i64 0
-  %2631 = shufflevector <16 x i32> %2630, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2632 = shl nuw nsw i64 %indvars.iv.next1195.i, 1
-  %2633 = add nuw nsw i64 %2632, %978
-  %2634 = icmp slt i64 %2633, 127
-  %2635 = or disjoint i64 %2633, 1
-  %2636 = icmp slt i64 %2635, %922
-  %2637 = and i1 %2634, %2636
-  %2638 = select i1 %2637, i32 -1, i32 65535
-  %2639 = insertelement <16 x i32> poison, i32 %2638, i64 0
-  %2640 = shufflevector <16 x i32> %2639, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2641 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2633
-  %2642 = load i64, ptr %2641, align 8, !tbaa !4
-  %gep1020.i.1 = getelementptr i32, ptr %gep1055.i, i64 %2642
-  %2643 = load <16 x i32>, ptr %gep1020.i.1, align 4, !tbaa !4
-  %2644 = and <16 x i32> %2643, %2640
-  %x.i670.i.1 = bitcast <16 x i32> %2631 to <32 x bfloat>
-  %y.i671.i.1 = bitcast <16 x i32> %2644 to <32 x bfloat>
-  %r.i672.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i672.i, <32 x bfloat> %x.i670.i.1, <32 x bfloat> %y.i671.i.1)
-  %2645 = getelementptr i8, ptr %gep1323.i.1, i64 256
-  %2646 = load i32, ptr %2645, align 4, !tbaa !4
-  %2647 = insertelement <16 x i32> poison, i32 %2646, i64 0
-  %2648 = shufflevector <16 x i32> %2647, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i673.i.1 = bitcast <16 x i32> %2648 to <32 x bfloat>
-  %r.i675.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i675.i, <32 x bfloat> %x.i673.i.1, <32 x bfloat> %y.i671.i.1)
-  %2649 = getelementptr i8, ptr %gep1323.i.1, i64 512
-  %2650 = load i32, ptr %2649, align 4, !tbaa !4
-  %2651 = insertelement <16 x i32> poison, i32 %2650, i64 0
-  %2652 = shufflevector <16 x i32> %2651, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i676.i.1 = bitcast <16 x i32> %2652 to <32 x bfloat>
-  %r.i678.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i678.i, <32 x bfloat> %x.i676.i.1, <32 x bfloat> %y.i671.i.1)
-  %2653 = getelementptr i8, ptr %gep1323.i.1, i64 768
-  %2654 = load i32, ptr %2653, align 4, !tbaa !4
-  %2655 = insertelement <16 x i32> poison, i32 %2654, i64 0
-  %2656 = shufflevector <16 x i32> %2655, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i679.i.1 = bitcast <16 x i32> %2656 to <32 x bfloat>
-  %r.i681.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i681.i, <32 x bfloat> %x.i679.i.1, <32 x bfloat> %y.i671.i.1)
-  %2657 = getelementptr i8, ptr %gep1020.i.1, i64 64
-  %2658 = load <16 x i32>, ptr %2657, align 4, !tbaa !4
-  %2659 = and <16 x i32> %2658, %2640
-  %y.i683.i.1 = bitcast <16 x i32> %2659 to <32 x bfloat>
-  %r.i684.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i684.i, <32 x bfloat> %x.i670.i.1, <32 x bfloat> %y.i683.i.1)
-  %r.i687.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i687.i, <32 x bfloat> %x.i673.i.1, <32 x bfloat> %y.i683.i.1)
-  %r.i690.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i690.i, <32 x bfloat> %x.i676.i.1, <32 x bfloat> %y.i683.i.1)
-  %r.i693.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i693.i, <32 x bfloat> %x.i679.i.1, <32 x bfloat> %y.i683.i.1)
-  %indvars.iv.next1195.i.1 = add nuw nsw i64 %indvars.iv1194.i, 2
+  %gep1322.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %indvars.iv1193.i
+  %2580 = load i32, ptr %gep1322.i, align 4, !tbaa !4
+  %2581 = insertelement <16 x i32> poison, i32 %2580, i64 0
+  %2582 = shufflevector <16 x i32> %2581, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2583 = shl nuw nsw i64 %indvars.iv1193.i, 1
+  %2584 = add nuw nsw i64 %2583, %978
+  %2585 = icmp slt i64 %2584, 127
+  %2586 = or disjoint i64 %2584, 1
+  %2587 = icmp slt i64 %2586, %922
+  %2588 = and i1 %2585, %2587
+  %2589 = select i1 %2588, i32 -1, i32 65535
+  %2590 = insertelement <16 x i32> poison, i32 %2589, i64 0
+  %2591 = shufflevector <16 x i32> %2590, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2592 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2584
+  %2593 = load i64, ptr %2592, align 8, !tbaa !4
+  %gep1019.i = getelementptr i32, ptr %gep1054.i, i64 %2593
+  %2594 = load <16 x i32>, ptr %gep1019.i, align 4, !tbaa !4
+  %2595 = and <16 x i32> %2594, %2591
+  %x.i669.i = bitcast <16 x i32> %2582 to <32 x bfloat>
+  %y.i670.i = bitcast <16 x i32> %2595 to <32 x bfloat>
+  %r.i671.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.0.01006.i, <32 x bfloat> %x.i669.i, <32 x bfloat> %y.i670.i)
+  %2596 = getelementptr i8, ptr %gep1019.i, i64 64
+  %2597 = load <16 x i32>, ptr %2596, align 4, !tbaa !4
+  %2598 = and <16 x i32> %2597, %2591
+  %y.i673.i = bitcast <16 x i32> %2598 to <32 x bfloat>
+  %r.i674.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.4.01005.i, <32 x bfloat> %x.i669.i, <32 x bfloat> %y.i673.i)
+  %2599 = getelementptr i8, ptr %gep1322.i, i64 256
+  %2600 = load i32, ptr %2599, align 4, !tbaa !4
+  %2601 = insertelement <16 x i32> poison, i32 %2600, i64 0
+  %2602 = shufflevector <16 x i32> %2601, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i675.i = bitcast <16 x i32> %2602 to <32 x bfloat>
+  %r.i677.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.8.01004.i, <32 x bfloat> %x.i675.i, <32 x bfloat> %y.i670.i)
+  %r.i680.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.12.01003.i, <32 x bfloat> %x.i675.i, <32 x bfloat> %y.i673.i)
+  %2603 = getelementptr i8, ptr %gep1322.i, i64 512
+  %2604 = load i32, ptr %2603, align 4, !tbaa !4
+  %2605 = insertelement <16 x i32> poison, i32 %2604, i64 0
+  %2606 = shufflevector <16 x i32> %2605, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i681.i = bitcast <16 x i32> %2606 to <32 x bfloat>
+  %r.i683.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.16.01002.i, <32 x bfloat> %x.i681.i, <32 x bfloat> %y.i670.i)
+  %r.i686.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.20.01001.i, <32 x bfloat> %x.i681.i, <32 x bfloat> %y.i673.i)
+  %2607 = getelementptr i8, ptr %gep1322.i, i64 768
+  %2608 = load i32, ptr %2607, align 4, !tbaa !4
+  %2609 = insertelement <16 x i32> poison, i32 %2608, i64 0
+  %2610 = shufflevector <16 x i32> %2609, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i687.i = bitcast <16 x i32> %2610 to <32 x bfloat>
+  %r.i689.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.24.01000.i, <32 x bfloat> %x.i687.i, <32 x bfloat> %y.i670.i)
+  %r.i692.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.28.0999.i, <32 x bfloat> %x.i687.i, <32 x bfloat> %y.i673.i)
+  %indvars.iv.next1194.i = or disjoint i64 %indvars.iv1193.i, 1
+  %gep1322.i.1 = getelementptr i32, ptr %invariant.gep1321.i, i64 %indvars.iv.next1194.i
+  %2611 = load i32, ptr %gep1322.i.1, align 4, !tbaa !4
+  %2612 = insertelement <16 x i32> poison, i32 %2611, i64 0
+  %2613 = shufflevector <16 x i32> %2612, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2614 = shl nuw nsw i64 %indvars.iv.next1194.i, 1
+  %2615 = add nuw nsw i64 %2614, %978
+  %2616 = icmp slt i64 %2615, 127
+  %2617 = or disjoint i64 %2615, 1
+  %2618 = icmp slt i64 %2617, %922
+  %2619 = and i1 %2616, %2618
+  %2620 = select i1 %2619, i32 -1, i32 65535
+  %2621 = insertelement <16 x i32> poison, i32 %2620, i64 0
+  %2622 = shufflevector <16 x i32> %2621, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2623 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2615
+  %2624 = load i64, ptr %2623, align 8, !tbaa !4
+  %gep1019.i.1 = getelementptr i32, ptr %gep1054.i, i64 %2624
+  %2625 = load <16 x i32>, ptr %gep1019.i.1, align 4, !tbaa !4
+  %2626 = and <16 x i32> %2625, %2622
+  %x.i669.i.1 = bitcast <16 x i32> %2613 to <32 x bfloat>
+  %y.i670.i.1 = bitcast <16 x i32> %2626 to <32 x bfloat>
+  %r.i671.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.i, <32 x bfloat> %x.i669.i.1, <32 x bfloat> %y.i670.i.1)
+  %2627 = getelementptr i8, ptr %gep1019.i.1, i64 64
+  %2628 = load <16 x i32>, ptr %2627, align 4, !tbaa !4
+  %2629 = and <16 x i32> %2628, %2622
+  %y.i673.i.1 = bitcast <16 x i32> %2629 to <32 x bfloat>
+  %r.i674.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.i, <32 x bfloat> %x.i669.i.1, <32 x bfloat> %y.i673.i.1)
+  %2630 = getelementptr i8, ptr %gep1322.i.1, i64 256
+  %2631 = load i32, ptr %2630, align 4, !tbaa !4
+  %2632 = insertelement <16 x i32> poison, i32 %2631, i64 0
+  %2633 = shufflevector <16 x i32> %2632, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i675.i.1 = bitcast <16 x i32> %2633 to <32 x bfloat>
+  %r.i677.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.i, <32 x bfloat> %x.i675.i.1, <32 x bfloat> %y.i670.i.1)
+  %r.i680.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.i, <32 x bfloat> %x.i675.i.1, <32 x bfloat> %y.i673.i.1)
+  %2634 = getelementptr i8, ptr %gep1322.i.1, i64 512
+  %2635 = load i32, ptr %2634, align 4, !tbaa !4
+  %2636 = insertelement <16 x i32> poison, i32 %2635, i64 0
+  %2637 = shufflevector <16 x i32> %2636, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i681.i.1 = bitcast <16 x i32> %2637 to <32 x bfloat>
+  %r.i683.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.i, <32 x bfloat> %x.i681.i.1, <32 x bfloat> %y.i670.i.1)
+  %r.i686.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.i, <32 x bfloat> %x.i681.i.1, <32 x bfloat> %y.i673.i.1)
+  %2638 = getelementptr i8, ptr %gep1322.i.1, i64 768
+  %2639 = load i32, ptr %2638, align 4, !tbaa !4
+  %2640 = insertelement <16 x i32> poison, i32 %2639, i64 0
+  %2641 = shufflevector <16 x i32> %2640, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i687.i.1 = bitcast <16 x i32> %2641 to <32 x bfloat>
+  %r.i689.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.i, <32 x bfloat> %x.i687.i.1, <32 x bfloat> %y.i670.i.1)
+  %r.i692.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i692.i, <32 x bfloat> %x.i687.i.1, <32 x bfloat> %y.i673.i.1)
+  %indvars.iv.next1194.i.1 = add nuw nsw i64 %indvars.iv1193.i, 2
   %niter191.next.1 = add nuw i64 %niter191, 2
   %niter191.ncmp.1 = icmp eq i64 %niter191.next.1, %unroll_iter190
   br i1 %niter191.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !82, !llvm.loop !83
@@ -5842,386 +5824,386 @@ for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
   br i1 %lcmp.mod180.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !35
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv1194.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1195.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.0.01007.i.epil.init = phi <16 x float> [ %full_acc215.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i672.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.4.01006.i.epil.init = phi <16 x float> [ %full_acc215.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i684.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.8.01005.i.epil.init = phi <16 x float> [ %full_acc215.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i675.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.12.01004.i.epil.init = phi <16 x float> [ %full_acc215.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i687.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.16.01003.i.epil.init = phi <16 x float> [ %full_acc215.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i678.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.20.01002.i.epil.init = phi <16 x float> [ %full_acc215.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i690.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.24.01001.i.epil.init = phi <16 x float> [ %full_acc215.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i681.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc216.sroa.28.01000.i.epil.init = phi <16 x float> [ %full_acc215.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i693.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %indvars.iv1193.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1194.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.0.01006.i.epil.init = phi <16 x float> [ %full_acc214.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.4.01005.i.epil.init = phi <16 x float> [ %full_acc214.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.8.01004.i.epil.init = phi <16 x float> [ %full_acc214.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.12.01003.i.epil.init = phi <16 x float> [ %full_acc214.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.16.01002.i.epil.init = phi <16 x float> [ %full_acc214.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.20.01001.i.epil.init = phi <16 x float> [ %full_acc214.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.24.01000.i.epil.init = phi <16 x float> [ %full_acc214.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc215.sroa.28.0999.i.epil.init = phi <16 x float> [ %full_acc214.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i692.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod189)
-  %gep1323.i.epil = getelementptr i32, ptr %invariant.gep1322.i, i64 %indvars.iv1194.i.epil.init
-  %2660 = load i32, ptr %gep1323.i.epil, align 4, !tbaa !4
-  %2661 = insertelement <16 x i32> poison, i32 %2660, i64 0
-  %2662 = shufflevector <16 x i32> %2661, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2663 = shl nuw nsw i64 %indvars.iv1194.i.epil.init, 1
-  %2664 = add nuw nsw i64 %2663, %978
-  %2665 = icmp slt i64 %2664, 127
-  %2666 = or disjoint i64 %2664, 1
-  %2667 = icmp slt i64 %2666, %922
-  %2668 = and i1 %2665, %2667
-  %2669 = select i1 %2668, i32 -1, i32 65535
-  %2670 = insertelement <16 x i32> poison, i32 %2669, i64 0
-  %2671 = shufflevector <16 x i32> %2670, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2672 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2664
-  %2673 = load i64, ptr %2672, align 8, !tbaa !4
-  %gep1020.i.epil = getelementptr i32, ptr %gep1055.i, i64 %2673
-  %2674 = load <16 x i32>, ptr %gep1020.i.epil, align 4, !tbaa !4
-  %2675 = and <16 x i32> %2674, %2671
-  %x.i670.i.epil = bitcast <16 x i32> %2662 to <32 x bfloat>
-  %y.i671.i.epil = bitcast <16 x i32> %2675 to <32 x bfloat>
-  %r.i672.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.0.01007.i.epil.init, <32 x bfloat> %x.i670.i.epil, <32 x bfloat> %y.i671.i.epil)
-  %2676 = getelementptr i8, ptr %gep1323.i.epil, i64 256
-  %2677 = load i32, ptr %2676, align 4, !tbaa !4
-  %2678 = insertelement <16 x i32> poison, i32 %2677, i64 0
-  %2679 = shufflevector <16 x i32> %2678, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i673.i.epil = bitcast <16 x i32> %2679 to <32 x bfloat>
-  %r.i675.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.8.01005.i.epil.init, <32 x bfloat> %x.i673.i.epil, <32 x bfloat> %y.i671.i.epil)
-  %2680 = getelementptr i8, ptr %gep1323.i.epil, i64 512
-  %2681 = load i32, ptr %2680, align 4, !tbaa !4
-  %2682 = insertelement <16 x i32> poison, i32 %2681, i64 0
-  %2683 = shufflevector <16 x i32> %2682, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i676.i.epil = bitcast <16 x i32> %2683 to <32 x bfloat>
-  %r.i678.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.16.01003.i.epil.init, <32 x bfloat> %x.i676.i.epil, <32 x bfloat> %y.i671.i.epil)
-  %2684 = getelementptr i8, ptr %gep1323.i.epil, i64 768
-  %2685 = load i32, ptr %2684, align 4, !tbaa !4
-  %2686 = insertelement <16 x i32> poison, i32 %2685, i64 0
-  %2687 = shufflevector <16 x i32> %2686, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i679.i.epil = bitcast <16 x i32> %2687 to <32 x bfloat>
-  %r.i681.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.24.01001.i.epil.init, <32 x bfloat> %x.i679.i.epil, <32 x bfloat> %y.i671.i.epil)
-  %2688 = getelementptr i8, ptr %gep1020.i.epil, i64 64
-  %2689 = load <16 x i32>, ptr %2688, align 4, !tbaa !4
-  %2690 = and <16 x i32> %2689, %2671
-  %y.i683.i.epil = bitcast <16 x i32> %2690 to <32 x bfloat>
-  %r.i684.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.4.01006.i.epil.init, <32 x bfloat> %x.i670.i.epil, <32 x bfloat> %y.i683.i.epil)
-  %r.i687.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.12.01004.i.epil.init, <32 x bfloat> %x.i673.i.epil, <32 x bfloat> %y.i683.i.epil)
-  %r.i690.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.20.01002.i.epil.init, <32 x bfloat> %x.i676.i.epil, <32 x bfloat> %y.i683.i.epil)
-  %r.i693.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc216.sroa.28.01000.i.epil.init, <32 x bfloat> %x.i679.i.epil, <32 x bfloat> %y.i683.i.epil)
+  %gep1322.i.epil = getelementptr i32, ptr %invariant.gep1321.i, i64 %indvars.iv1193.i.epil.init
+  %2642 = load i32, ptr %gep1322.i.epil, align 4, !tbaa !4
+  %2643 = insertelement <16 x i32> poison, i32 %2642, i64 0
+  %2644 = shufflevector <16 x i32> %2643, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2645 = shl nuw nsw i64 %indvars.iv1193.i.epil.init, 1
+  %2646 = add nuw nsw i64 %2645, %978
+  %2647 = icmp slt i64 %2646, 127
+  %2648 = or disjoint i64 %2646, 1
+  %2649 = icmp slt i64 %2648, %922
+  %2650 = and i1 %2647, %2649
+  %2651 = select i1 %2650, i32 -1, i32 65535
+  %2652 = insertelement <16 x i32> poison, i32 %2651, i64 0
+  %2653 = shufflevector <16 x i32> %2652, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2654 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2646
+  %2655 = load i64, ptr %2654, align 8, !tbaa !4
+  %gep1019.i.epil = getelementptr i32, ptr %gep1054.i, i64 %2655
+  %2656 = load <16 x i32>, ptr %gep1019.i.epil, align 4, !tbaa !4
+  %2657 = and <16 x i32> %2656, %2653
+  %x.i669.i.epil = bitcast <16 x i32> %2644 to <32 x bfloat>
+  %y.i670.i.epil = bitcast <16 x i32> %2657 to <32 x bfloat>
+  %r.i671.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.0.01006.i.epil.init, <32 x bfloat> %x.i669.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %2658 = getelementptr i8, ptr %gep1019.i.epil, i64 64
+  %2659 = load <16 x i32>, ptr %2658, align 4, !tbaa !4
+  %2660 = and <16 x i32> %2659, %2653
+  %y.i673.i.epil = bitcast <16 x i32> %2660 to <32 x bfloat>
+  %r.i674.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.4.01005.i.epil.init, <32 x bfloat> %x.i669.i.epil, <32 x bfloat> %y.i673.i.epil)
+  %2661 = getelementptr i8, ptr %gep1322.i.epil, i64 256
+  %2662 = load i32, ptr %2661, align 4, !tbaa !4
+  %2663 = insertelement <16 x i32> poison, i32 %2662, i64 0
+  %2664 = shufflevector <16 x i32> %2663, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i675.i.epil = bitcast <16 x i32> %2664 to <32 x bfloat>
+  %r.i677.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.8.01004.i.epil.init, <32 x bfloat> %x.i675.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %r.i680.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.12.01003.i.epil.init, <32 x bfloat> %x.i675.i.epil, <32 x bfloat> %y.i673.i.epil)
+  %2665 = getelementptr i8, ptr %gep1322.i.epil, i64 512
+  %2666 = load i32, ptr %2665, align 4, !tbaa !4
+  %2667 = insertelement <16 x i32> poison, i32 %2666, i64 0
+  %2668 = shufflevector <16 x i32> %2667, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i681.i.epil = bitcast <16 x i32> %2668 to <32 x bfloat>
+  %r.i683.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.16.01002.i.epil.init, <32 x bfloat> %x.i681.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %r.i686.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.20.01001.i.epil.init, <32 x bfloat> %x.i681.i.epil, <32 x bfloat> %y.i673.i.epil)
+  %2669 = getelementptr i8, ptr %gep1322.i.epil, i64 768
+  %2670 = load i32, ptr %2669, align 4, !tbaa !4
+  %2671 = insertelement <16 x i32> poison, i32 %2670, i64 0
+  %2672 = shufflevector <16 x i32> %2671, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i687.i.epil = bitcast <16 x i32> %2672 to <32 x bfloat>
+  %r.i689.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.24.01000.i.epil.init, <32 x bfloat> %x.i687.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %r.i692.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.28.0999.i.epil.init, <32 x bfloat> %x.i687.i.epil, <32 x bfloat> %y.i673.i.epil)
   br label %for_end_ti.i
 
-for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.preheader, %for_end_ti.i.loopexit.unr-lcssa, %for_end_to123.i
-  %tile_acc216.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.238.0.lcssa.i, %for_end_to123.i ], [ %r.i693.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i693.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc216.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.204.0.lcssa.i, %for_end_to123.i ], [ %r.i681.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i681.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc216.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.170.0.lcssa.i, %for_end_to123.i ], [ %r.i690.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i690.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc216.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.136.0.lcssa.i, %for_end_to123.i ], [ %r.i678.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i678.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc216.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.102.0.lcssa.i, %for_end_to123.i ], [ %r.i687.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i687.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc216.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.68.0.lcssa.i, %for_end_to123.i ], [ %r.i675.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i675.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc216.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.34.0.lcssa.i, %for_end_to123.i ], [ %r.i684.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i684.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc216.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc215.sroa.0.0.lcssa.i, %for_end_to123.i ], [ %r.i672.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i672.i.epil, %for_body_ti.i.epil.preheader ]
-  %2691 = shl nuw nsw i64 %indvars.iv1197.i, 5
-  %2692 = add nuw nsw i64 %2691, %2156
-  %2693 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2692
-  br i1 %970, label %if_then147.i, label %if_end146.if_end148_crit_edge.i, !prof !7
+for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.preheader, %for_end_ti.i.loopexit.unr-lcssa, %for_end_to127.i
+  %tile_acc215.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.238.0.lcssa.i, %for_end_to127.i ], [ %r.i692.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i692.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc215.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.204.0.lcssa.i, %for_end_to127.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i689.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc215.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.170.0.lcssa.i, %for_end_to127.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i686.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc215.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.136.0.lcssa.i, %for_end_to127.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i683.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc215.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.102.0.lcssa.i, %for_end_to127.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i680.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc215.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.68.0.lcssa.i, %for_end_to127.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i677.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc215.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.34.0.lcssa.i, %for_end_to127.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i674.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc215.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.0.0.lcssa.i, %for_end_to127.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i671.i.epil, %for_body_ti.i.epil.preheader ]
+  %2673 = shl nuw nsw i64 %indvars.iv1196.i, 5
+  %2674 = add nuw nsw i64 %2673, %2138
+  %2675 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2674
+  br i1 %970, label %if_then146.i, label %if_end145.if_end147_crit_edge.i, !prof !7
 
-if_end146.if_end148_crit_edge.i:                  ; preds = %for_end_ti.i
-  %2694 = load <16 x float>, ptr %2693, align 4, !tbaa !4
-  %2695 = fmul <16 x float> %2157, %2694
-  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.0.0.lcssa.i, <16 x float> %2695)
-  store <16 x float> %2696, ptr %2693, align 4, !tbaa !4
-  %2697 = getelementptr inbounds nuw i8, ptr %2693, i64 64
-  %2698 = load <16 x float>, ptr %2697, align 4, !tbaa !4
-  %2699 = fmul <16 x float> %2157, %2698
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.4.0.lcssa.i, <16 x float> %2699)
-  store <16 x float> %2700, ptr %2697, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2693, i64 512
+if_end145.if_end147_crit_edge.i:                  ; preds = %for_end_ti.i
+  %2676 = load <16 x float>, ptr %2675, align 4, !tbaa !4
+  %2677 = fmul <16 x float> %2139, %2676
+  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.0.0.lcssa.i, <16 x float> %2677)
+  store <16 x float> %2678, ptr %2675, align 4, !tbaa !4
+  %2679 = getelementptr inbounds nuw i8, ptr %2675, i64 64
+  %2680 = load <16 x float>, ptr %2679, align 4, !tbaa !4
+  %2681 = fmul <16 x float> %2139, %2680
+  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.4.0.lcssa.i, <16 x float> %2681)
+  store <16 x float> %2682, ptr %2679, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2675, i64 512
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1263.i = fmul <16 x float> %2159, %.pre.i
-  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.8.0.lcssa.i, <16 x float> %.pre1263.i)
-  store <16 x float> %2701, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %2702 = getelementptr inbounds nuw i8, ptr %2693, i64 576
-  %2703 = load <16 x float>, ptr %2702, align 4, !tbaa !4
-  %2704 = fmul <16 x float> %2159, %2703
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.12.0.lcssa.i, <16 x float> %2704)
-  store <16 x float> %2705, ptr %2702, align 4, !tbaa !4
-  %.phi.trans.insert1257.i = getelementptr inbounds nuw i8, ptr %2693, i64 1024
-  %.pre1258.i = load <16 x float>, ptr %.phi.trans.insert1257.i, align 4, !tbaa !4
-  %.pre1264.i = fmul <16 x float> %2161, %.pre1258.i
-  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.16.0.lcssa.i, <16 x float> %.pre1264.i)
-  store <16 x float> %2706, ptr %.phi.trans.insert1257.i, align 4, !tbaa !4
-  %2707 = getelementptr inbounds nuw i8, ptr %2693, i64 1088
-  %2708 = load <16 x float>, ptr %2707, align 4, !tbaa !4
-  %2709 = fmul <16 x float> %2161, %2708
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.20.0.lcssa.i, <16 x float> %2709)
-  store <16 x float> %2710, ptr %2707, align 4, !tbaa !4
-  %.phi.trans.insert1259.i = getelementptr inbounds nuw i8, ptr %2693, i64 1536
-  %.pre1260.i = load <16 x float>, ptr %.phi.trans.insert1259.i, align 4, !tbaa !4
-  %2711 = fmul <16 x float> %2163, %.pre1260.i
-  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %tile_acc216.sroa.24.0.lcssa.i, <16 x float> %2711)
-  store <16 x float> %2712, ptr %.phi.trans.insert1259.i, align 4, !tbaa !4
-  %.phi.trans.insert1261.i = getelementptr inbounds nuw i8, ptr %2693, i64 1600
-  %.pre1262.i = load <16 x float>, ptr %.phi.trans.insert1261.i, align 4, !tbaa !4
-  %.pre = fmul <16 x float> %2163, %.pre1262.i
-  br label %if_end148.i
+  %.pre1262.i = fmul <16 x float> %2141, %.pre.i
+  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.8.0.lcssa.i, <16 x float> %.pre1262.i)
+  store <16 x float> %2683, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %2684 = getelementptr inbounds nuw i8, ptr %2675, i64 576
+  %2685 = load <16 x float>, ptr %2684, align 4, !tbaa !4
+  %2686 = fmul <16 x float> %2141, %2685
+  %2687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.12.0.lcssa.i, <16 x float> %2686)
+  store <16 x float> %2687, ptr %2684, align 4, !tbaa !4
+  %.phi.trans.insert1256.i = getelementptr inbounds nuw i8, ptr %2675, i64 1024
+  %.pre1257.i = load <16 x float>, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
+  %.pre1263.i = fmul <16 x float> %2143, %.pre1257.i
+  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.16.0.lcssa.i, <16 x float> %.pre1263.i)
+  store <16 x float> %2688, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
+  %2689 = getelementptr inbounds nuw i8, ptr %2675, i64 1088
+  %2690 = load <16 x float>, ptr %2689, align 4, !tbaa !4
+  %2691 = fmul <16 x float> %2143, %2690
+  %2692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.20.0.lcssa.i, <16 x float> %2691)
+  store <16 x float> %2692, ptr %2689, align 4, !tbaa !4
+  %.phi.trans.insert1258.i = getelementptr inbounds nuw i8, ptr %2675, i64 1536
+  %.pre1259.i = load <16 x float>, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
+  %2693 = fmul <16 x float> %2145, %.pre1259.i
+  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %tile_acc215.sroa.24.0.lcssa.i, <16 x float> %2693)
+  store <16 x float> %2694, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
+  %.phi.trans.insert1260.i = getelementptr inbounds nuw i8, ptr %2675, i64 1600
+  %.pre1261.i = load <16 x float>, ptr %.phi.trans.insert1260.i, align 4, !tbaa !4
+  %.pre = fmul <16 x float> %2145, %.pre1261.i
+  br label %if_end147.i
 
-if_then147.i:                                     ; preds = %for_end_ti.i
-  %2713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.0.0.lcssa.i, <16 x float> %2166)
-  store <16 x float> %2713, ptr %2693, align 4, !tbaa !4
-  %2714 = getelementptr inbounds nuw i8, ptr %2693, i64 64
-  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %tile_acc216.sroa.4.0.lcssa.i, <16 x float> %2166)
-  store <16 x float> %2715, ptr %2714, align 4, !tbaa !4
-  %2716 = getelementptr inbounds nuw i8, ptr %2693, i64 512
-  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.8.0.lcssa.i, <16 x float> %2167)
-  store <16 x float> %2717, ptr %2716, align 4, !tbaa !4
-  %2718 = getelementptr inbounds nuw i8, ptr %2693, i64 576
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %tile_acc216.sroa.12.0.lcssa.i, <16 x float> %2167)
-  store <16 x float> %2719, ptr %2718, align 4, !tbaa !4
-  %2720 = getelementptr inbounds nuw i8, ptr %2693, i64 1024
-  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.16.0.lcssa.i, <16 x float> %2168)
-  store <16 x float> %2721, ptr %2720, align 4, !tbaa !4
-  %2722 = getelementptr inbounds nuw i8, ptr %2693, i64 1088
-  %2723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %tile_acc216.sroa.20.0.lcssa.i, <16 x float> %2168)
-  store <16 x float> %2723, ptr %2722, align 4, !tbaa !4
-  %2724 = getelementptr inbounds nuw i8, ptr %2693, i64 1536
-  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %tile_acc216.sroa.24.0.lcssa.i, <16 x float> %2169)
-  store <16 x float> %2725, ptr %2724, align 4, !tbaa !4
-  br label %if_end148.i
+if_then146.i:                                     ; preds = %for_end_ti.i
+  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.0.0.lcssa.i, <16 x float> %2148)
+  store <16 x float> %2695, ptr %2675, align 4, !tbaa !4
+  %2696 = getelementptr inbounds nuw i8, ptr %2675, i64 64
+  %2697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.4.0.lcssa.i, <16 x float> %2148)
+  store <16 x float> %2697, ptr %2696, align 4, !tbaa !4
+  %2698 = getelementptr inbounds nuw i8, ptr %2675, i64 512
+  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.8.0.lcssa.i, <16 x float> %2149)
+  store <16 x float> %2699, ptr %2698, align 4, !tbaa !4
+  %2700 = getelementptr inbounds nuw i8, ptr %2675, i64 576
+  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.12.0.lcssa.i, <16 x float> %2149)
+  store <16 x float> %2701, ptr %2700, align 4, !tbaa !4
+  %2702 = getelementptr inbounds nuw i8, ptr %2675, i64 1024
+  %2703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.16.0.lcssa.i, <16 x float> %2150)
+  store <16 x float> %2703, ptr %2702, align 4, !tbaa !4
+  %2704 = getelementptr inbounds nuw i8, ptr %2675, i64 1088
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.20.0.lcssa.i, <16 x float> %2150)
+  store <16 x float> %2705, ptr %2704, align 4, !tbaa !4
+  %2706 = getelementptr inbounds nuw i8, ptr %2675, i64 1536
+  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %tile_acc215.sroa.24.0.lcssa.i, <16 x float> %2151)
+  store <16 x float> %2707, ptr %2706, align 4, !tbaa !4
+  br label %if_end147.i
 
-if_end148.i:                                      ; preds = %if_then147.i, %if_end146.if_end148_crit_edge.i
-  %.pre-phi = phi <16 x float> [ %2169, %if_then147.i ], [ %.pre, %if_end146.if_end148_crit_edge.i ]
-  %2726 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2692
-  %2727 = getelementptr inbounds nuw i8, ptr %2726, i64 1600
-  %2728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %tile_acc216.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
-  store <16 x float> %2728, ptr %2727, align 4, !tbaa !4
-  %indvars.iv.next1198.i = add nuw nsw i64 %indvars.iv1197.i, 1
-  %exitcond1200.not.i = icmp eq i64 %indvars.iv.next1198.i, 4
-  br i1 %exitcond1200.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
+if_end147.i:                                      ; preds = %if_then146.i, %if_end145.if_end147_crit_edge.i
+  %.pre-phi = phi <16 x float> [ %2151, %if_then146.i ], [ %.pre, %if_end145.if_end147_crit_edge.i ]
+  %2708 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2674
+  %2709 = getelementptr inbounds nuw i8, ptr %2708, i64 1600
+  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %tile_acc215.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
+  store <16 x float> %2710, ptr %2709, align 4, !tbaa !4
+  %indvars.iv.next1197.i = add nuw nsw i64 %indvars.iv1196.i, 1
+  %exitcond1199.not.i = icmp eq i64 %indvars.iv.next1197.i, 4
+  br i1 %exitcond1199.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
 
-if_end150.i:                                      ; preds = %for_end_d_0_m.i
-  %2729 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2730 = tail call i32 %2729(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not236.i = icmp eq i32 %2730, 0
-  br i1 %.not236.i, label %if_end153.i, label %fused_decode_compute_.exit, !prof !22
+if_end149.i:                                      ; preds = %for_end_d_0_m.i
+  %2711 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2712 = tail call i32 %2711(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not235.i = icmp eq i32 %2712, 0
+  br i1 %.not235.i, label %if_end152.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end153.i:                                      ; preds = %if_end150.i
-  %2731 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2732 = tail call i32 %2731(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not237.i = icmp eq i32 %2732, 0
-  br i1 %.not237.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !22
+if_end152.i:                                      ; preds = %if_end149.i
+  %2713 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2714 = tail call i32 %2713(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not236.i = icmp eq i32 %2714, 0
+  br i1 %.not236.i, label %if_end155.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end156.i:                                      ; preds = %if_end153.i
-  %2733 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2734 = tail call i32 %2733(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not238.i = icmp eq i32 %2734, 0
-  br i1 %.not238.i, label %if_end159.i, label %fused_decode_compute_.exit, !prof !22
+if_end155.i:                                      ; preds = %if_end152.i
+  %2715 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2716 = tail call i32 %2715(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not237.i = icmp eq i32 %2716, 0
+  br i1 %.not237.i, label %if_end158.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end159.i:                                      ; preds = %if_end156.i
-  %2735 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2736 = tail call i32 %2735(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not239.i = icmp eq i32 %2736, 0
-  br i1 %.not239.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
+if_end158.i:                                      ; preds = %if_end155.i
+  %2717 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2718 = tail call i32 %2717(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not238.i = icmp eq i32 %2718, 0
+  br i1 %.not238.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end165.i:                                      ; preds = %for_end_kv_head.i
-  %2737 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2738 = tail call i32 %2737(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not234.i = icmp eq i32 %2738, 0
+if_end164.i:                                      ; preds = %for_end_kv_head.i
+  %2719 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2720 = tail call i32 %2719(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not233.i = icmp eq i32 %2720, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not234.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
+  br i1 %.not233.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
 
-for_body_tile171.i:                               ; preds = %for_body_tile171.i, %for_begin_tile170.preheader.i
-  %indvars.iv1225.i = phi i64 [ %indvars.iv.next1226.i, %for_body_tile171.i ], [ 0, %for_begin_tile170.preheader.i ]
-  %2739 = shl nuw nsw i64 %indvars.iv1225.i, 2
-  %2740 = add nuw nsw i64 %2739, %541
-  %2741 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2739
-  %2742 = load float, ptr %2741, align 16, !tbaa !25
-  %2743 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2740
-  store float %2742, ptr %2743, align 4, !tbaa !4
-  %2744 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2739
-  %2745 = load float, ptr %2744, align 16, !tbaa !23
-  %2746 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2740
-  store float %2745, ptr %2746, align 4, !tbaa !4
-  %2747 = or disjoint i64 %2739, 1
-  %2748 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2747
-  %2749 = load float, ptr %2748, align 4, !tbaa !25
-  %2750 = or disjoint i64 %2740, 1
-  %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2750
-  store float %2749, ptr %2751, align 4, !tbaa !4
-  %2752 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2747
-  %2753 = load float, ptr %2752, align 4, !tbaa !23
-  %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2750
-  store float %2753, ptr %2754, align 4, !tbaa !4
-  %2755 = or disjoint i64 %2739, 2
-  %2756 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2755
-  %2757 = load float, ptr %2756, align 8, !tbaa !25
-  %2758 = or disjoint i64 %2740, 2
-  %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
-  store float %2757, ptr %2759, align 4, !tbaa !4
-  %2760 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2755
-  %2761 = load float, ptr %2760, align 8, !tbaa !23
-  %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
-  store float %2761, ptr %2762, align 4, !tbaa !4
-  %2763 = or disjoint i64 %2739, 3
-  %2764 = getelementptr inbounds nuw float, ptr %row_max230.i, i64 %2763
-  %2765 = load float, ptr %2764, align 4, !tbaa !25
-  %2766 = or disjoint i64 %2740, 3
-  %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
-  store float %2765, ptr %2767, align 4, !tbaa !4
-  %2768 = getelementptr inbounds nuw float, ptr %row_sum229.i, i64 %2763
-  %2769 = load float, ptr %2768, align 4, !tbaa !23
-  %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
-  store float %2769, ptr %2770, align 4, !tbaa !4
-  %2771 = shl nuw nsw i64 %indvars.iv1225.i, 9
-  %2772 = getelementptr inbounds nuw float, ptr %542, i64 %2771
-  %2773 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2771
-  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !4
-  store <16 x float> %2774, ptr %2772, align 4, !tbaa !4
-  %2775 = getelementptr inbounds nuw i8, ptr %2773, i64 64
+for_body_tile170.i:                               ; preds = %for_body_tile170.i, %for_begin_tile169.preheader.i
+  %indvars.iv1224.i = phi i64 [ %indvars.iv.next1225.i, %for_body_tile170.i ], [ 0, %for_begin_tile169.preheader.i ]
+  %2721 = shl nuw nsw i64 %indvars.iv1224.i, 2
+  %2722 = add nuw nsw i64 %2721, %541
+  %2723 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2721
+  %2724 = load float, ptr %2723, align 16, !tbaa !25
+  %2725 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2722
+  store float %2724, ptr %2725, align 4, !tbaa !4
+  %2726 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2721
+  %2727 = load float, ptr %2726, align 16, !tbaa !23
+  %2728 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2722
+  store float %2727, ptr %2728, align 4, !tbaa !4
+  %2729 = or disjoint i64 %2721, 1
+  %2730 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2729
+  %2731 = load float, ptr %2730, align 4, !tbaa !25
+  %2732 = or disjoint i64 %2722, 1
+  %2733 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2732
+  store float %2731, ptr %2733, align 4, !tbaa !4
+  %2734 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2729
+  %2735 = load float, ptr %2734, align 4, !tbaa !23
+  %2736 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2732
+  store float %2735, ptr %2736, align 4, !tbaa !4
+  %2737 = or disjoint i64 %2721, 2
+  %2738 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2737
+  %2739 = load float, ptr %2738, align 8, !tbaa !25
+  %2740 = or disjoint i64 %2722, 2
+  %2741 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2740
+  store float %2739, ptr %2741, align 4, !tbaa !4
+  %2742 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2737
+  %2743 = load float, ptr %2742, align 8, !tbaa !23
+  %2744 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2740
+  store float %2743, ptr %2744, align 4, !tbaa !4
+  %2745 = or disjoint i64 %2721, 3
+  %2746 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2745
+  %2747 = load float, ptr %2746, align 4, !tbaa !25
+  %2748 = or disjoint i64 %2722, 3
+  %2749 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
+  store float %2747, ptr %2749, align 4, !tbaa !4
+  %2750 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2745
+  %2751 = load float, ptr %2750, align 4, !tbaa !23
+  %2752 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
+  store float %2751, ptr %2752, align 4, !tbaa !4
+  %2753 = shl nuw nsw i64 %indvars.iv1224.i, 9
+  %2754 = getelementptr inbounds nuw float, ptr %542, i64 %2753
+  %2755 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2753
+  %2756 = load <16 x float>, ptr %2755, align 4, !tbaa !4
+  store <16 x float> %2756, ptr %2754, align 4, !tbaa !4
+  %2757 = getelementptr inbounds nuw i8, ptr %2755, i64 64
+  %2758 = load <16 x float>, ptr %2757, align 4, !tbaa !4
+  %2759 = getelementptr inbounds nuw i8, ptr %2754, i64 64
+  store <16 x float> %2758, ptr %2759, align 4, !tbaa !4
+  %2760 = getelementptr inbounds nuw i8, ptr %2755, i64 128
+  %2761 = load <16 x float>, ptr %2760, align 4, !tbaa !4
+  %2762 = getelementptr inbounds nuw i8, ptr %2754, i64 128
+  store <16 x float> %2761, ptr %2762, align 4, !tbaa !4
+  %2763 = getelementptr inbounds nuw i8, ptr %2755, i64 192
+  %2764 = load <16 x float>, ptr %2763, align 4, !tbaa !4
+  %2765 = getelementptr inbounds nuw i8, ptr %2754, i64 192
+  store <16 x float> %2764, ptr %2765, align 4, !tbaa !4
+  %2766 = getelementptr inbounds nuw i8, ptr %2755, i64 256
+  %2767 = load <16 x float>, ptr %2766, align 4, !tbaa !4
+  %2768 = getelementptr inbounds nuw i8, ptr %2754, i64 256
+  store <16 x float> %2767, ptr %2768, align 4, !tbaa !4
+  %2769 = getelementptr inbounds nuw i8, ptr %2755, i64 320
+  %2770 = load <16 x float>, ptr %2769, align 4, !tbaa !4
+  %2771 = getelementptr inbounds nuw i8, ptr %2754, i64 320
+  store <16 x float> %2770, ptr %2771, align 4, !tbaa !4
+  %2772 = getelementptr inbounds nuw i8, ptr %2755, i64 384
+  %2773 = load <16 x float>, ptr %2772, align 4, !tbaa !4
+  %2774 = getelementptr inbounds nuw i8, ptr %2754, i64 384
+  store <16 x float> %2773, ptr %2774, align 4, !tbaa !4
+  %2775 = getelementptr inbounds nuw i8, ptr %2755, i64 448
   %2776 = load <16 x float>, ptr %2775, align 4, !tbaa !4
-  %2777 = getelementptr inbounds nuw i8, ptr %2772, i64 64
+  %2777 = getelementptr inbounds nuw i8, ptr %2754, i64 448
   store <16 x float> %2776, ptr %2777, align 4, !tbaa !4
-  %2778 = getelementptr inbounds nuw i8, ptr %2773, i64 128
-  %2779 = load <16 x float>, ptr %2778, align 4, !tbaa !4
-  %2780 = getelementptr inbounds nuw i8, ptr %2772, i64 128
-  store <16 x float> %2779, ptr %2780, align 4, !tbaa !4
-  %2781 = getelementptr inbounds nuw i8, ptr %2773, i64 192
+  %2778 = getelementptr inbounds nuw i8, ptr %2754, i64 512
+  %2779 = getelementptr inbounds nuw i8, ptr %2755, i64 512
+  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !4
+  store <16 x float> %2780, ptr %2778, align 4, !tbaa !4
+  %2781 = getelementptr inbounds nuw i8, ptr %2755, i64 576
   %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !4
-  %2783 = getelementptr inbounds nuw i8, ptr %2772, i64 192
+  %2783 = getelementptr inbounds nuw i8, ptr %2754, i64 576
   store <16 x float> %2782, ptr %2783, align 4, !tbaa !4
-  %2784 = getelementptr inbounds nuw i8, ptr %2773, i64 256
+  %2784 = getelementptr inbounds nuw i8, ptr %2755, i64 640
   %2785 = load <16 x float>, ptr %2784, align 4, !tbaa !4
-  %2786 = getelementptr inbounds nuw i8, ptr %2772, i64 256
+  %2786 = getelementptr inbounds nuw i8, ptr %2754, i64 640
   store <16 x float> %2785, ptr %2786, align 4, !tbaa !4
-  %2787 = getelementptr inbounds nuw i8, ptr %2773, i64 320
+  %2787 = getelementptr inbounds nuw i8, ptr %2755, i64 704
   %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !4
-  %2789 = getelementptr inbounds nuw i8, ptr %2772, i64 320
+  %2789 = getelementptr inbounds nuw i8, ptr %2754, i64 704
   store <16 x float> %2788, ptr %2789, align 4, !tbaa !4
-  %2790 = getelementptr inbounds nuw i8, ptr %2773, i64 384
+  %2790 = getelementptr inbounds nuw i8, ptr %2755, i64 768
   %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
-  %2792 = getelementptr inbounds nuw i8, ptr %2772, i64 384
+  %2792 = getelementptr inbounds nuw i8, ptr %2754, i64 768
   store <16 x float> %2791, ptr %2792, align 4, !tbaa !4
-  %2793 = getelementptr inbounds nuw i8, ptr %2773, i64 448
+  %2793 = getelementptr inbounds nuw i8, ptr %2755, i64 832
   %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !4
-  %2795 = getelementptr inbounds nuw i8, ptr %2772, i64 448
+  %2795 = getelementptr inbounds nuw i8, ptr %2754, i64 832
   store <16 x float> %2794, ptr %2795, align 4, !tbaa !4
-  %2796 = getelementptr inbounds nuw i8, ptr %2772, i64 512
-  %2797 = getelementptr inbounds nuw i8, ptr %2773, i64 512
-  %2798 = load <16 x float>, ptr %2797, align 4, !tbaa !4
-  store <16 x float> %2798, ptr %2796, align 4, !tbaa !4
-  %2799 = getelementptr inbounds nuw i8, ptr %2773, i64 576
+  %2796 = getelementptr inbounds nuw i8, ptr %2755, i64 896
+  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !4
+  %2798 = getelementptr inbounds nuw i8, ptr %2754, i64 896
+  store <16 x float> %2797, ptr %2798, align 4, !tbaa !4
+  %2799 = getelementptr inbounds nuw i8, ptr %2755, i64 960
   %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !4
-  %2801 = getelementptr inbounds nuw i8, ptr %2772, i64 576
+  %2801 = getelementptr inbounds nuw i8, ptr %2754, i64 960
   store <16 x float> %2800, ptr %2801, align 4, !tbaa !4
-  %2802 = getelementptr inbounds nuw i8, ptr %2773, i64 640
-  %2803 = load <16 x float>, ptr %2802, align 4, !tbaa !4
-  %2804 = getelementptr inbounds nuw i8, ptr %2772, i64 640
-  store <16 x float> %2803, ptr %2804, align 4, !tbaa !4
-  %2805 = getelementptr inbounds nuw i8, ptr %2773, i64 704
+  %2802 = getelementptr inbounds nuw i8, ptr %2754, i64 1024
+  %2803 = getelementptr inbounds nuw i8, ptr %2755, i64 1024
+  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !4
+  store <16 x float> %2804, ptr %2802, align 4, !tbaa !4
+  %2805 = getelementptr inbounds nuw i8, ptr %2755, i64 1088
   %2806 = load <16 x float>, ptr %2805, align 4, !tbaa !4
-  %2807 = getelementptr inbounds nuw i8, ptr %2772, i64 704
+  %2807 = getelementptr inbounds nuw i8, ptr %2754, i64 1088
   store <16 x float> %2806, ptr %2807, align 4, !tbaa !4
-  %2808 = getelementptr inbounds nuw i8, ptr %2773, i64 768
+  %2808 = getelementptr inbounds nuw i8, ptr %2755, i64 1152
   %2809 = load <16 x float>, ptr %2808, align 4, !tbaa !4
-  %2810 = getelementptr inbounds nuw i8, ptr %2772, i64 768
+  %2810 = getelementptr inbounds nuw i8, ptr %2754, i64 1152
   store <16 x float> %2809, ptr %2810, align 4, !tbaa !4
-  %2811 = getelementptr inbounds nuw i8, ptr %2773, i64 832
+  %2811 = getelementptr inbounds nuw i8, ptr %2755, i64 1216
   %2812 = load <16 x float>, ptr %2811, align 4, !tbaa !4
-  %2813 = getelementptr inbounds nuw i8, ptr %2772, i64 832
+  %2813 = getelementptr inbounds nuw i8, ptr %2754, i64 1216
   store <16 x float> %2812, ptr %2813, align 4, !tbaa !4
-  %2814 = getelementptr inbounds nuw i8, ptr %2773, i64 896
+  %2814 = getelementptr inbounds nuw i8, ptr %2755, i64 1280
   %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !4
-  %2816 = getelementptr inbounds nuw i8, ptr %2772, i64 896
+  %2816 = getelementptr inbounds nuw i8, ptr %2754, i64 1280
   store <16 x float> %2815, ptr %2816, align 4, !tbaa !4
-  %2817 = getelementptr inbounds nuw i8, ptr %2773, i64 960
+  %2817 = getelementptr inbounds nuw i8, ptr %2755, i64 1344
   %2818 = load <16 x float>, ptr %2817, align 4, !tbaa !4
-  %2819 = getelementptr inbounds nuw i8, ptr %2772, i64 960
+  %2819 = getelementptr inbounds nuw i8, ptr %2754, i64 1344
   store <16 x float> %2818, ptr %2819, align 4, !tbaa !4
-  %2820 = getelementptr inbounds nuw i8, ptr %2772, i64 1024
-  %2821 = getelementptr inbounds nuw i8, ptr %2773, i64 1024
-  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !4
-  store <16 x float> %2822, ptr %2820, align 4, !tbaa !4
-  %2823 = getelementptr inbounds nuw i8, ptr %2773, i64 1088
+  %2820 = getelementptr inbounds nuw i8, ptr %2755, i64 1408
+  %2821 = load <16 x float>, ptr %2820, align 4, !tbaa !4
+  %2822 = getelementptr inbounds nuw i8, ptr %2754, i64 1408
+  store <16 x float> %2821, ptr %2822, align 4, !tbaa !4
+  %2823 = getelementptr inbounds nuw i8, ptr %2755, i64 1472
   %2824 = load <16 x float>, ptr %2823, align 4, !tbaa !4
-  %2825 = getelementptr inbounds nuw i8, ptr %2772, i64 1088
+  %2825 = getelementptr inbounds nuw i8, ptr %2754, i64 1472
   store <16 x float> %2824, ptr %2825, align 4, !tbaa !4
-  %2826 = getelementptr inbounds nuw i8, ptr %2773, i64 1152
-  %2827 = load <16 x float>, ptr %2826, align 4, !tbaa !4
-  %2828 = getelementptr inbounds nuw i8, ptr %2772, i64 1152
-  store <16 x float> %2827, ptr %2828, align 4, !tbaa !4
-  %2829 = getelementptr inbounds nuw i8, ptr %2773, i64 1216
+  %2826 = getelementptr inbounds nuw i8, ptr %2754, i64 1536
+  %2827 = getelementptr inbounds nuw i8, ptr %2755, i64 1536
+  %2828 = load <16 x float>, ptr %2827, align 4, !tbaa !4
+  store <16 x float> %2828, ptr %2826, align 4, !tbaa !4
+  %2829 = getelementptr inbounds nuw i8, ptr %2755, i64 1600
   %2830 = load <16 x float>, ptr %2829, align 4, !tbaa !4
-  %2831 = getelementptr inbounds nuw i8, ptr %2772, i64 1216
+  %2831 = getelementptr inbounds nuw i8, ptr %2754, i64 1600
   store <16 x float> %2830, ptr %2831, align 4, !tbaa !4
-  %2832 = getelementptr inbounds nuw i8, ptr %2773, i64 1280
+  %2832 = getelementptr inbounds nuw i8, ptr %2755, i64 1664
   %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !4
-  %2834 = getelementptr inbounds nuw i8, ptr %2772, i64 1280
+  %2834 = getelementptr inbounds nuw i8, ptr %2754, i64 1664
   store <16 x float> %2833, ptr %2834, align 4, !tbaa !4
-  %2835 = getelementptr inbounds nuw i8, ptr %2773, i64 1344
+  %2835 = getelementptr inbounds nuw i8, ptr %2755, i64 1728
   %2836 = load <16 x float>, ptr %2835, align 4, !tbaa !4
-  %2837 = getelementptr inbounds nuw i8, ptr %2772, i64 1344
+  %2837 = getelementptr inbounds nuw i8, ptr %2754, i64 1728
   store <16 x float> %2836, ptr %2837, align 4, !tbaa !4
-  %2838 = getelementptr inbounds nuw i8, ptr %2773, i64 1408
+  %2838 = getelementptr inbounds nuw i8, ptr %2755, i64 1792
   %2839 = load <16 x float>, ptr %2838, align 4, !tbaa !4
-  %2840 = getelementptr inbounds nuw i8, ptr %2772, i64 1408
+  %2840 = getelementptr inbounds nuw i8, ptr %2754, i64 1792
   store <16 x float> %2839, ptr %2840, align 4, !tbaa !4
-  %2841 = getelementptr inbounds nuw i8, ptr %2773, i64 1472
+  %2841 = getelementptr inbounds nuw i8, ptr %2755, i64 1856
   %2842 = load <16 x float>, ptr %2841, align 4, !tbaa !4
-  %2843 = getelementptr inbounds nuw i8, ptr %2772, i64 1472
+  %2843 = getelementptr inbounds nuw i8, ptr %2754, i64 1856
   store <16 x float> %2842, ptr %2843, align 4, !tbaa !4
-  %2844 = getelementptr inbounds nuw i8, ptr %2772, i64 1536
-  %2845 = getelementptr inbounds nuw i8, ptr %2773, i64 1536
-  %2846 = load <16 x float>, ptr %2845, align 4, !tbaa !4
-  store <16 x float> %2846, ptr %2844, align 4, !tbaa !4
-  %2847 = getelementptr inbounds nuw i8, ptr %2773, i64 1600
+  %2844 = getelementptr inbounds nuw i8, ptr %2755, i64 1920
+  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !4
+  %2846 = getelementptr inbounds nuw i8, ptr %2754, i64 1920
+  store <16 x float> %2845, ptr %2846, align 4, !tbaa !4
+  %2847 = getelementptr inbounds nuw i8, ptr %2755, i64 1984
   %2848 = load <16 x float>, ptr %2847, align 4, !tbaa !4
-  %2849 = getelementptr inbounds nuw i8, ptr %2772, i64 1600
+  %2849 = getelementptr inbounds nuw i8, ptr %2754, i64 1984
   store <16 x float> %2848, ptr %2849, align 4, !tbaa !4
-  %2850 = getelementptr inbounds nuw i8, ptr %2773, i64 1664
-  %2851 = load <16 x float>, ptr %2850, align 4, !tbaa !4
-  %2852 = getelementptr inbounds nuw i8, ptr %2772, i64 1664
-  store <16 x float> %2851, ptr %2852, align 4, !tbaa !4
-  %2853 = getelementptr inbounds nuw i8, ptr %2773, i64 1728
-  %2854 = load <16 x float>, ptr %2853, align 4, !tbaa !4
-  %2855 = getelementptr inbounds nuw i8, ptr %2772, i64 1728
-  store <16 x float> %2854, ptr %2855, align 4, !tbaa !4
-  %2856 = getelementptr inbounds nuw i8, ptr %2773, i64 1792
-  %2857 = load <16 x float>, ptr %2856, align 4, !tbaa !4
-  %2858 = getelementptr inbounds nuw i8, ptr %2772, i64 1792
-  store <16 x float> %2857, ptr %2858, align 4, !tbaa !4
-  %2859 = getelementptr inbounds nuw i8, ptr %2773, i64 1856
-  %2860 = load <16 x float>, ptr %2859, align 4, !tbaa !4
-  %2861 = getelementptr inbounds nuw i8, ptr %2772, i64 1856
-  store <16 x float> %2860, ptr %2861, align 4, !tbaa !4
-  %2862 = getelementptr inbounds nuw i8, ptr %2773, i64 1920
-  %2863 = load <16 x float>, ptr %2862, align 4, !tbaa !4
-  %2864 = getelementptr inbounds nuw i8, ptr %2772, i64 1920
-  store <16 x float> %2863, ptr %2864, align 4, !tbaa !4
-  %2865 = getelementptr inbounds nuw i8, ptr %2773, i64 1984
-  %2866 = load <16 x float>, ptr %2865, align 4, !tbaa !4
-  %2867 = getelementptr inbounds nuw i8, ptr %2772, i64 1984
-  store <16 x float> %2866, ptr %2867, align 4, !tbaa !4
-  %indvars.iv.next1226.i = add nuw nsw i64 %indvars.iv1225.i, 1
-  %exitcond1228.not.i = icmp eq i64 %indvars.iv.next1226.i, 8
-  br i1 %exitcond1228.not.i, label %for_end_tile172.i, label %for_body_tile171.i, !prof !21
+  %indvars.iv.next1225.i = add nuw nsw i64 %indvars.iv1224.i, 1
+  %exitcond1227.not.i = icmp eq i64 %indvars.iv.next1225.i, 8
+  br i1 %exitcond1227.not.i, label %for_end_tile171.i, label %for_body_tile170.i, !prof !21
 
-for_end_tile172.i:                                ; preds = %for_body_tile171.i, %if_end190.us.3.i
-  %2868 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2869 = tail call i32 %2868(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2869, 0
-  br i1 %.not.i, label %if_end207.i, label %fused_decode_compute_.exit, !prof !22
+for_end_tile171.i:                                ; preds = %for_body_tile170.i, %if_end189.us.3.i
+  %2850 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2851 = tail call i32 %2850(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2851, 0
+  br i1 %.not.i, label %if_end206.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end207.i:                                      ; preds = %for_end_tile172.i
-  %2870 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2871 = tail call i32 %2870(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not231.i = icmp eq i32 %2871, 0
-  br i1 %.not231.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
+if_end206.i:                                      ; preds = %for_end_tile171.i
+  %2852 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2853 = tail call i32 %2852(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not230.i = icmp eq i32 %2853, 0
+  br i1 %.not230.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
 
-fused_decode_compute_.exit:                       ; preds = %if_end207.i, %for_end_tile172.i, %if_end165.i, %if_end159.i, %if_end156.i, %if_end153.i, %if_end150.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end159.i ], [ -1, %if_end156.i ], [ -1, %if_end153.i ], [ -1, %if_end150.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end165.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end207.i ], [ -1, %for_end_tile172.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak223.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum224.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum229.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max230.i)
+fused_decode_compute_.exit:                       ; preds = %if_end206.i, %for_end_tile171.i, %if_end164.i, %if_end158.i, %if_end155.i, %if_end152.i, %if_end149.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end158.i ], [ -1, %if_end155.i ], [ -1, %if_end152.i ], [ -1, %if_end149.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end164.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end206.i ], [ -1, %for_end_tile171.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak222.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum223.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum228.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max229.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor46.i = alloca [32 x float], align 16
-  %beta49.i = alloca [32 x float], align 16
-  %alpha50.i = alloca [32 x float], align 16
-  %row_sum51.i = alloca [32 x float], align 16
-  %row_max52.i = alloca [32 x float], align 16
+  %factor48.i = alloca [32 x float], align 16
+  %beta51.i = alloca [32 x float], align 16
+  %alpha52.i = alloca [32 x float], align 16
+  %row_sum53.i = alloca [32 x float], align 16
+  %row_max54.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6312,11 +6294,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum51.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max52.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor48.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta51.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha52.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum53.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max54.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -6339,15 +6321,15 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r_0.i ]
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r_0.i ]
   %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total5357.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %467, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %total5559.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %461, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv69.i, 0
   %46 = insertelement <32 x i1> poison, i1 %45, i64 0
   %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
-  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5357.i
-  %48 = add nsw i64 %indvars.iv67.i, %43
+  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5559.i
+  %48 = add nsw i64 %indvars.iv69.i, %43
   %49 = shl nsw i64 %48, 5
   %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
   %51 = load <32 x float>, ptr %50, align 4, !tbaa !4
@@ -6360,789 +6342,783 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
   %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
   %58 = fsub <32 x float> %old_max.i, %m.i
-  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %60 = bitcast <32 x float> %59 to <32 x i32>
-  %61 = add nsw <32 x i32> %60, splat (i32 -1262485504)
-  %62 = sitofp <32 x i32> %61 to <32 x float>
-  %63 = fmul <32 x float> %62, splat (float 0x3F2BD01060000000)
-  %64 = fmul <32 x float> %62, splat (float 0x3FE6300000000000)
-  %65 = fsub <32 x float> %58, %64
-  %66 = fadd <32 x float> %63, %65
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %66, <32 x float> splat (float 0x3F81112100000000))
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %66, <32 x float> splat (float 0x3FA5553820000000))
-  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %66, <32 x float> splat (float 0x3FC5555540000000))
-  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %66, <32 x float> splat (float 5.000000e-01))
-  %72 = fmul <32 x float> %66, %71
-  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %66, <32 x float> %66)
-  %74 = shl <32 x i32> %60, splat (i32 23)
-  %75 = add <32 x i32> %74, splat (i32 1065353216)
-  %76 = bitcast <32 x i32> %75 to <32 x float>
-  %77 = fadd <32 x float> %73, splat (float 1.000000e+00)
-  %78 = fmul <32 x float> %77, %76
-  %79 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
-  %80 = select <32 x i1> %79, <32 x float> zeroinitializer, <32 x float> %78
-  %81 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %82 = select <32 x i1> %81, <32 x float> %80, <32 x float> zeroinitializer
-  store <32 x float> %82, ptr %alpha50.i, align 16, !tbaa !85
+  %61 = fadd <32 x float> %59, splat (float 0xC168000FE0000000)
+  %62 = fmul <32 x float> %61, splat (float 0x3F2BD01060000000)
+  %63 = fmul <32 x float> %61, splat (float 0x3FE6300000000000)
+  %64 = fsub <32 x float> %58, %63
+  %65 = fadd <32 x float> %62, %64
+  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %65, <32 x float> splat (float 0x3FA5558F20000000))
+  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %65, <32 x float> splat (float 0x3FC5554920000000))
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %65, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %70 = fmul <32 x float> %65, %65
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %70, <32 x float> %65)
+  %72 = shl <32 x i32> %60, splat (i32 23)
+  %73 = bitcast <32 x i32> %72 to <32 x float>
+  %74 = fadd <32 x float> %71, splat (float 1.000000e+00)
+  %75 = fmul <32 x float> %74, %73
+  %76 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
+  %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
+  %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
+  store <32 x float> %79, ptr %alpha52.i, align 16, !tbaa !85
   %arg2.i = fsub <32 x float> %51, %m.i
-  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %84 = bitcast <32 x float> %83 to <32 x i32>
-  %85 = add nsw <32 x i32> %84, splat (i32 -1262485504)
-  %86 = sitofp <32 x i32> %85 to <32 x float>
-  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
-  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
-  %89 = fsub <32 x float> %arg2.i, %88
-  %90 = fadd <32 x float> %87, %89
-  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3F81112100000000))
-  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FA5553820000000))
-  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FC5555540000000))
-  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %90, <32 x float> splat (float 5.000000e-01))
-  %96 = fmul <32 x float> %90, %95
-  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %90, <32 x float> %90)
-  %98 = shl <32 x i32> %84, splat (i32 23)
-  %99 = add <32 x i32> %98, splat (i32 1065353216)
-  %100 = bitcast <32 x i32> %99 to <32 x float>
-  %101 = fadd <32 x float> %97, splat (float 1.000000e+00)
-  %102 = fmul <32 x float> %101, %100
-  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
-  %105 = fcmp one <32 x float> %54, zeroinitializer
-  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta49.i, align 16, !tbaa !91
+  %80 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %81 = bitcast <32 x float> %80 to <32 x i32>
+  %82 = fadd <32 x float> %80, splat (float 0xC168000FE0000000)
+  %83 = fmul <32 x float> %82, splat (float 0x3F2BD01060000000)
+  %84 = fmul <32 x float> %82, splat (float 0x3FE6300000000000)
+  %85 = fsub <32 x float> %arg2.i, %84
+  %86 = fadd <32 x float> %83, %85
+  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %86, <32 x float> splat (float 0x3FA5558F20000000))
+  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %86, <32 x float> splat (float 0x3FC5554920000000))
+  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %86, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %91 = fmul <32 x float> %86, %86
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> %91, <32 x float> %86)
+  %93 = shl <32 x i32> %81, splat (i32 23)
+  %94 = bitcast <32 x i32> %93 to <32 x float>
+  %95 = fadd <32 x float> %92, splat (float 1.000000e+00)
+  %96 = fmul <32 x float> %95, %94
+  %97 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %98 = select <32 x i1> %97, <32 x float> zeroinitializer, <32 x float> %96
+  %99 = fcmp one <32 x float> %54, zeroinitializer
+  %100 = select <32 x i1> %99, <32 x float> %98, <32 x float> zeroinitializer
+  store <32 x float> %100, ptr %beta51.i, align 16, !tbaa !91
   %.idx.i = shl nsw i64 %48, 14
-  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %101 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !7
 
 for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
   %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
-  %108 = shl nuw nsw i64 %indvars.iv.i.us, 2
-  %109 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %108
-  %110 = load float, ptr %109, align 16, !tbaa !97
-  %111 = insertelement <16 x float> poison, float %110, i64 0
-  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
-  %113 = shl nuw nsw i64 %indvars.iv.i.us, 9
-  %114 = getelementptr float, ptr %107, i64 %113
-  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %108
-  %116 = load float, ptr %115, align 16, !tbaa !98
-  %117 = or disjoint i64 %108, 1
-  %118 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %117
-  %119 = load float, ptr %118, align 4, !tbaa !97
-  %120 = insertelement <16 x float> poison, float %119, i64 0
-  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
-  %122 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %117
-  %123 = load float, ptr %122, align 4, !tbaa !98
-  %124 = or disjoint i64 %108, 2
-  %125 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %124
-  %126 = load float, ptr %125, align 8, !tbaa !97
-  %127 = insertelement <16 x float> poison, float %126, i64 0
-  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
-  %129 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %124
-  %130 = load float, ptr %129, align 8, !tbaa !98
-  %131 = or disjoint i64 %108, 3
-  %132 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %131
-  %133 = load float, ptr %132, align 4, !tbaa !97
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %136 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %131
-  %137 = load float, ptr %136, align 4, !tbaa !98
-  %138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %113
-  %.scalar = fmul float %130, 0.000000e+00
-  %139 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar30 = fmul float %123, 0.000000e+00
-  %141 = insertelement <16 x float> poison, float %.scalar30, i64 0
-  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar31 = fmul float %116, 0.000000e+00
-  %143 = insertelement <16 x float> poison, float %.scalar31, i64 0
-  %144 = shufflevector <16 x float> %143, <16 x float> poison, <16 x i32> zeroinitializer
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !4
-  %145 = load <16 x float>, ptr %114, align 4, !tbaa !4
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %145, <16 x float> %144)
-  store <16 x float> %146, ptr %138, align 4, !tbaa !4
-  %147 = getelementptr inbounds nuw i8, ptr %138, i64 64
-  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !4
-  %148 = getelementptr i8, ptr %114, i64 64
-  %149 = load <16 x float>, ptr %148, align 4, !tbaa !4
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %149, <16 x float> %144)
-  store <16 x float> %150, ptr %147, align 4, !tbaa !4
-  %151 = getelementptr inbounds nuw i8, ptr %138, i64 512
-  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !4
-  %152 = getelementptr i8, ptr %114, i64 512
-  %153 = load <16 x float>, ptr %152, align 4, !tbaa !4
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %153, <16 x float> %142)
-  store <16 x float> %154, ptr %151, align 4, !tbaa !4
-  %155 = getelementptr inbounds nuw i8, ptr %138, i64 576
-  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !4
-  %156 = getelementptr i8, ptr %114, i64 576
-  %157 = load <16 x float>, ptr %156, align 4, !tbaa !4
-  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %157, <16 x float> %142)
-  store <16 x float> %158, ptr %155, align 4, !tbaa !4
-  %159 = getelementptr inbounds nuw i8, ptr %138, i64 1024
-  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !4
-  %160 = getelementptr i8, ptr %114, i64 1024
-  %161 = load <16 x float>, ptr %160, align 4, !tbaa !4
-  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %161, <16 x float> %140)
-  store <16 x float> %162, ptr %159, align 4, !tbaa !4
-  %163 = getelementptr inbounds nuw i8, ptr %138, i64 1088
-  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !4
-  %164 = getelementptr i8, ptr %114, i64 1088
-  %165 = load <16 x float>, ptr %164, align 4, !tbaa !4
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %165, <16 x float> %140)
-  store <16 x float> %166, ptr %163, align 4, !tbaa !4
-  %167 = getelementptr inbounds nuw i8, ptr %138, i64 1536
+  %102 = shl nuw nsw i64 %indvars.iv.i.us, 2
+  %103 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %102
+  %104 = load float, ptr %103, align 16, !tbaa !97
+  %105 = insertelement <16 x float> poison, float %104, i64 0
+  %106 = shufflevector <16 x float> %105, <16 x float> poison, <16 x i32> zeroinitializer
+  %107 = shl nuw nsw i64 %indvars.iv.i.us, 9
+  %108 = getelementptr float, ptr %101, i64 %107
+  %109 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %102
+  %110 = load float, ptr %109, align 16, !tbaa !98
+  %111 = or disjoint i64 %102, 1
+  %112 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %111
+  %113 = load float, ptr %112, align 4, !tbaa !97
+  %114 = insertelement <16 x float> poison, float %113, i64 0
+  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
+  %116 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %111
+  %117 = load float, ptr %116, align 4, !tbaa !98
+  %118 = or disjoint i64 %102, 2
+  %119 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %118
+  %120 = load float, ptr %119, align 8, !tbaa !97
+  %121 = insertelement <16 x float> poison, float %120, i64 0
+  %122 = shufflevector <16 x float> %121, <16 x float> poison, <16 x i32> zeroinitializer
+  %123 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %118
+  %124 = load float, ptr %123, align 8, !tbaa !98
+  %125 = or disjoint i64 %102, 3
+  %126 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %125
+  %127 = load float, ptr %126, align 4, !tbaa !97
+  %128 = insertelement <16 x float> poison, float %127, i64 0
+  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
+  %130 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %125
+  %131 = load float, ptr %130, align 4, !tbaa !98
+  %132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %107
+  %.scalar = fmul float %124, 0.000000e+00
+  %133 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %134 = shufflevector <16 x float> %133, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar30 = fmul float %117, 0.000000e+00
+  %135 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %110, 0.000000e+00
+  %137 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !4
+  %139 = load <16 x float>, ptr %108, align 4, !tbaa !4
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %139, <16 x float> %138)
+  store <16 x float> %140, ptr %132, align 4, !tbaa !4
+  %141 = getelementptr inbounds nuw i8, ptr %132, i64 64
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !4
+  %142 = getelementptr i8, ptr %108, i64 64
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !4
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %143, <16 x float> %138)
+  store <16 x float> %144, ptr %141, align 4, !tbaa !4
+  %145 = getelementptr inbounds nuw i8, ptr %132, i64 512
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !4
+  %146 = getelementptr i8, ptr %108, i64 512
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !4
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %147, <16 x float> %136)
+  store <16 x float> %148, ptr %145, align 4, !tbaa !4
+  %149 = getelementptr inbounds nuw i8, ptr %132, i64 576
+  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !4
+  %150 = getelementptr i8, ptr %108, i64 576
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !4
+  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %151, <16 x float> %136)
+  store <16 x float> %152, ptr %149, align 4, !tbaa !4
+  %153 = getelementptr inbounds nuw i8, ptr %132, i64 1024
+  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !4
+  %154 = getelementptr i8, ptr %108, i64 1024
+  %155 = load <16 x float>, ptr %154, align 4, !tbaa !4
+  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %155, <16 x float> %134)
+  store <16 x float> %156, ptr %153, align 4, !tbaa !4
+  %157 = getelementptr inbounds nuw i8, ptr %132, i64 1088
+  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !4
+  %158 = getelementptr i8, ptr %108, i64 1088
+  %159 = load <16 x float>, ptr %158, align 4, !tbaa !4
+  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %159, <16 x float> %134)
+  store <16 x float> %160, ptr %157, align 4, !tbaa !4
+  %161 = getelementptr inbounds nuw i8, ptr %132, i64 1536
+  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !4
+  %162 = getelementptr i8, ptr %108, i64 1536
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %.scalar34 = fmul float %131, 0.000000e+00
+  %164 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %163, <16 x float> %165)
+  store <16 x float> %166, ptr %161, align 4, !tbaa !4
+  %167 = getelementptr inbounds nuw i8, ptr %132, i64 1600
   store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !4
-  %168 = getelementptr i8, ptr %114, i64 1536
+  %168 = getelementptr i8, ptr %108, i64 1600
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
-  %.scalar34 = fmul float %137, 0.000000e+00
-  %170 = insertelement <16 x float> poison, float %.scalar34, i64 0
-  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> zeroinitializer
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %169, <16 x float> %171)
-  store <16 x float> %172, ptr %167, align 4, !tbaa !4
-  %173 = getelementptr inbounds nuw i8, ptr %138, i64 1600
-  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !4
-  %174 = getelementptr i8, ptr %114, i64 1600
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %175, <16 x float> %171)
-  store <16 x float> %176, ptr %173, align 4, !tbaa !4
-  %177 = getelementptr inbounds nuw i8, ptr %138, i64 128
-  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !4
-  %178 = getelementptr i8, ptr %114, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
-  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %179, <16 x float> %144)
-  store <16 x float> %180, ptr %177, align 4, !tbaa !4
-  %181 = getelementptr inbounds nuw i8, ptr %138, i64 192
-  store <16 x float> zeroinitializer, ptr %181, align 4, !tbaa !4
-  %182 = getelementptr i8, ptr %114, i64 192
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !4
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %183, <16 x float> %144)
-  store <16 x float> %184, ptr %181, align 4, !tbaa !4
-  %185 = getelementptr inbounds nuw i8, ptr %138, i64 640
-  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !4
-  %186 = getelementptr i8, ptr %114, i64 640
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
-  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %187, <16 x float> %142)
-  store <16 x float> %188, ptr %185, align 4, !tbaa !4
-  %189 = getelementptr inbounds nuw i8, ptr %138, i64 704
-  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !4
-  %190 = getelementptr i8, ptr %114, i64 704
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
-  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %191, <16 x float> %142)
-  store <16 x float> %192, ptr %189, align 4, !tbaa !4
-  %193 = getelementptr inbounds nuw i8, ptr %138, i64 1152
-  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !4
-  %194 = getelementptr i8, ptr %114, i64 1152
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !4
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %195, <16 x float> %140)
-  store <16 x float> %196, ptr %193, align 4, !tbaa !4
-  %197 = getelementptr inbounds nuw i8, ptr %138, i64 1216
-  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !4
-  %198 = getelementptr i8, ptr %114, i64 1216
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %199, <16 x float> %140)
-  store <16 x float> %200, ptr %197, align 4, !tbaa !4
-  %201 = getelementptr inbounds nuw i8, ptr %138, i64 1664
-  store <16 x float> zeroinitializer, ptr %201, align 4, !tbaa !4
-  %202 = getelementptr i8, ptr %114, i64 1664
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %203, <16 x float> %171)
-  store <16 x float> %204, ptr %201, align 4, !tbaa !4
-  %205 = getelementptr inbounds nuw i8, ptr %138, i64 1728
-  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !4
-  %206 = getelementptr i8, ptr %114, i64 1728
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !4
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %207, <16 x float> %171)
-  store <16 x float> %208, ptr %205, align 4, !tbaa !4
-  %209 = getelementptr inbounds nuw i8, ptr %138, i64 256
-  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !4
-  %210 = getelementptr i8, ptr %114, i64 256
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
-  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %211, <16 x float> %144)
-  store <16 x float> %212, ptr %209, align 4, !tbaa !4
-  %213 = getelementptr inbounds nuw i8, ptr %138, i64 320
-  store <16 x float> zeroinitializer, ptr %213, align 4, !tbaa !4
-  %214 = getelementptr i8, ptr %114, i64 320
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !4
-  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %215, <16 x float> %144)
-  store <16 x float> %216, ptr %213, align 4, !tbaa !4
-  %217 = getelementptr inbounds nuw i8, ptr %138, i64 768
-  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !4
-  %218 = getelementptr i8, ptr %114, i64 768
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !4
-  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %219, <16 x float> %142)
-  store <16 x float> %220, ptr %217, align 4, !tbaa !4
-  %221 = getelementptr inbounds nuw i8, ptr %138, i64 832
-  store <16 x float> zeroinitializer, ptr %221, align 4, !tbaa !4
-  %222 = getelementptr i8, ptr %114, i64 832
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !4
-  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %223, <16 x float> %142)
-  store <16 x float> %224, ptr %221, align 4, !tbaa !4
-  %225 = getelementptr inbounds nuw i8, ptr %138, i64 1280
-  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !4
-  %226 = getelementptr i8, ptr %114, i64 1280
-  %227 = load <16 x float>, ptr %226, align 4, !tbaa !4
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %227, <16 x float> %140)
-  store <16 x float> %228, ptr %225, align 4, !tbaa !4
-  %229 = getelementptr inbounds nuw i8, ptr %138, i64 1344
-  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !4
-  %230 = getelementptr i8, ptr %114, i64 1344
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !4
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %231, <16 x float> %140)
-  store <16 x float> %232, ptr %229, align 4, !tbaa !4
-  %233 = getelementptr inbounds nuw i8, ptr %138, i64 1792
-  store <16 x float> zeroinitializer, ptr %233, align 4, !tbaa !4
-  %234 = getelementptr i8, ptr %114, i64 1792
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !4
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %235, <16 x float> %171)
-  store <16 x float> %236, ptr %233, align 4, !tbaa !4
-  %237 = getelementptr inbounds nuw i8, ptr %138, i64 1856
-  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !4
-  %238 = getelementptr i8, ptr %114, i64 1856
-  %239 = load <16 x float>, ptr %238, align 4, !tbaa !4
-  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %239, <16 x float> %171)
-  store <16 x float> %240, ptr %237, align 4, !tbaa !4
-  %241 = getelementptr inbounds nuw i8, ptr %138, i64 384
-  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !4
-  %242 = getelementptr i8, ptr %114, i64 384
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !4
-  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %243, <16 x float> %144)
-  store <16 x float> %244, ptr %241, align 4, !tbaa !4
-  %245 = getelementptr inbounds nuw i8, ptr %138, i64 448
-  store <16 x float> zeroinitializer, ptr %245, align 4, !tbaa !4
-  %246 = getelementptr i8, ptr %114, i64 448
-  %247 = load <16 x float>, ptr %246, align 4, !tbaa !4
-  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %247, <16 x float> %144)
-  store <16 x float> %248, ptr %245, align 4, !tbaa !4
-  %249 = getelementptr inbounds nuw i8, ptr %138, i64 896
-  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !4
-  %250 = getelementptr i8, ptr %114, i64 896
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !4
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %251, <16 x float> %142)
-  store <16 x float> %252, ptr %249, align 4, !tbaa !4
-  %253 = getelementptr inbounds nuw i8, ptr %138, i64 960
-  store <16 x float> zeroinitializer, ptr %253, align 4, !tbaa !4
-  %254 = getelementptr i8, ptr %114, i64 960
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !4
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %255, <16 x float> %142)
-  store <16 x float> %256, ptr %253, align 4, !tbaa !4
-  %257 = getelementptr inbounds nuw i8, ptr %138, i64 1408
-  store <16 x float> zeroinitializer, ptr %257, align 4, !tbaa !4
-  %258 = getelementptr i8, ptr %114, i64 1408
-  %259 = load <16 x float>, ptr %258, align 4, !tbaa !4
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %259, <16 x float> %140)
-  store <16 x float> %260, ptr %257, align 4, !tbaa !4
-  %261 = getelementptr inbounds nuw i8, ptr %138, i64 1472
-  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !4
-  %262 = getelementptr i8, ptr %114, i64 1472
-  %263 = load <16 x float>, ptr %262, align 4, !tbaa !4
-  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %263, <16 x float> %140)
-  store <16 x float> %264, ptr %261, align 4, !tbaa !4
-  %265 = getelementptr inbounds nuw i8, ptr %138, i64 1920
-  store <16 x float> zeroinitializer, ptr %265, align 4, !tbaa !4
-  %266 = getelementptr i8, ptr %114, i64 1920
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !4
-  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %267, <16 x float> %171)
-  store <16 x float> %268, ptr %265, align 4, !tbaa !4
-  %269 = getelementptr inbounds nuw i8, ptr %138, i64 1984
-  store <16 x float> zeroinitializer, ptr %269, align 4, !tbaa !4
-  %270 = getelementptr i8, ptr %114, i64 1984
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !4
-  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %271, <16 x float> %171)
-  store <16 x float> %272, ptr %269, align 4, !tbaa !4
+  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %169, <16 x float> %165)
+  store <16 x float> %170, ptr %167, align 4, !tbaa !4
+  %171 = getelementptr inbounds nuw i8, ptr %132, i64 128
+  store <16 x float> zeroinitializer, ptr %171, align 4, !tbaa !4
+  %172 = getelementptr i8, ptr %108, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
+  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %173, <16 x float> %138)
+  store <16 x float> %174, ptr %171, align 4, !tbaa !4
+  %175 = getelementptr inbounds nuw i8, ptr %132, i64 192
+  store <16 x float> zeroinitializer, ptr %175, align 4, !tbaa !4
+  %176 = getelementptr i8, ptr %108, i64 192
+  %177 = load <16 x float>, ptr %176, align 4, !tbaa !4
+  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %177, <16 x float> %138)
+  store <16 x float> %178, ptr %175, align 4, !tbaa !4
+  %179 = getelementptr inbounds nuw i8, ptr %132, i64 640
+  store <16 x float> zeroinitializer, ptr %179, align 4, !tbaa !4
+  %180 = getelementptr i8, ptr %108, i64 640
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %181, <16 x float> %136)
+  store <16 x float> %182, ptr %179, align 4, !tbaa !4
+  %183 = getelementptr inbounds nuw i8, ptr %132, i64 704
+  store <16 x float> zeroinitializer, ptr %183, align 4, !tbaa !4
+  %184 = getelementptr i8, ptr %108, i64 704
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
+  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %185, <16 x float> %136)
+  store <16 x float> %186, ptr %183, align 4, !tbaa !4
+  %187 = getelementptr inbounds nuw i8, ptr %132, i64 1152
+  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !4
+  %188 = getelementptr i8, ptr %108, i64 1152
+  %189 = load <16 x float>, ptr %188, align 4, !tbaa !4
+  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %189, <16 x float> %134)
+  store <16 x float> %190, ptr %187, align 4, !tbaa !4
+  %191 = getelementptr inbounds nuw i8, ptr %132, i64 1216
+  store <16 x float> zeroinitializer, ptr %191, align 4, !tbaa !4
+  %192 = getelementptr i8, ptr %108, i64 1216
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
+  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %193, <16 x float> %134)
+  store <16 x float> %194, ptr %191, align 4, !tbaa !4
+  %195 = getelementptr inbounds nuw i8, ptr %132, i64 1664
+  store <16 x float> zeroinitializer, ptr %195, align 4, !tbaa !4
+  %196 = getelementptr i8, ptr %108, i64 1664
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %197, <16 x float> %165)
+  store <16 x float> %198, ptr %195, align 4, !tbaa !4
+  %199 = getelementptr inbounds nuw i8, ptr %132, i64 1728
+  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !4
+  %200 = getelementptr i8, ptr %108, i64 1728
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !4
+  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %201, <16 x float> %165)
+  store <16 x float> %202, ptr %199, align 4, !tbaa !4
+  %203 = getelementptr inbounds nuw i8, ptr %132, i64 256
+  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !4
+  %204 = getelementptr i8, ptr %108, i64 256
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %205, <16 x float> %138)
+  store <16 x float> %206, ptr %203, align 4, !tbaa !4
+  %207 = getelementptr inbounds nuw i8, ptr %132, i64 320
+  store <16 x float> zeroinitializer, ptr %207, align 4, !tbaa !4
+  %208 = getelementptr i8, ptr %108, i64 320
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !4
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %209, <16 x float> %138)
+  store <16 x float> %210, ptr %207, align 4, !tbaa !4
+  %211 = getelementptr inbounds nuw i8, ptr %132, i64 768
+  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !4
+  %212 = getelementptr i8, ptr %108, i64 768
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !4
+  %214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %213, <16 x float> %136)
+  store <16 x float> %214, ptr %211, align 4, !tbaa !4
+  %215 = getelementptr inbounds nuw i8, ptr %132, i64 832
+  store <16 x float> zeroinitializer, ptr %215, align 4, !tbaa !4
+  %216 = getelementptr i8, ptr %108, i64 832
+  %217 = load <16 x float>, ptr %216, align 4, !tbaa !4
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %217, <16 x float> %136)
+  store <16 x float> %218, ptr %215, align 4, !tbaa !4
+  %219 = getelementptr inbounds nuw i8, ptr %132, i64 1280
+  store <16 x float> zeroinitializer, ptr %219, align 4, !tbaa !4
+  %220 = getelementptr i8, ptr %108, i64 1280
+  %221 = load <16 x float>, ptr %220, align 4, !tbaa !4
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %221, <16 x float> %134)
+  store <16 x float> %222, ptr %219, align 4, !tbaa !4
+  %223 = getelementptr inbounds nuw i8, ptr %132, i64 1344
+  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !4
+  %224 = getelementptr i8, ptr %108, i64 1344
+  %225 = load <16 x float>, ptr %224, align 4, !tbaa !4
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %225, <16 x float> %134)
+  store <16 x float> %226, ptr %223, align 4, !tbaa !4
+  %227 = getelementptr inbounds nuw i8, ptr %132, i64 1792
+  store <16 x float> zeroinitializer, ptr %227, align 4, !tbaa !4
+  %228 = getelementptr i8, ptr %108, i64 1792
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !4
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %229, <16 x float> %165)
+  store <16 x float> %230, ptr %227, align 4, !tbaa !4
+  %231 = getelementptr inbounds nuw i8, ptr %132, i64 1856
+  store <16 x float> zeroinitializer, ptr %231, align 4, !tbaa !4
+  %232 = getelementptr i8, ptr %108, i64 1856
+  %233 = load <16 x float>, ptr %232, align 4, !tbaa !4
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %233, <16 x float> %165)
+  store <16 x float> %234, ptr %231, align 4, !tbaa !4
+  %235 = getelementptr inbounds nuw i8, ptr %132, i64 384
+  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !4
+  %236 = getelementptr i8, ptr %108, i64 384
+  %237 = load <16 x float>, ptr %236, align 4, !tbaa !4
+  %238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %237, <16 x float> %138)
+  store <16 x float> %238, ptr %235, align 4, !tbaa !4
+  %239 = getelementptr inbounds nuw i8, ptr %132, i64 448
+  store <16 x float> zeroinitializer, ptr %239, align 4, !tbaa !4
+  %240 = getelementptr i8, ptr %108, i64 448
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !4
+  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %241, <16 x float> %138)
+  store <16 x float> %242, ptr %239, align 4, !tbaa !4
+  %243 = getelementptr inbounds nuw i8, ptr %132, i64 896
+  store <16 x float> zeroinitializer, ptr %243, align 4, !tbaa !4
+  %244 = getelementptr i8, ptr %108, i64 896
+  %245 = load <16 x float>, ptr %244, align 4, !tbaa !4
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %245, <16 x float> %136)
+  store <16 x float> %246, ptr %243, align 4, !tbaa !4
+  %247 = getelementptr inbounds nuw i8, ptr %132, i64 960
+  store <16 x float> zeroinitializer, ptr %247, align 4, !tbaa !4
+  %248 = getelementptr i8, ptr %108, i64 960
+  %249 = load <16 x float>, ptr %248, align 4, !tbaa !4
+  %250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %249, <16 x float> %136)
+  store <16 x float> %250, ptr %247, align 4, !tbaa !4
+  %251 = getelementptr inbounds nuw i8, ptr %132, i64 1408
+  store <16 x float> zeroinitializer, ptr %251, align 4, !tbaa !4
+  %252 = getelementptr i8, ptr %108, i64 1408
+  %253 = load <16 x float>, ptr %252, align 4, !tbaa !4
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %253, <16 x float> %134)
+  store <16 x float> %254, ptr %251, align 4, !tbaa !4
+  %255 = getelementptr inbounds nuw i8, ptr %132, i64 1472
+  store <16 x float> zeroinitializer, ptr %255, align 4, !tbaa !4
+  %256 = getelementptr i8, ptr %108, i64 1472
+  %257 = load <16 x float>, ptr %256, align 4, !tbaa !4
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %257, <16 x float> %134)
+  store <16 x float> %258, ptr %255, align 4, !tbaa !4
+  %259 = getelementptr inbounds nuw i8, ptr %132, i64 1920
+  store <16 x float> zeroinitializer, ptr %259, align 4, !tbaa !4
+  %260 = getelementptr i8, ptr %108, i64 1920
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !4
+  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %261, <16 x float> %165)
+  store <16 x float> %262, ptr %259, align 4, !tbaa !4
+  %263 = getelementptr inbounds nuw i8, ptr %132, i64 1984
+  store <16 x float> zeroinitializer, ptr %263, align 4, !tbaa !4
+  %264 = getelementptr i8, ptr %108, i64 1984
+  %265 = load <16 x float>, ptr %264, align 4, !tbaa !4
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %265, <16 x float> %165)
+  store <16 x float> %266, ptr %263, align 4, !tbaa !4
   %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
   %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 8
   br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !21
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %467, %for_end_r_0.i ]
-  %m56.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  store <32 x float> %m56.lcssa.i, ptr %row_max52.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum51.i, align 16
-  %273 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %274 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %275 = select <32 x i1> %274, <32 x float> zeroinitializer, <32 x float> %273
-  store <32 x float> %275, ptr %factor46.i, align 16, !tbaa !99
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %461, %for_end_r_0.i ]
+  %m58.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m58.lcssa.i, ptr %row_max54.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum53.i, align 16
+  %267 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %268 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %269 = select <32 x i1> %268, <32 x float> zeroinitializer, <32 x float> %267
+  store <32 x float> %269, ptr %factor48.i, align 16, !tbaa !99
   %sext28 = shl i64 %20, 32
-  %276 = ashr exact i64 %sext28, 32
-  %277 = mul nsw i64 %out_batch, %276
-  %278 = getelementptr i16, ptr %out, i64 %277
-  br label %for_begin_d_031.preheader.i
+  %270 = ashr exact i64 %sext28, 32
+  %271 = mul nsw i64 %out_batch, %270
+  %272 = getelementptr i16, ptr %out, i64 %271
+  br label %for_begin_d_033.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %279 = shl nuw nsw i64 %indvars.iv.i, 2
-  %280 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %279
-  %281 = load float, ptr %280, align 16, !tbaa !97
+  %273 = shl nuw nsw i64 %indvars.iv.i, 2
+  %274 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %273
+  %275 = load float, ptr %274, align 16, !tbaa !97
+  %276 = insertelement <16 x float> poison, float %275, i64 0
+  %277 = shufflevector <16 x float> %276, <16 x float> poison, <16 x i32> zeroinitializer
+  %278 = shl nuw nsw i64 %indvars.iv.i, 9
+  %279 = getelementptr float, ptr %101, i64 %278
+  %280 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %273
+  %281 = load float, ptr %280, align 16, !tbaa !98
   %282 = insertelement <16 x float> poison, float %281, i64 0
   %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
-  %284 = shl nuw nsw i64 %indvars.iv.i, 9
-  %285 = getelementptr float, ptr %107, i64 %284
-  %286 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %279
-  %287 = load float, ptr %286, align 16, !tbaa !98
-  %288 = insertelement <16 x float> poison, float %287, i64 0
-  %289 = shufflevector <16 x float> %288, <16 x float> poison, <16 x i32> zeroinitializer
-  %290 = or disjoint i64 %279, 1
-  %291 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %290
-  %292 = load float, ptr %291, align 4, !tbaa !97
-  %293 = insertelement <16 x float> poison, float %292, i64 0
-  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
-  %295 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %290
-  %296 = load float, ptr %295, align 4, !tbaa !98
-  %297 = insertelement <16 x float> poison, float %296, i64 0
-  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
-  %299 = or disjoint i64 %279, 2
-  %300 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %299
-  %301 = load float, ptr %300, align 8, !tbaa !97
-  %302 = insertelement <16 x float> poison, float %301, i64 0
-  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
-  %304 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %299
-  %305 = load float, ptr %304, align 8, !tbaa !98
-  %306 = insertelement <16 x float> poison, float %305, i64 0
-  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
-  %308 = or disjoint i64 %279, 3
-  %309 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %308
-  %310 = load float, ptr %309, align 4, !tbaa !97
-  %311 = insertelement <16 x float> poison, float %310, i64 0
-  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
-  %313 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %308
-  %314 = load float, ptr %313, align 4, !tbaa !98
-  %315 = insertelement <16 x float> poison, float %314, i64 0
-  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
-  %317 = getelementptr inbounds nuw float, ptr %acc.i, i64 %284
-  %.pre.i = load <16 x float>, ptr %317, align 4, !tbaa !4
-  %.pre115.i = fmul <16 x float> %289, %.pre.i
-  %318 = load <16 x float>, ptr %285, align 4, !tbaa !4
-  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %318, <16 x float> %.pre115.i)
-  store <16 x float> %319, ptr %317, align 4, !tbaa !4
-  %320 = getelementptr i8, ptr %285, i64 64
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !4
-  %322 = getelementptr inbounds nuw i8, ptr %317, i64 64
-  %323 = load <16 x float>, ptr %322, align 4, !tbaa !4
-  %324 = fmul <16 x float> %289, %323
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %321, <16 x float> %324)
-  store <16 x float> %325, ptr %322, align 4, !tbaa !4
-  %.phi.trans.insert83.i = getelementptr inbounds nuw i8, ptr %317, i64 512
-  %.pre84.i = load <16 x float>, ptr %.phi.trans.insert83.i, align 4, !tbaa !4
-  %.pre116.i = fmul <16 x float> %298, %.pre84.i
-  %326 = getelementptr i8, ptr %285, i64 512
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !4
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %327, <16 x float> %.pre116.i)
-  store <16 x float> %328, ptr %.phi.trans.insert83.i, align 4, !tbaa !4
-  %329 = getelementptr i8, ptr %285, i64 576
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !4
-  %331 = getelementptr inbounds nuw i8, ptr %317, i64 576
-  %332 = load <16 x float>, ptr %331, align 4, !tbaa !4
-  %333 = fmul <16 x float> %298, %332
-  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %330, <16 x float> %333)
-  store <16 x float> %334, ptr %331, align 4, !tbaa !4
-  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %317, i64 1024
+  %284 = or disjoint i64 %273, 1
+  %285 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %284
+  %286 = load float, ptr %285, align 4, !tbaa !97
+  %287 = insertelement <16 x float> poison, float %286, i64 0
+  %288 = shufflevector <16 x float> %287, <16 x float> poison, <16 x i32> zeroinitializer
+  %289 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %284
+  %290 = load float, ptr %289, align 4, !tbaa !98
+  %291 = insertelement <16 x float> poison, float %290, i64 0
+  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
+  %293 = or disjoint i64 %273, 2
+  %294 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %293
+  %295 = load float, ptr %294, align 8, !tbaa !97
+  %296 = insertelement <16 x float> poison, float %295, i64 0
+  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
+  %298 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %293
+  %299 = load float, ptr %298, align 8, !tbaa !98
+  %300 = insertelement <16 x float> poison, float %299, i64 0
+  %301 = shufflevector <16 x float> %300, <16 x float> poison, <16 x i32> zeroinitializer
+  %302 = or disjoint i64 %273, 3
+  %303 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %302
+  %304 = load float, ptr %303, align 4, !tbaa !97
+  %305 = insertelement <16 x float> poison, float %304, i64 0
+  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
+  %307 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %302
+  %308 = load float, ptr %307, align 4, !tbaa !98
+  %309 = insertelement <16 x float> poison, float %308, i64 0
+  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
+  %311 = getelementptr inbounds nuw float, ptr %acc.i, i64 %278
+  %.pre.i = load <16 x float>, ptr %311, align 4, !tbaa !4
+  %.pre117.i = fmul <16 x float> %283, %.pre.i
+  %312 = load <16 x float>, ptr %279, align 4, !tbaa !4
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %312, <16 x float> %.pre117.i)
+  store <16 x float> %313, ptr %311, align 4, !tbaa !4
+  %314 = getelementptr i8, ptr %279, i64 64
+  %315 = load <16 x float>, ptr %314, align 4, !tbaa !4
+  %316 = getelementptr inbounds nuw i8, ptr %311, i64 64
+  %317 = load <16 x float>, ptr %316, align 4, !tbaa !4
+  %318 = fmul <16 x float> %283, %317
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %315, <16 x float> %318)
+  store <16 x float> %319, ptr %316, align 4, !tbaa !4
+  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %311, i64 512
   %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !4
-  %.pre118.i = fmul <16 x float> %307, %.pre86.i
-  %335 = getelementptr i8, ptr %285, i64 1024
-  %336 = load <16 x float>, ptr %335, align 4, !tbaa !4
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %336, <16 x float> %.pre118.i)
-  store <16 x float> %337, ptr %.phi.trans.insert85.i, align 4, !tbaa !4
-  %338 = getelementptr i8, ptr %285, i64 1088
-  %339 = load <16 x float>, ptr %338, align 4, !tbaa !4
-  %340 = getelementptr inbounds nuw i8, ptr %317, i64 1088
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !4
-  %342 = fmul <16 x float> %307, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %339, <16 x float> %342)
-  store <16 x float> %343, ptr %340, align 4, !tbaa !4
-  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %317, i64 1536
+  %.pre118.i = fmul <16 x float> %292, %.pre86.i
+  %320 = getelementptr i8, ptr %279, i64 512
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !4
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %321, <16 x float> %.pre118.i)
+  store <16 x float> %322, ptr %.phi.trans.insert85.i, align 4, !tbaa !4
+  %323 = getelementptr i8, ptr %279, i64 576
+  %324 = load <16 x float>, ptr %323, align 4, !tbaa !4
+  %325 = getelementptr inbounds nuw i8, ptr %311, i64 576
+  %326 = load <16 x float>, ptr %325, align 4, !tbaa !4
+  %327 = fmul <16 x float> %292, %326
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %324, <16 x float> %327)
+  store <16 x float> %328, ptr %325, align 4, !tbaa !4
+  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %311, i64 1024
   %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !4
-  %344 = getelementptr i8, ptr %285, i64 1536
-  %345 = load <16 x float>, ptr %344, align 4, !tbaa !4
-  %346 = fmul <16 x float> %316, %.pre88.i
-  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %345, <16 x float> %346)
-  store <16 x float> %347, ptr %.phi.trans.insert87.i, align 4, !tbaa !4
-  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %317, i64 1600
+  %.pre120.i = fmul <16 x float> %301, %.pre88.i
+  %329 = getelementptr i8, ptr %279, i64 1024
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !4
+  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %330, <16 x float> %.pre120.i)
+  store <16 x float> %331, ptr %.phi.trans.insert87.i, align 4, !tbaa !4
+  %332 = getelementptr i8, ptr %279, i64 1088
+  %333 = load <16 x float>, ptr %332, align 4, !tbaa !4
+  %334 = getelementptr inbounds nuw i8, ptr %311, i64 1088
+  %335 = load <16 x float>, ptr %334, align 4, !tbaa !4
+  %336 = fmul <16 x float> %301, %335
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %333, <16 x float> %336)
+  store <16 x float> %337, ptr %334, align 4, !tbaa !4
+  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %311, i64 1536
   %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !4
-  %348 = getelementptr i8, ptr %285, i64 1600
-  %349 = load <16 x float>, ptr %348, align 4, !tbaa !4
-  %350 = fmul <16 x float> %316, %.pre90.i
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %349, <16 x float> %350)
-  store <16 x float> %351, ptr %.phi.trans.insert89.i, align 4, !tbaa !4
-  %352 = getelementptr i8, ptr %285, i64 128
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !4
-  %354 = getelementptr inbounds nuw i8, ptr %317, i64 128
-  %355 = load <16 x float>, ptr %354, align 4, !tbaa !4
-  %356 = fmul <16 x float> %289, %355
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %353, <16 x float> %356)
-  store <16 x float> %357, ptr %354, align 4, !tbaa !4
-  %358 = getelementptr i8, ptr %285, i64 192
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !4
-  %360 = getelementptr inbounds nuw i8, ptr %317, i64 192
-  %361 = load <16 x float>, ptr %360, align 4, !tbaa !4
-  %362 = fmul <16 x float> %289, %361
-  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %359, <16 x float> %362)
-  store <16 x float> %363, ptr %360, align 4, !tbaa !4
-  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %317, i64 640
+  %338 = getelementptr i8, ptr %279, i64 1536
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !4
+  %340 = fmul <16 x float> %310, %.pre90.i
+  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %339, <16 x float> %340)
+  store <16 x float> %341, ptr %.phi.trans.insert89.i, align 4, !tbaa !4
+  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %311, i64 1600
   %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !4
-  %.pre120.i = fmul <16 x float> %298, %.pre92.i
-  %364 = getelementptr i8, ptr %285, i64 640
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !4
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %365, <16 x float> %.pre120.i)
-  store <16 x float> %366, ptr %.phi.trans.insert91.i, align 4, !tbaa !4
-  %367 = getelementptr i8, ptr %285, i64 704
-  %368 = load <16 x float>, ptr %367, align 4, !tbaa !4
-  %369 = getelementptr inbounds nuw i8, ptr %317, i64 704
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !4
-  %371 = fmul <16 x float> %298, %370
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %368, <16 x float> %371)
-  store <16 x float> %372, ptr %369, align 4, !tbaa !4
-  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %317, i64 1152
+  %342 = getelementptr i8, ptr %279, i64 1600
+  %343 = load <16 x float>, ptr %342, align 4, !tbaa !4
+  %344 = fmul <16 x float> %310, %.pre92.i
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %343, <16 x float> %344)
+  store <16 x float> %345, ptr %.phi.trans.insert91.i, align 4, !tbaa !4
+  %346 = getelementptr i8, ptr %279, i64 128
+  %347 = load <16 x float>, ptr %346, align 4, !tbaa !4
+  %348 = getelementptr inbounds nuw i8, ptr %311, i64 128
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !4
+  %350 = fmul <16 x float> %283, %349
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %347, <16 x float> %350)
+  store <16 x float> %351, ptr %348, align 4, !tbaa !4
+  %352 = getelementptr i8, ptr %279, i64 192
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !4
+  %354 = getelementptr inbounds nuw i8, ptr %311, i64 192
+  %355 = load <16 x float>, ptr %354, align 4, !tbaa !4
+  %356 = fmul <16 x float> %283, %355
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %353, <16 x float> %356)
+  store <16 x float> %357, ptr %354, align 4, !tbaa !4
+  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %311, i64 640
   %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !4
-  %.pre122.i = fmul <16 x float> %307, %.pre94.i
-  %373 = getelementptr i8, ptr %285, i64 1152
-  %374 = load <16 x float>, ptr %373, align 4, !tbaa !4
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %374, <16 x float> %.pre122.i)
-  store <16 x float> %375, ptr %.phi.trans.insert93.i, align 4, !tbaa !4
-  %376 = getelementptr i8, ptr %285, i64 1216
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !4
-  %378 = getelementptr inbounds nuw i8, ptr %317, i64 1216
-  %379 = load <16 x float>, ptr %378, align 4, !tbaa !4
-  %380 = fmul <16 x float> %307, %379
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %377, <16 x float> %380)
-  store <16 x float> %381, ptr %378, align 4, !tbaa !4
-  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %317, i64 1664
+  %.pre122.i = fmul <16 x float> %292, %.pre94.i
+  %358 = getelementptr i8, ptr %279, i64 640
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !4
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %359, <16 x float> %.pre122.i)
+  store <16 x float> %360, ptr %.phi.trans.insert93.i, align 4, !tbaa !4
+  %361 = getelementptr i8, ptr %279, i64 704
+  %362 = load <16 x float>, ptr %361, align 4, !tbaa !4
+  %363 = getelementptr inbounds nuw i8, ptr %311, i64 704
+  %364 = load <16 x float>, ptr %363, align 4, !tbaa !4
+  %365 = fmul <16 x float> %292, %364
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %362, <16 x float> %365)
+  store <16 x float> %366, ptr %363, align 4, !tbaa !4
+  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %311, i64 1152
   %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !4
-  %382 = getelementptr i8, ptr %285, i64 1664
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !4
-  %384 = fmul <16 x float> %316, %.pre96.i
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %383, <16 x float> %384)
-  store <16 x float> %385, ptr %.phi.trans.insert95.i, align 4, !tbaa !4
-  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %317, i64 1728
+  %.pre124.i = fmul <16 x float> %301, %.pre96.i
+  %367 = getelementptr i8, ptr %279, i64 1152
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !4
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %368, <16 x float> %.pre124.i)
+  store <16 x float> %369, ptr %.phi.trans.insert95.i, align 4, !tbaa !4
+  %370 = getelementptr i8, ptr %279, i64 1216
+  %371 = load <16 x float>, ptr %370, align 4, !tbaa !4
+  %372 = getelementptr inbounds nuw i8, ptr %311, i64 1216
+  %373 = load <16 x float>, ptr %372, align 4, !tbaa !4
+  %374 = fmul <16 x float> %301, %373
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %371, <16 x float> %374)
+  store <16 x float> %375, ptr %372, align 4, !tbaa !4
+  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %311, i64 1664
   %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !4
-  %386 = getelementptr i8, ptr %285, i64 1728
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !4
-  %388 = fmul <16 x float> %316, %.pre98.i
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %387, <16 x float> %388)
-  store <16 x float> %389, ptr %.phi.trans.insert97.i, align 4, !tbaa !4
-  %390 = getelementptr i8, ptr %285, i64 256
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !4
-  %392 = getelementptr inbounds nuw i8, ptr %317, i64 256
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !4
-  %394 = fmul <16 x float> %289, %393
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %391, <16 x float> %394)
-  store <16 x float> %395, ptr %392, align 4, !tbaa !4
-  %396 = getelementptr i8, ptr %285, i64 320
-  %397 = load <16 x float>, ptr %396, align 4, !tbaa !4
-  %398 = getelementptr inbounds nuw i8, ptr %317, i64 320
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !4
-  %400 = fmul <16 x float> %289, %399
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %397, <16 x float> %400)
-  store <16 x float> %401, ptr %398, align 4, !tbaa !4
-  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %317, i64 768
+  %376 = getelementptr i8, ptr %279, i64 1664
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !4
+  %378 = fmul <16 x float> %310, %.pre98.i
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %377, <16 x float> %378)
+  store <16 x float> %379, ptr %.phi.trans.insert97.i, align 4, !tbaa !4
+  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %311, i64 1728
   %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !4
-  %.pre124.i = fmul <16 x float> %298, %.pre100.i
-  %402 = getelementptr i8, ptr %285, i64 768
-  %403 = load <16 x float>, ptr %402, align 4, !tbaa !4
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %403, <16 x float> %.pre124.i)
-  store <16 x float> %404, ptr %.phi.trans.insert99.i, align 4, !tbaa !4
-  %405 = getelementptr i8, ptr %285, i64 832
-  %406 = load <16 x float>, ptr %405, align 4, !tbaa !4
-  %407 = getelementptr inbounds nuw i8, ptr %317, i64 832
-  %408 = load <16 x float>, ptr %407, align 4, !tbaa !4
-  %409 = fmul <16 x float> %298, %408
-  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %406, <16 x float> %409)
-  store <16 x float> %410, ptr %407, align 4, !tbaa !4
-  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %317, i64 1280
+  %380 = getelementptr i8, ptr %279, i64 1728
+  %381 = load <16 x float>, ptr %380, align 4, !tbaa !4
+  %382 = fmul <16 x float> %310, %.pre100.i
+  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %381, <16 x float> %382)
+  store <16 x float> %383, ptr %.phi.trans.insert99.i, align 4, !tbaa !4
+  %384 = getelementptr i8, ptr %279, i64 256
+  %385 = load <16 x float>, ptr %384, align 4, !tbaa !4
+  %386 = getelementptr inbounds nuw i8, ptr %311, i64 256
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !4
+  %388 = fmul <16 x float> %283, %387
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %385, <16 x float> %388)
+  store <16 x float> %389, ptr %386, align 4, !tbaa !4
+  %390 = getelementptr i8, ptr %279, i64 320
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !4
+  %392 = getelementptr inbounds nuw i8, ptr %311, i64 320
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !4
+  %394 = fmul <16 x float> %283, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 4, !tbaa !4
+  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %311, i64 768
   %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !4
-  %.pre126.i = fmul <16 x float> %307, %.pre102.i
-  %411 = getelementptr i8, ptr %285, i64 1280
-  %412 = load <16 x float>, ptr %411, align 4, !tbaa !4
-  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %412, <16 x float> %.pre126.i)
-  store <16 x float> %413, ptr %.phi.trans.insert101.i, align 4, !tbaa !4
-  %414 = getelementptr i8, ptr %285, i64 1344
-  %415 = load <16 x float>, ptr %414, align 4, !tbaa !4
-  %416 = getelementptr inbounds nuw i8, ptr %317, i64 1344
-  %417 = load <16 x float>, ptr %416, align 4, !tbaa !4
-  %418 = fmul <16 x float> %307, %417
-  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %415, <16 x float> %418)
-  store <16 x float> %419, ptr %416, align 4, !tbaa !4
-  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %317, i64 1792
+  %.pre126.i = fmul <16 x float> %292, %.pre102.i
+  %396 = getelementptr i8, ptr %279, i64 768
+  %397 = load <16 x float>, ptr %396, align 4, !tbaa !4
+  %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %397, <16 x float> %.pre126.i)
+  store <16 x float> %398, ptr %.phi.trans.insert101.i, align 4, !tbaa !4
+  %399 = getelementptr i8, ptr %279, i64 832
+  %400 = load <16 x float>, ptr %399, align 4, !tbaa !4
+  %401 = getelementptr inbounds nuw i8, ptr %311, i64 832
+  %402 = load <16 x float>, ptr %401, align 4, !tbaa !4
+  %403 = fmul <16 x float> %292, %402
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %400, <16 x float> %403)
+  store <16 x float> %404, ptr %401, align 4, !tbaa !4
+  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %311, i64 1280
   %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !4
-  %420 = getelementptr i8, ptr %285, i64 1792
-  %421 = load <16 x float>, ptr %420, align 4, !tbaa !4
-  %422 = fmul <16 x float> %316, %.pre104.i
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %421, <16 x float> %422)
-  store <16 x float> %423, ptr %.phi.trans.insert103.i, align 4, !tbaa !4
-  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %317, i64 1856
+  %.pre128.i = fmul <16 x float> %301, %.pre104.i
+  %405 = getelementptr i8, ptr %279, i64 1280
+  %406 = load <16 x float>, ptr %405, align 4, !tbaa !4
+  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %406, <16 x float> %.pre128.i)
+  store <16 x float> %407, ptr %.phi.trans.insert103.i, align 4, !tbaa !4
+  %408 = getelementptr i8, ptr %279, i64 1344
+  %409 = load <16 x float>, ptr %408, align 4, !tbaa !4
+  %410 = getelementptr inbounds nuw i8, ptr %311, i64 1344
+  %411 = load <16 x float>, ptr %410, align 4, !tbaa !4
+  %412 = fmul <16 x float> %301, %411
+  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %409, <16 x float> %412)
+  store <16 x float> %413, ptr %410, align 4, !tbaa !4
+  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %311, i64 1792
   %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !4
-  %424 = getelementptr i8, ptr %285, i64 1856
-  %425 = load <16 x float>, ptr %424, align 4, !tbaa !4
-  %426 = fmul <16 x float> %316, %.pre106.i
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %425, <16 x float> %426)
-  store <16 x float> %427, ptr %.phi.trans.insert105.i, align 4, !tbaa !4
-  %428 = getelementptr i8, ptr %285, i64 384
-  %429 = load <16 x float>, ptr %428, align 4, !tbaa !4
-  %430 = getelementptr inbounds nuw i8, ptr %317, i64 384
-  %431 = load <16 x float>, ptr %430, align 4, !tbaa !4
-  %432 = fmul <16 x float> %289, %431
-  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %429, <16 x float> %432)
-  store <16 x float> %433, ptr %430, align 4, !tbaa !4
-  %434 = getelementptr i8, ptr %285, i64 448
-  %435 = load <16 x float>, ptr %434, align 4, !tbaa !4
-  %436 = getelementptr inbounds nuw i8, ptr %317, i64 448
-  %437 = load <16 x float>, ptr %436, align 4, !tbaa !4
-  %438 = fmul <16 x float> %289, %437
-  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %435, <16 x float> %438)
-  store <16 x float> %439, ptr %436, align 4, !tbaa !4
-  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %317, i64 896
+  %414 = getelementptr i8, ptr %279, i64 1792
+  %415 = load <16 x float>, ptr %414, align 4, !tbaa !4
+  %416 = fmul <16 x float> %310, %.pre106.i
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %415, <16 x float> %416)
+  store <16 x float> %417, ptr %.phi.trans.insert105.i, align 4, !tbaa !4
+  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %311, i64 1856
   %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !4
-  %.pre128.i = fmul <16 x float> %298, %.pre108.i
-  %440 = getelementptr i8, ptr %285, i64 896
-  %441 = load <16 x float>, ptr %440, align 4, !tbaa !4
-  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %441, <16 x float> %.pre128.i)
-  store <16 x float> %442, ptr %.phi.trans.insert107.i, align 4, !tbaa !4
-  %443 = getelementptr i8, ptr %285, i64 960
-  %444 = load <16 x float>, ptr %443, align 4, !tbaa !4
-  %445 = getelementptr inbounds nuw i8, ptr %317, i64 960
-  %446 = load <16 x float>, ptr %445, align 4, !tbaa !4
-  %447 = fmul <16 x float> %298, %446
-  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %444, <16 x float> %447)
-  store <16 x float> %448, ptr %445, align 4, !tbaa !4
-  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %317, i64 1408
+  %418 = getelementptr i8, ptr %279, i64 1856
+  %419 = load <16 x float>, ptr %418, align 4, !tbaa !4
+  %420 = fmul <16 x float> %310, %.pre108.i
+  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %419, <16 x float> %420)
+  store <16 x float> %421, ptr %.phi.trans.insert107.i, align 4, !tbaa !4
+  %422 = getelementptr i8, ptr %279, i64 384
+  %423 = load <16 x float>, ptr %422, align 4, !tbaa !4
+  %424 = getelementptr inbounds nuw i8, ptr %311, i64 384
+  %425 = load <16 x float>, ptr %424, align 4, !tbaa !4
+  %426 = fmul <16 x float> %283, %425
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %423, <16 x float> %426)
+  store <16 x float> %427, ptr %424, align 4, !tbaa !4
+  %428 = getelementptr i8, ptr %279, i64 448
+  %429 = load <16 x float>, ptr %428, align 4, !tbaa !4
+  %430 = getelementptr inbounds nuw i8, ptr %311, i64 448
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !4
+  %432 = fmul <16 x float> %283, %431
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %429, <16 x float> %432)
+  store <16 x float> %433, ptr %430, align 4, !tbaa !4
+  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %311, i64 896
   %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !4
-  %.pre130.i = fmul <16 x float> %307, %.pre110.i
-  %449 = getelementptr i8, ptr %285, i64 1408
-  %450 = load <16 x float>, ptr %449, align 4, !tbaa !4
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %450, <16 x float> %.pre130.i)
-  store <16 x float> %451, ptr %.phi.trans.insert109.i, align 4, !tbaa !4
-  %452 = getelementptr i8, ptr %285, i64 1472
-  %453 = load <16 x float>, ptr %452, align 4, !tbaa !4
-  %454 = getelementptr inbounds nuw i8, ptr %317, i64 1472
-  %455 = load <16 x float>, ptr %454, align 4, !tbaa !4
-  %456 = fmul <16 x float> %307, %455
-  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %453, <16 x float> %456)
-  store <16 x float> %457, ptr %454, align 4, !tbaa !4
-  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %317, i64 1920
+  %.pre130.i = fmul <16 x float> %292, %.pre110.i
+  %434 = getelementptr i8, ptr %279, i64 896
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !4
+  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %435, <16 x float> %.pre130.i)
+  store <16 x float> %436, ptr %.phi.trans.insert109.i, align 4, !tbaa !4
+  %437 = getelementptr i8, ptr %279, i64 960
+  %438 = load <16 x float>, ptr %437, align 4, !tbaa !4
+  %439 = getelementptr inbounds nuw i8, ptr %311, i64 960
+  %440 = load <16 x float>, ptr %439, align 4, !tbaa !4
+  %441 = fmul <16 x float> %292, %440
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %438, <16 x float> %441)
+  store <16 x float> %442, ptr %439, align 4, !tbaa !4
+  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %311, i64 1408
   %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !4
-  %458 = getelementptr i8, ptr %285, i64 1920
-  %459 = load <16 x float>, ptr %458, align 4, !tbaa !4
-  %460 = fmul <16 x float> %316, %.pre112.i
-  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %459, <16 x float> %460)
-  store <16 x float> %461, ptr %.phi.trans.insert111.i, align 4, !tbaa !4
-  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %317, i64 1984
+  %.pre132.i = fmul <16 x float> %301, %.pre112.i
+  %443 = getelementptr i8, ptr %279, i64 1408
+  %444 = load <16 x float>, ptr %443, align 4, !tbaa !4
+  %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %444, <16 x float> %.pre132.i)
+  store <16 x float> %445, ptr %.phi.trans.insert111.i, align 4, !tbaa !4
+  %446 = getelementptr i8, ptr %279, i64 1472
+  %447 = load <16 x float>, ptr %446, align 4, !tbaa !4
+  %448 = getelementptr inbounds nuw i8, ptr %311, i64 1472
+  %449 = load <16 x float>, ptr %448, align 4, !tbaa !4
+  %450 = fmul <16 x float> %301, %449
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %447, <16 x float> %450)
+  store <16 x float> %451, ptr %448, align 4, !tbaa !4
+  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %311, i64 1920
   %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !4
-  %462 = getelementptr i8, ptr %285, i64 1984
-  %463 = load <16 x float>, ptr %462, align 4, !tbaa !4
-  %464 = fmul <16 x float> %316, %.pre114.i
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %463, <16 x float> %464)
-  store <16 x float> %465, ptr %.phi.trans.insert113.i, align 4, !tbaa !4
+  %452 = getelementptr i8, ptr %279, i64 1920
+  %453 = load <16 x float>, ptr %452, align 4, !tbaa !4
+  %454 = fmul <16 x float> %310, %.pre114.i
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %453, <16 x float> %454)
+  store <16 x float> %455, ptr %.phi.trans.insert113.i, align 4, !tbaa !4
+  %.phi.trans.insert115.i = getelementptr inbounds nuw i8, ptr %311, i64 1984
+  %.pre116.i = load <16 x float>, ptr %.phi.trans.insert115.i, align 4, !tbaa !4
+  %456 = getelementptr i8, ptr %279, i64 1984
+  %457 = load <16 x float>, ptr %456, align 4, !tbaa !4
+  %458 = fmul <16 x float> %310, %.pre116.i
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %457, <16 x float> %458)
+  store <16 x float> %459, ptr %.phi.trans.insert115.i, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
   br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !21
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
-  %466 = fmul <32 x float> %old_sum.i, %82
-  %467 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %54, <32 x float> %466)
-  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
-  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
-  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+  %460 = fmul <32 x float> %old_sum.i, %79
+  %461 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %100, <32 x float> %54, <32 x float> %460)
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
 
-for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
-  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_031.preheader.i ]
-  %468 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv75.i
-  %469 = load float, ptr %468, align 4, !tbaa !105
-  %470 = insertelement <16 x float> poison, float %469, i64 0
-  %471 = shufflevector <16 x float> %470, <16 x float> poison, <16 x i32> zeroinitializer
-  %472 = mul nsw i64 %indvars.iv75.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %278, i64 %472
-  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
-  %473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %474 = load <16 x float>, ptr %473, align 4, !tbaa !4
-  %475 = fmul <16 x float> %474, %471
-  %476 = bitcast <16 x float> %475 to <16 x i32>
-  %477 = lshr <16 x i32> %476, splat (i32 16)
-  %478 = and <16 x i32> %477, splat (i32 1)
-  %479 = add nuw <16 x i32> %476, splat (i32 32767)
-  %480 = add nuw <16 x i32> %479, %478
+for_begin_d_033.preheader.i:                      ; preds = %for_begin_d_033.preheader.i, %for_end_step.i
+  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_033.preheader.i ]
+  %462 = getelementptr inbounds nuw float, ptr %factor48.i, i64 %indvars.iv77.i
+  %463 = load float, ptr %462, align 4, !tbaa !105
+  %464 = insertelement <16 x float> poison, float %463, i64 0
+  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
+  %466 = mul nsw i64 %indvars.iv77.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %272, i64 %466
+  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
+  %467 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %468 = load <16 x float>, ptr %467, align 4, !tbaa !4
+  %469 = fmul <16 x float> %468, %465
+  %470 = bitcast <16 x float> %469 to <16 x i32>
+  %471 = lshr <16 x i32> %470, splat (i32 16)
+  %472 = and <16 x i32> %471, splat (i32 1)
+  %473 = add nuw <16 x i32> %470, splat (i32 32767)
+  %474 = add nuw <16 x i32> %473, %472
+  %475 = lshr <16 x i32> %474, splat (i32 16)
+  %476 = trunc nuw <16 x i32> %475 to <16 x i16>
+  store <16 x i16> %476, ptr %invariant.gep.i, align 2, !tbaa !4
+  %477 = getelementptr inbounds nuw i8, ptr %467, i64 64
+  %478 = load <16 x float>, ptr %477, align 4, !tbaa !4
+  %479 = fmul <16 x float> %465, %478
+  %480 = bitcast <16 x float> %479 to <16 x i32>
   %481 = lshr <16 x i32> %480, splat (i32 16)
-  %482 = trunc nuw <16 x i32> %481 to <16 x i16>
-  store <16 x i16> %482, ptr %invariant.gep.i, align 2, !tbaa !4
-  %483 = getelementptr inbounds nuw i8, ptr %473, i64 64
-  %484 = load <16 x float>, ptr %483, align 4, !tbaa !4
-  %485 = fmul <16 x float> %471, %484
-  %486 = bitcast <16 x float> %485 to <16 x i32>
-  %487 = lshr <16 x i32> %486, splat (i32 16)
-  %488 = and <16 x i32> %487, splat (i32 1)
-  %489 = add nuw <16 x i32> %486, splat (i32 32767)
-  %490 = add nuw <16 x i32> %489, %488
-  %491 = lshr <16 x i32> %490, splat (i32 16)
-  %492 = trunc nuw <16 x i32> %491 to <16 x i16>
+  %482 = and <16 x i32> %481, splat (i32 1)
+  %483 = add nuw <16 x i32> %480, splat (i32 32767)
+  %484 = add nuw <16 x i32> %483, %482
+  %485 = lshr <16 x i32> %484, splat (i32 16)
+  %486 = trunc nuw <16 x i32> %485 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %492, ptr %gep.1.i, align 2, !tbaa !4
-  %493 = getelementptr inbounds nuw i8, ptr %473, i64 128
-  %494 = load <16 x float>, ptr %493, align 4, !tbaa !4
-  %495 = fmul <16 x float> %471, %494
-  %496 = bitcast <16 x float> %495 to <16 x i32>
-  %497 = lshr <16 x i32> %496, splat (i32 16)
-  %498 = and <16 x i32> %497, splat (i32 1)
-  %499 = add nuw <16 x i32> %496, splat (i32 32767)
-  %500 = add nuw <16 x i32> %499, %498
-  %501 = lshr <16 x i32> %500, splat (i32 16)
-  %502 = trunc nuw <16 x i32> %501 to <16 x i16>
+  store <16 x i16> %486, ptr %gep.1.i, align 2, !tbaa !4
+  %487 = getelementptr inbounds nuw i8, ptr %467, i64 128
+  %488 = load <16 x float>, ptr %487, align 4, !tbaa !4
+  %489 = fmul <16 x float> %465, %488
+  %490 = bitcast <16 x float> %489 to <16 x i32>
+  %491 = lshr <16 x i32> %490, splat (i32 16)
+  %492 = and <16 x i32> %491, splat (i32 1)
+  %493 = add nuw <16 x i32> %490, splat (i32 32767)
+  %494 = add nuw <16 x i32> %493, %492
+  %495 = lshr <16 x i32> %494, splat (i32 16)
+  %496 = trunc nuw <16 x i32> %495 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %502, ptr %gep.2.i, align 2, !tbaa !4
-  %503 = getelementptr inbounds nuw i8, ptr %473, i64 192
-  %504 = load <16 x float>, ptr %503, align 4, !tbaa !4
-  %505 = fmul <16 x float> %471, %504
-  %506 = bitcast <16 x float> %505 to <16 x i32>
-  %507 = lshr <16 x i32> %506, splat (i32 16)
-  %508 = and <16 x i32> %507, splat (i32 1)
-  %509 = add nuw <16 x i32> %506, splat (i32 32767)
-  %510 = add nuw <16 x i32> %509, %508
-  %511 = lshr <16 x i32> %510, splat (i32 16)
-  %512 = trunc nuw <16 x i32> %511 to <16 x i16>
+  store <16 x i16> %496, ptr %gep.2.i, align 2, !tbaa !4
+  %497 = getelementptr inbounds nuw i8, ptr %467, i64 192
+  %498 = load <16 x float>, ptr %497, align 4, !tbaa !4
+  %499 = fmul <16 x float> %465, %498
+  %500 = bitcast <16 x float> %499 to <16 x i32>
+  %501 = lshr <16 x i32> %500, splat (i32 16)
+  %502 = and <16 x i32> %501, splat (i32 1)
+  %503 = add nuw <16 x i32> %500, splat (i32 32767)
+  %504 = add nuw <16 x i32> %503, %502
+  %505 = lshr <16 x i32> %504, splat (i32 16)
+  %506 = trunc nuw <16 x i32> %505 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %512, ptr %gep.3.i, align 2, !tbaa !4
-  %513 = getelementptr inbounds nuw i8, ptr %473, i64 256
-  %514 = load <16 x float>, ptr %513, align 4, !tbaa !4
-  %515 = fmul <16 x float> %471, %514
-  %516 = bitcast <16 x float> %515 to <16 x i32>
-  %517 = lshr <16 x i32> %516, splat (i32 16)
-  %518 = and <16 x i32> %517, splat (i32 1)
-  %519 = add nuw <16 x i32> %516, splat (i32 32767)
-  %520 = add nuw <16 x i32> %519, %518
-  %521 = lshr <16 x i32> %520, splat (i32 16)
-  %522 = trunc nuw <16 x i32> %521 to <16 x i16>
+  store <16 x i16> %506, ptr %gep.3.i, align 2, !tbaa !4
+  %507 = getelementptr inbounds nuw i8, ptr %467, i64 256
+  %508 = load <16 x float>, ptr %507, align 4, !tbaa !4
+  %509 = fmul <16 x float> %465, %508
+  %510 = bitcast <16 x float> %509 to <16 x i32>
+  %511 = lshr <16 x i32> %510, splat (i32 16)
+  %512 = and <16 x i32> %511, splat (i32 1)
+  %513 = add nuw <16 x i32> %510, splat (i32 32767)
+  %514 = add nuw <16 x i32> %513, %512
+  %515 = lshr <16 x i32> %514, splat (i32 16)
+  %516 = trunc nuw <16 x i32> %515 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %522, ptr %gep.4.i, align 2, !tbaa !4
-  %523 = getelementptr inbounds nuw i8, ptr %473, i64 320
-  %524 = load <16 x float>, ptr %523, align 4, !tbaa !4
-  %525 = fmul <16 x float> %471, %524
-  %526 = bitcast <16 x float> %525 to <16 x i32>
-  %527 = lshr <16 x i32> %526, splat (i32 16)
-  %528 = and <16 x i32> %527, splat (i32 1)
-  %529 = add nuw <16 x i32> %526, splat (i32 32767)
-  %530 = add nuw <16 x i32> %529, %528
-  %531 = lshr <16 x i32> %530, splat (i32 16)
-  %532 = trunc nuw <16 x i32> %531 to <16 x i16>
+  store <16 x i16> %516, ptr %gep.4.i, align 2, !tbaa !4
+  %517 = getelementptr inbounds nuw i8, ptr %467, i64 320
+  %518 = load <16 x float>, ptr %517, align 4, !tbaa !4
+  %519 = fmul <16 x float> %465, %518
+  %520 = bitcast <16 x float> %519 to <16 x i32>
+  %521 = lshr <16 x i32> %520, splat (i32 16)
+  %522 = and <16 x i32> %521, splat (i32 1)
+  %523 = add nuw <16 x i32> %520, splat (i32 32767)
+  %524 = add nuw <16 x i32> %523, %522
+  %525 = lshr <16 x i32> %524, splat (i32 16)
+  %526 = trunc nuw <16 x i32> %525 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %532, ptr %gep.5.i, align 2, !tbaa !4
-  %533 = getelementptr inbounds nuw i8, ptr %473, i64 384
-  %534 = load <16 x float>, ptr %533, align 4, !tbaa !4
-  %535 = fmul <16 x float> %471, %534
-  %536 = bitcast <16 x float> %535 to <16 x i32>
-  %537 = lshr <16 x i32> %536, splat (i32 16)
-  %538 = and <16 x i32> %537, splat (i32 1)
-  %539 = add nuw <16 x i32> %536, splat (i32 32767)
-  %540 = add nuw <16 x i32> %539, %538
-  %541 = lshr <16 x i32> %540, splat (i32 16)
-  %542 = trunc nuw <16 x i32> %541 to <16 x i16>
+  store <16 x i16> %526, ptr %gep.5.i, align 2, !tbaa !4
+  %527 = getelementptr inbounds nuw i8, ptr %467, i64 384
+  %528 = load <16 x float>, ptr %527, align 4, !tbaa !4
+  %529 = fmul <16 x float> %465, %528
+  %530 = bitcast <16 x float> %529 to <16 x i32>
+  %531 = lshr <16 x i32> %530, splat (i32 16)
+  %532 = and <16 x i32> %531, splat (i32 1)
+  %533 = add nuw <16 x i32> %530, splat (i32 32767)
+  %534 = add nuw <16 x i32> %533, %532
+  %535 = lshr <16 x i32> %534, splat (i32 16)
+  %536 = trunc nuw <16 x i32> %535 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %542, ptr %gep.6.i, align 2, !tbaa !4
-  %543 = getelementptr inbounds nuw i8, ptr %473, i64 448
-  %544 = load <16 x float>, ptr %543, align 4, !tbaa !4
-  %545 = fmul <16 x float> %471, %544
-  %546 = bitcast <16 x float> %545 to <16 x i32>
-  %547 = lshr <16 x i32> %546, splat (i32 16)
-  %548 = and <16 x i32> %547, splat (i32 1)
-  %549 = add nuw <16 x i32> %546, splat (i32 32767)
-  %550 = add nuw <16 x i32> %549, %548
-  %551 = lshr <16 x i32> %550, splat (i32 16)
-  %552 = trunc nuw <16 x i32> %551 to <16 x i16>
+  store <16 x i16> %536, ptr %gep.6.i, align 2, !tbaa !4
+  %537 = getelementptr inbounds nuw i8, ptr %467, i64 448
+  %538 = load <16 x float>, ptr %537, align 4, !tbaa !4
+  %539 = fmul <16 x float> %465, %538
+  %540 = bitcast <16 x float> %539 to <16 x i32>
+  %541 = lshr <16 x i32> %540, splat (i32 16)
+  %542 = and <16 x i32> %541, splat (i32 1)
+  %543 = add nuw <16 x i32> %540, splat (i32 32767)
+  %544 = add nuw <16 x i32> %543, %542
+  %545 = lshr <16 x i32> %544, splat (i32 16)
+  %546 = trunc nuw <16 x i32> %545 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %552, ptr %gep.7.i, align 2, !tbaa !4
-  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
-  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 32
-  br i1 %exitcond78.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !21
+  store <16 x i16> %546, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 32
+  br i1 %exitcond80.not.i, label %for_begin_r38.preheader.i, label %for_begin_d_033.preheader.i, !prof !21
 
-for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
-  %553 = mul nsw i64 %lse_batch, %276
-  %554 = getelementptr float, ptr %lse, i64 %553
-  br label %for_body_r37.i
+for_begin_r38.preheader.i:                        ; preds = %for_begin_d_033.preheader.i
+  %547 = mul nsw i64 %lse_batch, %270
+  %548 = getelementptr float, ptr %lse, i64 %547
+  br label %for_body_r39.i
 
-for_body_r37.i:                                   ; preds = %if_end42.i.3, %for_begin_r36.preheader.i
-  %indvars.iv79.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next80.i.3, %if_end42.i.3 ]
-  %555 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv79.i
-  %556 = load float, ptr %555, align 16, !tbaa !106
-  %557 = fcmp oeq float %556, 0.000000e+00
-  br i1 %557, label %if_end42.i, label %if_else.i
+for_body_r39.i:                                   ; preds = %if_end44.i.3, %for_begin_r38.preheader.i
+  %indvars.iv81.i = phi i64 [ 0, %for_begin_r38.preheader.i ], [ %indvars.iv.next82.i.3, %if_end44.i.3 ]
+  %549 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv81.i
+  %550 = load float, ptr %549, align 16, !tbaa !106
+  %551 = fcmp oeq float %550, 0.000000e+00
+  br i1 %551, label %if_end44.i, label %if_else.i
 
-for_end_r38.i:                                    ; preds = %if_end42.i.3
-  %558 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %559 = tail call i32 %558(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %559, 0
+for_end_r40.i:                                    ; preds = %if_end44.i.3
+  %552 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %553 = tail call i32 %552(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %553, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r37.i
-  %560 = tail call float @llvm.log.f32(float %556)
-  %561 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv79.i
-  %562 = load float, ptr %561, align 16, !tbaa !108
-  %563 = fadd float %560, %562
-  br label %if_end42.i
+if_else.i:                                        ; preds = %for_body_r39.i
+  %554 = tail call float @llvm.log.f32(float %550)
+  %555 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv81.i
+  %556 = load float, ptr %555, align 16, !tbaa !108
+  %557 = fadd float %554, %556
+  br label %if_end44.i
 
-if_end42.i:                                       ; preds = %if_else.i, %for_body_r37.i
-  %564 = phi float [ %563, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
-  %565 = getelementptr float, ptr %554, i64 %indvars.iv79.i
-  store float %564, ptr %565, align 4, !tbaa !4
-  %indvars.iv.next80.i = or disjoint i64 %indvars.iv79.i, 1
-  %566 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i
-  %567 = load float, ptr %566, align 4, !tbaa !106
-  %568 = fcmp oeq float %567, 0.000000e+00
-  br i1 %568, label %if_end42.i.1, label %if_else.i.1
+if_end44.i:                                       ; preds = %if_else.i, %for_body_r39.i
+  %558 = phi float [ %557, %if_else.i ], [ 0xFFF0000000000000, %for_body_r39.i ]
+  %559 = getelementptr float, ptr %548, i64 %indvars.iv81.i
+  store float %558, ptr %559, align 4, !tbaa !4
+  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
+  %560 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i
+  %561 = load float, ptr %560, align 4, !tbaa !106
+  %562 = fcmp oeq float %561, 0.000000e+00
+  br i1 %562, label %if_end44.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end42.i
-  %569 = tail call float @llvm.log.f32(float %567)
-  %570 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i
-  %571 = load float, ptr %570, align 4, !tbaa !108
-  %572 = fadd float %569, %571
-  br label %if_end42.i.1
+if_else.i.1:                                      ; preds = %if_end44.i
+  %563 = tail call float @llvm.log.f32(float %561)
+  %564 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i
+  %565 = load float, ptr %564, align 4, !tbaa !108
+  %566 = fadd float %563, %565
+  br label %if_end44.i.1
 
-if_end42.i.1:                                     ; preds = %if_else.i.1, %if_end42.i
-  %573 = phi float [ %572, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
-  %574 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i
-  store float %573, ptr %574, align 4, !tbaa !4
-  %indvars.iv.next80.i.1 = or disjoint i64 %indvars.iv79.i, 2
-  %575 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.1
-  %576 = load float, ptr %575, align 8, !tbaa !106
-  %577 = fcmp oeq float %576, 0.000000e+00
-  br i1 %577, label %if_end42.i.2, label %if_else.i.2
+if_end44.i.1:                                     ; preds = %if_else.i.1, %if_end44.i
+  %567 = phi float [ %566, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end44.i ]
+  %568 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i
+  store float %567, ptr %568, align 4, !tbaa !4
+  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
+  %569 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i.1
+  %570 = load float, ptr %569, align 8, !tbaa !106
+  %571 = fcmp oeq float %570, 0.000000e+00
+  br i1 %571, label %if_end44.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end42.i.1
-  %578 = tail call float @llvm.log.f32(float %576)
-  %579 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.1
-  %580 = load float, ptr %579, align 8, !tbaa !108
-  %581 = fadd float %578, %580
-  br label %if_end42.i.2
+if_else.i.2:                                      ; preds = %if_end44.i.1
+  %572 = tail call float @llvm.log.f32(float %570)
+  %573 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i.1
+  %574 = load float, ptr %573, align 8, !tbaa !108
+  %575 = fadd float %572, %574
+  br label %if_end44.i.2
 
-if_end42.i.2:                                     ; preds = %if_else.i.2, %if_end42.i.1
-  %582 = phi float [ %581, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
-  %583 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.1
-  store float %582, ptr %583, align 4, !tbaa !4
-  %indvars.iv.next80.i.2 = or disjoint i64 %indvars.iv79.i, 3
-  %584 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next80.i.2
-  %585 = load float, ptr %584, align 4, !tbaa !106
-  %586 = fcmp oeq float %585, 0.000000e+00
-  br i1 %586, label %if_end42.i.3, label %if_else.i.3
+if_end44.i.2:                                     ; preds = %if_else.i.2, %if_end44.i.1
+  %576 = phi float [ %575, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end44.i.1 ]
+  %577 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i.1
+  store float %576, ptr %577, align 4, !tbaa !4
+  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
+  %578 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i.2
+  %579 = load float, ptr %578, align 4, !tbaa !106
+  %580 = fcmp oeq float %579, 0.000000e+00
+  br i1 %580, label %if_end44.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end42.i.2
-  %587 = tail call float @llvm.log.f32(float %585)
-  %588 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next80.i.2
-  %589 = load float, ptr %588, align 4, !tbaa !108
-  %590 = fadd float %587, %589
-  br label %if_end42.i.3
+if_else.i.3:                                      ; preds = %if_end44.i.2
+  %581 = tail call float @llvm.log.f32(float %579)
+  %582 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i.2
+  %583 = load float, ptr %582, align 4, !tbaa !108
+  %584 = fadd float %581, %583
+  br label %if_end44.i.3
 
-if_end42.i.3:                                     ; preds = %if_else.i.3, %if_end42.i.2
-  %591 = phi float [ %590, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
-  %592 = getelementptr float, ptr %554, i64 %indvars.iv.next80.i.2
-  store float %591, ptr %592, align 4, !tbaa !4
-  %indvars.iv.next80.i.3 = add nuw nsw i64 %indvars.iv79.i, 4
-  %exitcond82.not.i.3 = icmp eq i64 %indvars.iv.next80.i.3, 32
-  br i1 %exitcond82.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !21, !llvm.loop !110
+if_end44.i.3:                                     ; preds = %if_else.i.3, %if_end44.i.2
+  %585 = phi float [ %584, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end44.i.2 ]
+  %586 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i.2
+  store float %585, ptr %586, align 4, !tbaa !4
+  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
+  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next82.i.3, 32
+  br i1 %exitcond84.not.i.3, label %for_end_r40.i, label %for_body_r39.i, !prof !21, !llvm.loop !110
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r38.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r38.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum51.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max52.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r40.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r40.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor48.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta51.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha52.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum53.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max54.i)
   ret i32 %common.ret.op.i
 }
 

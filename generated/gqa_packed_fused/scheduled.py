@@ -284,12 +284,13 @@ class Module:
                                                                 T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                                 T.writes(exact[vr, vt])
                                                                 arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
-                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                                 exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                     for r, to in T.grid(4, num_groups):
                                                         for ti in T.vectorized(32):
@@ -368,20 +369,22 @@ class Module:
                                                             m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                             arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
-                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                            n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                                            p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                                            series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                             beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("new_sum"):
@@ -402,12 +405,12 @@ class Module:
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 128))
                                             full_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            fetched = T.sblock_alloc_buffer((4, 4, 32), "int8")
                                             num_full: T.let[T.int32] = valid_len // 32
                                             for i_m, r_0_m, d_0_m in T.grid(1, 1, 4):
-                                                for d_1_init in T.unroll(2):
-                                                    for d_3_init in T.unroll(1):
-                                                        for r_1_init in T.unroll(4):
+                                                for r_1_init in T.unroll(4):
+                                                    for d_1_init in T.unroll(2):
+                                                        for d_3_init in T.unroll(1):
                                                             for d_2_init in T.vectorized(16):
                                                                 with T.sblock("full_groups_init"):
                                                                     vi = T.axis.spatial(1, i_m)
@@ -417,32 +420,33 @@ class Module:
                                                                     T.writes(full_acc[vi, vr, vd])
                                                                     full_acc[vi, vr, vd] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 32, 1):
+                                                    for ax0, ax1, ax2 in T.grid(1, 1, 32):
                                                         with T.sblock("prefetch_values"):
                                                             vo = T.axis.spatial(4, to + ax0)
-                                                            vi = T.axis.spatial(32, ax1)
-                                                            vl = T.axis.spatial(4, d_0_m + ax2)
+                                                            vp = T.axis.spatial(4, d_0_m + ax1)
+                                                            vn = T.axis.spatial(32, ax2)
                                                             T.where(to < 4)
                                                             T.reads(value_offsets[0:256])
-                                                            T.writes(fetched[vo * 32 + vi, vl])
-                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 32 + vi
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", (number // 4 % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
+                                                            T.writes(fetched[vo, vp, vn])
+                                                            if T.EQ(0, 0) and vp < 4:
+                                                                number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 32 + vn
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", (number // 4 % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
                                                     for ti in T.unroll(16):
-                                                        for d_1 in T.unroll(2):
-                                                            for d_3 in T.unroll(1):
-                                                                for r_1 in T.unroll(4):
+                                                        for r_1 in T.unroll(4):
+                                                            for d_1 in T.unroll(2):
+                                                                for d_3 in T.unroll(1):
                                                                     for d_2 in T.vectorized(16):
                                                                         with T.sblock("full_groups_update"):
                                                                             vt = T.axis.reduce(64, to * 16 + ti)
                                                                             vi = T.axis.spatial(1, i_m)
                                                                             vr = T.axis.spatial(4, r_0_m * 4 + r_1)
                                                                             vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
-                                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], fetched[vt * 2:vt * 2 + 2, vd * 4 // 128])
+                                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:32])
                                                                             T.writes(full_acc[vi, vr, vd])
                                                                             full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                for d_1_init in T.unroll(2):
-                                                    for d_3_init in T.unroll(1):
-                                                        for r_1_init in T.unroll(4):
+                                                for r_1_init in T.unroll(4):
+                                                    for d_1_init in T.unroll(2):
+                                                        for d_3_init in T.unroll(1):
                                                             for d_2_init in T.vectorized(16):
                                                                 with T.sblock("tile_acc_init"):
                                                                     vi = T.axis.spatial(1, i_m)
@@ -452,9 +456,9 @@ class Module:
                                                                     T.writes(tile_acc[0, vr, vd])
                                                                     tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
                                                 for ti in range((valid_len % 32 + 2 - 1) // 2):
-                                                    for d_1 in T.unroll(2):
-                                                        for d_3 in T.unroll(1):
-                                                            for r_1 in T.unroll(4):
+                                                    for r_1 in T.unroll(4):
+                                                        for d_1 in T.unroll(2):
+                                                            for d_3 in T.unroll(1):
                                                                 for d_2 in T.vectorized(16):
                                                                     with T.sblock("tile_acc_update"):
                                                                         vt = T.axis.reduce(64, ti + num_full * 16)
@@ -564,20 +568,22 @@ class Module:
                                 m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
                                 new_max[vr] = m
                                 arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                 alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                 arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                 f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                 beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                         for r in T.vectorized(32):
                             with T.sblock("new_sum"):
