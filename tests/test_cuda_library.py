@@ -42,6 +42,24 @@ def test_what_it_is_made_of(module):
     assert module.manifest.unfit() == ""
 
 
+SIZES = {"CUdeviceptr": 8, "int64_t": 8, "int32_t": 4, "float": 4}
+
+
+@needs_nvcc
+def test_kernels_take_what_the_host_gives(module):
+    """Parameter for parameter: nvcc's of each kernel, and the variables whose addresses are passed."""
+    host, ptx = module.sources["host"], module.sources["ptx"]
+    launches = re.findall(r"values\[\] = \{([^}]*)\};\s*call\.Launch\(k(\w+),", host)
+    assert len(launches) == 5
+    for values, kernel in launches:
+        name = re.sub(r"(?<!^)([A-Z])", r"_\1", kernel).lower() + "_kernel"
+        function = re.search(r"void Launch(?:(?!^\}).)*" + re.escape(values), host, re.DOTALL | re.MULTILINE)[0]
+        types = {name: kind for kind, name in re.findall(r"^  (\w+) (\w+) = ", function, re.MULTILINE)}
+        given = [SIZES[types[value.strip(" &\n")]] for value in values.split(",")]
+        (taken,) = re.findall(rf"^\.visible \.entry {name}\(\n(.*?)\n\)", ptx, re.DOTALL | re.MULTILINE)
+        assert [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", taken)] == given, name
+
+
 @needs_nvcc
 def test_what_it_needs(module, tmp_path):
     """tvm-ffi and the C and C++ libraries: no library of CUDA's, whose driver is looked for when there is a call."""
