@@ -351,13 +351,13 @@ class Module:
                                                             T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
                                                             row_max[first_tile + vslot, vr] = new_max[vr]
                                                             row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 128, 16))
                                             full_acc = T.sblock_alloc_buffer((1, 128, 16))
                                             fetched = T.sblock_alloc_buffer((16, 16, 2), "int8")
-                                            num_full: T.let[T.int32] = valid_len // 8
                                             for i_m, d_0_m in T.grid(1, 16):
                                                 for d_1_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):

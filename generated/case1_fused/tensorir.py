@@ -284,13 +284,13 @@ class Module:
                                                             T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
                                                             row_max[first_tile + vslot, vr] = new_max[vr]
                                                             row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 16, 128))
                                             full_acc = T.sblock_alloc_buffer((1, 16, 128))
                                             fetched = T.sblock_alloc_buffer((16, 16, 2), "int8")
-                                            num_full: T.let[T.int32] = valid_len // 8
                                             for to, pi, ni in T.grid(num_full, 16, 2):
                                                 with T.sblock("prefetch_values"):
                                                     vo = T.axis.spatial(16, to)

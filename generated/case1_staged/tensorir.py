@@ -265,12 +265,12 @@ class Module:
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
+                num_full: T.let[T.int32] = valid_len // 16
                 with T.sblock("pv_matmul"):
                     T.reads()
                     T.writes()
                     full_acc = T.sblock_alloc_buffer((1, 16, 128))
                     fetched = T.sblock_alloc_buffer((8, 16, 4), "int8")
-                    num_full: T.let[T.int32] = valid_len // 16
                     for to, pi, ni in T.grid(num_full, 16, 4):
                         with T.sblock("prefetch_values"):
                             vo = T.axis.spatial(8, to)

@@ -430,6 +430,7 @@ class Module:
                                                             T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
                                                             row_max[first_tile + vslot, vr] = new_max[vr]
                                                             row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                        num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
@@ -437,7 +438,6 @@ class Module:
                                             full_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
                                             fetched = T.sblock_alloc_buffer((8, 4, 16), "int8")
                                             tile_acc_global = T.sblock_alloc_buffer((1, 4, 64, 2))
-                                            num_full: T.let[T.int32] = valid_len // 16
                                             for i_m, r_0_m, d_0_m in T.grid(1, 1, 4):
                                                 for r_1_init in T.unroll(4):
                                                     for d_1_init in T.unroll(1):

@@ -195,6 +195,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                                     alpha, beta, vslot, vstep,
                                                 )  # fmt: skip
                                         weights = T.meta_var(prob_pairs if tiling.dot_pairs else probs)
+                                        num_full: T.let = T.floordiv(valid_len, tiling.token_group)
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
@@ -203,7 +204,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                             )
                                             pv_stage(
                                                 weights, values, value_cache, value_offsets, tile_acc, 0, v_now,
-                                                v_head, v_row, ahead_t, ahead_head * v_head, valid_len,
+                                                v_head, v_row, ahead_t, ahead_head * v_head, valid_len, num_full,
                                             )  # fmt: skip
                                             fold_stage(tile_acc, 0, alpha, beta, acc, first_tile, vstep, num_steps)
                 for tile in range(tiles):

@@ -19,6 +19,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     groups of token_group tokens, then the rest of the last one. values and the tile that comes next are as in
     qk_matmul's keys; that tile is fetched row by row, whatever the order in which this one is read.
 
+    num_full is valid_len // token_group, bound outside of the caller's sblock: schedules allocate as much in it.
+
     Or the sum over t of dot_pairs(probs[slot, r, t], values of the tokens 2t and 2t + 1). The value past an odd
     valid_len is replaced by 0.
     """
@@ -56,8 +58,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         ahead_t,
         ahead_offset,
         valid_len,
+        num_full,
     ):
-        num_full: T.let = T.floordiv(valid_len, group)  # outside: a schedule may need it in what the sblock reads
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, head_dim), "float32")
         # never touched: it ties the fetches to the loops
         fetched = T.sblock_alloc_buffer((tokens // group, passes, fetches), "int8")

@@ -171,12 +171,13 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     v_block,
                     v_row,
                 )
+                num_full: T.let = T.floordiv(valid_len, tiling.token_group)
                 with T.sblock("pv_matmul"):
                     T.reads()
                     T.writes()
                     pv_stage(
                         probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_head,
-                        v_row, 0, head_offset, valid_len,
+                        v_row, 0, head_offset, valid_len, num_full,
                     )  # fmt: skip
 
     return pv_matmul
