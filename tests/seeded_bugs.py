@@ -60,7 +60,7 @@ FAULTS = {
         _DECODE,
     ),
     "values past the last token multiplied": Fault(
-        f"{_KERNELS}pv_matmul.py",
+        f"{_KERNELS}fused_decode.py",
         "num_full: T.let = T.floordiv(valid_len",
         "num_full: T.let = T.ceildiv(valid_len",
         _DECODE,
@@ -129,8 +129,8 @@ FAULTS = {
     ),
     "a length over capacity accepted": Fault(
         "templates/checks.cc.j2",
-        "std::min(max_blocks * kBlockSize,",
-        "std::min(max_blocks * kBlockSize + 1,",
+        "std::min(block_table.shape[1] * kBlockSize,",
+        "std::min(block_table.shape[1] * kBlockSize + 1,",
         "test_errors.py test_bounds.py",
     ),
     "negative lengths accepted": Fault(
@@ -146,7 +146,10 @@ FAULTS = {
         "templates/checks.cc.j2", "kRowAxis = 1, kHeadAxis = 2", "kRowAxis = 2, kHeadAxis = 1", _DECODE
     ),
     "slot num_slots accepted": Fault(
-        "templates/append.cc.j2", "slots[token] >= num_slots", "slots[token] > num_slots", "test_append_errors.py"
+        "templates/append_checks.cc.j2",
+        "slots[token] >= num_slots",
+        "slots[token] > num_slots",
+        "test_append_errors.py",
     ),
     "partial results merged after the first": Fault(
         "templates/host.cc.j2",

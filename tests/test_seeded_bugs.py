@@ -16,7 +16,7 @@ from seeded_bugs import FAULTS, Fault
 ROOT = Path(__file__).parents[1]
 
 _SAMPLE = sorted(FAULTS)
-random.Random(25).shuffle(_SAMPLE)
+random.Random(27).shuffle(_SAMPLE)  # the first, which `make test` seeds, is one whose tests take seconds
 
 
 def package(directory: Path) -> dict[str, Path]:
