@@ -69,7 +69,7 @@ FAULTS = {
         f"{_KERNELS}qk_matmul.py",
         'T.Cast("int64", T.floordiv(vi, group_tiles))',
         'T.Cast("int64", vi)',
-        "test_tiling.py " + _DECODE,
+        "test_decode.py::test_spec[2_tiles_of_a_group_swept]",
     ),
     "an empty tile lowers the maximum": Fault(
         f"{_KERNELS}online_update.py",

@@ -31,6 +31,9 @@ SPECS = {  # the dtypes take turns
     },
     **OUT_DTYPE_SPECS,
     "batch_chunk_5": dataclasses.replace(BASE, batch_chunk=5),
+    # several tiles of rows for each of several kv heads, in a sweep
+    "2_tiles_of_a_group_swept": PagedAttentionSpec(8, 2, 32, 8, "float32", head_tile=2),
+    "2_tiles_of_a_group_swept_in_HND": PagedAttentionSpec(6, 3, 32, 8, "bfloat16", kv_layout="HND", head_tile=1),
 }
 STAGED_TOO = [
     "1_heads_over_1_of_8", "17_heads_over_1_of_100", "65_heads_over_1_of_80", "34_heads_over_2_of_32",
