@@ -34,6 +34,11 @@ class Kernels:
     asm: str
 
 
+def script(mod: IRModule) -> str:
+    """TVMScript, in the same words under every Python: from 3.12 on TVM would declare type variables another way."""
+    return str(mod.script(extra_config={"relax.use_pep695": False})) + "\n"
+
+
 def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernels:
     """Compile scheduled PrimFuncs with TVM's LLVM code generator; directory is for its intermediate file.
 

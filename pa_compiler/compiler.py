@@ -116,13 +116,13 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
 
 def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowered:
     """spec -> kernels -> schedules."""
-    from pa_compiler import kernels
+    from pa_compiler import build, kernels
     from pa_compiler.schedules import schedule
 
     unscheduled = kernels.build(spec, tiles, pipeline)
-    tensorir = _script(unscheduled)  # now: what follows may change the PrimFuncs that it is given
+    tensorir = build.script(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     scheduled = schedule(unscheduled, tiles)
-    return Lowered(tensorir, _script(scheduled), scheduled)
+    return Lowered(tensorir, build.script(scheduled), scheduled)
 
 
 def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str) -> str:
@@ -215,11 +215,6 @@ def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str
         "llvm": compiled.llvm,
         "asm": compiled.asm,
     }
-
-
-def _script(mod: IRModule) -> str:
-    """TVMScript, in the same words under every Python: from 3.12 on TVM would declare type variables another way."""
-    return mod.script(extra_config={"relax.use_pep695": False}) + "\n"
 
 
 def _loaded(files: Mapping[str, bytes]) -> Module:

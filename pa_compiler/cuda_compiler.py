@@ -38,11 +38,12 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
     Raises:
         ValueError: the target has no kernel for the spec.
     """
+    from pa_compiler import build
     from pa_compiler.kernels import cuda
 
     tiles = cuda_tiling.choose(spec, target.arch)
     mod = cuda.build(spec, tiles)
-    tensorir = mod.script(extra_config={"relax.use_pep695": False}) + "\n"
+    tensorir = build.script(mod)  # now: what follows may change the PrimFuncs that it is given
     source = cuda_build.emit(mod, target.arch)
     return Lowered(tensorir, source, cuda_host.render(spec, tiles, target, source, cuda.launches(spec, tiles)))
 

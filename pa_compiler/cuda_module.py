@@ -101,6 +101,4 @@ class CudaModule(Module):
                 f"{name}: expected an array to write to, since a GPU module makes them for torch tensors alone, "
                 f"got None with a query of type {type(query).__name__}"
             )
-        import torch
-
-        return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype), device=query.device)
+        return super()._new_like(query, dtype, extents)

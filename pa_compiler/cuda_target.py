@@ -51,6 +51,7 @@ def normalize(target: Mapping[str, Any]) -> dict[str, Any]:
     arch = target.get("arch", DEFAULT_ARCH)
     if not isinstance(arch, str) or not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
         raise ValueError(f"target: expected an arch such as 'sm_90', got {arch!r}")
-    if CudaTarget(arch).capability < LEAST_CAPABILITY:
+    gpu = CudaTarget(arch)
+    if gpu.capability < LEAST_CAPABILITY:
         raise ValueError(f"target: expected an arch from sm_{LEAST_CAPABILITY} on, got {arch!r}")
-    return {"kind": "cuda", "arch": arch}
+    return gpu.config

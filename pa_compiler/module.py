@@ -263,7 +263,7 @@ class Module:
         if type(query).__module__.partition(".")[0] == "torch":
             import torch
 
-            return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype))
+            return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype), device=query.device)
         shape = (*as_tensor("query", query).shape[:1], *extents)
         array = np.empty(shape, NUMPY_DTYPES[dtype])
         if dtype == "bfloat16":
