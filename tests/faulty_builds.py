@@ -58,6 +58,7 @@ def build(job, faults):
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         os.write(writing, _outcome(job, faults, victim).encode())
         os._exit(0)
+    os.setpgid(child, child)  # here too: the child may not have come to it
     os.close(writing)
     if job.get("after") is not None:
         time.sleep(job["after"])
