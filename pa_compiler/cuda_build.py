@@ -80,13 +80,27 @@ class Parameter:
 
 
 def emit(mod: IRModule, arch: str) -> str:
-    """CUDA C of all kernels of a module, extern "C" under their names with "_kernel" after them."""
-    import tvm
+    """CUDA C of all kernels of a module, extern "C" under their names with "_kernel" after them.
+
+    PrimFuncs with explicit threads and scheduled ones are lowered apart, and printed as one text.
+    """
+    from tvm import IRModule, tirx
     from tvm.target import Target
+    from tvm.tirx import get_tir_pipeline
+    from tvm.tirx.build import codegen_build, split_host_device_mods
 
     target = Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
-    (kernels,) = tvm.compile(mod, target=target, tir_pipeline="tirx").mod.imports
-    return str(kernels.inspect_source("cuda"))
+    kernels: dict[object, object] = {}
+    for name in ("tirx", "s_tir"):
+        functions = {
+            var: each for var, each in mod.functions.items() if bool(each.attrs.get("s_tir")) == (name == "s_tir")
+        }
+        if functions:
+            lower, _, finish = get_tir_pipeline(name)
+            lowered = lower(tirx.transform.BindTarget(target)(IRModule(functions)))
+            (on_device,) = split_host_device_mods(lowered)[1].values()
+            kernels |= finish()(on_device).functions
+    return str(codegen_build(IRModule(kernels), target).inspect_source())
 
 
 def parameters(source: str, kernel: str) -> tuple[Parameter, ...]:

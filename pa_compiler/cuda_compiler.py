@@ -20,20 +20,23 @@ _VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """What is known without nvcc: the kernels in TensorIR and in CUDA C, and the host."""
+    """What is known without nvcc: the text of each stage by its name, the kernels in CUDA C and the host among them."""
 
-    tensorir: str
-    cuda: str
-    host: str
+    texts: dict[str, str]
 
     @property
-    def texts(self) -> dict[str, str]:
-        """By the names of the stages."""
-        return {"tensorir": self.tensorir, "cuda": self.cuda, "host": self.host}
+    def cuda(self) -> str:
+        """The kernels."""
+        return self.texts["cuda"]
+
+    @property
+    def host(self) -> str:
+        """The host, C++."""
+        return self.texts["host"]
 
 
-def lower(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
-    """spec -> kernels -> CUDA C -> host.
+def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused") -> Lowered:
+    """spec -> kernels -> CUDA C -> host; in the staged pipeline, with schedules before the CUDA C.
 
     Raises:
         ValueError: the target has no kernel for the spec.
@@ -41,11 +44,32 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
     from pa_compiler import build
     from pa_compiler.kernels import cuda
 
+    if pipeline == "staged":
+        return _lower_staged(spec, target)
     tiles = cuda_tiling.choose(spec, target.arch)
     mod = cuda.build(spec, tiles)
-    tensorir = build.script(mod)  # now: what follows may change the PrimFuncs that it is given
-    source = cuda_build.emit(mod, target.arch)
-    return Lowered(tensorir, source, cuda_host.render(spec, tiles, target, source, cuda.launches(spec, tiles)))
+    texts = {"tensorir": build.script(mod)}  # now: what follows may change the PrimFuncs that it is given
+    texts["cuda"] = cuda_build.emit(mod, target.arch)
+    texts["host"] = cuda_host.render_fused(spec, tiles, target, texts["cuda"], cuda.launches(spec, tiles))
+    return Lowered(texts)
+
+
+def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
+    from tvm import IRModule
+
+    from pa_compiler import build
+    from pa_compiler.kernels import cuda
+    from pa_compiler.schedules import schedule
+
+    tiles = cuda_tiling.staged(spec)
+    stages, others = cuda.build_staged(spec, tiles)
+    mod = IRModule({**stages.functions, **others.functions})
+    texts = {"tensorir": build.script(mod)}
+    mod = IRModule({**schedule(stages, tiles).functions, **others.functions})
+    texts["scheduled"] = build.script(mod)
+    texts["cuda"] = cuda_build.emit(mod, target.arch)
+    texts["host"] = cuda_host.render_staged(spec, tiles, target, texts["cuda"], cuda.staged_launches())
+    return Lowered(texts)
 
 
 def machine_texts(lowered: Lowered, target: CudaTarget, directory: Path) -> dict[str, str]:
@@ -53,7 +77,9 @@ def machine_texts(lowered: Lowered, target: CudaTarget, directory: Path) -> dict
     return _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
 
 
-def build_library(spec: PagedAttentionSpec, target: CudaTarget, scratch: Path) -> tuple[Path, dict[str, str]]:
+def build_library(
+    spec: PagedAttentionSpec, target: CudaTarget, pipeline: str, scratch: Path
+) -> tuple[Path, dict[str, str]]:
     """Lower, compile and link; the library, which lies in scratch, and the texts of the stages.
 
     Raises:
@@ -62,7 +88,7 @@ def build_library(spec: PagedAttentionSpec, target: CudaTarget, scratch: Path) -
     from pa_compiler import build
 
     cuda_build.tool("nvcc")  # a missing compiler is said before a second is spent on TVM
-    lowered = lower(spec, target)
+    lowered = lower(spec, target, pipeline)
     with build.compiling_host(lowered.host, scratch) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, scratch)
         image = cuda_build.fatbin(cubin, target.arch, scratch)

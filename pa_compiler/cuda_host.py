@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from pa_compiler import host
 from pa_compiler.cuda_build import Parameter, parameters
 from pa_compiler.cuda_target import CudaTarget
-from pa_compiler.cuda_tiling import CHUNK_BYTES, CudaTiling
+from pa_compiler.cuda_tiling import CHUNK_BYTES, WAVES, CudaTiling
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiling import Tiling
 
 if TYPE_CHECKING:
     from pa_compiler.kernels.cuda import Launch
-
-WAVES = 2
-"""Thread blocks that long sequences are cut for, by how many a GPU runs at once: in one, all wait for the slowest."""
 
 _MAX_BLOCKS = 1 << 30
 """Thread blocks of a launch, at most, before those of extra work items; a GPU takes twice as many."""
@@ -23,7 +21,6 @@ _MAX_BLOCKS = 1 << 30
 _TYPES = {"int": "int32_t", "int64_t": "int64_t", "float": "float"}
 """What the host passes for a parameter that is no pointer."""
 
-DECODE_KERNELS = ("cuda_check", "cuda_decode", "cuda_merge")
 APPEND_KERNELS = ("cuda_check_slots", "cuda_append_kv")
 
 
@@ -37,10 +34,10 @@ class _Kernel(NamedTuple):
     shared_bytes: int
 
 
-def render(
+def render_fused(
     spec: PagedAttentionSpec, tiling: CudaTiling, target: CudaTarget, source: str, launches: Mapping[str, Launch]
 ) -> str:
-    """The text of host.cc.
+    """The text of host.cc for the fused pipeline.
 
     Args:
         spec: What is compiled.
@@ -49,25 +46,50 @@ def render(
         source: The emitted CUDA C, which says in which order kernels take their parameters.
         launches: How each kernel is launched.
     """
-    kernels = {
+    return _render(
+        spec,
+        "fused",
+        target,
+        _kernels(source, launches),
+        head_tiles=tiling.head_tiles(spec),
+        max_batch=_MAX_BLOCKS // spec.num_heads,
+        waves=WAVES,
+    )
+
+
+def render_staged(
+    spec: PagedAttentionSpec, tiling: Tiling, target: CudaTarget, source: str, launches: Mapping[str, Launch]
+) -> str:
+    """The same for the staged pipeline, of what cuda_tiling.staged gave."""
+    return _render(spec, "staged", target, _kernels(source, launches), tiling=tiling, max_batch=_MAX_BLOCKS)
+
+
+def _kernels(source: str, launches: Mapping[str, Launch]) -> dict[str, _Kernel]:
+    return {
         name: _Kernel(name, [_passed(parameter) for parameter in parameters(source, name)], *launch)
         for name, launch in launches.items()
     }
+
+
+def _render(
+    spec: PagedAttentionSpec, pipeline: str, target: CudaTarget, kernels: dict[str, _Kernel], **values: object
+) -> str:
+    append = [kernel for name, kernel in kernels.items() if name in APPEND_KERNELS]
+    decode = [kernel for name, kernel in kernels.items() if name not in APPEND_KERNELS]
     return host.render_template(
         "cuda_host.cc.j2",
         spec,
-        host.describe(spec, "fused"),
+        host.describe(spec, pipeline),
+        pipeline=pipeline,
         arch=target.arch,
         capability=target.capability,
         exact_arch=not target.portable,
         kernels=kernels,
-        decode_parameters=_together(kernels[name] for name in DECODE_KERNELS),
-        append_parameters=_together(kernels[name] for name in APPEND_KERNELS),
-        head_tiles=tiling.head_tiles(spec),
-        max_batch=_MAX_BLOCKS // spec.num_heads,
-        waves=WAVES,
+        decode_parameters=_together(decode),
+        append_parameters=_together(append),
         word_elements=1,
         cache_alignment=CHUNK_BYTES,
+        **values,
     )
 
 

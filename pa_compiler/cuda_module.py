@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pa_compiler import cuda_verify
 from pa_compiler.arguments import check_whole
 from pa_compiler.module import Module
 
 if TYPE_CHECKING:
     import torch
+
+    from pa_compiler.verify import Verification
 
 CHECKS = ("host", "device", "none")
 """What decode and append_kv take for check, in the order of the library's numbers."""
@@ -29,6 +33,8 @@ class CudaModule(Module):
       by the next call of decode or append_kv on that device, which does nothing itself, or by check_status.
       "host": this process does, before anything is launched. It waits for the stream and for copies of them.
       "none": nobody does. An index that is out of range reads or writes anywhere.
+      decode of the staged pipeline has no "device". Its default is "host", where it takes as many steps as the longest
+      sequence has blocks; with "none", as many as block_table has.
 
     Nothing is copied to the host, nor waited for, with "device" and "none", and a CUDA graph can capture both. It holds
     the launches for any lengths: tensors may have other contents at each replay.
@@ -79,19 +85,35 @@ class CudaModule(Module):
         """
         raise NotImplementedError("plan: a GPU finds its work items itself, as a kernel starts")
 
-    def verify(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not yet.
+    def verify(
+        self,
+        seconds: float = 10,
+        *,
+        seed: int | None = None,
+        draw: int | None = None,
+        advance: Callable[[int], object] = lambda milliseconds: None,
+        device: Any = "cuda",
+    ) -> Verification:
+        """As Module.verify, on a device of torch's, with each way to check indices in turn.
 
         Raises:
-            NotImplementedError: always.
+            ImportError: there is no torch.
         """
-        raise NotImplementedError("verify: it draws NumPy arrays, and a module for a GPU needs a GPU and CUDA tensors")
+        from pa_compiler import verify
 
-    def _manner(self, check: str | None) -> int:
+        on_gpu = cuda_verify.OnGpu(self, cuda_verify.TorchMemory(device))
+        return verify.verify(on_gpu, seconds, seed=seed, draw=draw, advance=advance)
+
+    def checks(self, of: str) -> tuple[str, ...]:
+        """What "decode" or "append_kv" takes for check."""
+        return ("host", "none") if (self.pipeline, of) == ("staged", "decode") else CHECKS
+
+    def _manner(self, check: str | None, of: str) -> int:
+        choices = self.checks(of)
         if check is None:
-            return CHECKS.index("device")
-        if check not in CHECKS:
-            raise ValueError(f"check: expected one of {', '.join(CHECKS)}, got {check!r}")
+            check = "device" if "device" in choices else "host"
+        if check not in choices:
+            raise ValueError(f"check: expected one of {', '.join(choices)}, got {check!r}")
         return CHECKS.index(check)
 
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiling import Tiling
 
 WARP = 32
 """Threads of a warp."""
@@ -63,6 +64,12 @@ SHARED_BYTES = {"sm_80": 166912, "sm_87": 166912, "sm_90": 232448, "sm_100": 232
 DEFAULT_SHARED_BYTES = 101376
 """Dynamic shared memory of one thread block, at most (CUDA programming guide, compute capabilities): of the data
 center's GPUs, and of others from sm_80 on."""
+
+STAGED_THREADS = 128
+"""Threads of a block of the staged pipeline's kernels."""
+
+STAGED_BLOCK_SIZE = 2048
+"""Tokens of a block, at most, in the staged pipeline: their places and the query share 48 KB of shared memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +192,35 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     return dataclasses.replace(tiling, min_range_steps=-(-MIN_RANGE_TOKENS // tiling.step_tokens))
 
 
-def check(spec: PagedAttentionSpec) -> None:
-    """Refuse a spec that the CUDA kernels do not cover.
+def staged(spec: PagedAttentionSpec) -> Tiling:
+    """The sizes of the staged pipeline, whose kernels are the CPU's with a schedule of their own (cuda_threads).
+
+    Raises:
+        ValueError: CUDA has no kernel for the spec.
+    """
+    check(spec, "staged")
+    return Tiling(
+        strategy="cuda_threads",
+        row_tile=_equal_tile(spec.group, min(spec.head_tile, MAX_ROW_TILE)),
+        kv_tile=spec.block_size,
+        token_group=1,
+        lanes=1,
+        qk_rows=1,
+        qk_tokens=1,
+        pv_rows=1,
+        pv_dims=1,
+        copy_keys=False,
+        copy_values=False,
+        dot_pairs=False,
+        sweep=None,
+        word_elements=1,
+        line_elements=1,
+        split_blocks=1,
+    )
+
+
+def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
+    """Refuse a spec that the CUDA kernels of a pipeline do not cover.
 
     Raises:
         ValueError: names the field, what the target takes and what it got.
@@ -196,6 +230,10 @@ def check(spec: PagedAttentionSpec) -> None:
     if spec.head_dim % 16 or spec.head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"head_dim: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {spec.head_dim}"
+        )
+    if pipeline == "staged" and spec.block_size > STAGED_BLOCK_SIZE:
+        raise ValueError(
+            f"block_size: expected up to {STAGED_BLOCK_SIZE} for target cuda and pipeline staged, got {spec.block_size}"
         )
 
 

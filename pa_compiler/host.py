@@ -53,7 +53,6 @@ def render(
         kernels=kernels,
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
         item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
-        finishes_whole="true" if fused else "false",
         word_elements=tiling.word_elements,
         cache_alignment=0,
         thread_tokens=thread_tokens,

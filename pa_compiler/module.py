@@ -149,7 +149,7 @@ class Module:
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
-        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._manner(check))
+        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._manner(check, "decode"))
         return out if lse is None else (out, lse)
 
     def append_kv(
@@ -185,10 +185,12 @@ class Module:
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
         arrays = (key, value, key_cache, value_cache, slot_mapping)
-        call(self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._manner(check))
+        call(
+            self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._manner(check, "append_kv")
+        )
 
-    def _manner(self, check: str | None) -> int:
-        """The number by which the library is told how to go about a call; for a CPU, the threads to use."""
+    def _manner(self, check: str | None, of: str) -> int:
+        """The number that tells the library how to go about a call of decode or append_kv; for a CPU, the threads."""
         if check not in (None, "host"):
             raise ValueError(f"check: expected 'host' for a CPU module, got {check!r}")
         return self._num_threads

@@ -103,6 +103,11 @@ class Tiling:
         return 1 if self.dot_pairs else self.dim_pair
 
     @property
+    def prefetches(self) -> bool:
+        """Whether instructions fetch what the matmuls read next."""
+        return self.sweep is None and self.strategy != "cuda_threads"
+
+    @property
     def padded_kv_tile(self) -> int:
         """kv_tile rounded up to whole token groups."""
         return -(-self.kv_tile // self.token_group) * self.token_group
@@ -110,7 +115,7 @@ class Tiling:
     @property
     def num_offsets(self) -> int:
         """Tokens whose places in the cache are looked up at once: a padded tile, and what is fetched of the next."""
-        return self.padded_kv_tile + (0 if self.sweep else self.kv_tile)
+        return self.padded_kv_tile + (self.kv_tile if self.prefetches else 0)
 
     @property
     def streams(self) -> int:

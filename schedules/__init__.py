@@ -8,13 +8,14 @@ import dataclasses
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
-from pa_compiler.schedules import append_kv, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
+from pa_compiler.schedules import append_kv, cuda_threads, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
 from pa_compiler.tiling import Tiling
 
 _STRATEGIES = {
     "heads_in_lanes": heads_in_lanes,
     "head_dim_in_lanes": head_dim_in_lanes,
     "tokens_in_lanes": tokens_in_lanes,
+    "cuda_threads": cuda_threads,
 }
 
 

@@ -8,6 +8,7 @@ import os
 
 import cuda_driver
 import cuda_emulator
+import gpu_memory
 import pytest
 import scorecard
 
@@ -16,6 +17,7 @@ import pa_compiler
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the full counts of the scorecard, and write RELIABILITY.md")
+    parser.addoption("--gpu", action="store_true", help="run tests marked gpu on this machine's GPU: with -m gpu")
 
 
 @pytest.fixture
@@ -111,19 +113,22 @@ def cuda_decode(emulated):
 
 
 @pytest.fixture(scope="session")
-def gpu_module(emulated):
-    """gpu_module(spec) -> CudaModule with kernels of the emulator's, for the fake driver.
+def gpu_module(emulated, request):
+    """gpu_module(spec, pipeline="fused") -> CudaModule with kernels of the emulator's, for the fake driver.
 
-    They are kept in a cache of their own: to the cache they look like those that nvcc makes.
+    They are kept in a cache of their own: to the cache they look like those that nvcc makes. With --gpu nvcc does.
     """
     directory = emulated.keywords["directory"]
     kept = directory / "modules"
+    if request.config.getoption("--gpu"):
+        target = {"kind": "cuda", "arch": gpu_memory.arch()}
+        return functools.cache(lambda spec, pipeline="fused": pa_compiler.compile(spec, target, pipeline))
 
-    def compile_module(spec, arch="sm_90"):
+    def compile_module(spec, pipeline="fused", arch="sm_90"):
         with pytest.MonkeyPatch.context() as patch:
             cuda_driver.emulate(patch, directory)
             patch.setenv("PA_CACHE_DIR", str(kept))
-            return pa_compiler.compile(spec, {"kind": "cuda", "arch": arch})
+            return pa_compiler.compile(spec, {"kind": "cuda", "arch": arch}, pipeline)
 
     return compile_module
 
@@ -137,6 +142,14 @@ def gpu(emulated):
     fake.set_order("forward")
     fake.log()
     assert fake.contexts_pushed() == 0
+
+
+@pytest.fixture
+def memory(request):
+    """The memory of a GPU, real or not."""
+    if request.config.getoption("--gpu"):
+        return gpu_memory.real_memory()
+    return gpu_memory.FakeMemory(request.getfixturevalue("gpu"))
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def build_decode(load, spec: PagedAttentionSpec, **sizes: int) -> CudaKernels:
 def build_others(load, spec: PagedAttentionSpec) -> CudaKernels:
     """The kernels of append_kv and of checks."""
     tiling = cuda_tiling.choose(spec, ARCH)
-    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec) for kernel in cuda.OTHERS})
+    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec) for kernel in (cuda.cuda_check, *cuda.APPEND)})
 
 
 def _loaded(load, spec: PagedAttentionSpec, tiling: CudaTiling, kernels: dict) -> CudaKernels:

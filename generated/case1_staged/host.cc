@@ -30,7 +30,7 @@ int __tvm_ffi_qk_matmul(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_softmax_prepare(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_pv_matmul(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_online_update(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_merge_partials(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
+int __tvm_ffi_normalize(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 int __tvm_ffi_append_row(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 }
 
@@ -46,7 +46,6 @@ constexpr int64_t kBatchChunk = 16;  // sequences
 constexpr int64_t kSplitBlocks = std::numeric_limits<int64_t>::max();  // blocks of one range of a long sequence
 constexpr int64_t kItemTokens = std::numeric_limits<int64_t>::max();  // tokens after which a work item takes no further sequence
 constexpr int64_t kThreadTokens = 61;  // KV tokens of work items that are worth one more thread
-constexpr bool kFinishesWhole = false;  // whether RunItem writes out and lse of a sequence of one range
 constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' token arithmetic within int32
 
 constexpr DLDeviceType kDevice = kDLCPU;
@@ -580,7 +579,7 @@ struct Cut {
     num_ranges = (blocks - 1) / step + 1;
   }
   // Partial results that are to be merged.
-  int64_t num_partials() const { return num_ranges == 1 && kFinishesWhole ? 0 : num_ranges; }
+  int64_t num_partials() const { return num_ranges == 1 ? 0 : num_ranges; }
 };
 
 int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
@@ -841,9 +840,10 @@ class Partials {
   const Array max, sum, acc;
 };
 
-// Staged: for one tile of heads after another, the four kernels in turn over the whole chunk, logical block by logical
-// block. A sequence that has ended takes part with valid_len == 0; a chunk of empty sequences takes one such step.
-void RunItem(const WorkItem& item, const Arguments& args, float scale, const Partials& partials) {
+// Staged: for one tile of heads after another, the four stages in turn over the whole chunk, logical block by logical block,
+// and then its results. A sequence that has ended takes part with valid_len == 0; a chunk of empty sequences takes one such
+// step. Items are whole sequences: there are no partial results.
+void RunItem(const WorkItem& item, const Arguments& args, float scale, const Partials&) {
   constexpr int64_t kTokens = 128;  // block_size, padded to the kernel's token groups
   constexpr int64_t kTileFloats = Aligned(kBatchChunk * kRowTile * kTokens);
   constexpr int64_t kAccFloats = Aligned(kBatchChunk * kRowTile * kHeadDim), kRowFloats = Aligned(kBatchChunk * kRowTile);
@@ -870,9 +870,11 @@ void RunItem(const WorkItem& item, const Arguments& args, float scale, const Par
            item.num_seqs, block_idx, scale);
       Call(__tvm_ffi_pv_matmul, value.memory, args.block_table, args.context_lens, probs, tile_acc, value.block_stride,
            value.row_stride, value.head_stride, item.batch_start, item.num_seqs, kv_head, block_idx);
-      Call(__tvm_ffi_online_update, tile_max, tile_sum, tile_acc, row_max, row_sum, acc, partials.max, partials.sum,
-           partials.acc, item.num_seqs, block_idx, num_blocks, head_start, num_rows, item.partial_start);
+      Call(__tvm_ffi_online_update, tile_max, tile_sum, tile_acc, row_max, row_sum, acc, item.num_seqs, block_idx,
+           num_blocks);
     }
+    Call(__tvm_ffi_normalize, row_max, row_sum, acc, args.out, args.lse, item.batch_start, item.num_seqs, head_start,
+         num_rows);
     head_start += num_rows;
   }
 }
@@ -989,19 +991,10 @@ void Decode(const Inputs& in) {
   const bool has_lse = args.lse.tensor.data != nullptr;
   const Borrowed<float> unused_lse(call_workspace, has_lse ? 0 : args.batch * kNumHeads);
   if (!has_lse) args.lse = Array(unused_lse.data(), {args.batch, kNumHeads});
-  const Borrowed<std::atomic<int32_t>> missing(call_workspace, args.batch);  // partial results not yet computed
-  for (int64_t seq = 0; seq < args.batch; ++seq) new (&missing.data()[seq]) std::atomic<int32_t>(plan.partials_of(seq));
   const int64_t wanted_threads = plan.num_tokens / kThreadTokens + 1;
   ParallelFor(plan.num_items, std::min(num_threads, wanted_threads), [&](int64_t i) {
     const WorkItem& item = plan.item(i);
     RunItem(item, args, static_cast<float>(scale), partials);
-    if (item.partial_start < 0) return;
-    for (int64_t seq = item.batch_start; seq < item.batch_start + item.num_seqs; ++seq) {
-      // Whoever computes the last of a sequence's partial results merges all of them, in their order.
-      if (--missing.data()[seq] > 0) continue;
-      Call(__tvm_ffi_merge_partials, partials.max, partials.sum, partials.acc, args.out, args.lse, seq,
-           plan.partial_begin(seq), plan.partials_of(seq));
-    }
   });
 }
 

@@ -249,31 +249,30 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
+define dllexport noundef i32 @__tvm_ffi_normalize(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor48.i = alloca [16 x float], align 16
-  %beta51.i = alloca [16 x float], align 16
-  %alpha52.i = alloca [16 x float], align 16
-  %partial_max.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %partial_max.type_index, 70
+  %factor6.i = alloca [16 x float], align 16
+  %row_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %row_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %row_max.handle.idx = select i1 %0, i64 24, i64 0
+  %row_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %row_max.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_sum.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %row_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %row_sum.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %row_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %row_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %row_sum.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_acc.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %acc.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %acc.handle.idx = select i1 %8, i64 24, i64 0
+  %acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %acc.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
   %out.type_index = load i32, ptr %11, align 8
   %12 = icmp eq i32 %out.type_index, 70
@@ -294,974 +293,288 @@ entry:
   %22 = load i64, ptr %21, align 8
   %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
-  %dev_id = load i32, ptr %25, align 4
-  %26 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_partials.out_shape = load ptr, ptr %26, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_partials.out_strides = load ptr, ptr %27, align 8
-  %28 = icmp eq ptr %merge_partials.out_strides, null
-  %29 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
-  %30 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
-  %out_head.in = select i1 %28, ptr %29, ptr %30
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %normalize.out_shape = load ptr, ptr %27, align 8
+  %28 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %normalize.out_strides = load ptr, ptr %28, align 8
+  %29 = icmp eq ptr %normalize.out_strides, null
+  %30 = getelementptr inbounds nuw i8, ptr %normalize.out_shape, i64 16
+  %31 = getelementptr inbounds nuw i8, ptr %normalize.out_strides, i64 8
+  %out_head.in = select i1 %29, ptr %30, ptr %31
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %28, label %if_then16, label %if_else17
+  br i1 %29, label %if_then16, label %if_else17
 
 if_then16:                                        ; preds = %entry
-  %31 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
-  %32 = load i64, ptr %31, align 8
-  %33 = load i64, ptr %29, align 8
-  %34 = mul nsw i64 %33, %32
+  %32 = getelementptr inbounds nuw i8, ptr %normalize.out_shape, i64 8
+  %33 = load i64, ptr %32, align 8
+  %34 = load i64, ptr %30, align 8
+  %35 = mul nsw i64 %34, %33
   br label %if_end18
 
 if_else17:                                        ; preds = %entry
-  %35 = load i64, ptr %merge_partials.out_strides, align 8
+  %36 = load i64, ptr %normalize.out_strides, align 8
   br label %if_end18
 
 if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %34, %if_then16 ], [ %35, %if_else17 ]
-  %36 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_partials.lse_strides = load ptr, ptr %36, align 8
-  %37 = icmp eq ptr %merge_partials.lse_strides, null
-  br i1 %37, label %if_then19, label %if_end21
+  %out_batch = phi i64 [ %35, %if_then16 ], [ %36, %if_else17 ]
+  %37 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %normalize.lse_strides = load ptr, ptr %37, align 8
+  %38 = icmp eq ptr %normalize.lse_strides, null
+  br i1 %38, label %if_then19, label %if_end21
 
 if_then19:                                        ; preds = %if_end18
-  %38 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_partials.lse_shape = load ptr, ptr %38, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+  %39 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %normalize.lse_shape = load ptr, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %normalize.lse_shape, i64 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %39, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
+  %lse_batch.in = phi ptr [ %40, %if_then19 ], [ %normalize.lse_strides, %if_end18 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %partial_max = load ptr, ptr %partial_max.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %num_seqs = trunc i64 %22 to i32
+  %row_max = load ptr, ptr %row_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_max, i64 64) ]
+  %row_sum = load ptr, ptr %row_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_sum, i64 64) ]
+  %acc = load ptr, ptr %acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %acc, i64 64) ]
   %out = load ptr, ptr %out.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor48.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta51.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha52.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor6.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %acc, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %41 = icmp eq ptr %acc.i, null
-  br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+  %41 = icmp sgt i32 %num_seqs, 0
+  br i1 %41, label %for_body_s.lr.ph.i, label %normalize_compute_.exit, !prof !3
 
-for_begin_step.preheader.i:                       ; preds = %if_end21
-  %num_partials = trunc i64 %24 to i32
-  %42 = icmp sgt i32 %num_partials, 0
-  br i1 %42, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
-
-for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %22, 32
-  %43 = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %24, 2147483647
-  br label %for_body_step.i
-
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r_0.i ]
-  %44 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total5559.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %461, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv69.i, 0
-  %46 = insertelement <16 x i1> poison, i1 %45, i64 0
-  %47 = shufflevector <16 x i1> %46, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %47, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %44
-  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %total5559.i
-  %48 = add nsw i64 %indvars.iv69.i, %43
-  %49 = shl nsw i64 %48, 4
-  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
-  %51 = load <16 x float>, ptr %50, align 4, !tbaa !5
-  %52 = fcmp ogt <16 x float> %old_max.i, %51
-  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
-  %54 = load <16 x float>, ptr %53, align 4, !tbaa !5
-  %55 = fcmp oeq <16 x float> %54, zeroinitializer
-  %56 = select <16 x i1> %55, <16 x i1> splat (i1 true), <16 x i1> %52
-  %old_or_both.i = select <16 x i1> %56, <16 x float> %old_max.i, <16 x float> %51
-  %57 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %57, <16 x float> %51, <16 x float> %old_or_both.i
-  %58 = fsub <16 x float> %old_max.i, %m.i
-  %59 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %58, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %60 = bitcast <16 x float> %59 to <16 x i32>
-  %61 = fadd <16 x float> %59, splat (float 0xC168000FE0000000)
-  %62 = fmul <16 x float> %61, splat (float 0x3F2BD01060000000)
-  %63 = fmul <16 x float> %61, splat (float 0x3FE6300000000000)
-  %64 = fsub <16 x float> %58, %63
-  %65 = fadd <16 x float> %62, %64
-  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> %65, <16 x float> splat (float 0x3FA5558F20000000))
-  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> %65, <16 x float> splat (float 0x3FC5554920000000))
-  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %65, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %70 = fmul <16 x float> %65, %65
-  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %70, <16 x float> %65)
-  %72 = shl <16 x i32> %60, splat (i32 23)
-  %73 = bitcast <16 x i32> %72 to <16 x float>
-  %74 = fadd <16 x float> %71, splat (float 1.000000e+00)
-  %75 = fmul <16 x float> %74, %73
-  %76 = fcmp olt <16 x float> %58, splat (float -8.700000e+01)
-  %77 = select <16 x i1> %76, <16 x float> zeroinitializer, <16 x float> %75
-  %78 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %79 = select <16 x i1> %78, <16 x float> %77, <16 x float> zeroinitializer
-  store <16 x float> %79, ptr %alpha52.i, align 16, !tbaa !16
-  %arg2.i = fsub <16 x float> %51, %m.i
-  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %81 = bitcast <16 x float> %80 to <16 x i32>
-  %82 = fadd <16 x float> %80, splat (float 0xC168000FE0000000)
-  %83 = fmul <16 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <16 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <16 x float> %arg2.i, %84
-  %86 = fadd <16 x float> %83, %85
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %86, <16 x float> splat (float 0x3FA5558F20000000))
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %86, <16 x float> splat (float 0x3FC5554920000000))
-  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %86, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %91 = fmul <16 x float> %86, %86
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %91, <16 x float> %86)
-  %93 = shl <16 x i32> %81, splat (i32 23)
-  %94 = bitcast <16 x i32> %93 to <16 x float>
-  %95 = fadd <16 x float> %92, splat (float 1.000000e+00)
-  %96 = fmul <16 x float> %95, %94
-  %97 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %98 = select <16 x i1> %97, <16 x float> zeroinitializer, <16 x float> %96
-  %99 = fcmp one <16 x float> %54, zeroinitializer
-  %100 = select <16 x i1> %99, <16 x float> %98, <16 x float> zeroinitializer
-  store <16 x float> %100, ptr %beta51.i, align 16, !tbaa !23
-  %.idx.i = shl nsw i64 %48, 13
-  %101 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
-
-for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
-  %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
-  %102 = shl nuw nsw i64 %indvars.iv.i.us, 2
-  %103 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %102
-  %104 = load float, ptr %103, align 16, !tbaa !30
-  %105 = insertelement <16 x float> poison, float %104, i64 0
-  %106 = shufflevector <16 x float> %105, <16 x float> poison, <16 x i32> zeroinitializer
-  %107 = shl nuw nsw i64 %indvars.iv.i.us, 9
-  %108 = getelementptr float, ptr %101, i64 %107
-  %109 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %102
-  %110 = load float, ptr %109, align 16, !tbaa !31
-  %111 = or disjoint i64 %102, 1
-  %112 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %111
-  %113 = load float, ptr %112, align 4, !tbaa !30
-  %114 = insertelement <16 x float> poison, float %113, i64 0
-  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
-  %116 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %111
-  %117 = load float, ptr %116, align 4, !tbaa !31
-  %118 = or disjoint i64 %102, 2
-  %119 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %118
-  %120 = load float, ptr %119, align 8, !tbaa !30
-  %121 = insertelement <16 x float> poison, float %120, i64 0
-  %122 = shufflevector <16 x float> %121, <16 x float> poison, <16 x i32> zeroinitializer
-  %123 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %118
-  %124 = load float, ptr %123, align 8, !tbaa !31
-  %125 = or disjoint i64 %102, 3
-  %126 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %125
-  %127 = load float, ptr %126, align 4, !tbaa !30
-  %128 = insertelement <16 x float> poison, float %127, i64 0
-  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
-  %130 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %125
-  %131 = load float, ptr %130, align 4, !tbaa !31
-  %132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %107
-  %.scalar = fmul float %124, 0.000000e+00
-  %133 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %134 = shufflevector <16 x float> %133, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar30 = fmul float %117, 0.000000e+00
-  %135 = insertelement <16 x float> poison, float %.scalar30, i64 0
-  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar31 = fmul float %110, 0.000000e+00
-  %137 = insertelement <16 x float> poison, float %.scalar31, i64 0
-  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
-  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !5
-  %139 = load <16 x float>, ptr %108, align 4, !tbaa !5
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %139, <16 x float> %138)
-  store <16 x float> %140, ptr %132, align 4, !tbaa !5
-  %141 = getelementptr inbounds nuw i8, ptr %132, i64 64
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
-  %142 = getelementptr i8, ptr %108, i64 64
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %143, <16 x float> %138)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !5
-  %145 = getelementptr inbounds nuw i8, ptr %132, i64 512
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
-  %146 = getelementptr i8, ptr %108, i64 512
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %147, <16 x float> %136)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !5
-  %149 = getelementptr inbounds nuw i8, ptr %132, i64 576
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !5
-  %150 = getelementptr i8, ptr %108, i64 576
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !5
-  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %151, <16 x float> %136)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !5
-  %153 = getelementptr inbounds nuw i8, ptr %132, i64 1024
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !5
-  %154 = getelementptr i8, ptr %108, i64 1024
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !5
-  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %155, <16 x float> %134)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !5
-  %157 = getelementptr inbounds nuw i8, ptr %132, i64 1088
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !5
-  %158 = getelementptr i8, ptr %108, i64 1088
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !5
-  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %159, <16 x float> %134)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !5
-  %161 = getelementptr inbounds nuw i8, ptr %132, i64 1536
-  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !5
-  %162 = getelementptr i8, ptr %108, i64 1536
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %.scalar34 = fmul float %131, 0.000000e+00
-  %164 = insertelement <16 x float> poison, float %.scalar34, i64 0
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %163, <16 x float> %165)
-  store <16 x float> %166, ptr %161, align 4, !tbaa !5
-  %167 = getelementptr inbounds nuw i8, ptr %132, i64 1600
-  store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !5
-  %168 = getelementptr i8, ptr %108, i64 1600
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %169, <16 x float> %165)
-  store <16 x float> %170, ptr %167, align 4, !tbaa !5
-  %171 = getelementptr inbounds nuw i8, ptr %132, i64 128
-  store <16 x float> zeroinitializer, ptr %171, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %108, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %173, <16 x float> %138)
-  store <16 x float> %174, ptr %171, align 4, !tbaa !5
-  %175 = getelementptr inbounds nuw i8, ptr %132, i64 192
-  store <16 x float> zeroinitializer, ptr %175, align 4, !tbaa !5
-  %176 = getelementptr i8, ptr %108, i64 192
-  %177 = load <16 x float>, ptr %176, align 4, !tbaa !5
-  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %177, <16 x float> %138)
-  store <16 x float> %178, ptr %175, align 4, !tbaa !5
-  %179 = getelementptr inbounds nuw i8, ptr %132, i64 640
-  store <16 x float> zeroinitializer, ptr %179, align 4, !tbaa !5
-  %180 = getelementptr i8, ptr %108, i64 640
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %181, <16 x float> %136)
-  store <16 x float> %182, ptr %179, align 4, !tbaa !5
-  %183 = getelementptr inbounds nuw i8, ptr %132, i64 704
-  store <16 x float> zeroinitializer, ptr %183, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %108, i64 704
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %185, <16 x float> %136)
-  store <16 x float> %186, ptr %183, align 4, !tbaa !5
-  %187 = getelementptr inbounds nuw i8, ptr %132, i64 1152
-  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !5
-  %188 = getelementptr i8, ptr %108, i64 1152
-  %189 = load <16 x float>, ptr %188, align 4, !tbaa !5
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %189, <16 x float> %134)
-  store <16 x float> %190, ptr %187, align 4, !tbaa !5
-  %191 = getelementptr inbounds nuw i8, ptr %132, i64 1216
-  store <16 x float> zeroinitializer, ptr %191, align 4, !tbaa !5
-  %192 = getelementptr i8, ptr %108, i64 1216
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %193, <16 x float> %134)
-  store <16 x float> %194, ptr %191, align 4, !tbaa !5
-  %195 = getelementptr inbounds nuw i8, ptr %132, i64 1664
-  store <16 x float> zeroinitializer, ptr %195, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %108, i64 1664
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %197, <16 x float> %165)
-  store <16 x float> %198, ptr %195, align 4, !tbaa !5
-  %199 = getelementptr inbounds nuw i8, ptr %132, i64 1728
-  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !5
-  %200 = getelementptr i8, ptr %108, i64 1728
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !5
-  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %201, <16 x float> %165)
-  store <16 x float> %202, ptr %199, align 4, !tbaa !5
-  %203 = getelementptr inbounds nuw i8, ptr %132, i64 256
-  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !5
-  %204 = getelementptr i8, ptr %108, i64 256
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %205, <16 x float> %138)
-  store <16 x float> %206, ptr %203, align 4, !tbaa !5
-  %207 = getelementptr inbounds nuw i8, ptr %132, i64 320
-  store <16 x float> zeroinitializer, ptr %207, align 4, !tbaa !5
-  %208 = getelementptr i8, ptr %108, i64 320
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %209, <16 x float> %138)
-  store <16 x float> %210, ptr %207, align 4, !tbaa !5
-  %211 = getelementptr inbounds nuw i8, ptr %132, i64 768
-  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !5
-  %212 = getelementptr i8, ptr %108, i64 768
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
-  %214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %213, <16 x float> %136)
-  store <16 x float> %214, ptr %211, align 4, !tbaa !5
-  %215 = getelementptr inbounds nuw i8, ptr %132, i64 832
-  store <16 x float> zeroinitializer, ptr %215, align 4, !tbaa !5
-  %216 = getelementptr i8, ptr %108, i64 832
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %217, <16 x float> %136)
-  store <16 x float> %218, ptr %215, align 4, !tbaa !5
-  %219 = getelementptr inbounds nuw i8, ptr %132, i64 1280
-  store <16 x float> zeroinitializer, ptr %219, align 4, !tbaa !5
-  %220 = getelementptr i8, ptr %108, i64 1280
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
-  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %221, <16 x float> %134)
-  store <16 x float> %222, ptr %219, align 4, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %132, i64 1344
-  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !5
-  %224 = getelementptr i8, ptr %108, i64 1344
-  %225 = load <16 x float>, ptr %224, align 4, !tbaa !5
-  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %225, <16 x float> %134)
-  store <16 x float> %226, ptr %223, align 4, !tbaa !5
-  %227 = getelementptr inbounds nuw i8, ptr %132, i64 1792
-  store <16 x float> zeroinitializer, ptr %227, align 4, !tbaa !5
-  %228 = getelementptr i8, ptr %108, i64 1792
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
-  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %229, <16 x float> %165)
-  store <16 x float> %230, ptr %227, align 4, !tbaa !5
-  %231 = getelementptr inbounds nuw i8, ptr %132, i64 1856
-  store <16 x float> zeroinitializer, ptr %231, align 4, !tbaa !5
-  %232 = getelementptr i8, ptr %108, i64 1856
-  %233 = load <16 x float>, ptr %232, align 4, !tbaa !5
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %233, <16 x float> %165)
-  store <16 x float> %234, ptr %231, align 4, !tbaa !5
-  %235 = getelementptr inbounds nuw i8, ptr %132, i64 384
-  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !5
-  %236 = getelementptr i8, ptr %108, i64 384
-  %237 = load <16 x float>, ptr %236, align 4, !tbaa !5
-  %238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %237, <16 x float> %138)
-  store <16 x float> %238, ptr %235, align 4, !tbaa !5
-  %239 = getelementptr inbounds nuw i8, ptr %132, i64 448
-  store <16 x float> zeroinitializer, ptr %239, align 4, !tbaa !5
-  %240 = getelementptr i8, ptr %108, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
-  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %241, <16 x float> %138)
-  store <16 x float> %242, ptr %239, align 4, !tbaa !5
-  %243 = getelementptr inbounds nuw i8, ptr %132, i64 896
-  store <16 x float> zeroinitializer, ptr %243, align 4, !tbaa !5
-  %244 = getelementptr i8, ptr %108, i64 896
-  %245 = load <16 x float>, ptr %244, align 4, !tbaa !5
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %245, <16 x float> %136)
-  store <16 x float> %246, ptr %243, align 4, !tbaa !5
-  %247 = getelementptr inbounds nuw i8, ptr %132, i64 960
-  store <16 x float> zeroinitializer, ptr %247, align 4, !tbaa !5
-  %248 = getelementptr i8, ptr %108, i64 960
-  %249 = load <16 x float>, ptr %248, align 4, !tbaa !5
-  %250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %249, <16 x float> %136)
-  store <16 x float> %250, ptr %247, align 4, !tbaa !5
-  %251 = getelementptr inbounds nuw i8, ptr %132, i64 1408
-  store <16 x float> zeroinitializer, ptr %251, align 4, !tbaa !5
-  %252 = getelementptr i8, ptr %108, i64 1408
-  %253 = load <16 x float>, ptr %252, align 4, !tbaa !5
-  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %253, <16 x float> %134)
-  store <16 x float> %254, ptr %251, align 4, !tbaa !5
-  %255 = getelementptr inbounds nuw i8, ptr %132, i64 1472
-  store <16 x float> zeroinitializer, ptr %255, align 4, !tbaa !5
-  %256 = getelementptr i8, ptr %108, i64 1472
-  %257 = load <16 x float>, ptr %256, align 4, !tbaa !5
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %257, <16 x float> %134)
-  store <16 x float> %258, ptr %255, align 4, !tbaa !5
-  %259 = getelementptr inbounds nuw i8, ptr %132, i64 1920
-  store <16 x float> zeroinitializer, ptr %259, align 4, !tbaa !5
-  %260 = getelementptr i8, ptr %108, i64 1920
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !5
-  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %261, <16 x float> %165)
-  store <16 x float> %262, ptr %259, align 4, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %132, i64 1984
-  store <16 x float> zeroinitializer, ptr %263, align 4, !tbaa !5
-  %264 = getelementptr i8, ptr %108, i64 1984
-  %265 = load <16 x float>, ptr %264, align 4, !tbaa !5
-  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %265, <16 x float> %165)
-  store <16 x float> %266, ptr %263, align 4, !tbaa !5
-  %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
-  %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 4
-  br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !32
-
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %461, %for_end_r_0.i ]
-  %m58.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  %267 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %268 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %269 = select <16 x i1> %268, <16 x float> zeroinitializer, <16 x float> %267
-  store <16 x float> %269, ptr %factor48.i, align 16, !tbaa !33
+for_body_s.lr.ph.i:                               ; preds = %if_end21
+  %num_rows = trunc i64 %26 to i32
+  %sext = shl i64 %24, 32
+  %42 = ashr exact i64 %sext, 32
   %sext28 = shl i64 %20, 32
-  %270 = ashr exact i64 %sext28, 32
-  %271 = mul nsw i64 %out_batch, %270
-  %272 = getelementptr float, ptr %out, i64 %271
-  br label %for_begin_d_033.preheader.i
+  %43 = ashr exact i64 %sext28, 32
+  %44 = icmp sgt i32 %num_rows, 0
+  %invariant.gep11.i = getelementptr float, ptr %lse, i64 %42
+  br i1 %44, label %for_body_s.us.us.preheader.i, label %normalize_compute_.exit, !prof !3
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %273 = shl nuw nsw i64 %indvars.iv.i, 2
-  %274 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %273
-  %275 = load float, ptr %274, align 16, !tbaa !30
-  %276 = insertelement <16 x float> poison, float %275, i64 0
-  %277 = shufflevector <16 x float> %276, <16 x float> poison, <16 x i32> zeroinitializer
-  %278 = shl nuw nsw i64 %indvars.iv.i, 9
-  %279 = getelementptr float, ptr %101, i64 %278
-  %280 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %273
-  %281 = load float, ptr %280, align 16, !tbaa !31
-  %282 = insertelement <16 x float> poison, float %281, i64 0
-  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
-  %284 = or disjoint i64 %273, 1
-  %285 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %284
-  %286 = load float, ptr %285, align 4, !tbaa !30
-  %287 = insertelement <16 x float> poison, float %286, i64 0
-  %288 = shufflevector <16 x float> %287, <16 x float> poison, <16 x i32> zeroinitializer
-  %289 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %284
-  %290 = load float, ptr %289, align 4, !tbaa !31
-  %291 = insertelement <16 x float> poison, float %290, i64 0
-  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
-  %293 = or disjoint i64 %273, 2
-  %294 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %293
-  %295 = load float, ptr %294, align 8, !tbaa !30
-  %296 = insertelement <16 x float> poison, float %295, i64 0
-  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
-  %298 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %293
-  %299 = load float, ptr %298, align 8, !tbaa !31
-  %300 = insertelement <16 x float> poison, float %299, i64 0
-  %301 = shufflevector <16 x float> %300, <16 x float> poison, <16 x i32> zeroinitializer
-  %302 = or disjoint i64 %273, 3
-  %303 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %302
-  %304 = load float, ptr %303, align 4, !tbaa !30
-  %305 = insertelement <16 x float> poison, float %304, i64 0
-  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
-  %307 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %302
-  %308 = load float, ptr %307, align 4, !tbaa !31
-  %309 = insertelement <16 x float> poison, float %308, i64 0
-  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
-  %311 = getelementptr inbounds nuw float, ptr %acc.i, i64 %278
-  %.pre.i = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %.pre119.i = fmul <16 x float> %283, %.pre.i
-  %312 = load <16 x float>, ptr %279, align 4, !tbaa !5
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %312, <16 x float> %.pre119.i)
-  store <16 x float> %313, ptr %311, align 4, !tbaa !5
-  %314 = getelementptr i8, ptr %279, i64 64
-  %315 = load <16 x float>, ptr %314, align 4, !tbaa !5
-  %316 = getelementptr inbounds nuw i8, ptr %311, i64 64
-  %317 = load <16 x float>, ptr %316, align 4, !tbaa !5
-  %318 = fmul <16 x float> %283, %317
-  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %315, <16 x float> %318)
-  store <16 x float> %319, ptr %316, align 4, !tbaa !5
-  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %311, i64 512
-  %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
-  %.pre120.i = fmul <16 x float> %292, %.pre88.i
-  %320 = getelementptr i8, ptr %279, i64 512
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %321, <16 x float> %.pre120.i)
-  store <16 x float> %322, ptr %.phi.trans.insert87.i, align 4, !tbaa !5
-  %323 = getelementptr i8, ptr %279, i64 576
-  %324 = load <16 x float>, ptr %323, align 4, !tbaa !5
-  %325 = getelementptr inbounds nuw i8, ptr %311, i64 576
-  %326 = load <16 x float>, ptr %325, align 4, !tbaa !5
-  %327 = fmul <16 x float> %292, %326
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %324, <16 x float> %327)
-  store <16 x float> %328, ptr %325, align 4, !tbaa !5
-  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %311, i64 1024
-  %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
-  %.pre122.i = fmul <16 x float> %301, %.pre90.i
-  %329 = getelementptr i8, ptr %279, i64 1024
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %330, <16 x float> %.pre122.i)
-  store <16 x float> %331, ptr %.phi.trans.insert89.i, align 4, !tbaa !5
-  %332 = getelementptr i8, ptr %279, i64 1088
-  %333 = load <16 x float>, ptr %332, align 4, !tbaa !5
-  %334 = getelementptr inbounds nuw i8, ptr %311, i64 1088
-  %335 = load <16 x float>, ptr %334, align 4, !tbaa !5
-  %336 = fmul <16 x float> %301, %335
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %333, <16 x float> %336)
-  store <16 x float> %337, ptr %334, align 4, !tbaa !5
-  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %311, i64 1536
-  %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
-  %338 = getelementptr i8, ptr %279, i64 1536
-  %339 = load <16 x float>, ptr %338, align 4, !tbaa !5
-  %340 = fmul <16 x float> %310, %.pre92.i
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %339, <16 x float> %340)
-  store <16 x float> %341, ptr %.phi.trans.insert91.i, align 4, !tbaa !5
-  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %311, i64 1600
-  %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
-  %342 = getelementptr i8, ptr %279, i64 1600
-  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
-  %344 = fmul <16 x float> %310, %.pre94.i
-  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %343, <16 x float> %344)
-  store <16 x float> %345, ptr %.phi.trans.insert93.i, align 4, !tbaa !5
-  %346 = getelementptr i8, ptr %279, i64 128
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
-  %348 = getelementptr inbounds nuw i8, ptr %311, i64 128
-  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
-  %350 = fmul <16 x float> %283, %349
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %347, <16 x float> %350)
-  store <16 x float> %351, ptr %348, align 4, !tbaa !5
-  %352 = getelementptr i8, ptr %279, i64 192
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
-  %354 = getelementptr inbounds nuw i8, ptr %311, i64 192
-  %355 = load <16 x float>, ptr %354, align 4, !tbaa !5
-  %356 = fmul <16 x float> %283, %355
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %353, <16 x float> %356)
-  store <16 x float> %357, ptr %354, align 4, !tbaa !5
-  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %311, i64 640
-  %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
-  %.pre124.i = fmul <16 x float> %292, %.pre96.i
-  %358 = getelementptr i8, ptr %279, i64 640
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %359, <16 x float> %.pre124.i)
-  store <16 x float> %360, ptr %.phi.trans.insert95.i, align 4, !tbaa !5
-  %361 = getelementptr i8, ptr %279, i64 704
-  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
-  %363 = getelementptr inbounds nuw i8, ptr %311, i64 704
-  %364 = load <16 x float>, ptr %363, align 4, !tbaa !5
-  %365 = fmul <16 x float> %292, %364
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %362, <16 x float> %365)
-  store <16 x float> %366, ptr %363, align 4, !tbaa !5
-  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %311, i64 1152
-  %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
-  %.pre126.i = fmul <16 x float> %301, %.pre98.i
-  %367 = getelementptr i8, ptr %279, i64 1152
-  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
-  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %368, <16 x float> %.pre126.i)
-  store <16 x float> %369, ptr %.phi.trans.insert97.i, align 4, !tbaa !5
-  %370 = getelementptr i8, ptr %279, i64 1216
-  %371 = load <16 x float>, ptr %370, align 4, !tbaa !5
-  %372 = getelementptr inbounds nuw i8, ptr %311, i64 1216
-  %373 = load <16 x float>, ptr %372, align 4, !tbaa !5
-  %374 = fmul <16 x float> %301, %373
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %371, <16 x float> %374)
-  store <16 x float> %375, ptr %372, align 4, !tbaa !5
-  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %311, i64 1664
-  %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
-  %376 = getelementptr i8, ptr %279, i64 1664
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
-  %378 = fmul <16 x float> %310, %.pre100.i
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %377, <16 x float> %378)
-  store <16 x float> %379, ptr %.phi.trans.insert99.i, align 4, !tbaa !5
-  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %311, i64 1728
-  %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
-  %380 = getelementptr i8, ptr %279, i64 1728
-  %381 = load <16 x float>, ptr %380, align 4, !tbaa !5
-  %382 = fmul <16 x float> %310, %.pre102.i
-  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %381, <16 x float> %382)
-  store <16 x float> %383, ptr %.phi.trans.insert101.i, align 4, !tbaa !5
-  %384 = getelementptr i8, ptr %279, i64 256
-  %385 = load <16 x float>, ptr %384, align 4, !tbaa !5
-  %386 = getelementptr inbounds nuw i8, ptr %311, i64 256
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
-  %388 = fmul <16 x float> %283, %387
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %385, <16 x float> %388)
-  store <16 x float> %389, ptr %386, align 4, !tbaa !5
-  %390 = getelementptr i8, ptr %279, i64 320
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
-  %392 = getelementptr inbounds nuw i8, ptr %311, i64 320
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !5
-  %394 = fmul <16 x float> %283, %393
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %391, <16 x float> %394)
-  store <16 x float> %395, ptr %392, align 4, !tbaa !5
-  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %311, i64 768
-  %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
-  %.pre128.i = fmul <16 x float> %292, %.pre104.i
-  %396 = getelementptr i8, ptr %279, i64 768
-  %397 = load <16 x float>, ptr %396, align 4, !tbaa !5
-  %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %397, <16 x float> %.pre128.i)
-  store <16 x float> %398, ptr %.phi.trans.insert103.i, align 4, !tbaa !5
-  %399 = getelementptr i8, ptr %279, i64 832
-  %400 = load <16 x float>, ptr %399, align 4, !tbaa !5
-  %401 = getelementptr inbounds nuw i8, ptr %311, i64 832
-  %402 = load <16 x float>, ptr %401, align 4, !tbaa !5
-  %403 = fmul <16 x float> %292, %402
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %400, <16 x float> %403)
-  store <16 x float> %404, ptr %401, align 4, !tbaa !5
-  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %311, i64 1280
-  %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
-  %.pre130.i = fmul <16 x float> %301, %.pre106.i
-  %405 = getelementptr i8, ptr %279, i64 1280
-  %406 = load <16 x float>, ptr %405, align 4, !tbaa !5
-  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %406, <16 x float> %.pre130.i)
-  store <16 x float> %407, ptr %.phi.trans.insert105.i, align 4, !tbaa !5
-  %408 = getelementptr i8, ptr %279, i64 1344
-  %409 = load <16 x float>, ptr %408, align 4, !tbaa !5
-  %410 = getelementptr inbounds nuw i8, ptr %311, i64 1344
-  %411 = load <16 x float>, ptr %410, align 4, !tbaa !5
-  %412 = fmul <16 x float> %301, %411
-  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %409, <16 x float> %412)
-  store <16 x float> %413, ptr %410, align 4, !tbaa !5
-  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %311, i64 1792
-  %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
-  %414 = getelementptr i8, ptr %279, i64 1792
-  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
-  %416 = fmul <16 x float> %310, %.pre108.i
-  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %415, <16 x float> %416)
-  store <16 x float> %417, ptr %.phi.trans.insert107.i, align 4, !tbaa !5
-  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %311, i64 1856
-  %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
-  %418 = getelementptr i8, ptr %279, i64 1856
-  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
-  %420 = fmul <16 x float> %310, %.pre110.i
-  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %419, <16 x float> %420)
-  store <16 x float> %421, ptr %.phi.trans.insert109.i, align 4, !tbaa !5
-  %422 = getelementptr i8, ptr %279, i64 384
-  %423 = load <16 x float>, ptr %422, align 4, !tbaa !5
-  %424 = getelementptr inbounds nuw i8, ptr %311, i64 384
-  %425 = load <16 x float>, ptr %424, align 4, !tbaa !5
-  %426 = fmul <16 x float> %283, %425
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %423, <16 x float> %426)
-  store <16 x float> %427, ptr %424, align 4, !tbaa !5
-  %428 = getelementptr i8, ptr %279, i64 448
-  %429 = load <16 x float>, ptr %428, align 4, !tbaa !5
-  %430 = getelementptr inbounds nuw i8, ptr %311, i64 448
-  %431 = load <16 x float>, ptr %430, align 4, !tbaa !5
-  %432 = fmul <16 x float> %283, %431
-  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %429, <16 x float> %432)
-  store <16 x float> %433, ptr %430, align 4, !tbaa !5
-  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %311, i64 896
-  %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
-  %.pre132.i = fmul <16 x float> %292, %.pre112.i
-  %434 = getelementptr i8, ptr %279, i64 896
-  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
-  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %435, <16 x float> %.pre132.i)
-  store <16 x float> %436, ptr %.phi.trans.insert111.i, align 4, !tbaa !5
-  %437 = getelementptr i8, ptr %279, i64 960
-  %438 = load <16 x float>, ptr %437, align 4, !tbaa !5
-  %439 = getelementptr inbounds nuw i8, ptr %311, i64 960
-  %440 = load <16 x float>, ptr %439, align 4, !tbaa !5
-  %441 = fmul <16 x float> %292, %440
-  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %438, <16 x float> %441)
-  store <16 x float> %442, ptr %439, align 4, !tbaa !5
-  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %311, i64 1408
-  %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
-  %.pre134.i = fmul <16 x float> %301, %.pre114.i
-  %443 = getelementptr i8, ptr %279, i64 1408
-  %444 = load <16 x float>, ptr %443, align 4, !tbaa !5
-  %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %444, <16 x float> %.pre134.i)
-  store <16 x float> %445, ptr %.phi.trans.insert113.i, align 4, !tbaa !5
-  %446 = getelementptr i8, ptr %279, i64 1472
-  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
-  %448 = getelementptr inbounds nuw i8, ptr %311, i64 1472
-  %449 = load <16 x float>, ptr %448, align 4, !tbaa !5
-  %450 = fmul <16 x float> %301, %449
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %447, <16 x float> %450)
-  store <16 x float> %451, ptr %448, align 4, !tbaa !5
-  %.phi.trans.insert115.i = getelementptr inbounds nuw i8, ptr %311, i64 1920
-  %.pre116.i = load <16 x float>, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
-  %452 = getelementptr i8, ptr %279, i64 1920
-  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
-  %454 = fmul <16 x float> %310, %.pre116.i
-  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %453, <16 x float> %454)
-  store <16 x float> %455, ptr %.phi.trans.insert115.i, align 4, !tbaa !5
-  %.phi.trans.insert117.i = getelementptr inbounds nuw i8, ptr %311, i64 1984
-  %.pre118.i = load <16 x float>, ptr %.phi.trans.insert117.i, align 4, !tbaa !5
-  %456 = getelementptr i8, ptr %279, i64 1984
-  %457 = load <16 x float>, ptr %456, align 4, !tbaa !5
-  %458 = fmul <16 x float> %310, %.pre118.i
-  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %457, <16 x float> %458)
-  store <16 x float> %459, ptr %.phi.trans.insert117.i, align 4, !tbaa !5
+for_body_s.us.us.preheader.i:                     ; preds = %for_body_s.lr.ph.i
+  %wide.trip.count43.i = and i64 %22, 2147483647
+  %wide.trip.count.i = and i64 %26, 2147483647
+  %45 = add nsw i64 %wide.trip.count.i, -1
+  %xtraiter = and i64 %26, 3
+  %46 = icmp ult i64 %45, 3
+  %unroll_iter = and i64 %26, 2147483644
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  %lcmp.mod30 = icmp ne i64 %xtraiter, 0
+  br label %for_body_s.us.us.i
+
+for_body_s.us.us.i:                               ; preds = %for_begin_r1.for_end_r3_crit_edge.us.us.i, %for_body_s.us.us.preheader.i
+  %indvars.iv40.i = phi i64 [ 0, %for_body_s.us.us.preheader.i ], [ %indvars.iv.next41.i, %for_begin_r1.for_end_r3_crit_edge.us.us.i ]
+  %47 = shl nsw i64 %indvars.iv40.i, 4
+  %48 = getelementptr inbounds nuw float, ptr %row_sum, i64 %47
+  %total.us.us.i = load <16 x float>, ptr %48, align 64, !tbaa !5
+  %49 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.us.i
+  %50 = fcmp oeq <16 x float> %total.us.us.i, zeroinitializer
+  %51 = select <16 x i1> %50, <16 x float> zeroinitializer, <16 x float> %49
+  store <16 x float> %51, ptr %factor6.i, align 16, !tbaa !14
+  %52 = add nsw i64 %indvars.iv40.i, %43
+  %53 = mul nsw i64 %52, %out_batch
+  %54 = getelementptr float, ptr %out, i64 %53
+  %.idx29 = shl nsw i64 %indvars.iv40.i, 13
+  %invariant.gep = getelementptr inbounds nuw i8, ptr %acc, i64 %.idx29
+  br label %for_begin_d_0.preheader.us.us.i
+
+for_body_r2.us.us.i:                              ; preds = %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i, %if_end.us.us.i.3
+  %indvars.iv35.i = phi i64 [ %indvars.iv.next36.i.3, %if_end.us.us.i.3 ], [ 0, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i ]
+  %niter = phi i64 [ %niter.next.3, %if_end.us.us.i.3 ], [ 0, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i ]
+  %55 = add nuw nsw i64 %indvars.iv35.i, %47
+  %56 = getelementptr inbounds nuw float, ptr %row_sum, i64 %55
+  %57 = load float, ptr %56, align 16, !tbaa !5
+  %58 = fcmp oeq float %57, 0.000000e+00
+  br i1 %58, label %if_end.us.us.i, label %if_else.us.us.i
+
+if_else.us.us.i:                                  ; preds = %for_body_r2.us.us.i
+  %59 = tail call float @llvm.log.f32(float %57)
+  %60 = getelementptr inbounds nuw float, ptr %row_max, i64 %55
+  %61 = load float, ptr %60, align 16, !tbaa !5
+  %62 = fadd float %59, %61
+  br label %if_end.us.us.i
+
+if_end.us.us.i:                                   ; preds = %if_else.us.us.i, %for_body_r2.us.us.i
+  %63 = phi float [ %62, %if_else.us.us.i ], [ 0xFFF0000000000000, %for_body_r2.us.us.i ]
+  %64 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv35.i
+  store float %63, ptr %64, align 4, !tbaa !5
+  %indvars.iv.next36.i = or disjoint i64 %indvars.iv35.i, 1
+  %65 = add nuw nsw i64 %indvars.iv.next36.i, %47
+  %66 = getelementptr inbounds nuw float, ptr %row_sum, i64 %65
+  %67 = load float, ptr %66, align 4, !tbaa !5
+  %68 = fcmp oeq float %67, 0.000000e+00
+  br i1 %68, label %if_end.us.us.i.1, label %if_else.us.us.i.1
+
+if_else.us.us.i.1:                                ; preds = %if_end.us.us.i
+  %69 = tail call float @llvm.log.f32(float %67)
+  %70 = getelementptr inbounds nuw float, ptr %row_max, i64 %65
+  %71 = load float, ptr %70, align 4, !tbaa !5
+  %72 = fadd float %69, %71
+  br label %if_end.us.us.i.1
+
+if_end.us.us.i.1:                                 ; preds = %if_else.us.us.i.1, %if_end.us.us.i
+  %73 = phi float [ %72, %if_else.us.us.i.1 ], [ 0xFFF0000000000000, %if_end.us.us.i ]
+  %74 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv.next36.i
+  store float %73, ptr %74, align 4, !tbaa !5
+  %indvars.iv.next36.i.1 = or disjoint i64 %indvars.iv35.i, 2
+  %75 = add nuw nsw i64 %indvars.iv.next36.i.1, %47
+  %76 = getelementptr inbounds nuw float, ptr %row_sum, i64 %75
+  %77 = load float, ptr %76, align 8, !tbaa !5
+  %78 = fcmp oeq float %77, 0.000000e+00
+  br i1 %78, label %if_end.us.us.i.2, label %if_else.us.us.i.2
+
+if_else.us.us.i.2:                                ; preds = %if_end.us.us.i.1
+  %79 = tail call float @llvm.log.f32(float %77)
+  %80 = getelementptr inbounds nuw float, ptr %row_max, i64 %75
+  %81 = load float, ptr %80, align 8, !tbaa !5
+  %82 = fadd float %79, %81
+  br label %if_end.us.us.i.2
+
+if_end.us.us.i.2:                                 ; preds = %if_else.us.us.i.2, %if_end.us.us.i.1
+  %83 = phi float [ %82, %if_else.us.us.i.2 ], [ 0xFFF0000000000000, %if_end.us.us.i.1 ]
+  %84 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv.next36.i.1
+  store float %83, ptr %84, align 4, !tbaa !5
+  %indvars.iv.next36.i.2 = or disjoint i64 %indvars.iv35.i, 3
+  %85 = add nuw nsw i64 %indvars.iv.next36.i.2, %47
+  %86 = getelementptr inbounds nuw float, ptr %row_sum, i64 %85
+  %87 = load float, ptr %86, align 4, !tbaa !5
+  %88 = fcmp oeq float %87, 0.000000e+00
+  br i1 %88, label %if_end.us.us.i.3, label %if_else.us.us.i.3
+
+if_else.us.us.i.3:                                ; preds = %if_end.us.us.i.2
+  %89 = tail call float @llvm.log.f32(float %87)
+  %90 = getelementptr inbounds nuw float, ptr %row_max, i64 %85
+  %91 = load float, ptr %90, align 4, !tbaa !5
+  %92 = fadd float %89, %91
+  br label %if_end.us.us.i.3
+
+if_end.us.us.i.3:                                 ; preds = %if_else.us.us.i.3, %if_end.us.us.i.2
+  %93 = phi float [ %92, %if_else.us.us.i.3 ], [ 0xFFF0000000000000, %if_end.us.us.i.2 ]
+  %94 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv.next36.i.2
+  store float %93, ptr %94, align 4, !tbaa !5
+  %indvars.iv.next36.i.3 = add nuw nsw i64 %indvars.iv35.i, 4
+  %niter.next.3 = add i64 %niter, 4
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
+  br i1 %niter.ncmp.3, label %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa, label %for_body_r2.us.us.i, !prof !21, !llvm.loop !22
+
+for_begin_d_0.preheader.us.us.i:                  ; preds = %for_begin_d_0.preheader.us.us.i, %for_body_s.us.us.i
+  %indvars.iv.i = phi i64 [ 0, %for_body_s.us.us.i ], [ %indvars.iv.next.i, %for_begin_d_0.preheader.us.us.i ]
+  %95 = getelementptr inbounds nuw float, ptr %factor6.i, i64 %indvars.iv.i
+  %96 = load float, ptr %95, align 4, !tbaa !24
+  %97 = insertelement <16 x float> poison, float %96, i64 0
+  %98 = shufflevector <16 x float> %97, <16 x float> poison, <16 x i32> zeroinitializer
+  %99 = add nsw i64 %indvars.iv.i, %42
+  %100 = mul nsw i64 %99, %out_head
+  %invariant.gep.us.us.i = getelementptr float, ptr %54, i64 %100
+  %.idx = shl nsw i64 %indvars.iv.i, 9
+  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
+  %101 = load <16 x float>, ptr %gep, align 64, !tbaa !5
+  %102 = fmul <16 x float> %101, %98
+  store <16 x float> %102, ptr %invariant.gep.us.us.i, align 4, !tbaa !5
+  %103 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  %104 = load <16 x float>, ptr %103, align 64, !tbaa !5
+  %105 = fmul <16 x float> %98, %104
+  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 64
+  store <16 x float> %105, ptr %gep.us.us.1.i, align 4, !tbaa !5
+  %106 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  %107 = load <16 x float>, ptr %106, align 64, !tbaa !5
+  %108 = fmul <16 x float> %98, %107
+  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 128
+  store <16 x float> %108, ptr %gep.us.us.2.i, align 4, !tbaa !5
+  %109 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  %110 = load <16 x float>, ptr %109, align 64, !tbaa !5
+  %111 = fmul <16 x float> %98, %110
+  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 192
+  store <16 x float> %111, ptr %gep.us.us.3.i, align 4, !tbaa !5
+  %112 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %113 = load <16 x float>, ptr %112, align 64, !tbaa !5
+  %114 = fmul <16 x float> %98, %113
+  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 256
+  store <16 x float> %114, ptr %gep.us.us.4.i, align 4, !tbaa !5
+  %115 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  %116 = load <16 x float>, ptr %115, align 64, !tbaa !5
+  %117 = fmul <16 x float> %98, %116
+  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 320
+  store <16 x float> %117, ptr %gep.us.us.5.i, align 4, !tbaa !5
+  %118 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  %119 = load <16 x float>, ptr %118, align 64, !tbaa !5
+  %120 = fmul <16 x float> %98, %119
+  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 384
+  store <16 x float> %120, ptr %gep.us.us.6.i, align 4, !tbaa !5
+  %121 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  %122 = load <16 x float>, ptr %121, align 64, !tbaa !5
+  %123 = fmul <16 x float> %98, %122
+  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 448
+  store <16 x float> %123, ptr %gep.us.us.7.i, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !32
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
+  br i1 %exitcond.not.i, label %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i, label %for_begin_d_0.preheader.us.us.i, !prof !13
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
-  %460 = fmul <16 x float> %old_sum.i, %79
-  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %100, <16 x float> %54, <16 x float> %460)
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i: ; preds = %for_begin_d_0.preheader.us.us.i
+  %124 = mul nsw i64 %52, %lse_batch
+  %gep12.us.us.i = getelementptr float, ptr %invariant.gep11.i, i64 %124
+  br i1 %46, label %for_body_r2.us.us.i.epil.preheader, label %for_body_r2.us.us.i, !prof !25
 
-for_begin_d_033.preheader.i:                      ; preds = %for_begin_d_033.preheader.i, %for_end_step.i
-  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_033.preheader.i ]
-  %462 = getelementptr inbounds nuw float, ptr %factor48.i, i64 %indvars.iv77.i
-  %463 = load float, ptr %462, align 4, !tbaa !40
-  %464 = insertelement <16 x float> poison, float %463, i64 0
-  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
-  %466 = mul nsw i64 %indvars.iv77.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %272, i64 %466
-  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
-  %467 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %468 = load <16 x float>, ptr %467, align 4, !tbaa !5
-  %469 = fmul <16 x float> %468, %465
-  store <16 x float> %469, ptr %invariant.gep.i, align 4, !tbaa !5
-  %470 = getelementptr inbounds nuw i8, ptr %467, i64 64
-  %471 = load <16 x float>, ptr %470, align 4, !tbaa !5
-  %472 = fmul <16 x float> %465, %471
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %472, ptr %gep.1.i, align 4, !tbaa !5
-  %473 = getelementptr inbounds nuw i8, ptr %467, i64 128
-  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
-  %475 = fmul <16 x float> %465, %474
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %475, ptr %gep.2.i, align 4, !tbaa !5
-  %476 = getelementptr inbounds nuw i8, ptr %467, i64 192
-  %477 = load <16 x float>, ptr %476, align 4, !tbaa !5
-  %478 = fmul <16 x float> %465, %477
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %478, ptr %gep.3.i, align 4, !tbaa !5
-  %479 = getelementptr inbounds nuw i8, ptr %467, i64 256
-  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
-  %481 = fmul <16 x float> %465, %480
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %481, ptr %gep.4.i, align 4, !tbaa !5
-  %482 = getelementptr inbounds nuw i8, ptr %467, i64 320
-  %483 = load <16 x float>, ptr %482, align 4, !tbaa !5
-  %484 = fmul <16 x float> %465, %483
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %484, ptr %gep.5.i, align 4, !tbaa !5
-  %485 = getelementptr inbounds nuw i8, ptr %467, i64 384
-  %486 = load <16 x float>, ptr %485, align 4, !tbaa !5
-  %487 = fmul <16 x float> %465, %486
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %487, ptr %gep.6.i, align 4, !tbaa !5
-  %488 = getelementptr inbounds nuw i8, ptr %467, i64 448
-  %489 = load <16 x float>, ptr %488, align 4, !tbaa !5
-  %490 = fmul <16 x float> %465, %489
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %490, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
-  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 16
-  br i1 %exitcond80.not.i, label %for_begin_r38.preheader.i, label %for_begin_d_033.preheader.i, !prof !32
+for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa: ; preds = %if_end.us.us.i.3
+  br i1 %lcmp.mod.not, label %for_begin_r1.for_end_r3_crit_edge.us.us.i, label %for_body_r2.us.us.i.epil.preheader, !prof !26
 
-for_begin_r38.preheader.i:                        ; preds = %for_begin_d_033.preheader.i
-  %491 = mul nsw i64 %lse_batch, %270
-  %492 = getelementptr float, ptr %lse, i64 %491
-  %row_sum53.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %493 = fcmp oeq float %row_sum53.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %493, label %if_end44.i, label %if_else.i
+for_body_r2.us.us.i.epil.preheader:               ; preds = %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i
+  %indvars.iv35.i.epil.init = phi i64 [ 0, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i ], [ %indvars.iv.next36.i.3, %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod30)
+  br label %for_body_r2.us.us.i.epil
 
-if_else.i:                                        ; preds = %for_begin_r38.preheader.i
-  %494 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.0.vec.extract.i)
-  %row_max54.sroa.0.0.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 0
-  %495 = fadd float %494, %row_max54.sroa.0.0.vec.extract.i
-  br label %if_end44.i
+for_body_r2.us.us.i.epil:                         ; preds = %if_end.us.us.i.epil, %for_body_r2.us.us.i.epil.preheader
+  %indvars.iv35.i.epil = phi i64 [ %indvars.iv35.i.epil.init, %for_body_r2.us.us.i.epil.preheader ], [ %indvars.iv.next36.i.epil, %if_end.us.us.i.epil ]
+  %epil.iter = phi i64 [ 0, %for_body_r2.us.us.i.epil.preheader ], [ %epil.iter.next, %if_end.us.us.i.epil ]
+  %125 = add nuw nsw i64 %indvars.iv35.i.epil, %47
+  %126 = getelementptr inbounds nuw float, ptr %row_sum, i64 %125
+  %127 = load float, ptr %126, align 4, !tbaa !5
+  %128 = fcmp oeq float %127, 0.000000e+00
+  br i1 %128, label %if_end.us.us.i.epil, label %if_else.us.us.i.epil
 
-if_end44.i:                                       ; preds = %if_else.i, %for_begin_r38.preheader.i
-  %496 = phi float [ %495, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r38.preheader.i ]
-  store float %496, ptr %492, align 4, !tbaa !5
-  %row_sum53.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %497 = fcmp oeq float %row_sum53.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %497, label %if_end44.1.i, label %if_else.1.i
+if_else.us.us.i.epil:                             ; preds = %for_body_r2.us.us.i.epil
+  %129 = tail call float @llvm.log.f32(float %127)
+  %130 = getelementptr inbounds nuw float, ptr %row_max, i64 %125
+  %131 = load float, ptr %130, align 4, !tbaa !5
+  %132 = fadd float %129, %131
+  br label %if_end.us.us.i.epil
 
-if_else.1.i:                                      ; preds = %if_end44.i
-  %498 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.4.vec.extract.i)
-  %row_max54.sroa.0.4.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 1
-  %499 = fadd float %498, %row_max54.sroa.0.4.vec.extract.i
-  br label %if_end44.1.i
+if_end.us.us.i.epil:                              ; preds = %if_else.us.us.i.epil, %for_body_r2.us.us.i.epil
+  %133 = phi float [ %132, %if_else.us.us.i.epil ], [ 0xFFF0000000000000, %for_body_r2.us.us.i.epil ]
+  %134 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv35.i.epil
+  store float %133, ptr %134, align 4, !tbaa !5
+  %indvars.iv.next36.i.epil = add nuw nsw i64 %indvars.iv35.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_begin_r1.for_end_r3_crit_edge.us.us.i, label %for_body_r2.us.us.i.epil, !prof !12, !llvm.loop !27
 
-if_end44.1.i:                                     ; preds = %if_else.1.i, %if_end44.i
-  %500 = phi float [ %499, %if_else.1.i ], [ 0xFFF0000000000000, %if_end44.i ]
-  %501 = getelementptr i8, ptr %492, i64 4
-  store float %500, ptr %501, align 4, !tbaa !5
-  %row_sum53.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %502 = fcmp oeq float %row_sum53.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %502, label %if_end44.2.i, label %if_else.2.i
+for_begin_r1.for_end_r3_crit_edge.us.us.i:        ; preds = %if_end.us.us.i.epil, %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa
+  %indvars.iv.next41.i = add nuw nsw i64 %indvars.iv40.i, 1
+  %exitcond44.not.i = icmp eq i64 %indvars.iv.next41.i, %wide.trip.count43.i
+  br i1 %exitcond44.not.i, label %normalize_compute_.exit, label %for_body_s.us.us.i, !prof !13
 
-if_else.2.i:                                      ; preds = %if_end44.1.i
-  %503 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.8.vec.extract.i)
-  %row_max54.sroa.0.8.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 2
-  %504 = fadd float %503, %row_max54.sroa.0.8.vec.extract.i
-  br label %if_end44.2.i
-
-if_end44.2.i:                                     ; preds = %if_else.2.i, %if_end44.1.i
-  %505 = phi float [ %504, %if_else.2.i ], [ 0xFFF0000000000000, %if_end44.1.i ]
-  %506 = getelementptr i8, ptr %492, i64 8
-  store float %505, ptr %506, align 4, !tbaa !5
-  %row_sum53.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %507 = fcmp oeq float %row_sum53.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %507, label %if_end44.3.i, label %if_else.3.i
-
-if_else.3.i:                                      ; preds = %if_end44.2.i
-  %508 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.12.vec.extract.i)
-  %row_max54.sroa.0.12.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 3
-  %509 = fadd float %508, %row_max54.sroa.0.12.vec.extract.i
-  br label %if_end44.3.i
-
-if_end44.3.i:                                     ; preds = %if_else.3.i, %if_end44.2.i
-  %510 = phi float [ %509, %if_else.3.i ], [ 0xFFF0000000000000, %if_end44.2.i ]
-  %511 = getelementptr i8, ptr %492, i64 12
-  store float %510, ptr %511, align 4, !tbaa !5
-  %row_sum53.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %512 = fcmp oeq float %row_sum53.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %512, label %if_end44.4.i, label %if_else.4.i
-
-if_else.4.i:                                      ; preds = %if_end44.3.i
-  %513 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.16.vec.extract.i)
-  %row_max54.sroa.0.16.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 4
-  %514 = fadd float %513, %row_max54.sroa.0.16.vec.extract.i
-  br label %if_end44.4.i
-
-if_end44.4.i:                                     ; preds = %if_else.4.i, %if_end44.3.i
-  %515 = phi float [ %514, %if_else.4.i ], [ 0xFFF0000000000000, %if_end44.3.i ]
-  %516 = getelementptr i8, ptr %492, i64 16
-  store float %515, ptr %516, align 4, !tbaa !5
-  %row_sum53.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %517 = fcmp oeq float %row_sum53.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %517, label %if_end44.5.i, label %if_else.5.i
-
-if_else.5.i:                                      ; preds = %if_end44.4.i
-  %518 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.20.vec.extract.i)
-  %row_max54.sroa.0.20.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 5
-  %519 = fadd float %518, %row_max54.sroa.0.20.vec.extract.i
-  br label %if_end44.5.i
-
-if_end44.5.i:                                     ; preds = %if_else.5.i, %if_end44.4.i
-  %520 = phi float [ %519, %if_else.5.i ], [ 0xFFF0000000000000, %if_end44.4.i ]
-  %521 = getelementptr i8, ptr %492, i64 20
-  store float %520, ptr %521, align 4, !tbaa !5
-  %row_sum53.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %522 = fcmp oeq float %row_sum53.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %522, label %if_end44.6.i, label %if_else.6.i
-
-if_else.6.i:                                      ; preds = %if_end44.5.i
-  %523 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.24.vec.extract.i)
-  %row_max54.sroa.0.24.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 6
-  %524 = fadd float %523, %row_max54.sroa.0.24.vec.extract.i
-  br label %if_end44.6.i
-
-if_end44.6.i:                                     ; preds = %if_else.6.i, %if_end44.5.i
-  %525 = phi float [ %524, %if_else.6.i ], [ 0xFFF0000000000000, %if_end44.5.i ]
-  %526 = getelementptr i8, ptr %492, i64 24
-  store float %525, ptr %526, align 4, !tbaa !5
-  %row_sum53.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %527 = fcmp oeq float %row_sum53.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %527, label %if_end44.7.i, label %if_else.7.i
-
-if_else.7.i:                                      ; preds = %if_end44.6.i
-  %528 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.28.vec.extract.i)
-  %row_max54.sroa.0.28.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 7
-  %529 = fadd float %528, %row_max54.sroa.0.28.vec.extract.i
-  br label %if_end44.7.i
-
-if_end44.7.i:                                     ; preds = %if_else.7.i, %if_end44.6.i
-  %530 = phi float [ %529, %if_else.7.i ], [ 0xFFF0000000000000, %if_end44.6.i ]
-  %531 = getelementptr i8, ptr %492, i64 28
-  store float %530, ptr %531, align 4, !tbaa !5
-  %row_sum53.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %532 = fcmp oeq float %row_sum53.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %532, label %if_end44.8.i, label %if_else.8.i
-
-if_else.8.i:                                      ; preds = %if_end44.7.i
-  %533 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.32.vec.extract.i)
-  %row_max54.sroa.0.32.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 8
-  %534 = fadd float %533, %row_max54.sroa.0.32.vec.extract.i
-  br label %if_end44.8.i
-
-if_end44.8.i:                                     ; preds = %if_else.8.i, %if_end44.7.i
-  %535 = phi float [ %534, %if_else.8.i ], [ 0xFFF0000000000000, %if_end44.7.i ]
-  %536 = getelementptr i8, ptr %492, i64 32
-  store float %535, ptr %536, align 4, !tbaa !5
-  %row_sum53.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %537 = fcmp oeq float %row_sum53.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %537, label %if_end44.9.i, label %if_else.9.i
-
-if_else.9.i:                                      ; preds = %if_end44.8.i
-  %538 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.36.vec.extract.i)
-  %row_max54.sroa.0.36.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 9
-  %539 = fadd float %538, %row_max54.sroa.0.36.vec.extract.i
-  br label %if_end44.9.i
-
-if_end44.9.i:                                     ; preds = %if_else.9.i, %if_end44.8.i
-  %540 = phi float [ %539, %if_else.9.i ], [ 0xFFF0000000000000, %if_end44.8.i ]
-  %541 = getelementptr i8, ptr %492, i64 36
-  store float %540, ptr %541, align 4, !tbaa !5
-  %row_sum53.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %542 = fcmp oeq float %row_sum53.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %542, label %if_end44.10.i, label %if_else.10.i
-
-if_else.10.i:                                     ; preds = %if_end44.9.i
-  %543 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.40.vec.extract.i)
-  %row_max54.sroa.0.40.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 10
-  %544 = fadd float %543, %row_max54.sroa.0.40.vec.extract.i
-  br label %if_end44.10.i
-
-if_end44.10.i:                                    ; preds = %if_else.10.i, %if_end44.9.i
-  %545 = phi float [ %544, %if_else.10.i ], [ 0xFFF0000000000000, %if_end44.9.i ]
-  %546 = getelementptr i8, ptr %492, i64 40
-  store float %545, ptr %546, align 4, !tbaa !5
-  %row_sum53.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %547 = fcmp oeq float %row_sum53.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %547, label %if_end44.11.i, label %if_else.11.i
-
-if_else.11.i:                                     ; preds = %if_end44.10.i
-  %548 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.44.vec.extract.i)
-  %row_max54.sroa.0.44.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 11
-  %549 = fadd float %548, %row_max54.sroa.0.44.vec.extract.i
-  br label %if_end44.11.i
-
-if_end44.11.i:                                    ; preds = %if_else.11.i, %if_end44.10.i
-  %550 = phi float [ %549, %if_else.11.i ], [ 0xFFF0000000000000, %if_end44.10.i ]
-  %551 = getelementptr i8, ptr %492, i64 44
-  store float %550, ptr %551, align 4, !tbaa !5
-  %row_sum53.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %552 = fcmp oeq float %row_sum53.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %552, label %if_end44.12.i, label %if_else.12.i
-
-if_else.12.i:                                     ; preds = %if_end44.11.i
-  %553 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.48.vec.extract.i)
-  %row_max54.sroa.0.48.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 12
-  %554 = fadd float %553, %row_max54.sroa.0.48.vec.extract.i
-  br label %if_end44.12.i
-
-if_end44.12.i:                                    ; preds = %if_else.12.i, %if_end44.11.i
-  %555 = phi float [ %554, %if_else.12.i ], [ 0xFFF0000000000000, %if_end44.11.i ]
-  %556 = getelementptr i8, ptr %492, i64 48
-  store float %555, ptr %556, align 4, !tbaa !5
-  %row_sum53.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %557 = fcmp oeq float %row_sum53.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %557, label %if_end44.13.i, label %if_else.13.i
-
-if_else.13.i:                                     ; preds = %if_end44.12.i
-  %558 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.52.vec.extract.i)
-  %row_max54.sroa.0.52.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 13
-  %559 = fadd float %558, %row_max54.sroa.0.52.vec.extract.i
-  br label %if_end44.13.i
-
-if_end44.13.i:                                    ; preds = %if_else.13.i, %if_end44.12.i
-  %560 = phi float [ %559, %if_else.13.i ], [ 0xFFF0000000000000, %if_end44.12.i ]
-  %561 = getelementptr i8, ptr %492, i64 52
-  store float %560, ptr %561, align 4, !tbaa !5
-  %row_sum53.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %562 = fcmp oeq float %row_sum53.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %562, label %if_end44.14.i, label %if_else.14.i
-
-if_else.14.i:                                     ; preds = %if_end44.13.i
-  %563 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.56.vec.extract.i)
-  %row_max54.sroa.0.56.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 14
-  %564 = fadd float %563, %row_max54.sroa.0.56.vec.extract.i
-  br label %if_end44.14.i
-
-if_end44.14.i:                                    ; preds = %if_else.14.i, %if_end44.13.i
-  %565 = phi float [ %564, %if_else.14.i ], [ 0xFFF0000000000000, %if_end44.13.i ]
-  %566 = getelementptr i8, ptr %492, i64 56
-  store float %565, ptr %566, align 4, !tbaa !5
-  %row_sum53.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %567 = fcmp oeq float %row_sum53.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %567, label %if_end44.15.i, label %if_else.15.i
-
-if_else.15.i:                                     ; preds = %if_end44.14.i
-  %568 = tail call float @llvm.log.f32(float %row_sum53.sroa.0.60.vec.extract.i)
-  %row_max54.sroa.0.60.vec.extract.i = extractelement <16 x float> %m58.lcssa.i, i64 15
-  %569 = fadd float %568, %row_max54.sroa.0.60.vec.extract.i
-  br label %if_end44.15.i
-
-if_end44.15.i:                                    ; preds = %if_else.15.i, %if_end44.14.i
-  %570 = phi float [ %569, %if_else.15.i ], [ 0xFFF0000000000000, %if_end44.14.i ]
-  %571 = getelementptr i8, ptr %492, i64 60
-  store float %570, ptr %571, align 4, !tbaa !5
-  %572 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %573 = tail call i32 %572(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %573, 0
-  %..i = sext i1 %.not.i to i32
-  br label %merge_partials_compute_.exit
-
-merge_partials_compute_.exit:                     ; preds = %if_end44.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end44.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor48.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta51.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha52.i)
-  ret i32 %common.ret.op.i
+normalize_compute_.exit:                          ; preds = %for_begin_r1.for_end_r3_crit_edge.us.us.i, %for_body_s.lr.ph.i, %if_end21
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor6.i)
+  ret i32 0
 }
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %beta43.i = alloca [16 x float], align 16
-  %alpha44.i = alloca [16 x float], align 16
+  %beta33.i = alloca [16 x float], align 16
+  %alpha34.i = alloca [16 x float], align 16
   %tile_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %tile_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1269,62 +582,45 @@ entry:
   %tile_max.handle.idx = select i1 %0, i64 24, i64 0
   %tile_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %tile_max.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %4 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %5 = load ptr, ptr %4, align 8
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %7 = load ptr, ptr %6, align 8
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %9 = load ptr, ptr %8, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %11 = load ptr, ptr %10, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %13 = load ptr, ptr %12, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %15 = load ptr, ptr %14, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %17 = load ptr, ptr %16, align 8
-  %18 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %3, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %19 = shufflevector <29 x i32> %18, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %20 = icmp eq <8 x i32> %19, splat (i32 70)
-  %21 = extractelement <8 x i1> %20, i64 0
-  %tile_sum.handle.idx = select i1 %21, i64 24, i64 0
-  %tile_sum.handle = getelementptr inbounds nuw i8, ptr %5, i64 %tile_sum.handle.idx
-  %22 = extractelement <8 x i1> %20, i64 1
-  %tile_acc.handle.idx = select i1 %22, i64 24, i64 0
-  %tile_acc.handle = getelementptr inbounds nuw i8, ptr %7, i64 %tile_acc.handle.idx
-  %23 = extractelement <8 x i1> %20, i64 2
-  %row_max.handle.idx = select i1 %23, i64 24, i64 0
-  %row_max.handle = getelementptr inbounds nuw i8, ptr %9, i64 %row_max.handle.idx
-  %24 = extractelement <8 x i1> %20, i64 3
-  %row_sum.handle.idx = select i1 %24, i64 24, i64 0
-  %row_sum.handle = getelementptr inbounds nuw i8, ptr %11, i64 %row_sum.handle.idx
-  %25 = extractelement <8 x i1> %20, i64 4
-  %acc.handle.idx = select i1 %25, i64 24, i64 0
-  %acc.handle = getelementptr inbounds nuw i8, ptr %13, i64 %acc.handle.idx
-  %26 = extractelement <8 x i1> %20, i64 5
-  %partial_max.handle.idx = select i1 %26, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %15, i64 %partial_max.handle.idx
-  %27 = extractelement <8 x i1> %20, i64 6
-  %partial_sum.handle.idx = select i1 %27, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %17, i64 %partial_sum.handle.idx
-  %28 = getelementptr inbounds nuw i8, ptr %args, i64 136
-  %29 = load ptr, ptr %28, align 8
-  %30 = extractelement <8 x i1> %20, i64 7
-  %partial_acc.handle.idx = select i1 %30, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %29, i64 %partial_acc.handle.idx
-  %31 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %32 = load i64, ptr %31, align 8
-  %num_seqs = trunc i64 %32 to i32
-  %33 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %34 = load i64, ptr %33, align 8
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %36 = load i64, ptr %35, align 8
-  %37 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %38 = load i64, ptr %37, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %40 = load i64, ptr %39, align 8
-  %41 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %42 = load i64, ptr %41, align 8
+  %tile_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %tile_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %tile_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %tile_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %tile_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %tile_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %tile_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %tile_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %tile_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %tile_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %row_max.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %row_max.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %row_max.handle.idx = select i1 %12, i64 24, i64 0
+  %row_max.handle = getelementptr inbounds nuw i8, ptr %14, i64 %row_max.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %row_sum.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %row_sum.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %row_sum.handle.idx = select i1 %16, i64 24, i64 0
+  %row_sum.handle = getelementptr inbounds nuw i8, ptr %18, i64 %row_sum.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %acc.type_index = load i32, ptr %19, align 8
+  %20 = icmp eq i32 %acc.type_index, 70
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %22 = load ptr, ptr %21, align 8
+  %acc.handle.idx = select i1 %20, i64 24, i64 0
+  %acc.handle = getelementptr inbounds nuw i8, ptr %22, i64 %acc.handle.idx
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %24 = load i64, ptr %23, align 8
+  %num_seqs = trunc i64 %24 to i32
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %26 = load i64, ptr %25, align 8
   %tile_max = load ptr, ptr %tile_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
   %tile_sum = load ptr, ptr %tile_sum.handle, align 8
@@ -1337,1005 +633,704 @@ entry:
   call void @llvm.assume(i1 true) [ "align"(ptr %row_sum, i64 64) ]
   %acc = load ptr, ptr %acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %acc, i64 64) ]
-  %partial_max = load ptr, ptr %partial_max.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta43.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha44.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta33.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha34.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %row_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %row_sum, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %acc, i64 64) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  %43 = icmp sgt i32 %num_seqs, 0
-  br i1 %43, label %for_body_s.lr.ph.i, label %online_update_compute_.exit, !prof !3
+  %27 = icmp sgt i32 %num_seqs, 0
+  br i1 %27, label %for_body_s.lr.ph.i, label %online_update_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %entry
-  %partial_sum45 = ptrtoint ptr %partial_sum to i64
-  %partial_max46 = ptrtoint ptr %partial_max to i64
-  %row_sum49 = ptrtoint ptr %row_sum to i64
-  %row_max47 = ptrtoint ptr %row_max to i64
-  %num_rows = trunc i64 %40 to i32
-  %num_blocks = trunc i64 %36 to i32
-  %block_idx = trunc i64 %34 to i32
-  %44 = icmp eq i32 %block_idx, 0
-  %45 = insertelement <16 x i1> poison, i1 %44, i64 0
-  %46 = shufflevector <16 x i1> %45, <16 x i1> poison, <16 x i32> zeroinitializer
-  %47 = add nsw i32 %num_blocks, -1
-  %48 = icmp eq i32 %47, %block_idx
-  %49 = select i1 %48, i32 %num_rows, i32 0
-  %50 = icmp sgt i32 %49, 0
-  %sext = shl i64 %38, 32
-  %51 = ashr exact i64 %sext, 32
-  %sext43 = shl i64 %42, 32
-  %52 = ashr exact i64 %sext43, 32
-  %wide.trip.count76.i = and i64 %32, 2147483647
-  %wide.trip.count.i = zext i32 %49 to i64
-  %53 = sub i64 %partial_sum45, %partial_max46
-  %54 = ashr exact i64 %sext43, 26
-  %55 = add i64 %54, %partial_max46
-  %56 = ashr exact i64 %sext, 30
-  %57 = add i64 %55, %56
-  %58 = sub i64 %57, %row_max47
-  %59 = sub i64 %row_sum49, %57
-  %60 = add i64 %54, %partial_sum45
-  %61 = add i64 %60, %56
-  %62 = sub i64 %61, %row_max47
-  %63 = sub i64 %61, %row_sum49
-  %64 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %49, 4
-  %diff.check = icmp ult i64 %53, 64
-  %diff.check48 = icmp ult i64 %58, 64
-  %conflict.rdx = or i1 %diff.check, %diff.check48
-  %diff.check50 = icmp ult i64 %59, 64
-  %conflict.rdx51 = or i1 %conflict.rdx, %diff.check50
-  %diff.check52 = icmp ult i64 %62, 64
-  %conflict.rdx53 = or i1 %conflict.rdx51, %diff.check52
-  %diff.check54 = icmp ult i64 %63, 64
-  %conflict.rdx55 = or i1 %conflict.rdx53, %diff.check54
-  %min.iters.check56 = icmp ult i32 %49, 16
-  %n.mod.vf = and i64 %wide.trip.count.i, 12
-  %n.vec = and i64 %wide.trip.count.i, 2147483632
-  %cmp.n = icmp eq i64 %n.vec, %wide.trip.count.i
-  %min.epilog.iters.check = icmp eq i64 %n.mod.vf, 0
-  %n.vec61 = and i64 %wide.trip.count.i, 2147483644
-  %cmp.n66 = icmp eq i64 %n.vec61, %wide.trip.count.i
-  %xtraiter = and i64 %wide.trip.count.i, 3
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %xtraiter67 = and i64 %wide.trip.count.i, 1
-  %65 = icmp eq i64 %64, 0
-  %unroll_iter = and i64 %wide.trip.count.i, 2147483646
-  %lcmp.mod68.not = icmp eq i64 %xtraiter67, 0
-  %lcmp.mod69 = icmp ne i64 %xtraiter67, 0
+  %28 = and i64 %26, 4294967295
+  %29 = icmp eq i64 %28, 0
+  %30 = insertelement <16 x i1> poison, i1 %29, i64 0
+  %31 = shufflevector <16 x i1> %30, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_s.i
 
-for_body_s.i:                                     ; preds = %for_end_r33.i, %for_body_s.lr.ph.i
-  %indvars.iv73.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next74.i, %for_end_r33.i ]
-  %66 = shl nsw i64 %indvars.iv73.i, 4
-  %67 = getelementptr inbounds nuw float, ptr %row_max, i64 %66
-  %68 = load <16 x float>, ptr %67, align 64, !tbaa !5
-  %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %68
-  %69 = getelementptr inbounds nuw float, ptr %row_sum, i64 %66
-  %70 = load <16 x float>, ptr %69, align 64, !tbaa !5
-  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %70
-  %71 = getelementptr inbounds nuw float, ptr %tile_max, i64 %66
-  %72 = load <16 x float>, ptr %71, align 64, !tbaa !5
-  %73 = fcmp ogt <16 x float> %old_max.i, %72
-  %74 = getelementptr inbounds nuw float, ptr %tile_sum, i64 %66
-  %75 = load <16 x float>, ptr %74, align 64, !tbaa !5
-  %76 = fcmp oeq <16 x float> %75, zeroinitializer
-  %77 = select <16 x i1> %76, <16 x i1> splat (i1 true), <16 x i1> %73
-  %old_or_both.i = select <16 x i1> %77, <16 x float> %old_max.i, <16 x float> %72
-  %78 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %78, <16 x float> %72, <16 x float> %old_or_both.i
-  %79 = fsub <16 x float> %old_max.i, %m.i
-  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %79, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %81 = bitcast <16 x float> %80 to <16 x i32>
-  %82 = fadd <16 x float> %80, splat (float 0xC168000FE0000000)
-  %83 = fmul <16 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <16 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <16 x float> %79, %84
-  %86 = fadd <16 x float> %83, %85
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %86, <16 x float> splat (float 0x3FA5558F20000000))
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %86, <16 x float> splat (float 0x3FC5554920000000))
-  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %86, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %91 = fmul <16 x float> %86, %86
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %91, <16 x float> %86)
-  %93 = shl <16 x i32> %81, splat (i32 23)
-  %94 = bitcast <16 x i32> %93 to <16 x float>
-  %95 = fadd <16 x float> %92, splat (float 1.000000e+00)
-  %96 = fmul <16 x float> %95, %94
-  %97 = fcmp olt <16 x float> %79, splat (float -8.700000e+01)
-  %98 = select <16 x i1> %97, <16 x float> zeroinitializer, <16 x float> %96
-  %99 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %100 = select <16 x i1> %99, <16 x float> %98, <16 x float> zeroinitializer
-  store <16 x float> %100, ptr %alpha44.i, align 16, !tbaa !41
-  %arg2.i = fsub <16 x float> %72, %m.i
-  %101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %102 = bitcast <16 x float> %101 to <16 x i32>
-  %103 = fadd <16 x float> %101, splat (float 0xC168000FE0000000)
-  %104 = fmul <16 x float> %103, splat (float 0x3F2BD01060000000)
-  %105 = fmul <16 x float> %103, splat (float 0x3FE6300000000000)
-  %106 = fsub <16 x float> %arg2.i, %105
-  %107 = fadd <16 x float> %104, %106
-  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %107, <16 x float> splat (float 0x3FA5558F20000000))
-  %110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %107, <16 x float> splat (float 0x3FC5554920000000))
-  %111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %107, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %112 = fmul <16 x float> %107, %107
-  %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %112, <16 x float> %107)
-  %114 = shl <16 x i32> %102, splat (i32 23)
-  %115 = bitcast <16 x i32> %114 to <16 x float>
-  %116 = fadd <16 x float> %113, splat (float 1.000000e+00)
-  %117 = fmul <16 x float> %116, %115
-  %118 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %119 = select <16 x i1> %118, <16 x float> zeroinitializer, <16 x float> %117
-  %120 = fcmp one <16 x float> %75, zeroinitializer
-  %121 = select <16 x i1> %120, <16 x float> %119, <16 x float> zeroinitializer
-  store <16 x float> %121, ptr %beta43.i, align 16, !tbaa !48
-  %122 = fmul <16 x float> %old_sum.i, %100
-  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %75, <16 x float> %122)
-  store <16 x float> %m.i, ptr %67, align 64, !tbaa !5
-  store <16 x float> %123, ptr %69, align 64, !tbaa !5
-  %124 = shl nsw i64 %indvars.iv73.i, 11
-  %125 = and i64 %124, 4294965248
-  br label %for_begin_d_0.preheader.i
+for_body_s.i:                                     ; preds = %for_end_r_0.i, %for_body_s.lr.ph.i
+  %indvars.iv43.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next44.i, %for_end_r_0.i ]
+  %32 = shl nsw i64 %indvars.iv43.i, 4
+  %33 = getelementptr inbounds nuw float, ptr %row_max, i64 %32
+  %34 = load <16 x float>, ptr %33, align 64, !tbaa !5
+  %old_max.i = select <16 x i1> %31, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %34
+  %35 = getelementptr inbounds nuw float, ptr %row_sum, i64 %32
+  %36 = load <16 x float>, ptr %35, align 64, !tbaa !5
+  %old_sum.i = select <16 x i1> %31, <16 x float> zeroinitializer, <16 x float> %36
+  %37 = getelementptr inbounds nuw float, ptr %tile_max, i64 %32
+  %38 = load <16 x float>, ptr %37, align 64, !tbaa !5
+  %39 = fcmp ogt <16 x float> %old_max.i, %38
+  %40 = getelementptr inbounds nuw float, ptr %tile_sum, i64 %32
+  %41 = load <16 x float>, ptr %40, align 64, !tbaa !5
+  %42 = fcmp oeq <16 x float> %41, zeroinitializer
+  %43 = select <16 x i1> %42, <16 x i1> splat (i1 true), <16 x i1> %39
+  %old_or_both.i = select <16 x i1> %43, <16 x float> %old_max.i, <16 x float> %38
+  %44 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %44, <16 x float> %38, <16 x float> %old_or_both.i
+  %45 = fsub <16 x float> %old_max.i, %m.i
+  %46 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %45, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %47 = bitcast <16 x float> %46 to <16 x i32>
+  %48 = fadd <16 x float> %46, splat (float 0xC168000FE0000000)
+  %49 = fmul <16 x float> %48, splat (float 0x3F2BD01060000000)
+  %50 = fmul <16 x float> %48, splat (float 0x3FE6300000000000)
+  %51 = fsub <16 x float> %45, %50
+  %52 = fadd <16 x float> %49, %51
+  %53 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %52, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %54 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %53, <16 x float> %52, <16 x float> splat (float 0x3FA5558F20000000))
+  %55 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %54, <16 x float> %52, <16 x float> splat (float 0x3FC5554920000000))
+  %56 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %55, <16 x float> %52, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %57 = fmul <16 x float> %52, %52
+  %58 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %56, <16 x float> %57, <16 x float> %52)
+  %59 = shl <16 x i32> %47, splat (i32 23)
+  %60 = bitcast <16 x i32> %59 to <16 x float>
+  %61 = fadd <16 x float> %58, splat (float 1.000000e+00)
+  %62 = fmul <16 x float> %61, %60
+  %63 = fcmp olt <16 x float> %45, splat (float -8.700000e+01)
+  %64 = select <16 x i1> %63, <16 x float> zeroinitializer, <16 x float> %62
+  %65 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %66 = select <16 x i1> %65, <16 x float> %64, <16 x float> zeroinitializer
+  store <16 x float> %66, ptr %alpha34.i, align 16, !tbaa !30
+  %arg2.i = fsub <16 x float> %38, %m.i
+  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %68 = bitcast <16 x float> %67 to <16 x i32>
+  %69 = fadd <16 x float> %67, splat (float 0xC168000FE0000000)
+  %70 = fmul <16 x float> %69, splat (float 0x3F2BD01060000000)
+  %71 = fmul <16 x float> %69, splat (float 0x3FE6300000000000)
+  %72 = fsub <16 x float> %arg2.i, %71
+  %73 = fadd <16 x float> %70, %72
+  %74 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %74, <16 x float> %73, <16 x float> splat (float 0x3FA5558F20000000))
+  %76 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %75, <16 x float> %73, <16 x float> splat (float 0x3FC5554920000000))
+  %77 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %76, <16 x float> %73, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %78 = fmul <16 x float> %73, %73
+  %79 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %77, <16 x float> %78, <16 x float> %73)
+  %80 = shl <16 x i32> %68, splat (i32 23)
+  %81 = bitcast <16 x i32> %80 to <16 x float>
+  %82 = fadd <16 x float> %79, splat (float 1.000000e+00)
+  %83 = fmul <16 x float> %82, %81
+  %84 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %85 = select <16 x i1> %84, <16 x float> zeroinitializer, <16 x float> %83
+  %86 = fcmp one <16 x float> %41, zeroinitializer
+  %87 = select <16 x i1> %86, <16 x float> %85, <16 x float> zeroinitializer
+  store <16 x float> %87, ptr %beta33.i, align 16, !tbaa !37
+  %88 = fmul <16 x float> %old_sum.i, %66
+  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %41, <16 x float> %88)
+  store <16 x float> %m.i, ptr %33, align 64, !tbaa !5
+  store <16 x float> %89, ptr %35, align 64, !tbaa !5
+  %90 = shl i64 %indvars.iv43.i, 11
+  %91 = and i64 %90, 4294965248
+  br i1 %29, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
 
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_s.i
-  %indvars.iv53.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next54.i, %for_end_d_0.i ]
-  %126 = shl nuw nsw i64 %indvars.iv53.i, 2
-  %127 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %126
-  %128 = load float, ptr %127, align 16, !tbaa !55
-  %129 = insertelement <16 x float> poison, float %128, i64 0
-  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
-  %131 = shl nuw nsw i64 %indvars.iv53.i, 9
-  %132 = add nuw nsw i64 %131, %125
-  %133 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %126
-  %134 = load float, ptr %133, align 16, !tbaa !56
-  %135 = insertelement <16 x float> poison, float %134, i64 0
-  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
-  %137 = or disjoint i64 %126, 1
-  %138 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %137
-  %139 = load float, ptr %138, align 4, !tbaa !55
-  %140 = insertelement <16 x float> poison, float %139, i64 0
-  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
-  %142 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %137
-  %143 = load float, ptr %142, align 4, !tbaa !56
-  %144 = insertelement <16 x float> poison, float %143, i64 0
-  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
-  %146 = or disjoint i64 %126, 2
-  %147 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %146
-  %148 = load float, ptr %147, align 8, !tbaa !55
-  %149 = insertelement <16 x float> poison, float %148, i64 0
-  %150 = shufflevector <16 x float> %149, <16 x float> poison, <16 x i32> zeroinitializer
-  %151 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %146
-  %152 = load float, ptr %151, align 8, !tbaa !56
-  %153 = insertelement <16 x float> poison, float %152, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = or disjoint i64 %126, 3
-  %156 = getelementptr inbounds nuw float, ptr %beta43.i, i64 %155
-  %157 = load float, ptr %156, align 4, !tbaa !55
-  %158 = insertelement <16 x float> poison, float %157, i64 0
-  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> zeroinitializer
-  %160 = getelementptr inbounds nuw float, ptr %alpha44.i, i64 %155
-  %161 = load float, ptr %160, align 4, !tbaa !56
-  %162 = insertelement <16 x float> poison, float %161, i64 0
-  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %44, label %for_body_d_0.i.us.preheader, label %for_body_d_0.i.preheader, !prof !8
-
-for_body_d_0.i.preheader:                         ; preds = %for_begin_d_0.preheader.i
-  %164 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %132
+for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_s.i
+  %indvars.iv39.i.us = phi i64 [ %indvars.iv.next40.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_s.i ]
+  %92 = shl nuw nsw i64 %indvars.iv39.i.us, 2
+  %93 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %92
+  %94 = load float, ptr %93, align 16, !tbaa !44
+  %95 = insertelement <16 x float> poison, float %94, i64 0
+  %96 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> zeroinitializer
+  %97 = shl nuw nsw i64 %indvars.iv39.i.us, 9
+  %98 = add nuw nsw i64 %97, %91
+  %99 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %92
+  %100 = load float, ptr %99, align 16, !tbaa !45
+  %101 = or disjoint i64 %92, 1
+  %102 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %101
+  %103 = load float, ptr %102, align 4, !tbaa !44
+  %104 = insertelement <16 x float> poison, float %103, i64 0
+  %105 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> zeroinitializer
+  %106 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %101
+  %107 = load float, ptr %106, align 4, !tbaa !45
+  %108 = or disjoint i64 %92, 2
+  %109 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %108
+  %110 = load float, ptr %109, align 8, !tbaa !44
+  %111 = insertelement <16 x float> poison, float %110, i64 0
+  %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
+  %113 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %108
+  %114 = load float, ptr %113, align 8, !tbaa !45
+  %115 = or disjoint i64 %92, 3
+  %116 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %115
+  %117 = load float, ptr %116, align 4, !tbaa !44
+  %118 = insertelement <16 x float> poison, float %117, i64 0
+  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
+  %120 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %115
+  %121 = load float, ptr %120, align 4, !tbaa !45
+  %.scalar = fmul float %100, 0.000000e+00
+  %122 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar31 = fmul float %107, 0.000000e+00
+  %124 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
+  %.scalar32 = fmul float %114, 0.000000e+00
+  %126 = insertelement <16 x float> poison, float %.scalar32, i64 0
+  %127 = shufflevector <16 x float> %126, <16 x float> poison, <16 x i32> zeroinitializer
+  %128 = getelementptr inbounds nuw float, ptr %acc, i64 %98
+  store <16 x float> zeroinitializer, ptr %128, align 64, !tbaa !5
+  %129 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %98
+  %130 = load <16 x float>, ptr %129, align 64, !tbaa !5
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %130, <16 x float> %123)
+  store <16 x float> %131, ptr %128, align 64, !tbaa !5
+  %132 = getelementptr inbounds nuw i8, ptr %128, i64 64
+  store <16 x float> zeroinitializer, ptr %132, align 64, !tbaa !5
+  %133 = or disjoint i64 %98, 16
+  %134 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %133
+  %135 = load <16 x float>, ptr %134, align 64, !tbaa !5
+  %136 = getelementptr inbounds nuw float, ptr %acc, i64 %133
+  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %135, <16 x float> %123)
+  store <16 x float> %137, ptr %136, align 64, !tbaa !5
+  %138 = getelementptr inbounds nuw i8, ptr %128, i64 512
+  store <16 x float> zeroinitializer, ptr %138, align 64, !tbaa !5
+  %139 = or disjoint i64 %98, 128
+  %140 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %139
+  %141 = load <16 x float>, ptr %140, align 64, !tbaa !5
+  %142 = getelementptr inbounds nuw float, ptr %acc, i64 %139
+  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %141, <16 x float> %125)
+  store <16 x float> %143, ptr %142, align 64, !tbaa !5
+  %144 = getelementptr inbounds nuw i8, ptr %128, i64 576
+  store <16 x float> zeroinitializer, ptr %144, align 64, !tbaa !5
+  %145 = or disjoint i64 %98, 144
+  %146 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %145
+  %147 = load <16 x float>, ptr %146, align 64, !tbaa !5
+  %148 = getelementptr inbounds nuw float, ptr %acc, i64 %145
+  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %147, <16 x float> %125)
+  store <16 x float> %149, ptr %148, align 64, !tbaa !5
+  %150 = getelementptr inbounds nuw i8, ptr %128, i64 1024
+  store <16 x float> zeroinitializer, ptr %150, align 64, !tbaa !5
+  %151 = or disjoint i64 %98, 256
+  %152 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %151
+  %153 = load <16 x float>, ptr %152, align 64, !tbaa !5
+  %154 = getelementptr inbounds nuw float, ptr %acc, i64 %151
+  %155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %153, <16 x float> %127)
+  store <16 x float> %155, ptr %154, align 64, !tbaa !5
+  %156 = getelementptr inbounds nuw i8, ptr %128, i64 1088
+  store <16 x float> zeroinitializer, ptr %156, align 64, !tbaa !5
+  %157 = or disjoint i64 %98, 272
+  %158 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %157
+  %159 = load <16 x float>, ptr %158, align 64, !tbaa !5
+  %160 = getelementptr inbounds nuw float, ptr %acc, i64 %157
+  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %159, <16 x float> %127)
+  store <16 x float> %161, ptr %160, align 64, !tbaa !5
+  %162 = getelementptr inbounds nuw i8, ptr %128, i64 1536
+  store <16 x float> zeroinitializer, ptr %162, align 64, !tbaa !5
+  %163 = or disjoint i64 %98, 384
+  %164 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %163
   %165 = load <16 x float>, ptr %164, align 64, !tbaa !5
-  %166 = getelementptr inbounds nuw float, ptr %acc, i64 %132
-  %167 = load <16 x float>, ptr %166, align 64, !tbaa !5
-  %168 = fmul <16 x float> %136, %167
-  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %165, <16 x float> %168)
+  %166 = getelementptr inbounds nuw float, ptr %acc, i64 %163
+  %.scalar33 = fmul float %121, 0.000000e+00
+  %167 = insertelement <16 x float> poison, float %.scalar33, i64 0
+  %168 = shufflevector <16 x float> %167, <16 x float> poison, <16 x i32> zeroinitializer
+  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %165, <16 x float> %168)
   store <16 x float> %169, ptr %166, align 64, !tbaa !5
-  %170 = or disjoint i64 %132, 16
-  %171 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %170
-  %172 = load <16 x float>, ptr %171, align 64, !tbaa !5
-  %173 = getelementptr inbounds nuw float, ptr %acc, i64 %170
-  %174 = load <16 x float>, ptr %173, align 64, !tbaa !5
-  %175 = fmul <16 x float> %136, %174
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %172, <16 x float> %175)
-  store <16 x float> %176, ptr %173, align 64, !tbaa !5
-  %177 = or disjoint i64 %132, 128
-  %178 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %177
+  %170 = getelementptr inbounds nuw i8, ptr %128, i64 1600
+  store <16 x float> zeroinitializer, ptr %170, align 64, !tbaa !5
+  %171 = or disjoint i64 %98, 400
+  %172 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %171
+  %173 = load <16 x float>, ptr %172, align 64, !tbaa !5
+  %174 = getelementptr inbounds nuw float, ptr %acc, i64 %171
+  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %173, <16 x float> %168)
+  store <16 x float> %175, ptr %174, align 64, !tbaa !5
+  %176 = or disjoint i64 %98, 32
+  %177 = getelementptr inbounds nuw float, ptr %acc, i64 %176
+  store <16 x float> zeroinitializer, ptr %177, align 64, !tbaa !5
+  %178 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %176
   %179 = load <16 x float>, ptr %178, align 64, !tbaa !5
-  %180 = getelementptr inbounds nuw float, ptr %acc, i64 %177
-  %181 = load <16 x float>, ptr %180, align 64, !tbaa !5
-  %182 = fmul <16 x float> %145, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 64, !tbaa !5
-  %184 = or disjoint i64 %132, 144
-  %185 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %184
-  %186 = load <16 x float>, ptr %185, align 64, !tbaa !5
-  %187 = getelementptr inbounds nuw float, ptr %acc, i64 %184
-  %188 = load <16 x float>, ptr %187, align 64, !tbaa !5
-  %189 = fmul <16 x float> %145, %188
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %186, <16 x float> %189)
-  store <16 x float> %190, ptr %187, align 64, !tbaa !5
-  %191 = or disjoint i64 %132, 256
-  %192 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %191
-  %193 = load <16 x float>, ptr %192, align 64, !tbaa !5
-  %194 = getelementptr inbounds nuw float, ptr %acc, i64 %191
-  %195 = load <16 x float>, ptr %194, align 64, !tbaa !5
-  %196 = fmul <16 x float> %154, %195
-  %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %193, <16 x float> %196)
-  store <16 x float> %197, ptr %194, align 64, !tbaa !5
-  %198 = or disjoint i64 %132, 272
-  %199 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %198
-  %200 = load <16 x float>, ptr %199, align 64, !tbaa !5
-  %201 = getelementptr inbounds nuw float, ptr %acc, i64 %198
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %179, <16 x float> %123)
+  store <16 x float> %180, ptr %177, align 64, !tbaa !5
+  %181 = getelementptr inbounds nuw i8, ptr %177, i64 64
+  store <16 x float> zeroinitializer, ptr %181, align 64, !tbaa !5
+  %182 = or disjoint i64 %98, 48
+  %183 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %182
+  %184 = load <16 x float>, ptr %183, align 64, !tbaa !5
+  %185 = getelementptr inbounds nuw float, ptr %acc, i64 %182
+  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %184, <16 x float> %123)
+  store <16 x float> %186, ptr %185, align 64, !tbaa !5
+  %187 = getelementptr inbounds nuw i8, ptr %177, i64 512
+  store <16 x float> zeroinitializer, ptr %187, align 64, !tbaa !5
+  %188 = or disjoint i64 %98, 160
+  %189 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %188
+  %190 = load <16 x float>, ptr %189, align 64, !tbaa !5
+  %191 = getelementptr inbounds nuw float, ptr %acc, i64 %188
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %190, <16 x float> %125)
+  store <16 x float> %192, ptr %191, align 64, !tbaa !5
+  %193 = getelementptr inbounds nuw i8, ptr %177, i64 576
+  store <16 x float> zeroinitializer, ptr %193, align 64, !tbaa !5
+  %194 = or disjoint i64 %98, 176
+  %195 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %194
+  %196 = load <16 x float>, ptr %195, align 64, !tbaa !5
+  %197 = getelementptr inbounds nuw float, ptr %acc, i64 %194
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %196, <16 x float> %125)
+  store <16 x float> %198, ptr %197, align 64, !tbaa !5
+  %199 = getelementptr inbounds nuw i8, ptr %177, i64 1024
+  store <16 x float> zeroinitializer, ptr %199, align 64, !tbaa !5
+  %200 = or disjoint i64 %98, 288
+  %201 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %200
   %202 = load <16 x float>, ptr %201, align 64, !tbaa !5
-  %203 = fmul <16 x float> %154, %202
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %200, <16 x float> %203)
-  store <16 x float> %204, ptr %201, align 64, !tbaa !5
-  %205 = or disjoint i64 %132, 384
-  %206 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %205
-  %207 = load <16 x float>, ptr %206, align 64, !tbaa !5
-  %208 = getelementptr inbounds nuw float, ptr %acc, i64 %205
-  %209 = load <16 x float>, ptr %208, align 64, !tbaa !5
-  %210 = fmul <16 x float> %163, %209
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 64, !tbaa !5
-  %212 = or disjoint i64 %132, 400
+  %203 = getelementptr inbounds nuw float, ptr %acc, i64 %200
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %202, <16 x float> %127)
+  store <16 x float> %204, ptr %203, align 64, !tbaa !5
+  %205 = getelementptr inbounds nuw i8, ptr %177, i64 1088
+  store <16 x float> zeroinitializer, ptr %205, align 64, !tbaa !5
+  %206 = or disjoint i64 %98, 304
+  %207 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %206
+  %208 = load <16 x float>, ptr %207, align 64, !tbaa !5
+  %209 = getelementptr inbounds nuw float, ptr %acc, i64 %206
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %208, <16 x float> %127)
+  store <16 x float> %210, ptr %209, align 64, !tbaa !5
+  %211 = getelementptr inbounds nuw i8, ptr %177, i64 1536
+  store <16 x float> zeroinitializer, ptr %211, align 64, !tbaa !5
+  %212 = or disjoint i64 %98, 416
   %213 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %212
   %214 = load <16 x float>, ptr %213, align 64, !tbaa !5
   %215 = getelementptr inbounds nuw float, ptr %acc, i64 %212
-  %216 = load <16 x float>, ptr %215, align 64, !tbaa !5
-  %217 = fmul <16 x float> %163, %216
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %214, <16 x float> %217)
-  store <16 x float> %218, ptr %215, align 64, !tbaa !5
-  %219 = or disjoint i64 %132, 32
-  %220 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %219
-  %221 = load <16 x float>, ptr %220, align 64, !tbaa !5
-  %222 = getelementptr inbounds nuw float, ptr %acc, i64 %219
-  %223 = load <16 x float>, ptr %222, align 64, !tbaa !5
-  %224 = fmul <16 x float> %136, %223
-  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %221, <16 x float> %224)
-  store <16 x float> %225, ptr %222, align 64, !tbaa !5
-  %226 = or disjoint i64 %132, 48
-  %227 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %226
-  %228 = load <16 x float>, ptr %227, align 64, !tbaa !5
-  %229 = getelementptr inbounds nuw float, ptr %acc, i64 %226
-  %230 = load <16 x float>, ptr %229, align 64, !tbaa !5
-  %231 = fmul <16 x float> %136, %230
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %228, <16 x float> %231)
-  store <16 x float> %232, ptr %229, align 64, !tbaa !5
-  %233 = or disjoint i64 %132, 160
-  %234 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %233
-  %235 = load <16 x float>, ptr %234, align 64, !tbaa !5
-  %236 = getelementptr inbounds nuw float, ptr %acc, i64 %233
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %214, <16 x float> %168)
+  store <16 x float> %216, ptr %215, align 64, !tbaa !5
+  %217 = getelementptr inbounds nuw i8, ptr %177, i64 1600
+  store <16 x float> zeroinitializer, ptr %217, align 64, !tbaa !5
+  %218 = or disjoint i64 %98, 432
+  %219 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %218
+  %220 = load <16 x float>, ptr %219, align 64, !tbaa !5
+  %221 = getelementptr inbounds nuw float, ptr %acc, i64 %218
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %220, <16 x float> %168)
+  store <16 x float> %222, ptr %221, align 64, !tbaa !5
+  %223 = or disjoint i64 %98, 64
+  %224 = getelementptr inbounds nuw float, ptr %acc, i64 %223
+  store <16 x float> zeroinitializer, ptr %224, align 64, !tbaa !5
+  %225 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %223
+  %226 = load <16 x float>, ptr %225, align 64, !tbaa !5
+  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %226, <16 x float> %123)
+  store <16 x float> %227, ptr %224, align 64, !tbaa !5
+  %228 = getelementptr inbounds nuw i8, ptr %224, i64 64
+  store <16 x float> zeroinitializer, ptr %228, align 64, !tbaa !5
+  %229 = or disjoint i64 %98, 80
+  %230 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %229
+  %231 = load <16 x float>, ptr %230, align 64, !tbaa !5
+  %232 = getelementptr inbounds nuw float, ptr %acc, i64 %229
+  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %231, <16 x float> %123)
+  store <16 x float> %233, ptr %232, align 64, !tbaa !5
+  %234 = getelementptr inbounds nuw i8, ptr %224, i64 512
+  store <16 x float> zeroinitializer, ptr %234, align 64, !tbaa !5
+  %235 = or disjoint i64 %98, 192
+  %236 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %235
   %237 = load <16 x float>, ptr %236, align 64, !tbaa !5
-  %238 = fmul <16 x float> %145, %237
-  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %235, <16 x float> %238)
-  store <16 x float> %239, ptr %236, align 64, !tbaa !5
-  %240 = or disjoint i64 %132, 176
-  %241 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %240
-  %242 = load <16 x float>, ptr %241, align 64, !tbaa !5
-  %243 = getelementptr inbounds nuw float, ptr %acc, i64 %240
-  %244 = load <16 x float>, ptr %243, align 64, !tbaa !5
-  %245 = fmul <16 x float> %145, %244
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %242, <16 x float> %245)
-  store <16 x float> %246, ptr %243, align 64, !tbaa !5
-  %247 = or disjoint i64 %132, 288
+  %238 = getelementptr inbounds nuw float, ptr %acc, i64 %235
+  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %237, <16 x float> %125)
+  store <16 x float> %239, ptr %238, align 64, !tbaa !5
+  %240 = getelementptr inbounds nuw i8, ptr %224, i64 576
+  store <16 x float> zeroinitializer, ptr %240, align 64, !tbaa !5
+  %241 = or disjoint i64 %98, 208
+  %242 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %241
+  %243 = load <16 x float>, ptr %242, align 64, !tbaa !5
+  %244 = getelementptr inbounds nuw float, ptr %acc, i64 %241
+  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %243, <16 x float> %125)
+  store <16 x float> %245, ptr %244, align 64, !tbaa !5
+  %246 = getelementptr inbounds nuw i8, ptr %224, i64 1024
+  store <16 x float> zeroinitializer, ptr %246, align 64, !tbaa !5
+  %247 = or disjoint i64 %98, 320
   %248 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %247
   %249 = load <16 x float>, ptr %248, align 64, !tbaa !5
   %250 = getelementptr inbounds nuw float, ptr %acc, i64 %247
-  %251 = load <16 x float>, ptr %250, align 64, !tbaa !5
-  %252 = fmul <16 x float> %154, %251
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %249, <16 x float> %252)
-  store <16 x float> %253, ptr %250, align 64, !tbaa !5
-  %254 = or disjoint i64 %132, 304
-  %255 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %254
-  %256 = load <16 x float>, ptr %255, align 64, !tbaa !5
-  %257 = getelementptr inbounds nuw float, ptr %acc, i64 %254
-  %258 = load <16 x float>, ptr %257, align 64, !tbaa !5
-  %259 = fmul <16 x float> %154, %258
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %256, <16 x float> %259)
-  store <16 x float> %260, ptr %257, align 64, !tbaa !5
-  %261 = or disjoint i64 %132, 416
-  %262 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %261
-  %263 = load <16 x float>, ptr %262, align 64, !tbaa !5
-  %264 = getelementptr inbounds nuw float, ptr %acc, i64 %261
-  %265 = load <16 x float>, ptr %264, align 64, !tbaa !5
-  %266 = fmul <16 x float> %163, %265
-  %267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %263, <16 x float> %266)
-  store <16 x float> %267, ptr %264, align 64, !tbaa !5
-  %268 = or disjoint i64 %132, 432
-  %269 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %268
-  %270 = load <16 x float>, ptr %269, align 64, !tbaa !5
-  %271 = getelementptr inbounds nuw float, ptr %acc, i64 %268
-  %272 = load <16 x float>, ptr %271, align 64, !tbaa !5
-  %273 = fmul <16 x float> %163, %272
-  %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %270, <16 x float> %273)
+  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %249, <16 x float> %127)
+  store <16 x float> %251, ptr %250, align 64, !tbaa !5
+  %252 = getelementptr inbounds nuw i8, ptr %224, i64 1088
+  store <16 x float> zeroinitializer, ptr %252, align 64, !tbaa !5
+  %253 = or disjoint i64 %98, 336
+  %254 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %253
+  %255 = load <16 x float>, ptr %254, align 64, !tbaa !5
+  %256 = getelementptr inbounds nuw float, ptr %acc, i64 %253
+  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %255, <16 x float> %127)
+  store <16 x float> %257, ptr %256, align 64, !tbaa !5
+  %258 = getelementptr inbounds nuw i8, ptr %224, i64 1536
+  store <16 x float> zeroinitializer, ptr %258, align 64, !tbaa !5
+  %259 = or disjoint i64 %98, 448
+  %260 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %259
+  %261 = load <16 x float>, ptr %260, align 64, !tbaa !5
+  %262 = getelementptr inbounds nuw float, ptr %acc, i64 %259
+  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %261, <16 x float> %168)
+  store <16 x float> %263, ptr %262, align 64, !tbaa !5
+  %264 = getelementptr inbounds nuw i8, ptr %224, i64 1600
+  store <16 x float> zeroinitializer, ptr %264, align 64, !tbaa !5
+  %265 = or disjoint i64 %98, 464
+  %266 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %265
+  %267 = load <16 x float>, ptr %266, align 64, !tbaa !5
+  %268 = getelementptr inbounds nuw float, ptr %acc, i64 %265
+  %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %267, <16 x float> %168)
+  store <16 x float> %269, ptr %268, align 64, !tbaa !5
+  %270 = or disjoint i64 %98, 96
+  %271 = getelementptr inbounds nuw float, ptr %acc, i64 %270
+  store <16 x float> zeroinitializer, ptr %271, align 64, !tbaa !5
+  %272 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %270
+  %273 = load <16 x float>, ptr %272, align 64, !tbaa !5
+  %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %273, <16 x float> %123)
   store <16 x float> %274, ptr %271, align 64, !tbaa !5
-  %275 = or disjoint i64 %132, 64
-  %276 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %275
-  %277 = load <16 x float>, ptr %276, align 64, !tbaa !5
-  %278 = getelementptr inbounds nuw float, ptr %acc, i64 %275
-  %279 = load <16 x float>, ptr %278, align 64, !tbaa !5
-  %280 = fmul <16 x float> %136, %279
-  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %277, <16 x float> %280)
-  store <16 x float> %281, ptr %278, align 64, !tbaa !5
-  %282 = or disjoint i64 %132, 80
+  %275 = getelementptr inbounds nuw i8, ptr %271, i64 64
+  store <16 x float> zeroinitializer, ptr %275, align 64, !tbaa !5
+  %276 = or disjoint i64 %98, 112
+  %277 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %276
+  %278 = load <16 x float>, ptr %277, align 64, !tbaa !5
+  %279 = getelementptr inbounds nuw float, ptr %acc, i64 %276
+  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %278, <16 x float> %123)
+  store <16 x float> %280, ptr %279, align 64, !tbaa !5
+  %281 = getelementptr inbounds nuw i8, ptr %271, i64 512
+  store <16 x float> zeroinitializer, ptr %281, align 64, !tbaa !5
+  %282 = or disjoint i64 %98, 224
   %283 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %282
   %284 = load <16 x float>, ptr %283, align 64, !tbaa !5
   %285 = getelementptr inbounds nuw float, ptr %acc, i64 %282
-  %286 = load <16 x float>, ptr %285, align 64, !tbaa !5
-  %287 = fmul <16 x float> %136, %286
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %284, <16 x float> %287)
-  store <16 x float> %288, ptr %285, align 64, !tbaa !5
-  %289 = or disjoint i64 %132, 192
-  %290 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %289
-  %291 = load <16 x float>, ptr %290, align 64, !tbaa !5
-  %292 = getelementptr inbounds nuw float, ptr %acc, i64 %289
-  %293 = load <16 x float>, ptr %292, align 64, !tbaa !5
-  %294 = fmul <16 x float> %145, %293
-  %295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %291, <16 x float> %294)
-  store <16 x float> %295, ptr %292, align 64, !tbaa !5
-  %296 = or disjoint i64 %132, 208
-  %297 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %296
-  %298 = load <16 x float>, ptr %297, align 64, !tbaa !5
-  %299 = getelementptr inbounds nuw float, ptr %acc, i64 %296
-  %300 = load <16 x float>, ptr %299, align 64, !tbaa !5
-  %301 = fmul <16 x float> %145, %300
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %298, <16 x float> %301)
-  store <16 x float> %302, ptr %299, align 64, !tbaa !5
-  %303 = or disjoint i64 %132, 320
-  %304 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %303
-  %305 = load <16 x float>, ptr %304, align 64, !tbaa !5
-  %306 = getelementptr inbounds nuw float, ptr %acc, i64 %303
-  %307 = load <16 x float>, ptr %306, align 64, !tbaa !5
-  %308 = fmul <16 x float> %154, %307
-  %309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %305, <16 x float> %308)
-  store <16 x float> %309, ptr %306, align 64, !tbaa !5
-  %310 = or disjoint i64 %132, 336
-  %311 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %310
-  %312 = load <16 x float>, ptr %311, align 64, !tbaa !5
-  %313 = getelementptr inbounds nuw float, ptr %acc, i64 %310
+  %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %284, <16 x float> %125)
+  store <16 x float> %286, ptr %285, align 64, !tbaa !5
+  %287 = getelementptr inbounds nuw i8, ptr %271, i64 576
+  store <16 x float> zeroinitializer, ptr %287, align 64, !tbaa !5
+  %288 = or disjoint i64 %98, 240
+  %289 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %288
+  %290 = load <16 x float>, ptr %289, align 64, !tbaa !5
+  %291 = getelementptr inbounds nuw float, ptr %acc, i64 %288
+  %292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %290, <16 x float> %125)
+  store <16 x float> %292, ptr %291, align 64, !tbaa !5
+  %293 = getelementptr inbounds nuw i8, ptr %271, i64 1024
+  store <16 x float> zeroinitializer, ptr %293, align 64, !tbaa !5
+  %294 = or disjoint i64 %98, 352
+  %295 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %294
+  %296 = load <16 x float>, ptr %295, align 64, !tbaa !5
+  %297 = getelementptr inbounds nuw float, ptr %acc, i64 %294
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %296, <16 x float> %127)
+  store <16 x float> %298, ptr %297, align 64, !tbaa !5
+  %299 = getelementptr inbounds nuw i8, ptr %271, i64 1088
+  store <16 x float> zeroinitializer, ptr %299, align 64, !tbaa !5
+  %300 = or disjoint i64 %98, 368
+  %301 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %300
+  %302 = load <16 x float>, ptr %301, align 64, !tbaa !5
+  %303 = getelementptr inbounds nuw float, ptr %acc, i64 %300
+  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %302, <16 x float> %127)
+  store <16 x float> %304, ptr %303, align 64, !tbaa !5
+  %305 = getelementptr inbounds nuw i8, ptr %271, i64 1536
+  store <16 x float> zeroinitializer, ptr %305, align 64, !tbaa !5
+  %306 = or disjoint i64 %98, 480
+  %307 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %306
+  %308 = load <16 x float>, ptr %307, align 64, !tbaa !5
+  %309 = getelementptr inbounds nuw float, ptr %acc, i64 %306
+  %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %308, <16 x float> %168)
+  store <16 x float> %310, ptr %309, align 64, !tbaa !5
+  %311 = getelementptr inbounds nuw i8, ptr %271, i64 1600
+  store <16 x float> zeroinitializer, ptr %311, align 64, !tbaa !5
+  %312 = or disjoint i64 %98, 496
+  %313 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %312
   %314 = load <16 x float>, ptr %313, align 64, !tbaa !5
-  %315 = fmul <16 x float> %154, %314
-  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %312, <16 x float> %315)
-  store <16 x float> %316, ptr %313, align 64, !tbaa !5
-  %317 = or disjoint i64 %132, 448
-  %318 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %317
-  %319 = load <16 x float>, ptr %318, align 64, !tbaa !5
-  %320 = getelementptr inbounds nuw float, ptr %acc, i64 %317
-  %321 = load <16 x float>, ptr %320, align 64, !tbaa !5
-  %322 = fmul <16 x float> %163, %321
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %319, <16 x float> %322)
-  store <16 x float> %323, ptr %320, align 64, !tbaa !5
-  %324 = or disjoint i64 %132, 464
-  %325 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %324
-  %326 = load <16 x float>, ptr %325, align 64, !tbaa !5
-  %327 = getelementptr inbounds nuw float, ptr %acc, i64 %324
-  %328 = load <16 x float>, ptr %327, align 64, !tbaa !5
-  %329 = fmul <16 x float> %163, %328
-  %330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %326, <16 x float> %329)
-  store <16 x float> %330, ptr %327, align 64, !tbaa !5
-  %331 = or disjoint i64 %132, 96
-  %332 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %331
-  %333 = load <16 x float>, ptr %332, align 64, !tbaa !5
-  %334 = getelementptr inbounds nuw float, ptr %acc, i64 %331
-  %335 = load <16 x float>, ptr %334, align 64, !tbaa !5
-  %336 = fmul <16 x float> %136, %335
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %333, <16 x float> %336)
-  store <16 x float> %337, ptr %334, align 64, !tbaa !5
-  %338 = or disjoint i64 %132, 112
-  %339 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %338
-  %340 = load <16 x float>, ptr %339, align 64, !tbaa !5
-  %341 = getelementptr inbounds nuw float, ptr %acc, i64 %338
-  %342 = load <16 x float>, ptr %341, align 64, !tbaa !5
-  %343 = fmul <16 x float> %136, %342
-  %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %340, <16 x float> %343)
-  store <16 x float> %344, ptr %341, align 64, !tbaa !5
-  %345 = or disjoint i64 %132, 224
-  %346 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %345
-  %347 = load <16 x float>, ptr %346, align 64, !tbaa !5
-  %348 = getelementptr inbounds nuw float, ptr %acc, i64 %345
-  %349 = load <16 x float>, ptr %348, align 64, !tbaa !5
-  %350 = fmul <16 x float> %145, %349
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %347, <16 x float> %350)
-  store <16 x float> %351, ptr %348, align 64, !tbaa !5
-  %352 = or disjoint i64 %132, 240
-  %353 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %352
-  %354 = load <16 x float>, ptr %353, align 64, !tbaa !5
-  %355 = getelementptr inbounds nuw float, ptr %acc, i64 %352
-  %356 = load <16 x float>, ptr %355, align 64, !tbaa !5
-  %357 = fmul <16 x float> %145, %356
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %354, <16 x float> %357)
-  store <16 x float> %358, ptr %355, align 64, !tbaa !5
-  %359 = or disjoint i64 %132, 352
-  %360 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %359
-  %361 = load <16 x float>, ptr %360, align 64, !tbaa !5
-  %362 = getelementptr inbounds nuw float, ptr %acc, i64 %359
-  %363 = load <16 x float>, ptr %362, align 64, !tbaa !5
-  %364 = fmul <16 x float> %154, %363
-  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %361, <16 x float> %364)
-  store <16 x float> %365, ptr %362, align 64, !tbaa !5
-  %366 = or disjoint i64 %132, 368
-  %367 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %366
-  %368 = load <16 x float>, ptr %367, align 64, !tbaa !5
-  %369 = getelementptr inbounds nuw float, ptr %acc, i64 %366
-  %370 = load <16 x float>, ptr %369, align 64, !tbaa !5
-  %371 = fmul <16 x float> %154, %370
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %368, <16 x float> %371)
-  store <16 x float> %372, ptr %369, align 64, !tbaa !5
-  %373 = or disjoint i64 %132, 480
-  %374 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %373
-  %375 = load <16 x float>, ptr %374, align 64, !tbaa !5
-  %376 = getelementptr inbounds nuw float, ptr %acc, i64 %373
-  %377 = load <16 x float>, ptr %376, align 64, !tbaa !5
-  %378 = fmul <16 x float> %163, %377
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %375, <16 x float> %378)
-  store <16 x float> %379, ptr %376, align 64, !tbaa !5
-  %380 = or disjoint i64 %132, 496
-  %381 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %380
-  %382 = load <16 x float>, ptr %381, align 64, !tbaa !5
-  %383 = getelementptr inbounds nuw float, ptr %acc, i64 %380
-  %384 = load <16 x float>, ptr %383, align 64, !tbaa !5
-  %385 = fmul <16 x float> %163, %384
-  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %382, <16 x float> %385)
-  store <16 x float> %386, ptr %383, align 64, !tbaa !5
-  br label %for_end_d_0.i
+  %315 = getelementptr inbounds nuw float, ptr %acc, i64 %312
+  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %314, <16 x float> %168)
+  store <16 x float> %316, ptr %315, align 64, !tbaa !5
+  %indvars.iv.next40.i.us = add nuw nsw i64 %indvars.iv39.i.us, 1
+  %exitcond42.not.i.us = icmp eq i64 %indvars.iv.next40.i.us, 4
+  br i1 %exitcond42.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !46
 
-for_body_d_0.i.us.preheader:                      ; preds = %for_begin_d_0.preheader.i
-  %387 = fmul <16 x float> %154, zeroinitializer
-  %388 = fmul <16 x float> %145, zeroinitializer
-  %389 = fmul <16 x float> %136, zeroinitializer
-  %390 = getelementptr inbounds nuw float, ptr %acc, i64 %132
-  store <16 x float> zeroinitializer, ptr %390, align 64, !tbaa !5
-  %391 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %132
-  %392 = load <16 x float>, ptr %391, align 64, !tbaa !5
-  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %392, <16 x float> %389)
-  store <16 x float> %393, ptr %390, align 64, !tbaa !5
-  %394 = getelementptr inbounds nuw i8, ptr %390, i64 64
-  store <16 x float> zeroinitializer, ptr %394, align 64, !tbaa !5
-  %395 = or disjoint i64 %132, 16
-  %396 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %395
-  %397 = load <16 x float>, ptr %396, align 64, !tbaa !5
-  %398 = getelementptr inbounds nuw float, ptr %acc, i64 %395
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %397, <16 x float> %389)
-  store <16 x float> %399, ptr %398, align 64, !tbaa !5
-  %400 = getelementptr inbounds nuw i8, ptr %390, i64 512
-  store <16 x float> zeroinitializer, ptr %400, align 64, !tbaa !5
-  %401 = or disjoint i64 %132, 128
-  %402 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %401
-  %403 = load <16 x float>, ptr %402, align 64, !tbaa !5
-  %404 = getelementptr inbounds nuw float, ptr %acc, i64 %401
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %403, <16 x float> %388)
-  store <16 x float> %405, ptr %404, align 64, !tbaa !5
-  %406 = getelementptr inbounds nuw i8, ptr %390, i64 576
-  store <16 x float> zeroinitializer, ptr %406, align 64, !tbaa !5
-  %407 = or disjoint i64 %132, 144
-  %408 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %407
-  %409 = load <16 x float>, ptr %408, align 64, !tbaa !5
-  %410 = getelementptr inbounds nuw float, ptr %acc, i64 %407
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %409, <16 x float> %388)
-  store <16 x float> %411, ptr %410, align 64, !tbaa !5
-  %412 = getelementptr inbounds nuw i8, ptr %390, i64 1024
-  store <16 x float> zeroinitializer, ptr %412, align 64, !tbaa !5
-  %413 = or disjoint i64 %132, 256
-  %414 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %413
-  %415 = load <16 x float>, ptr %414, align 64, !tbaa !5
-  %416 = getelementptr inbounds nuw float, ptr %acc, i64 %413
-  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %415, <16 x float> %387)
-  store <16 x float> %417, ptr %416, align 64, !tbaa !5
-  %418 = getelementptr inbounds nuw i8, ptr %390, i64 1088
-  store <16 x float> zeroinitializer, ptr %418, align 64, !tbaa !5
-  %419 = or disjoint i64 %132, 272
-  %420 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %419
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_s.i
+  %indvars.iv39.i = phi i64 [ %indvars.iv.next40.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_s.i ]
+  %317 = shl nuw nsw i64 %indvars.iv39.i, 2
+  %318 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %317
+  %319 = load float, ptr %318, align 16, !tbaa !44
+  %320 = insertelement <16 x float> poison, float %319, i64 0
+  %321 = shufflevector <16 x float> %320, <16 x float> poison, <16 x i32> zeroinitializer
+  %322 = shl nuw nsw i64 %indvars.iv39.i, 9
+  %323 = add nuw nsw i64 %322, %91
+  %324 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %317
+  %325 = load float, ptr %324, align 16, !tbaa !45
+  %326 = insertelement <16 x float> poison, float %325, i64 0
+  %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
+  %328 = or disjoint i64 %317, 1
+  %329 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %328
+  %330 = load float, ptr %329, align 4, !tbaa !44
+  %331 = insertelement <16 x float> poison, float %330, i64 0
+  %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
+  %333 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %328
+  %334 = load float, ptr %333, align 4, !tbaa !45
+  %335 = insertelement <16 x float> poison, float %334, i64 0
+  %336 = shufflevector <16 x float> %335, <16 x float> poison, <16 x i32> zeroinitializer
+  %337 = or disjoint i64 %317, 2
+  %338 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %337
+  %339 = load float, ptr %338, align 8, !tbaa !44
+  %340 = insertelement <16 x float> poison, float %339, i64 0
+  %341 = shufflevector <16 x float> %340, <16 x float> poison, <16 x i32> zeroinitializer
+  %342 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %337
+  %343 = load float, ptr %342, align 8, !tbaa !45
+  %344 = insertelement <16 x float> poison, float %343, i64 0
+  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
+  %346 = or disjoint i64 %317, 3
+  %347 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %346
+  %348 = load float, ptr %347, align 4, !tbaa !44
+  %349 = insertelement <16 x float> poison, float %348, i64 0
+  %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
+  %351 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %346
+  %352 = load float, ptr %351, align 4, !tbaa !45
+  %353 = insertelement <16 x float> poison, float %352, i64 0
+  %354 = shufflevector <16 x float> %353, <16 x float> poison, <16 x i32> zeroinitializer
+  %355 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %323
+  %356 = load <16 x float>, ptr %355, align 64, !tbaa !5
+  %357 = getelementptr inbounds nuw float, ptr %acc, i64 %323
+  %358 = load <16 x float>, ptr %357, align 64, !tbaa !5
+  %359 = fmul <16 x float> %327, %358
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %356, <16 x float> %359)
+  store <16 x float> %360, ptr %357, align 64, !tbaa !5
+  %361 = or disjoint i64 %323, 16
+  %362 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %361
+  %363 = load <16 x float>, ptr %362, align 64, !tbaa !5
+  %364 = getelementptr inbounds nuw float, ptr %acc, i64 %361
+  %365 = load <16 x float>, ptr %364, align 64, !tbaa !5
+  %366 = fmul <16 x float> %327, %365
+  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %363, <16 x float> %366)
+  store <16 x float> %367, ptr %364, align 64, !tbaa !5
+  %368 = or disjoint i64 %323, 128
+  %369 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %368
+  %370 = load <16 x float>, ptr %369, align 64, !tbaa !5
+  %371 = getelementptr inbounds nuw float, ptr %acc, i64 %368
+  %372 = load <16 x float>, ptr %371, align 64, !tbaa !5
+  %373 = fmul <16 x float> %336, %372
+  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %370, <16 x float> %373)
+  store <16 x float> %374, ptr %371, align 64, !tbaa !5
+  %375 = or disjoint i64 %323, 144
+  %376 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %375
+  %377 = load <16 x float>, ptr %376, align 64, !tbaa !5
+  %378 = getelementptr inbounds nuw float, ptr %acc, i64 %375
+  %379 = load <16 x float>, ptr %378, align 64, !tbaa !5
+  %380 = fmul <16 x float> %336, %379
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %377, <16 x float> %380)
+  store <16 x float> %381, ptr %378, align 64, !tbaa !5
+  %382 = or disjoint i64 %323, 256
+  %383 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %382
+  %384 = load <16 x float>, ptr %383, align 64, !tbaa !5
+  %385 = getelementptr inbounds nuw float, ptr %acc, i64 %382
+  %386 = load <16 x float>, ptr %385, align 64, !tbaa !5
+  %387 = fmul <16 x float> %345, %386
+  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %384, <16 x float> %387)
+  store <16 x float> %388, ptr %385, align 64, !tbaa !5
+  %389 = or disjoint i64 %323, 272
+  %390 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %389
+  %391 = load <16 x float>, ptr %390, align 64, !tbaa !5
+  %392 = getelementptr inbounds nuw float, ptr %acc, i64 %389
+  %393 = load <16 x float>, ptr %392, align 64, !tbaa !5
+  %394 = fmul <16 x float> %345, %393
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %391, <16 x float> %394)
+  store <16 x float> %395, ptr %392, align 64, !tbaa !5
+  %396 = or disjoint i64 %323, 384
+  %397 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %396
+  %398 = load <16 x float>, ptr %397, align 64, !tbaa !5
+  %399 = getelementptr inbounds nuw float, ptr %acc, i64 %396
+  %400 = load <16 x float>, ptr %399, align 64, !tbaa !5
+  %401 = fmul <16 x float> %354, %400
+  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %398, <16 x float> %401)
+  store <16 x float> %402, ptr %399, align 64, !tbaa !5
+  %403 = or disjoint i64 %323, 400
+  %404 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %403
+  %405 = load <16 x float>, ptr %404, align 64, !tbaa !5
+  %406 = getelementptr inbounds nuw float, ptr %acc, i64 %403
+  %407 = load <16 x float>, ptr %406, align 64, !tbaa !5
+  %408 = fmul <16 x float> %354, %407
+  %409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %405, <16 x float> %408)
+  store <16 x float> %409, ptr %406, align 64, !tbaa !5
+  %410 = or disjoint i64 %323, 32
+  %411 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %410
+  %412 = load <16 x float>, ptr %411, align 64, !tbaa !5
+  %413 = getelementptr inbounds nuw float, ptr %acc, i64 %410
+  %414 = load <16 x float>, ptr %413, align 64, !tbaa !5
+  %415 = fmul <16 x float> %327, %414
+  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %412, <16 x float> %415)
+  store <16 x float> %416, ptr %413, align 64, !tbaa !5
+  %417 = or disjoint i64 %323, 48
+  %418 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %417
+  %419 = load <16 x float>, ptr %418, align 64, !tbaa !5
+  %420 = getelementptr inbounds nuw float, ptr %acc, i64 %417
   %421 = load <16 x float>, ptr %420, align 64, !tbaa !5
-  %422 = getelementptr inbounds nuw float, ptr %acc, i64 %419
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %421, <16 x float> %387)
-  store <16 x float> %423, ptr %422, align 64, !tbaa !5
-  %424 = getelementptr inbounds nuw i8, ptr %390, i64 1536
-  store <16 x float> zeroinitializer, ptr %424, align 64, !tbaa !5
-  %425 = or disjoint i64 %132, 384
-  %426 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %425
-  %427 = load <16 x float>, ptr %426, align 64, !tbaa !5
-  %428 = getelementptr inbounds nuw float, ptr %acc, i64 %425
-  %429 = fmul <16 x float> %163, zeroinitializer
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %427, <16 x float> %429)
-  store <16 x float> %430, ptr %428, align 64, !tbaa !5
-  %431 = getelementptr inbounds nuw i8, ptr %390, i64 1600
-  store <16 x float> zeroinitializer, ptr %431, align 64, !tbaa !5
-  %432 = or disjoint i64 %132, 400
-  %433 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %432
-  %434 = load <16 x float>, ptr %433, align 64, !tbaa !5
-  %435 = getelementptr inbounds nuw float, ptr %acc, i64 %432
-  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %434, <16 x float> %429)
-  store <16 x float> %436, ptr %435, align 64, !tbaa !5
-  %437 = or disjoint i64 %132, 32
-  %438 = getelementptr inbounds nuw float, ptr %acc, i64 %437
-  store <16 x float> zeroinitializer, ptr %438, align 64, !tbaa !5
-  %439 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %437
+  %422 = fmul <16 x float> %327, %421
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %419, <16 x float> %422)
+  store <16 x float> %423, ptr %420, align 64, !tbaa !5
+  %424 = or disjoint i64 %323, 160
+  %425 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %424
+  %426 = load <16 x float>, ptr %425, align 64, !tbaa !5
+  %427 = getelementptr inbounds nuw float, ptr %acc, i64 %424
+  %428 = load <16 x float>, ptr %427, align 64, !tbaa !5
+  %429 = fmul <16 x float> %336, %428
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %426, <16 x float> %429)
+  store <16 x float> %430, ptr %427, align 64, !tbaa !5
+  %431 = or disjoint i64 %323, 176
+  %432 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %431
+  %433 = load <16 x float>, ptr %432, align 64, !tbaa !5
+  %434 = getelementptr inbounds nuw float, ptr %acc, i64 %431
+  %435 = load <16 x float>, ptr %434, align 64, !tbaa !5
+  %436 = fmul <16 x float> %336, %435
+  %437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %433, <16 x float> %436)
+  store <16 x float> %437, ptr %434, align 64, !tbaa !5
+  %438 = or disjoint i64 %323, 288
+  %439 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %438
   %440 = load <16 x float>, ptr %439, align 64, !tbaa !5
-  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %440, <16 x float> %389)
-  store <16 x float> %441, ptr %438, align 64, !tbaa !5
-  %442 = getelementptr inbounds nuw i8, ptr %438, i64 64
-  store <16 x float> zeroinitializer, ptr %442, align 64, !tbaa !5
-  %443 = or disjoint i64 %132, 48
-  %444 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %443
-  %445 = load <16 x float>, ptr %444, align 64, !tbaa !5
-  %446 = getelementptr inbounds nuw float, ptr %acc, i64 %443
-  %447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %445, <16 x float> %389)
-  store <16 x float> %447, ptr %446, align 64, !tbaa !5
-  %448 = getelementptr inbounds nuw i8, ptr %438, i64 512
-  store <16 x float> zeroinitializer, ptr %448, align 64, !tbaa !5
-  %449 = or disjoint i64 %132, 160
-  %450 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %449
-  %451 = load <16 x float>, ptr %450, align 64, !tbaa !5
-  %452 = getelementptr inbounds nuw float, ptr %acc, i64 %449
-  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %451, <16 x float> %388)
-  store <16 x float> %453, ptr %452, align 64, !tbaa !5
-  %454 = getelementptr inbounds nuw i8, ptr %438, i64 576
-  store <16 x float> zeroinitializer, ptr %454, align 64, !tbaa !5
-  %455 = or disjoint i64 %132, 176
-  %456 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %455
-  %457 = load <16 x float>, ptr %456, align 64, !tbaa !5
-  %458 = getelementptr inbounds nuw float, ptr %acc, i64 %455
-  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %457, <16 x float> %388)
-  store <16 x float> %459, ptr %458, align 64, !tbaa !5
-  %460 = getelementptr inbounds nuw i8, ptr %438, i64 1024
-  store <16 x float> zeroinitializer, ptr %460, align 64, !tbaa !5
-  %461 = or disjoint i64 %132, 288
-  %462 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %461
+  %441 = getelementptr inbounds nuw float, ptr %acc, i64 %438
+  %442 = load <16 x float>, ptr %441, align 64, !tbaa !5
+  %443 = fmul <16 x float> %345, %442
+  %444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %440, <16 x float> %443)
+  store <16 x float> %444, ptr %441, align 64, !tbaa !5
+  %445 = or disjoint i64 %323, 304
+  %446 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %445
+  %447 = load <16 x float>, ptr %446, align 64, !tbaa !5
+  %448 = getelementptr inbounds nuw float, ptr %acc, i64 %445
+  %449 = load <16 x float>, ptr %448, align 64, !tbaa !5
+  %450 = fmul <16 x float> %345, %449
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %447, <16 x float> %450)
+  store <16 x float> %451, ptr %448, align 64, !tbaa !5
+  %452 = or disjoint i64 %323, 416
+  %453 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %452
+  %454 = load <16 x float>, ptr %453, align 64, !tbaa !5
+  %455 = getelementptr inbounds nuw float, ptr %acc, i64 %452
+  %456 = load <16 x float>, ptr %455, align 64, !tbaa !5
+  %457 = fmul <16 x float> %354, %456
+  %458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %454, <16 x float> %457)
+  store <16 x float> %458, ptr %455, align 64, !tbaa !5
+  %459 = or disjoint i64 %323, 432
+  %460 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %459
+  %461 = load <16 x float>, ptr %460, align 64, !tbaa !5
+  %462 = getelementptr inbounds nuw float, ptr %acc, i64 %459
   %463 = load <16 x float>, ptr %462, align 64, !tbaa !5
-  %464 = getelementptr inbounds nuw float, ptr %acc, i64 %461
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %463, <16 x float> %387)
-  store <16 x float> %465, ptr %464, align 64, !tbaa !5
-  %466 = getelementptr inbounds nuw i8, ptr %438, i64 1088
-  store <16 x float> zeroinitializer, ptr %466, align 64, !tbaa !5
-  %467 = or disjoint i64 %132, 304
-  %468 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %467
-  %469 = load <16 x float>, ptr %468, align 64, !tbaa !5
-  %470 = getelementptr inbounds nuw float, ptr %acc, i64 %467
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %469, <16 x float> %387)
-  store <16 x float> %471, ptr %470, align 64, !tbaa !5
-  %472 = getelementptr inbounds nuw i8, ptr %438, i64 1536
-  store <16 x float> zeroinitializer, ptr %472, align 64, !tbaa !5
-  %473 = or disjoint i64 %132, 416
+  %464 = fmul <16 x float> %354, %463
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %461, <16 x float> %464)
+  store <16 x float> %465, ptr %462, align 64, !tbaa !5
+  %466 = or disjoint i64 %323, 64
+  %467 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %466
+  %468 = load <16 x float>, ptr %467, align 64, !tbaa !5
+  %469 = getelementptr inbounds nuw float, ptr %acc, i64 %466
+  %470 = load <16 x float>, ptr %469, align 64, !tbaa !5
+  %471 = fmul <16 x float> %327, %470
+  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %468, <16 x float> %471)
+  store <16 x float> %472, ptr %469, align 64, !tbaa !5
+  %473 = or disjoint i64 %323, 80
   %474 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %473
   %475 = load <16 x float>, ptr %474, align 64, !tbaa !5
   %476 = getelementptr inbounds nuw float, ptr %acc, i64 %473
-  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %475, <16 x float> %429)
-  store <16 x float> %477, ptr %476, align 64, !tbaa !5
-  %478 = getelementptr inbounds nuw i8, ptr %438, i64 1600
-  store <16 x float> zeroinitializer, ptr %478, align 64, !tbaa !5
-  %479 = or disjoint i64 %132, 432
-  %480 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %479
-  %481 = load <16 x float>, ptr %480, align 64, !tbaa !5
-  %482 = getelementptr inbounds nuw float, ptr %acc, i64 %479
-  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %481, <16 x float> %429)
-  store <16 x float> %483, ptr %482, align 64, !tbaa !5
-  %484 = or disjoint i64 %132, 64
-  %485 = getelementptr inbounds nuw float, ptr %acc, i64 %484
-  store <16 x float> zeroinitializer, ptr %485, align 64, !tbaa !5
-  %486 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %484
-  %487 = load <16 x float>, ptr %486, align 64, !tbaa !5
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %487, <16 x float> %389)
-  store <16 x float> %488, ptr %485, align 64, !tbaa !5
-  %489 = getelementptr inbounds nuw i8, ptr %485, i64 64
-  store <16 x float> zeroinitializer, ptr %489, align 64, !tbaa !5
-  %490 = or disjoint i64 %132, 80
-  %491 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %490
-  %492 = load <16 x float>, ptr %491, align 64, !tbaa !5
-  %493 = getelementptr inbounds nuw float, ptr %acc, i64 %490
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %492, <16 x float> %389)
-  store <16 x float> %494, ptr %493, align 64, !tbaa !5
-  %495 = getelementptr inbounds nuw i8, ptr %485, i64 512
-  store <16 x float> zeroinitializer, ptr %495, align 64, !tbaa !5
-  %496 = or disjoint i64 %132, 192
-  %497 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %496
+  %477 = load <16 x float>, ptr %476, align 64, !tbaa !5
+  %478 = fmul <16 x float> %327, %477
+  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %475, <16 x float> %478)
+  store <16 x float> %479, ptr %476, align 64, !tbaa !5
+  %480 = or disjoint i64 %323, 192
+  %481 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %480
+  %482 = load <16 x float>, ptr %481, align 64, !tbaa !5
+  %483 = getelementptr inbounds nuw float, ptr %acc, i64 %480
+  %484 = load <16 x float>, ptr %483, align 64, !tbaa !5
+  %485 = fmul <16 x float> %336, %484
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %482, <16 x float> %485)
+  store <16 x float> %486, ptr %483, align 64, !tbaa !5
+  %487 = or disjoint i64 %323, 208
+  %488 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %487
+  %489 = load <16 x float>, ptr %488, align 64, !tbaa !5
+  %490 = getelementptr inbounds nuw float, ptr %acc, i64 %487
+  %491 = load <16 x float>, ptr %490, align 64, !tbaa !5
+  %492 = fmul <16 x float> %336, %491
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %489, <16 x float> %492)
+  store <16 x float> %493, ptr %490, align 64, !tbaa !5
+  %494 = or disjoint i64 %323, 320
+  %495 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %494
+  %496 = load <16 x float>, ptr %495, align 64, !tbaa !5
+  %497 = getelementptr inbounds nuw float, ptr %acc, i64 %494
   %498 = load <16 x float>, ptr %497, align 64, !tbaa !5
-  %499 = getelementptr inbounds nuw float, ptr %acc, i64 %496
-  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %498, <16 x float> %388)
-  store <16 x float> %500, ptr %499, align 64, !tbaa !5
-  %501 = getelementptr inbounds nuw i8, ptr %485, i64 576
-  store <16 x float> zeroinitializer, ptr %501, align 64, !tbaa !5
-  %502 = or disjoint i64 %132, 208
-  %503 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %502
-  %504 = load <16 x float>, ptr %503, align 64, !tbaa !5
-  %505 = getelementptr inbounds nuw float, ptr %acc, i64 %502
-  %506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %504, <16 x float> %388)
-  store <16 x float> %506, ptr %505, align 64, !tbaa !5
-  %507 = getelementptr inbounds nuw i8, ptr %485, i64 1024
-  store <16 x float> zeroinitializer, ptr %507, align 64, !tbaa !5
-  %508 = or disjoint i64 %132, 320
+  %499 = fmul <16 x float> %345, %498
+  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %496, <16 x float> %499)
+  store <16 x float> %500, ptr %497, align 64, !tbaa !5
+  %501 = or disjoint i64 %323, 336
+  %502 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %501
+  %503 = load <16 x float>, ptr %502, align 64, !tbaa !5
+  %504 = getelementptr inbounds nuw float, ptr %acc, i64 %501
+  %505 = load <16 x float>, ptr %504, align 64, !tbaa !5
+  %506 = fmul <16 x float> %345, %505
+  %507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %503, <16 x float> %506)
+  store <16 x float> %507, ptr %504, align 64, !tbaa !5
+  %508 = or disjoint i64 %323, 448
   %509 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %508
   %510 = load <16 x float>, ptr %509, align 64, !tbaa !5
   %511 = getelementptr inbounds nuw float, ptr %acc, i64 %508
-  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %510, <16 x float> %387)
-  store <16 x float> %512, ptr %511, align 64, !tbaa !5
-  %513 = getelementptr inbounds nuw i8, ptr %485, i64 1088
-  store <16 x float> zeroinitializer, ptr %513, align 64, !tbaa !5
-  %514 = or disjoint i64 %132, 336
-  %515 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %514
-  %516 = load <16 x float>, ptr %515, align 64, !tbaa !5
-  %517 = getelementptr inbounds nuw float, ptr %acc, i64 %514
-  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %516, <16 x float> %387)
-  store <16 x float> %518, ptr %517, align 64, !tbaa !5
-  %519 = getelementptr inbounds nuw i8, ptr %485, i64 1536
-  store <16 x float> zeroinitializer, ptr %519, align 64, !tbaa !5
-  %520 = or disjoint i64 %132, 448
-  %521 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %520
-  %522 = load <16 x float>, ptr %521, align 64, !tbaa !5
-  %523 = getelementptr inbounds nuw float, ptr %acc, i64 %520
-  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %522, <16 x float> %429)
-  store <16 x float> %524, ptr %523, align 64, !tbaa !5
-  %525 = getelementptr inbounds nuw i8, ptr %485, i64 1600
-  store <16 x float> zeroinitializer, ptr %525, align 64, !tbaa !5
-  %526 = or disjoint i64 %132, 464
-  %527 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %526
-  %528 = load <16 x float>, ptr %527, align 64, !tbaa !5
-  %529 = getelementptr inbounds nuw float, ptr %acc, i64 %526
-  %530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %528, <16 x float> %429)
-  store <16 x float> %530, ptr %529, align 64, !tbaa !5
-  %531 = or disjoint i64 %132, 96
-  %532 = getelementptr inbounds nuw float, ptr %acc, i64 %531
-  store <16 x float> zeroinitializer, ptr %532, align 64, !tbaa !5
-  %533 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %531
-  %534 = load <16 x float>, ptr %533, align 64, !tbaa !5
-  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %534, <16 x float> %389)
+  %512 = load <16 x float>, ptr %511, align 64, !tbaa !5
+  %513 = fmul <16 x float> %354, %512
+  %514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %510, <16 x float> %513)
+  store <16 x float> %514, ptr %511, align 64, !tbaa !5
+  %515 = or disjoint i64 %323, 464
+  %516 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %515
+  %517 = load <16 x float>, ptr %516, align 64, !tbaa !5
+  %518 = getelementptr inbounds nuw float, ptr %acc, i64 %515
+  %519 = load <16 x float>, ptr %518, align 64, !tbaa !5
+  %520 = fmul <16 x float> %354, %519
+  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %517, <16 x float> %520)
+  store <16 x float> %521, ptr %518, align 64, !tbaa !5
+  %522 = or disjoint i64 %323, 96
+  %523 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %522
+  %524 = load <16 x float>, ptr %523, align 64, !tbaa !5
+  %525 = getelementptr inbounds nuw float, ptr %acc, i64 %522
+  %526 = load <16 x float>, ptr %525, align 64, !tbaa !5
+  %527 = fmul <16 x float> %327, %526
+  %528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %524, <16 x float> %527)
+  store <16 x float> %528, ptr %525, align 64, !tbaa !5
+  %529 = or disjoint i64 %323, 112
+  %530 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %529
+  %531 = load <16 x float>, ptr %530, align 64, !tbaa !5
+  %532 = getelementptr inbounds nuw float, ptr %acc, i64 %529
+  %533 = load <16 x float>, ptr %532, align 64, !tbaa !5
+  %534 = fmul <16 x float> %327, %533
+  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %531, <16 x float> %534)
   store <16 x float> %535, ptr %532, align 64, !tbaa !5
-  %536 = getelementptr inbounds nuw i8, ptr %532, i64 64
-  store <16 x float> zeroinitializer, ptr %536, align 64, !tbaa !5
-  %537 = or disjoint i64 %132, 112
-  %538 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %537
-  %539 = load <16 x float>, ptr %538, align 64, !tbaa !5
-  %540 = getelementptr inbounds nuw float, ptr %acc, i64 %537
-  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %539, <16 x float> %389)
-  store <16 x float> %541, ptr %540, align 64, !tbaa !5
-  %542 = getelementptr inbounds nuw i8, ptr %532, i64 512
-  store <16 x float> zeroinitializer, ptr %542, align 64, !tbaa !5
-  %543 = or disjoint i64 %132, 224
+  %536 = or disjoint i64 %323, 224
+  %537 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %536
+  %538 = load <16 x float>, ptr %537, align 64, !tbaa !5
+  %539 = getelementptr inbounds nuw float, ptr %acc, i64 %536
+  %540 = load <16 x float>, ptr %539, align 64, !tbaa !5
+  %541 = fmul <16 x float> %336, %540
+  %542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %538, <16 x float> %541)
+  store <16 x float> %542, ptr %539, align 64, !tbaa !5
+  %543 = or disjoint i64 %323, 240
   %544 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %543
   %545 = load <16 x float>, ptr %544, align 64, !tbaa !5
   %546 = getelementptr inbounds nuw float, ptr %acc, i64 %543
-  %547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %545, <16 x float> %388)
-  store <16 x float> %547, ptr %546, align 64, !tbaa !5
-  %548 = getelementptr inbounds nuw i8, ptr %532, i64 576
-  store <16 x float> zeroinitializer, ptr %548, align 64, !tbaa !5
-  %549 = or disjoint i64 %132, 240
-  %550 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %549
-  %551 = load <16 x float>, ptr %550, align 64, !tbaa !5
-  %552 = getelementptr inbounds nuw float, ptr %acc, i64 %549
-  %553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %551, <16 x float> %388)
-  store <16 x float> %553, ptr %552, align 64, !tbaa !5
-  %554 = getelementptr inbounds nuw i8, ptr %532, i64 1024
-  store <16 x float> zeroinitializer, ptr %554, align 64, !tbaa !5
-  %555 = or disjoint i64 %132, 352
-  %556 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %555
-  %557 = load <16 x float>, ptr %556, align 64, !tbaa !5
-  %558 = getelementptr inbounds nuw float, ptr %acc, i64 %555
-  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %557, <16 x float> %387)
-  store <16 x float> %559, ptr %558, align 64, !tbaa !5
-  %560 = getelementptr inbounds nuw i8, ptr %532, i64 1088
-  store <16 x float> zeroinitializer, ptr %560, align 64, !tbaa !5
-  %561 = or disjoint i64 %132, 368
-  %562 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %561
-  %563 = load <16 x float>, ptr %562, align 64, !tbaa !5
-  %564 = getelementptr inbounds nuw float, ptr %acc, i64 %561
-  %565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %563, <16 x float> %387)
-  store <16 x float> %565, ptr %564, align 64, !tbaa !5
-  %566 = getelementptr inbounds nuw i8, ptr %532, i64 1536
-  store <16 x float> zeroinitializer, ptr %566, align 64, !tbaa !5
-  %567 = or disjoint i64 %132, 480
-  %568 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %567
-  %569 = load <16 x float>, ptr %568, align 64, !tbaa !5
-  %570 = getelementptr inbounds nuw float, ptr %acc, i64 %567
-  %571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %569, <16 x float> %429)
-  store <16 x float> %571, ptr %570, align 64, !tbaa !5
-  %572 = getelementptr inbounds nuw i8, ptr %532, i64 1600
-  store <16 x float> zeroinitializer, ptr %572, align 64, !tbaa !5
-  %573 = or disjoint i64 %132, 496
-  %574 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %573
+  %547 = load <16 x float>, ptr %546, align 64, !tbaa !5
+  %548 = fmul <16 x float> %336, %547
+  %549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %545, <16 x float> %548)
+  store <16 x float> %549, ptr %546, align 64, !tbaa !5
+  %550 = or disjoint i64 %323, 352
+  %551 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %550
+  %552 = load <16 x float>, ptr %551, align 64, !tbaa !5
+  %553 = getelementptr inbounds nuw float, ptr %acc, i64 %550
+  %554 = load <16 x float>, ptr %553, align 64, !tbaa !5
+  %555 = fmul <16 x float> %345, %554
+  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %552, <16 x float> %555)
+  store <16 x float> %556, ptr %553, align 64, !tbaa !5
+  %557 = or disjoint i64 %323, 368
+  %558 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %557
+  %559 = load <16 x float>, ptr %558, align 64, !tbaa !5
+  %560 = getelementptr inbounds nuw float, ptr %acc, i64 %557
+  %561 = load <16 x float>, ptr %560, align 64, !tbaa !5
+  %562 = fmul <16 x float> %345, %561
+  %563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %559, <16 x float> %562)
+  store <16 x float> %563, ptr %560, align 64, !tbaa !5
+  %564 = or disjoint i64 %323, 480
+  %565 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %564
+  %566 = load <16 x float>, ptr %565, align 64, !tbaa !5
+  %567 = getelementptr inbounds nuw float, ptr %acc, i64 %564
+  %568 = load <16 x float>, ptr %567, align 64, !tbaa !5
+  %569 = fmul <16 x float> %354, %568
+  %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %566, <16 x float> %569)
+  store <16 x float> %570, ptr %567, align 64, !tbaa !5
+  %571 = or disjoint i64 %323, 496
+  %572 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %571
+  %573 = load <16 x float>, ptr %572, align 64, !tbaa !5
+  %574 = getelementptr inbounds nuw float, ptr %acc, i64 %571
   %575 = load <16 x float>, ptr %574, align 64, !tbaa !5
-  %576 = getelementptr inbounds nuw float, ptr %acc, i64 %573
-  %577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %575, <16 x float> %429)
-  store <16 x float> %577, ptr %576, align 64, !tbaa !5
-  br label %for_end_d_0.i
+  %576 = fmul <16 x float> %354, %575
+  %577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %573, <16 x float> %576)
+  store <16 x float> %577, ptr %574, align 64, !tbaa !5
+  %indvars.iv.next40.i = add nuw nsw i64 %indvars.iv39.i, 1
+  %exitcond42.not.i = icmp eq i64 %indvars.iv.next40.i, 4
+  br i1 %exitcond42.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !46
 
-for_end_r_0.i:                                    ; preds = %for_end_d_0.i
-  br i1 %50, label %iter.check, label %for_end_r33.i, !prof !3
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
+  %indvars.iv.next44.i = add nuw nsw i64 %indvars.iv43.i, 1
+  %exitcond46.not.i = icmp eq i64 %indvars.iv.next44.i, %wide.trip.count.i
+  br i1 %exitcond46.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
 
-iter.check:                                       ; preds = %for_end_r_0.i
-  %578 = add nsw i64 %indvars.iv73.i, %52
-  %579 = shl nsw i64 %578, 4
-  %580 = add nsw i64 %579, %51
-  %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx55, !prof !57
-  br i1 %brmerge, label %for_body_r.i.preheader, label %vector.main.loop.iter.check, !prof !58
-
-vector.main.loop.iter.check:                      ; preds = %iter.check
-  br i1 %min.iters.check56, label %vec.epilog.ph, label %vector.body, !prof !57
-
-vector.body:                                      ; preds = %vector.body, %vector.main.loop.iter.check
-  %index = phi i64 [ %index.next, %vector.body ], [ 0, %vector.main.loop.iter.check ]
-  %581 = add nuw nsw i64 %index, %66
-  %582 = getelementptr inbounds nuw float, ptr %row_max, i64 %581
-  %583 = getelementptr inbounds nuw i8, ptr %582, i64 32
-  %wide.load = load <8 x float>, ptr %582, align 64, !tbaa !5
-  %wide.load57 = load <8 x float>, ptr %583, align 32, !tbaa !5
-  %584 = add nsw i64 %580, %index
-  %585 = getelementptr inbounds float, ptr %partial_max, i64 %584
-  %586 = getelementptr inbounds nuw i8, ptr %585, i64 32
-  store <8 x float> %wide.load, ptr %585, align 4, !tbaa !5
-  store <8 x float> %wide.load57, ptr %586, align 4, !tbaa !5
-  %587 = getelementptr inbounds nuw float, ptr %row_sum, i64 %581
-  %588 = getelementptr inbounds nuw i8, ptr %587, i64 32
-  %wide.load58 = load <8 x float>, ptr %587, align 64, !tbaa !5
-  %wide.load59 = load <8 x float>, ptr %588, align 32, !tbaa !5
-  %589 = getelementptr inbounds float, ptr %partial_sum, i64 %584
-  %590 = getelementptr inbounds nuw i8, ptr %589, i64 32
-  store <8 x float> %wide.load58, ptr %589, align 4, !tbaa !5
-  store <8 x float> %wide.load59, ptr %590, align 4, !tbaa !5
-  %index.next = add nuw i64 %index, 16
-  %591 = icmp eq i64 %index.next, %n.vec
-  br i1 %591, label %middle.block, label %vector.body, !prof !59, !llvm.loop !60
-
-middle.block:                                     ; preds = %vector.body
-  br i1 %cmp.n, label %for_begin_d_036.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !64
-
-vec.epilog.iter.check:                            ; preds = %middle.block
-  br i1 %min.epilog.iters.check, label %for_body_r.i.preheader, label %vec.epilog.ph, !prof !65
-
-vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
-  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  br label %vec.epilog.vector.body
-
-vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index62 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next65, %vec.epilog.vector.body ]
-  %592 = add nuw nsw i64 %index62, %66
-  %593 = getelementptr inbounds nuw float, ptr %row_max, i64 %592
-  %wide.load63 = load <4 x float>, ptr %593, align 16, !tbaa !5
-  %594 = add nsw i64 %580, %index62
-  %595 = getelementptr inbounds float, ptr %partial_max, i64 %594
-  store <4 x float> %wide.load63, ptr %595, align 4, !tbaa !5
-  %596 = getelementptr inbounds nuw float, ptr %row_sum, i64 %592
-  %wide.load64 = load <4 x float>, ptr %596, align 16, !tbaa !5
-  %597 = getelementptr inbounds float, ptr %partial_sum, i64 %594
-  store <4 x float> %wide.load64, ptr %597, align 4, !tbaa !5
-  %index.next65 = add nuw i64 %index62, 4
-  %598 = icmp eq i64 %index.next65, %n.vec61
-  br i1 %598, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !66, !llvm.loop !67
-
-vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  br i1 %cmp.n66, label %for_begin_d_036.preheader.lr.ph.i, label %for_body_r.i.preheader, !prof !69
-
-for_body_r.i.preheader:                           ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv57.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec61, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
-  %599 = sub nsw i64 %64, %indvars.iv57.i.ph
-  br i1 %lcmp.mod.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !3
-
-for_body_r.i.prol:                                ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
-  %indvars.iv57.i.prol = phi i64 [ %indvars.iv.next58.i.prol, %for_body_r.i.prol ], [ %indvars.iv57.i.ph, %for_body_r.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %for_body_r.i.prol ], [ 0, %for_body_r.i.preheader ]
-  %600 = add nuw nsw i64 %indvars.iv57.i.prol, %66
-  %601 = getelementptr inbounds nuw float, ptr %row_max, i64 %600
-  %602 = load float, ptr %601, align 4, !tbaa !5
-  %603 = add nsw i64 %580, %indvars.iv57.i.prol
-  %604 = getelementptr inbounds float, ptr %partial_max, i64 %603
-  store float %602, ptr %604, align 4, !tbaa !5
-  %605 = getelementptr inbounds nuw float, ptr %row_sum, i64 %600
-  %606 = load float, ptr %605, align 4, !tbaa !5
-  %607 = getelementptr inbounds float, ptr %partial_sum, i64 %603
-  store float %606, ptr %607, align 4, !tbaa !5
-  %indvars.iv.next58.i.prol = add nuw nsw i64 %indvars.iv57.i.prol, 1
-  %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !70, !llvm.loop !71
-
-for_body_r.i.prol.loopexit:                       ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
-  %indvars.iv57.i.unr = phi i64 [ %indvars.iv57.i.ph, %for_body_r.i.preheader ], [ %indvars.iv.next58.i.prol, %for_body_r.i.prol ]
-  %608 = icmp ult i64 %599, 3
-  br i1 %608, label %for_begin_d_036.preheader.lr.ph.i, label %for_body_r.i, !prof !57
-
-for_end_d_0.i:                                    ; preds = %for_body_d_0.i.us.preheader, %for_body_d_0.i.preheader
-  %indvars.iv.next54.i = add nuw nsw i64 %indvars.iv53.i, 1
-  %exitcond56.not.i = icmp eq i64 %indvars.iv.next54.i, 4
-  br i1 %exitcond56.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !32
-
-for_begin_d_036.preheader.lr.ph.i:                ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
-  %.idx45.i = shl nsw i64 %578, 13
-  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx45.i
-  br i1 %65, label %for_begin_d_036.preheader.i.epil.preheader, label %for_begin_d_036.preheader.i, !prof !4
-
-for_body_r.i:                                     ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit
-  %indvars.iv57.i = phi i64 [ %indvars.iv.next58.i.3, %for_body_r.i ], [ %indvars.iv57.i.unr, %for_body_r.i.prol.loopexit ]
-  %609 = add nuw nsw i64 %indvars.iv57.i, %66
-  %610 = getelementptr inbounds nuw float, ptr %row_max, i64 %609
-  %611 = load float, ptr %610, align 4, !tbaa !5
-  %612 = add nsw i64 %580, %indvars.iv57.i
-  %613 = getelementptr inbounds float, ptr %partial_max, i64 %612
-  store float %611, ptr %613, align 4, !tbaa !5
-  %614 = getelementptr inbounds nuw float, ptr %row_sum, i64 %609
-  %615 = load float, ptr %614, align 4, !tbaa !5
-  %616 = getelementptr inbounds float, ptr %partial_sum, i64 %612
-  store float %615, ptr %616, align 4, !tbaa !5
-  %indvars.iv.next58.i = add nuw nsw i64 %indvars.iv57.i, 1
-  %617 = add nuw nsw i64 %indvars.iv.next58.i, %66
-  %618 = getelementptr inbounds nuw float, ptr %row_max, i64 %617
-  %619 = load float, ptr %618, align 4, !tbaa !5
-  %620 = add nsw i64 %580, %indvars.iv.next58.i
-  %621 = getelementptr inbounds float, ptr %partial_max, i64 %620
-  store float %619, ptr %621, align 4, !tbaa !5
-  %622 = getelementptr inbounds nuw float, ptr %row_sum, i64 %617
-  %623 = load float, ptr %622, align 4, !tbaa !5
-  %624 = getelementptr inbounds float, ptr %partial_sum, i64 %620
-  store float %623, ptr %624, align 4, !tbaa !5
-  %indvars.iv.next58.i.1 = add nuw nsw i64 %indvars.iv57.i, 2
-  %625 = add nuw nsw i64 %indvars.iv.next58.i.1, %66
-  %626 = getelementptr inbounds nuw float, ptr %row_max, i64 %625
-  %627 = load float, ptr %626, align 4, !tbaa !5
-  %628 = add nsw i64 %580, %indvars.iv.next58.i.1
-  %629 = getelementptr inbounds float, ptr %partial_max, i64 %628
-  store float %627, ptr %629, align 4, !tbaa !5
-  %630 = getelementptr inbounds nuw float, ptr %row_sum, i64 %625
-  %631 = load float, ptr %630, align 4, !tbaa !5
-  %632 = getelementptr inbounds float, ptr %partial_sum, i64 %628
-  store float %631, ptr %632, align 4, !tbaa !5
-  %indvars.iv.next58.i.2 = add nuw nsw i64 %indvars.iv57.i, 3
-  %633 = add nuw nsw i64 %indvars.iv.next58.i.2, %66
-  %634 = getelementptr inbounds nuw float, ptr %row_max, i64 %633
-  %635 = load float, ptr %634, align 4, !tbaa !5
-  %636 = add nsw i64 %580, %indvars.iv.next58.i.2
-  %637 = getelementptr inbounds float, ptr %partial_max, i64 %636
-  store float %635, ptr %637, align 4, !tbaa !5
-  %638 = getelementptr inbounds nuw float, ptr %row_sum, i64 %633
-  %639 = load float, ptr %638, align 4, !tbaa !5
-  %640 = getelementptr inbounds float, ptr %partial_sum, i64 %636
-  store float %639, ptr %640, align 4, !tbaa !5
-  %indvars.iv.next58.i.3 = add nuw nsw i64 %indvars.iv57.i, 4
-  %exitcond60.not.i.3 = icmp eq i64 %indvars.iv.next58.i.3, %wide.trip.count.i
-  br i1 %exitcond60.not.i.3, label %for_begin_d_036.preheader.lr.ph.i, label %for_body_r.i, !prof !73, !llvm.loop !74
-
-for_begin_d_036.preheader.i:                      ; preds = %for_begin_d_036.preheader.i, %for_begin_d_036.preheader.lr.ph.i
-  %indvars.iv68.i = phi i64 [ %indvars.iv.next69.i.1, %for_begin_d_036.preheader.i ], [ 0, %for_begin_d_036.preheader.lr.ph.i ]
-  %niter = phi i64 [ %niter.next.1, %for_begin_d_036.preheader.i ], [ 0, %for_begin_d_036.preheader.lr.ph.i ]
-  %641 = shl nsw i64 %indvars.iv68.i, 7
-  %642 = add nuw nsw i64 %641, %124
-  %643 = add nsw i64 %indvars.iv68.i, %51
-  %.idx.i = shl nsw i64 %643, 9
-  %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i
-  %644 = and i64 %642, 4294967040
-  %645 = getelementptr inbounds nuw float, ptr %acc, i64 %644
-  %646 = load <16 x float>, ptr %645, align 64, !tbaa !5
-  store <16 x float> %646, ptr %gep.i, align 4, !tbaa !5
-  %647 = getelementptr inbounds nuw i8, ptr %645, i64 64
-  %648 = load <16 x float>, ptr %647, align 64, !tbaa !5
-  %649 = getelementptr i8, ptr %gep.i, i64 64
-  store <16 x float> %648, ptr %649, align 4, !tbaa !5
-  %650 = getelementptr inbounds nuw i8, ptr %645, i64 128
-  %651 = load <16 x float>, ptr %650, align 64, !tbaa !5
-  %652 = getelementptr i8, ptr %gep.i, i64 128
-  store <16 x float> %651, ptr %652, align 4, !tbaa !5
-  %653 = getelementptr inbounds nuw i8, ptr %645, i64 192
-  %654 = load <16 x float>, ptr %653, align 64, !tbaa !5
-  %655 = getelementptr i8, ptr %gep.i, i64 192
-  store <16 x float> %654, ptr %655, align 4, !tbaa !5
-  %656 = getelementptr inbounds nuw i8, ptr %645, i64 256
-  %657 = load <16 x float>, ptr %656, align 64, !tbaa !5
-  %658 = getelementptr i8, ptr %gep.i, i64 256
-  store <16 x float> %657, ptr %658, align 4, !tbaa !5
-  %659 = getelementptr inbounds nuw i8, ptr %645, i64 320
-  %660 = load <16 x float>, ptr %659, align 64, !tbaa !5
-  %661 = getelementptr i8, ptr %gep.i, i64 320
-  store <16 x float> %660, ptr %661, align 4, !tbaa !5
-  %662 = getelementptr inbounds nuw i8, ptr %645, i64 384
-  %663 = load <16 x float>, ptr %662, align 64, !tbaa !5
-  %664 = getelementptr i8, ptr %gep.i, i64 384
-  store <16 x float> %663, ptr %664, align 4, !tbaa !5
-  %665 = getelementptr inbounds nuw i8, ptr %645, i64 448
-  %666 = load <16 x float>, ptr %665, align 64, !tbaa !5
-  %667 = getelementptr i8, ptr %gep.i, i64 448
-  store <16 x float> %666, ptr %667, align 4, !tbaa !5
-  %indvars.iv.next69.i = or disjoint i64 %indvars.iv68.i, 1
-  %668 = shl nsw i64 %indvars.iv.next69.i, 7
-  %669 = add nuw nsw i64 %668, %124
-  %670 = add nsw i64 %indvars.iv.next69.i, %51
-  %.idx.i.1 = shl nsw i64 %670, 9
-  %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.1
-  %671 = and i64 %669, 4294967168
-  %672 = getelementptr inbounds nuw float, ptr %acc, i64 %671
-  %673 = load <16 x float>, ptr %672, align 64, !tbaa !5
-  store <16 x float> %673, ptr %gep.i.1, align 4, !tbaa !5
-  %674 = getelementptr inbounds nuw i8, ptr %672, i64 64
-  %675 = load <16 x float>, ptr %674, align 64, !tbaa !5
-  %676 = getelementptr i8, ptr %gep.i.1, i64 64
-  store <16 x float> %675, ptr %676, align 4, !tbaa !5
-  %677 = getelementptr inbounds nuw i8, ptr %672, i64 128
-  %678 = load <16 x float>, ptr %677, align 64, !tbaa !5
-  %679 = getelementptr i8, ptr %gep.i.1, i64 128
-  store <16 x float> %678, ptr %679, align 4, !tbaa !5
-  %680 = getelementptr inbounds nuw i8, ptr %672, i64 192
-  %681 = load <16 x float>, ptr %680, align 64, !tbaa !5
-  %682 = getelementptr i8, ptr %gep.i.1, i64 192
-  store <16 x float> %681, ptr %682, align 4, !tbaa !5
-  %683 = getelementptr inbounds nuw i8, ptr %672, i64 256
-  %684 = load <16 x float>, ptr %683, align 64, !tbaa !5
-  %685 = getelementptr i8, ptr %gep.i.1, i64 256
-  store <16 x float> %684, ptr %685, align 4, !tbaa !5
-  %686 = getelementptr inbounds nuw i8, ptr %672, i64 320
-  %687 = load <16 x float>, ptr %686, align 64, !tbaa !5
-  %688 = getelementptr i8, ptr %gep.i.1, i64 320
-  store <16 x float> %687, ptr %688, align 4, !tbaa !5
-  %689 = getelementptr inbounds nuw i8, ptr %672, i64 384
-  %690 = load <16 x float>, ptr %689, align 64, !tbaa !5
-  %691 = getelementptr i8, ptr %gep.i.1, i64 384
-  store <16 x float> %690, ptr %691, align 4, !tbaa !5
-  %692 = getelementptr inbounds nuw i8, ptr %672, i64 448
-  %693 = load <16 x float>, ptr %692, align 64, !tbaa !5
-  %694 = getelementptr i8, ptr %gep.i.1, i64 448
-  store <16 x float> %693, ptr %694, align 4, !tbaa !5
-  %indvars.iv.next69.i.1 = add nuw nsw i64 %indvars.iv68.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_r33.i.loopexit.unr-lcssa, label %for_begin_d_036.preheader.i, !prof !9, !llvm.loop !75
-
-for_end_r33.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_036.preheader.i
-  br i1 %lcmp.mod68.not, label %for_end_r33.i, label %for_begin_d_036.preheader.i.epil.preheader, !prof !12
-
-for_begin_d_036.preheader.i.epil.preheader:       ; preds = %for_end_r33.i.loopexit.unr-lcssa, %for_begin_d_036.preheader.lr.ph.i
-  %indvars.iv68.i.epil.init = phi i64 [ 0, %for_begin_d_036.preheader.lr.ph.i ], [ %indvars.iv.next69.i.1, %for_end_r33.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod69)
-  %695 = shl nsw i64 %indvars.iv68.i.epil.init, 7
-  %696 = add nuw nsw i64 %695, %124
-  %697 = add nsw i64 %indvars.iv68.i.epil.init, %51
-  %.idx.i.epil = shl nsw i64 %697, 9
-  %gep.i.epil = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.epil
-  %698 = and i64 %696, 4294967168
-  %699 = getelementptr inbounds nuw float, ptr %acc, i64 %698
-  %700 = load <16 x float>, ptr %699, align 64, !tbaa !5
-  store <16 x float> %700, ptr %gep.i.epil, align 4, !tbaa !5
-  %701 = getelementptr inbounds nuw i8, ptr %699, i64 64
-  %702 = load <16 x float>, ptr %701, align 64, !tbaa !5
-  %703 = getelementptr i8, ptr %gep.i.epil, i64 64
-  store <16 x float> %702, ptr %703, align 4, !tbaa !5
-  %704 = getelementptr inbounds nuw i8, ptr %699, i64 128
-  %705 = load <16 x float>, ptr %704, align 64, !tbaa !5
-  %706 = getelementptr i8, ptr %gep.i.epil, i64 128
-  store <16 x float> %705, ptr %706, align 4, !tbaa !5
-  %707 = getelementptr inbounds nuw i8, ptr %699, i64 192
-  %708 = load <16 x float>, ptr %707, align 64, !tbaa !5
-  %709 = getelementptr i8, ptr %gep.i.epil, i64 192
-  store <16 x float> %708, ptr %709, align 4, !tbaa !5
-  %710 = getelementptr inbounds nuw i8, ptr %699, i64 256
-  %711 = load <16 x float>, ptr %710, align 64, !tbaa !5
-  %712 = getelementptr i8, ptr %gep.i.epil, i64 256
-  store <16 x float> %711, ptr %712, align 4, !tbaa !5
-  %713 = getelementptr inbounds nuw i8, ptr %699, i64 320
-  %714 = load <16 x float>, ptr %713, align 64, !tbaa !5
-  %715 = getelementptr i8, ptr %gep.i.epil, i64 320
-  store <16 x float> %714, ptr %715, align 4, !tbaa !5
-  %716 = getelementptr inbounds nuw i8, ptr %699, i64 384
-  %717 = load <16 x float>, ptr %716, align 64, !tbaa !5
-  %718 = getelementptr i8, ptr %gep.i.epil, i64 384
-  store <16 x float> %717, ptr %718, align 4, !tbaa !5
-  %719 = getelementptr inbounds nuw i8, ptr %699, i64 448
-  %720 = load <16 x float>, ptr %719, align 64, !tbaa !5
-  %721 = getelementptr i8, ptr %gep.i.epil, i64 448
-  store <16 x float> %720, ptr %721, align 4, !tbaa !5
-  br label %for_end_r33.i
-
-for_end_r33.i:                                    ; preds = %for_begin_d_036.preheader.i.epil.preheader, %for_end_r33.i.loopexit.unr-lcssa, %for_end_r_0.i
-  %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
-  %exitcond77.not.i = icmp eq i64 %indvars.iv.next74.i, %wide.trip.count76.i
-  br i1 %exitcond77.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
-
-online_update_compute_.exit:                      ; preds = %for_end_r33.i, %entry
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta43.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha44.i)
+online_update_compute_.exit:                      ; preds = %for_end_r_0.i, %entry
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta33.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha34.i)
   ret i32 0
 }
 
@@ -2438,7 +1433,7 @@ for_begin_s.i:                                    ; preds = %for_end_r_0_m.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv349.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next350.i, %for_begin_s.i ]
-  %41 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %41 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
   %value_offsets.i = tail call ptr %41(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %42 = icmp eq ptr %value_offsets.i, null
   br i1 %42, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
@@ -2453,7 +1448,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   %49 = add nuw nsw i32 %48, 15
   %50 = and i32 %49, 496
   %.not315.i = icmp eq i32 %50, 0
-  br i1 %.not315.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !57
+  br i1 %.not315.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !49
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
   %51 = add i32 %38, %48
@@ -2508,7 +1503,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %79, ptr %80, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond.not.i.1, label %for_begin_r_0_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !76
+  br i1 %exitcond.not.i.1, label %for_begin_r_0_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !50
 
 for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_begin_r_0_m.preheader.i
   %indvars.iv345.i = phi i64 [ 0, %for_begin_r_0_m.preheader.i ], [ %indvars.iv.next346.i, %for_end_d_0_m.i ]
@@ -2525,14 +1520,14 @@ for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %f
   br label %for_body_d_0_m.i
 
 for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
-  %89 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %89 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
   %90 = tail call i32 %89(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not.i = icmp eq i32 %90, 0
-  br i1 %.not.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !78
+  br i1 %.not.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !52
 
 for_body_d_0_m.i:                                 ; preds = %for_end_ti.i, %for_begin_d_0_m.preheader.i
   %indvars.iv341.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next342.i, %for_end_ti.i ]
-  br i1 %.not316.i, label %for_body_d_0_m.for_end_to_crit_edge.i, label %for_begin_ax2.preheader.lr.ph.i, !prof !57
+  br i1 %.not316.i, label %for_body_d_0_m.for_end_to_crit_edge.i, label %for_begin_ax2.preheader.lr.ph.i, !prof !49
 
 for_body_d_0_m.for_end_to_crit_edge.i:            ; preds = %for_body_d_0_m.i
   %.pre.i = shl nuw nsw i64 %indvars.iv341.i, 5
@@ -2549,7 +1544,7 @@ for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
 for_end_d_0_m.i:                                  ; preds = %for_end_ti.i
   %indvars.iv.next346.i = add nuw nsw i64 %indvars.iv345.i, 1
   %exitcond348.not.i = icmp eq i64 %indvars.iv.next346.i, 4
-  br i1 %exitcond348.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !32
+  br i1 %exitcond348.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !46
 
 for_end_to.i:                                     ; preds = %for_end_ax2.i, %for_body_d_0_m.for_end_to_crit_edge.i
   %.pre-phi.i = phi i64 [ %.pre.i, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %93, %for_end_ax2.i ]
@@ -2577,7 +1572,7 @@ for_end_to.i:                                     ; preds = %for_end_ax2.i, %for
   store <16 x float> %.promoted259.i, ptr %99, align 64, !tbaa !5
   %100 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1600
   store <16 x float> %.promoted260.i, ptr %100, align 64, !tbaa !5
-  br i1 %.not317.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !57
+  br i1 %.not317.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !49
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to.i
   %gep295.i = getelementptr i16, ptr %invariant.gep155.i, i64 %.pre-phi.i
@@ -3298,7 +2293,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
 for_end_ti.i:                                     ; preds = %for_body_ti.i, %for_end_to.i
   %indvars.iv.next342.i = add nuw nsw i64 %indvars.iv341.i, 1
   %exitcond344.not.i = icmp eq i64 %indvars.iv.next342.i, 4
-  br i1 %exitcond344.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !32
+  br i1 %exitcond344.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !46
 
 pv_matmul_compute_.exit:                          ; preds = %for_end_r_0_m.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r_0_m.i ]
@@ -3442,13 +2437,13 @@ for_begin_s.i:                                    ; preds = %if_end66.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv260.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next261.i, %for_begin_s.i ]
-  %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
   %q_tile.i = tail call ptr %57(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %58 = icmp eq ptr %q_tile.i, null
   br i1 %58, label %qk_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %59 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %59 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
   %key_offsets.i = tail call ptr %59(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
   %60 = icmp eq ptr %key_offsets.i, null
   br i1 %60, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
@@ -3534,7 +2529,7 @@ for_end_r.i:                                      ; preds = %for_end_d_0.i
   %106 = lshr i32 %105, 4
   %107 = and i32 %105, 496
   %.not211.i = icmp eq i32 %107, 0
-  br i1 %.not211.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !57
+  br i1 %.not211.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !49
 
 for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
   %108 = add i32 %54, %104
@@ -3546,11 +2541,11 @@ for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
 for_end_d_0.i:                                    ; preds = %for_body_d_0.us.preheader.i, %for_body_d_0.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
   %exitcond.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !32
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !46
 
 for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_end_r.i
   %.not212.i = icmp eq i32 %106, 0
-  br i1 %.not212.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !57
+  br i1 %.not212.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !49
 
 for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
   %110 = icmp samesign ult i64 %indvars.iv260.i, 16
@@ -3591,7 +2586,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %132, ptr %133, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond228.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond228.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !79
+  br i1 %exitcond228.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !53
 
 for_begin_to_m.i:                                 ; preds = %for_end_r59.i
   %indvars.iv.next256.i = add nuw nsw i64 %indvars.iv255.i, 1
@@ -3600,7 +2595,7 @@ for_begin_to_m.i:                                 ; preds = %for_end_r59.i
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
   %indvars.iv255.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next256.i, %for_begin_to_m.i ]
-  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
   %scores.rf.i = tail call ptr %134(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %135 = icmp eq ptr %scores.rf.i, null
   br i1 %135, label %qk_matmul_compute_.exit, label %for_begin_n_1.preheader.us.preheader.i, !prof !8
@@ -4103,18 +3098,18 @@ for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.u
   store <16 x float> %365, ptr %508, align 4, !tbaa !5
   %indvars.iv.next244.i.us.us = add nuw nsw i64 %indvars.iv243.i.us.us, 1
   %exitcond246.not.i.us.us = icmp eq i64 %indvars.iv.next244.i.us.us, 4
-  br i1 %exitcond246.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !32
+  br i1 %exitcond246.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !46
 
 for_end_ax3_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax3_0.us.us.i.us.us
   %indvars.iv.next248.i.us = add nuw nsw i64 %indvars.iv247.i.us, 1
   %exitcond250.not.i.us = icmp eq i64 %indvars.iv.next248.i.us, 8
-  br i1 %exitcond250.not.i.us, label %for_begin_r57.preheader.i, label %for_begin_n_1.preheader.us.i.us, !prof !32
+  br i1 %exitcond250.not.i.us, label %for_begin_r57.preheader.i, label %for_begin_n_1.preheader.us.i.us, !prof !46
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_begin_to_m.preheader.i
-  %509 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %509 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
   %510 = tail call i32 %509(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not.i = icmp eq i32 %510, 0
-  br i1 %.not.i, label %if_end66.i, label %qk_matmul_compute_.exit, !prof !78
+  br i1 %.not.i, label %if_end66.i, label %qk_matmul_compute_.exit, !prof !52
 
 for_begin_r57.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.i.preheader
   %511 = add nuw nsw i64 %136, %111
@@ -4209,19 +3204,19 @@ for_body_r58.i:                                   ; preds = %for_body_r58.i, %fo
   store <16 x float> %562, ptr %514, align 64, !tbaa !5
   %indvars.iv.next252.i = add nuw nsw i64 %indvars.iv251.i, 1
   %exitcond254.not.i = icmp eq i64 %indvars.iv.next252.i, 16
-  br i1 %exitcond254.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !32
+  br i1 %exitcond254.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !46
 
 for_end_r59.i:                                    ; preds = %for_body_r58.i
-  %563 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %563 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
   %564 = tail call i32 %563(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not73.i = icmp eq i32 %564, 0
-  br i1 %.not73.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !78
+  br i1 %.not73.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !52
 
 if_end66.i:                                       ; preds = %for_end_to_m.i
-  %565 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %565 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
   %566 = tail call i32 %565(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not72.i = icmp eq i32 %566, 0
-  br i1 %.not72.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !78
+  br i1 %.not72.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !52
 
 qk_matmul_compute_.exit:                          ; preds = %if_end66.i, %for_end_r59.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %for_body_to_m.i ], [ 0, %if_end21 ], [ -1, %for_end_r59.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end66.i ], [ -1, %if_end.i ]
@@ -4327,7 +3322,7 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
   %41 = load i32, ptr %40, align 4, !tbaa !5
   %42 = sub nsw i32 %41, %29
   %43 = icmp sgt i32 %42, 0
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
   %scaled.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %45 = icmp eq ptr %scaled.i, null
   br i1 %45, label %softmax_prepare_compute_.exit, label %for_begin_r.preheader.i, !prof !8
@@ -4424,7 +3419,7 @@ for_begin_to.preheader.i:                         ; preds = %for_begin_to.prehea
   store <16 x float> %119, ptr %120, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !32
+  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !46
 
 for_begin_r6.preheader.i:                         ; preds = %for_begin_ax1.preheader.i
   %121 = shl nsw i64 %indvars.iv92.i, 4
@@ -4527,10 +3522,10 @@ for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.prehe
   %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %156, i64 15
   %188 = fcmp ogt float %187, %peak.rf39.sroa.0.60.vec.extract.i
   %189 = select i1 %188, float %187, float %peak.rf39.sroa.0.60.vec.extract.i
-  store float %189, ptr %157, align 4, !tbaa !80
+  store float %189, ptr %157, align 4, !tbaa !54
   %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
   %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
-  br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !32
+  br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !46
 
 for_begin_r13.preheader.i:                        ; preds = %for_body_r7.us.preheader.i, %for_body_r7.preheader.i
   %.pre-phi97.i = phi i64 [ %122, %for_body_r7.preheader.i ], [ %.pre96.i, %for_body_r7.us.preheader.i ]
@@ -4764,7 +3759,7 @@ for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preh
   store <16 x float> %388, ptr %389, align 64, !tbaa !5
   %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
   %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 16
-  br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !32
+  br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !46
 
 for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.preheader.i, %for_begin_r23.preheader.i
   %indvars.iv88.i = phi i64 [ 0, %for_begin_r23.preheader.i ], [ %indvars.iv.next89.i, %for_begin_ax128.preheader.i ]
@@ -4829,13 +3824,13 @@ for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.pre
   store float %428, ptr %gep99.i, align 4, !tbaa !5
   %indvars.iv.next89.i = add nuw nsw i64 %indvars.iv88.i, 1
   %exitcond91.not.i = icmp eq i64 %indvars.iv.next89.i, 16
-  br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !32
+  br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !46
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
-  %429 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %429 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
   %430 = tail call i32 %429(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not.i = icmp eq i32 %430, 0
-  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !78
+  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !52
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r25.i ]
@@ -4847,10 +3842,10 @@ softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for
 declare void @llvm.assume(i1 noundef) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+declare float @llvm.log.f32(float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
 declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
@@ -5036,9 +4031,6 @@ declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immar
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: readwrite)
 declare void @llvm.memcpy.p0.p0.i64(ptr noalias writeonly captures(none), ptr noalias readonly captures(none), i64, i1 immarg) #8
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #9
-
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
 attributes #1 = { "target-cpu"="x86-64-v4" }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
@@ -5048,7 +4040,6 @@ attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "
 attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: write) }
 attributes #8 = { nocallback nofree nounwind willreturn memory(argmem: readwrite) }
-attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -5067,70 +4058,44 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
 !14 = !{!15, !15, i64 0}
-!15 = !{!"ctx_ptr", !7, i64 0}
-!16 = !{!17, !17, i64 0}
-!17 = !{!"buffer0.w64.b0", !18, i64 0}
-!18 = !{!"buffer0.w128.b0", !19, i64 0}
-!19 = !{!"buffer0.w256.b0", !20, i64 0}
-!20 = !{!"buffer0.w512.b0", !21, i64 0}
-!21 = !{!"buffer0.w1024.b0", !22, i64 0}
-!22 = !{!"buffer0", !7, i64 0}
-!23 = !{!24, !24, i64 0}
-!24 = !{!"buffer1.w64.b0", !25, i64 0}
-!25 = !{!"buffer1.w128.b0", !26, i64 0}
-!26 = !{!"buffer1.w256.b0", !27, i64 0}
-!27 = !{!"buffer1.w512.b0", !28, i64 0}
-!28 = !{!"buffer1.w1024.b0", !29, i64 0}
-!29 = !{!"buffer1", !7, i64 0}
-!30 = !{!29, !29, i64 0}
-!31 = !{!22, !22, i64 0}
-!32 = !{!"branch_weights", i32 1, i32 1048575}
-!33 = !{!34, !34, i64 0}
-!34 = !{!"buffer2.w64.b0", !35, i64 0}
-!35 = !{!"buffer2.w128.b0", !36, i64 0}
-!36 = !{!"buffer2.w256.b0", !37, i64 0}
-!37 = !{!"buffer2.w512.b0", !38, i64 0}
-!38 = !{!"buffer2.w1024.b0", !39, i64 0}
-!39 = !{!"buffer2", !7, i64 0}
-!40 = !{!39, !39, i64 0}
-!41 = !{!42, !42, i64 0}
-!42 = !{!"buffer3.w64.b0", !43, i64 0}
-!43 = !{!"buffer3.w128.b0", !44, i64 0}
-!44 = !{!"buffer3.w256.b0", !45, i64 0}
-!45 = !{!"buffer3.w512.b0", !46, i64 0}
-!46 = !{!"buffer3.w1024.b0", !47, i64 0}
-!47 = !{!"buffer3", !7, i64 0}
-!48 = !{!49, !49, i64 0}
-!49 = !{!"buffer4.w64.b0", !50, i64 0}
-!50 = !{!"buffer4.w128.b0", !51, i64 0}
-!51 = !{!"buffer4.w256.b0", !52, i64 0}
-!52 = !{!"buffer4.w512.b0", !53, i64 0}
-!53 = !{!"buffer4.w1024.b0", !54, i64 0}
-!54 = !{!"buffer4", !7, i64 0}
-!55 = !{!54, !54, i64 0}
-!56 = !{!47, !47, i64 0}
-!57 = !{!"branch_weights", i32 1, i32 127}
-!58 = !{!"branch_weights", i32 255, i32 16129}
-!59 = !{!"branch_weights", i32 127, i32 8388477}
-!60 = distinct !{!60, !61, !62, !63}
-!61 = !{!"llvm.loop.isvectorized", i32 1}
-!62 = !{!"llvm.loop.unroll.runtime.disable"}
-!63 = !{!"llvm.loop.estimated_trip_count", i32 66052}
-!64 = !{!"branch_weights", i32 1, i32 15}
-!65 = !{!"branch_weights", i32 4, i32 12}
-!66 = !{!"branch_weights", i32 1, i32 0}
-!67 = distinct !{!67, !61, !62, !68}
-!68 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!69 = !{!"branch_weights", i32 1, i32 3}
-!70 = !{!"branch_weights", i32 1, i32 1}
-!71 = distinct !{!71, !72}
-!72 = !{!"llvm.loop.unroll.disable"}
-!73 = !{!"branch_weights", i32 127, i32 0}
-!74 = distinct !{!74, !61, !68}
-!75 = distinct !{!75, !11}
-!76 = distinct !{!76, !77}
-!77 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!78 = !{!"branch_weights", i32 1, i32 1048576}
-!79 = distinct !{!79, !77}
-!80 = !{!81, !81, i64 0}
-!81 = !{!"buffer5", !7, i64 0}
+!15 = !{!"buffer0.w64.b0", !16, i64 0}
+!16 = !{!"buffer0.w128.b0", !17, i64 0}
+!17 = !{!"buffer0.w256.b0", !18, i64 0}
+!18 = !{!"buffer0.w512.b0", !19, i64 0}
+!19 = !{!"buffer0.w1024.b0", !20, i64 0}
+!20 = !{!"buffer0", !7, i64 0}
+!21 = !{!"branch_weights", i32 8128, i32 2147475520}
+!22 = distinct !{!22, !23}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!24 = !{!20, !20, i64 0}
+!25 = !{!"branch_weights", i32 6096, i32 2147477552}
+!26 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!27 = distinct !{!27, !28, !29}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!29 = !{!"llvm.loop.unroll.disable"}
+!30 = !{!31, !31, i64 0}
+!31 = !{!"buffer1.w64.b0", !32, i64 0}
+!32 = !{!"buffer1.w128.b0", !33, i64 0}
+!33 = !{!"buffer1.w256.b0", !34, i64 0}
+!34 = !{!"buffer1.w512.b0", !35, i64 0}
+!35 = !{!"buffer1.w1024.b0", !36, i64 0}
+!36 = !{!"buffer1", !7, i64 0}
+!37 = !{!38, !38, i64 0}
+!38 = !{!"buffer2.w64.b0", !39, i64 0}
+!39 = !{!"buffer2.w128.b0", !40, i64 0}
+!40 = !{!"buffer2.w256.b0", !41, i64 0}
+!41 = !{!"buffer2.w512.b0", !42, i64 0}
+!42 = !{!"buffer2.w1024.b0", !43, i64 0}
+!43 = !{!"buffer2", !7, i64 0}
+!44 = !{!43, !43, i64 0}
+!45 = !{!36, !36, i64 0}
+!46 = !{!"branch_weights", i32 1, i32 1048575}
+!47 = !{!48, !48, i64 0}
+!48 = !{!"ctx_ptr", !7, i64 0}
+!49 = !{!"branch_weights", i32 1, i32 127}
+!50 = distinct !{!50, !51}
+!51 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!52 = !{!"branch_weights", i32 1, i32 1048576}
+!53 = distinct !{!53, !51}
+!54 = !{!55, !55, i64 0}
+!55 = !{!"buffer3", !7, i64 0}

@@ -20,7 +20,6 @@ batch = TypeVar("batch")
 lse_batch = TypeVar("lse_batch")
 out_batch = TypeVar("out_batch")
 out_head = TypeVar("out_head")
-slots = TypeVar("slots")
 max_blocks = TypeVar("max_blocks")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
@@ -50,115 +49,41 @@ class Module:
                                     cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
+    def normalize(row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), batch_start: T.int32, num_seqs: T.int32, head_start: T.int32, num_rows: T.int32):
         # with T.sblock("root"):
-        row_max = T.sblock_alloc_buffer((1, 16))
-        row_sum = T.sblock_alloc_buffer((1, 16))
-        acc = T.sblock_alloc_buffer((1, 16, 128))
-        for step in range(num_partials):
-            with T.sblock("partial"):
-                vstep = T.axis.opaque(num_partials, step)
+        for s in range(num_seqs):
+            with T.sblock("sequence"):
+                vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                slot: T.let[T.int32] = partial_start + vstep
-                with T.sblock("online_update"):
-                    T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
-                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-                    alpha = T.sblock_alloc_buffer((1, 16))
-                    beta = T.sblock_alloc_buffer((1, 16))
-                    with T.sblock("rescale"):
-                        T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], row_max[0, 0:16], row_sum[0, 0:16])
-                        T.writes(row_max[0, 0:16], row_sum[0, 0:16], alpha[0, 0:16], beta[0, 0:16])
-                        new_max = T.sblock_alloc_buffer((16,))
-                        new_sum = T.sblock_alloc_buffer((16,))
-                        for r in T.vectorized(16):
-                            with T.sblock("factors"):
+                with T.sblock("normalize"):
+                    T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
+                    T.writes(out[batch_start + vs, head_start:head_start + num_rows, 0:128], lse[batch_start + vs, head_start:head_start + num_rows])
+                    factor = T.sblock_alloc_buffer((16,))
+                    for r in T.vectorized(16):
+                        with T.sblock("factor"):
+                            vr = T.axis.spatial(16, r)
+                            T.reads(row_sum[vs, vr])
+                            T.writes(factor[vr])
+                            total: T.let[T.float32] = row_sum[vs, vr]
+                            factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                    for r, d_0 in T.grid(num_rows, 8):
+                        for d_1 in T.vectorized(16):
+                            with T.sblock("out"):
                                 vr = T.axis.spatial(16, r)
-                                T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
-                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
-                                old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
-                                old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                                both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
-                                old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
-                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
-                                new_max[vr] = m
-                                arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
-                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
-                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
-                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
-                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
-                                beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                        for r in T.vectorized(16):
-                            with T.sblock("new_sum"):
-                                vr = T.axis.spatial(16, r)
-                                T.reads(row_sum[0, vr], alpha[0, vr], beta[0, vr], partial_sum[slot, vr])
-                                T.writes(new_sum[vr])
-                                previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * partial_sum[slot, vr]
-                        for r in T.vectorized(16):
-                            with T.sblock("row"):
-                                vr = T.axis.spatial(16, r)
-                                T.reads(new_max[vr], new_sum[vr])
-                                T.writes(row_max[0, vr], row_sum[0, vr])
-                                row_max[0, vr] = new_max[vr]
-                                row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("fold"):
-                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
-                        T.writes(acc[0, 0:16, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 4, 4):
-                            for r_1 in T.unroll(4):
-                                for d_1_0 in T.unroll(2):
-                                    for d_1_1 in T.vectorized(16):
-                                        with T.sblock("acc"):
-                                            vi = T.axis.spatial(1, i)
-                                            vr = T.axis.spatial(16, r_0 * 4 + r_1)
-                                            vd = T.axis.spatial(128, d_0 * 32 + d_1_0 * 16 + d_1_1)
-                                            vstep_1 = T.axis.reduce(num_partials, vstep)
-                                            T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
-                                            T.writes(acc[vi, vr, vd])
-                                            with T.init():
-                                                acc[vi, vr, vd] = T.float32(0.0)
-                                            acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
-        with T.sblock("normalize"):
-            T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
-            factor = T.sblock_alloc_buffer((16,))
-            for r in T.vectorized(16):
-                with T.sblock("factor"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr])
-                    T.writes(factor[vr])
-                    total: T.let[T.float32] = row_sum[0, vr]
-                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-            for r, d_0 in T.grid(16, 8):
-                for d_1 in T.vectorized(16):
-                    with T.sblock("out"):
-                        vr = T.axis.spatial(16, r)
-                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                        T.reads(acc[0, vr, vd], factor[vr])
-                        T.writes(out[seq, vr, vd])
-                        out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
-            for r in range(16):
-                with T.sblock("lse"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr], row_max[0, vr])
-                    T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                T.reads(acc[vs, vr, vd], factor[vr])
+                                T.writes(out[batch_start + vs, head_start + vr, vd])
+                                out[batch_start + vs, head_start + vr, vd] = T.Cast("float32", acc[vs, vr, vd] * factor[vr])
+                    for r in range(num_rows):
+                        with T.sblock("lse"):
+                            vr = T.axis.spatial(16, r)
+                            T.reads(row_sum[vs, vr], row_max[vs, vr])
+                            T.writes(lse[batch_start + vs, head_start + vr])
+                            lse[batch_start + vs, head_start + vr] = T.Select(row_sum[vs, vr] == T.float32(0.0), T.float32("-inf"), row_max[vs, vr] + T.log(row_sum[vs, vr]))
 
     @T.prim_func(s_tir=True)
-    def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), num_seqs: T.int32, block_idx: T.int32, num_blocks: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32):
+    def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), num_seqs: T.int32, block_idx: T.int32, num_steps: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -229,30 +154,12 @@ class Module:
                                             vi = T.axis.spatial(1, i)
                                             vr = T.axis.spatial(16, r_0 * 4 + r_1)
                                             vd = T.axis.spatial(128, d_0 * 32 + d_1_0 * 16 + d_1_1)
-                                            vstep = T.axis.reduce(num_blocks, block_idx)
+                                            vstep = T.axis.reduce(num_steps, block_idx)
                                             T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vs + vi, vr, vd])
                                             T.writes(acc[vs + vi, vr, vd])
                                             with T.init():
                                                 acc[vs + vi, vr, vd] = T.float32(0.0)
                                             acc[vs + vi, vr, vd] = alpha[vi, vr] * acc[vs + vi, vr, vd] + beta[vi, vr] * tile_acc[vs + vi, vr, vd]
-                with T.sblock("store_partial"):
-                    T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
-                    T.writes(partial_max[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_sum[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_acc[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0), 0:128])
-                    for r in range(T.Select(block_idx == num_blocks - 1, num_rows, 0)):
-                        with T.sblock("store_row"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_max[vs, vr], row_sum[vs, vr])
-                            T.writes(partial_max[partial_start + vs, head_start + vr], partial_sum[partial_start + vs, head_start + vr])
-                            partial_max[partial_start + vs, head_start + vr] = row_max[vs, vr]
-                            partial_sum[partial_start + vs, head_start + vr] = row_sum[vs, vr]
-                    for r, d_0 in T.grid(T.Select(block_idx == num_blocks - 1, num_rows, 0), 8):
-                        for d_1 in T.vectorized(16):
-                            with T.sblock("store_acc"):
-                                vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                T.reads(acc[vs, vr, vd])
-                                T.writes(partial_acc[partial_start + vs, head_start + vr, vd])
-                                partial_acc[partial_start + vs, head_start + vr, vd] = acc[vs, vr, vd]
 
     @T.prim_func(s_tir=True)
     def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):

@@ -658,10 +658,10 @@ void Expect(CUresult result, const char* function) {
 // ---------------------------------------------------------------- devices
 
 enum Kernel {
+  kCudaCheck,
   kCudaDecode,
   kCudaMerge,
   kCudaAppendKv,
-  kCudaCheck,
   kCudaCheckSlots,
   kNumKernels
 };
@@ -672,10 +672,10 @@ struct KernelInfo {
 };
 
 constexpr KernelInfo kKernels[] = {
+    {"cuda_check_kernel", 128, 0},
     {"cuda_decode_kernel", 128, 65536},
     {"cuda_merge_kernel", 128, 0},
     {"cuda_append_kv_kernel", 256, 128},
-    {"cuda_check_kernel", 128, 0},
     {"cuda_check_slots_kernel", 128, 0},
 };
 
@@ -745,9 +745,8 @@ CUlibrary LoadedImage() {
   return library;
 }
 
-// Get the kernels ready; how many thread blocks of decode an SM runs at once.
-int LoadKernels(Device* device) {
-  int decode_blocks = 0;
+// Get the kernels ready.
+void LoadKernels(Device* device) {
   for (int i = 0; i < kNumKernels; ++i) {
     const KernelInfo& info = kKernels[i];
     CUkernel kernel;
@@ -755,11 +754,17 @@ int LoadKernels(Device* device) {
     PA_DRIVER(cuLibraryGetKernel, &kernel, LoadedImage(), info.name);
     PA_DRIVER(cuKernelGetFunction, &function, kernel);  // loads it: now, and not when it is first launched
     PA_DRIVER(cuFuncSetAttribute, function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, info.shared_bytes);
-    if (i == kCudaDecode) {
-      PA_DRIVER(cuOccupancyMaxActiveBlocksPerMultiprocessor, &decode_blocks, function, info.threads, info.shared_bytes);
-    }
   }
-  return decode_blocks;
+}
+
+// Work items of decode more than sequences, so that its thread blocks fill the GPU about kWaves times.
+int64_t ExtraItems(const Device& device) {
+  const KernelInfo& info = kKernels[kCudaDecode];
+  int sms = 0, blocks = 0;  // blocks: that an SM runs at once
+  PA_DRIVER(cuDeviceGetAttribute, &sms, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device.device);
+  PA_DRIVER(cuOccupancyMaxActiveBlocksPerMultiprocessor, &blocks, device.kernels[kCudaDecode], info.threads,
+            info.shared_bytes);
+  return std::max<int64_t>(1, kWaves * sms * blocks / kHeadTiles);
 }
 
 void MakePool(Device* device) {
@@ -792,9 +797,8 @@ void MakeDevice(Device* device, int id) {
   PA_DRIVER(cuDevicePrimaryCtxRetain, &device->context, device->device);
   const Current current(device->context);
   const RelaxedCapture relaxed;
-  int sms = 0;
-  PA_DRIVER(cuDeviceGetAttribute, &sms, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device->device);
-  device->extra_items = std::max<int64_t>(1, kWaves * sms * LoadKernels(device) / kHeadTiles);
+  LoadKernels(device);
+  device->extra_items = ExtraItems(*device);
   MakePool(device);
   MakeStatus(device);
 }
@@ -923,10 +927,10 @@ void CheckNotCapturing(const Call& call) {
 
 // ---------------------------------------------------------------- decode
 
-// Launch what attends to the sequences of a call: where a kernel checks the indices, that kernel, then decode, whose work
-// items leave partial results of the sequences that they share, and the merge of those. All launches are the same
-// whatever the lengths are, so that a graph can hold them.
-void LaunchDecode(const Call& call, const Arguments& args, float factor, Check check) {
+// Fused: where a kernel checks the indices, that kernel, then decode, whose work items leave partial results of the sequences
+// that they share, and the merge of those. All launches are the same whatever the lengths are, so that a graph can hold
+// them.
+void LaunchDecode(const Call& call, const Arguments& args, float factor, Check check, const Array*) {
   const int64_t num_items = args.batch + call.device.extra_items;
   const int64_t row_bytes = num_items * kNumHeads * int64_t{sizeof(float)};
   const bool has_lse = args.lse.tensor.data != nullptr;
@@ -983,6 +987,7 @@ void LaunchDecode(const Call& call, const Arguments& args, float factor, Check c
   }
 }
 
+
 // decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, check, as_uint16): attention of
 // one query token per sequence, on the caller's stream. Everything but the indices is checked before anything is launched,
 // and they too with check "host". Bit i of as_uint16 says that argument i holds bfloat16 and is declared uint16.
@@ -1011,8 +1016,10 @@ void Decode(const Inputs& in) {
     const HostCopy block_table(call, args.block_table), context_lens(call, args.context_lens);
     PA_DRIVER(cuStreamSynchronize, call.stream);
     CheckIndices(block_table.array, context_lens.array, args.num_blocks);
+    LaunchDecode(call, args, static_cast<float>(scale), check, &context_lens.array);
+  } else {
+    LaunchDecode(call, args, static_cast<float>(scale), check, nullptr);
   }
-  LaunchDecode(call, args, static_cast<float>(scale), check);
 }
 
 // ---------------------------------------------------------------- append_kv

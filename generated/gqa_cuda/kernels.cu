@@ -210,8 +210,8 @@ __forceinline__ __device__ void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uin
 }
 extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row);
 extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t out_batch, int64_t out_head, int64_t table_seq);
-extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* __restrict__ key_ptr, ushort* __restrict__ key_cache_ptr, int64_t* __restrict__ report_ptr, int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, ushort* __restrict__ value_ptr, ushort* __restrict__ value_cache_ptr, int64_t k_block, int64_t k_head, int64_t k_row, int64_t key_head, int64_t key_token, int64_t num_blocks, int num_tokens, int64_t v_block, int64_t v_head, int64_t v_row, int64_t value_head, int64_t value_token);
 extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t table_seq);
+extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* __restrict__ key_ptr, ushort* __restrict__ key_cache_ptr, int64_t* __restrict__ report_ptr, int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, ushort* __restrict__ value_ptr, ushort* __restrict__ value_cache_ptr, int64_t k_block, int64_t k_head, int64_t k_row, int64_t key_head, int64_t key_token, int64_t num_blocks, int num_tokens, int64_t v_block, int64_t v_head, int64_t v_row, int64_t value_head, int64_t value_token);
 extern "C" __global__ void __launch_bounds__(128) cuda_check_slots_kernel(int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, int64_t num_blocks, int num_tokens);
 extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
@@ -797,6 +797,39 @@ extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restr
   }
 }
 
+extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t table_seq) {
+  int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
+  int cta = ((int)blockIdx.x);
+  int warp_id = warp_id_in_cta;
+  int cse_v1 = (((int)threadIdx.x) & 31);
+  int lane_id = (((int)threadIdx.x) & 31);
+  alignas(64) int thread_ptr[1];
+  thread_ptr[0] = ((warp_id_in_cta * 32) + (((int)threadIdx.x) & 31));
+  alignas(64) int seq_ptr[1];
+  seq_ptr[0] = ((int)blockIdx.x);
+  alignas(64) int64_t length_ptr[1];
+  length_ptr[0] = ((int64_t)context_lens_ptr[seq_ptr[0]]);
+  if ((length_ptr[0] < (int64_t)0) | ((((int64_t)max_blocks) * (int64_t)16) < length_ptr[0])) {
+    if (thread_ptr[0] == 0) {
+      tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483647 - (seq_ptr[0] * 2)));
+    }
+  } else {
+    alignas(64) int used_ptr[1];
+    used_ptr[0] = ((int)((length_ptr[0] + (int64_t)15) / (int64_t)16));
+    for (int step = 0; step < ((used_ptr[0] + 127) / 128); ++step) {
+      alignas(64) int i_ptr[1];
+      i_ptr[0] = ((step * 128) + thread_ptr[0]);
+      if (i_ptr[0] < used_ptr[0]) {
+        alignas(64) int block_ptr[1];
+        block_ptr[0] = block_table_ptr[((((int64_t)seq_ptr[0]) * table_seq) + ((int64_t)i_ptr[0]))];
+        if ((block_ptr[0] < 0) | (num_blocks <= ((int64_t)block_ptr[0]))) {
+          tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483646 - (seq_ptr[0] * 2)));
+        }
+      }
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* __restrict__ key_ptr, ushort* __restrict__ key_cache_ptr, int64_t* __restrict__ report_ptr, int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, ushort* __restrict__ value_ptr, ushort* __restrict__ value_cache_ptr, int64_t k_block, int64_t k_head, int64_t k_row, int64_t key_head, int64_t key_token, int64_t num_blocks, int num_tokens, int64_t v_block, int64_t v_head, int64_t v_row, int64_t value_head, int64_t value_token) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
   int cta = ((int)blockIdx.x);
@@ -918,39 +951,6 @@ extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* 
         tvm_builtin_ptx_ld_vec_global_nc_v4_b32(words_ptr[4], words_ptr[5], words_ptr[6], words_ptr[7], (&(value_ptr[(((token_ptr_1[0] * value_token) + (head_ptr[0] * value_head)) + d_ptr[0])])));
         tvm_builtin_ptx_st_vec_global_v4_b32((&(key_cache_ptr[((((block_ptr[0] * k_block) + (slot_ptr[0] * k_row)) + (head_ptr[0] * k_head)) + d_ptr[0])])), words_ptr[0], words_ptr[1], words_ptr[2], words_ptr[3]);
         tvm_builtin_ptx_st_vec_global_v4_b32((&(value_cache_ptr[((((block_ptr[0] * v_block) + (slot_ptr[0] * v_row)) + (head_ptr[0] * v_head)) + d_ptr[0])])), words_ptr[4], words_ptr[5], words_ptr[6], words_ptr[7]);
-      }
-    }
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t table_seq) {
-  int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
-  int cta = ((int)blockIdx.x);
-  int warp_id = warp_id_in_cta;
-  int cse_v1 = (((int)threadIdx.x) & 31);
-  int lane_id = (((int)threadIdx.x) & 31);
-  alignas(64) int thread_ptr[1];
-  thread_ptr[0] = ((warp_id_in_cta * 32) + (((int)threadIdx.x) & 31));
-  alignas(64) int seq_ptr[1];
-  seq_ptr[0] = ((int)blockIdx.x);
-  alignas(64) int64_t length_ptr[1];
-  length_ptr[0] = ((int64_t)context_lens_ptr[seq_ptr[0]]);
-  if ((length_ptr[0] < (int64_t)0) | ((((int64_t)max_blocks) * (int64_t)16) < length_ptr[0])) {
-    if (thread_ptr[0] == 0) {
-      tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483647 - (seq_ptr[0] * 2)));
-    }
-  } else {
-    alignas(64) int used_ptr[1];
-    used_ptr[0] = ((int)((length_ptr[0] + (int64_t)15) / (int64_t)16));
-    for (int step = 0; step < ((used_ptr[0] + 127) / 128); ++step) {
-      alignas(64) int i_ptr[1];
-      i_ptr[0] = ((step * 128) + thread_ptr[0]);
-      if (i_ptr[0] < used_ptr[0]) {
-        alignas(64) int block_ptr[1];
-        block_ptr[0] = block_table_ptr[((((int64_t)seq_ptr[0]) * table_seq) + ((int64_t)i_ptr[0]))];
-        if ((block_ptr[0] < 0) | (num_blocks <= ((int64_t)block_ptr[0]))) {
-          tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483646 - (seq_ptr[0] * 2)));
-        }
       }
     }
   }

@@ -44,7 +44,6 @@ constexpr int64_t kBatchChunk = 16;  // sequences
 constexpr int64_t kSplitBlocks = 16;  // blocks of one range of a long sequence
 constexpr int64_t kItemTokens = 120;  // tokens after which a work item takes no further sequence
 constexpr int64_t kThreadTokens = 30;  // KV tokens of work items that are worth one more thread
-constexpr bool kFinishesWhole = true;  // whether RunItem writes out and lse of a sequence of one range
 constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' token arithmetic within int32
 
 constexpr DLDeviceType kDevice = kDLCPU;
@@ -587,7 +586,7 @@ struct Cut {
     num_ranges = (blocks - 1) / step + 1;
   }
   // Partial results that are to be merged.
-  int64_t num_partials() const { return num_ranges == 1 && kFinishesWhole ? 0 : num_ranges; }
+  int64_t num_partials() const { return num_ranges == 1 ? 0 : num_ranges; }
 };
 
 int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
@@ -978,13 +977,11 @@ void Decode(const Inputs& in) {
   ParallelFor(plan.num_items, std::min(num_threads, wanted_threads), [&](int64_t i) {
     const WorkItem& item = plan.item(i);
     RunItem(item, args, static_cast<float>(scale), partials);
-    if (item.partial_start < 0) return;
-    for (int64_t seq = item.batch_start; seq < item.batch_start + item.num_seqs; ++seq) {
-      // Whoever computes the last of a sequence's partial results merges all of them, in their order.
-      if (--missing.data()[seq] > 0) continue;
-      Call(__tvm_ffi_merge_partials, partials.max, partials.sum, partials.acc, args.out, args.lse, seq,
-           plan.partial_begin(seq), plan.partials_of(seq));
-    }
+    // Whoever computes the last of a sequence's partial results merges all of them, in their order.
+    const int64_t seq = item.batch_start;
+    if (item.partial_start < 0 || --missing.data()[seq] > 0) return;
+    Call(__tvm_ffi_merge_partials, partials.max, partials.sum, partials.acc, args.out, args.lse, seq,
+         plan.partial_begin(seq), plan.partials_of(seq));
   });
 }
 

@@ -17,7 +17,13 @@ from pa_compiler.tiling import Tiling
 
 PIPELINES = {
     "fused": (fused_decode, merge_partials),
-    "staged": (staged.qk_matmul, staged.softmax_prepare, staged.pv_matmul, staged.online_update, merge_partials),
+    "staged": (
+        staged.qk_matmul,
+        staged.softmax_prepare,
+        staged.pv_matmul,
+        staged.online_update,
+        staged.normalize,
+    ),
 }
 """The PrimFuncs of each pipeline's decode, in the order in which the host calls them."""
 

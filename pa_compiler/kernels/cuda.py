@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 from tvm import IRModule
 
-from pa_compiler.cuda_tiling import APPEND_THREADS, APPEND_TOKENS, CHECK_THREADS, WARP, CudaTiling
+from pa_compiler import kernels
+from pa_compiler.cuda_tiling import APPEND_THREADS, APPEND_TOKENS, CHECK_THREADS, STAGED_THREADS, WARP, CudaTiling
 from pa_compiler.kernels.cuda_append_kv import cuda_append_kv
 from pa_compiler.kernels.cuda_check import cuda_check, cuda_check_slots
 from pa_compiler.kernels.cuda_decode import cuda_decode
 from pa_compiler.kernels.cuda_merge import cuda_merge
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiling import Tiling
 
 
 class Launch(NamedTuple):
@@ -31,24 +33,44 @@ class Launch(NamedTuple):
 DECODE = (cuda_decode, cuda_merge)
 """The PrimFuncs of decode, in the order in which they are launched."""
 
-OTHERS = (cuda_append_kv, cuda_check, cuda_check_slots)
-"""The PrimFuncs that depend on no tiling."""
+STAGED = kernels.PIPELINES["staged"]
+"""The same of the staged pipeline, which are the CPU's: they are to be scheduled."""
+
+APPEND = (cuda_append_kv, cuda_check_slots)
+"""The PrimFuncs of append_kv, the same for both pipelines."""
 
 
 def build(spec: PagedAttentionSpec, tiling: CudaTiling) -> IRModule:
-    """All PrimFuncs, under their own names."""
+    """The PrimFuncs of the fused pipeline, under their own names."""
     decode = {kernel.__name__: kernel(spec, tiling) for kernel in DECODE}
-    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in OTHERS})
+    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in (cuda_check, *APPEND)})
+
+
+def build_staged(spec: PagedAttentionSpec, tiling: Tiling) -> tuple[IRModule, IRModule]:
+    """The PrimFuncs of the staged pipeline, under their own names: those that are to be scheduled, and the others."""
+    stages = {kernel.__name__: kernel(spec, tiling) for kernel in STAGED}
+    return IRModule(stages), IRModule({kernel.__name__: kernel(spec) for kernel in APPEND})
 
 
 def launches(spec: PagedAttentionSpec, tiling: CudaTiling) -> dict[str, Launch]:
-    """The launches of the kernels, by their names."""
+    """The launches of the fused pipeline's kernels, by their names."""
+    return {
+        "cuda_check": Launch("batch", CHECK_THREADS, 0),
+        "cuda_decode": Launch(f"items * {tiling.head_tiles(spec)}", tiling.threads, tiling.shared_bytes(spec)),
+        "cuda_merge": Launch(f"batch * {spec.num_heads}", tiling.merge_threads(spec), 0),
+        **_append_launches(),
+    }
+
+
+def staged_launches() -> dict[str, Launch]:
+    """The launches of the staged pipeline's kernels, by their names."""
+    return {kernel.__name__: Launch("num_seqs", STAGED_THREADS, 0) for kernel in STAGED} | _append_launches()
+
+
+def _append_launches() -> dict[str, Launch]:
     per_append, per_check = APPEND_TOKENS - 1, CHECK_THREADS - 1
     append_shared = APPEND_THREADS // WARP * APPEND_TOKENS * 4  # an int32 each
     return {
-        "cuda_decode": Launch(f"items * {tiling.head_tiles(spec)}", tiling.threads, tiling.shared_bytes(spec)),
-        "cuda_merge": Launch(f"batch * {spec.num_heads}", tiling.merge_threads(spec), 0),
         "cuda_append_kv": Launch(f"(num_tokens + {per_append}) / {APPEND_TOKENS}", APPEND_THREADS, append_shared),
-        "cuda_check": Launch("batch", CHECK_THREADS, 0),
         "cuda_check_slots": Launch(f"(num_tokens + {per_check}) / {CHECK_THREADS}", CHECK_THREADS, 0),
     }

@@ -61,9 +61,9 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         num_full,
     ):
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, head_dim), "float32")
-        # never touched: it ties the fetches to the loops
-        fetched = T.sblock_alloc_buffer((tokens // group, passes, fetches), "int8")
-        if one_tile:
+        if tiling.prefetches:
+            # never touched: it ties the fetches to the loops
+            fetched = T.sblock_alloc_buffer((tokens // group, passes, fetches), "int8")
             for to, pi, ni in T.grid(num_full, passes, fetches):
                 with T.sblock("prefetch_values"):
                     vo = T.axis.spatial(tokens // group, to)
@@ -83,7 +83,11 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     probs[at, vr, vt],
                     whole(values),
                     value_offsets[vt * pair : vt * pair + pair],
-                    fetched[T.floordiv(vt, group // pair), pass_of(vr, vd), 0:fetches],
+                    *(
+                        [fetched[T.floordiv(vt, group // pair), pass_of(vr, vd), 0:fetches]]
+                        if tiling.prefetches
+                        else []
+                    ),
                 )
                 T.writes(full_acc[vi, vr, vd])
                 with T.init():

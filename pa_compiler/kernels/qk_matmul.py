@@ -92,7 +92,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 key_offsets[0:offsets],
             )
             T.writes(scores[slot : slot + num_tiles, 0:rows, 0:tokens])
-            if one_tile:
+            if tiling.prefetches:
                 for _, to, n in T.grid(num_tiles, T.ceildiv(valid_len, group), fetches):
                     with T.sblock("prefetch_keys"):
                         vo = T.axis.spatial(tokens // group, to)

@@ -1,4 +1,4 @@
-"""The staged pipeline: the four stages as four PrimFuncs, which the host drives block by block as the seed does.
+"""The staged pipeline: the four stages as PrimFuncs that the host drives block by block as the seed does, and the end.
 
 Each takes the sequences [batch_start, batch_start + num_seqs) of one chunk at once. The intermediates are float32 and
 indexed by the position in the chunk: scores and probs [batch_chunk, row_tile, tokens]; tile_max, tile_sum, row_max and
@@ -184,14 +184,9 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
 
 def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """Fold tile_max, tile_sum, tile_acc of block block_idx into row_max, row_sum, acc, one slot for each sequence.
-
-    With the last block, the first num_rows rows go to the heads from head_start on of the partial results in slots
-    [partial_start, partial_start + num_seqs).
-    """
-    heads, chunk, rows, head_dim = spec.num_heads, spec.batch_chunk, tiling.row_tile, spec.head_dim
+    """Fold tile_max, tile_sum, tile_acc of block block_idx into row_max, row_sum, acc, one slot for each sequence."""
+    chunk, rows, head_dim = spec.batch_chunk, tiling.row_tile, spec.head_dim
     update_stage = update.online_update(rows, head_dim)
-    store_stage = update.store_partial(rows, head_dim)
 
     @script.prim_func(s_tir=True)
     def online_update(
@@ -201,35 +196,59 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         row_max_handle: T.handle,
         row_sum_handle: T.handle,
         acc_handle: T.handle,
-        partial_max_handle: T.handle,
-        partial_sum_handle: T.handle,
-        partial_acc_handle: T.handle,
         num_seqs: T.int32,
         block_idx: T.int32,
-        num_blocks: T.int32,
-        head_start: T.int32,
-        num_rows: T.int32,
-        partial_start: T.int32,
+        num_steps: T.int32,
     ):
-        slots = T.int64()
         tile_max = T.match_buffer(tile_max_handle, (chunk, rows), "float32")
         tile_sum = T.match_buffer(tile_sum_handle, (chunk, rows), "float32")
         tile_acc = T.match_buffer(tile_acc_handle, (chunk, rows, head_dim), "float32")
         row_max = T.match_buffer(row_max_handle, (chunk, rows), "float32")
         row_sum = T.match_buffer(row_sum_handle, (chunk, rows), "float32")
         acc = T.match_buffer(acc_handle, (chunk, rows, head_dim), "float32")
-        partial_max = T.match_buffer(partial_max_handle, (slots, T.int64(heads)), "float32", align=4)
-        partial_sum = T.match_buffer(partial_sum_handle, (slots, T.int64(heads)), "float32", align=4)
-        partial_acc = T.match_buffer(partial_acc_handle, (slots, T.int64(heads), T.int64(head_dim)), "float32", align=4)
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                update_stage(tile_max, tile_sum, tile_acc, vs, row_max, row_sum, acc, vs, block_idx, num_blocks)
-                store_stage(
-                    row_max, row_sum, acc, vs, partial_max, partial_sum, partial_acc, partial_start + vs, head_start,
-                    T.Select(block_idx == num_blocks - 1, num_rows, 0),
-                )  # fmt: skip
+                update_stage(tile_max, tile_sum, tile_acc, vs, row_max, row_sum, acc, vs, block_idx, num_steps)
 
     return online_update
+
+
+def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
+    """out and lse of every sequence of the chunk, for the heads [head_start, head_start + num_rows)."""
+    heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
+    chunk, rows, out_dtype = spec.batch_chunk, tiling.row_tile, spec.out_dtype or spec.dtype
+    itemsize = ITEMSIZES[out_dtype]
+    normalize_stage = update.normalize(rows, spec.head_dim, out_dtype)
+
+    @script.prim_func(s_tir=True)
+    def normalize(
+        row_max_handle: T.handle,
+        row_sum_handle: T.handle,
+        acc_handle: T.handle,
+        out_handle: T.handle,
+        lse_handle: T.handle,
+        batch_start: T.int32,
+        num_seqs: T.int32,
+        head_start: T.int32,
+        num_rows: T.int32,
+    ):
+        batch, out_batch, out_head, lse_batch = T.int64(), T.int64(), T.int64(), T.int64()
+        row_max = T.match_buffer(row_max_handle, (chunk, rows), "float32")
+        row_sum = T.match_buffer(row_sum_handle, (chunk, rows), "float32")
+        acc = T.match_buffer(acc_handle, (chunk, rows, spec.head_dim), "float32")
+        out = T.match_buffer(
+            out_handle, (batch, heads, head_dim), out_dtype, strides=[out_batch, out_head, T.int64(1)], align=itemsize,
+
+        )  # fmt: skip
+        lse = T.match_buffer(lse_handle, (batch, heads), "float32", strides=[lse_batch, T.int64(1)], align=4)
+        for s in range(num_seqs):
+            with T.sblock("sequence"):
+                vs = T.axis.spatial(num_seqs, s)
+                T.reads()
+                T.writes()
+                normalize_stage(row_max, row_sum, acc, vs, out, lse, batch_start + vs, head_start, num_rows)
+
+    return normalize

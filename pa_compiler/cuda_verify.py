@@ -1,0 +1,117 @@
+"""A module for a GPU as verify() calls one: its NumPy arrays go to the GPU, and what is there afterwards comes back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from pa_compiler.arguments import NUMPY_DTYPES
+
+ROW_BYTES = 16
+"""Rows on the GPU are as many bytes longer than the array's, so that none of its axes but the last is contiguous."""
+
+
+class Memory(Protocol):
+    """A GPU's memory."""
+
+    def put(self, array: np.ndarray, pad: int) -> Any:
+        """A copy of an array, aligned to 256 bytes, with pad elements between its rows."""
+
+    def get(self, tensor: Any) -> np.ndarray:
+        """What is there now; waits for nothing."""
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+
+
+class TorchMemory:
+    """The memory of one of torch's devices.
+
+    Raises:
+        ImportError: there is no torch.
+    """
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self._torch, self._device = torch, torch.device(device)
+
+    def put(self, array: np.ndarray, pad: int) -> Any:
+        """As Memory.put."""
+        whole = np.zeros((*array.shape[:-1], array.shape[-1] + pad), array.dtype)
+        whole[..., : array.shape[-1]] = array
+        as_integers = self._torch.from_numpy(whole.view(f"i{array.itemsize}"))  # NumPy's bfloat16 is not torch's
+        return as_integers.to(self._device).view(getattr(self._torch, array.dtype.name))[..., : array.shape[-1]]
+
+    def get(self, tensor: Any) -> np.ndarray:
+        """As Memory.get."""
+        dtype = NUMPY_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        integers = getattr(self._torch, f"int{8 * dtype.itemsize}")
+        return tensor.contiguous().view(integers).cpu().numpy().view(dtype)
+
+    def synchronize(self) -> None:
+        """As Memory.synchronize."""
+        self._torch.cuda.synchronize(self._device)
+
+
+class OnGpu:
+    """A CudaModule behind verify.Verifiable. Calls take each way to check indices in turn."""
+
+    def __init__(self, module: Any, memory: Memory) -> None:
+        self.spec, self.num_threads = module.spec, 1
+        self._module, self._memory = module, memory
+        self._checks = {
+            module.append_kv: itertools.cycle(module.checks("append_kv")),
+            module.decode: itertools.cycle(module.checks("decode")),
+        }
+
+    def decode(
+        self,
+        query: np.ndarray,
+        key_cache: np.ndarray,
+        value_cache: np.ndarray,
+        block_table: np.ndarray,
+        context_lens: np.ndarray,
+        scale: float | None = None,
+        out: np.ndarray | None = None,
+        *,
+        lse: np.ndarray | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """As Module.decode, with NumPy arrays."""
+        arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
+        arrays |= {"context_lens": context_lens}
+        arrays["out"] = np.full(query.shape, np.nan, NUMPY_DTYPES[self.spec.out_dtype or ""]) if out is None else out
+        if return_lse and lse is None:
+            lse = np.full(query.shape[:2], np.nan, np.float32)
+        if lse is not None:
+            arrays["lse"] = lse
+        self._call(self._module.decode, arrays, scale=scale)
+        return arrays["out"] if lse is None else (arrays["out"], lse)
+
+    def append_kv(
+        self,
+        key: np.ndarray,
+        value: np.ndarray,
+        key_cache: np.ndarray,
+        value_cache: np.ndarray,
+        slot_mapping: np.ndarray,
+    ) -> None:
+        """As Module.append_kv, with NumPy arrays."""
+        arrays = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
+        self._call(self._module.append_kv, arrays | {"slot_mapping": slot_mapping})
+
+    def _call(self, function: Callable[..., object], arrays: dict[str, np.ndarray], **others: Any) -> None:
+        vectors = ("context_lens", "slot_mapping")  # whose only axis is contiguous
+        tensors = {
+            name: self._memory.put(array, 0 if name in vectors else ROW_BYTES // array.itemsize)
+            for name, array in arrays.items()
+        }
+        function(**tensors, **others, check=next(self._checks[function]))
+        self._memory.synchronize()
+        self._module.check_status()
+        for name, array in arrays.items():
+            array[...] = self._memory.get(tensors[name])
