@@ -22,10 +22,12 @@ _STRATEGIES = {
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled. The one given may be changed: use it no more.
 
-    Merging partial results is the same for every strategy: head_dim lies in order in them.
+    Merging partial results is the same for every strategy: head_dim lies in order in them, and is gone through once.
     """
     sch = Schedule(mod)
-    in_order = dataclasses.replace(tiling, strategy="head_dim_in_lanes", word_elements=1)
+    in_order = dataclasses.replace(
+        tiling, strategy="head_dim_in_lanes", word_elements=1, pv_rows=1, pv_dims=tiling.lanes
+    )
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
         tiles = in_order if variable.name_hint == "merge_partials" else tiling

@@ -6703,7 +6703,9 @@ fused_decode_compute_.exit:                       ; preds = %if_end246.i, %if_en
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor171.i = alloca [16 x float], align 16
+  %factor34.i = alloca [16 x float], align 16
+  %beta37.i = alloca [16 x float], align 16
+  %alpha38.i = alloca [16 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6794,7 +6796,9 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor171.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -6816,16 +6820,16 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
-  %indvars.iv238.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next239.i, %for_end_d_0.i ]
-  %44 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
-  %total193213.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %639, %for_end_d_0.i ]
-  %45 = icmp eq i64 %indvars.iv238.i, 0
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
+  %44 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %102, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv64.i, 0
   %46 = insertelement <16 x i1> poison, i1 %45, i64 0
   %47 = shufflevector <16 x i1> %46, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %47, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %44
-  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %total193213.i
-  %48 = add nsw i64 %indvars.iv238.i, %43
+  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %total4145.i
+  %48 = add nsw i64 %indvars.iv64.i, %43
   %49 = shl nsw i64 %48, 4
   %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
   %51 = load <16 x float>, ptr %50, align 4, !tbaa !5
@@ -6859,6 +6863,7 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %77 = select <16 x i1> %76, <16 x float> zeroinitializer, <16 x float> %75
   %78 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %79 = select <16 x i1> %78, <16 x float> %77, <16 x float> zeroinitializer
+  store <16 x float> %79, ptr %alpha38.i, align 16, !tbaa !130
   %arg2.i = fsub <16 x float> %51, %m.i
   %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %81 = bitcast <16 x float> %80 to <16 x i32>
@@ -6881,2044 +6886,455 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %98 = select <16 x i1> %97, <16 x float> zeroinitializer, <16 x float> %96
   %99 = fcmp one <16 x float> %54, zeroinitializer
   %100 = select <16 x i1> %99, <16 x float> %98, <16 x float> zeroinitializer
-  %beta174.sroa.0.0.vec.extract.i = extractelement <16 x float> %100, i64 0
-  %.idx192.i = shl nsw i64 %48, 13
-  %101 = getelementptr i8, ptr %partial_acc, i64 %.idx192.i
-  %alpha175.sroa.0.0.vec.extract.i = extractelement <16 x float> %79, i64 0
-  %beta174.sroa.0.4.vec.extract.i = extractelement <16 x float> %100, i64 1
-  %alpha175.sroa.0.4.vec.extract.i = extractelement <16 x float> %79, i64 1
-  %beta174.sroa.0.8.vec.extract.i = extractelement <16 x float> %100, i64 2
-  %alpha175.sroa.0.8.vec.extract.i = extractelement <16 x float> %79, i64 2
-  %beta174.sroa.0.12.vec.extract.i = extractelement <16 x float> %100, i64 3
-  %alpha175.sroa.0.12.vec.extract.i = extractelement <16 x float> %79, i64 3
-  %beta174.sroa.0.16.vec.extract.i = extractelement <16 x float> %100, i64 4
-  %alpha175.sroa.0.16.vec.extract.i = extractelement <16 x float> %79, i64 4
-  %beta174.sroa.0.20.vec.extract.i = extractelement <16 x float> %100, i64 5
-  %alpha175.sroa.0.20.vec.extract.i = extractelement <16 x float> %79, i64 5
-  %beta174.sroa.0.24.vec.extract.i = extractelement <16 x float> %100, i64 6
-  %alpha175.sroa.0.24.vec.extract.i = extractelement <16 x float> %79, i64 6
-  %beta174.sroa.0.28.vec.extract.i = extractelement <16 x float> %100, i64 7
-  %alpha175.sroa.0.28.vec.extract.i = extractelement <16 x float> %79, i64 7
-  %beta174.sroa.0.32.vec.extract.i = extractelement <16 x float> %100, i64 8
-  %alpha175.sroa.0.32.vec.extract.i = extractelement <16 x float> %79, i64 8
-  %beta174.sroa.0.36.vec.extract.i = extractelement <16 x float> %100, i64 9
-  %alpha175.sroa.0.36.vec.extract.i = extractelement <16 x float> %79, i64 9
-  %beta174.sroa.0.40.vec.extract.i = extractelement <16 x float> %100, i64 10
-  %alpha175.sroa.0.40.vec.extract.i = extractelement <16 x float> %79, i64 10
-  %beta174.sroa.0.44.vec.extract.i = extractelement <16 x float> %100, i64 11
-  %alpha175.sroa.0.44.vec.extract.i = extractelement <16 x float> %79, i64 11
-  %beta174.sroa.0.48.vec.extract.i = extractelement <16 x float> %100, i64 12
-  %alpha175.sroa.0.48.vec.extract.i = extractelement <16 x float> %79, i64 12
-  %beta174.sroa.0.52.vec.extract.i = extractelement <16 x float> %100, i64 13
-  %alpha175.sroa.0.52.vec.extract.i = extractelement <16 x float> %79, i64 13
-  %beta174.sroa.0.56.vec.extract.i = extractelement <16 x float> %100, i64 14
-  %alpha175.sroa.0.56.vec.extract.i = extractelement <16 x float> %79, i64 14
-  %beta174.sroa.0.60.vec.extract.i = extractelement <16 x float> %100, i64 15
-  %alpha175.sroa.0.60.vec.extract.i = extractelement <16 x float> %79, i64 15
-  %102 = fmul float %alpha175.sroa.0.0.vec.extract.i, 0.000000e+00
-  %103 = fmul float %alpha175.sroa.0.4.vec.extract.i, 0.000000e+00
-  %104 = fmul float %alpha175.sroa.0.8.vec.extract.i, 0.000000e+00
-  %105 = fmul float %alpha175.sroa.0.12.vec.extract.i, 0.000000e+00
-  %106 = fmul float %alpha175.sroa.0.16.vec.extract.i, 0.000000e+00
-  %107 = fmul float %alpha175.sroa.0.20.vec.extract.i, 0.000000e+00
-  %108 = fmul float %alpha175.sroa.0.24.vec.extract.i, 0.000000e+00
-  %109 = fmul float %alpha175.sroa.0.28.vec.extract.i, 0.000000e+00
-  %110 = fmul float %alpha175.sroa.0.32.vec.extract.i, 0.000000e+00
-  %111 = fmul float %alpha175.sroa.0.36.vec.extract.i, 0.000000e+00
-  %112 = fmul float %alpha175.sroa.0.40.vec.extract.i, 0.000000e+00
-  %113 = fmul float %alpha175.sroa.0.44.vec.extract.i, 0.000000e+00
-  %114 = fmul float %alpha175.sroa.0.48.vec.extract.i, 0.000000e+00
-  %115 = fmul float %alpha175.sroa.0.52.vec.extract.i, 0.000000e+00
-  %116 = fmul float %alpha175.sroa.0.56.vec.extract.i, 0.000000e+00
-  %117 = fmul float %alpha175.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %45, label %if_then17.i.us, label %if_then17.i, !prof !8
+  store <16 x float> %100, ptr %beta37.i, align 16, !tbaa !137
+  %101 = fmul <16 x float> %old_sum.i, %79
+  %102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %100, <16 x float> %54, <16 x float> %101)
+  %.idx.i = shl nsw i64 %48, 13
+  %103 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
-if_then17.i.us:                                   ; preds = %if_then17.i.us, %for_body_step.i
-  %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %if_then17.i.us ], [ 0, %for_body_step.i ]
-  %118 = shl nuw nsw i64 %indvars.iv.i.us, 3
-  %119 = getelementptr float, ptr %101, i64 %118
-  %120 = getelementptr inbounds nuw float, ptr %acc.i, i64 %118
-  store float 0.000000e+00, ptr %120, align 4, !tbaa !5
-  %121 = load float, ptr %119, align 4, !tbaa !5
-  %122 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %121, float %102)
-  store float %122, ptr %120, align 4, !tbaa !5
-  %123 = getelementptr inbounds nuw i8, ptr %120, i64 4
-  store float 0.000000e+00, ptr %123, align 4, !tbaa !5
-  %124 = getelementptr i8, ptr %119, i64 4
-  %125 = load float, ptr %124, align 4, !tbaa !5
-  %126 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %125, float %102)
-  store float %126, ptr %123, align 4, !tbaa !5
-  %127 = getelementptr inbounds nuw i8, ptr %120, i64 8
-  store float 0.000000e+00, ptr %127, align 4, !tbaa !5
-  %128 = getelementptr i8, ptr %119, i64 8
-  %129 = load float, ptr %128, align 4, !tbaa !5
-  %130 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %129, float %102)
-  store float %130, ptr %127, align 4, !tbaa !5
-  %131 = getelementptr inbounds nuw i8, ptr %120, i64 12
-  store float 0.000000e+00, ptr %131, align 4, !tbaa !5
-  %132 = getelementptr i8, ptr %119, i64 12
-  %133 = load float, ptr %132, align 4, !tbaa !5
-  %134 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %133, float %102)
-  store float %134, ptr %131, align 4, !tbaa !5
-  %135 = getelementptr inbounds nuw i8, ptr %120, i64 16
-  store float 0.000000e+00, ptr %135, align 4, !tbaa !5
-  %136 = getelementptr i8, ptr %119, i64 16
-  %137 = load float, ptr %136, align 4, !tbaa !5
-  %138 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %137, float %102)
-  store float %138, ptr %135, align 4, !tbaa !5
-  %139 = getelementptr inbounds nuw i8, ptr %120, i64 20
-  store float 0.000000e+00, ptr %139, align 4, !tbaa !5
-  %140 = getelementptr i8, ptr %119, i64 20
-  %141 = load float, ptr %140, align 4, !tbaa !5
-  %142 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %141, float %102)
-  store float %142, ptr %139, align 4, !tbaa !5
-  %143 = getelementptr inbounds nuw i8, ptr %120, i64 24
-  store float 0.000000e+00, ptr %143, align 4, !tbaa !5
-  %144 = getelementptr i8, ptr %119, i64 24
-  %145 = load float, ptr %144, align 4, !tbaa !5
-  %146 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %145, float %102)
-  store float %146, ptr %143, align 4, !tbaa !5
-  %147 = getelementptr inbounds nuw float, ptr %acc.i, i64 %118
-  %148 = getelementptr inbounds nuw i8, ptr %147, i64 28
-  store float 0.000000e+00, ptr %148, align 4, !tbaa !5
-  %149 = getelementptr i8, ptr %119, i64 28
-  %150 = load float, ptr %149, align 4, !tbaa !5
-  %151 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %150, float %102)
-  store float %151, ptr %148, align 4, !tbaa !5
-  %152 = getelementptr inbounds nuw i8, ptr %120, i64 512
-  store float 0.000000e+00, ptr %152, align 4, !tbaa !5
-  %153 = getelementptr i8, ptr %119, i64 512
-  %154 = load float, ptr %153, align 4, !tbaa !5
-  %155 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %154, float %103)
-  store float %155, ptr %152, align 4, !tbaa !5
-  %156 = getelementptr inbounds nuw i8, ptr %120, i64 516
-  store float 0.000000e+00, ptr %156, align 4, !tbaa !5
-  %157 = getelementptr i8, ptr %119, i64 516
-  %158 = load float, ptr %157, align 4, !tbaa !5
-  %159 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %158, float %103)
-  store float %159, ptr %156, align 4, !tbaa !5
-  %160 = getelementptr inbounds nuw i8, ptr %120, i64 520
-  store float 0.000000e+00, ptr %160, align 4, !tbaa !5
-  %161 = getelementptr i8, ptr %119, i64 520
-  %162 = load float, ptr %161, align 4, !tbaa !5
-  %163 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %162, float %103)
-  store float %163, ptr %160, align 4, !tbaa !5
-  %164 = getelementptr inbounds nuw i8, ptr %120, i64 524
-  store float 0.000000e+00, ptr %164, align 4, !tbaa !5
-  %165 = getelementptr i8, ptr %119, i64 524
-  %166 = load float, ptr %165, align 4, !tbaa !5
-  %167 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %166, float %103)
-  store float %167, ptr %164, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %120, i64 528
-  store float 0.000000e+00, ptr %168, align 4, !tbaa !5
-  %169 = getelementptr i8, ptr %119, i64 528
-  %170 = load float, ptr %169, align 4, !tbaa !5
-  %171 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %170, float %103)
-  store float %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr inbounds nuw i8, ptr %120, i64 532
-  store float 0.000000e+00, ptr %172, align 4, !tbaa !5
-  %173 = getelementptr i8, ptr %119, i64 532
-  %174 = load float, ptr %173, align 4, !tbaa !5
-  %175 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %174, float %103)
-  store float %175, ptr %172, align 4, !tbaa !5
-  %176 = getelementptr inbounds nuw i8, ptr %120, i64 536
-  store float 0.000000e+00, ptr %176, align 4, !tbaa !5
-  %177 = getelementptr i8, ptr %119, i64 536
-  %178 = load float, ptr %177, align 4, !tbaa !5
-  %179 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %178, float %103)
-  store float %179, ptr %176, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %147, i64 540
-  store float 0.000000e+00, ptr %180, align 4, !tbaa !5
-  %181 = getelementptr i8, ptr %119, i64 540
-  %182 = load float, ptr %181, align 4, !tbaa !5
-  %183 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %182, float %103)
-  store float %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr inbounds nuw i8, ptr %120, i64 1024
-  store float 0.000000e+00, ptr %184, align 4, !tbaa !5
-  %185 = getelementptr i8, ptr %119, i64 1024
-  %186 = load float, ptr %185, align 4, !tbaa !5
-  %187 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %186, float %104)
-  store float %187, ptr %184, align 4, !tbaa !5
-  %188 = getelementptr inbounds nuw i8, ptr %120, i64 1028
-  store float 0.000000e+00, ptr %188, align 4, !tbaa !5
-  %189 = getelementptr i8, ptr %119, i64 1028
-  %190 = load float, ptr %189, align 4, !tbaa !5
-  %191 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %190, float %104)
-  store float %191, ptr %188, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %120, i64 1032
-  store float 0.000000e+00, ptr %192, align 4, !tbaa !5
-  %193 = getelementptr i8, ptr %119, i64 1032
-  %194 = load float, ptr %193, align 4, !tbaa !5
-  %195 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %194, float %104)
-  store float %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr inbounds nuw i8, ptr %120, i64 1036
-  store float 0.000000e+00, ptr %196, align 4, !tbaa !5
-  %197 = getelementptr i8, ptr %119, i64 1036
-  %198 = load float, ptr %197, align 4, !tbaa !5
-  %199 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %198, float %104)
-  store float %199, ptr %196, align 4, !tbaa !5
-  %200 = getelementptr inbounds nuw i8, ptr %120, i64 1040
-  store float 0.000000e+00, ptr %200, align 4, !tbaa !5
-  %201 = getelementptr i8, ptr %119, i64 1040
-  %202 = load float, ptr %201, align 4, !tbaa !5
-  %203 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %202, float %104)
-  store float %203, ptr %200, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %120, i64 1044
-  store float 0.000000e+00, ptr %204, align 4, !tbaa !5
-  %205 = getelementptr i8, ptr %119, i64 1044
-  %206 = load float, ptr %205, align 4, !tbaa !5
-  %207 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %206, float %104)
-  store float %207, ptr %204, align 4, !tbaa !5
-  %208 = getelementptr inbounds nuw i8, ptr %120, i64 1048
-  store float 0.000000e+00, ptr %208, align 4, !tbaa !5
-  %209 = getelementptr i8, ptr %119, i64 1048
-  %210 = load float, ptr %209, align 4, !tbaa !5
-  %211 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %210, float %104)
-  store float %211, ptr %208, align 4, !tbaa !5
-  %212 = getelementptr inbounds nuw i8, ptr %147, i64 1052
-  store float 0.000000e+00, ptr %212, align 4, !tbaa !5
-  %213 = getelementptr i8, ptr %119, i64 1052
-  %214 = load float, ptr %213, align 4, !tbaa !5
-  %215 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %214, float %104)
-  store float %215, ptr %212, align 4, !tbaa !5
-  %216 = getelementptr inbounds nuw i8, ptr %120, i64 1536
-  store float 0.000000e+00, ptr %216, align 4, !tbaa !5
-  %217 = getelementptr i8, ptr %119, i64 1536
-  %218 = load float, ptr %217, align 4, !tbaa !5
-  %219 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %218, float %105)
-  store float %219, ptr %216, align 4, !tbaa !5
-  %220 = getelementptr inbounds nuw i8, ptr %120, i64 1540
-  store float 0.000000e+00, ptr %220, align 4, !tbaa !5
-  %221 = getelementptr i8, ptr %119, i64 1540
-  %222 = load float, ptr %221, align 4, !tbaa !5
-  %223 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %222, float %105)
-  store float %223, ptr %220, align 4, !tbaa !5
-  %224 = getelementptr inbounds nuw i8, ptr %120, i64 1544
-  store float 0.000000e+00, ptr %224, align 4, !tbaa !5
-  %225 = getelementptr i8, ptr %119, i64 1544
-  %226 = load float, ptr %225, align 4, !tbaa !5
-  %227 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %226, float %105)
-  store float %227, ptr %224, align 4, !tbaa !5
-  %228 = getelementptr inbounds nuw i8, ptr %120, i64 1548
-  store float 0.000000e+00, ptr %228, align 4, !tbaa !5
-  %229 = getelementptr i8, ptr %119, i64 1548
-  %230 = load float, ptr %229, align 4, !tbaa !5
-  %231 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %230, float %105)
-  store float %231, ptr %228, align 4, !tbaa !5
-  %232 = getelementptr inbounds nuw i8, ptr %120, i64 1552
-  store float 0.000000e+00, ptr %232, align 4, !tbaa !5
-  %233 = getelementptr i8, ptr %119, i64 1552
-  %234 = load float, ptr %233, align 4, !tbaa !5
-  %235 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %234, float %105)
-  store float %235, ptr %232, align 4, !tbaa !5
-  %236 = getelementptr inbounds nuw i8, ptr %120, i64 1556
-  store float 0.000000e+00, ptr %236, align 4, !tbaa !5
-  %237 = getelementptr i8, ptr %119, i64 1556
-  %238 = load float, ptr %237, align 4, !tbaa !5
-  %239 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %238, float %105)
-  store float %239, ptr %236, align 4, !tbaa !5
-  %240 = getelementptr inbounds nuw i8, ptr %120, i64 1560
-  store float 0.000000e+00, ptr %240, align 4, !tbaa !5
-  %241 = getelementptr i8, ptr %119, i64 1560
-  %242 = load float, ptr %241, align 4, !tbaa !5
-  %243 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %242, float %105)
-  store float %243, ptr %240, align 4, !tbaa !5
-  %244 = getelementptr inbounds nuw i8, ptr %147, i64 1564
-  store float 0.000000e+00, ptr %244, align 4, !tbaa !5
-  %245 = getelementptr i8, ptr %119, i64 1564
-  %246 = load float, ptr %245, align 4, !tbaa !5
-  %247 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %246, float %105)
-  store float %247, ptr %244, align 4, !tbaa !5
-  %248 = getelementptr inbounds nuw i8, ptr %120, i64 2048
-  store float 0.000000e+00, ptr %248, align 4, !tbaa !5
-  %249 = getelementptr i8, ptr %119, i64 2048
-  %250 = load float, ptr %249, align 4, !tbaa !5
-  %251 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %250, float %106)
-  store float %251, ptr %248, align 4, !tbaa !5
-  %252 = getelementptr inbounds nuw i8, ptr %120, i64 2052
-  store float 0.000000e+00, ptr %252, align 4, !tbaa !5
-  %253 = getelementptr i8, ptr %119, i64 2052
-  %254 = load float, ptr %253, align 4, !tbaa !5
-  %255 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %254, float %106)
-  store float %255, ptr %252, align 4, !tbaa !5
-  %256 = getelementptr inbounds nuw i8, ptr %120, i64 2056
-  store float 0.000000e+00, ptr %256, align 4, !tbaa !5
-  %257 = getelementptr i8, ptr %119, i64 2056
-  %258 = load float, ptr %257, align 4, !tbaa !5
-  %259 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %258, float %106)
-  store float %259, ptr %256, align 4, !tbaa !5
-  %260 = getelementptr inbounds nuw i8, ptr %120, i64 2060
-  store float 0.000000e+00, ptr %260, align 4, !tbaa !5
-  %261 = getelementptr i8, ptr %119, i64 2060
-  %262 = load float, ptr %261, align 4, !tbaa !5
-  %263 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %262, float %106)
-  store float %263, ptr %260, align 4, !tbaa !5
-  %264 = getelementptr inbounds nuw i8, ptr %120, i64 2064
-  store float 0.000000e+00, ptr %264, align 4, !tbaa !5
-  %265 = getelementptr i8, ptr %119, i64 2064
-  %266 = load float, ptr %265, align 4, !tbaa !5
-  %267 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %266, float %106)
-  store float %267, ptr %264, align 4, !tbaa !5
-  %268 = getelementptr inbounds nuw i8, ptr %120, i64 2068
-  store float 0.000000e+00, ptr %268, align 4, !tbaa !5
-  %269 = getelementptr i8, ptr %119, i64 2068
-  %270 = load float, ptr %269, align 4, !tbaa !5
-  %271 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %270, float %106)
-  store float %271, ptr %268, align 4, !tbaa !5
-  %272 = getelementptr inbounds nuw i8, ptr %120, i64 2072
-  store float 0.000000e+00, ptr %272, align 4, !tbaa !5
-  %273 = getelementptr i8, ptr %119, i64 2072
-  %274 = load float, ptr %273, align 4, !tbaa !5
-  %275 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %274, float %106)
-  store float %275, ptr %272, align 4, !tbaa !5
-  %276 = getelementptr inbounds nuw i8, ptr %147, i64 2076
-  store float 0.000000e+00, ptr %276, align 4, !tbaa !5
-  %277 = getelementptr i8, ptr %119, i64 2076
-  %278 = load float, ptr %277, align 4, !tbaa !5
-  %279 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %278, float %106)
-  store float %279, ptr %276, align 4, !tbaa !5
-  %280 = getelementptr inbounds nuw i8, ptr %120, i64 2560
-  store float 0.000000e+00, ptr %280, align 4, !tbaa !5
-  %281 = getelementptr i8, ptr %119, i64 2560
-  %282 = load float, ptr %281, align 4, !tbaa !5
-  %283 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %282, float %107)
-  store float %283, ptr %280, align 4, !tbaa !5
-  %284 = getelementptr inbounds nuw i8, ptr %120, i64 2564
-  store float 0.000000e+00, ptr %284, align 4, !tbaa !5
-  %285 = getelementptr i8, ptr %119, i64 2564
-  %286 = load float, ptr %285, align 4, !tbaa !5
-  %287 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %286, float %107)
-  store float %287, ptr %284, align 4, !tbaa !5
-  %288 = getelementptr inbounds nuw i8, ptr %120, i64 2568
-  store float 0.000000e+00, ptr %288, align 4, !tbaa !5
-  %289 = getelementptr i8, ptr %119, i64 2568
-  %290 = load float, ptr %289, align 4, !tbaa !5
-  %291 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %290, float %107)
-  store float %291, ptr %288, align 4, !tbaa !5
-  %292 = getelementptr inbounds nuw i8, ptr %120, i64 2572
-  store float 0.000000e+00, ptr %292, align 4, !tbaa !5
-  %293 = getelementptr i8, ptr %119, i64 2572
-  %294 = load float, ptr %293, align 4, !tbaa !5
-  %295 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %294, float %107)
-  store float %295, ptr %292, align 4, !tbaa !5
-  %296 = getelementptr inbounds nuw i8, ptr %120, i64 2576
-  store float 0.000000e+00, ptr %296, align 4, !tbaa !5
-  %297 = getelementptr i8, ptr %119, i64 2576
-  %298 = load float, ptr %297, align 4, !tbaa !5
-  %299 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %298, float %107)
-  store float %299, ptr %296, align 4, !tbaa !5
-  %300 = getelementptr inbounds nuw i8, ptr %120, i64 2580
-  store float 0.000000e+00, ptr %300, align 4, !tbaa !5
-  %301 = getelementptr i8, ptr %119, i64 2580
-  %302 = load float, ptr %301, align 4, !tbaa !5
-  %303 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %302, float %107)
-  store float %303, ptr %300, align 4, !tbaa !5
-  %304 = getelementptr inbounds nuw i8, ptr %120, i64 2584
-  store float 0.000000e+00, ptr %304, align 4, !tbaa !5
-  %305 = getelementptr i8, ptr %119, i64 2584
-  %306 = load float, ptr %305, align 4, !tbaa !5
-  %307 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %306, float %107)
-  store float %307, ptr %304, align 4, !tbaa !5
-  %308 = getelementptr inbounds nuw i8, ptr %147, i64 2588
-  store float 0.000000e+00, ptr %308, align 4, !tbaa !5
-  %309 = getelementptr i8, ptr %119, i64 2588
-  %310 = load float, ptr %309, align 4, !tbaa !5
-  %311 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %310, float %107)
-  store float %311, ptr %308, align 4, !tbaa !5
-  %312 = getelementptr inbounds nuw i8, ptr %120, i64 3072
-  store float 0.000000e+00, ptr %312, align 4, !tbaa !5
-  %313 = getelementptr i8, ptr %119, i64 3072
-  %314 = load float, ptr %313, align 4, !tbaa !5
-  %315 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %314, float %108)
-  store float %315, ptr %312, align 4, !tbaa !5
-  %316 = getelementptr inbounds nuw i8, ptr %120, i64 3076
-  store float 0.000000e+00, ptr %316, align 4, !tbaa !5
-  %317 = getelementptr i8, ptr %119, i64 3076
-  %318 = load float, ptr %317, align 4, !tbaa !5
-  %319 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %318, float %108)
-  store float %319, ptr %316, align 4, !tbaa !5
-  %320 = getelementptr inbounds nuw i8, ptr %120, i64 3080
-  store float 0.000000e+00, ptr %320, align 4, !tbaa !5
-  %321 = getelementptr i8, ptr %119, i64 3080
-  %322 = load float, ptr %321, align 4, !tbaa !5
-  %323 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %322, float %108)
-  store float %323, ptr %320, align 4, !tbaa !5
-  %324 = getelementptr inbounds nuw i8, ptr %120, i64 3084
-  store float 0.000000e+00, ptr %324, align 4, !tbaa !5
-  %325 = getelementptr i8, ptr %119, i64 3084
-  %326 = load float, ptr %325, align 4, !tbaa !5
-  %327 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %326, float %108)
-  store float %327, ptr %324, align 4, !tbaa !5
-  %328 = getelementptr inbounds nuw i8, ptr %120, i64 3088
-  store float 0.000000e+00, ptr %328, align 4, !tbaa !5
-  %329 = getelementptr i8, ptr %119, i64 3088
-  %330 = load float, ptr %329, align 4, !tbaa !5
-  %331 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %330, float %108)
-  store float %331, ptr %328, align 4, !tbaa !5
-  %332 = getelementptr inbounds nuw i8, ptr %120, i64 3092
-  store float 0.000000e+00, ptr %332, align 4, !tbaa !5
-  %333 = getelementptr i8, ptr %119, i64 3092
-  %334 = load float, ptr %333, align 4, !tbaa !5
-  %335 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %334, float %108)
-  store float %335, ptr %332, align 4, !tbaa !5
-  %336 = getelementptr inbounds nuw i8, ptr %120, i64 3096
-  store float 0.000000e+00, ptr %336, align 4, !tbaa !5
-  %337 = getelementptr i8, ptr %119, i64 3096
-  %338 = load float, ptr %337, align 4, !tbaa !5
-  %339 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %338, float %108)
-  store float %339, ptr %336, align 4, !tbaa !5
-  %340 = getelementptr inbounds nuw i8, ptr %147, i64 3100
-  store float 0.000000e+00, ptr %340, align 4, !tbaa !5
-  %341 = getelementptr i8, ptr %119, i64 3100
-  %342 = load float, ptr %341, align 4, !tbaa !5
-  %343 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %342, float %108)
-  store float %343, ptr %340, align 4, !tbaa !5
-  %344 = getelementptr inbounds nuw i8, ptr %120, i64 3584
-  store float 0.000000e+00, ptr %344, align 4, !tbaa !5
-  %345 = getelementptr i8, ptr %119, i64 3584
-  %346 = load float, ptr %345, align 4, !tbaa !5
-  %347 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %346, float %109)
-  store float %347, ptr %344, align 4, !tbaa !5
-  %348 = getelementptr inbounds nuw i8, ptr %120, i64 3588
-  store float 0.000000e+00, ptr %348, align 4, !tbaa !5
-  %349 = getelementptr i8, ptr %119, i64 3588
-  %350 = load float, ptr %349, align 4, !tbaa !5
-  %351 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %350, float %109)
-  store float %351, ptr %348, align 4, !tbaa !5
-  %352 = getelementptr inbounds nuw i8, ptr %120, i64 3592
-  store float 0.000000e+00, ptr %352, align 4, !tbaa !5
-  %353 = getelementptr i8, ptr %119, i64 3592
-  %354 = load float, ptr %353, align 4, !tbaa !5
-  %355 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %354, float %109)
-  store float %355, ptr %352, align 4, !tbaa !5
-  %356 = getelementptr inbounds nuw i8, ptr %120, i64 3596
-  store float 0.000000e+00, ptr %356, align 4, !tbaa !5
-  %357 = getelementptr i8, ptr %119, i64 3596
-  %358 = load float, ptr %357, align 4, !tbaa !5
-  %359 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %358, float %109)
-  store float %359, ptr %356, align 4, !tbaa !5
-  %360 = getelementptr inbounds nuw i8, ptr %120, i64 3600
-  store float 0.000000e+00, ptr %360, align 4, !tbaa !5
-  %361 = getelementptr i8, ptr %119, i64 3600
-  %362 = load float, ptr %361, align 4, !tbaa !5
-  %363 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %362, float %109)
-  store float %363, ptr %360, align 4, !tbaa !5
-  %364 = getelementptr inbounds nuw i8, ptr %120, i64 3604
-  store float 0.000000e+00, ptr %364, align 4, !tbaa !5
-  %365 = getelementptr i8, ptr %119, i64 3604
-  %366 = load float, ptr %365, align 4, !tbaa !5
-  %367 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %366, float %109)
-  store float %367, ptr %364, align 4, !tbaa !5
-  %368 = getelementptr inbounds nuw i8, ptr %120, i64 3608
-  store float 0.000000e+00, ptr %368, align 4, !tbaa !5
-  %369 = getelementptr i8, ptr %119, i64 3608
-  %370 = load float, ptr %369, align 4, !tbaa !5
-  %371 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %370, float %109)
-  store float %371, ptr %368, align 4, !tbaa !5
-  %372 = getelementptr inbounds nuw i8, ptr %147, i64 3612
-  store float 0.000000e+00, ptr %372, align 4, !tbaa !5
-  %373 = getelementptr i8, ptr %119, i64 3612
-  %374 = load float, ptr %373, align 4, !tbaa !5
-  %375 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %374, float %109)
-  store float %375, ptr %372, align 4, !tbaa !5
-  %376 = getelementptr inbounds nuw i8, ptr %120, i64 4096
-  store float 0.000000e+00, ptr %376, align 4, !tbaa !5
-  %377 = getelementptr i8, ptr %119, i64 4096
-  %378 = load float, ptr %377, align 4, !tbaa !5
-  %379 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %378, float %110)
-  store float %379, ptr %376, align 4, !tbaa !5
-  %380 = getelementptr inbounds nuw i8, ptr %120, i64 4100
-  store float 0.000000e+00, ptr %380, align 4, !tbaa !5
-  %381 = getelementptr i8, ptr %119, i64 4100
-  %382 = load float, ptr %381, align 4, !tbaa !5
-  %383 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %382, float %110)
-  store float %383, ptr %380, align 4, !tbaa !5
-  %384 = getelementptr inbounds nuw i8, ptr %120, i64 4104
-  store float 0.000000e+00, ptr %384, align 4, !tbaa !5
-  %385 = getelementptr i8, ptr %119, i64 4104
-  %386 = load float, ptr %385, align 4, !tbaa !5
-  %387 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %386, float %110)
-  store float %387, ptr %384, align 4, !tbaa !5
-  %388 = getelementptr inbounds nuw i8, ptr %120, i64 4108
-  store float 0.000000e+00, ptr %388, align 4, !tbaa !5
-  %389 = getelementptr i8, ptr %119, i64 4108
-  %390 = load float, ptr %389, align 4, !tbaa !5
-  %391 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %390, float %110)
-  store float %391, ptr %388, align 4, !tbaa !5
-  %392 = getelementptr inbounds nuw i8, ptr %120, i64 4112
-  store float 0.000000e+00, ptr %392, align 4, !tbaa !5
-  %393 = getelementptr i8, ptr %119, i64 4112
-  %394 = load float, ptr %393, align 4, !tbaa !5
-  %395 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %394, float %110)
-  store float %395, ptr %392, align 4, !tbaa !5
-  %396 = getelementptr inbounds nuw i8, ptr %120, i64 4116
-  store float 0.000000e+00, ptr %396, align 4, !tbaa !5
-  %397 = getelementptr i8, ptr %119, i64 4116
-  %398 = load float, ptr %397, align 4, !tbaa !5
-  %399 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %398, float %110)
-  store float %399, ptr %396, align 4, !tbaa !5
-  %400 = getelementptr inbounds nuw i8, ptr %120, i64 4120
-  store float 0.000000e+00, ptr %400, align 4, !tbaa !5
-  %401 = getelementptr i8, ptr %119, i64 4120
-  %402 = load float, ptr %401, align 4, !tbaa !5
-  %403 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %402, float %110)
-  store float %403, ptr %400, align 4, !tbaa !5
-  %404 = getelementptr inbounds nuw i8, ptr %147, i64 4124
-  store float 0.000000e+00, ptr %404, align 4, !tbaa !5
-  %405 = getelementptr i8, ptr %119, i64 4124
-  %406 = load float, ptr %405, align 4, !tbaa !5
-  %407 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %406, float %110)
-  store float %407, ptr %404, align 4, !tbaa !5
-  %408 = getelementptr inbounds nuw i8, ptr %120, i64 4608
-  store float 0.000000e+00, ptr %408, align 4, !tbaa !5
-  %409 = getelementptr i8, ptr %119, i64 4608
-  %410 = load float, ptr %409, align 4, !tbaa !5
-  %411 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %410, float %111)
-  store float %411, ptr %408, align 4, !tbaa !5
-  %412 = getelementptr inbounds nuw i8, ptr %120, i64 4612
-  store float 0.000000e+00, ptr %412, align 4, !tbaa !5
-  %413 = getelementptr i8, ptr %119, i64 4612
-  %414 = load float, ptr %413, align 4, !tbaa !5
-  %415 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %414, float %111)
-  store float %415, ptr %412, align 4, !tbaa !5
-  %416 = getelementptr inbounds nuw i8, ptr %120, i64 4616
-  store float 0.000000e+00, ptr %416, align 4, !tbaa !5
-  %417 = getelementptr i8, ptr %119, i64 4616
-  %418 = load float, ptr %417, align 4, !tbaa !5
-  %419 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %418, float %111)
-  store float %419, ptr %416, align 4, !tbaa !5
-  %420 = getelementptr inbounds nuw i8, ptr %120, i64 4620
-  store float 0.000000e+00, ptr %420, align 4, !tbaa !5
-  %421 = getelementptr i8, ptr %119, i64 4620
-  %422 = load float, ptr %421, align 4, !tbaa !5
-  %423 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %422, float %111)
-  store float %423, ptr %420, align 4, !tbaa !5
-  %424 = getelementptr inbounds nuw i8, ptr %120, i64 4624
-  store float 0.000000e+00, ptr %424, align 4, !tbaa !5
-  %425 = getelementptr i8, ptr %119, i64 4624
-  %426 = load float, ptr %425, align 4, !tbaa !5
-  %427 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %426, float %111)
-  store float %427, ptr %424, align 4, !tbaa !5
-  %428 = getelementptr inbounds nuw i8, ptr %120, i64 4628
-  store float 0.000000e+00, ptr %428, align 4, !tbaa !5
-  %429 = getelementptr i8, ptr %119, i64 4628
-  %430 = load float, ptr %429, align 4, !tbaa !5
-  %431 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %430, float %111)
-  store float %431, ptr %428, align 4, !tbaa !5
-  %432 = getelementptr inbounds nuw i8, ptr %120, i64 4632
-  store float 0.000000e+00, ptr %432, align 4, !tbaa !5
-  %433 = getelementptr i8, ptr %119, i64 4632
-  %434 = load float, ptr %433, align 4, !tbaa !5
-  %435 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %434, float %111)
-  store float %435, ptr %432, align 4, !tbaa !5
-  %436 = getelementptr inbounds nuw i8, ptr %147, i64 4636
-  store float 0.000000e+00, ptr %436, align 4, !tbaa !5
-  %437 = getelementptr i8, ptr %119, i64 4636
-  %438 = load float, ptr %437, align 4, !tbaa !5
-  %439 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %438, float %111)
-  store float %439, ptr %436, align 4, !tbaa !5
-  %440 = getelementptr inbounds nuw i8, ptr %120, i64 5120
-  store float 0.000000e+00, ptr %440, align 4, !tbaa !5
-  %441 = getelementptr i8, ptr %119, i64 5120
-  %442 = load float, ptr %441, align 4, !tbaa !5
-  %443 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %442, float %112)
-  store float %443, ptr %440, align 4, !tbaa !5
-  %444 = getelementptr inbounds nuw i8, ptr %120, i64 5124
-  store float 0.000000e+00, ptr %444, align 4, !tbaa !5
-  %445 = getelementptr i8, ptr %119, i64 5124
-  %446 = load float, ptr %445, align 4, !tbaa !5
-  %447 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %446, float %112)
-  store float %447, ptr %444, align 4, !tbaa !5
-  %448 = getelementptr inbounds nuw i8, ptr %120, i64 5128
-  store float 0.000000e+00, ptr %448, align 4, !tbaa !5
-  %449 = getelementptr i8, ptr %119, i64 5128
-  %450 = load float, ptr %449, align 4, !tbaa !5
-  %451 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %450, float %112)
-  store float %451, ptr %448, align 4, !tbaa !5
-  %452 = getelementptr inbounds nuw i8, ptr %120, i64 5132
-  store float 0.000000e+00, ptr %452, align 4, !tbaa !5
-  %453 = getelementptr i8, ptr %119, i64 5132
-  %454 = load float, ptr %453, align 4, !tbaa !5
-  %455 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %454, float %112)
-  store float %455, ptr %452, align 4, !tbaa !5
-  %456 = getelementptr inbounds nuw i8, ptr %120, i64 5136
-  store float 0.000000e+00, ptr %456, align 4, !tbaa !5
-  %457 = getelementptr i8, ptr %119, i64 5136
-  %458 = load float, ptr %457, align 4, !tbaa !5
-  %459 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %458, float %112)
-  store float %459, ptr %456, align 4, !tbaa !5
-  %460 = getelementptr inbounds nuw i8, ptr %120, i64 5140
-  store float 0.000000e+00, ptr %460, align 4, !tbaa !5
-  %461 = getelementptr i8, ptr %119, i64 5140
-  %462 = load float, ptr %461, align 4, !tbaa !5
-  %463 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %462, float %112)
-  store float %463, ptr %460, align 4, !tbaa !5
-  %464 = getelementptr inbounds nuw i8, ptr %120, i64 5144
-  store float 0.000000e+00, ptr %464, align 4, !tbaa !5
-  %465 = getelementptr i8, ptr %119, i64 5144
-  %466 = load float, ptr %465, align 4, !tbaa !5
-  %467 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %466, float %112)
-  store float %467, ptr %464, align 4, !tbaa !5
-  %468 = getelementptr inbounds nuw i8, ptr %147, i64 5148
-  store float 0.000000e+00, ptr %468, align 4, !tbaa !5
-  %469 = getelementptr i8, ptr %119, i64 5148
-  %470 = load float, ptr %469, align 4, !tbaa !5
-  %471 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %470, float %112)
-  store float %471, ptr %468, align 4, !tbaa !5
-  %472 = getelementptr inbounds nuw i8, ptr %120, i64 5632
-  store float 0.000000e+00, ptr %472, align 4, !tbaa !5
-  %473 = getelementptr i8, ptr %119, i64 5632
-  %474 = load float, ptr %473, align 4, !tbaa !5
-  %475 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %474, float %113)
-  store float %475, ptr %472, align 4, !tbaa !5
-  %476 = getelementptr inbounds nuw i8, ptr %120, i64 5636
-  store float 0.000000e+00, ptr %476, align 4, !tbaa !5
-  %477 = getelementptr i8, ptr %119, i64 5636
-  %478 = load float, ptr %477, align 4, !tbaa !5
-  %479 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %478, float %113)
-  store float %479, ptr %476, align 4, !tbaa !5
-  %480 = getelementptr inbounds nuw i8, ptr %120, i64 5640
-  store float 0.000000e+00, ptr %480, align 4, !tbaa !5
-  %481 = getelementptr i8, ptr %119, i64 5640
-  %482 = load float, ptr %481, align 4, !tbaa !5
-  %483 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %482, float %113)
-  store float %483, ptr %480, align 4, !tbaa !5
-  %484 = getelementptr inbounds nuw i8, ptr %120, i64 5644
-  store float 0.000000e+00, ptr %484, align 4, !tbaa !5
-  %485 = getelementptr i8, ptr %119, i64 5644
-  %486 = load float, ptr %485, align 4, !tbaa !5
-  %487 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %486, float %113)
-  store float %487, ptr %484, align 4, !tbaa !5
-  %488 = getelementptr inbounds nuw i8, ptr %120, i64 5648
-  store float 0.000000e+00, ptr %488, align 4, !tbaa !5
-  %489 = getelementptr i8, ptr %119, i64 5648
-  %490 = load float, ptr %489, align 4, !tbaa !5
-  %491 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %490, float %113)
-  store float %491, ptr %488, align 4, !tbaa !5
-  %492 = getelementptr inbounds nuw i8, ptr %120, i64 5652
-  store float 0.000000e+00, ptr %492, align 4, !tbaa !5
-  %493 = getelementptr i8, ptr %119, i64 5652
-  %494 = load float, ptr %493, align 4, !tbaa !5
-  %495 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %494, float %113)
-  store float %495, ptr %492, align 4, !tbaa !5
-  %496 = getelementptr inbounds nuw i8, ptr %120, i64 5656
-  store float 0.000000e+00, ptr %496, align 4, !tbaa !5
-  %497 = getelementptr i8, ptr %119, i64 5656
-  %498 = load float, ptr %497, align 4, !tbaa !5
-  %499 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %498, float %113)
-  store float %499, ptr %496, align 4, !tbaa !5
-  %500 = getelementptr inbounds nuw i8, ptr %147, i64 5660
-  store float 0.000000e+00, ptr %500, align 4, !tbaa !5
-  %501 = getelementptr i8, ptr %119, i64 5660
-  %502 = load float, ptr %501, align 4, !tbaa !5
-  %503 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %502, float %113)
-  store float %503, ptr %500, align 4, !tbaa !5
-  %504 = getelementptr inbounds nuw i8, ptr %120, i64 6144
-  store float 0.000000e+00, ptr %504, align 4, !tbaa !5
-  %505 = getelementptr i8, ptr %119, i64 6144
-  %506 = load float, ptr %505, align 4, !tbaa !5
-  %507 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %506, float %114)
-  store float %507, ptr %504, align 4, !tbaa !5
-  %508 = getelementptr inbounds nuw i8, ptr %120, i64 6148
-  store float 0.000000e+00, ptr %508, align 4, !tbaa !5
-  %509 = getelementptr i8, ptr %119, i64 6148
-  %510 = load float, ptr %509, align 4, !tbaa !5
-  %511 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %510, float %114)
-  store float %511, ptr %508, align 4, !tbaa !5
-  %512 = getelementptr inbounds nuw i8, ptr %120, i64 6152
-  store float 0.000000e+00, ptr %512, align 4, !tbaa !5
-  %513 = getelementptr i8, ptr %119, i64 6152
-  %514 = load float, ptr %513, align 4, !tbaa !5
-  %515 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %514, float %114)
-  store float %515, ptr %512, align 4, !tbaa !5
-  %516 = getelementptr inbounds nuw i8, ptr %120, i64 6156
-  store float 0.000000e+00, ptr %516, align 4, !tbaa !5
-  %517 = getelementptr i8, ptr %119, i64 6156
-  %518 = load float, ptr %517, align 4, !tbaa !5
-  %519 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %518, float %114)
-  store float %519, ptr %516, align 4, !tbaa !5
-  %520 = getelementptr inbounds nuw i8, ptr %120, i64 6160
-  store float 0.000000e+00, ptr %520, align 4, !tbaa !5
-  %521 = getelementptr i8, ptr %119, i64 6160
-  %522 = load float, ptr %521, align 4, !tbaa !5
-  %523 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %522, float %114)
-  store float %523, ptr %520, align 4, !tbaa !5
-  %524 = getelementptr inbounds nuw i8, ptr %120, i64 6164
-  store float 0.000000e+00, ptr %524, align 4, !tbaa !5
-  %525 = getelementptr i8, ptr %119, i64 6164
-  %526 = load float, ptr %525, align 4, !tbaa !5
-  %527 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %526, float %114)
-  store float %527, ptr %524, align 4, !tbaa !5
-  %528 = getelementptr inbounds nuw i8, ptr %120, i64 6168
-  store float 0.000000e+00, ptr %528, align 4, !tbaa !5
-  %529 = getelementptr i8, ptr %119, i64 6168
-  %530 = load float, ptr %529, align 4, !tbaa !5
-  %531 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %530, float %114)
-  store float %531, ptr %528, align 4, !tbaa !5
-  %532 = getelementptr inbounds nuw i8, ptr %147, i64 6172
-  store float 0.000000e+00, ptr %532, align 4, !tbaa !5
-  %533 = getelementptr i8, ptr %119, i64 6172
-  %534 = load float, ptr %533, align 4, !tbaa !5
-  %535 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %534, float %114)
-  store float %535, ptr %532, align 4, !tbaa !5
-  %536 = getelementptr inbounds nuw i8, ptr %120, i64 6656
-  store float 0.000000e+00, ptr %536, align 4, !tbaa !5
-  %537 = getelementptr i8, ptr %119, i64 6656
-  %538 = load float, ptr %537, align 4, !tbaa !5
-  %539 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %538, float %115)
-  store float %539, ptr %536, align 4, !tbaa !5
-  %540 = getelementptr inbounds nuw i8, ptr %120, i64 6660
-  store float 0.000000e+00, ptr %540, align 4, !tbaa !5
-  %541 = getelementptr i8, ptr %119, i64 6660
-  %542 = load float, ptr %541, align 4, !tbaa !5
-  %543 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %542, float %115)
-  store float %543, ptr %540, align 4, !tbaa !5
-  %544 = getelementptr inbounds nuw i8, ptr %120, i64 6664
-  store float 0.000000e+00, ptr %544, align 4, !tbaa !5
-  %545 = getelementptr i8, ptr %119, i64 6664
-  %546 = load float, ptr %545, align 4, !tbaa !5
-  %547 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %546, float %115)
-  store float %547, ptr %544, align 4, !tbaa !5
-  %548 = getelementptr inbounds nuw i8, ptr %120, i64 6668
-  store float 0.000000e+00, ptr %548, align 4, !tbaa !5
-  %549 = getelementptr i8, ptr %119, i64 6668
-  %550 = load float, ptr %549, align 4, !tbaa !5
-  %551 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %550, float %115)
-  store float %551, ptr %548, align 4, !tbaa !5
-  %552 = getelementptr inbounds nuw i8, ptr %120, i64 6672
-  store float 0.000000e+00, ptr %552, align 4, !tbaa !5
-  %553 = getelementptr i8, ptr %119, i64 6672
-  %554 = load float, ptr %553, align 4, !tbaa !5
-  %555 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %554, float %115)
-  store float %555, ptr %552, align 4, !tbaa !5
-  %556 = getelementptr inbounds nuw i8, ptr %120, i64 6676
-  store float 0.000000e+00, ptr %556, align 4, !tbaa !5
-  %557 = getelementptr i8, ptr %119, i64 6676
-  %558 = load float, ptr %557, align 4, !tbaa !5
-  %559 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %558, float %115)
-  store float %559, ptr %556, align 4, !tbaa !5
-  %560 = getelementptr inbounds nuw i8, ptr %120, i64 6680
-  store float 0.000000e+00, ptr %560, align 4, !tbaa !5
-  %561 = getelementptr i8, ptr %119, i64 6680
-  %562 = load float, ptr %561, align 4, !tbaa !5
-  %563 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %562, float %115)
-  store float %563, ptr %560, align 4, !tbaa !5
-  %564 = getelementptr inbounds nuw i8, ptr %147, i64 6684
-  store float 0.000000e+00, ptr %564, align 4, !tbaa !5
-  %565 = getelementptr i8, ptr %119, i64 6684
-  %566 = load float, ptr %565, align 4, !tbaa !5
-  %567 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %566, float %115)
-  store float %567, ptr %564, align 4, !tbaa !5
-  %568 = getelementptr inbounds nuw i8, ptr %120, i64 7168
-  store float 0.000000e+00, ptr %568, align 4, !tbaa !5
-  %569 = getelementptr i8, ptr %119, i64 7168
-  %570 = load float, ptr %569, align 4, !tbaa !5
-  %571 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %570, float %116)
-  store float %571, ptr %568, align 4, !tbaa !5
-  %572 = getelementptr inbounds nuw i8, ptr %120, i64 7172
-  store float 0.000000e+00, ptr %572, align 4, !tbaa !5
-  %573 = getelementptr i8, ptr %119, i64 7172
-  %574 = load float, ptr %573, align 4, !tbaa !5
-  %575 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %574, float %116)
-  store float %575, ptr %572, align 4, !tbaa !5
-  %576 = getelementptr inbounds nuw i8, ptr %120, i64 7176
-  store float 0.000000e+00, ptr %576, align 4, !tbaa !5
-  %577 = getelementptr i8, ptr %119, i64 7176
-  %578 = load float, ptr %577, align 4, !tbaa !5
-  %579 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %578, float %116)
-  store float %579, ptr %576, align 4, !tbaa !5
-  %580 = getelementptr inbounds nuw i8, ptr %120, i64 7180
-  store float 0.000000e+00, ptr %580, align 4, !tbaa !5
-  %581 = getelementptr i8, ptr %119, i64 7180
-  %582 = load float, ptr %581, align 4, !tbaa !5
-  %583 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %582, float %116)
-  store float %583, ptr %580, align 4, !tbaa !5
-  %584 = getelementptr inbounds nuw i8, ptr %120, i64 7184
-  store float 0.000000e+00, ptr %584, align 4, !tbaa !5
-  %585 = getelementptr i8, ptr %119, i64 7184
-  %586 = load float, ptr %585, align 4, !tbaa !5
-  %587 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %586, float %116)
-  store float %587, ptr %584, align 4, !tbaa !5
-  %588 = getelementptr inbounds nuw i8, ptr %120, i64 7188
-  store float 0.000000e+00, ptr %588, align 4, !tbaa !5
-  %589 = getelementptr i8, ptr %119, i64 7188
-  %590 = load float, ptr %589, align 4, !tbaa !5
-  %591 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %590, float %116)
-  store float %591, ptr %588, align 4, !tbaa !5
-  %592 = getelementptr inbounds nuw i8, ptr %120, i64 7192
-  store float 0.000000e+00, ptr %592, align 4, !tbaa !5
-  %593 = getelementptr i8, ptr %119, i64 7192
-  %594 = load float, ptr %593, align 4, !tbaa !5
-  %595 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %594, float %116)
-  store float %595, ptr %592, align 4, !tbaa !5
-  %596 = getelementptr inbounds nuw i8, ptr %147, i64 7196
-  store float 0.000000e+00, ptr %596, align 4, !tbaa !5
-  %597 = getelementptr i8, ptr %119, i64 7196
-  %598 = load float, ptr %597, align 4, !tbaa !5
-  %599 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %598, float %116)
-  store float %599, ptr %596, align 4, !tbaa !5
-  %600 = getelementptr inbounds nuw i8, ptr %120, i64 7680
-  store float 0.000000e+00, ptr %600, align 4, !tbaa !5
-  %601 = getelementptr i8, ptr %119, i64 7680
-  %602 = load float, ptr %601, align 4, !tbaa !5
-  %603 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %602, float %117)
-  store float %603, ptr %600, align 4, !tbaa !5
-  %604 = getelementptr inbounds nuw i8, ptr %120, i64 7684
-  store float 0.000000e+00, ptr %604, align 4, !tbaa !5
-  %605 = getelementptr i8, ptr %119, i64 7684
-  %606 = load float, ptr %605, align 4, !tbaa !5
-  %607 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %606, float %117)
-  store float %607, ptr %604, align 4, !tbaa !5
-  %608 = getelementptr inbounds nuw i8, ptr %120, i64 7688
-  store float 0.000000e+00, ptr %608, align 4, !tbaa !5
-  %609 = getelementptr i8, ptr %119, i64 7688
-  %610 = load float, ptr %609, align 4, !tbaa !5
-  %611 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %610, float %117)
-  store float %611, ptr %608, align 4, !tbaa !5
-  %612 = getelementptr inbounds nuw i8, ptr %120, i64 7692
-  store float 0.000000e+00, ptr %612, align 4, !tbaa !5
-  %613 = getelementptr i8, ptr %119, i64 7692
-  %614 = load float, ptr %613, align 4, !tbaa !5
-  %615 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %614, float %117)
-  store float %615, ptr %612, align 4, !tbaa !5
-  %616 = getelementptr inbounds nuw i8, ptr %120, i64 7696
-  store float 0.000000e+00, ptr %616, align 4, !tbaa !5
-  %617 = getelementptr i8, ptr %119, i64 7696
-  %618 = load float, ptr %617, align 4, !tbaa !5
-  %619 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %618, float %117)
-  store float %619, ptr %616, align 4, !tbaa !5
-  %620 = getelementptr inbounds nuw i8, ptr %120, i64 7700
-  store float 0.000000e+00, ptr %620, align 4, !tbaa !5
-  %621 = getelementptr i8, ptr %119, i64 7700
-  %622 = load float, ptr %621, align 4, !tbaa !5
-  %623 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %622, float %117)
-  store float %623, ptr %620, align 4, !tbaa !5
-  %624 = getelementptr inbounds nuw i8, ptr %120, i64 7704
-  store float 0.000000e+00, ptr %624, align 4, !tbaa !5
-  %625 = getelementptr i8, ptr %119, i64 7704
-  %626 = load float, ptr %625, align 4, !tbaa !5
-  %627 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %626, float %117)
-  store float %627, ptr %624, align 4, !tbaa !5
-  %628 = getelementptr inbounds nuw i8, ptr %147, i64 7708
-  store float 0.000000e+00, ptr %628, align 4, !tbaa !5
-  %629 = getelementptr i8, ptr %119, i64 7708
-  %630 = load float, ptr %629, align 4, !tbaa !5
-  %631 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %630, float %117)
-  store float %631, ptr %628, align 4, !tbaa !5
-  %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
-  %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 16
-  br i1 %exitcond.not.i.us, label %for_end_d_0.i, label %if_then17.i.us, !prof !16
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %104 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %105 = load float, ptr %104, align 4, !tbaa !144
+  %106 = insertelement <16 x float> poison, float %105, i64 0
+  %107 = shufflevector <16 x float> %106, <16 x float> poison, <16 x i32> zeroinitializer
+  %108 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %109 = getelementptr float, ptr %103, i64 %108
+  %110 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %111 = load float, ptr %110, align 4, !tbaa !145
+  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
+  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !5
+  %113 = load <16 x float>, ptr %109, align 4, !tbaa !5
+  %.scalar = fmul float %111, 0.000000e+00
+  %114 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
+  %116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %113, <16 x float> %115)
+  store <16 x float> %116, ptr %112, align 4, !tbaa !5
+  %117 = getelementptr inbounds nuw i8, ptr %112, i64 64
+  store <16 x float> zeroinitializer, ptr %117, align 4, !tbaa !5
+  %118 = getelementptr i8, ptr %109, i64 64
+  %119 = load <16 x float>, ptr %118, align 4, !tbaa !5
+  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %119, <16 x float> %115)
+  store <16 x float> %120, ptr %117, align 4, !tbaa !5
+  %121 = getelementptr inbounds nuw i8, ptr %112, i64 128
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !5
+  %122 = getelementptr i8, ptr %109, i64 128
+  %123 = load <16 x float>, ptr %122, align 4, !tbaa !5
+  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %123, <16 x float> %115)
+  store <16 x float> %124, ptr %121, align 4, !tbaa !5
+  %125 = getelementptr inbounds nuw i8, ptr %112, i64 192
+  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !5
+  %126 = getelementptr i8, ptr %109, i64 192
+  %127 = load <16 x float>, ptr %126, align 4, !tbaa !5
+  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %127, <16 x float> %115)
+  store <16 x float> %128, ptr %125, align 4, !tbaa !5
+  %129 = getelementptr inbounds nuw i8, ptr %112, i64 256
+  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !5
+  %130 = getelementptr i8, ptr %109, i64 256
+  %131 = load <16 x float>, ptr %130, align 4, !tbaa !5
+  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %131, <16 x float> %115)
+  store <16 x float> %132, ptr %129, align 4, !tbaa !5
+  %133 = getelementptr inbounds nuw i8, ptr %112, i64 320
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !5
+  %134 = getelementptr i8, ptr %109, i64 320
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !5
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %135, <16 x float> %115)
+  store <16 x float> %136, ptr %133, align 4, !tbaa !5
+  %137 = getelementptr inbounds nuw i8, ptr %112, i64 384
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !5
+  %138 = getelementptr i8, ptr %109, i64 384
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !5
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %139, <16 x float> %115)
+  store <16 x float> %140, ptr %137, align 4, !tbaa !5
+  %141 = getelementptr inbounds nuw i8, ptr %112, i64 448
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
+  %142 = getelementptr i8, ptr %109, i64 448
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %143, <16 x float> %115)
+  store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
+  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
 
-for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %639, %for_end_d_0.i ]
-  %m212.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
-  %632 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %633 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %634 = select <16 x i1> %633, <16 x float> zeroinitializer, <16 x float> %632
-  store <16 x float> %634, ptr %factor171.i, align 16, !tbaa !130
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %102, %for_end_r_0.i ]
+  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  %145 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %146 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %147 = select <16 x i1> %146, <16 x float> zeroinitializer, <16 x float> %145
+  store <16 x float> %147, ptr %factor34.i, align 16, !tbaa !146
   %sext28 = shl i64 %20, 32
-  %635 = ashr exact i64 %sext28, 32
-  %636 = mul nsw i64 %out_batch, %635
-  %637 = getelementptr float, ptr %out, i64 %636
-  br label %for_begin_d_0156.preheader.i
+  %148 = ashr exact i64 %sext28, 32
+  %149 = mul nsw i64 %out_batch, %148
+  %150 = getelementptr float, ptr %out, i64 %149
+  br label %for_begin_d_019.preheader.i
 
-for_end_d_0.i:                                    ; preds = %if_then17.i, %if_then17.i.us
-  %638 = fmul <16 x float> %old_sum.i, %79
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %100, <16 x float> %54, <16 x float> %638)
-  %indvars.iv.next239.i = add nuw nsw i64 %indvars.iv238.i, 1
-  %exitcond241.not.i = icmp eq i64 %indvars.iv.next239.i, %wide.trip.count.i
-  br i1 %exitcond241.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
-
-if_then17.i:                                      ; preds = %if_then17.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %if_then17.i ], [ 0, %for_body_step.i ]
-  %640 = shl nuw nsw i64 %indvars.iv.i, 3
-  %641 = getelementptr float, ptr %101, i64 %640
-  %642 = getelementptr inbounds nuw float, ptr %acc.i, i64 %640
-  %.pre.i = load float, ptr %642, align 4, !tbaa !5
-  %643 = load float, ptr %641, align 4, !tbaa !5
-  %644 = fmul float %alpha175.sroa.0.0.vec.extract.i, %.pre.i
-  %645 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %643, float %644)
-  store float %645, ptr %642, align 4, !tbaa !5
-  %646 = getelementptr i8, ptr %641, i64 4
-  %647 = load float, ptr %646, align 4, !tbaa !5
-  %648 = getelementptr inbounds nuw i8, ptr %642, i64 4
-  %649 = load float, ptr %648, align 4, !tbaa !5
-  %650 = fmul float %alpha175.sroa.0.0.vec.extract.i, %649
-  %651 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %647, float %650)
-  store float %651, ptr %648, align 4, !tbaa !5
-  %652 = getelementptr i8, ptr %641, i64 8
-  %653 = load float, ptr %652, align 4, !tbaa !5
-  %654 = getelementptr inbounds nuw i8, ptr %642, i64 8
-  %655 = load float, ptr %654, align 4, !tbaa !5
-  %656 = fmul float %alpha175.sroa.0.0.vec.extract.i, %655
-  %657 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %653, float %656)
-  store float %657, ptr %654, align 4, !tbaa !5
-  %658 = getelementptr i8, ptr %641, i64 12
-  %659 = load float, ptr %658, align 4, !tbaa !5
-  %660 = getelementptr inbounds nuw i8, ptr %642, i64 12
-  %661 = load float, ptr %660, align 4, !tbaa !5
-  %662 = fmul float %alpha175.sroa.0.0.vec.extract.i, %661
-  %663 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %659, float %662)
-  store float %663, ptr %660, align 4, !tbaa !5
-  %664 = getelementptr i8, ptr %641, i64 16
-  %665 = load float, ptr %664, align 4, !tbaa !5
-  %666 = getelementptr inbounds nuw i8, ptr %642, i64 16
-  %667 = load float, ptr %666, align 4, !tbaa !5
-  %668 = fmul float %alpha175.sroa.0.0.vec.extract.i, %667
-  %669 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %665, float %668)
-  store float %669, ptr %666, align 4, !tbaa !5
-  %670 = getelementptr i8, ptr %641, i64 20
-  %671 = load float, ptr %670, align 4, !tbaa !5
-  %672 = getelementptr inbounds nuw i8, ptr %642, i64 20
-  %673 = load float, ptr %672, align 4, !tbaa !5
-  %674 = fmul float %alpha175.sroa.0.0.vec.extract.i, %673
-  %675 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %671, float %674)
-  store float %675, ptr %672, align 4, !tbaa !5
-  %676 = getelementptr i8, ptr %641, i64 24
-  %677 = load float, ptr %676, align 4, !tbaa !5
-  %678 = getelementptr inbounds nuw i8, ptr %642, i64 24
-  %679 = load float, ptr %678, align 4, !tbaa !5
-  %680 = fmul float %alpha175.sroa.0.0.vec.extract.i, %679
-  %681 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %677, float %680)
-  store float %681, ptr %678, align 4, !tbaa !5
-  %682 = getelementptr i8, ptr %641, i64 28
-  %683 = load float, ptr %682, align 4, !tbaa !5
-  %684 = getelementptr inbounds nuw i8, ptr %642, i64 28
-  %685 = load float, ptr %684, align 4, !tbaa !5
-  %686 = fmul float %alpha175.sroa.0.0.vec.extract.i, %685
-  %687 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.0.vec.extract.i, float %683, float %686)
-  store float %687, ptr %684, align 4, !tbaa !5
-  %.phi.trans.insert257.i = getelementptr inbounds nuw i8, ptr %642, i64 512
-  %.pre258.i = load float, ptr %.phi.trans.insert257.i, align 4, !tbaa !5
-  %688 = getelementptr i8, ptr %641, i64 512
-  %689 = load float, ptr %688, align 4, !tbaa !5
-  %690 = fmul float %alpha175.sroa.0.4.vec.extract.i, %.pre258.i
-  %691 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %689, float %690)
-  store float %691, ptr %.phi.trans.insert257.i, align 4, !tbaa !5
-  %692 = getelementptr i8, ptr %641, i64 516
-  %693 = load float, ptr %692, align 4, !tbaa !5
-  %694 = getelementptr inbounds nuw i8, ptr %642, i64 516
-  %695 = load float, ptr %694, align 4, !tbaa !5
-  %696 = fmul float %alpha175.sroa.0.4.vec.extract.i, %695
-  %697 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %693, float %696)
-  store float %697, ptr %694, align 4, !tbaa !5
-  %698 = getelementptr i8, ptr %641, i64 520
-  %699 = load float, ptr %698, align 4, !tbaa !5
-  %700 = getelementptr inbounds nuw i8, ptr %642, i64 520
-  %701 = load float, ptr %700, align 4, !tbaa !5
-  %702 = fmul float %alpha175.sroa.0.4.vec.extract.i, %701
-  %703 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %699, float %702)
-  store float %703, ptr %700, align 4, !tbaa !5
-  %704 = getelementptr i8, ptr %641, i64 524
-  %705 = load float, ptr %704, align 4, !tbaa !5
-  %706 = getelementptr inbounds nuw i8, ptr %642, i64 524
-  %707 = load float, ptr %706, align 4, !tbaa !5
-  %708 = fmul float %alpha175.sroa.0.4.vec.extract.i, %707
-  %709 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %705, float %708)
-  store float %709, ptr %706, align 4, !tbaa !5
-  %710 = getelementptr i8, ptr %641, i64 528
-  %711 = load float, ptr %710, align 4, !tbaa !5
-  %712 = getelementptr inbounds nuw i8, ptr %642, i64 528
-  %713 = load float, ptr %712, align 4, !tbaa !5
-  %714 = fmul float %alpha175.sroa.0.4.vec.extract.i, %713
-  %715 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %711, float %714)
-  store float %715, ptr %712, align 4, !tbaa !5
-  %716 = getelementptr i8, ptr %641, i64 532
-  %717 = load float, ptr %716, align 4, !tbaa !5
-  %718 = getelementptr inbounds nuw i8, ptr %642, i64 532
-  %719 = load float, ptr %718, align 4, !tbaa !5
-  %720 = fmul float %alpha175.sroa.0.4.vec.extract.i, %719
-  %721 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %717, float %720)
-  store float %721, ptr %718, align 4, !tbaa !5
-  %722 = getelementptr i8, ptr %641, i64 536
-  %723 = load float, ptr %722, align 4, !tbaa !5
-  %724 = getelementptr inbounds nuw i8, ptr %642, i64 536
-  %725 = load float, ptr %724, align 4, !tbaa !5
-  %726 = fmul float %alpha175.sroa.0.4.vec.extract.i, %725
-  %727 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %723, float %726)
-  store float %727, ptr %724, align 4, !tbaa !5
-  %728 = getelementptr i8, ptr %641, i64 540
-  %729 = load float, ptr %728, align 4, !tbaa !5
-  %730 = getelementptr inbounds nuw i8, ptr %642, i64 540
-  %731 = load float, ptr %730, align 4, !tbaa !5
-  %732 = fmul float %alpha175.sroa.0.4.vec.extract.i, %731
-  %733 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.4.vec.extract.i, float %729, float %732)
-  store float %733, ptr %730, align 4, !tbaa !5
-  %.phi.trans.insert260.i = getelementptr inbounds nuw i8, ptr %642, i64 1024
-  %.pre261.i = load float, ptr %.phi.trans.insert260.i, align 4, !tbaa !5
-  %734 = getelementptr i8, ptr %641, i64 1024
-  %735 = load float, ptr %734, align 4, !tbaa !5
-  %736 = fmul float %alpha175.sroa.0.8.vec.extract.i, %.pre261.i
-  %737 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %735, float %736)
-  store float %737, ptr %.phi.trans.insert260.i, align 4, !tbaa !5
-  %738 = getelementptr i8, ptr %641, i64 1028
-  %739 = load float, ptr %738, align 4, !tbaa !5
-  %740 = getelementptr inbounds nuw i8, ptr %642, i64 1028
-  %741 = load float, ptr %740, align 4, !tbaa !5
-  %742 = fmul float %alpha175.sroa.0.8.vec.extract.i, %741
-  %743 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %739, float %742)
-  store float %743, ptr %740, align 4, !tbaa !5
-  %744 = getelementptr i8, ptr %641, i64 1032
-  %745 = load float, ptr %744, align 4, !tbaa !5
-  %746 = getelementptr inbounds nuw i8, ptr %642, i64 1032
-  %747 = load float, ptr %746, align 4, !tbaa !5
-  %748 = fmul float %alpha175.sroa.0.8.vec.extract.i, %747
-  %749 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %745, float %748)
-  store float %749, ptr %746, align 4, !tbaa !5
-  %750 = getelementptr i8, ptr %641, i64 1036
-  %751 = load float, ptr %750, align 4, !tbaa !5
-  %752 = getelementptr inbounds nuw i8, ptr %642, i64 1036
-  %753 = load float, ptr %752, align 4, !tbaa !5
-  %754 = fmul float %alpha175.sroa.0.8.vec.extract.i, %753
-  %755 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %751, float %754)
-  store float %755, ptr %752, align 4, !tbaa !5
-  %756 = getelementptr i8, ptr %641, i64 1040
-  %757 = load float, ptr %756, align 4, !tbaa !5
-  %758 = getelementptr inbounds nuw i8, ptr %642, i64 1040
-  %759 = load float, ptr %758, align 4, !tbaa !5
-  %760 = fmul float %alpha175.sroa.0.8.vec.extract.i, %759
-  %761 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %757, float %760)
-  store float %761, ptr %758, align 4, !tbaa !5
-  %762 = getelementptr i8, ptr %641, i64 1044
-  %763 = load float, ptr %762, align 4, !tbaa !5
-  %764 = getelementptr inbounds nuw i8, ptr %642, i64 1044
-  %765 = load float, ptr %764, align 4, !tbaa !5
-  %766 = fmul float %alpha175.sroa.0.8.vec.extract.i, %765
-  %767 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %763, float %766)
-  store float %767, ptr %764, align 4, !tbaa !5
-  %768 = getelementptr i8, ptr %641, i64 1048
-  %769 = load float, ptr %768, align 4, !tbaa !5
-  %770 = getelementptr inbounds nuw i8, ptr %642, i64 1048
-  %771 = load float, ptr %770, align 4, !tbaa !5
-  %772 = fmul float %alpha175.sroa.0.8.vec.extract.i, %771
-  %773 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %769, float %772)
-  store float %773, ptr %770, align 4, !tbaa !5
-  %774 = getelementptr i8, ptr %641, i64 1052
-  %775 = load float, ptr %774, align 4, !tbaa !5
-  %776 = getelementptr inbounds nuw i8, ptr %642, i64 1052
-  %777 = load float, ptr %776, align 4, !tbaa !5
-  %778 = fmul float %alpha175.sroa.0.8.vec.extract.i, %777
-  %779 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.8.vec.extract.i, float %775, float %778)
-  store float %779, ptr %776, align 4, !tbaa !5
-  %.phi.trans.insert263.i = getelementptr inbounds nuw i8, ptr %642, i64 1536
-  %.pre264.i = load float, ptr %.phi.trans.insert263.i, align 4, !tbaa !5
-  %780 = getelementptr i8, ptr %641, i64 1536
-  %781 = load float, ptr %780, align 4, !tbaa !5
-  %782 = fmul float %alpha175.sroa.0.12.vec.extract.i, %.pre264.i
-  %783 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %781, float %782)
-  store float %783, ptr %.phi.trans.insert263.i, align 4, !tbaa !5
-  %784 = getelementptr i8, ptr %641, i64 1540
-  %785 = load float, ptr %784, align 4, !tbaa !5
-  %786 = getelementptr inbounds nuw i8, ptr %642, i64 1540
-  %787 = load float, ptr %786, align 4, !tbaa !5
-  %788 = fmul float %alpha175.sroa.0.12.vec.extract.i, %787
-  %789 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %785, float %788)
-  store float %789, ptr %786, align 4, !tbaa !5
-  %790 = getelementptr i8, ptr %641, i64 1544
-  %791 = load float, ptr %790, align 4, !tbaa !5
-  %792 = getelementptr inbounds nuw i8, ptr %642, i64 1544
-  %793 = load float, ptr %792, align 4, !tbaa !5
-  %794 = fmul float %alpha175.sroa.0.12.vec.extract.i, %793
-  %795 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %791, float %794)
-  store float %795, ptr %792, align 4, !tbaa !5
-  %796 = getelementptr i8, ptr %641, i64 1548
-  %797 = load float, ptr %796, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %642, i64 1548
-  %799 = load float, ptr %798, align 4, !tbaa !5
-  %800 = fmul float %alpha175.sroa.0.12.vec.extract.i, %799
-  %801 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %797, float %800)
-  store float %801, ptr %798, align 4, !tbaa !5
-  %802 = getelementptr i8, ptr %641, i64 1552
-  %803 = load float, ptr %802, align 4, !tbaa !5
-  %804 = getelementptr inbounds nuw i8, ptr %642, i64 1552
-  %805 = load float, ptr %804, align 4, !tbaa !5
-  %806 = fmul float %alpha175.sroa.0.12.vec.extract.i, %805
-  %807 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %803, float %806)
-  store float %807, ptr %804, align 4, !tbaa !5
-  %808 = getelementptr i8, ptr %641, i64 1556
-  %809 = load float, ptr %808, align 4, !tbaa !5
-  %810 = getelementptr inbounds nuw i8, ptr %642, i64 1556
-  %811 = load float, ptr %810, align 4, !tbaa !5
-  %812 = fmul float %alpha175.sroa.0.12.vec.extract.i, %811
-  %813 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %809, float %812)
-  store float %813, ptr %810, align 4, !tbaa !5
-  %814 = getelementptr i8, ptr %641, i64 1560
-  %815 = load float, ptr %814, align 4, !tbaa !5
-  %816 = getelementptr inbounds nuw i8, ptr %642, i64 1560
-  %817 = load float, ptr %816, align 4, !tbaa !5
-  %818 = fmul float %alpha175.sroa.0.12.vec.extract.i, %817
-  %819 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %815, float %818)
-  store float %819, ptr %816, align 4, !tbaa !5
-  %820 = getelementptr i8, ptr %641, i64 1564
-  %821 = load float, ptr %820, align 4, !tbaa !5
-  %822 = getelementptr inbounds nuw i8, ptr %642, i64 1564
-  %823 = load float, ptr %822, align 4, !tbaa !5
-  %824 = fmul float %alpha175.sroa.0.12.vec.extract.i, %823
-  %825 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.12.vec.extract.i, float %821, float %824)
-  store float %825, ptr %822, align 4, !tbaa !5
-  %.phi.trans.insert266.i = getelementptr inbounds nuw i8, ptr %642, i64 2048
-  %.pre267.i = load float, ptr %.phi.trans.insert266.i, align 4, !tbaa !5
-  %826 = getelementptr i8, ptr %641, i64 2048
-  %827 = load float, ptr %826, align 4, !tbaa !5
-  %828 = fmul float %alpha175.sroa.0.16.vec.extract.i, %.pre267.i
-  %829 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %827, float %828)
-  store float %829, ptr %.phi.trans.insert266.i, align 4, !tbaa !5
-  %830 = getelementptr i8, ptr %641, i64 2052
-  %831 = load float, ptr %830, align 4, !tbaa !5
-  %832 = getelementptr inbounds nuw i8, ptr %642, i64 2052
-  %833 = load float, ptr %832, align 4, !tbaa !5
-  %834 = fmul float %alpha175.sroa.0.16.vec.extract.i, %833
-  %835 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %831, float %834)
-  store float %835, ptr %832, align 4, !tbaa !5
-  %836 = getelementptr i8, ptr %641, i64 2056
-  %837 = load float, ptr %836, align 4, !tbaa !5
-  %838 = getelementptr inbounds nuw i8, ptr %642, i64 2056
-  %839 = load float, ptr %838, align 4, !tbaa !5
-  %840 = fmul float %alpha175.sroa.0.16.vec.extract.i, %839
-  %841 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %837, float %840)
-  store float %841, ptr %838, align 4, !tbaa !5
-  %842 = getelementptr i8, ptr %641, i64 2060
-  %843 = load float, ptr %842, align 4, !tbaa !5
-  %844 = getelementptr inbounds nuw i8, ptr %642, i64 2060
-  %845 = load float, ptr %844, align 4, !tbaa !5
-  %846 = fmul float %alpha175.sroa.0.16.vec.extract.i, %845
-  %847 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %843, float %846)
-  store float %847, ptr %844, align 4, !tbaa !5
-  %848 = getelementptr i8, ptr %641, i64 2064
-  %849 = load float, ptr %848, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %642, i64 2064
-  %851 = load float, ptr %850, align 4, !tbaa !5
-  %852 = fmul float %alpha175.sroa.0.16.vec.extract.i, %851
-  %853 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %849, float %852)
-  store float %853, ptr %850, align 4, !tbaa !5
-  %854 = getelementptr i8, ptr %641, i64 2068
-  %855 = load float, ptr %854, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %642, i64 2068
-  %857 = load float, ptr %856, align 4, !tbaa !5
-  %858 = fmul float %alpha175.sroa.0.16.vec.extract.i, %857
-  %859 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %855, float %858)
-  store float %859, ptr %856, align 4, !tbaa !5
-  %860 = getelementptr i8, ptr %641, i64 2072
-  %861 = load float, ptr %860, align 4, !tbaa !5
-  %862 = getelementptr inbounds nuw i8, ptr %642, i64 2072
-  %863 = load float, ptr %862, align 4, !tbaa !5
-  %864 = fmul float %alpha175.sroa.0.16.vec.extract.i, %863
-  %865 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %861, float %864)
-  store float %865, ptr %862, align 4, !tbaa !5
-  %866 = getelementptr i8, ptr %641, i64 2076
-  %867 = load float, ptr %866, align 4, !tbaa !5
-  %868 = getelementptr inbounds nuw i8, ptr %642, i64 2076
-  %869 = load float, ptr %868, align 4, !tbaa !5
-  %870 = fmul float %alpha175.sroa.0.16.vec.extract.i, %869
-  %871 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.16.vec.extract.i, float %867, float %870)
-  store float %871, ptr %868, align 4, !tbaa !5
-  %.phi.trans.insert269.i = getelementptr inbounds nuw i8, ptr %642, i64 2560
-  %.pre270.i = load float, ptr %.phi.trans.insert269.i, align 4, !tbaa !5
-  %872 = getelementptr i8, ptr %641, i64 2560
-  %873 = load float, ptr %872, align 4, !tbaa !5
-  %874 = fmul float %alpha175.sroa.0.20.vec.extract.i, %.pre270.i
-  %875 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %873, float %874)
-  store float %875, ptr %.phi.trans.insert269.i, align 4, !tbaa !5
-  %876 = getelementptr i8, ptr %641, i64 2564
-  %877 = load float, ptr %876, align 4, !tbaa !5
-  %878 = getelementptr inbounds nuw i8, ptr %642, i64 2564
-  %879 = load float, ptr %878, align 4, !tbaa !5
-  %880 = fmul float %alpha175.sroa.0.20.vec.extract.i, %879
-  %881 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %877, float %880)
-  store float %881, ptr %878, align 4, !tbaa !5
-  %882 = getelementptr i8, ptr %641, i64 2568
-  %883 = load float, ptr %882, align 4, !tbaa !5
-  %884 = getelementptr inbounds nuw i8, ptr %642, i64 2568
-  %885 = load float, ptr %884, align 4, !tbaa !5
-  %886 = fmul float %alpha175.sroa.0.20.vec.extract.i, %885
-  %887 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %883, float %886)
-  store float %887, ptr %884, align 4, !tbaa !5
-  %888 = getelementptr i8, ptr %641, i64 2572
-  %889 = load float, ptr %888, align 4, !tbaa !5
-  %890 = getelementptr inbounds nuw i8, ptr %642, i64 2572
-  %891 = load float, ptr %890, align 4, !tbaa !5
-  %892 = fmul float %alpha175.sroa.0.20.vec.extract.i, %891
-  %893 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %889, float %892)
-  store float %893, ptr %890, align 4, !tbaa !5
-  %894 = getelementptr i8, ptr %641, i64 2576
-  %895 = load float, ptr %894, align 4, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %642, i64 2576
-  %897 = load float, ptr %896, align 4, !tbaa !5
-  %898 = fmul float %alpha175.sroa.0.20.vec.extract.i, %897
-  %899 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %895, float %898)
-  store float %899, ptr %896, align 4, !tbaa !5
-  %900 = getelementptr i8, ptr %641, i64 2580
-  %901 = load float, ptr %900, align 4, !tbaa !5
-  %902 = getelementptr inbounds nuw i8, ptr %642, i64 2580
-  %903 = load float, ptr %902, align 4, !tbaa !5
-  %904 = fmul float %alpha175.sroa.0.20.vec.extract.i, %903
-  %905 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %901, float %904)
-  store float %905, ptr %902, align 4, !tbaa !5
-  %906 = getelementptr i8, ptr %641, i64 2584
-  %907 = load float, ptr %906, align 4, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %642, i64 2584
-  %909 = load float, ptr %908, align 4, !tbaa !5
-  %910 = fmul float %alpha175.sroa.0.20.vec.extract.i, %909
-  %911 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %907, float %910)
-  store float %911, ptr %908, align 4, !tbaa !5
-  %912 = getelementptr i8, ptr %641, i64 2588
-  %913 = load float, ptr %912, align 4, !tbaa !5
-  %914 = getelementptr inbounds nuw i8, ptr %642, i64 2588
-  %915 = load float, ptr %914, align 4, !tbaa !5
-  %916 = fmul float %alpha175.sroa.0.20.vec.extract.i, %915
-  %917 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.20.vec.extract.i, float %913, float %916)
-  store float %917, ptr %914, align 4, !tbaa !5
-  %.phi.trans.insert272.i = getelementptr inbounds nuw i8, ptr %642, i64 3072
-  %.pre273.i = load float, ptr %.phi.trans.insert272.i, align 4, !tbaa !5
-  %918 = getelementptr i8, ptr %641, i64 3072
-  %919 = load float, ptr %918, align 4, !tbaa !5
-  %920 = fmul float %alpha175.sroa.0.24.vec.extract.i, %.pre273.i
-  %921 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %919, float %920)
-  store float %921, ptr %.phi.trans.insert272.i, align 4, !tbaa !5
-  %922 = getelementptr i8, ptr %641, i64 3076
-  %923 = load float, ptr %922, align 4, !tbaa !5
-  %924 = getelementptr inbounds nuw i8, ptr %642, i64 3076
-  %925 = load float, ptr %924, align 4, !tbaa !5
-  %926 = fmul float %alpha175.sroa.0.24.vec.extract.i, %925
-  %927 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %923, float %926)
-  store float %927, ptr %924, align 4, !tbaa !5
-  %928 = getelementptr i8, ptr %641, i64 3080
-  %929 = load float, ptr %928, align 4, !tbaa !5
-  %930 = getelementptr inbounds nuw i8, ptr %642, i64 3080
-  %931 = load float, ptr %930, align 4, !tbaa !5
-  %932 = fmul float %alpha175.sroa.0.24.vec.extract.i, %931
-  %933 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %929, float %932)
-  store float %933, ptr %930, align 4, !tbaa !5
-  %934 = getelementptr i8, ptr %641, i64 3084
-  %935 = load float, ptr %934, align 4, !tbaa !5
-  %936 = getelementptr inbounds nuw i8, ptr %642, i64 3084
-  %937 = load float, ptr %936, align 4, !tbaa !5
-  %938 = fmul float %alpha175.sroa.0.24.vec.extract.i, %937
-  %939 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %935, float %938)
-  store float %939, ptr %936, align 4, !tbaa !5
-  %940 = getelementptr i8, ptr %641, i64 3088
-  %941 = load float, ptr %940, align 4, !tbaa !5
-  %942 = getelementptr inbounds nuw i8, ptr %642, i64 3088
-  %943 = load float, ptr %942, align 4, !tbaa !5
-  %944 = fmul float %alpha175.sroa.0.24.vec.extract.i, %943
-  %945 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %941, float %944)
-  store float %945, ptr %942, align 4, !tbaa !5
-  %946 = getelementptr i8, ptr %641, i64 3092
-  %947 = load float, ptr %946, align 4, !tbaa !5
-  %948 = getelementptr inbounds nuw i8, ptr %642, i64 3092
-  %949 = load float, ptr %948, align 4, !tbaa !5
-  %950 = fmul float %alpha175.sroa.0.24.vec.extract.i, %949
-  %951 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %947, float %950)
-  store float %951, ptr %948, align 4, !tbaa !5
-  %952 = getelementptr i8, ptr %641, i64 3096
-  %953 = load float, ptr %952, align 4, !tbaa !5
-  %954 = getelementptr inbounds nuw i8, ptr %642, i64 3096
-  %955 = load float, ptr %954, align 4, !tbaa !5
-  %956 = fmul float %alpha175.sroa.0.24.vec.extract.i, %955
-  %957 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %953, float %956)
-  store float %957, ptr %954, align 4, !tbaa !5
-  %958 = getelementptr i8, ptr %641, i64 3100
-  %959 = load float, ptr %958, align 4, !tbaa !5
-  %960 = getelementptr inbounds nuw i8, ptr %642, i64 3100
-  %961 = load float, ptr %960, align 4, !tbaa !5
-  %962 = fmul float %alpha175.sroa.0.24.vec.extract.i, %961
-  %963 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.24.vec.extract.i, float %959, float %962)
-  store float %963, ptr %960, align 4, !tbaa !5
-  %.phi.trans.insert275.i = getelementptr inbounds nuw i8, ptr %642, i64 3584
-  %.pre276.i = load float, ptr %.phi.trans.insert275.i, align 4, !tbaa !5
-  %964 = getelementptr i8, ptr %641, i64 3584
-  %965 = load float, ptr %964, align 4, !tbaa !5
-  %966 = fmul float %alpha175.sroa.0.28.vec.extract.i, %.pre276.i
-  %967 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %965, float %966)
-  store float %967, ptr %.phi.trans.insert275.i, align 4, !tbaa !5
-  %968 = getelementptr i8, ptr %641, i64 3588
-  %969 = load float, ptr %968, align 4, !tbaa !5
-  %970 = getelementptr inbounds nuw i8, ptr %642, i64 3588
-  %971 = load float, ptr %970, align 4, !tbaa !5
-  %972 = fmul float %alpha175.sroa.0.28.vec.extract.i, %971
-  %973 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %969, float %972)
-  store float %973, ptr %970, align 4, !tbaa !5
-  %974 = getelementptr i8, ptr %641, i64 3592
-  %975 = load float, ptr %974, align 4, !tbaa !5
-  %976 = getelementptr inbounds nuw i8, ptr %642, i64 3592
-  %977 = load float, ptr %976, align 4, !tbaa !5
-  %978 = fmul float %alpha175.sroa.0.28.vec.extract.i, %977
-  %979 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %975, float %978)
-  store float %979, ptr %976, align 4, !tbaa !5
-  %980 = getelementptr i8, ptr %641, i64 3596
-  %981 = load float, ptr %980, align 4, !tbaa !5
-  %982 = getelementptr inbounds nuw i8, ptr %642, i64 3596
-  %983 = load float, ptr %982, align 4, !tbaa !5
-  %984 = fmul float %alpha175.sroa.0.28.vec.extract.i, %983
-  %985 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %981, float %984)
-  store float %985, ptr %982, align 4, !tbaa !5
-  %986 = getelementptr i8, ptr %641, i64 3600
-  %987 = load float, ptr %986, align 4, !tbaa !5
-  %988 = getelementptr inbounds nuw i8, ptr %642, i64 3600
-  %989 = load float, ptr %988, align 4, !tbaa !5
-  %990 = fmul float %alpha175.sroa.0.28.vec.extract.i, %989
-  %991 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %987, float %990)
-  store float %991, ptr %988, align 4, !tbaa !5
-  %992 = getelementptr i8, ptr %641, i64 3604
-  %993 = load float, ptr %992, align 4, !tbaa !5
-  %994 = getelementptr inbounds nuw i8, ptr %642, i64 3604
-  %995 = load float, ptr %994, align 4, !tbaa !5
-  %996 = fmul float %alpha175.sroa.0.28.vec.extract.i, %995
-  %997 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %993, float %996)
-  store float %997, ptr %994, align 4, !tbaa !5
-  %998 = getelementptr i8, ptr %641, i64 3608
-  %999 = load float, ptr %998, align 4, !tbaa !5
-  %1000 = getelementptr inbounds nuw i8, ptr %642, i64 3608
-  %1001 = load float, ptr %1000, align 4, !tbaa !5
-  %1002 = fmul float %alpha175.sroa.0.28.vec.extract.i, %1001
-  %1003 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %999, float %1002)
-  store float %1003, ptr %1000, align 4, !tbaa !5
-  %1004 = getelementptr i8, ptr %641, i64 3612
-  %1005 = load float, ptr %1004, align 4, !tbaa !5
-  %1006 = getelementptr inbounds nuw i8, ptr %642, i64 3612
-  %1007 = load float, ptr %1006, align 4, !tbaa !5
-  %1008 = fmul float %alpha175.sroa.0.28.vec.extract.i, %1007
-  %1009 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.28.vec.extract.i, float %1005, float %1008)
-  store float %1009, ptr %1006, align 4, !tbaa !5
-  %.phi.trans.insert278.i = getelementptr inbounds nuw i8, ptr %642, i64 4096
-  %.pre279.i = load float, ptr %.phi.trans.insert278.i, align 4, !tbaa !5
-  %1010 = getelementptr i8, ptr %641, i64 4096
-  %1011 = load float, ptr %1010, align 4, !tbaa !5
-  %1012 = fmul float %alpha175.sroa.0.32.vec.extract.i, %.pre279.i
-  %1013 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1011, float %1012)
-  store float %1013, ptr %.phi.trans.insert278.i, align 4, !tbaa !5
-  %1014 = getelementptr i8, ptr %641, i64 4100
-  %1015 = load float, ptr %1014, align 4, !tbaa !5
-  %1016 = getelementptr inbounds nuw i8, ptr %642, i64 4100
-  %1017 = load float, ptr %1016, align 4, !tbaa !5
-  %1018 = fmul float %alpha175.sroa.0.32.vec.extract.i, %1017
-  %1019 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1015, float %1018)
-  store float %1019, ptr %1016, align 4, !tbaa !5
-  %1020 = getelementptr i8, ptr %641, i64 4104
-  %1021 = load float, ptr %1020, align 4, !tbaa !5
-  %1022 = getelementptr inbounds nuw i8, ptr %642, i64 4104
-  %1023 = load float, ptr %1022, align 4, !tbaa !5
-  %1024 = fmul float %alpha175.sroa.0.32.vec.extract.i, %1023
-  %1025 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1021, float %1024)
-  store float %1025, ptr %1022, align 4, !tbaa !5
-  %1026 = getelementptr i8, ptr %641, i64 4108
-  %1027 = load float, ptr %1026, align 4, !tbaa !5
-  %1028 = getelementptr inbounds nuw i8, ptr %642, i64 4108
-  %1029 = load float, ptr %1028, align 4, !tbaa !5
-  %1030 = fmul float %alpha175.sroa.0.32.vec.extract.i, %1029
-  %1031 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1027, float %1030)
-  store float %1031, ptr %1028, align 4, !tbaa !5
-  %1032 = getelementptr i8, ptr %641, i64 4112
-  %1033 = load float, ptr %1032, align 4, !tbaa !5
-  %1034 = getelementptr inbounds nuw i8, ptr %642, i64 4112
-  %1035 = load float, ptr %1034, align 4, !tbaa !5
-  %1036 = fmul float %alpha175.sroa.0.32.vec.extract.i, %1035
-  %1037 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1033, float %1036)
-  store float %1037, ptr %1034, align 4, !tbaa !5
-  %1038 = getelementptr i8, ptr %641, i64 4116
-  %1039 = load float, ptr %1038, align 4, !tbaa !5
-  %1040 = getelementptr inbounds nuw i8, ptr %642, i64 4116
-  %1041 = load float, ptr %1040, align 4, !tbaa !5
-  %1042 = fmul float %alpha175.sroa.0.32.vec.extract.i, %1041
-  %1043 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1039, float %1042)
-  store float %1043, ptr %1040, align 4, !tbaa !5
-  %1044 = getelementptr i8, ptr %641, i64 4120
-  %1045 = load float, ptr %1044, align 4, !tbaa !5
-  %1046 = getelementptr inbounds nuw i8, ptr %642, i64 4120
-  %1047 = load float, ptr %1046, align 4, !tbaa !5
-  %1048 = fmul float %alpha175.sroa.0.32.vec.extract.i, %1047
-  %1049 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1045, float %1048)
-  store float %1049, ptr %1046, align 4, !tbaa !5
-  %1050 = getelementptr i8, ptr %641, i64 4124
-  %1051 = load float, ptr %1050, align 4, !tbaa !5
-  %1052 = getelementptr inbounds nuw i8, ptr %642, i64 4124
-  %1053 = load float, ptr %1052, align 4, !tbaa !5
-  %1054 = fmul float %alpha175.sroa.0.32.vec.extract.i, %1053
-  %1055 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.32.vec.extract.i, float %1051, float %1054)
-  store float %1055, ptr %1052, align 4, !tbaa !5
-  %.phi.trans.insert281.i = getelementptr inbounds nuw i8, ptr %642, i64 4608
-  %.pre282.i = load float, ptr %.phi.trans.insert281.i, align 4, !tbaa !5
-  %1056 = getelementptr i8, ptr %641, i64 4608
-  %1057 = load float, ptr %1056, align 4, !tbaa !5
-  %1058 = fmul float %alpha175.sroa.0.36.vec.extract.i, %.pre282.i
-  %1059 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1057, float %1058)
-  store float %1059, ptr %.phi.trans.insert281.i, align 4, !tbaa !5
-  %1060 = getelementptr i8, ptr %641, i64 4612
-  %1061 = load float, ptr %1060, align 4, !tbaa !5
-  %1062 = getelementptr inbounds nuw i8, ptr %642, i64 4612
-  %1063 = load float, ptr %1062, align 4, !tbaa !5
-  %1064 = fmul float %alpha175.sroa.0.36.vec.extract.i, %1063
-  %1065 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1061, float %1064)
-  store float %1065, ptr %1062, align 4, !tbaa !5
-  %1066 = getelementptr i8, ptr %641, i64 4616
-  %1067 = load float, ptr %1066, align 4, !tbaa !5
-  %1068 = getelementptr inbounds nuw i8, ptr %642, i64 4616
-  %1069 = load float, ptr %1068, align 4, !tbaa !5
-  %1070 = fmul float %alpha175.sroa.0.36.vec.extract.i, %1069
-  %1071 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1067, float %1070)
-  store float %1071, ptr %1068, align 4, !tbaa !5
-  %1072 = getelementptr i8, ptr %641, i64 4620
-  %1073 = load float, ptr %1072, align 4, !tbaa !5
-  %1074 = getelementptr inbounds nuw i8, ptr %642, i64 4620
-  %1075 = load float, ptr %1074, align 4, !tbaa !5
-  %1076 = fmul float %alpha175.sroa.0.36.vec.extract.i, %1075
-  %1077 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1073, float %1076)
-  store float %1077, ptr %1074, align 4, !tbaa !5
-  %1078 = getelementptr i8, ptr %641, i64 4624
-  %1079 = load float, ptr %1078, align 4, !tbaa !5
-  %1080 = getelementptr inbounds nuw i8, ptr %642, i64 4624
-  %1081 = load float, ptr %1080, align 4, !tbaa !5
-  %1082 = fmul float %alpha175.sroa.0.36.vec.extract.i, %1081
-  %1083 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1079, float %1082)
-  store float %1083, ptr %1080, align 4, !tbaa !5
-  %1084 = getelementptr i8, ptr %641, i64 4628
-  %1085 = load float, ptr %1084, align 4, !tbaa !5
-  %1086 = getelementptr inbounds nuw i8, ptr %642, i64 4628
-  %1087 = load float, ptr %1086, align 4, !tbaa !5
-  %1088 = fmul float %alpha175.sroa.0.36.vec.extract.i, %1087
-  %1089 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1085, float %1088)
-  store float %1089, ptr %1086, align 4, !tbaa !5
-  %1090 = getelementptr i8, ptr %641, i64 4632
-  %1091 = load float, ptr %1090, align 4, !tbaa !5
-  %1092 = getelementptr inbounds nuw i8, ptr %642, i64 4632
-  %1093 = load float, ptr %1092, align 4, !tbaa !5
-  %1094 = fmul float %alpha175.sroa.0.36.vec.extract.i, %1093
-  %1095 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1091, float %1094)
-  store float %1095, ptr %1092, align 4, !tbaa !5
-  %1096 = getelementptr i8, ptr %641, i64 4636
-  %1097 = load float, ptr %1096, align 4, !tbaa !5
-  %1098 = getelementptr inbounds nuw i8, ptr %642, i64 4636
-  %1099 = load float, ptr %1098, align 4, !tbaa !5
-  %1100 = fmul float %alpha175.sroa.0.36.vec.extract.i, %1099
-  %1101 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.36.vec.extract.i, float %1097, float %1100)
-  store float %1101, ptr %1098, align 4, !tbaa !5
-  %.phi.trans.insert284.i = getelementptr inbounds nuw i8, ptr %642, i64 5120
-  %.pre285.i = load float, ptr %.phi.trans.insert284.i, align 4, !tbaa !5
-  %1102 = getelementptr i8, ptr %641, i64 5120
-  %1103 = load float, ptr %1102, align 4, !tbaa !5
-  %1104 = fmul float %alpha175.sroa.0.40.vec.extract.i, %.pre285.i
-  %1105 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1103, float %1104)
-  store float %1105, ptr %.phi.trans.insert284.i, align 4, !tbaa !5
-  %1106 = getelementptr i8, ptr %641, i64 5124
-  %1107 = load float, ptr %1106, align 4, !tbaa !5
-  %1108 = getelementptr inbounds nuw i8, ptr %642, i64 5124
-  %1109 = load float, ptr %1108, align 4, !tbaa !5
-  %1110 = fmul float %alpha175.sroa.0.40.vec.extract.i, %1109
-  %1111 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1107, float %1110)
-  store float %1111, ptr %1108, align 4, !tbaa !5
-  %1112 = getelementptr i8, ptr %641, i64 5128
-  %1113 = load float, ptr %1112, align 4, !tbaa !5
-  %1114 = getelementptr inbounds nuw i8, ptr %642, i64 5128
-  %1115 = load float, ptr %1114, align 4, !tbaa !5
-  %1116 = fmul float %alpha175.sroa.0.40.vec.extract.i, %1115
-  %1117 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1113, float %1116)
-  store float %1117, ptr %1114, align 4, !tbaa !5
-  %1118 = getelementptr i8, ptr %641, i64 5132
-  %1119 = load float, ptr %1118, align 4, !tbaa !5
-  %1120 = getelementptr inbounds nuw i8, ptr %642, i64 5132
-  %1121 = load float, ptr %1120, align 4, !tbaa !5
-  %1122 = fmul float %alpha175.sroa.0.40.vec.extract.i, %1121
-  %1123 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1119, float %1122)
-  store float %1123, ptr %1120, align 4, !tbaa !5
-  %1124 = getelementptr i8, ptr %641, i64 5136
-  %1125 = load float, ptr %1124, align 4, !tbaa !5
-  %1126 = getelementptr inbounds nuw i8, ptr %642, i64 5136
-  %1127 = load float, ptr %1126, align 4, !tbaa !5
-  %1128 = fmul float %alpha175.sroa.0.40.vec.extract.i, %1127
-  %1129 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1125, float %1128)
-  store float %1129, ptr %1126, align 4, !tbaa !5
-  %1130 = getelementptr i8, ptr %641, i64 5140
-  %1131 = load float, ptr %1130, align 4, !tbaa !5
-  %1132 = getelementptr inbounds nuw i8, ptr %642, i64 5140
-  %1133 = load float, ptr %1132, align 4, !tbaa !5
-  %1134 = fmul float %alpha175.sroa.0.40.vec.extract.i, %1133
-  %1135 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1131, float %1134)
-  store float %1135, ptr %1132, align 4, !tbaa !5
-  %1136 = getelementptr i8, ptr %641, i64 5144
-  %1137 = load float, ptr %1136, align 4, !tbaa !5
-  %1138 = getelementptr inbounds nuw i8, ptr %642, i64 5144
-  %1139 = load float, ptr %1138, align 4, !tbaa !5
-  %1140 = fmul float %alpha175.sroa.0.40.vec.extract.i, %1139
-  %1141 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1137, float %1140)
-  store float %1141, ptr %1138, align 4, !tbaa !5
-  %1142 = getelementptr i8, ptr %641, i64 5148
-  %1143 = load float, ptr %1142, align 4, !tbaa !5
-  %1144 = getelementptr inbounds nuw i8, ptr %642, i64 5148
-  %1145 = load float, ptr %1144, align 4, !tbaa !5
-  %1146 = fmul float %alpha175.sroa.0.40.vec.extract.i, %1145
-  %1147 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.40.vec.extract.i, float %1143, float %1146)
-  store float %1147, ptr %1144, align 4, !tbaa !5
-  %.phi.trans.insert287.i = getelementptr inbounds nuw i8, ptr %642, i64 5632
-  %.pre288.i = load float, ptr %.phi.trans.insert287.i, align 4, !tbaa !5
-  %1148 = getelementptr i8, ptr %641, i64 5632
-  %1149 = load float, ptr %1148, align 4, !tbaa !5
-  %1150 = fmul float %alpha175.sroa.0.44.vec.extract.i, %.pre288.i
-  %1151 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1149, float %1150)
-  store float %1151, ptr %.phi.trans.insert287.i, align 4, !tbaa !5
-  %1152 = getelementptr i8, ptr %641, i64 5636
-  %1153 = load float, ptr %1152, align 4, !tbaa !5
-  %1154 = getelementptr inbounds nuw i8, ptr %642, i64 5636
-  %1155 = load float, ptr %1154, align 4, !tbaa !5
-  %1156 = fmul float %alpha175.sroa.0.44.vec.extract.i, %1155
-  %1157 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1153, float %1156)
-  store float %1157, ptr %1154, align 4, !tbaa !5
-  %1158 = getelementptr i8, ptr %641, i64 5640
-  %1159 = load float, ptr %1158, align 4, !tbaa !5
-  %1160 = getelementptr inbounds nuw i8, ptr %642, i64 5640
-  %1161 = load float, ptr %1160, align 4, !tbaa !5
-  %1162 = fmul float %alpha175.sroa.0.44.vec.extract.i, %1161
-  %1163 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1159, float %1162)
-  store float %1163, ptr %1160, align 4, !tbaa !5
-  %1164 = getelementptr i8, ptr %641, i64 5644
-  %1165 = load float, ptr %1164, align 4, !tbaa !5
-  %1166 = getelementptr inbounds nuw i8, ptr %642, i64 5644
-  %1167 = load float, ptr %1166, align 4, !tbaa !5
-  %1168 = fmul float %alpha175.sroa.0.44.vec.extract.i, %1167
-  %1169 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1165, float %1168)
-  store float %1169, ptr %1166, align 4, !tbaa !5
-  %1170 = getelementptr i8, ptr %641, i64 5648
-  %1171 = load float, ptr %1170, align 4, !tbaa !5
-  %1172 = getelementptr inbounds nuw i8, ptr %642, i64 5648
-  %1173 = load float, ptr %1172, align 4, !tbaa !5
-  %1174 = fmul float %alpha175.sroa.0.44.vec.extract.i, %1173
-  %1175 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1171, float %1174)
-  store float %1175, ptr %1172, align 4, !tbaa !5
-  %1176 = getelementptr i8, ptr %641, i64 5652
-  %1177 = load float, ptr %1176, align 4, !tbaa !5
-  %1178 = getelementptr inbounds nuw i8, ptr %642, i64 5652
-  %1179 = load float, ptr %1178, align 4, !tbaa !5
-  %1180 = fmul float %alpha175.sroa.0.44.vec.extract.i, %1179
-  %1181 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1177, float %1180)
-  store float %1181, ptr %1178, align 4, !tbaa !5
-  %1182 = getelementptr i8, ptr %641, i64 5656
-  %1183 = load float, ptr %1182, align 4, !tbaa !5
-  %1184 = getelementptr inbounds nuw i8, ptr %642, i64 5656
-  %1185 = load float, ptr %1184, align 4, !tbaa !5
-  %1186 = fmul float %alpha175.sroa.0.44.vec.extract.i, %1185
-  %1187 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1183, float %1186)
-  store float %1187, ptr %1184, align 4, !tbaa !5
-  %1188 = getelementptr i8, ptr %641, i64 5660
-  %1189 = load float, ptr %1188, align 4, !tbaa !5
-  %1190 = getelementptr inbounds nuw i8, ptr %642, i64 5660
-  %1191 = load float, ptr %1190, align 4, !tbaa !5
-  %1192 = fmul float %alpha175.sroa.0.44.vec.extract.i, %1191
-  %1193 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.44.vec.extract.i, float %1189, float %1192)
-  store float %1193, ptr %1190, align 4, !tbaa !5
-  %.phi.trans.insert290.i = getelementptr inbounds nuw i8, ptr %642, i64 6144
-  %.pre291.i = load float, ptr %.phi.trans.insert290.i, align 4, !tbaa !5
-  %1194 = getelementptr i8, ptr %641, i64 6144
-  %1195 = load float, ptr %1194, align 4, !tbaa !5
-  %1196 = fmul float %alpha175.sroa.0.48.vec.extract.i, %.pre291.i
-  %1197 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1195, float %1196)
-  store float %1197, ptr %.phi.trans.insert290.i, align 4, !tbaa !5
-  %1198 = getelementptr i8, ptr %641, i64 6148
-  %1199 = load float, ptr %1198, align 4, !tbaa !5
-  %1200 = getelementptr inbounds nuw i8, ptr %642, i64 6148
-  %1201 = load float, ptr %1200, align 4, !tbaa !5
-  %1202 = fmul float %alpha175.sroa.0.48.vec.extract.i, %1201
-  %1203 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1199, float %1202)
-  store float %1203, ptr %1200, align 4, !tbaa !5
-  %1204 = getelementptr i8, ptr %641, i64 6152
-  %1205 = load float, ptr %1204, align 4, !tbaa !5
-  %1206 = getelementptr inbounds nuw i8, ptr %642, i64 6152
-  %1207 = load float, ptr %1206, align 4, !tbaa !5
-  %1208 = fmul float %alpha175.sroa.0.48.vec.extract.i, %1207
-  %1209 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1205, float %1208)
-  store float %1209, ptr %1206, align 4, !tbaa !5
-  %1210 = getelementptr i8, ptr %641, i64 6156
-  %1211 = load float, ptr %1210, align 4, !tbaa !5
-  %1212 = getelementptr inbounds nuw i8, ptr %642, i64 6156
-  %1213 = load float, ptr %1212, align 4, !tbaa !5
-  %1214 = fmul float %alpha175.sroa.0.48.vec.extract.i, %1213
-  %1215 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1211, float %1214)
-  store float %1215, ptr %1212, align 4, !tbaa !5
-  %1216 = getelementptr i8, ptr %641, i64 6160
-  %1217 = load float, ptr %1216, align 4, !tbaa !5
-  %1218 = getelementptr inbounds nuw i8, ptr %642, i64 6160
-  %1219 = load float, ptr %1218, align 4, !tbaa !5
-  %1220 = fmul float %alpha175.sroa.0.48.vec.extract.i, %1219
-  %1221 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1217, float %1220)
-  store float %1221, ptr %1218, align 4, !tbaa !5
-  %1222 = getelementptr i8, ptr %641, i64 6164
-  %1223 = load float, ptr %1222, align 4, !tbaa !5
-  %1224 = getelementptr inbounds nuw i8, ptr %642, i64 6164
-  %1225 = load float, ptr %1224, align 4, !tbaa !5
-  %1226 = fmul float %alpha175.sroa.0.48.vec.extract.i, %1225
-  %1227 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1223, float %1226)
-  store float %1227, ptr %1224, align 4, !tbaa !5
-  %1228 = getelementptr i8, ptr %641, i64 6168
-  %1229 = load float, ptr %1228, align 4, !tbaa !5
-  %1230 = getelementptr inbounds nuw i8, ptr %642, i64 6168
-  %1231 = load float, ptr %1230, align 4, !tbaa !5
-  %1232 = fmul float %alpha175.sroa.0.48.vec.extract.i, %1231
-  %1233 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1229, float %1232)
-  store float %1233, ptr %1230, align 4, !tbaa !5
-  %1234 = getelementptr i8, ptr %641, i64 6172
-  %1235 = load float, ptr %1234, align 4, !tbaa !5
-  %1236 = getelementptr inbounds nuw i8, ptr %642, i64 6172
-  %1237 = load float, ptr %1236, align 4, !tbaa !5
-  %1238 = fmul float %alpha175.sroa.0.48.vec.extract.i, %1237
-  %1239 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.48.vec.extract.i, float %1235, float %1238)
-  store float %1239, ptr %1236, align 4, !tbaa !5
-  %.phi.trans.insert293.i = getelementptr inbounds nuw i8, ptr %642, i64 6656
-  %.pre294.i = load float, ptr %.phi.trans.insert293.i, align 4, !tbaa !5
-  %1240 = getelementptr i8, ptr %641, i64 6656
-  %1241 = load float, ptr %1240, align 4, !tbaa !5
-  %1242 = fmul float %alpha175.sroa.0.52.vec.extract.i, %.pre294.i
-  %1243 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1241, float %1242)
-  store float %1243, ptr %.phi.trans.insert293.i, align 4, !tbaa !5
-  %1244 = getelementptr i8, ptr %641, i64 6660
-  %1245 = load float, ptr %1244, align 4, !tbaa !5
-  %1246 = getelementptr inbounds nuw i8, ptr %642, i64 6660
-  %1247 = load float, ptr %1246, align 4, !tbaa !5
-  %1248 = fmul float %alpha175.sroa.0.52.vec.extract.i, %1247
-  %1249 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1245, float %1248)
-  store float %1249, ptr %1246, align 4, !tbaa !5
-  %1250 = getelementptr i8, ptr %641, i64 6664
-  %1251 = load float, ptr %1250, align 4, !tbaa !5
-  %1252 = getelementptr inbounds nuw i8, ptr %642, i64 6664
-  %1253 = load float, ptr %1252, align 4, !tbaa !5
-  %1254 = fmul float %alpha175.sroa.0.52.vec.extract.i, %1253
-  %1255 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1251, float %1254)
-  store float %1255, ptr %1252, align 4, !tbaa !5
-  %1256 = getelementptr i8, ptr %641, i64 6668
-  %1257 = load float, ptr %1256, align 4, !tbaa !5
-  %1258 = getelementptr inbounds nuw i8, ptr %642, i64 6668
-  %1259 = load float, ptr %1258, align 4, !tbaa !5
-  %1260 = fmul float %alpha175.sroa.0.52.vec.extract.i, %1259
-  %1261 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1257, float %1260)
-  store float %1261, ptr %1258, align 4, !tbaa !5
-  %1262 = getelementptr i8, ptr %641, i64 6672
-  %1263 = load float, ptr %1262, align 4, !tbaa !5
-  %1264 = getelementptr inbounds nuw i8, ptr %642, i64 6672
-  %1265 = load float, ptr %1264, align 4, !tbaa !5
-  %1266 = fmul float %alpha175.sroa.0.52.vec.extract.i, %1265
-  %1267 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1263, float %1266)
-  store float %1267, ptr %1264, align 4, !tbaa !5
-  %1268 = getelementptr i8, ptr %641, i64 6676
-  %1269 = load float, ptr %1268, align 4, !tbaa !5
-  %1270 = getelementptr inbounds nuw i8, ptr %642, i64 6676
-  %1271 = load float, ptr %1270, align 4, !tbaa !5
-  %1272 = fmul float %alpha175.sroa.0.52.vec.extract.i, %1271
-  %1273 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1269, float %1272)
-  store float %1273, ptr %1270, align 4, !tbaa !5
-  %1274 = getelementptr i8, ptr %641, i64 6680
-  %1275 = load float, ptr %1274, align 4, !tbaa !5
-  %1276 = getelementptr inbounds nuw i8, ptr %642, i64 6680
-  %1277 = load float, ptr %1276, align 4, !tbaa !5
-  %1278 = fmul float %alpha175.sroa.0.52.vec.extract.i, %1277
-  %1279 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1275, float %1278)
-  store float %1279, ptr %1276, align 4, !tbaa !5
-  %1280 = getelementptr i8, ptr %641, i64 6684
-  %1281 = load float, ptr %1280, align 4, !tbaa !5
-  %1282 = getelementptr inbounds nuw i8, ptr %642, i64 6684
-  %1283 = load float, ptr %1282, align 4, !tbaa !5
-  %1284 = fmul float %alpha175.sroa.0.52.vec.extract.i, %1283
-  %1285 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.52.vec.extract.i, float %1281, float %1284)
-  store float %1285, ptr %1282, align 4, !tbaa !5
-  %.phi.trans.insert296.i = getelementptr inbounds nuw i8, ptr %642, i64 7168
-  %.pre297.i = load float, ptr %.phi.trans.insert296.i, align 4, !tbaa !5
-  %1286 = getelementptr i8, ptr %641, i64 7168
-  %1287 = load float, ptr %1286, align 4, !tbaa !5
-  %1288 = fmul float %alpha175.sroa.0.56.vec.extract.i, %.pre297.i
-  %1289 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1287, float %1288)
-  store float %1289, ptr %.phi.trans.insert296.i, align 4, !tbaa !5
-  %1290 = getelementptr i8, ptr %641, i64 7172
-  %1291 = load float, ptr %1290, align 4, !tbaa !5
-  %1292 = getelementptr inbounds nuw i8, ptr %642, i64 7172
-  %1293 = load float, ptr %1292, align 4, !tbaa !5
-  %1294 = fmul float %alpha175.sroa.0.56.vec.extract.i, %1293
-  %1295 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1291, float %1294)
-  store float %1295, ptr %1292, align 4, !tbaa !5
-  %1296 = getelementptr i8, ptr %641, i64 7176
-  %1297 = load float, ptr %1296, align 4, !tbaa !5
-  %1298 = getelementptr inbounds nuw i8, ptr %642, i64 7176
-  %1299 = load float, ptr %1298, align 4, !tbaa !5
-  %1300 = fmul float %alpha175.sroa.0.56.vec.extract.i, %1299
-  %1301 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1297, float %1300)
-  store float %1301, ptr %1298, align 4, !tbaa !5
-  %1302 = getelementptr i8, ptr %641, i64 7180
-  %1303 = load float, ptr %1302, align 4, !tbaa !5
-  %1304 = getelementptr inbounds nuw i8, ptr %642, i64 7180
-  %1305 = load float, ptr %1304, align 4, !tbaa !5
-  %1306 = fmul float %alpha175.sroa.0.56.vec.extract.i, %1305
-  %1307 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1303, float %1306)
-  store float %1307, ptr %1304, align 4, !tbaa !5
-  %1308 = getelementptr i8, ptr %641, i64 7184
-  %1309 = load float, ptr %1308, align 4, !tbaa !5
-  %1310 = getelementptr inbounds nuw i8, ptr %642, i64 7184
-  %1311 = load float, ptr %1310, align 4, !tbaa !5
-  %1312 = fmul float %alpha175.sroa.0.56.vec.extract.i, %1311
-  %1313 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1309, float %1312)
-  store float %1313, ptr %1310, align 4, !tbaa !5
-  %1314 = getelementptr i8, ptr %641, i64 7188
-  %1315 = load float, ptr %1314, align 4, !tbaa !5
-  %1316 = getelementptr inbounds nuw i8, ptr %642, i64 7188
-  %1317 = load float, ptr %1316, align 4, !tbaa !5
-  %1318 = fmul float %alpha175.sroa.0.56.vec.extract.i, %1317
-  %1319 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1315, float %1318)
-  store float %1319, ptr %1316, align 4, !tbaa !5
-  %1320 = getelementptr i8, ptr %641, i64 7192
-  %1321 = load float, ptr %1320, align 4, !tbaa !5
-  %1322 = getelementptr inbounds nuw i8, ptr %642, i64 7192
-  %1323 = load float, ptr %1322, align 4, !tbaa !5
-  %1324 = fmul float %alpha175.sroa.0.56.vec.extract.i, %1323
-  %1325 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1321, float %1324)
-  store float %1325, ptr %1322, align 4, !tbaa !5
-  %1326 = getelementptr i8, ptr %641, i64 7196
-  %1327 = load float, ptr %1326, align 4, !tbaa !5
-  %1328 = getelementptr inbounds nuw i8, ptr %642, i64 7196
-  %1329 = load float, ptr %1328, align 4, !tbaa !5
-  %1330 = fmul float %alpha175.sroa.0.56.vec.extract.i, %1329
-  %1331 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.56.vec.extract.i, float %1327, float %1330)
-  store float %1331, ptr %1328, align 4, !tbaa !5
-  %.phi.trans.insert299.i = getelementptr inbounds nuw i8, ptr %642, i64 7680
-  %.pre300.i = load float, ptr %.phi.trans.insert299.i, align 4, !tbaa !5
-  %1332 = getelementptr i8, ptr %641, i64 7680
-  %1333 = load float, ptr %1332, align 4, !tbaa !5
-  %1334 = fmul float %alpha175.sroa.0.60.vec.extract.i, %.pre300.i
-  %1335 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1333, float %1334)
-  store float %1335, ptr %.phi.trans.insert299.i, align 4, !tbaa !5
-  %1336 = getelementptr i8, ptr %641, i64 7684
-  %1337 = load float, ptr %1336, align 4, !tbaa !5
-  %1338 = getelementptr inbounds nuw i8, ptr %642, i64 7684
-  %1339 = load float, ptr %1338, align 4, !tbaa !5
-  %1340 = fmul float %alpha175.sroa.0.60.vec.extract.i, %1339
-  %1341 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1337, float %1340)
-  store float %1341, ptr %1338, align 4, !tbaa !5
-  %1342 = getelementptr i8, ptr %641, i64 7688
-  %1343 = load float, ptr %1342, align 4, !tbaa !5
-  %1344 = getelementptr inbounds nuw i8, ptr %642, i64 7688
-  %1345 = load float, ptr %1344, align 4, !tbaa !5
-  %1346 = fmul float %alpha175.sroa.0.60.vec.extract.i, %1345
-  %1347 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1343, float %1346)
-  store float %1347, ptr %1344, align 4, !tbaa !5
-  %1348 = getelementptr i8, ptr %641, i64 7692
-  %1349 = load float, ptr %1348, align 4, !tbaa !5
-  %1350 = getelementptr inbounds nuw i8, ptr %642, i64 7692
-  %1351 = load float, ptr %1350, align 4, !tbaa !5
-  %1352 = fmul float %alpha175.sroa.0.60.vec.extract.i, %1351
-  %1353 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1349, float %1352)
-  store float %1353, ptr %1350, align 4, !tbaa !5
-  %1354 = getelementptr i8, ptr %641, i64 7696
-  %1355 = load float, ptr %1354, align 4, !tbaa !5
-  %1356 = getelementptr inbounds nuw i8, ptr %642, i64 7696
-  %1357 = load float, ptr %1356, align 4, !tbaa !5
-  %1358 = fmul float %alpha175.sroa.0.60.vec.extract.i, %1357
-  %1359 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1355, float %1358)
-  store float %1359, ptr %1356, align 4, !tbaa !5
-  %1360 = getelementptr i8, ptr %641, i64 7700
-  %1361 = load float, ptr %1360, align 4, !tbaa !5
-  %1362 = getelementptr inbounds nuw i8, ptr %642, i64 7700
-  %1363 = load float, ptr %1362, align 4, !tbaa !5
-  %1364 = fmul float %alpha175.sroa.0.60.vec.extract.i, %1363
-  %1365 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1361, float %1364)
-  store float %1365, ptr %1362, align 4, !tbaa !5
-  %1366 = getelementptr i8, ptr %641, i64 7704
-  %1367 = load float, ptr %1366, align 4, !tbaa !5
-  %1368 = getelementptr inbounds nuw i8, ptr %642, i64 7704
-  %1369 = load float, ptr %1368, align 4, !tbaa !5
-  %1370 = fmul float %alpha175.sroa.0.60.vec.extract.i, %1369
-  %1371 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1367, float %1370)
-  store float %1371, ptr %1368, align 4, !tbaa !5
-  %1372 = getelementptr i8, ptr %641, i64 7708
-  %1373 = load float, ptr %1372, align 4, !tbaa !5
-  %1374 = getelementptr inbounds nuw i8, ptr %642, i64 7708
-  %1375 = load float, ptr %1374, align 4, !tbaa !5
-  %1376 = fmul float %alpha175.sroa.0.60.vec.extract.i, %1375
-  %1377 = tail call float @llvm.fmuladd.f32(float %beta174.sroa.0.60.vec.extract.i, float %1373, float %1376)
-  store float %1377, ptr %1374, align 4, !tbaa !5
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %151 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %152 = load float, ptr %151, align 4, !tbaa !144
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = shl nuw nsw i64 %indvars.iv.i, 7
+  %156 = getelementptr float, ptr %103, i64 %155
+  %157 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !145
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %155
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %164 = fmul <16 x float> %163, %160
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %161, <16 x float> %164)
+  store <16 x float> %165, ptr %162, align 4, !tbaa !5
+  %166 = getelementptr i8, ptr %156, i64 64
+  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %170 = fmul <16 x float> %160, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %156, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = fmul <16 x float> %160, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %156, i64 192
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = fmul <16 x float> %160, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %156, i64 256
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = fmul <16 x float> %160, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %156, i64 320
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = fmul <16 x float> %160, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %156, i64 384
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = fmul <16 x float> %160, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %156, i64 448
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = fmul <16 x float> %160, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %if_then17.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
 
-for_begin_d_0156.preheader.i:                     ; preds = %for_begin_d_0156.preheader.i, %for_end_step.i
-  %indvars.iv246.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next247.i, %for_begin_d_0156.preheader.i ]
-  %1378 = getelementptr inbounds nuw float, ptr %factor171.i, i64 %indvars.iv246.i
-  %1379 = load float, ptr %1378, align 4, !tbaa !137
-  %1380 = insertelement <16 x float> poison, float %1379, i64 0
-  %1381 = shufflevector <16 x float> %1380, <16 x float> poison, <16 x i32> zeroinitializer
-  %1382 = mul nsw i64 %indvars.iv246.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %637, i64 %1382
-  %.idx = shl nuw nsw i64 %indvars.iv246.i, 9
-  %1383 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %1384 = load <16 x float>, ptr %1383, align 4, !tbaa !5
-  %1385 = fmul <16 x float> %1384, %1381
-  store <16 x float> %1385, ptr %invariant.gep.i, align 4, !tbaa !5
-  %1386 = getelementptr inbounds nuw i8, ptr %1383, i64 64
-  %1387 = load <16 x float>, ptr %1386, align 4, !tbaa !5
-  %1388 = fmul <16 x float> %1381, %1387
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
+  %208 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %209 = load float, ptr %208, align 4, !tbaa !153
+  %210 = insertelement <16 x float> poison, float %209, i64 0
+  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
+  %212 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %150, i64 %212
+  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
+  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
+  %215 = fmul <16 x float> %214, %211
+  store <16 x float> %215, ptr %invariant.gep.i, align 4, !tbaa !5
+  %216 = getelementptr inbounds nuw i8, ptr %213, i64 64
+  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
+  %218 = fmul <16 x float> %211, %217
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %1388, ptr %gep.1.i, align 4, !tbaa !5
-  %1389 = getelementptr inbounds nuw i8, ptr %1383, i64 128
-  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !5
-  %1391 = fmul <16 x float> %1381, %1390
+  store <16 x float> %218, ptr %gep.1.i, align 4, !tbaa !5
+  %219 = getelementptr inbounds nuw i8, ptr %213, i64 128
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %211, %220
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %1391, ptr %gep.2.i, align 4, !tbaa !5
-  %1392 = getelementptr inbounds nuw i8, ptr %1383, i64 192
-  %1393 = load <16 x float>, ptr %1392, align 4, !tbaa !5
-  %1394 = fmul <16 x float> %1381, %1393
+  store <16 x float> %221, ptr %gep.2.i, align 4, !tbaa !5
+  %222 = getelementptr inbounds nuw i8, ptr %213, i64 192
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %224 = fmul <16 x float> %211, %223
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %1394, ptr %gep.3.i, align 4, !tbaa !5
-  %1395 = getelementptr inbounds nuw i8, ptr %1383, i64 256
-  %1396 = load <16 x float>, ptr %1395, align 4, !tbaa !5
-  %1397 = fmul <16 x float> %1381, %1396
+  store <16 x float> %224, ptr %gep.3.i, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %213, i64 256
+  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
+  %227 = fmul <16 x float> %211, %226
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %1397, ptr %gep.4.i, align 4, !tbaa !5
-  %1398 = getelementptr inbounds nuw i8, ptr %1383, i64 320
-  %1399 = load <16 x float>, ptr %1398, align 4, !tbaa !5
-  %1400 = fmul <16 x float> %1381, %1399
+  store <16 x float> %227, ptr %gep.4.i, align 4, !tbaa !5
+  %228 = getelementptr inbounds nuw i8, ptr %213, i64 320
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = fmul <16 x float> %211, %229
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %1400, ptr %gep.5.i, align 4, !tbaa !5
-  %1401 = getelementptr inbounds nuw i8, ptr %1383, i64 384
-  %1402 = load <16 x float>, ptr %1401, align 4, !tbaa !5
-  %1403 = fmul <16 x float> %1381, %1402
+  store <16 x float> %230, ptr %gep.5.i, align 4, !tbaa !5
+  %231 = getelementptr inbounds nuw i8, ptr %213, i64 384
+  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
+  %233 = fmul <16 x float> %211, %232
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %1403, ptr %gep.6.i, align 4, !tbaa !5
-  %1404 = getelementptr inbounds nuw i8, ptr %1383, i64 448
-  %1405 = load <16 x float>, ptr %1404, align 4, !tbaa !5
-  %1406 = fmul <16 x float> %1381, %1405
+  store <16 x float> %233, ptr %gep.6.i, align 4, !tbaa !5
+  %234 = getelementptr inbounds nuw i8, ptr %213, i64 448
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
+  %236 = fmul <16 x float> %211, %235
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %1406, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next247.i = add nuw nsw i64 %indvars.iv246.i, 1
-  %exitcond249.not.i = icmp eq i64 %indvars.iv.next247.i, 16
-  br i1 %exitcond249.not.i, label %for_begin_r161.preheader.i, label %for_begin_d_0156.preheader.i, !prof !16
+  store <16 x float> %236, ptr %gep.7.i, align 4, !tbaa !5
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
 
-for_begin_r161.preheader.i:                       ; preds = %for_begin_d_0156.preheader.i
-  %1407 = mul nsw i64 %lse_batch, %635
-  %1408 = getelementptr float, ptr %lse, i64 %1407
-  %row_sum176.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %1409 = fcmp oeq float %row_sum176.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %1409, label %if_end167.i, label %if_else.i
+for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
+  %237 = mul nsw i64 %lse_batch, %148
+  %238 = getelementptr float, ptr %lse, i64 %237
+  %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
+  %239 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %239, label %if_end30.i, label %if_else.i
 
-if_else.i:                                        ; preds = %for_begin_r161.preheader.i
-  %1410 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.0.vec.extract.i)
-  %row_max177.sroa.0.0.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 0
-  %1411 = fadd float %1410, %row_max177.sroa.0.0.vec.extract.i
-  br label %if_end167.i
+if_else.i:                                        ; preds = %for_begin_r24.preheader.i
+  %240 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.0.vec.extract.i)
+  %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
+  %241 = fadd float %240, %row_max40.sroa.0.0.vec.extract.i
+  br label %if_end30.i
 
-if_end167.i:                                      ; preds = %if_else.i, %for_begin_r161.preheader.i
-  %1412 = phi float [ %1411, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r161.preheader.i ]
-  store float %1412, ptr %1408, align 4, !tbaa !5
-  %row_sum176.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %1413 = fcmp oeq float %row_sum176.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %1413, label %if_end167.1.i, label %if_else.1.i
+if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
+  %242 = phi float [ %241, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %242, ptr %238, align 4, !tbaa !5
+  %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
+  %243 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %243, label %if_end30.1.i, label %if_else.1.i
 
-if_else.1.i:                                      ; preds = %if_end167.i
-  %1414 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.4.vec.extract.i)
-  %row_max177.sroa.0.4.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 1
-  %1415 = fadd float %1414, %row_max177.sroa.0.4.vec.extract.i
-  br label %if_end167.1.i
+if_else.1.i:                                      ; preds = %if_end30.i
+  %244 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.4.vec.extract.i)
+  %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
+  %245 = fadd float %244, %row_max40.sroa.0.4.vec.extract.i
+  br label %if_end30.1.i
 
-if_end167.1.i:                                    ; preds = %if_else.1.i, %if_end167.i
-  %1416 = phi float [ %1415, %if_else.1.i ], [ 0xFFF0000000000000, %if_end167.i ]
-  %1417 = getelementptr i8, ptr %1408, i64 4
-  store float %1416, ptr %1417, align 4, !tbaa !5
-  %row_sum176.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %1418 = fcmp oeq float %row_sum176.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %1418, label %if_end167.2.i, label %if_else.2.i
+if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
+  %246 = phi float [ %245, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %247 = getelementptr i8, ptr %238, i64 4
+  store float %246, ptr %247, align 4, !tbaa !5
+  %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
+  %248 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %248, label %if_end30.2.i, label %if_else.2.i
 
-if_else.2.i:                                      ; preds = %if_end167.1.i
-  %1419 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.8.vec.extract.i)
-  %row_max177.sroa.0.8.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 2
-  %1420 = fadd float %1419, %row_max177.sroa.0.8.vec.extract.i
-  br label %if_end167.2.i
+if_else.2.i:                                      ; preds = %if_end30.1.i
+  %249 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.8.vec.extract.i)
+  %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
+  %250 = fadd float %249, %row_max40.sroa.0.8.vec.extract.i
+  br label %if_end30.2.i
 
-if_end167.2.i:                                    ; preds = %if_else.2.i, %if_end167.1.i
-  %1421 = phi float [ %1420, %if_else.2.i ], [ 0xFFF0000000000000, %if_end167.1.i ]
-  %1422 = getelementptr i8, ptr %1408, i64 8
-  store float %1421, ptr %1422, align 4, !tbaa !5
-  %row_sum176.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %1423 = fcmp oeq float %row_sum176.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %1423, label %if_end167.3.i, label %if_else.3.i
+if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
+  %251 = phi float [ %250, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %252 = getelementptr i8, ptr %238, i64 8
+  store float %251, ptr %252, align 4, !tbaa !5
+  %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
+  %253 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %253, label %if_end30.3.i, label %if_else.3.i
 
-if_else.3.i:                                      ; preds = %if_end167.2.i
-  %1424 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.12.vec.extract.i)
-  %row_max177.sroa.0.12.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 3
-  %1425 = fadd float %1424, %row_max177.sroa.0.12.vec.extract.i
-  br label %if_end167.3.i
+if_else.3.i:                                      ; preds = %if_end30.2.i
+  %254 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.12.vec.extract.i)
+  %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
+  %255 = fadd float %254, %row_max40.sroa.0.12.vec.extract.i
+  br label %if_end30.3.i
 
-if_end167.3.i:                                    ; preds = %if_else.3.i, %if_end167.2.i
-  %1426 = phi float [ %1425, %if_else.3.i ], [ 0xFFF0000000000000, %if_end167.2.i ]
-  %1427 = getelementptr i8, ptr %1408, i64 12
-  store float %1426, ptr %1427, align 4, !tbaa !5
-  %row_sum176.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %1428 = fcmp oeq float %row_sum176.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %1428, label %if_end167.4.i, label %if_else.4.i
+if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
+  %256 = phi float [ %255, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %257 = getelementptr i8, ptr %238, i64 12
+  store float %256, ptr %257, align 4, !tbaa !5
+  %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
+  %258 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %258, label %if_end30.4.i, label %if_else.4.i
 
-if_else.4.i:                                      ; preds = %if_end167.3.i
-  %1429 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.16.vec.extract.i)
-  %row_max177.sroa.0.16.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 4
-  %1430 = fadd float %1429, %row_max177.sroa.0.16.vec.extract.i
-  br label %if_end167.4.i
+if_else.4.i:                                      ; preds = %if_end30.3.i
+  %259 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.16.vec.extract.i)
+  %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
+  %260 = fadd float %259, %row_max40.sroa.0.16.vec.extract.i
+  br label %if_end30.4.i
 
-if_end167.4.i:                                    ; preds = %if_else.4.i, %if_end167.3.i
-  %1431 = phi float [ %1430, %if_else.4.i ], [ 0xFFF0000000000000, %if_end167.3.i ]
-  %1432 = getelementptr i8, ptr %1408, i64 16
-  store float %1431, ptr %1432, align 4, !tbaa !5
-  %row_sum176.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %1433 = fcmp oeq float %row_sum176.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %1433, label %if_end167.5.i, label %if_else.5.i
+if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
+  %261 = phi float [ %260, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %262 = getelementptr i8, ptr %238, i64 16
+  store float %261, ptr %262, align 4, !tbaa !5
+  %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
+  %263 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %263, label %if_end30.5.i, label %if_else.5.i
 
-if_else.5.i:                                      ; preds = %if_end167.4.i
-  %1434 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.20.vec.extract.i)
-  %row_max177.sroa.0.20.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 5
-  %1435 = fadd float %1434, %row_max177.sroa.0.20.vec.extract.i
-  br label %if_end167.5.i
+if_else.5.i:                                      ; preds = %if_end30.4.i
+  %264 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.20.vec.extract.i)
+  %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
+  %265 = fadd float %264, %row_max40.sroa.0.20.vec.extract.i
+  br label %if_end30.5.i
 
-if_end167.5.i:                                    ; preds = %if_else.5.i, %if_end167.4.i
-  %1436 = phi float [ %1435, %if_else.5.i ], [ 0xFFF0000000000000, %if_end167.4.i ]
-  %1437 = getelementptr i8, ptr %1408, i64 20
-  store float %1436, ptr %1437, align 4, !tbaa !5
-  %row_sum176.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %1438 = fcmp oeq float %row_sum176.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %1438, label %if_end167.6.i, label %if_else.6.i
+if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
+  %266 = phi float [ %265, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %267 = getelementptr i8, ptr %238, i64 20
+  store float %266, ptr %267, align 4, !tbaa !5
+  %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
+  %268 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %268, label %if_end30.6.i, label %if_else.6.i
 
-if_else.6.i:                                      ; preds = %if_end167.5.i
-  %1439 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.24.vec.extract.i)
-  %row_max177.sroa.0.24.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 6
-  %1440 = fadd float %1439, %row_max177.sroa.0.24.vec.extract.i
-  br label %if_end167.6.i
+if_else.6.i:                                      ; preds = %if_end30.5.i
+  %269 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.24.vec.extract.i)
+  %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
+  %270 = fadd float %269, %row_max40.sroa.0.24.vec.extract.i
+  br label %if_end30.6.i
 
-if_end167.6.i:                                    ; preds = %if_else.6.i, %if_end167.5.i
-  %1441 = phi float [ %1440, %if_else.6.i ], [ 0xFFF0000000000000, %if_end167.5.i ]
-  %1442 = getelementptr i8, ptr %1408, i64 24
-  store float %1441, ptr %1442, align 4, !tbaa !5
-  %row_sum176.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %1443 = fcmp oeq float %row_sum176.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %1443, label %if_end167.7.i, label %if_else.7.i
+if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
+  %271 = phi float [ %270, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %272 = getelementptr i8, ptr %238, i64 24
+  store float %271, ptr %272, align 4, !tbaa !5
+  %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
+  %273 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %273, label %if_end30.7.i, label %if_else.7.i
 
-if_else.7.i:                                      ; preds = %if_end167.6.i
-  %1444 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.28.vec.extract.i)
-  %row_max177.sroa.0.28.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 7
-  %1445 = fadd float %1444, %row_max177.sroa.0.28.vec.extract.i
-  br label %if_end167.7.i
+if_else.7.i:                                      ; preds = %if_end30.6.i
+  %274 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.28.vec.extract.i)
+  %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
+  %275 = fadd float %274, %row_max40.sroa.0.28.vec.extract.i
+  br label %if_end30.7.i
 
-if_end167.7.i:                                    ; preds = %if_else.7.i, %if_end167.6.i
-  %1446 = phi float [ %1445, %if_else.7.i ], [ 0xFFF0000000000000, %if_end167.6.i ]
-  %1447 = getelementptr i8, ptr %1408, i64 28
-  store float %1446, ptr %1447, align 4, !tbaa !5
-  %row_sum176.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %1448 = fcmp oeq float %row_sum176.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %1448, label %if_end167.8.i, label %if_else.8.i
+if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
+  %276 = phi float [ %275, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %277 = getelementptr i8, ptr %238, i64 28
+  store float %276, ptr %277, align 4, !tbaa !5
+  %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
+  %278 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %278, label %if_end30.8.i, label %if_else.8.i
 
-if_else.8.i:                                      ; preds = %if_end167.7.i
-  %1449 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.32.vec.extract.i)
-  %row_max177.sroa.0.32.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 8
-  %1450 = fadd float %1449, %row_max177.sroa.0.32.vec.extract.i
-  br label %if_end167.8.i
+if_else.8.i:                                      ; preds = %if_end30.7.i
+  %279 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.32.vec.extract.i)
+  %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
+  %280 = fadd float %279, %row_max40.sroa.0.32.vec.extract.i
+  br label %if_end30.8.i
 
-if_end167.8.i:                                    ; preds = %if_else.8.i, %if_end167.7.i
-  %1451 = phi float [ %1450, %if_else.8.i ], [ 0xFFF0000000000000, %if_end167.7.i ]
-  %1452 = getelementptr i8, ptr %1408, i64 32
-  store float %1451, ptr %1452, align 4, !tbaa !5
-  %row_sum176.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %1453 = fcmp oeq float %row_sum176.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %1453, label %if_end167.9.i, label %if_else.9.i
+if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
+  %281 = phi float [ %280, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %282 = getelementptr i8, ptr %238, i64 32
+  store float %281, ptr %282, align 4, !tbaa !5
+  %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
+  %283 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %283, label %if_end30.9.i, label %if_else.9.i
 
-if_else.9.i:                                      ; preds = %if_end167.8.i
-  %1454 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.36.vec.extract.i)
-  %row_max177.sroa.0.36.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 9
-  %1455 = fadd float %1454, %row_max177.sroa.0.36.vec.extract.i
-  br label %if_end167.9.i
+if_else.9.i:                                      ; preds = %if_end30.8.i
+  %284 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.36.vec.extract.i)
+  %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
+  %285 = fadd float %284, %row_max40.sroa.0.36.vec.extract.i
+  br label %if_end30.9.i
 
-if_end167.9.i:                                    ; preds = %if_else.9.i, %if_end167.8.i
-  %1456 = phi float [ %1455, %if_else.9.i ], [ 0xFFF0000000000000, %if_end167.8.i ]
-  %1457 = getelementptr i8, ptr %1408, i64 36
-  store float %1456, ptr %1457, align 4, !tbaa !5
-  %row_sum176.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %1458 = fcmp oeq float %row_sum176.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %1458, label %if_end167.10.i, label %if_else.10.i
+if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
+  %286 = phi float [ %285, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %287 = getelementptr i8, ptr %238, i64 36
+  store float %286, ptr %287, align 4, !tbaa !5
+  %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
+  %288 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %288, label %if_end30.10.i, label %if_else.10.i
 
-if_else.10.i:                                     ; preds = %if_end167.9.i
-  %1459 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.40.vec.extract.i)
-  %row_max177.sroa.0.40.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 10
-  %1460 = fadd float %1459, %row_max177.sroa.0.40.vec.extract.i
-  br label %if_end167.10.i
+if_else.10.i:                                     ; preds = %if_end30.9.i
+  %289 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.40.vec.extract.i)
+  %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
+  %290 = fadd float %289, %row_max40.sroa.0.40.vec.extract.i
+  br label %if_end30.10.i
 
-if_end167.10.i:                                   ; preds = %if_else.10.i, %if_end167.9.i
-  %1461 = phi float [ %1460, %if_else.10.i ], [ 0xFFF0000000000000, %if_end167.9.i ]
-  %1462 = getelementptr i8, ptr %1408, i64 40
-  store float %1461, ptr %1462, align 4, !tbaa !5
-  %row_sum176.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %1463 = fcmp oeq float %row_sum176.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %1463, label %if_end167.11.i, label %if_else.11.i
+if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
+  %291 = phi float [ %290, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %292 = getelementptr i8, ptr %238, i64 40
+  store float %291, ptr %292, align 4, !tbaa !5
+  %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
+  %293 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %293, label %if_end30.11.i, label %if_else.11.i
 
-if_else.11.i:                                     ; preds = %if_end167.10.i
-  %1464 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.44.vec.extract.i)
-  %row_max177.sroa.0.44.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 11
-  %1465 = fadd float %1464, %row_max177.sroa.0.44.vec.extract.i
-  br label %if_end167.11.i
+if_else.11.i:                                     ; preds = %if_end30.10.i
+  %294 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.44.vec.extract.i)
+  %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
+  %295 = fadd float %294, %row_max40.sroa.0.44.vec.extract.i
+  br label %if_end30.11.i
 
-if_end167.11.i:                                   ; preds = %if_else.11.i, %if_end167.10.i
-  %1466 = phi float [ %1465, %if_else.11.i ], [ 0xFFF0000000000000, %if_end167.10.i ]
-  %1467 = getelementptr i8, ptr %1408, i64 44
-  store float %1466, ptr %1467, align 4, !tbaa !5
-  %row_sum176.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %1468 = fcmp oeq float %row_sum176.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %1468, label %if_end167.12.i, label %if_else.12.i
+if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
+  %296 = phi float [ %295, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %297 = getelementptr i8, ptr %238, i64 44
+  store float %296, ptr %297, align 4, !tbaa !5
+  %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
+  %298 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %298, label %if_end30.12.i, label %if_else.12.i
 
-if_else.12.i:                                     ; preds = %if_end167.11.i
-  %1469 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.48.vec.extract.i)
-  %row_max177.sroa.0.48.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 12
-  %1470 = fadd float %1469, %row_max177.sroa.0.48.vec.extract.i
-  br label %if_end167.12.i
+if_else.12.i:                                     ; preds = %if_end30.11.i
+  %299 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.48.vec.extract.i)
+  %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
+  %300 = fadd float %299, %row_max40.sroa.0.48.vec.extract.i
+  br label %if_end30.12.i
 
-if_end167.12.i:                                   ; preds = %if_else.12.i, %if_end167.11.i
-  %1471 = phi float [ %1470, %if_else.12.i ], [ 0xFFF0000000000000, %if_end167.11.i ]
-  %1472 = getelementptr i8, ptr %1408, i64 48
-  store float %1471, ptr %1472, align 4, !tbaa !5
-  %row_sum176.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %1473 = fcmp oeq float %row_sum176.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %1473, label %if_end167.13.i, label %if_else.13.i
+if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
+  %301 = phi float [ %300, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %302 = getelementptr i8, ptr %238, i64 48
+  store float %301, ptr %302, align 4, !tbaa !5
+  %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
+  %303 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %303, label %if_end30.13.i, label %if_else.13.i
 
-if_else.13.i:                                     ; preds = %if_end167.12.i
-  %1474 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.52.vec.extract.i)
-  %row_max177.sroa.0.52.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 13
-  %1475 = fadd float %1474, %row_max177.sroa.0.52.vec.extract.i
-  br label %if_end167.13.i
+if_else.13.i:                                     ; preds = %if_end30.12.i
+  %304 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.52.vec.extract.i)
+  %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
+  %305 = fadd float %304, %row_max40.sroa.0.52.vec.extract.i
+  br label %if_end30.13.i
 
-if_end167.13.i:                                   ; preds = %if_else.13.i, %if_end167.12.i
-  %1476 = phi float [ %1475, %if_else.13.i ], [ 0xFFF0000000000000, %if_end167.12.i ]
-  %1477 = getelementptr i8, ptr %1408, i64 52
-  store float %1476, ptr %1477, align 4, !tbaa !5
-  %row_sum176.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %1478 = fcmp oeq float %row_sum176.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %1478, label %if_end167.14.i, label %if_else.14.i
+if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
+  %306 = phi float [ %305, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %307 = getelementptr i8, ptr %238, i64 52
+  store float %306, ptr %307, align 4, !tbaa !5
+  %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
+  %308 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %308, label %if_end30.14.i, label %if_else.14.i
 
-if_else.14.i:                                     ; preds = %if_end167.13.i
-  %1479 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.56.vec.extract.i)
-  %row_max177.sroa.0.56.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 14
-  %1480 = fadd float %1479, %row_max177.sroa.0.56.vec.extract.i
-  br label %if_end167.14.i
+if_else.14.i:                                     ; preds = %if_end30.13.i
+  %309 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.56.vec.extract.i)
+  %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
+  %310 = fadd float %309, %row_max40.sroa.0.56.vec.extract.i
+  br label %if_end30.14.i
 
-if_end167.14.i:                                   ; preds = %if_else.14.i, %if_end167.13.i
-  %1481 = phi float [ %1480, %if_else.14.i ], [ 0xFFF0000000000000, %if_end167.13.i ]
-  %1482 = getelementptr i8, ptr %1408, i64 56
-  store float %1481, ptr %1482, align 4, !tbaa !5
-  %row_sum176.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %1483 = fcmp oeq float %row_sum176.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %1483, label %if_end167.15.i, label %if_else.15.i
+if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
+  %311 = phi float [ %310, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %312 = getelementptr i8, ptr %238, i64 56
+  store float %311, ptr %312, align 4, !tbaa !5
+  %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
+  %313 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %313, label %if_end30.15.i, label %if_else.15.i
 
-if_else.15.i:                                     ; preds = %if_end167.14.i
-  %1484 = tail call float @llvm.log.f32(float %row_sum176.sroa.0.60.vec.extract.i)
-  %row_max177.sroa.0.60.vec.extract.i = extractelement <16 x float> %m212.lcssa.i, i64 15
-  %1485 = fadd float %1484, %row_max177.sroa.0.60.vec.extract.i
-  br label %if_end167.15.i
+if_else.15.i:                                     ; preds = %if_end30.14.i
+  %314 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.60.vec.extract.i)
+  %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
+  %315 = fadd float %314, %row_max40.sroa.0.60.vec.extract.i
+  br label %if_end30.15.i
 
-if_end167.15.i:                                   ; preds = %if_else.15.i, %if_end167.14.i
-  %1486 = phi float [ %1485, %if_else.15.i ], [ 0xFFF0000000000000, %if_end167.14.i ]
-  %1487 = getelementptr i8, ptr %1408, i64 60
-  store float %1486, ptr %1487, align 4, !tbaa !5
-  %1488 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1489 = tail call i32 %1488(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %1489, 0
+if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
+  %316 = phi float [ %315, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %317 = getelementptr i8, ptr %238, i64 60
+  store float %316, ptr %317, align 4, !tbaa !5
+  %318 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %319 = tail call i32 %318(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %319, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end167.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end167.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor171.i)
+merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
   ret i32 %common.ret.op.i
 }
 
@@ -8936,9 +7352,6 @@ declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x floa
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.log.f32(float) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -9270,4 +7683,20 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !134 = !{!"buffer1.w512.b0", !135, i64 0}
 !135 = !{!"buffer1.w1024.b0", !136, i64 0}
 !136 = !{!"buffer1", !7, i64 0}
-!137 = !{!136, !136, i64 0}
+!137 = !{!138, !138, i64 0}
+!138 = !{!"buffer2.w64.b0", !139, i64 0}
+!139 = !{!"buffer2.w128.b0", !140, i64 0}
+!140 = !{!"buffer2.w256.b0", !141, i64 0}
+!141 = !{!"buffer2.w512.b0", !142, i64 0}
+!142 = !{!"buffer2.w1024.b0", !143, i64 0}
+!143 = !{!"buffer2", !7, i64 0}
+!144 = !{!143, !143, i64 0}
+!145 = !{!136, !136, i64 0}
+!146 = !{!147, !147, i64 0}
+!147 = !{!"buffer3.w64.b0", !148, i64 0}
+!148 = !{!"buffer3.w128.b0", !149, i64 0}
+!149 = !{!"buffer3.w256.b0", !150, i64 0}
+!150 = !{!"buffer3.w512.b0", !151, i64 0}
+!151 = !{!"buffer3.w1024.b0", !152, i64 0}
+!152 = !{!"buffer3", !7, i64 0}
+!153 = !{!152, !152, i64 0}

@@ -564,16 +564,15 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[0, 0:16, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 1, 16):
-                            for r_1 in T.unroll(16):
+                        for i, r_0, d_0 in T.grid(1, 16, 8):
+                            for r_1 in T.unroll(1):
                                 for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(16):
                                         with T.sblock("acc"):
                                             vi = T.axis.spatial(1, i)
-                                            vr = T.axis.spatial(16, r_0 * 16 + r_1)
-                                            vd = T.axis.spatial(128, d_0 * 8 + (d_1_0 * 16 + d_1_1))
+                                            vr = T.axis.spatial(16, r_0 + r_1)
+                                            vd = T.axis.spatial(128, d_0 * 16 + d_1_0 * 16 + d_1_1)
                                             vstep_1 = T.axis.reduce(num_partials, vstep)
-                                            T.where(d_1_0 * 16 + d_1_1 < 8)
                                             T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
                                             T.writes(acc[vi, vr, vd])
                                             with T.init():

@@ -6199,11 +6199,11 @@ fused_decode_compute_.exit:                       ; preds = %if_end206.i, %for_e
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor48.i = alloca [32 x float], align 16
-  %beta51.i = alloca [32 x float], align 16
-  %alpha52.i = alloca [32 x float], align 16
-  %row_sum53.i = alloca [32 x float], align 16
-  %row_max54.i = alloca [32 x float], align 16
+  %factor34.i = alloca [32 x float], align 16
+  %beta37.i = alloca [32 x float], align 16
+  %alpha38.i = alloca [32 x float], align 16
+  %row_sum39.i = alloca [32 x float], align 16
+  %row_max40.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6294,11 +6294,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor48.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta51.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha52.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum53.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max54.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -6321,15 +6321,15 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r_0.i ]
+  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
   %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total5559.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %461, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv69.i, 0
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %102, %for_end_r_0.i ]
+  %45 = icmp eq i64 %indvars.iv64.i, 0
   %46 = insertelement <32 x i1> poison, i1 %45, i64 0
   %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
-  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total5559.i
-  %48 = add nsw i64 %indvars.iv69.i, %43
+  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %48 = add nsw i64 %indvars.iv64.i, %43
   %49 = shl nsw i64 %48, 5
   %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
   %51 = load <32 x float>, ptr %50, align 4, !tbaa !4
@@ -6363,7 +6363,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
   %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
-  store <32 x float> %79, ptr %alpha52.i, align 16, !tbaa !85
+  store <32 x float> %79, ptr %alpha38.i, align 16, !tbaa !85
   %arg2.i = fsub <32 x float> %51, %m.i
   %80 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %81 = bitcast <32 x float> %80 to <32 x i32>
@@ -6386,739 +6386,368 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %98 = select <32 x i1> %97, <32 x float> zeroinitializer, <32 x float> %96
   %99 = fcmp one <32 x float> %54, zeroinitializer
   %100 = select <32 x i1> %99, <32 x float> %98, <32 x float> zeroinitializer
-  store <32 x float> %100, ptr %beta51.i, align 16, !tbaa !91
+  store <32 x float> %100, ptr %beta37.i, align 16, !tbaa !91
+  %101 = fmul <32 x float> %old_sum.i, %79
+  %102 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %100, <32 x float> %54, <32 x float> %101)
   %.idx.i = shl nsw i64 %48, 14
-  %101 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !7
+  %103 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
 
-for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_step.i
-  %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_step.i ]
-  %102 = shl nuw nsw i64 %indvars.iv.i.us, 2
-  %103 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %102
-  %104 = load float, ptr %103, align 16, !tbaa !97
-  %105 = insertelement <16 x float> poison, float %104, i64 0
-  %106 = shufflevector <16 x float> %105, <16 x float> poison, <16 x i32> zeroinitializer
-  %107 = shl nuw nsw i64 %indvars.iv.i.us, 9
-  %108 = getelementptr float, ptr %101, i64 %107
-  %109 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %102
-  %110 = load float, ptr %109, align 16, !tbaa !98
-  %111 = or disjoint i64 %102, 1
-  %112 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %111
-  %113 = load float, ptr %112, align 4, !tbaa !97
-  %114 = insertelement <16 x float> poison, float %113, i64 0
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %104 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %105 = load float, ptr %104, align 4, !tbaa !97
+  %106 = insertelement <16 x float> poison, float %105, i64 0
+  %107 = shufflevector <16 x float> %106, <16 x float> poison, <16 x i32> zeroinitializer
+  %108 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %109 = getelementptr float, ptr %103, i64 %108
+  %110 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %111 = load float, ptr %110, align 4, !tbaa !98
+  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
+  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !4
+  %113 = load <16 x float>, ptr %109, align 4, !tbaa !4
+  %.scalar = fmul float %111, 0.000000e+00
+  %114 = insertelement <16 x float> poison, float %.scalar, i64 0
   %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
-  %116 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %111
-  %117 = load float, ptr %116, align 4, !tbaa !98
-  %118 = or disjoint i64 %102, 2
-  %119 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %118
-  %120 = load float, ptr %119, align 8, !tbaa !97
-  %121 = insertelement <16 x float> poison, float %120, i64 0
-  %122 = shufflevector <16 x float> %121, <16 x float> poison, <16 x i32> zeroinitializer
-  %123 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %118
-  %124 = load float, ptr %123, align 8, !tbaa !98
-  %125 = or disjoint i64 %102, 3
-  %126 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %125
-  %127 = load float, ptr %126, align 4, !tbaa !97
-  %128 = insertelement <16 x float> poison, float %127, i64 0
-  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
-  %130 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %125
-  %131 = load float, ptr %130, align 4, !tbaa !98
-  %132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %107
-  %.scalar = fmul float %124, 0.000000e+00
-  %133 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %134 = shufflevector <16 x float> %133, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar30 = fmul float %117, 0.000000e+00
-  %135 = insertelement <16 x float> poison, float %.scalar30, i64 0
-  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
-  %.scalar31 = fmul float %110, 0.000000e+00
-  %137 = insertelement <16 x float> poison, float %.scalar31, i64 0
-  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
-  store <16 x float> zeroinitializer, ptr %132, align 4, !tbaa !4
-  %139 = load <16 x float>, ptr %108, align 4, !tbaa !4
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %139, <16 x float> %138)
-  store <16 x float> %140, ptr %132, align 4, !tbaa !4
-  %141 = getelementptr inbounds nuw i8, ptr %132, i64 64
+  %116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %113, <16 x float> %115)
+  store <16 x float> %116, ptr %112, align 4, !tbaa !4
+  %117 = getelementptr inbounds nuw i8, ptr %112, i64 64
+  store <16 x float> zeroinitializer, ptr %117, align 4, !tbaa !4
+  %118 = getelementptr i8, ptr %109, i64 64
+  %119 = load <16 x float>, ptr %118, align 4, !tbaa !4
+  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %119, <16 x float> %115)
+  store <16 x float> %120, ptr %117, align 4, !tbaa !4
+  %121 = getelementptr inbounds nuw i8, ptr %112, i64 128
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !4
+  %122 = getelementptr i8, ptr %109, i64 128
+  %123 = load <16 x float>, ptr %122, align 4, !tbaa !4
+  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %123, <16 x float> %115)
+  store <16 x float> %124, ptr %121, align 4, !tbaa !4
+  %125 = getelementptr inbounds nuw i8, ptr %112, i64 192
+  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !4
+  %126 = getelementptr i8, ptr %109, i64 192
+  %127 = load <16 x float>, ptr %126, align 4, !tbaa !4
+  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %127, <16 x float> %115)
+  store <16 x float> %128, ptr %125, align 4, !tbaa !4
+  %129 = getelementptr inbounds nuw i8, ptr %112, i64 256
+  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !4
+  %130 = getelementptr i8, ptr %109, i64 256
+  %131 = load <16 x float>, ptr %130, align 4, !tbaa !4
+  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %131, <16 x float> %115)
+  store <16 x float> %132, ptr %129, align 4, !tbaa !4
+  %133 = getelementptr inbounds nuw i8, ptr %112, i64 320
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !4
+  %134 = getelementptr i8, ptr %109, i64 320
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !4
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %135, <16 x float> %115)
+  store <16 x float> %136, ptr %133, align 4, !tbaa !4
+  %137 = getelementptr inbounds nuw i8, ptr %112, i64 384
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !4
+  %138 = getelementptr i8, ptr %109, i64 384
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !4
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %139, <16 x float> %115)
+  store <16 x float> %140, ptr %137, align 4, !tbaa !4
+  %141 = getelementptr inbounds nuw i8, ptr %112, i64 448
   store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !4
-  %142 = getelementptr i8, ptr %108, i64 64
+  %142 = getelementptr i8, ptr %109, i64 448
   %143 = load <16 x float>, ptr %142, align 4, !tbaa !4
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %143, <16 x float> %138)
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %143, <16 x float> %115)
   store <16 x float> %144, ptr %141, align 4, !tbaa !4
-  %145 = getelementptr inbounds nuw i8, ptr %132, i64 512
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !4
-  %146 = getelementptr i8, ptr %108, i64 512
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !4
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %147, <16 x float> %136)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !4
-  %149 = getelementptr inbounds nuw i8, ptr %132, i64 576
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !4
-  %150 = getelementptr i8, ptr %108, i64 576
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !4
-  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %151, <16 x float> %136)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !4
-  %153 = getelementptr inbounds nuw i8, ptr %132, i64 1024
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !4
-  %154 = getelementptr i8, ptr %108, i64 1024
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !4
-  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %155, <16 x float> %134)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !4
-  %157 = getelementptr inbounds nuw i8, ptr %132, i64 1088
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !4
-  %158 = getelementptr i8, ptr %108, i64 1088
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !4
-  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %159, <16 x float> %134)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !4
-  %161 = getelementptr inbounds nuw i8, ptr %132, i64 1536
-  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !4
-  %162 = getelementptr i8, ptr %108, i64 1536
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
-  %.scalar34 = fmul float %131, 0.000000e+00
-  %164 = insertelement <16 x float> poison, float %.scalar34, i64 0
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %163, <16 x float> %165)
-  store <16 x float> %166, ptr %161, align 4, !tbaa !4
-  %167 = getelementptr inbounds nuw i8, ptr %132, i64 1600
-  store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !4
-  %168 = getelementptr i8, ptr %108, i64 1600
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
-  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %169, <16 x float> %165)
-  store <16 x float> %170, ptr %167, align 4, !tbaa !4
-  %171 = getelementptr inbounds nuw i8, ptr %132, i64 128
-  store <16 x float> zeroinitializer, ptr %171, align 4, !tbaa !4
-  %172 = getelementptr i8, ptr %108, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %173, <16 x float> %138)
-  store <16 x float> %174, ptr %171, align 4, !tbaa !4
-  %175 = getelementptr inbounds nuw i8, ptr %132, i64 192
-  store <16 x float> zeroinitializer, ptr %175, align 4, !tbaa !4
-  %176 = getelementptr i8, ptr %108, i64 192
-  %177 = load <16 x float>, ptr %176, align 4, !tbaa !4
-  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %177, <16 x float> %138)
-  store <16 x float> %178, ptr %175, align 4, !tbaa !4
-  %179 = getelementptr inbounds nuw i8, ptr %132, i64 640
-  store <16 x float> zeroinitializer, ptr %179, align 4, !tbaa !4
-  %180 = getelementptr i8, ptr %108, i64 640
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %181, <16 x float> %136)
-  store <16 x float> %182, ptr %179, align 4, !tbaa !4
-  %183 = getelementptr inbounds nuw i8, ptr %132, i64 704
-  store <16 x float> zeroinitializer, ptr %183, align 4, !tbaa !4
-  %184 = getelementptr i8, ptr %108, i64 704
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
-  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %185, <16 x float> %136)
-  store <16 x float> %186, ptr %183, align 4, !tbaa !4
-  %187 = getelementptr inbounds nuw i8, ptr %132, i64 1152
-  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !4
-  %188 = getelementptr i8, ptr %108, i64 1152
-  %189 = load <16 x float>, ptr %188, align 4, !tbaa !4
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %189, <16 x float> %134)
-  store <16 x float> %190, ptr %187, align 4, !tbaa !4
-  %191 = getelementptr inbounds nuw i8, ptr %132, i64 1216
-  store <16 x float> zeroinitializer, ptr %191, align 4, !tbaa !4
-  %192 = getelementptr i8, ptr %108, i64 1216
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
-  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %193, <16 x float> %134)
-  store <16 x float> %194, ptr %191, align 4, !tbaa !4
-  %195 = getelementptr inbounds nuw i8, ptr %132, i64 1664
-  store <16 x float> zeroinitializer, ptr %195, align 4, !tbaa !4
-  %196 = getelementptr i8, ptr %108, i64 1664
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
-  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %197, <16 x float> %165)
-  store <16 x float> %198, ptr %195, align 4, !tbaa !4
-  %199 = getelementptr inbounds nuw i8, ptr %132, i64 1728
-  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !4
-  %200 = getelementptr i8, ptr %108, i64 1728
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !4
-  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %201, <16 x float> %165)
-  store <16 x float> %202, ptr %199, align 4, !tbaa !4
-  %203 = getelementptr inbounds nuw i8, ptr %132, i64 256
-  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !4
-  %204 = getelementptr i8, ptr %108, i64 256
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %205, <16 x float> %138)
-  store <16 x float> %206, ptr %203, align 4, !tbaa !4
-  %207 = getelementptr inbounds nuw i8, ptr %132, i64 320
-  store <16 x float> zeroinitializer, ptr %207, align 4, !tbaa !4
-  %208 = getelementptr i8, ptr %108, i64 320
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !4
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %209, <16 x float> %138)
-  store <16 x float> %210, ptr %207, align 4, !tbaa !4
-  %211 = getelementptr inbounds nuw i8, ptr %132, i64 768
-  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !4
-  %212 = getelementptr i8, ptr %108, i64 768
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !4
-  %214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %213, <16 x float> %136)
-  store <16 x float> %214, ptr %211, align 4, !tbaa !4
-  %215 = getelementptr inbounds nuw i8, ptr %132, i64 832
-  store <16 x float> zeroinitializer, ptr %215, align 4, !tbaa !4
-  %216 = getelementptr i8, ptr %108, i64 832
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !4
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %217, <16 x float> %136)
-  store <16 x float> %218, ptr %215, align 4, !tbaa !4
-  %219 = getelementptr inbounds nuw i8, ptr %132, i64 1280
-  store <16 x float> zeroinitializer, ptr %219, align 4, !tbaa !4
-  %220 = getelementptr i8, ptr %108, i64 1280
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !4
-  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %221, <16 x float> %134)
-  store <16 x float> %222, ptr %219, align 4, !tbaa !4
-  %223 = getelementptr inbounds nuw i8, ptr %132, i64 1344
-  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !4
-  %224 = getelementptr i8, ptr %108, i64 1344
-  %225 = load <16 x float>, ptr %224, align 4, !tbaa !4
-  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %225, <16 x float> %134)
-  store <16 x float> %226, ptr %223, align 4, !tbaa !4
-  %227 = getelementptr inbounds nuw i8, ptr %132, i64 1792
-  store <16 x float> zeroinitializer, ptr %227, align 4, !tbaa !4
-  %228 = getelementptr i8, ptr %108, i64 1792
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !4
-  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %229, <16 x float> %165)
-  store <16 x float> %230, ptr %227, align 4, !tbaa !4
-  %231 = getelementptr inbounds nuw i8, ptr %132, i64 1856
-  store <16 x float> zeroinitializer, ptr %231, align 4, !tbaa !4
-  %232 = getelementptr i8, ptr %108, i64 1856
-  %233 = load <16 x float>, ptr %232, align 4, !tbaa !4
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %233, <16 x float> %165)
-  store <16 x float> %234, ptr %231, align 4, !tbaa !4
-  %235 = getelementptr inbounds nuw i8, ptr %132, i64 384
-  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !4
-  %236 = getelementptr i8, ptr %108, i64 384
-  %237 = load <16 x float>, ptr %236, align 4, !tbaa !4
-  %238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %237, <16 x float> %138)
-  store <16 x float> %238, ptr %235, align 4, !tbaa !4
-  %239 = getelementptr inbounds nuw i8, ptr %132, i64 448
-  store <16 x float> zeroinitializer, ptr %239, align 4, !tbaa !4
-  %240 = getelementptr i8, ptr %108, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !4
-  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %241, <16 x float> %138)
-  store <16 x float> %242, ptr %239, align 4, !tbaa !4
-  %243 = getelementptr inbounds nuw i8, ptr %132, i64 896
-  store <16 x float> zeroinitializer, ptr %243, align 4, !tbaa !4
-  %244 = getelementptr i8, ptr %108, i64 896
-  %245 = load <16 x float>, ptr %244, align 4, !tbaa !4
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %245, <16 x float> %136)
-  store <16 x float> %246, ptr %243, align 4, !tbaa !4
-  %247 = getelementptr inbounds nuw i8, ptr %132, i64 960
-  store <16 x float> zeroinitializer, ptr %247, align 4, !tbaa !4
-  %248 = getelementptr i8, ptr %108, i64 960
-  %249 = load <16 x float>, ptr %248, align 4, !tbaa !4
-  %250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %115, <16 x float> %249, <16 x float> %136)
-  store <16 x float> %250, ptr %247, align 4, !tbaa !4
-  %251 = getelementptr inbounds nuw i8, ptr %132, i64 1408
-  store <16 x float> zeroinitializer, ptr %251, align 4, !tbaa !4
-  %252 = getelementptr i8, ptr %108, i64 1408
-  %253 = load <16 x float>, ptr %252, align 4, !tbaa !4
-  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %253, <16 x float> %134)
-  store <16 x float> %254, ptr %251, align 4, !tbaa !4
-  %255 = getelementptr inbounds nuw i8, ptr %132, i64 1472
-  store <16 x float> zeroinitializer, ptr %255, align 4, !tbaa !4
-  %256 = getelementptr i8, ptr %108, i64 1472
-  %257 = load <16 x float>, ptr %256, align 4, !tbaa !4
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %257, <16 x float> %134)
-  store <16 x float> %258, ptr %255, align 4, !tbaa !4
-  %259 = getelementptr inbounds nuw i8, ptr %132, i64 1920
-  store <16 x float> zeroinitializer, ptr %259, align 4, !tbaa !4
-  %260 = getelementptr i8, ptr %108, i64 1920
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !4
-  %262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %261, <16 x float> %165)
-  store <16 x float> %262, ptr %259, align 4, !tbaa !4
-  %263 = getelementptr inbounds nuw i8, ptr %132, i64 1984
-  store <16 x float> zeroinitializer, ptr %263, align 4, !tbaa !4
-  %264 = getelementptr i8, ptr %108, i64 1984
-  %265 = load <16 x float>, ptr %264, align 4, !tbaa !4
-  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %265, <16 x float> %165)
-  store <16 x float> %266, ptr %263, align 4, !tbaa !4
-  %indvars.iv.next.i.us = add nuw nsw i64 %indvars.iv.i.us, 1
-  %exitcond.not.i.us = icmp eq i64 %indvars.iv.next.i.us, 8
-  br i1 %exitcond.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !21
+  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
+  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !21
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %461, %for_end_r_0.i ]
-  %m58.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  store <32 x float> %m58.lcssa.i, ptr %row_max54.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum53.i, align 16
-  %267 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %268 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %269 = select <32 x i1> %268, <32 x float> zeroinitializer, <32 x float> %267
-  store <32 x float> %269, ptr %factor48.i, align 16, !tbaa !99
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %102, %for_end_r_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %145 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %146 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %147 = select <32 x i1> %146, <32 x float> zeroinitializer, <32 x float> %145
+  store <32 x float> %147, ptr %factor34.i, align 16, !tbaa !99
   %sext28 = shl i64 %20, 32
-  %270 = ashr exact i64 %sext28, 32
-  %271 = mul nsw i64 %out_batch, %270
-  %272 = getelementptr i16, ptr %out, i64 %271
-  br label %for_begin_d_033.preheader.i
+  %148 = ashr exact i64 %sext28, 32
+  %149 = mul nsw i64 %out_batch, %148
+  %150 = getelementptr i16, ptr %out, i64 %149
+  br label %for_begin_d_019.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %273 = shl nuw nsw i64 %indvars.iv.i, 2
-  %274 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %273
-  %275 = load float, ptr %274, align 16, !tbaa !97
-  %276 = insertelement <16 x float> poison, float %275, i64 0
-  %277 = shufflevector <16 x float> %276, <16 x float> poison, <16 x i32> zeroinitializer
-  %278 = shl nuw nsw i64 %indvars.iv.i, 9
-  %279 = getelementptr float, ptr %101, i64 %278
-  %280 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %273
-  %281 = load float, ptr %280, align 16, !tbaa !98
-  %282 = insertelement <16 x float> poison, float %281, i64 0
-  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
-  %284 = or disjoint i64 %273, 1
-  %285 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %284
-  %286 = load float, ptr %285, align 4, !tbaa !97
-  %287 = insertelement <16 x float> poison, float %286, i64 0
-  %288 = shufflevector <16 x float> %287, <16 x float> poison, <16 x i32> zeroinitializer
-  %289 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %284
-  %290 = load float, ptr %289, align 4, !tbaa !98
-  %291 = insertelement <16 x float> poison, float %290, i64 0
-  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
-  %293 = or disjoint i64 %273, 2
-  %294 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %293
-  %295 = load float, ptr %294, align 8, !tbaa !97
-  %296 = insertelement <16 x float> poison, float %295, i64 0
-  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
-  %298 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %293
-  %299 = load float, ptr %298, align 8, !tbaa !98
-  %300 = insertelement <16 x float> poison, float %299, i64 0
-  %301 = shufflevector <16 x float> %300, <16 x float> poison, <16 x i32> zeroinitializer
-  %302 = or disjoint i64 %273, 3
-  %303 = getelementptr inbounds nuw float, ptr %beta51.i, i64 %302
-  %304 = load float, ptr %303, align 4, !tbaa !97
-  %305 = insertelement <16 x float> poison, float %304, i64 0
-  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
-  %307 = getelementptr inbounds nuw float, ptr %alpha52.i, i64 %302
-  %308 = load float, ptr %307, align 4, !tbaa !98
-  %309 = insertelement <16 x float> poison, float %308, i64 0
-  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
-  %311 = getelementptr inbounds nuw float, ptr %acc.i, i64 %278
-  %.pre.i = load <16 x float>, ptr %311, align 4, !tbaa !4
-  %.pre117.i = fmul <16 x float> %283, %.pre.i
-  %312 = load <16 x float>, ptr %279, align 4, !tbaa !4
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %312, <16 x float> %.pre117.i)
-  store <16 x float> %313, ptr %311, align 4, !tbaa !4
-  %314 = getelementptr i8, ptr %279, i64 64
-  %315 = load <16 x float>, ptr %314, align 4, !tbaa !4
-  %316 = getelementptr inbounds nuw i8, ptr %311, i64 64
-  %317 = load <16 x float>, ptr %316, align 4, !tbaa !4
-  %318 = fmul <16 x float> %283, %317
-  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %315, <16 x float> %318)
-  store <16 x float> %319, ptr %316, align 4, !tbaa !4
-  %.phi.trans.insert85.i = getelementptr inbounds nuw i8, ptr %311, i64 512
-  %.pre86.i = load <16 x float>, ptr %.phi.trans.insert85.i, align 4, !tbaa !4
-  %.pre118.i = fmul <16 x float> %292, %.pre86.i
-  %320 = getelementptr i8, ptr %279, i64 512
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !4
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %321, <16 x float> %.pre118.i)
-  store <16 x float> %322, ptr %.phi.trans.insert85.i, align 4, !tbaa !4
-  %323 = getelementptr i8, ptr %279, i64 576
-  %324 = load <16 x float>, ptr %323, align 4, !tbaa !4
-  %325 = getelementptr inbounds nuw i8, ptr %311, i64 576
-  %326 = load <16 x float>, ptr %325, align 4, !tbaa !4
-  %327 = fmul <16 x float> %292, %326
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %324, <16 x float> %327)
-  store <16 x float> %328, ptr %325, align 4, !tbaa !4
-  %.phi.trans.insert87.i = getelementptr inbounds nuw i8, ptr %311, i64 1024
-  %.pre88.i = load <16 x float>, ptr %.phi.trans.insert87.i, align 4, !tbaa !4
-  %.pre120.i = fmul <16 x float> %301, %.pre88.i
-  %329 = getelementptr i8, ptr %279, i64 1024
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !4
-  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %330, <16 x float> %.pre120.i)
-  store <16 x float> %331, ptr %.phi.trans.insert87.i, align 4, !tbaa !4
-  %332 = getelementptr i8, ptr %279, i64 1088
-  %333 = load <16 x float>, ptr %332, align 4, !tbaa !4
-  %334 = getelementptr inbounds nuw i8, ptr %311, i64 1088
-  %335 = load <16 x float>, ptr %334, align 4, !tbaa !4
-  %336 = fmul <16 x float> %301, %335
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %333, <16 x float> %336)
-  store <16 x float> %337, ptr %334, align 4, !tbaa !4
-  %.phi.trans.insert89.i = getelementptr inbounds nuw i8, ptr %311, i64 1536
-  %.pre90.i = load <16 x float>, ptr %.phi.trans.insert89.i, align 4, !tbaa !4
-  %338 = getelementptr i8, ptr %279, i64 1536
-  %339 = load <16 x float>, ptr %338, align 4, !tbaa !4
-  %340 = fmul <16 x float> %310, %.pre90.i
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %339, <16 x float> %340)
-  store <16 x float> %341, ptr %.phi.trans.insert89.i, align 4, !tbaa !4
-  %.phi.trans.insert91.i = getelementptr inbounds nuw i8, ptr %311, i64 1600
-  %.pre92.i = load <16 x float>, ptr %.phi.trans.insert91.i, align 4, !tbaa !4
-  %342 = getelementptr i8, ptr %279, i64 1600
-  %343 = load <16 x float>, ptr %342, align 4, !tbaa !4
-  %344 = fmul <16 x float> %310, %.pre92.i
-  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %343, <16 x float> %344)
-  store <16 x float> %345, ptr %.phi.trans.insert91.i, align 4, !tbaa !4
-  %346 = getelementptr i8, ptr %279, i64 128
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !4
-  %348 = getelementptr inbounds nuw i8, ptr %311, i64 128
-  %349 = load <16 x float>, ptr %348, align 4, !tbaa !4
-  %350 = fmul <16 x float> %283, %349
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %347, <16 x float> %350)
-  store <16 x float> %351, ptr %348, align 4, !tbaa !4
-  %352 = getelementptr i8, ptr %279, i64 192
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !4
-  %354 = getelementptr inbounds nuw i8, ptr %311, i64 192
-  %355 = load <16 x float>, ptr %354, align 4, !tbaa !4
-  %356 = fmul <16 x float> %283, %355
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %353, <16 x float> %356)
-  store <16 x float> %357, ptr %354, align 4, !tbaa !4
-  %.phi.trans.insert93.i = getelementptr inbounds nuw i8, ptr %311, i64 640
-  %.pre94.i = load <16 x float>, ptr %.phi.trans.insert93.i, align 4, !tbaa !4
-  %.pre122.i = fmul <16 x float> %292, %.pre94.i
-  %358 = getelementptr i8, ptr %279, i64 640
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !4
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %359, <16 x float> %.pre122.i)
-  store <16 x float> %360, ptr %.phi.trans.insert93.i, align 4, !tbaa !4
-  %361 = getelementptr i8, ptr %279, i64 704
-  %362 = load <16 x float>, ptr %361, align 4, !tbaa !4
-  %363 = getelementptr inbounds nuw i8, ptr %311, i64 704
-  %364 = load <16 x float>, ptr %363, align 4, !tbaa !4
-  %365 = fmul <16 x float> %292, %364
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %362, <16 x float> %365)
-  store <16 x float> %366, ptr %363, align 4, !tbaa !4
-  %.phi.trans.insert95.i = getelementptr inbounds nuw i8, ptr %311, i64 1152
-  %.pre96.i = load <16 x float>, ptr %.phi.trans.insert95.i, align 4, !tbaa !4
-  %.pre124.i = fmul <16 x float> %301, %.pre96.i
-  %367 = getelementptr i8, ptr %279, i64 1152
-  %368 = load <16 x float>, ptr %367, align 4, !tbaa !4
-  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %368, <16 x float> %.pre124.i)
-  store <16 x float> %369, ptr %.phi.trans.insert95.i, align 4, !tbaa !4
-  %370 = getelementptr i8, ptr %279, i64 1216
-  %371 = load <16 x float>, ptr %370, align 4, !tbaa !4
-  %372 = getelementptr inbounds nuw i8, ptr %311, i64 1216
-  %373 = load <16 x float>, ptr %372, align 4, !tbaa !4
-  %374 = fmul <16 x float> %301, %373
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %371, <16 x float> %374)
-  store <16 x float> %375, ptr %372, align 4, !tbaa !4
-  %.phi.trans.insert97.i = getelementptr inbounds nuw i8, ptr %311, i64 1664
-  %.pre98.i = load <16 x float>, ptr %.phi.trans.insert97.i, align 4, !tbaa !4
-  %376 = getelementptr i8, ptr %279, i64 1664
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !4
-  %378 = fmul <16 x float> %310, %.pre98.i
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %377, <16 x float> %378)
-  store <16 x float> %379, ptr %.phi.trans.insert97.i, align 4, !tbaa !4
-  %.phi.trans.insert99.i = getelementptr inbounds nuw i8, ptr %311, i64 1728
-  %.pre100.i = load <16 x float>, ptr %.phi.trans.insert99.i, align 4, !tbaa !4
-  %380 = getelementptr i8, ptr %279, i64 1728
-  %381 = load <16 x float>, ptr %380, align 4, !tbaa !4
-  %382 = fmul <16 x float> %310, %.pre100.i
-  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %381, <16 x float> %382)
-  store <16 x float> %383, ptr %.phi.trans.insert99.i, align 4, !tbaa !4
-  %384 = getelementptr i8, ptr %279, i64 256
-  %385 = load <16 x float>, ptr %384, align 4, !tbaa !4
-  %386 = getelementptr inbounds nuw i8, ptr %311, i64 256
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !4
-  %388 = fmul <16 x float> %283, %387
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %385, <16 x float> %388)
-  store <16 x float> %389, ptr %386, align 4, !tbaa !4
-  %390 = getelementptr i8, ptr %279, i64 320
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !4
-  %392 = getelementptr inbounds nuw i8, ptr %311, i64 320
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !4
-  %394 = fmul <16 x float> %283, %393
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %391, <16 x float> %394)
-  store <16 x float> %395, ptr %392, align 4, !tbaa !4
-  %.phi.trans.insert101.i = getelementptr inbounds nuw i8, ptr %311, i64 768
-  %.pre102.i = load <16 x float>, ptr %.phi.trans.insert101.i, align 4, !tbaa !4
-  %.pre126.i = fmul <16 x float> %292, %.pre102.i
-  %396 = getelementptr i8, ptr %279, i64 768
-  %397 = load <16 x float>, ptr %396, align 4, !tbaa !4
-  %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %397, <16 x float> %.pre126.i)
-  store <16 x float> %398, ptr %.phi.trans.insert101.i, align 4, !tbaa !4
-  %399 = getelementptr i8, ptr %279, i64 832
-  %400 = load <16 x float>, ptr %399, align 4, !tbaa !4
-  %401 = getelementptr inbounds nuw i8, ptr %311, i64 832
-  %402 = load <16 x float>, ptr %401, align 4, !tbaa !4
-  %403 = fmul <16 x float> %292, %402
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %400, <16 x float> %403)
-  store <16 x float> %404, ptr %401, align 4, !tbaa !4
-  %.phi.trans.insert103.i = getelementptr inbounds nuw i8, ptr %311, i64 1280
-  %.pre104.i = load <16 x float>, ptr %.phi.trans.insert103.i, align 4, !tbaa !4
-  %.pre128.i = fmul <16 x float> %301, %.pre104.i
-  %405 = getelementptr i8, ptr %279, i64 1280
-  %406 = load <16 x float>, ptr %405, align 4, !tbaa !4
-  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %406, <16 x float> %.pre128.i)
-  store <16 x float> %407, ptr %.phi.trans.insert103.i, align 4, !tbaa !4
-  %408 = getelementptr i8, ptr %279, i64 1344
-  %409 = load <16 x float>, ptr %408, align 4, !tbaa !4
-  %410 = getelementptr inbounds nuw i8, ptr %311, i64 1344
-  %411 = load <16 x float>, ptr %410, align 4, !tbaa !4
-  %412 = fmul <16 x float> %301, %411
-  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %409, <16 x float> %412)
-  store <16 x float> %413, ptr %410, align 4, !tbaa !4
-  %.phi.trans.insert105.i = getelementptr inbounds nuw i8, ptr %311, i64 1792
-  %.pre106.i = load <16 x float>, ptr %.phi.trans.insert105.i, align 4, !tbaa !4
-  %414 = getelementptr i8, ptr %279, i64 1792
-  %415 = load <16 x float>, ptr %414, align 4, !tbaa !4
-  %416 = fmul <16 x float> %310, %.pre106.i
-  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %415, <16 x float> %416)
-  store <16 x float> %417, ptr %.phi.trans.insert105.i, align 4, !tbaa !4
-  %.phi.trans.insert107.i = getelementptr inbounds nuw i8, ptr %311, i64 1856
-  %.pre108.i = load <16 x float>, ptr %.phi.trans.insert107.i, align 4, !tbaa !4
-  %418 = getelementptr i8, ptr %279, i64 1856
-  %419 = load <16 x float>, ptr %418, align 4, !tbaa !4
-  %420 = fmul <16 x float> %310, %.pre108.i
-  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %419, <16 x float> %420)
-  store <16 x float> %421, ptr %.phi.trans.insert107.i, align 4, !tbaa !4
-  %422 = getelementptr i8, ptr %279, i64 384
-  %423 = load <16 x float>, ptr %422, align 4, !tbaa !4
-  %424 = getelementptr inbounds nuw i8, ptr %311, i64 384
-  %425 = load <16 x float>, ptr %424, align 4, !tbaa !4
-  %426 = fmul <16 x float> %283, %425
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %423, <16 x float> %426)
-  store <16 x float> %427, ptr %424, align 4, !tbaa !4
-  %428 = getelementptr i8, ptr %279, i64 448
-  %429 = load <16 x float>, ptr %428, align 4, !tbaa !4
-  %430 = getelementptr inbounds nuw i8, ptr %311, i64 448
-  %431 = load <16 x float>, ptr %430, align 4, !tbaa !4
-  %432 = fmul <16 x float> %283, %431
-  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %429, <16 x float> %432)
-  store <16 x float> %433, ptr %430, align 4, !tbaa !4
-  %.phi.trans.insert109.i = getelementptr inbounds nuw i8, ptr %311, i64 896
-  %.pre110.i = load <16 x float>, ptr %.phi.trans.insert109.i, align 4, !tbaa !4
-  %.pre130.i = fmul <16 x float> %292, %.pre110.i
-  %434 = getelementptr i8, ptr %279, i64 896
-  %435 = load <16 x float>, ptr %434, align 4, !tbaa !4
-  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %435, <16 x float> %.pre130.i)
-  store <16 x float> %436, ptr %.phi.trans.insert109.i, align 4, !tbaa !4
-  %437 = getelementptr i8, ptr %279, i64 960
-  %438 = load <16 x float>, ptr %437, align 4, !tbaa !4
-  %439 = getelementptr inbounds nuw i8, ptr %311, i64 960
-  %440 = load <16 x float>, ptr %439, align 4, !tbaa !4
-  %441 = fmul <16 x float> %292, %440
-  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %438, <16 x float> %441)
-  store <16 x float> %442, ptr %439, align 4, !tbaa !4
-  %.phi.trans.insert111.i = getelementptr inbounds nuw i8, ptr %311, i64 1408
-  %.pre112.i = load <16 x float>, ptr %.phi.trans.insert111.i, align 4, !tbaa !4
-  %.pre132.i = fmul <16 x float> %301, %.pre112.i
-  %443 = getelementptr i8, ptr %279, i64 1408
-  %444 = load <16 x float>, ptr %443, align 4, !tbaa !4
-  %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %444, <16 x float> %.pre132.i)
-  store <16 x float> %445, ptr %.phi.trans.insert111.i, align 4, !tbaa !4
-  %446 = getelementptr i8, ptr %279, i64 1472
-  %447 = load <16 x float>, ptr %446, align 4, !tbaa !4
-  %448 = getelementptr inbounds nuw i8, ptr %311, i64 1472
-  %449 = load <16 x float>, ptr %448, align 4, !tbaa !4
-  %450 = fmul <16 x float> %301, %449
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %447, <16 x float> %450)
-  store <16 x float> %451, ptr %448, align 4, !tbaa !4
-  %.phi.trans.insert113.i = getelementptr inbounds nuw i8, ptr %311, i64 1920
-  %.pre114.i = load <16 x float>, ptr %.phi.trans.insert113.i, align 4, !tbaa !4
-  %452 = getelementptr i8, ptr %279, i64 1920
-  %453 = load <16 x float>, ptr %452, align 4, !tbaa !4
-  %454 = fmul <16 x float> %310, %.pre114.i
-  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %453, <16 x float> %454)
-  store <16 x float> %455, ptr %.phi.trans.insert113.i, align 4, !tbaa !4
-  %.phi.trans.insert115.i = getelementptr inbounds nuw i8, ptr %311, i64 1984
-  %.pre116.i = load <16 x float>, ptr %.phi.trans.insert115.i, align 4, !tbaa !4
-  %456 = getelementptr i8, ptr %279, i64 1984
-  %457 = load <16 x float>, ptr %456, align 4, !tbaa !4
-  %458 = fmul <16 x float> %310, %.pre116.i
-  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %457, <16 x float> %458)
-  store <16 x float> %459, ptr %.phi.trans.insert115.i, align 4, !tbaa !4
+  %151 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %152 = load float, ptr %151, align 4, !tbaa !97
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = shl nuw nsw i64 %indvars.iv.i, 7
+  %156 = getelementptr float, ptr %103, i64 %155
+  %157 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !98
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = load <16 x float>, ptr %156, align 4, !tbaa !4
+  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %155
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %164 = fmul <16 x float> %163, %160
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %161, <16 x float> %164)
+  store <16 x float> %165, ptr %162, align 4, !tbaa !4
+  %166 = getelementptr i8, ptr %156, i64 64
+  %167 = load <16 x float>, ptr %166, align 4, !tbaa !4
+  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
+  %170 = fmul <16 x float> %160, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !4
+  %172 = getelementptr i8, ptr %156, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
+  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %176 = fmul <16 x float> %160, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !4
+  %178 = getelementptr i8, ptr %156, i64 192
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
+  %182 = fmul <16 x float> %160, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !4
+  %184 = getelementptr i8, ptr %156, i64 256
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
+  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
+  %188 = fmul <16 x float> %160, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !4
+  %190 = getelementptr i8, ptr %156, i64 320
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
+  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
+  %194 = fmul <16 x float> %160, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !4
+  %196 = getelementptr i8, ptr %156, i64 384
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
+  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
+  %200 = fmul <16 x float> %160, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !4
+  %202 = getelementptr i8, ptr %156, i64 448
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %206 = fmul <16 x float> %160, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !21
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
-  %460 = fmul <32 x float> %old_sum.i, %79
-  %461 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %100, <32 x float> %54, <32 x float> %460)
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
 
-for_begin_d_033.preheader.i:                      ; preds = %for_begin_d_033.preheader.i, %for_end_step.i
-  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_033.preheader.i ]
-  %462 = getelementptr inbounds nuw float, ptr %factor48.i, i64 %indvars.iv77.i
-  %463 = load float, ptr %462, align 4, !tbaa !105
-  %464 = insertelement <16 x float> poison, float %463, i64 0
-  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
-  %466 = mul nsw i64 %indvars.iv77.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %272, i64 %466
-  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
-  %467 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %468 = load <16 x float>, ptr %467, align 4, !tbaa !4
-  %469 = fmul <16 x float> %468, %465
-  %470 = bitcast <16 x float> %469 to <16 x i32>
-  %471 = lshr <16 x i32> %470, splat (i32 16)
-  %472 = and <16 x i32> %471, splat (i32 1)
-  %473 = add nuw <16 x i32> %470, splat (i32 32767)
-  %474 = add nuw <16 x i32> %473, %472
-  %475 = lshr <16 x i32> %474, splat (i32 16)
-  %476 = trunc nuw <16 x i32> %475 to <16 x i16>
-  store <16 x i16> %476, ptr %invariant.gep.i, align 2, !tbaa !4
-  %477 = getelementptr inbounds nuw i8, ptr %467, i64 64
-  %478 = load <16 x float>, ptr %477, align 4, !tbaa !4
-  %479 = fmul <16 x float> %465, %478
-  %480 = bitcast <16 x float> %479 to <16 x i32>
-  %481 = lshr <16 x i32> %480, splat (i32 16)
-  %482 = and <16 x i32> %481, splat (i32 1)
-  %483 = add nuw <16 x i32> %480, splat (i32 32767)
-  %484 = add nuw <16 x i32> %483, %482
-  %485 = lshr <16 x i32> %484, splat (i32 16)
-  %486 = trunc nuw <16 x i32> %485 to <16 x i16>
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
+  %208 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %209 = load float, ptr %208, align 4, !tbaa !105
+  %210 = insertelement <16 x float> poison, float %209, i64 0
+  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
+  %212 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
+  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
+  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %214 = load <16 x float>, ptr %213, align 4, !tbaa !4
+  %215 = fmul <16 x float> %214, %211
+  %216 = bitcast <16 x float> %215 to <16 x i32>
+  %217 = lshr <16 x i32> %216, splat (i32 16)
+  %218 = and <16 x i32> %217, splat (i32 1)
+  %219 = add nuw <16 x i32> %216, splat (i32 32767)
+  %220 = add nuw <16 x i32> %219, %218
+  %221 = lshr <16 x i32> %220, splat (i32 16)
+  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
+  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !4
+  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
+  %224 = load <16 x float>, ptr %223, align 4, !tbaa !4
+  %225 = fmul <16 x float> %211, %224
+  %226 = bitcast <16 x float> %225 to <16 x i32>
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = and <16 x i32> %227, splat (i32 1)
+  %229 = add nuw <16 x i32> %226, splat (i32 32767)
+  %230 = add nuw <16 x i32> %229, %228
+  %231 = lshr <16 x i32> %230, splat (i32 16)
+  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %486, ptr %gep.1.i, align 2, !tbaa !4
-  %487 = getelementptr inbounds nuw i8, ptr %467, i64 128
-  %488 = load <16 x float>, ptr %487, align 4, !tbaa !4
-  %489 = fmul <16 x float> %465, %488
-  %490 = bitcast <16 x float> %489 to <16 x i32>
-  %491 = lshr <16 x i32> %490, splat (i32 16)
-  %492 = and <16 x i32> %491, splat (i32 1)
-  %493 = add nuw <16 x i32> %490, splat (i32 32767)
-  %494 = add nuw <16 x i32> %493, %492
-  %495 = lshr <16 x i32> %494, splat (i32 16)
-  %496 = trunc nuw <16 x i32> %495 to <16 x i16>
+  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !4
+  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
+  %234 = load <16 x float>, ptr %233, align 4, !tbaa !4
+  %235 = fmul <16 x float> %211, %234
+  %236 = bitcast <16 x float> %235 to <16 x i32>
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = and <16 x i32> %237, splat (i32 1)
+  %239 = add nuw <16 x i32> %236, splat (i32 32767)
+  %240 = add nuw <16 x i32> %239, %238
+  %241 = lshr <16 x i32> %240, splat (i32 16)
+  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %496, ptr %gep.2.i, align 2, !tbaa !4
-  %497 = getelementptr inbounds nuw i8, ptr %467, i64 192
-  %498 = load <16 x float>, ptr %497, align 4, !tbaa !4
-  %499 = fmul <16 x float> %465, %498
-  %500 = bitcast <16 x float> %499 to <16 x i32>
-  %501 = lshr <16 x i32> %500, splat (i32 16)
-  %502 = and <16 x i32> %501, splat (i32 1)
-  %503 = add nuw <16 x i32> %500, splat (i32 32767)
-  %504 = add nuw <16 x i32> %503, %502
-  %505 = lshr <16 x i32> %504, splat (i32 16)
-  %506 = trunc nuw <16 x i32> %505 to <16 x i16>
+  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !4
+  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
+  %244 = load <16 x float>, ptr %243, align 4, !tbaa !4
+  %245 = fmul <16 x float> %211, %244
+  %246 = bitcast <16 x float> %245 to <16 x i32>
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = and <16 x i32> %247, splat (i32 1)
+  %249 = add nuw <16 x i32> %246, splat (i32 32767)
+  %250 = add nuw <16 x i32> %249, %248
+  %251 = lshr <16 x i32> %250, splat (i32 16)
+  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %506, ptr %gep.3.i, align 2, !tbaa !4
-  %507 = getelementptr inbounds nuw i8, ptr %467, i64 256
-  %508 = load <16 x float>, ptr %507, align 4, !tbaa !4
-  %509 = fmul <16 x float> %465, %508
-  %510 = bitcast <16 x float> %509 to <16 x i32>
-  %511 = lshr <16 x i32> %510, splat (i32 16)
-  %512 = and <16 x i32> %511, splat (i32 1)
-  %513 = add nuw <16 x i32> %510, splat (i32 32767)
-  %514 = add nuw <16 x i32> %513, %512
-  %515 = lshr <16 x i32> %514, splat (i32 16)
-  %516 = trunc nuw <16 x i32> %515 to <16 x i16>
+  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !4
+  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
+  %254 = load <16 x float>, ptr %253, align 4, !tbaa !4
+  %255 = fmul <16 x float> %211, %254
+  %256 = bitcast <16 x float> %255 to <16 x i32>
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = and <16 x i32> %257, splat (i32 1)
+  %259 = add nuw <16 x i32> %256, splat (i32 32767)
+  %260 = add nuw <16 x i32> %259, %258
+  %261 = lshr <16 x i32> %260, splat (i32 16)
+  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %516, ptr %gep.4.i, align 2, !tbaa !4
-  %517 = getelementptr inbounds nuw i8, ptr %467, i64 320
-  %518 = load <16 x float>, ptr %517, align 4, !tbaa !4
-  %519 = fmul <16 x float> %465, %518
-  %520 = bitcast <16 x float> %519 to <16 x i32>
-  %521 = lshr <16 x i32> %520, splat (i32 16)
-  %522 = and <16 x i32> %521, splat (i32 1)
-  %523 = add nuw <16 x i32> %520, splat (i32 32767)
-  %524 = add nuw <16 x i32> %523, %522
-  %525 = lshr <16 x i32> %524, splat (i32 16)
-  %526 = trunc nuw <16 x i32> %525 to <16 x i16>
+  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !4
+  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
+  %264 = load <16 x float>, ptr %263, align 4, !tbaa !4
+  %265 = fmul <16 x float> %211, %264
+  %266 = bitcast <16 x float> %265 to <16 x i32>
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = and <16 x i32> %267, splat (i32 1)
+  %269 = add nuw <16 x i32> %266, splat (i32 32767)
+  %270 = add nuw <16 x i32> %269, %268
+  %271 = lshr <16 x i32> %270, splat (i32 16)
+  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %526, ptr %gep.5.i, align 2, !tbaa !4
-  %527 = getelementptr inbounds nuw i8, ptr %467, i64 384
-  %528 = load <16 x float>, ptr %527, align 4, !tbaa !4
-  %529 = fmul <16 x float> %465, %528
-  %530 = bitcast <16 x float> %529 to <16 x i32>
-  %531 = lshr <16 x i32> %530, splat (i32 16)
-  %532 = and <16 x i32> %531, splat (i32 1)
-  %533 = add nuw <16 x i32> %530, splat (i32 32767)
-  %534 = add nuw <16 x i32> %533, %532
-  %535 = lshr <16 x i32> %534, splat (i32 16)
-  %536 = trunc nuw <16 x i32> %535 to <16 x i16>
+  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !4
+  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
+  %274 = load <16 x float>, ptr %273, align 4, !tbaa !4
+  %275 = fmul <16 x float> %211, %274
+  %276 = bitcast <16 x float> %275 to <16 x i32>
+  %277 = lshr <16 x i32> %276, splat (i32 16)
+  %278 = and <16 x i32> %277, splat (i32 1)
+  %279 = add nuw <16 x i32> %276, splat (i32 32767)
+  %280 = add nuw <16 x i32> %279, %278
+  %281 = lshr <16 x i32> %280, splat (i32 16)
+  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %536, ptr %gep.6.i, align 2, !tbaa !4
-  %537 = getelementptr inbounds nuw i8, ptr %467, i64 448
-  %538 = load <16 x float>, ptr %537, align 4, !tbaa !4
-  %539 = fmul <16 x float> %465, %538
-  %540 = bitcast <16 x float> %539 to <16 x i32>
-  %541 = lshr <16 x i32> %540, splat (i32 16)
-  %542 = and <16 x i32> %541, splat (i32 1)
-  %543 = add nuw <16 x i32> %540, splat (i32 32767)
-  %544 = add nuw <16 x i32> %543, %542
-  %545 = lshr <16 x i32> %544, splat (i32 16)
-  %546 = trunc nuw <16 x i32> %545 to <16 x i16>
+  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !4
+  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
+  %284 = load <16 x float>, ptr %283, align 4, !tbaa !4
+  %285 = fmul <16 x float> %211, %284
+  %286 = bitcast <16 x float> %285 to <16 x i32>
+  %287 = lshr <16 x i32> %286, splat (i32 16)
+  %288 = and <16 x i32> %287, splat (i32 1)
+  %289 = add nuw <16 x i32> %286, splat (i32 32767)
+  %290 = add nuw <16 x i32> %289, %288
+  %291 = lshr <16 x i32> %290, splat (i32 16)
+  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %546, ptr %gep.7.i, align 2, !tbaa !4
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
-  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 32
-  br i1 %exitcond80.not.i, label %for_begin_r38.preheader.i, label %for_begin_d_033.preheader.i, !prof !21
+  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !21
 
-for_begin_r38.preheader.i:                        ; preds = %for_begin_d_033.preheader.i
-  %547 = mul nsw i64 %lse_batch, %270
-  %548 = getelementptr float, ptr %lse, i64 %547
-  br label %for_body_r39.i
+for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
+  %293 = mul nsw i64 %lse_batch, %148
+  %294 = getelementptr float, ptr %lse, i64 %293
+  br label %for_body_r25.i
 
-for_body_r39.i:                                   ; preds = %if_end44.i.3, %for_begin_r38.preheader.i
-  %indvars.iv81.i = phi i64 [ 0, %for_begin_r38.preheader.i ], [ %indvars.iv.next82.i.3, %if_end44.i.3 ]
-  %549 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv81.i
-  %550 = load float, ptr %549, align 16, !tbaa !106
-  %551 = fcmp oeq float %550, 0.000000e+00
-  br i1 %551, label %if_end44.i, label %if_else.i
+for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
+  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
+  %295 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
+  %296 = load float, ptr %295, align 16, !tbaa !106
+  %297 = fcmp oeq float %296, 0.000000e+00
+  br i1 %297, label %if_end30.i, label %if_else.i
 
-for_end_r40.i:                                    ; preds = %if_end44.i.3
-  %552 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %553 = tail call i32 %552(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %553, 0
+for_end_r26.i:                                    ; preds = %if_end30.i.3
+  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %299, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r39.i
-  %554 = tail call float @llvm.log.f32(float %550)
-  %555 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv81.i
-  %556 = load float, ptr %555, align 16, !tbaa !108
-  %557 = fadd float %554, %556
-  br label %if_end44.i
+if_else.i:                                        ; preds = %for_body_r25.i
+  %300 = tail call float @llvm.log.f32(float %296)
+  %301 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
+  %302 = load float, ptr %301, align 16, !tbaa !108
+  %303 = fadd float %300, %302
+  br label %if_end30.i
 
-if_end44.i:                                       ; preds = %if_else.i, %for_body_r39.i
-  %558 = phi float [ %557, %if_else.i ], [ 0xFFF0000000000000, %for_body_r39.i ]
-  %559 = getelementptr float, ptr %548, i64 %indvars.iv81.i
-  store float %558, ptr %559, align 4, !tbaa !4
-  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
-  %560 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i
-  %561 = load float, ptr %560, align 4, !tbaa !106
-  %562 = fcmp oeq float %561, 0.000000e+00
-  br i1 %562, label %if_end44.i.1, label %if_else.i.1
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %305 = getelementptr float, ptr %294, i64 %indvars.iv76.i
+  store float %304, ptr %305, align 4, !tbaa !4
+  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
+  %306 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
+  %307 = load float, ptr %306, align 4, !tbaa !106
+  %308 = fcmp oeq float %307, 0.000000e+00
+  br i1 %308, label %if_end30.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end44.i
-  %563 = tail call float @llvm.log.f32(float %561)
-  %564 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i
-  %565 = load float, ptr %564, align 4, !tbaa !108
-  %566 = fadd float %563, %565
-  br label %if_end44.i.1
+if_else.i.1:                                      ; preds = %if_end30.i
+  %309 = tail call float @llvm.log.f32(float %307)
+  %310 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
+  %311 = load float, ptr %310, align 4, !tbaa !108
+  %312 = fadd float %309, %311
+  br label %if_end30.i.1
 
-if_end44.i.1:                                     ; preds = %if_else.i.1, %if_end44.i
-  %567 = phi float [ %566, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end44.i ]
-  %568 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i
-  store float %567, ptr %568, align 4, !tbaa !4
-  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
-  %569 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i.1
-  %570 = load float, ptr %569, align 8, !tbaa !106
-  %571 = fcmp oeq float %570, 0.000000e+00
-  br i1 %571, label %if_end44.i.2, label %if_else.i.2
+if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
+  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i
+  store float %313, ptr %314, align 4, !tbaa !4
+  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
+  %315 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
+  %316 = load float, ptr %315, align 8, !tbaa !106
+  %317 = fcmp oeq float %316, 0.000000e+00
+  br i1 %317, label %if_end30.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end44.i.1
-  %572 = tail call float @llvm.log.f32(float %570)
-  %573 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i.1
-  %574 = load float, ptr %573, align 8, !tbaa !108
-  %575 = fadd float %572, %574
-  br label %if_end44.i.2
+if_else.i.2:                                      ; preds = %if_end30.i.1
+  %318 = tail call float @llvm.log.f32(float %316)
+  %319 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
+  %320 = load float, ptr %319, align 8, !tbaa !108
+  %321 = fadd float %318, %320
+  br label %if_end30.i.2
 
-if_end44.i.2:                                     ; preds = %if_else.i.2, %if_end44.i.1
-  %576 = phi float [ %575, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end44.i.1 ]
-  %577 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i.1
-  store float %576, ptr %577, align 4, !tbaa !4
-  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
-  %578 = getelementptr inbounds nuw float, ptr %row_sum53.i, i64 %indvars.iv.next82.i.2
-  %579 = load float, ptr %578, align 4, !tbaa !106
-  %580 = fcmp oeq float %579, 0.000000e+00
-  br i1 %580, label %if_end44.i.3, label %if_else.i.3
+if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
+  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i.1
+  store float %322, ptr %323, align 4, !tbaa !4
+  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
+  %324 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
+  %325 = load float, ptr %324, align 4, !tbaa !106
+  %326 = fcmp oeq float %325, 0.000000e+00
+  br i1 %326, label %if_end30.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end44.i.2
-  %581 = tail call float @llvm.log.f32(float %579)
-  %582 = getelementptr inbounds nuw float, ptr %row_max54.i, i64 %indvars.iv.next82.i.2
-  %583 = load float, ptr %582, align 4, !tbaa !108
-  %584 = fadd float %581, %583
-  br label %if_end44.i.3
+if_else.i.3:                                      ; preds = %if_end30.i.2
+  %327 = tail call float @llvm.log.f32(float %325)
+  %328 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
+  %329 = load float, ptr %328, align 4, !tbaa !108
+  %330 = fadd float %327, %329
+  br label %if_end30.i.3
 
-if_end44.i.3:                                     ; preds = %if_else.i.3, %if_end44.i.2
-  %585 = phi float [ %584, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end44.i.2 ]
-  %586 = getelementptr float, ptr %548, i64 %indvars.iv.next82.i.2
-  store float %585, ptr %586, align 4, !tbaa !4
-  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
-  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next82.i.3, 32
-  br i1 %exitcond84.not.i.3, label %for_end_r40.i, label %for_body_r39.i, !prof !21, !llvm.loop !110
+if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
+  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i.2
+  store float %331, ptr %332, align 4, !tbaa !4
+  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
+  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !21, !llvm.loop !110
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r40.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r40.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor48.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta51.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha52.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum53.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max54.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 

@@ -602,14 +602,14 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
                         T.writes(acc[0, 0:32, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 8, 4):
-                            for r_1 in T.unroll(4):
-                                for d_1_0 in T.unroll(2):
+                        for i, r_0, d_0 in T.grid(1, 32, 8):
+                            for r_1 in T.unroll(1):
+                                for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(16):
                                         with T.sblock("acc"):
                                             vi = T.axis.spatial(1, i)
-                                            vr = T.axis.spatial(32, r_0 * 4 + r_1)
-                                            vd = T.axis.spatial(128, d_0 * 32 + d_1_0 * 16 + d_1_1)
+                                            vr = T.axis.spatial(32, r_0 + r_1)
+                                            vd = T.axis.spatial(128, d_0 * 16 + d_1_0 * 16 + d_1_1)
                                             vstep_1 = T.axis.reduce(num_partials, vstep)
                                             T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
                                             T.writes(acc[vi, vr, vd])
