@@ -13,7 +13,7 @@ PEERS  := .venv-peers
 CUDA   := .venv-cuda
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test slow soak bench test-cuda bench-cuda lint format generate check-generated clean
+.PHONY: run test slow soak bench test-cuda bench-cuda cuda-tools lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -48,6 +48,9 @@ test-cuda: $(CUDA)/.installed
 bench-cuda: $(CUDA)/.installed
 	$(CUDA)/bin/python -m benchmarks.cuda $(BENCH_CUDA)
 
+# What `make test` needs to look at the machine code of the CUDA kernels too; without it, those tests are skipped.
+cuda-tools: $(VENV)/.installed-cuda
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,6 +81,11 @@ $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt
 	@echo 'Installing into $(CUDA): some GB of torch, FlashInfer and CUDA tools the first time.'
 	@$(PYTHON) -m venv $(CUDA)
 	@$(CUDA)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,cuda]' -r benchmarks/cuda_peers.txt
+	@touch $@
+
+$(VENV)/.installed-cuda: $(STAMP)
+	@echo 'Installing the CUDA compiler into $(VENV): about 130 MB the first time.'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
 	@touch $@
 
 $(VENV)/.installed-soak: $(STAMP)

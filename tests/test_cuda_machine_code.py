@@ -12,7 +12,8 @@ import pytest
 from cuda_emulator import PARTS
 from tvm import IRModule
 
-from pa_compiler import PagedAttentionSpec, cuda_build, cuda_tiling
+from pa_compiler import PagedAttentionSpec, cuda_build, cuda_compiler, cuda_tiling
+from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.kernels import cuda
 
 ARCHS = ("sm_80", "sm_90")
@@ -117,6 +118,18 @@ def test_float32_arithmetic(instructions, name):
 def test_append_moves_16_bytes(instructions):
     assert count(instructions["cuda_append_kv"], r"LDG\.E\.128\S*") >= 2
     assert count(instructions["cuda_append_kv"], r"STG\.E\.128") >= 2
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_staged(tmp_path, arch, head_dim):
+    """Nothing spills, and the largest blocks fit in shared memory."""
+    tool_or_skip("nvcc")
+    spec = PagedAttentionSpec(16, 1, head_dim, cuda_tiling.STAGED_BLOCK_SIZE, "bfloat16")
+    lowered = cuda_compiler.lower(spec, CudaTarget(arch), "staged")
+    resources = cuda_build.assemble(lowered.cuda, arch, tmp_path).resources
+    assert resources.keys() == cuda.staged_launches().keys()
+    assert {name: found.spill_bytes for name, found in resources.items() if found.spill_bytes} == {}
 
 
 def test_a_missing_tool(monkeypatch):
