@@ -173,8 +173,9 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     strategy, _ = choose_strategy(spec, target, pipeline)
     if strategy == "tokens_in_lanes":
         whole_groups = [groups * PACKED_TOKENS // target.vector_lanes for groups in (1, 2, 4)]
-        qk_rows, qk_vectors = register_tile(rows, whole_groups, target, load_cost, 2)
-        token_group = qk_tokens = qk_vectors * target.vector_lanes
+        qk_rows, qk_vectors = register_tile(rows, [1, *whole_groups], target, load_cost, 2, broadcasts=True)
+        qk_tokens = qk_vectors * target.vector_lanes
+        token_group = max(qk_tokens, PACKED_TOKENS)
     elif strategy == "heads_in_lanes":
         qk_rows = pv_rows = rows
         tokens = target.vector_sums // (rows // target.vector_lanes)
@@ -240,15 +241,19 @@ def _rows(spec: PagedAttentionSpec) -> int:
     return -(-spec.group // -(-spec.group // spec.head_tile))
 
 
-def register_tile(rows: int, columns: list[int], target: CpuTarget, load_cost: float, held: int) -> tuple[int, int]:
+def register_tile(
+    rows: int, columns: list[int], target: CpuTarget, load_cost: float, held: int, broadcasts: bool = False
+) -> tuple[int, int]:
     """How many rows and columns of vectors of an outer product have their sums in registers at once.
 
     A divisor of rows and one of the given numbers of columns, with the fewest loads for an FMA: a row costs one, a
-    column load_cost. A column is loaded once for all rows, and takes `held` registers meanwhile.
+    column load_cost. A column is loaded once for all rows, and takes `held` registers meanwhile. With broadcasts an
+    element of a row takes one too, and so does the mask of a pair, where instructions do not broadcast themselves.
     """
+    of_row = 2 if broadcasts and not target.embeds_broadcasts else 0
 
     def fits(r: int, c: int) -> bool:
-        operands = held * c if r > 1 else 0
+        operands = held * c + of_row if r > 1 else 0
         return r * c <= target.vector_sums and r * c + operands <= target.vector_registers
 
     tiles = [

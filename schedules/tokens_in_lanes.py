@@ -30,12 +30,14 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
-    token_outer, token = sch.split(token, [None, PACKED_TOKENS])
+    lanes = min(tiling.qk_tokens, PACKED_TOKENS)
+    token_pass, token_outer, token = sch.split(token, [None, tiling.qk_tokens // lanes, lanes])
     # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
     inner = (half, row, token_outer) if tiling.qk_rows > 1 else (row, token_outer, half)
-    sch.reorder(group, row_outer, dim_outer, dim, *inner, token)
+    sch.reorder(group, row_outer, token_pass, dim_outer, dim, *inner, token)
+    row_outer = sch.fuse(row_outer, token_pass)
     sch.reverse_compute_at(sums, row_outer, preserve_unit_loops=True)
-    sch.split(sch.get_loops(sums)[-1], [None, PACKED_TOKENS])
+    sch.split(sch.get_loops(sums)[-1], [None, lanes])
     unroll_tile(sch, sums, row, token_outer, token)
     sch.unroll(half)
     sch.decompose_reduction(scores, dim_outer)

@@ -169,12 +169,11 @@ class Module:
                                             scores_global = T.sblock_alloc_buffer((1, 4, (valid_len + 31) // 32 * 32))
                                             for __m, to_m, n_0_m in T.grid(1, (valid_len + 32 - 1) // 32, 1):
                                                 for r_1_init in T.unroll(4):
-                                                    for ti_0_init in T.unroll(2):
-                                                        for ti_1_init in T.vectorized(16):
+                                                    for ti_1_init in T.unroll(2):
+                                                        for ti_2_init in T.vectorized(16):
                                                             with T.sblock("scores_init"):
-                                                                vt = T.axis.spatial(128, to_m * 32 + ti_0_init * 16 + ti_1_init)
-                                                                vi = T.axis.spatial(1, __m)
-                                                                vr = T.axis.spatial(4, n_0_m * 4 + r_1_init)
+                                                                vt = T.axis.spatial(128, to_m * 32 + ti_1_init * 16 + ti_2_init)
+                                                                vi, vr = T.axis.remap("SS", [__m, r_1_init])
                                                                 T.reads()
                                                                 T.writes(scores_global[0, vr, vt])
                                                                 scores_global[0, vr, vt] = T.float32(0.0)
@@ -190,12 +189,11 @@ class Module:
                                                     for d_1 in range(2):
                                                         for d_2 in T.unroll(2):
                                                             for r_1 in T.unroll(4):
-                                                                for ti_0 in T.unroll(2):
-                                                                    for ti_1 in T.vectorized(16):
+                                                                for ti_1 in T.unroll(2):
+                                                                    for ti_2 in T.vectorized(16):
                                                                         with T.sblock("scores_update"):
-                                                                            vt = T.axis.spatial(128, to_m * 32 + ti_0 * 16 + ti_1)
-                                                                            vi = T.axis.spatial(1, __m)
-                                                                            vr = T.axis.spatial(4, n_0_m * 4 + r_1)
+                                                                            vt = T.axis.spatial(128, to_m * 32 + ti_1 * 16 + ti_2)
+                                                                            vi, vr = T.axis.remap("SS", [__m, r_1])
                                                                             vd = T.axis.reduce(64, n_1_m * 4 + d_1 * 2 + d_2)
                                                                             T.reads(scores_global[0, vr, vt], q_tile[first_tile + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + k_now + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                                             T.writes(scores_global[0, vr, vt])
