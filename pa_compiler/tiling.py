@@ -14,7 +14,8 @@ enough that scores and probs of 16 rows (8 KB each) stay in the first-level cach
 
 KV_TILE_BYTES = 1 << 17
 """Keys and values of one head and such a tile, at most: with the tile that is fetched meanwhile, half of a second-level
-cache of 512 KB."""
+cache of 512 KB. Half as many where there are several kv heads: a head's tokens then lie some KB apart, and lines share
+the few places that the cache has for them."""
 
 SPLIT_TOKENS = 2048
 """Tokens of one kv head after which a sequence is split into block ranges; with more kv heads ranges are shorter. A
@@ -184,7 +185,8 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     else:
         token_group = lanes
         qk_rows, qk_tokens = register_tile(rows, divisors(lanes), target, load_cost, 2)
-    kv_tile = min(KV_TILE, KV_TILE_BYTES // (2 * spec.head_dim * ITEMSIZES[spec.dtype]))
+    tile_bytes = KV_TILE_BYTES if spec.num_kv_heads == 1 else KV_TILE_BYTES // 2
+    kv_tile = min(KV_TILE, tile_bytes // (2 * spec.head_dim * ITEMSIZES[spec.dtype]))
     return Tiling(
         strategy=strategy,
         row_tile=rows,

@@ -7,6 +7,7 @@
 The fetches of the next tile are spread over the steps of the matmul; a sweep has none.
 """
 
+import math
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
@@ -28,6 +29,9 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     head_dim = int(sch.get(dim).extent)
     pair = _PAIR if head_dim % _PAIR == 0 else 1
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
+    if not tiling.sweep:  # as many fetches in each step, so that none is in question at run time
+        fetches = int(sch.get(sch.get_loops("prefetch_keys")[-1]).extent)
+        steps = largest_divisor(math.gcd(head_dim // pair, fetches), _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
     lanes = min(tiling.qk_tokens, PACKED_TOKENS)

@@ -251,7 +251,7 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor255.i = alloca [16 x float], align 16
+  %factor253.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -430,7 +430,7 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor255.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor253.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -468,142 +468,142 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %96 = shl i64 %out_head, 4
   %97 = zext i32 %85 to i64
   %98 = and i64 %48, 4294967295
-  %wide.trip.count668.i = and i64 %42, 2147483647
-  %.idx742.i = shl i64 %q_head, 2
-  %.idx743.i = mul i64 %q_head, 6
-  %.idx745.i = mul i64 %q_head, 10
-  %.idx746.i = mul i64 %q_head, 12
-  %.idx747.i = mul i64 %q_head, 14
-  %.idx280.2.i = shl i64 %q_head, 4
-  %.idx749.i = mul i64 %q_head, 18
-  %.idx750.i = mul i64 %q_head, 20
-  %.idx751.i = mul i64 %q_head, 22
-  %.idx280.3.i = mul i64 %q_head, 24
-  %.idx753.i = mul i64 %q_head, 26
-  %.idx754.i = mul i64 %q_head, 28
-  %.idx755.i = mul i64 %q_head, 30
+  %wide.trip.count666.i = and i64 %42, 2147483647
+  %.idx740.i = shl i64 %q_head, 2
+  %.idx741.i = mul i64 %q_head, 6
+  %.idx743.i = mul i64 %q_head, 10
+  %.idx744.i = mul i64 %q_head, 12
+  %.idx745.i = mul i64 %q_head, 14
+  %.idx278.2.i = shl i64 %q_head, 4
+  %.idx747.i = mul i64 %q_head, 18
+  %.idx748.i = mul i64 %q_head, 20
+  %.idx749.i = mul i64 %q_head, 22
+  %.idx278.3.i = mul i64 %q_head, 24
+  %.idx751.i = mul i64 %q_head, 26
+  %.idx752.i = mul i64 %q_head, 28
+  %.idx753.i = mul i64 %q_head, 30
   %invariant.op.i = add i32 %85, -1
   %99 = shl nuw nsw i64 %98, 13
   %100 = getelementptr i8, ptr %partial_acc, i64 %99
   %scevgep = getelementptr i8, ptr %100, i64 7680
-  %101 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %101 = add nuw nsw i64 %wide.trip.count666.i, %98
   %102 = shl nuw nsw i64 %101, 13
   %scevgep288 = getelementptr i8, ptr %partial_acc, i64 %102
   %103 = shl nuw nsw i64 %98, 13
   %104 = getelementptr i8, ptr %partial_acc, i64 %103
   %scevgep295 = getelementptr i8, ptr %104, i64 7168
-  %105 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %105 = add nuw nsw i64 %wide.trip.count666.i, %98
   %106 = shl nuw nsw i64 %105, 13
   %107 = getelementptr i8, ptr %partial_acc, i64 %106
   %scevgep296 = getelementptr i8, ptr %107, i64 -512
   %108 = shl nuw nsw i64 %98, 13
   %109 = getelementptr i8, ptr %partial_acc, i64 %108
   %scevgep318 = getelementptr i8, ptr %109, i64 6656
-  %110 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %110 = add nuw nsw i64 %wide.trip.count666.i, %98
   %111 = shl nuw nsw i64 %110, 13
   %112 = getelementptr i8, ptr %partial_acc, i64 %111
   %scevgep319 = getelementptr i8, ptr %112, i64 -1024
   %113 = shl nuw nsw i64 %98, 13
   %114 = getelementptr i8, ptr %partial_acc, i64 %113
   %scevgep341 = getelementptr i8, ptr %114, i64 6144
-  %115 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %115 = add nuw nsw i64 %wide.trip.count666.i, %98
   %116 = shl nuw nsw i64 %115, 13
   %117 = getelementptr i8, ptr %partial_acc, i64 %116
   %scevgep342 = getelementptr i8, ptr %117, i64 -1536
   %118 = shl nuw nsw i64 %98, 13
   %119 = getelementptr i8, ptr %partial_acc, i64 %118
   %scevgep364 = getelementptr i8, ptr %119, i64 5632
-  %120 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %120 = add nuw nsw i64 %wide.trip.count666.i, %98
   %121 = shl nuw nsw i64 %120, 13
   %122 = getelementptr i8, ptr %partial_acc, i64 %121
   %scevgep365 = getelementptr i8, ptr %122, i64 -2048
   %123 = shl nuw nsw i64 %98, 13
   %124 = getelementptr i8, ptr %partial_acc, i64 %123
   %scevgep387 = getelementptr i8, ptr %124, i64 5120
-  %125 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %125 = add nuw nsw i64 %wide.trip.count666.i, %98
   %126 = shl nuw nsw i64 %125, 13
   %127 = getelementptr i8, ptr %partial_acc, i64 %126
   %scevgep388 = getelementptr i8, ptr %127, i64 -2560
   %128 = shl nuw nsw i64 %98, 13
   %129 = getelementptr i8, ptr %partial_acc, i64 %128
   %scevgep410 = getelementptr i8, ptr %129, i64 4608
-  %130 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %130 = add nuw nsw i64 %wide.trip.count666.i, %98
   %131 = shl nuw nsw i64 %130, 13
   %132 = getelementptr i8, ptr %partial_acc, i64 %131
   %scevgep411 = getelementptr i8, ptr %132, i64 -3072
   %133 = shl nuw nsw i64 %98, 13
   %134 = getelementptr i8, ptr %partial_acc, i64 %133
   %scevgep433 = getelementptr i8, ptr %134, i64 4096
-  %135 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %135 = add nuw nsw i64 %wide.trip.count666.i, %98
   %136 = shl nuw nsw i64 %135, 13
   %137 = getelementptr i8, ptr %partial_acc, i64 %136
   %scevgep434 = getelementptr i8, ptr %137, i64 -3584
   %138 = shl nuw nsw i64 %98, 13
   %139 = getelementptr i8, ptr %partial_acc, i64 %138
   %scevgep456 = getelementptr i8, ptr %139, i64 3584
-  %140 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %140 = add nuw nsw i64 %wide.trip.count666.i, %98
   %141 = shl nuw nsw i64 %140, 13
   %142 = getelementptr i8, ptr %partial_acc, i64 %141
   %scevgep457 = getelementptr i8, ptr %142, i64 -4096
   %143 = shl nuw nsw i64 %98, 13
   %144 = getelementptr i8, ptr %partial_acc, i64 %143
   %scevgep479 = getelementptr i8, ptr %144, i64 3072
-  %145 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %145 = add nuw nsw i64 %wide.trip.count666.i, %98
   %146 = shl nuw nsw i64 %145, 13
   %147 = getelementptr i8, ptr %partial_acc, i64 %146
   %scevgep480 = getelementptr i8, ptr %147, i64 -4608
   %148 = shl nuw nsw i64 %98, 13
   %149 = getelementptr i8, ptr %partial_acc, i64 %148
   %scevgep502 = getelementptr i8, ptr %149, i64 2560
-  %150 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %150 = add nuw nsw i64 %wide.trip.count666.i, %98
   %151 = shl nuw nsw i64 %150, 13
   %152 = getelementptr i8, ptr %partial_acc, i64 %151
   %scevgep503 = getelementptr i8, ptr %152, i64 -5120
   %153 = shl nuw nsw i64 %98, 13
   %154 = getelementptr i8, ptr %partial_acc, i64 %153
   %scevgep525 = getelementptr i8, ptr %154, i64 2048
-  %155 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %155 = add nuw nsw i64 %wide.trip.count666.i, %98
   %156 = shl nuw nsw i64 %155, 13
   %157 = getelementptr i8, ptr %partial_acc, i64 %156
   %scevgep526 = getelementptr i8, ptr %157, i64 -5632
   %158 = shl nuw nsw i64 %98, 13
   %159 = getelementptr i8, ptr %partial_acc, i64 %158
   %scevgep548 = getelementptr i8, ptr %159, i64 1536
-  %160 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %160 = add nuw nsw i64 %wide.trip.count666.i, %98
   %161 = shl nuw nsw i64 %160, 13
   %162 = getelementptr i8, ptr %partial_acc, i64 %161
   %scevgep549 = getelementptr i8, ptr %162, i64 -6144
   %163 = shl nuw nsw i64 %98, 13
   %164 = getelementptr i8, ptr %partial_acc, i64 %163
   %scevgep571 = getelementptr i8, ptr %164, i64 1024
-  %165 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %165 = add nuw nsw i64 %wide.trip.count666.i, %98
   %166 = shl nuw nsw i64 %165, 13
   %167 = getelementptr i8, ptr %partial_acc, i64 %166
   %scevgep572 = getelementptr i8, ptr %167, i64 -6656
   %168 = shl nuw nsw i64 %98, 13
   %169 = getelementptr i8, ptr %partial_acc, i64 %168
   %scevgep594 = getelementptr i8, ptr %169, i64 512
-  %170 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %170 = add nuw nsw i64 %wide.trip.count666.i, %98
   %171 = shl nuw nsw i64 %170, 13
   %172 = getelementptr i8, ptr %partial_acc, i64 %171
   %scevgep595 = getelementptr i8, ptr %172, i64 -7168
   %173 = shl nuw nsw i64 %98, 13
   %scevgep617 = getelementptr i8, ptr %partial_acc, i64 %173
-  %174 = add nuw nsw i64 %wide.trip.count668.i, %98
+  %174 = add nuw nsw i64 %wide.trip.count666.i, %98
   %175 = shl nuw nsw i64 %174, 13
   %176 = getelementptr i8, ptr %partial_acc, i64 %175
   %scevgep618 = getelementptr i8, ptr %176, i64 -7680
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end246.i
-  %indvars.iv.next664.i = add nuw nsw i64 %indvars.iv663.i, 1
-  %exitcond669.not.i = icmp eq i64 %indvars.iv.next664.i, %wide.trip.count668.i
-  br i1 %exitcond669.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end244.i
+  %indvars.iv.next662.i = add nuw nsw i64 %indvars.iv661.i, 1
+  %exitcond667.not.i = icmp eq i64 %indvars.iv.next662.i, %wide.trip.count666.i
+  br i1 %exitcond667.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv663.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next664.i, %for_begin_s.i ]
+  %indvars.iv661.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next662.i, %for_begin_s.i ]
   %177 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total286478.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2058, %for_begin_s.i ]
+  %total284476.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2058, %for_begin_s.i ]
   %178 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %178(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %179 = icmp eq ptr %q_tile.i, null
@@ -616,17 +616,17 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %181, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %182 = add nsw i64 %indvars.iv663.i, %87
+  %182 = add nsw i64 %indvars.iv661.i, %87
   %183 = getelementptr inbounds i32, ptr %context_lens, i64 %182
   %184 = load i32, ptr %183, align 4, !tbaa !5
   %185 = mul nsw i64 %182, %q_batch
-  %invariant.gep346.i = getelementptr i16, ptr %query, i64 %185
+  %invariant.gep344.i = getelementptr i16, ptr %query, i64 %185
   br label %for_body_ax2_0.i
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %if_end2.i
   %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_body_ax2_0.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 3
-  %gep.i = getelementptr i8, ptr %invariant.gep346.i, i64 %gep.idx.i
+  %gep.i = getelementptr i8, ptr %invariant.gep344.i, i64 %gep.idx.i
   %186 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !5
   %187 = zext <4 x i16> %186 to <4 x i32>
   %188 = shl nuw <4 x i32> %187, splat (i32 16)
@@ -634,11 +634,11 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %190 = load <4 x i16>, ptr %189, align 2, !tbaa !5
   %191 = zext <4 x i16> %190 to <4 x i32>
   %192 = shl nuw <4 x i32> %191, splat (i32 16)
-  %193 = getelementptr i8, ptr %gep.i, i64 %.idx742.i
+  %193 = getelementptr i8, ptr %gep.i, i64 %.idx740.i
   %194 = load <4 x i16>, ptr %193, align 2, !tbaa !5
   %195 = zext <4 x i16> %194 to <4 x i32>
   %196 = shl nuw <4 x i32> %195, splat (i32 16)
-  %197 = getelementptr i8, ptr %gep.i, i64 %.idx743.i
+  %197 = getelementptr i8, ptr %gep.i, i64 %.idx741.i
   %198 = load <4 x i16>, ptr %197, align 2, !tbaa !5
   %199 = zext <4 x i16> %198 to <4 x i32>
   %200 = shl nuw <4 x i32> %199, splat (i32 16)
@@ -647,8 +647,8 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %203 = shufflevector <4 x i32> %188, <4 x i32> %196, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %204 = shufflevector <4 x i32> %192, <4 x i32> %200, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %205 = shufflevector <4 x i32> %201, <4 x i32> %202, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx744.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %206 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx744.i
+  %.idx742.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %206 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx742.i
   store <4 x i32> %205, ptr %206, align 4, !tbaa !5
   %207 = shufflevector <4 x i32> %201, <4 x i32> %202, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %208 = getelementptr inbounds nuw i8, ptr %206, i64 64
@@ -664,26 +664,26 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !16
 
 for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
-  %gep347.1.i = getelementptr i8, ptr %invariant.gep346.i, i64 %88
+  %gep345.1.i = getelementptr i8, ptr %invariant.gep344.i, i64 %88
   br label %for_body_ax2_0.1.i
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_end_ax2_0.i
   %indvars.iv.1.i = phi i64 [ 0, %for_end_ax2_0.i ], [ %indvars.iv.next.1.i, %for_body_ax2_0.1.i ]
   %213 = shl nuw nsw i64 %indvars.iv.1.i, 2
-  %gep.1.i = getelementptr i16, ptr %gep347.1.i, i64 %213
+  %gep.1.i = getelementptr i16, ptr %gep345.1.i, i64 %213
   %214 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !5
   %215 = zext <4 x i16> %214 to <4 x i32>
   %216 = shl nuw <4 x i32> %215, splat (i32 16)
-  %217 = getelementptr i16, ptr %invariant.gep346.i, i64 %213
-  %218 = getelementptr i8, ptr %217, i64 %.idx745.i
+  %217 = getelementptr i16, ptr %invariant.gep344.i, i64 %213
+  %218 = getelementptr i8, ptr %217, i64 %.idx743.i
   %219 = load <4 x i16>, ptr %218, align 2, !tbaa !5
   %220 = zext <4 x i16> %219 to <4 x i32>
   %221 = shl nuw <4 x i32> %220, splat (i32 16)
-  %222 = getelementptr i8, ptr %217, i64 %.idx746.i
+  %222 = getelementptr i8, ptr %217, i64 %.idx744.i
   %223 = load <4 x i16>, ptr %222, align 2, !tbaa !5
   %224 = zext <4 x i16> %223 to <4 x i32>
   %225 = shl nuw <4 x i32> %224, splat (i32 16)
-  %226 = getelementptr i8, ptr %217, i64 %.idx747.i
+  %226 = getelementptr i8, ptr %217, i64 %.idx745.i
   %227 = load <4 x i16>, ptr %226, align 2, !tbaa !5
   %228 = zext <4 x i16> %227 to <4 x i32>
   %229 = shl nuw <4 x i32> %228, splat (i32 16)
@@ -692,8 +692,8 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %232 = shufflevector <4 x i32> %216, <4 x i32> %225, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %233 = shufflevector <4 x i32> %221, <4 x i32> %229, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %234 = shufflevector <4 x i32> %230, <4 x i32> %231, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx748.i = shl nuw nsw i64 %indvars.iv.1.i, 8
-  %235 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx748.i
+  %.idx746.i = shl nuw nsw i64 %indvars.iv.1.i, 8
+  %235 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx746.i
   %236 = getelementptr inbounds nuw i8, ptr %235, i64 16
   store <4 x i32> %234, ptr %236, align 4, !tbaa !5
   %237 = shufflevector <4 x i32> %230, <4 x i32> %231, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -710,26 +710,26 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
 
 for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
-  %gep347.2.i = getelementptr i8, ptr %invariant.gep346.i, i64 %.idx280.2.i
+  %gep345.2.i = getelementptr i8, ptr %invariant.gep344.i, i64 %.idx278.2.i
   br label %for_body_ax2_0.2.i
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_end_ax2_0.1.i
   %indvars.iv.2.i = phi i64 [ 0, %for_end_ax2_0.1.i ], [ %indvars.iv.next.2.i, %for_body_ax2_0.2.i ]
   %243 = shl nuw nsw i64 %indvars.iv.2.i, 2
-  %gep.2.i = getelementptr i16, ptr %gep347.2.i, i64 %243
+  %gep.2.i = getelementptr i16, ptr %gep345.2.i, i64 %243
   %244 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !5
   %245 = zext <4 x i16> %244 to <4 x i32>
   %246 = shl nuw <4 x i32> %245, splat (i32 16)
-  %247 = getelementptr i16, ptr %invariant.gep346.i, i64 %243
-  %248 = getelementptr i8, ptr %247, i64 %.idx749.i
+  %247 = getelementptr i16, ptr %invariant.gep344.i, i64 %243
+  %248 = getelementptr i8, ptr %247, i64 %.idx747.i
   %249 = load <4 x i16>, ptr %248, align 2, !tbaa !5
   %250 = zext <4 x i16> %249 to <4 x i32>
   %251 = shl nuw <4 x i32> %250, splat (i32 16)
-  %252 = getelementptr i8, ptr %247, i64 %.idx750.i
+  %252 = getelementptr i8, ptr %247, i64 %.idx748.i
   %253 = load <4 x i16>, ptr %252, align 2, !tbaa !5
   %254 = zext <4 x i16> %253 to <4 x i32>
   %255 = shl nuw <4 x i32> %254, splat (i32 16)
-  %256 = getelementptr i8, ptr %247, i64 %.idx751.i
+  %256 = getelementptr i8, ptr %247, i64 %.idx749.i
   %257 = load <4 x i16>, ptr %256, align 2, !tbaa !5
   %258 = zext <4 x i16> %257 to <4 x i32>
   %259 = shl nuw <4 x i32> %258, splat (i32 16)
@@ -738,8 +738,8 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %262 = shufflevector <4 x i32> %246, <4 x i32> %255, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %263 = shufflevector <4 x i32> %251, <4 x i32> %259, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %264 = shufflevector <4 x i32> %260, <4 x i32> %261, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx752.i = shl nuw nsw i64 %indvars.iv.2.i, 8
-  %265 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx752.i
+  %.idx750.i = shl nuw nsw i64 %indvars.iv.2.i, 8
+  %265 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx750.i
   %266 = getelementptr inbounds nuw i8, ptr %265, i64 32
   store <4 x i32> %264, ptr %266, align 4, !tbaa !5
   %267 = shufflevector <4 x i32> %260, <4 x i32> %261, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -756,26 +756,26 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
 
 for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
-  %gep347.3.i = getelementptr i8, ptr %invariant.gep346.i, i64 %.idx280.3.i
+  %gep345.3.i = getelementptr i8, ptr %invariant.gep344.i, i64 %.idx278.3.i
   br label %for_body_ax2_0.3.i
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_end_ax2_0.2.i
   %indvars.iv.3.i = phi i64 [ 0, %for_end_ax2_0.2.i ], [ %indvars.iv.next.3.i, %for_body_ax2_0.3.i ]
   %273 = shl nuw nsw i64 %indvars.iv.3.i, 2
-  %gep.3.i = getelementptr i16, ptr %gep347.3.i, i64 %273
+  %gep.3.i = getelementptr i16, ptr %gep345.3.i, i64 %273
   %274 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !5
   %275 = zext <4 x i16> %274 to <4 x i32>
   %276 = shl nuw <4 x i32> %275, splat (i32 16)
-  %277 = getelementptr i16, ptr %invariant.gep346.i, i64 %273
-  %278 = getelementptr i8, ptr %277, i64 %.idx753.i
+  %277 = getelementptr i16, ptr %invariant.gep344.i, i64 %273
+  %278 = getelementptr i8, ptr %277, i64 %.idx751.i
   %279 = load <4 x i16>, ptr %278, align 2, !tbaa !5
   %280 = zext <4 x i16> %279 to <4 x i32>
   %281 = shl nuw <4 x i32> %280, splat (i32 16)
-  %282 = getelementptr i8, ptr %277, i64 %.idx754.i
+  %282 = getelementptr i8, ptr %277, i64 %.idx752.i
   %283 = load <4 x i16>, ptr %282, align 2, !tbaa !5
   %284 = zext <4 x i16> %283 to <4 x i32>
   %285 = shl nuw <4 x i32> %284, splat (i32 16)
-  %286 = getelementptr i8, ptr %277, i64 %.idx755.i
+  %286 = getelementptr i8, ptr %277, i64 %.idx753.i
   %287 = load <4 x i16>, ptr %286, align 2, !tbaa !5
   %288 = zext <4 x i16> %287 to <4 x i32>
   %289 = shl nuw <4 x i32> %288, splat (i32 16)
@@ -784,8 +784,8 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %292 = shufflevector <4 x i32> %276, <4 x i32> %285, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %293 = shufflevector <4 x i32> %281, <4 x i32> %289, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %294 = shufflevector <4 x i32> %290, <4 x i32> %291, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx756.i = shl nuw nsw i64 %indvars.iv.3.i, 8
-  %295 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx756.i
+  %.idx754.i = shl nuw nsw i64 %indvars.iv.3.i, 8
+  %295 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx754.i
   %296 = getelementptr inbounds nuw i8, ptr %295, i64 48
   store <4 x i32> %294, ptr %296, align 4, !tbaa !5
   %297 = shufflevector <4 x i32> %290, <4 x i32> %291, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -813,19 +813,19 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %308
   %309 = zext nneg i32 %306 to i64
   %310 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count631.i = zext nneg i32 %307 to i64
+  %wide.trip.count629.i = zext nneg i32 %307 to i64
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end191.i
-  %exitcond632.not.i = icmp eq i64 %indvars.iv.next629.i, %wide.trip.count631.i
+for_begin_step.i:                                 ; preds = %if_end189.i
+  %exitcond630.not.i = icmp eq i64 %indvars.iv.next627.i, %wide.trip.count629.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond632.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
+  br i1 %exitcond630.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
   %311 = phi <16 x float> [ %177, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
-  %total287.i131 = phi <16 x float> [ %total286478.i, %for_end_ax2_0.3.i ], [ %2058, %for_begin_step.i ]
-  %indvars.iv628.i130 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next629.i, %for_begin_step.i ]
+  %total285.i131 = phi <16 x float> [ %total284476.i, %for_end_ax2_0.3.i ], [ %2058, %for_begin_step.i ]
+  %indvars.iv626.i130 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next627.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %312 = and i32 %smin, 7
   %313 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -834,122 +834,122 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   br i1 %314, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_r235.preheader.i, label %if_then196.i
+  br i1 %.not, label %for_begin_r233.preheader.i, label %if_then194.i
 
-for_begin_r235.preheader.i:                       ; preds = %for_end_step.i
-  %315 = add nuw nsw i64 %indvars.iv663.i, %98
+for_begin_r233.preheader.i:                       ; preds = %for_end_step.i
+  %315 = add nuw nsw i64 %indvars.iv661.i, %98
   %316 = shl nuw nsw i64 %315, 4
-  %row_max268.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
+  %row_max266.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
   %317 = getelementptr inbounds nuw float, ptr %partial_max, i64 %316
-  store float %row_max268.sroa.0.0.vec.extract.i, ptr %317, align 4, !tbaa !5
-  %row_sum267.sroa.0.0.vec.extract.i = extractelement <16 x float> %2058, i64 0
+  store float %row_max266.sroa.0.0.vec.extract.i, ptr %317, align 4, !tbaa !5
+  %row_sum265.sroa.0.0.vec.extract.i = extractelement <16 x float> %2058, i64 0
   %318 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %316
-  store float %row_sum267.sroa.0.0.vec.extract.i, ptr %318, align 4, !tbaa !5
-  %row_max268.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
+  store float %row_sum265.sroa.0.0.vec.extract.i, ptr %318, align 4, !tbaa !5
+  %row_max266.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
   %319 = or disjoint i64 %316, 1
   %320 = getelementptr inbounds nuw float, ptr %partial_max, i64 %319
-  store float %row_max268.sroa.0.4.vec.extract.i, ptr %320, align 4, !tbaa !5
-  %row_sum267.sroa.0.4.vec.extract.i = extractelement <16 x float> %2058, i64 1
+  store float %row_max266.sroa.0.4.vec.extract.i, ptr %320, align 4, !tbaa !5
+  %row_sum265.sroa.0.4.vec.extract.i = extractelement <16 x float> %2058, i64 1
   %321 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %319
-  store float %row_sum267.sroa.0.4.vec.extract.i, ptr %321, align 4, !tbaa !5
-  %row_max268.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
+  store float %row_sum265.sroa.0.4.vec.extract.i, ptr %321, align 4, !tbaa !5
+  %row_max266.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
   %322 = or disjoint i64 %316, 2
   %323 = getelementptr inbounds nuw float, ptr %partial_max, i64 %322
-  store float %row_max268.sroa.0.8.vec.extract.i, ptr %323, align 4, !tbaa !5
-  %row_sum267.sroa.0.8.vec.extract.i = extractelement <16 x float> %2058, i64 2
+  store float %row_max266.sroa.0.8.vec.extract.i, ptr %323, align 4, !tbaa !5
+  %row_sum265.sroa.0.8.vec.extract.i = extractelement <16 x float> %2058, i64 2
   %324 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %322
-  store float %row_sum267.sroa.0.8.vec.extract.i, ptr %324, align 4, !tbaa !5
-  %row_max268.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
+  store float %row_sum265.sroa.0.8.vec.extract.i, ptr %324, align 4, !tbaa !5
+  %row_max266.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
   %325 = or disjoint i64 %316, 3
   %326 = getelementptr inbounds nuw float, ptr %partial_max, i64 %325
-  store float %row_max268.sroa.0.12.vec.extract.i, ptr %326, align 4, !tbaa !5
-  %row_sum267.sroa.0.12.vec.extract.i = extractelement <16 x float> %2058, i64 3
+  store float %row_max266.sroa.0.12.vec.extract.i, ptr %326, align 4, !tbaa !5
+  %row_sum265.sroa.0.12.vec.extract.i = extractelement <16 x float> %2058, i64 3
   %327 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %325
-  store float %row_sum267.sroa.0.12.vec.extract.i, ptr %327, align 4, !tbaa !5
-  %row_max268.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
+  store float %row_sum265.sroa.0.12.vec.extract.i, ptr %327, align 4, !tbaa !5
+  %row_max266.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
   %328 = or disjoint i64 %316, 4
   %329 = getelementptr inbounds nuw float, ptr %partial_max, i64 %328
-  store float %row_max268.sroa.0.16.vec.extract.i, ptr %329, align 4, !tbaa !5
-  %row_sum267.sroa.0.16.vec.extract.i = extractelement <16 x float> %2058, i64 4
+  store float %row_max266.sroa.0.16.vec.extract.i, ptr %329, align 4, !tbaa !5
+  %row_sum265.sroa.0.16.vec.extract.i = extractelement <16 x float> %2058, i64 4
   %330 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %328
-  store float %row_sum267.sroa.0.16.vec.extract.i, ptr %330, align 4, !tbaa !5
-  %row_max268.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
+  store float %row_sum265.sroa.0.16.vec.extract.i, ptr %330, align 4, !tbaa !5
+  %row_max266.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
   %331 = or disjoint i64 %316, 5
   %332 = getelementptr inbounds nuw float, ptr %partial_max, i64 %331
-  store float %row_max268.sroa.0.20.vec.extract.i, ptr %332, align 4, !tbaa !5
-  %row_sum267.sroa.0.20.vec.extract.i = extractelement <16 x float> %2058, i64 5
+  store float %row_max266.sroa.0.20.vec.extract.i, ptr %332, align 4, !tbaa !5
+  %row_sum265.sroa.0.20.vec.extract.i = extractelement <16 x float> %2058, i64 5
   %333 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %331
-  store float %row_sum267.sroa.0.20.vec.extract.i, ptr %333, align 4, !tbaa !5
-  %row_max268.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
+  store float %row_sum265.sroa.0.20.vec.extract.i, ptr %333, align 4, !tbaa !5
+  %row_max266.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
   %334 = or disjoint i64 %316, 6
   %335 = getelementptr inbounds nuw float, ptr %partial_max, i64 %334
-  store float %row_max268.sroa.0.24.vec.extract.i, ptr %335, align 4, !tbaa !5
-  %row_sum267.sroa.0.24.vec.extract.i = extractelement <16 x float> %2058, i64 6
+  store float %row_max266.sroa.0.24.vec.extract.i, ptr %335, align 4, !tbaa !5
+  %row_sum265.sroa.0.24.vec.extract.i = extractelement <16 x float> %2058, i64 6
   %336 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %334
-  store float %row_sum267.sroa.0.24.vec.extract.i, ptr %336, align 4, !tbaa !5
-  %row_max268.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
+  store float %row_sum265.sroa.0.24.vec.extract.i, ptr %336, align 4, !tbaa !5
+  %row_max266.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
   %337 = or disjoint i64 %316, 7
   %338 = getelementptr inbounds nuw float, ptr %partial_max, i64 %337
-  store float %row_max268.sroa.0.28.vec.extract.i, ptr %338, align 4, !tbaa !5
-  %row_sum267.sroa.0.28.vec.extract.i = extractelement <16 x float> %2058, i64 7
+  store float %row_max266.sroa.0.28.vec.extract.i, ptr %338, align 4, !tbaa !5
+  %row_sum265.sroa.0.28.vec.extract.i = extractelement <16 x float> %2058, i64 7
   %339 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %337
-  store float %row_sum267.sroa.0.28.vec.extract.i, ptr %339, align 4, !tbaa !5
-  %row_max268.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
+  store float %row_sum265.sroa.0.28.vec.extract.i, ptr %339, align 4, !tbaa !5
+  %row_max266.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
   %340 = or disjoint i64 %316, 8
   %341 = getelementptr inbounds nuw float, ptr %partial_max, i64 %340
-  store float %row_max268.sroa.0.32.vec.extract.i, ptr %341, align 4, !tbaa !5
-  %row_sum267.sroa.0.32.vec.extract.i = extractelement <16 x float> %2058, i64 8
+  store float %row_max266.sroa.0.32.vec.extract.i, ptr %341, align 4, !tbaa !5
+  %row_sum265.sroa.0.32.vec.extract.i = extractelement <16 x float> %2058, i64 8
   %342 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %340
-  store float %row_sum267.sroa.0.32.vec.extract.i, ptr %342, align 4, !tbaa !5
-  %row_max268.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
+  store float %row_sum265.sroa.0.32.vec.extract.i, ptr %342, align 4, !tbaa !5
+  %row_max266.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
   %343 = or disjoint i64 %316, 9
   %344 = getelementptr inbounds nuw float, ptr %partial_max, i64 %343
-  store float %row_max268.sroa.0.36.vec.extract.i, ptr %344, align 4, !tbaa !5
-  %row_sum267.sroa.0.36.vec.extract.i = extractelement <16 x float> %2058, i64 9
+  store float %row_max266.sroa.0.36.vec.extract.i, ptr %344, align 4, !tbaa !5
+  %row_sum265.sroa.0.36.vec.extract.i = extractelement <16 x float> %2058, i64 9
   %345 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %343
-  store float %row_sum267.sroa.0.36.vec.extract.i, ptr %345, align 4, !tbaa !5
-  %row_max268.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
+  store float %row_sum265.sroa.0.36.vec.extract.i, ptr %345, align 4, !tbaa !5
+  %row_max266.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
   %346 = or disjoint i64 %316, 10
   %347 = getelementptr inbounds nuw float, ptr %partial_max, i64 %346
-  store float %row_max268.sroa.0.40.vec.extract.i, ptr %347, align 4, !tbaa !5
-  %row_sum267.sroa.0.40.vec.extract.i = extractelement <16 x float> %2058, i64 10
+  store float %row_max266.sroa.0.40.vec.extract.i, ptr %347, align 4, !tbaa !5
+  %row_sum265.sroa.0.40.vec.extract.i = extractelement <16 x float> %2058, i64 10
   %348 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %346
-  store float %row_sum267.sroa.0.40.vec.extract.i, ptr %348, align 4, !tbaa !5
-  %row_max268.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
+  store float %row_sum265.sroa.0.40.vec.extract.i, ptr %348, align 4, !tbaa !5
+  %row_max266.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
   %349 = or disjoint i64 %316, 11
   %350 = getelementptr inbounds nuw float, ptr %partial_max, i64 %349
-  store float %row_max268.sroa.0.44.vec.extract.i, ptr %350, align 4, !tbaa !5
-  %row_sum267.sroa.0.44.vec.extract.i = extractelement <16 x float> %2058, i64 11
+  store float %row_max266.sroa.0.44.vec.extract.i, ptr %350, align 4, !tbaa !5
+  %row_sum265.sroa.0.44.vec.extract.i = extractelement <16 x float> %2058, i64 11
   %351 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %349
-  store float %row_sum267.sroa.0.44.vec.extract.i, ptr %351, align 4, !tbaa !5
-  %row_max268.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
+  store float %row_sum265.sroa.0.44.vec.extract.i, ptr %351, align 4, !tbaa !5
+  %row_max266.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
   %352 = or disjoint i64 %316, 12
   %353 = getelementptr inbounds nuw float, ptr %partial_max, i64 %352
-  store float %row_max268.sroa.0.48.vec.extract.i, ptr %353, align 4, !tbaa !5
-  %row_sum267.sroa.0.48.vec.extract.i = extractelement <16 x float> %2058, i64 12
+  store float %row_max266.sroa.0.48.vec.extract.i, ptr %353, align 4, !tbaa !5
+  %row_sum265.sroa.0.48.vec.extract.i = extractelement <16 x float> %2058, i64 12
   %354 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %352
-  store float %row_sum267.sroa.0.48.vec.extract.i, ptr %354, align 4, !tbaa !5
-  %row_max268.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
+  store float %row_sum265.sroa.0.48.vec.extract.i, ptr %354, align 4, !tbaa !5
+  %row_max266.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
   %355 = or disjoint i64 %316, 13
   %356 = getelementptr inbounds nuw float, ptr %partial_max, i64 %355
-  store float %row_max268.sroa.0.52.vec.extract.i, ptr %356, align 4, !tbaa !5
-  %row_sum267.sroa.0.52.vec.extract.i = extractelement <16 x float> %2058, i64 13
+  store float %row_max266.sroa.0.52.vec.extract.i, ptr %356, align 4, !tbaa !5
+  %row_sum265.sroa.0.52.vec.extract.i = extractelement <16 x float> %2058, i64 13
   %357 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %355
-  store float %row_sum267.sroa.0.52.vec.extract.i, ptr %357, align 4, !tbaa !5
-  %row_max268.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
+  store float %row_sum265.sroa.0.52.vec.extract.i, ptr %357, align 4, !tbaa !5
+  %row_max266.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
   %358 = or disjoint i64 %316, 14
   %359 = getelementptr inbounds nuw float, ptr %partial_max, i64 %358
-  store float %row_max268.sroa.0.56.vec.extract.i, ptr %359, align 4, !tbaa !5
-  %row_sum267.sroa.0.56.vec.extract.i = extractelement <16 x float> %2058, i64 14
+  store float %row_max266.sroa.0.56.vec.extract.i, ptr %359, align 4, !tbaa !5
+  %row_sum265.sroa.0.56.vec.extract.i = extractelement <16 x float> %2058, i64 14
   %360 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %358
-  store float %row_sum267.sroa.0.56.vec.extract.i, ptr %360, align 4, !tbaa !5
-  %row_max268.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
+  store float %row_sum265.sroa.0.56.vec.extract.i, ptr %360, align 4, !tbaa !5
+  %row_max266.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
   %361 = or disjoint i64 %316, 15
   %362 = getelementptr inbounds nuw float, ptr %partial_max, i64 %361
-  store float %row_max268.sroa.0.60.vec.extract.i, ptr %362, align 4, !tbaa !5
-  %row_sum267.sroa.0.60.vec.extract.i = extractelement <16 x float> %2058, i64 15
+  store float %row_max266.sroa.0.60.vec.extract.i, ptr %362, align 4, !tbaa !5
+  %row_sum265.sroa.0.60.vec.extract.i = extractelement <16 x float> %2058, i64 15
   %363 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %361
-  store float %row_sum267.sroa.0.60.vec.extract.i, ptr %363, align 4, !tbaa !5
+  store float %row_sum265.sroa.0.60.vec.extract.i, ptr %363, align 4, !tbaa !5
   %.idx.i = shl nuw nsw i64 %315, 13
   %364 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
   %scevgep619 = getelementptr i8, ptr %acc.i, i64 8132
@@ -958,7 +958,7 @@ for_begin_r235.preheader.i:                       ; preds = %for_end_step.i
   %found.conflict622 = and i1 %bound0620, %bound1621
   br i1 %found.conflict622, label %for_body_d.i, label %vector.body625, !prof !17
 
-vector.body625:                                   ; preds = %for_begin_r235.preheader.i
+vector.body625:                                   ; preds = %for_begin_r233.preheader.i
   %365 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %366 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %367 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
@@ -1031,15 +1031,15 @@ if_end27.i:                                       ; preds = %for_body_step.i
   br i1 %397, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
 
 if_end30.i:                                       ; preds = %if_end27.i
-  %398 = shl nsw i64 %indvars.iv628.i130, 7
+  %398 = shl nsw i64 %indvars.iv626.i130, 7
   %399 = sub nsw i64 %310, %398
   %400 = trunc nsw i64 %399 to i32
   %401 = tail call i32 @llvm.smin.i32(i32 %400, i32 128)
   %402 = add nsw i32 %401, 7
-  %indvars.iv.next629.i = add nuw nsw i64 %indvars.iv628.i130, 1
+  %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i130, 1
   %403 = ashr i32 %402, 3
   %404 = and i32 %402, -8
-  %405 = icmp samesign ult i64 %indvars.iv.next629.i, %309
+  %405 = icmp samesign ult i64 %indvars.iv.next627.i, %309
   %406 = select i1 %405, i32 256, i32 %404
   %407 = icmp sgt i32 %406, 0
   br i1 %407, label %for_body_t.lr.ph.i, label %for_end_t34.i, !prof !3
@@ -1050,74 +1050,74 @@ for_body_t.lr.ph.i:                               ; preds = %if_end30.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv524.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next525.i.1, %for_body_t.i ]
-  %409 = add nuw nsw i64 %indvars.iv524.i, %408
+  %indvars.iv522.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next523.i.1, %for_body_t.i ]
+  %409 = add nuw nsw i64 %indvars.iv522.i, %408
   %410 = trunc i64 %409 to i32
   %411 = tail call i32 @llvm.smin.i32(i32 %410, i32 %.reass.i)
   %412 = sext i32 %411 to i64
   %413 = ashr i64 %412, 7
-  %gep350.i = getelementptr i32, ptr %invariant.gep.i, i64 %413
-  %414 = load i32, ptr %gep350.i, align 4, !tbaa !5
+  %gep348.i = getelementptr i32, ptr %invariant.gep.i, i64 %413
+  %414 = load i32, ptr %gep348.i, align 4, !tbaa !5
   %block.i = sext i32 %414 to i64
   %415 = and i64 %412, 127
   %416 = mul nsw i64 %415, %k_row
   %417 = mul nsw i64 %k_block, %block.i
   %418 = add nsw i64 %416, %417
-  %419 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv524.i
+  %419 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv522.i
   store i64 %418, ptr %419, align 8, !tbaa !5
-  %indvars.iv.next525.i = or disjoint i64 %indvars.iv524.i, 1
-  %420 = add nuw nsw i64 %indvars.iv.next525.i, %408
+  %indvars.iv.next523.i = or disjoint i64 %indvars.iv522.i, 1
+  %420 = add nuw nsw i64 %indvars.iv.next523.i, %408
   %421 = trunc i64 %420 to i32
   %422 = tail call i32 @llvm.smin.i32(i32 %421, i32 %.reass.i)
   %423 = sext i32 %422 to i64
   %424 = ashr i64 %423, 7
-  %gep350.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %424
-  %425 = load i32, ptr %gep350.i.1, align 4, !tbaa !5
+  %gep348.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %424
+  %425 = load i32, ptr %gep348.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %425 to i64
   %426 = and i64 %423, 127
   %427 = mul nsw i64 %426, %k_row
   %428 = mul nsw i64 %k_block, %block.i.1
   %429 = add nsw i64 %427, %428
-  %430 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next525.i
+  %430 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next523.i
   store i64 %429, ptr %430, align 8, !tbaa !5
-  %indvars.iv.next525.i.1 = add nuw nsw i64 %indvars.iv524.i, 2
-  %exitcond527.not.i.1 = icmp eq i64 %indvars.iv.next525.i.1, %wide.trip.count.i
-  br i1 %exitcond527.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
+  %indvars.iv.next523.i.1 = add nuw nsw i64 %indvars.iv522.i, 2
+  %exitcond525.not.i.1 = icmp eq i64 %indvars.iv.next523.i.1, %wide.trip.count.i
+  br i1 %exitcond525.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
 for_body_t33.i:                                   ; preds = %for_body_t33.i, %for_body_t.i
-  %indvars.iv528.i = phi i64 [ %indvars.iv.next529.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
-  %431 = add nuw nsw i64 %indvars.iv528.i, %408
+  %indvars.iv526.i = phi i64 [ %indvars.iv.next527.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
+  %431 = add nuw nsw i64 %indvars.iv526.i, %408
   %432 = trunc i64 %431 to i32
   %433 = tail call i32 @llvm.smin.i32(i32 %432, i32 %.reass.i)
   %434 = sext i32 %433 to i64
   %435 = ashr i64 %434, 7
-  %gep353.i = getelementptr i32, ptr %invariant.gep.i, i64 %435
-  %436 = load i32, ptr %gep353.i, align 4, !tbaa !5
+  %gep351.i = getelementptr i32, ptr %invariant.gep.i, i64 %435
+  %436 = load i32, ptr %gep351.i, align 4, !tbaa !5
   %block40.i = sext i32 %436 to i64
   %437 = and i64 %434, 127
   %438 = mul nsw i64 %437, %v_row
   %439 = mul nsw i64 %v_block, %block40.i
   %440 = add nsw i64 %438, %439
-  %441 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv528.i
+  %441 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv526.i
   store i64 %440, ptr %441, align 8, !tbaa !5
-  %indvars.iv.next529.i = or disjoint i64 %indvars.iv528.i, 1
-  %442 = add nuw nsw i64 %indvars.iv.next529.i, %408
+  %indvars.iv.next527.i = or disjoint i64 %indvars.iv526.i, 1
+  %442 = add nuw nsw i64 %indvars.iv.next527.i, %408
   %443 = trunc i64 %442 to i32
   %444 = tail call i32 @llvm.smin.i32(i32 %443, i32 %.reass.i)
   %445 = sext i32 %444 to i64
   %446 = ashr i64 %445, 7
-  %gep353.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %446
-  %447 = load i32, ptr %gep353.i.1, align 4, !tbaa !5
+  %gep351.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %446
+  %447 = load i32, ptr %gep351.i.1, align 4, !tbaa !5
   %block40.i.1 = sext i32 %447 to i64
   %448 = and i64 %445, 127
   %449 = mul nsw i64 %448, %v_row
   %450 = mul nsw i64 %v_block, %block40.i.1
   %451 = add nsw i64 %449, %450
-  %452 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next529.i
+  %452 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next527.i
   store i64 %451, ptr %452, align 8, !tbaa !5
-  %indvars.iv.next529.i.1 = add nuw nsw i64 %indvars.iv528.i, 2
-  %exitcond532.not.i.1 = icmp eq i64 %indvars.iv.next529.i.1, %wide.trip.count.i
-  br i1 %exitcond532.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
+  %indvars.iv.next527.i.1 = add nuw nsw i64 %indvars.iv526.i, 2
+  %exitcond530.not.i.1 = icmp eq i64 %indvars.iv.next527.i.1, %wide.trip.count.i
+  br i1 %exitcond530.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
 
 for_end_t34.i:                                    ; preds = %for_body_t33.i, %if_end30.i
   %453 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1136,18 +1136,18 @@ for_begin_to.preheader.i:                         ; preds = %if_end44.i
   br i1 %457, label %for_begin_ti.preheader.preheader.i, label %for_end_to51.i, !prof !3
 
 for_begin_ti.preheader.preheader.i:               ; preds = %for_begin_to.preheader.i
-  %wide.trip.count540.i = zext nneg i32 %403 to i64
+  %wide.trip.count538.i = zext nneg i32 %403 to i64
   br label %for_begin_ti.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.preheader.i
-  %indvars.iv537.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next538.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv537.i, 6
+  %indvars.iv535.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next536.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv535.i, 6
   %458 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
   %459 = load i64, ptr %458, align 8, !tbaa !5
   %460 = getelementptr inbounds i32, ptr %key_cache, i64 %459
   %461 = load <16 x i32>, ptr %460, align 4, !tbaa !5
   %462 = shl <16 x i32> %461, splat (i32 16)
-  %.idx58 = shl nsw i64 %indvars.iv537.i, 12
+  %.idx58 = shl nsw i64 %indvars.iv535.i, 12
   %463 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx58
   store <16 x i32> %462, ptr %463, align 4, !tbaa !5
   %464 = load i64, ptr %458, align 8, !tbaa !5
@@ -1583,19 +1583,19 @@ for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.prehea
   %832 = and <16 x i32> %831, %92
   %833 = getelementptr inbounds nuw i8, ptr %463, i64 4032
   store <16 x i32> %832, ptr %833, align 4, !tbaa !5
-  %indvars.iv.next538.i = add nuw nsw i64 %indvars.iv537.i, 1
-  %exitcond541.not.i = icmp eq i64 %indvars.iv.next538.i, %wide.trip.count540.i
-  br i1 %exitcond541.not.i, label %for_begin_ti54.preheader.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv.next536.i = add nuw nsw i64 %indvars.iv535.i, 1
+  %exitcond539.not.i = icmp eq i64 %indvars.iv.next536.i, %wide.trip.count538.i
+  br i1 %exitcond539.not.i, label %for_begin_ti54.preheader.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_ti54.preheader.i:                       ; preds = %for_begin_ti54.preheader.i, %for_begin_ti.preheader.i
-  %indvars.iv546.i = phi i64 [ %indvars.iv.next547.i, %for_begin_ti54.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
-  %.idx59 = shl nsw i64 %indvars.iv546.i, 6
+  %indvars.iv544.i = phi i64 [ %indvars.iv.next545.i, %for_begin_ti54.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
+  %.idx59 = shl nsw i64 %indvars.iv544.i, 6
   %834 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx59
   %835 = load i64, ptr %834, align 8, !tbaa !5
   %836 = getelementptr inbounds i32, ptr %value_cache, i64 %835
   %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
   %838 = shl <16 x i32> %837, splat (i32 16)
-  %.idx60 = shl nsw i64 %indvars.iv546.i, 12
+  %.idx60 = shl nsw i64 %indvars.iv544.i, 12
   %839 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx60
   store <16 x i32> %838, ptr %839, align 4, !tbaa !5
   %840 = load i64, ptr %834, align 8, !tbaa !5
@@ -2031,9 +2031,9 @@ for_begin_ti54.preheader.i:                       ; preds = %for_begin_ti54.preh
   %1208 = and <16 x i32> %1207, %92
   %1209 = getelementptr inbounds nuw i8, ptr %839, i64 4032
   store <16 x i32> %1208, ptr %1209, align 4, !tbaa !5
-  %indvars.iv.next547.i = add nuw nsw i64 %indvars.iv546.i, 1
-  %exitcond550.not.i = icmp eq i64 %indvars.iv.next547.i, %wide.trip.count540.i
-  br i1 %exitcond550.not.i, label %for_end_to51.i, label %for_begin_ti54.preheader.i, !prof !13
+  %indvars.iv.next545.i = add nuw nsw i64 %indvars.iv544.i, 1
+  %exitcond548.not.i = icmp eq i64 %indvars.iv.next545.i, %wide.trip.count538.i
+  br i1 %exitcond548.not.i, label %for_end_to51.i, label %for_begin_ti54.preheader.i, !prof !13
 
 for_end_to51.i:                                   ; preds = %for_begin_ti54.preheader.i, %for_begin_to.preheader.i
   %1210 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -2052,13 +2052,13 @@ for_begin_to_m.preheader.i:                       ; preds = %if_end60.i
 
 for_begin_n.preheader.lr.ph.i:                    ; preds = %for_begin_to_m.preheader.i
   %1214 = select i1 %405, i64 128, i64 0
-  %wide.trip.count568.i = zext nneg i32 %403 to i64
+  %wide.trip.count566.i = zext nneg i32 %403 to i64
   %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1214
   br label %for_begin_n.preheader.i
 
 for_begin_n.preheader.i:                          ; preds = %for_end_d_1.3.i, %for_begin_n.preheader.lr.ph.i
-  %indvars.iv565.i = phi i64 [ 0, %for_begin_n.preheader.lr.ph.i ], [ %indvars.iv.next566.i, %for_end_d_1.3.i ]
-  %.idx61 = shl nsw i64 %indvars.iv565.i, 6
+  %indvars.iv563.i = phi i64 [ 0, %for_begin_n.preheader.lr.ph.i ], [ %indvars.iv.next564.i, %for_end_d_1.3.i ]
+  %.idx61 = shl nsw i64 %indvars.iv563.i, 6
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx61
   %1215 = load i64, ptr %gep, align 8, !tbaa !5
   %1216 = getelementptr i32, ptr %key_cache, i64 %1215
@@ -2139,7 +2139,7 @@ for_begin_n.preheader.i:                          ; preds = %for_end_d_1.3.i, %f
   tail call void @llvm.prefetch.p0(ptr readonly %1260, i32 0, i32 2, i32 1)
   %1261 = getelementptr i8, ptr %1258, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1261, i32 0, i32 2, i32 1)
-  %1262 = shl i64 %indvars.iv565.i, 10
+  %1262 = shl i64 %indvars.iv563.i, 10
   %1263 = and i64 %1262, 4294966272
   %1264 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1263
   br label %for_begin_d_2.preheader.i
@@ -2152,8 +2152,8 @@ for_end_to_m.i:                                   ; preds = %for_end_d_1.3.i
 
 for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
   %1267 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled778.i = tail call ptr %1267(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1268 = icmp eq ptr %scaled778.i, null
+  %scaled776.i = tail call ptr %1267(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1268 = icmp eq ptr %scaled776.i, null
   br i1 %1268, label %fused_decode_compute_.exit, label %for_begin_to100.preheader.i, !prof !8
 
 for_begin_to68.preheader.i:                       ; preds = %for_end_to_m.i
@@ -2161,58 +2161,58 @@ for_begin_to68.preheader.i:                       ; preds = %for_end_to_m.i
   br label %for_begin_ti73.preheader.i
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_n.preheader.i
-  %indvars.iv556.i = phi i64 [ 0, %for_begin_n.preheader.i ], [ %indvars.iv.next557.i, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.0.1375.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1318, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.4.1374.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1323, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.8.1373.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1328, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.12.1372.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1333, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.16.1371.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1338, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.20.1370.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1343, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.24.1369.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1348, %for_begin_d_2.preheader.i ]
-  %scores_global263.sroa.28.1368.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1353, %for_begin_d_2.preheader.i ]
-  %.idx62 = shl nuw nsw i64 %indvars.iv556.i, 7
+  %indvars.iv554.i = phi i64 [ 0, %for_begin_n.preheader.i ], [ %indvars.iv.next555.i, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.0.1373.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1318, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.4.1372.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1323, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.8.1371.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1328, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.12.1370.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1333, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.16.1369.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1338, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.20.1368.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1343, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.24.1367.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1348, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.28.1366.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1353, %for_begin_d_2.preheader.i ]
+  %.idx62 = shl nuw nsw i64 %indvars.iv554.i, 7
   %1270 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx62
   %1271 = load <16 x float>, ptr %1270, align 4, !tbaa !5
-  %1272 = getelementptr inbounds nuw float, ptr %1264, i64 %indvars.iv556.i
+  %1272 = getelementptr inbounds nuw float, ptr %1264, i64 %indvars.iv554.i
   %1273 = load float, ptr %1272, align 4, !tbaa !5
   %1274 = insertelement <16 x float> poison, float %1273, i64 0
   %1275 = shufflevector <16 x float> %1274, <16 x float> poison, <16 x i32> zeroinitializer
-  %1276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1275, <16 x float> %scores_global263.sroa.0.1375.i)
+  %1276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1275, <16 x float> %scores_global261.sroa.0.1373.i)
   %1277 = getelementptr inbounds nuw i8, ptr %1272, i64 512
   %1278 = load float, ptr %1277, align 4, !tbaa !5
   %1279 = insertelement <16 x float> poison, float %1278, i64 0
   %1280 = shufflevector <16 x float> %1279, <16 x float> poison, <16 x i32> zeroinitializer
-  %1281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1280, <16 x float> %scores_global263.sroa.4.1374.i)
+  %1281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1280, <16 x float> %scores_global261.sroa.4.1372.i)
   %1282 = getelementptr inbounds nuw i8, ptr %1272, i64 1024
   %1283 = load float, ptr %1282, align 4, !tbaa !5
   %1284 = insertelement <16 x float> poison, float %1283, i64 0
   %1285 = shufflevector <16 x float> %1284, <16 x float> poison, <16 x i32> zeroinitializer
-  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1285, <16 x float> %scores_global263.sroa.8.1373.i)
+  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1285, <16 x float> %scores_global261.sroa.8.1371.i)
   %1287 = getelementptr inbounds nuw i8, ptr %1272, i64 1536
   %1288 = load float, ptr %1287, align 4, !tbaa !5
   %1289 = insertelement <16 x float> poison, float %1288, i64 0
   %1290 = shufflevector <16 x float> %1289, <16 x float> poison, <16 x i32> zeroinitializer
-  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1290, <16 x float> %scores_global263.sroa.12.1372.i)
+  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1290, <16 x float> %scores_global261.sroa.12.1370.i)
   %1292 = getelementptr inbounds nuw i8, ptr %1272, i64 2048
   %1293 = load float, ptr %1292, align 4, !tbaa !5
   %1294 = insertelement <16 x float> poison, float %1293, i64 0
   %1295 = shufflevector <16 x float> %1294, <16 x float> poison, <16 x i32> zeroinitializer
-  %1296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1295, <16 x float> %scores_global263.sroa.16.1371.i)
+  %1296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1295, <16 x float> %scores_global261.sroa.16.1369.i)
   %1297 = getelementptr inbounds nuw i8, ptr %1272, i64 2560
   %1298 = load float, ptr %1297, align 4, !tbaa !5
   %1299 = insertelement <16 x float> poison, float %1298, i64 0
   %1300 = shufflevector <16 x float> %1299, <16 x float> poison, <16 x i32> zeroinitializer
-  %1301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1300, <16 x float> %scores_global263.sroa.20.1370.i)
+  %1301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1300, <16 x float> %scores_global261.sroa.20.1368.i)
   %1302 = getelementptr inbounds nuw i8, ptr %1272, i64 3072
   %1303 = load float, ptr %1302, align 4, !tbaa !5
   %1304 = insertelement <16 x float> poison, float %1303, i64 0
   %1305 = shufflevector <16 x float> %1304, <16 x float> poison, <16 x i32> zeroinitializer
-  %1306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1305, <16 x float> %scores_global263.sroa.24.1369.i)
+  %1306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1305, <16 x float> %scores_global261.sroa.24.1367.i)
   %1307 = getelementptr inbounds nuw i8, ptr %1272, i64 3584
   %1308 = load float, ptr %1307, align 4, !tbaa !5
   %1309 = insertelement <16 x float> poison, float %1308, i64 0
   %1310 = shufflevector <16 x float> %1309, <16 x float> poison, <16 x i32> zeroinitializer
-  %1311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1310, <16 x float> %scores_global263.sroa.28.1368.i)
+  %1311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1310, <16 x float> %scores_global261.sroa.28.1366.i)
   %1312 = getelementptr inbounds nuw i8, ptr %1270, i64 64
   %1313 = load <16 x float>, ptr %1312, align 4, !tbaa !5
   %1314 = getelementptr inbounds nuw i8, ptr %1272, i64 64
@@ -2255,68 +2255,68 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1351 = insertelement <16 x float> poison, float %1350, i64 0
   %1352 = shufflevector <16 x float> %1351, <16 x float> poison, <16 x i32> zeroinitializer
   %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1352, <16 x float> %1311)
-  %indvars.iv.next557.i = add nuw nsw i64 %indvars.iv556.i, 1
-  %exitcond560.not.i = icmp eq i64 %indvars.iv.next557.i, 16
-  br i1 %exitcond560.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
+  %indvars.iv.next555.i = add nuw nsw i64 %indvars.iv554.i, 1
+  %exitcond558.not.i = icmp eq i64 %indvars.iv.next555.i, 16
+  br i1 %exitcond558.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1354 = getelementptr inbounds nuw i8, ptr %1264, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv556.1.i = phi i64 [ %indvars.iv.next557.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.0.1375.1.i = phi <16 x float> [ %1404, %for_begin_d_2.preheader.1.i ], [ %1318, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.4.1374.1.i = phi <16 x float> [ %1409, %for_begin_d_2.preheader.1.i ], [ %1323, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.8.1373.1.i = phi <16 x float> [ %1414, %for_begin_d_2.preheader.1.i ], [ %1328, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.12.1372.1.i = phi <16 x float> [ %1419, %for_begin_d_2.preheader.1.i ], [ %1333, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.16.1371.1.i = phi <16 x float> [ %1424, %for_begin_d_2.preheader.1.i ], [ %1338, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.20.1370.1.i = phi <16 x float> [ %1429, %for_begin_d_2.preheader.1.i ], [ %1343, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.24.1369.1.i = phi <16 x float> [ %1434, %for_begin_d_2.preheader.1.i ], [ %1348, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global263.sroa.28.1368.1.i = phi <16 x float> [ %1439, %for_begin_d_2.preheader.1.i ], [ %1353, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx63 = shl nuw nsw i64 %indvars.iv556.1.i, 7
+  %indvars.iv554.1.i = phi i64 [ %indvars.iv.next555.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.0.1373.1.i = phi <16 x float> [ %1404, %for_begin_d_2.preheader.1.i ], [ %1318, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.4.1372.1.i = phi <16 x float> [ %1409, %for_begin_d_2.preheader.1.i ], [ %1323, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.8.1371.1.i = phi <16 x float> [ %1414, %for_begin_d_2.preheader.1.i ], [ %1328, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.12.1370.1.i = phi <16 x float> [ %1419, %for_begin_d_2.preheader.1.i ], [ %1333, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.16.1369.1.i = phi <16 x float> [ %1424, %for_begin_d_2.preheader.1.i ], [ %1338, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.20.1368.1.i = phi <16 x float> [ %1429, %for_begin_d_2.preheader.1.i ], [ %1343, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.24.1367.1.i = phi <16 x float> [ %1434, %for_begin_d_2.preheader.1.i ], [ %1348, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.28.1366.1.i = phi <16 x float> [ %1439, %for_begin_d_2.preheader.1.i ], [ %1353, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx63 = shl nuw nsw i64 %indvars.iv554.1.i, 7
   %1355 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx63
   %1356 = getelementptr inbounds nuw i8, ptr %1355, i64 2048
   %1357 = load <16 x float>, ptr %1356, align 4, !tbaa !5
-  %1358 = getelementptr inbounds nuw float, ptr %1354, i64 %indvars.iv556.1.i
+  %1358 = getelementptr inbounds nuw float, ptr %1354, i64 %indvars.iv554.1.i
   %1359 = load float, ptr %1358, align 4, !tbaa !5
   %1360 = insertelement <16 x float> poison, float %1359, i64 0
   %1361 = shufflevector <16 x float> %1360, <16 x float> poison, <16 x i32> zeroinitializer
-  %1362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1361, <16 x float> %scores_global263.sroa.0.1375.1.i)
+  %1362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1361, <16 x float> %scores_global261.sroa.0.1373.1.i)
   %1363 = getelementptr inbounds nuw i8, ptr %1358, i64 512
   %1364 = load float, ptr %1363, align 4, !tbaa !5
   %1365 = insertelement <16 x float> poison, float %1364, i64 0
   %1366 = shufflevector <16 x float> %1365, <16 x float> poison, <16 x i32> zeroinitializer
-  %1367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1366, <16 x float> %scores_global263.sroa.4.1374.1.i)
+  %1367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1366, <16 x float> %scores_global261.sroa.4.1372.1.i)
   %1368 = getelementptr inbounds nuw i8, ptr %1358, i64 1024
   %1369 = load float, ptr %1368, align 4, !tbaa !5
   %1370 = insertelement <16 x float> poison, float %1369, i64 0
   %1371 = shufflevector <16 x float> %1370, <16 x float> poison, <16 x i32> zeroinitializer
-  %1372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1371, <16 x float> %scores_global263.sroa.8.1373.1.i)
+  %1372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1371, <16 x float> %scores_global261.sroa.8.1371.1.i)
   %1373 = getelementptr inbounds nuw i8, ptr %1358, i64 1536
   %1374 = load float, ptr %1373, align 4, !tbaa !5
   %1375 = insertelement <16 x float> poison, float %1374, i64 0
   %1376 = shufflevector <16 x float> %1375, <16 x float> poison, <16 x i32> zeroinitializer
-  %1377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1376, <16 x float> %scores_global263.sroa.12.1372.1.i)
+  %1377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1376, <16 x float> %scores_global261.sroa.12.1370.1.i)
   %1378 = getelementptr inbounds nuw i8, ptr %1358, i64 2048
   %1379 = load float, ptr %1378, align 4, !tbaa !5
   %1380 = insertelement <16 x float> poison, float %1379, i64 0
   %1381 = shufflevector <16 x float> %1380, <16 x float> poison, <16 x i32> zeroinitializer
-  %1382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1381, <16 x float> %scores_global263.sroa.16.1371.1.i)
+  %1382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1381, <16 x float> %scores_global261.sroa.16.1369.1.i)
   %1383 = getelementptr inbounds nuw i8, ptr %1358, i64 2560
   %1384 = load float, ptr %1383, align 4, !tbaa !5
   %1385 = insertelement <16 x float> poison, float %1384, i64 0
   %1386 = shufflevector <16 x float> %1385, <16 x float> poison, <16 x i32> zeroinitializer
-  %1387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1386, <16 x float> %scores_global263.sroa.20.1370.1.i)
+  %1387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1386, <16 x float> %scores_global261.sroa.20.1368.1.i)
   %1388 = getelementptr inbounds nuw i8, ptr %1358, i64 3072
   %1389 = load float, ptr %1388, align 4, !tbaa !5
   %1390 = insertelement <16 x float> poison, float %1389, i64 0
   %1391 = shufflevector <16 x float> %1390, <16 x float> poison, <16 x i32> zeroinitializer
-  %1392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1391, <16 x float> %scores_global263.sroa.24.1369.1.i)
+  %1392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1391, <16 x float> %scores_global261.sroa.24.1367.1.i)
   %1393 = getelementptr inbounds nuw i8, ptr %1358, i64 3584
   %1394 = load float, ptr %1393, align 4, !tbaa !5
   %1395 = insertelement <16 x float> poison, float %1394, i64 0
   %1396 = shufflevector <16 x float> %1395, <16 x float> poison, <16 x i32> zeroinitializer
-  %1397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1396, <16 x float> %scores_global263.sroa.28.1368.1.i)
+  %1397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1396, <16 x float> %scores_global261.sroa.28.1366.1.i)
   %1398 = getelementptr inbounds nuw i8, ptr %1355, i64 2112
   %1399 = load <16 x float>, ptr %1398, align 4, !tbaa !5
   %1400 = getelementptr inbounds nuw i8, ptr %1358, i64 64
@@ -2359,68 +2359,68 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1437 = insertelement <16 x float> poison, float %1436, i64 0
   %1438 = shufflevector <16 x float> %1437, <16 x float> poison, <16 x i32> zeroinitializer
   %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1438, <16 x float> %1397)
-  %indvars.iv.next557.1.i = add nuw nsw i64 %indvars.iv556.1.i, 1
-  %exitcond560.1.not.i = icmp eq i64 %indvars.iv.next557.1.i, 16
-  br i1 %exitcond560.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
+  %indvars.iv.next555.1.i = add nuw nsw i64 %indvars.iv554.1.i, 1
+  %exitcond558.1.not.i = icmp eq i64 %indvars.iv.next555.1.i, 16
+  br i1 %exitcond558.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1440 = getelementptr inbounds nuw i8, ptr %1264, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv556.2.i = phi i64 [ %indvars.iv.next557.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.0.1375.2.i = phi <16 x float> [ %1490, %for_begin_d_2.preheader.2.i ], [ %1404, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.4.1374.2.i = phi <16 x float> [ %1495, %for_begin_d_2.preheader.2.i ], [ %1409, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.8.1373.2.i = phi <16 x float> [ %1500, %for_begin_d_2.preheader.2.i ], [ %1414, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.12.1372.2.i = phi <16 x float> [ %1505, %for_begin_d_2.preheader.2.i ], [ %1419, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.16.1371.2.i = phi <16 x float> [ %1510, %for_begin_d_2.preheader.2.i ], [ %1424, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.20.1370.2.i = phi <16 x float> [ %1515, %for_begin_d_2.preheader.2.i ], [ %1429, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.24.1369.2.i = phi <16 x float> [ %1520, %for_begin_d_2.preheader.2.i ], [ %1434, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global263.sroa.28.1368.2.i = phi <16 x float> [ %1525, %for_begin_d_2.preheader.2.i ], [ %1439, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx64 = shl nuw nsw i64 %indvars.iv556.2.i, 7
+  %indvars.iv554.2.i = phi i64 [ %indvars.iv.next555.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.0.1373.2.i = phi <16 x float> [ %1490, %for_begin_d_2.preheader.2.i ], [ %1404, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.4.1372.2.i = phi <16 x float> [ %1495, %for_begin_d_2.preheader.2.i ], [ %1409, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.8.1371.2.i = phi <16 x float> [ %1500, %for_begin_d_2.preheader.2.i ], [ %1414, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.12.1370.2.i = phi <16 x float> [ %1505, %for_begin_d_2.preheader.2.i ], [ %1419, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.16.1369.2.i = phi <16 x float> [ %1510, %for_begin_d_2.preheader.2.i ], [ %1424, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.20.1368.2.i = phi <16 x float> [ %1515, %for_begin_d_2.preheader.2.i ], [ %1429, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.24.1367.2.i = phi <16 x float> [ %1520, %for_begin_d_2.preheader.2.i ], [ %1434, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.28.1366.2.i = phi <16 x float> [ %1525, %for_begin_d_2.preheader.2.i ], [ %1439, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx64 = shl nuw nsw i64 %indvars.iv554.2.i, 7
   %1441 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx64
   %1442 = getelementptr inbounds nuw i8, ptr %1441, i64 4096
   %1443 = load <16 x float>, ptr %1442, align 4, !tbaa !5
-  %1444 = getelementptr inbounds nuw float, ptr %1440, i64 %indvars.iv556.2.i
+  %1444 = getelementptr inbounds nuw float, ptr %1440, i64 %indvars.iv554.2.i
   %1445 = load float, ptr %1444, align 4, !tbaa !5
   %1446 = insertelement <16 x float> poison, float %1445, i64 0
   %1447 = shufflevector <16 x float> %1446, <16 x float> poison, <16 x i32> zeroinitializer
-  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1447, <16 x float> %scores_global263.sroa.0.1375.2.i)
+  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1447, <16 x float> %scores_global261.sroa.0.1373.2.i)
   %1449 = getelementptr inbounds nuw i8, ptr %1444, i64 512
   %1450 = load float, ptr %1449, align 4, !tbaa !5
   %1451 = insertelement <16 x float> poison, float %1450, i64 0
   %1452 = shufflevector <16 x float> %1451, <16 x float> poison, <16 x i32> zeroinitializer
-  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1452, <16 x float> %scores_global263.sroa.4.1374.2.i)
+  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1452, <16 x float> %scores_global261.sroa.4.1372.2.i)
   %1454 = getelementptr inbounds nuw i8, ptr %1444, i64 1024
   %1455 = load float, ptr %1454, align 4, !tbaa !5
   %1456 = insertelement <16 x float> poison, float %1455, i64 0
   %1457 = shufflevector <16 x float> %1456, <16 x float> poison, <16 x i32> zeroinitializer
-  %1458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1457, <16 x float> %scores_global263.sroa.8.1373.2.i)
+  %1458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1457, <16 x float> %scores_global261.sroa.8.1371.2.i)
   %1459 = getelementptr inbounds nuw i8, ptr %1444, i64 1536
   %1460 = load float, ptr %1459, align 4, !tbaa !5
   %1461 = insertelement <16 x float> poison, float %1460, i64 0
   %1462 = shufflevector <16 x float> %1461, <16 x float> poison, <16 x i32> zeroinitializer
-  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1462, <16 x float> %scores_global263.sroa.12.1372.2.i)
+  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1462, <16 x float> %scores_global261.sroa.12.1370.2.i)
   %1464 = getelementptr inbounds nuw i8, ptr %1444, i64 2048
   %1465 = load float, ptr %1464, align 4, !tbaa !5
   %1466 = insertelement <16 x float> poison, float %1465, i64 0
   %1467 = shufflevector <16 x float> %1466, <16 x float> poison, <16 x i32> zeroinitializer
-  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1467, <16 x float> %scores_global263.sroa.16.1371.2.i)
+  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1467, <16 x float> %scores_global261.sroa.16.1369.2.i)
   %1469 = getelementptr inbounds nuw i8, ptr %1444, i64 2560
   %1470 = load float, ptr %1469, align 4, !tbaa !5
   %1471 = insertelement <16 x float> poison, float %1470, i64 0
   %1472 = shufflevector <16 x float> %1471, <16 x float> poison, <16 x i32> zeroinitializer
-  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1472, <16 x float> %scores_global263.sroa.20.1370.2.i)
+  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1472, <16 x float> %scores_global261.sroa.20.1368.2.i)
   %1474 = getelementptr inbounds nuw i8, ptr %1444, i64 3072
   %1475 = load float, ptr %1474, align 4, !tbaa !5
   %1476 = insertelement <16 x float> poison, float %1475, i64 0
   %1477 = shufflevector <16 x float> %1476, <16 x float> poison, <16 x i32> zeroinitializer
-  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1477, <16 x float> %scores_global263.sroa.24.1369.2.i)
+  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1477, <16 x float> %scores_global261.sroa.24.1367.2.i)
   %1479 = getelementptr inbounds nuw i8, ptr %1444, i64 3584
   %1480 = load float, ptr %1479, align 4, !tbaa !5
   %1481 = insertelement <16 x float> poison, float %1480, i64 0
   %1482 = shufflevector <16 x float> %1481, <16 x float> poison, <16 x i32> zeroinitializer
-  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1482, <16 x float> %scores_global263.sroa.28.1368.2.i)
+  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1482, <16 x float> %scores_global261.sroa.28.1366.2.i)
   %1484 = getelementptr inbounds nuw i8, ptr %1441, i64 4160
   %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
   %1486 = getelementptr inbounds nuw i8, ptr %1444, i64 64
@@ -2463,68 +2463,68 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1523 = insertelement <16 x float> poison, float %1522, i64 0
   %1524 = shufflevector <16 x float> %1523, <16 x float> poison, <16 x i32> zeroinitializer
   %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1524, <16 x float> %1483)
-  %indvars.iv.next557.2.i = add nuw nsw i64 %indvars.iv556.2.i, 1
-  %exitcond560.2.not.i = icmp eq i64 %indvars.iv.next557.2.i, 16
-  br i1 %exitcond560.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
+  %indvars.iv.next555.2.i = add nuw nsw i64 %indvars.iv554.2.i, 1
+  %exitcond558.2.not.i = icmp eq i64 %indvars.iv.next555.2.i, 16
+  br i1 %exitcond558.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1526 = getelementptr inbounds nuw i8, ptr %1264, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv556.3.i = phi i64 [ %indvars.iv.next557.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.0.1375.3.i = phi <16 x float> [ %1576, %for_begin_d_2.preheader.3.i ], [ %1490, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.4.1374.3.i = phi <16 x float> [ %1581, %for_begin_d_2.preheader.3.i ], [ %1495, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.8.1373.3.i = phi <16 x float> [ %1586, %for_begin_d_2.preheader.3.i ], [ %1500, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.12.1372.3.i = phi <16 x float> [ %1591, %for_begin_d_2.preheader.3.i ], [ %1505, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.16.1371.3.i = phi <16 x float> [ %1596, %for_begin_d_2.preheader.3.i ], [ %1510, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.20.1370.3.i = phi <16 x float> [ %1601, %for_begin_d_2.preheader.3.i ], [ %1515, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.24.1369.3.i = phi <16 x float> [ %1606, %for_begin_d_2.preheader.3.i ], [ %1520, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global263.sroa.28.1368.3.i = phi <16 x float> [ %1611, %for_begin_d_2.preheader.3.i ], [ %1525, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx65 = shl nuw nsw i64 %indvars.iv556.3.i, 7
+  %indvars.iv554.3.i = phi i64 [ %indvars.iv.next555.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.0.1373.3.i = phi <16 x float> [ %1576, %for_begin_d_2.preheader.3.i ], [ %1490, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.4.1372.3.i = phi <16 x float> [ %1581, %for_begin_d_2.preheader.3.i ], [ %1495, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.8.1371.3.i = phi <16 x float> [ %1586, %for_begin_d_2.preheader.3.i ], [ %1500, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.12.1370.3.i = phi <16 x float> [ %1591, %for_begin_d_2.preheader.3.i ], [ %1505, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.16.1369.3.i = phi <16 x float> [ %1596, %for_begin_d_2.preheader.3.i ], [ %1510, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.20.1368.3.i = phi <16 x float> [ %1601, %for_begin_d_2.preheader.3.i ], [ %1515, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.24.1367.3.i = phi <16 x float> [ %1606, %for_begin_d_2.preheader.3.i ], [ %1520, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.28.1366.3.i = phi <16 x float> [ %1611, %for_begin_d_2.preheader.3.i ], [ %1525, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx65 = shl nuw nsw i64 %indvars.iv554.3.i, 7
   %1527 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx65
   %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 6144
   %1529 = load <16 x float>, ptr %1528, align 4, !tbaa !5
-  %1530 = getelementptr inbounds nuw float, ptr %1526, i64 %indvars.iv556.3.i
+  %1530 = getelementptr inbounds nuw float, ptr %1526, i64 %indvars.iv554.3.i
   %1531 = load float, ptr %1530, align 4, !tbaa !5
   %1532 = insertelement <16 x float> poison, float %1531, i64 0
   %1533 = shufflevector <16 x float> %1532, <16 x float> poison, <16 x i32> zeroinitializer
-  %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1533, <16 x float> %scores_global263.sroa.0.1375.3.i)
+  %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1533, <16 x float> %scores_global261.sroa.0.1373.3.i)
   %1535 = getelementptr inbounds nuw i8, ptr %1530, i64 512
   %1536 = load float, ptr %1535, align 4, !tbaa !5
   %1537 = insertelement <16 x float> poison, float %1536, i64 0
   %1538 = shufflevector <16 x float> %1537, <16 x float> poison, <16 x i32> zeroinitializer
-  %1539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1538, <16 x float> %scores_global263.sroa.4.1374.3.i)
+  %1539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1538, <16 x float> %scores_global261.sroa.4.1372.3.i)
   %1540 = getelementptr inbounds nuw i8, ptr %1530, i64 1024
   %1541 = load float, ptr %1540, align 4, !tbaa !5
   %1542 = insertelement <16 x float> poison, float %1541, i64 0
   %1543 = shufflevector <16 x float> %1542, <16 x float> poison, <16 x i32> zeroinitializer
-  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1543, <16 x float> %scores_global263.sroa.8.1373.3.i)
+  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1543, <16 x float> %scores_global261.sroa.8.1371.3.i)
   %1545 = getelementptr inbounds nuw i8, ptr %1530, i64 1536
   %1546 = load float, ptr %1545, align 4, !tbaa !5
   %1547 = insertelement <16 x float> poison, float %1546, i64 0
   %1548 = shufflevector <16 x float> %1547, <16 x float> poison, <16 x i32> zeroinitializer
-  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1548, <16 x float> %scores_global263.sroa.12.1372.3.i)
+  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1548, <16 x float> %scores_global261.sroa.12.1370.3.i)
   %1550 = getelementptr inbounds nuw i8, ptr %1530, i64 2048
   %1551 = load float, ptr %1550, align 4, !tbaa !5
   %1552 = insertelement <16 x float> poison, float %1551, i64 0
   %1553 = shufflevector <16 x float> %1552, <16 x float> poison, <16 x i32> zeroinitializer
-  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1553, <16 x float> %scores_global263.sroa.16.1371.3.i)
+  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1553, <16 x float> %scores_global261.sroa.16.1369.3.i)
   %1555 = getelementptr inbounds nuw i8, ptr %1530, i64 2560
   %1556 = load float, ptr %1555, align 4, !tbaa !5
   %1557 = insertelement <16 x float> poison, float %1556, i64 0
   %1558 = shufflevector <16 x float> %1557, <16 x float> poison, <16 x i32> zeroinitializer
-  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1558, <16 x float> %scores_global263.sroa.20.1370.3.i)
+  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1558, <16 x float> %scores_global261.sroa.20.1368.3.i)
   %1560 = getelementptr inbounds nuw i8, ptr %1530, i64 3072
   %1561 = load float, ptr %1560, align 4, !tbaa !5
   %1562 = insertelement <16 x float> poison, float %1561, i64 0
   %1563 = shufflevector <16 x float> %1562, <16 x float> poison, <16 x i32> zeroinitializer
-  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1563, <16 x float> %scores_global263.sroa.24.1369.3.i)
+  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1563, <16 x float> %scores_global261.sroa.24.1367.3.i)
   %1565 = getelementptr inbounds nuw i8, ptr %1530, i64 3584
   %1566 = load float, ptr %1565, align 4, !tbaa !5
   %1567 = insertelement <16 x float> poison, float %1566, i64 0
   %1568 = shufflevector <16 x float> %1567, <16 x float> poison, <16 x i32> zeroinitializer
-  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1568, <16 x float> %scores_global263.sroa.28.1368.3.i)
+  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1568, <16 x float> %scores_global261.sroa.28.1366.3.i)
   %1570 = getelementptr inbounds nuw i8, ptr %1527, i64 6208
   %1571 = load <16 x float>, ptr %1570, align 4, !tbaa !5
   %1572 = getelementptr inbounds nuw i8, ptr %1530, i64 64
@@ -2567,13 +2567,13 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1609 = insertelement <16 x float> poison, float %1608, i64 0
   %1610 = shufflevector <16 x float> %1609, <16 x float> poison, <16 x i32> zeroinitializer
   %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1610, <16 x float> %1569)
-  %indvars.iv.next557.3.i = add nuw nsw i64 %indvars.iv556.3.i, 1
-  %exitcond560.3.not.i = icmp eq i64 %indvars.iv.next557.3.i, 16
-  br i1 %exitcond560.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
+  %indvars.iv.next555.3.i = add nuw nsw i64 %indvars.iv554.3.i, 1
+  %exitcond558.3.not.i = icmp eq i64 %indvars.iv.next555.3.i, 16
+  br i1 %exitcond558.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx773.i = shl nsw i64 %indvars.iv565.i, 9
-  %1612 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx773.i
+  %.idx771.i = shl nsw i64 %indvars.iv563.i, 9
+  %1612 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx771.i
   store <16 x float> %1576, ptr %1612, align 4, !tbaa !5
   %1613 = getelementptr inbounds nuw i8, ptr %1612, i64 64
   store <16 x float> %1581, ptr %1613, align 4, !tbaa !5
@@ -2589,14 +2589,14 @@ for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.prehe
   store <16 x float> %1606, ptr %1618, align 4, !tbaa !5
   %1619 = getelementptr inbounds nuw i8, ptr %1612, i64 448
   store <16 x float> %1611, ptr %1619, align 4, !tbaa !5
-  %indvars.iv.next566.i = add nuw nsw i64 %indvars.iv565.i, 1
-  %exitcond569.not.i = icmp eq i64 %indvars.iv.next566.i, %wide.trip.count568.i
-  br i1 %exitcond569.not.i, label %for_end_to_m.i, label %for_begin_n.preheader.i, !prof !13
+  %indvars.iv.next564.i = add nuw nsw i64 %indvars.iv563.i, 1
+  %exitcond567.not.i = icmp eq i64 %indvars.iv.next564.i, %wide.trip.count566.i
+  br i1 %exitcond567.not.i, label %for_end_to_m.i, label %for_begin_n.preheader.i, !prof !13
 
 for_begin_ti73.preheader.i:                       ; preds = %for_begin_ti73.preheader.i, %for_begin_to68.preheader.i
-  %indvars.iv574.i = phi i64 [ 0, %for_begin_to68.preheader.i ], [ %indvars.iv.next575.i, %for_begin_ti73.preheader.i ]
-  %1620 = shl nsw i64 %indvars.iv574.i, 7
-  %1621 = shl nsw i64 %indvars.iv574.i, 3
+  %indvars.iv572.i = phi i64 [ 0, %for_begin_to68.preheader.i ], [ %indvars.iv.next573.i, %for_begin_ti73.preheader.i ]
+  %1620 = shl nsw i64 %indvars.iv572.i, 7
+  %1621 = shl nsw i64 %indvars.iv572.i, 3
   %1622 = sub nsw i64 %1269, %1621
   %1623 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1620
   %1624 = load <16 x float>, ptr %1623, align 4, !tbaa !5
@@ -2677,18 +2677,18 @@ for_begin_ti73.preheader.i:                       ; preds = %for_begin_ti73.preh
   %1692 = select <16 x i1> %1691, <16 x float> %1688, <16 x float> splat (float 0xFFF0000000000000)
   %1693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1685
   store <16 x float> %1692, ptr %1693, align 4, !tbaa !5
-  %indvars.iv.next575.i = add nuw nsw i64 %indvars.iv574.i, 1
-  %exitcond578.not.i = icmp eq i64 %indvars.iv.next575.i, %wide.trip.count568.i
-  br i1 %exitcond578.not.i, label %for_begin_ti83.preheader.i, label %for_begin_ti73.preheader.i, !prof !13
+  %indvars.iv.next573.i = add nuw nsw i64 %indvars.iv572.i, 1
+  %exitcond576.not.i = icmp eq i64 %indvars.iv.next573.i, %wide.trip.count566.i
+  br i1 %exitcond576.not.i, label %for_begin_ti83.preheader.i, label %for_begin_ti73.preheader.i, !prof !13
 
 for_begin_ti83.preheader.i:                       ; preds = %for_begin_ti83.preheader.i, %for_begin_ti73.preheader.i
-  %indvars.iv583.i = phi i64 [ %indvars.iv.next584.i, %for_begin_ti83.preheader.i ], [ 0, %for_begin_ti73.preheader.i ]
-  %peak260.sroa.0.0391.i = phi <16 x float> [ %1725, %for_begin_ti83.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti73.preheader.i ]
-  %.idx66 = shl nsw i64 %indvars.iv583.i, 9
+  %indvars.iv581.i = phi i64 [ %indvars.iv.next582.i, %for_begin_ti83.preheader.i ], [ 0, %for_begin_ti73.preheader.i ]
+  %peak258.sroa.0.0389.i = phi <16 x float> [ %1725, %for_begin_ti83.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti73.preheader.i ]
+  %.idx66 = shl nsw i64 %indvars.iv581.i, 9
   %1694 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx66
   %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
-  %1696 = fcmp ogt <16 x float> %peak260.sroa.0.0391.i, %1695
-  %1697 = select <16 x i1> %1696, <16 x float> %peak260.sroa.0.0391.i, <16 x float> %1695
+  %1696 = fcmp ogt <16 x float> %peak258.sroa.0.0389.i, %1695
+  %1697 = select <16 x i1> %1696, <16 x float> %peak258.sroa.0.0389.i, <16 x float> %1695
   %1698 = getelementptr inbounds nuw i8, ptr %1694, i64 64
   %1699 = load <16 x float>, ptr %1698, align 4, !tbaa !5
   %1700 = fcmp ogt <16 x float> %1697, %1699
@@ -2717,9 +2717,9 @@ for_begin_ti83.preheader.i:                       ; preds = %for_begin_ti83.preh
   %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
   %1724 = fcmp ogt <16 x float> %1721, %1723
   %1725 = select <16 x i1> %1724, <16 x float> %1721, <16 x float> %1723
-  %indvars.iv.next584.i = add nuw nsw i64 %indvars.iv583.i, 1
-  %exitcond587.not.i = icmp eq i64 %indvars.iv.next584.i, %wide.trip.count568.i
-  br i1 %exitcond587.not.i, label %for_begin_ti93.preheader.preheader.i, label %for_begin_ti83.preheader.i, !prof !13
+  %indvars.iv.next582.i = add nuw nsw i64 %indvars.iv581.i, 1
+  %exitcond585.not.i = icmp eq i64 %indvars.iv.next582.i, %wide.trip.count566.i
+  br i1 %exitcond585.not.i, label %for_begin_ti93.preheader.preheader.i, label %for_begin_ti83.preheader.i, !prof !13
 
 for_begin_ti93.preheader.preheader.i:             ; preds = %for_begin_ti83.preheader.i
   %1726 = icmp sgt i64 %399, 0
@@ -2736,8 +2736,8 @@ for_begin_to100.preheader.i:                      ; preds = %for_end_to_m.thread
   br label %for_end_to102.i
 
 for_begin_ti93.preheader.i:                       ; preds = %for_begin_ti93.preheader.i, %for_begin_ti93.preheader.preheader.i
-  %indvars.iv592.i = phi i64 [ 0, %for_begin_ti93.preheader.preheader.i ], [ %indvars.iv.next593.i, %for_begin_ti93.preheader.i ]
-  %1734 = shl nsw i64 %indvars.iv592.i, 7
+  %indvars.iv590.i = phi i64 [ 0, %for_begin_ti93.preheader.preheader.i ], [ %indvars.iv.next591.i, %for_begin_ti93.preheader.i ]
+  %1734 = shl nsw i64 %indvars.iv590.i, 7
   %1735 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1734
   %1736 = load <16 x float>, ptr %1735, align 4, !tbaa !5
   %arg.i = fsub <16 x float> %1736, %1729
@@ -2937,27 +2937,27 @@ for_begin_ti93.preheader.i:                       ; preds = %for_begin_ti93.preh
   %1916 = select <16 x i1> %1915, <16 x float> zeroinitializer, <16 x float> %1914
   %1917 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1895
   store <16 x float> %1916, ptr %1917, align 4, !tbaa !5
-  %indvars.iv.next593.i = add nuw nsw i64 %indvars.iv592.i, 1
-  %exitcond596.not.i = icmp eq i64 %indvars.iv.next593.i, %wide.trip.count568.i
-  br i1 %exitcond596.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti93.preheader.i, !prof !13
+  %indvars.iv.next591.i = add nuw nsw i64 %indvars.iv590.i, 1
+  %exitcond594.not.i = icmp eq i64 %indvars.iv.next591.i, %wide.trip.count566.i
+  br i1 %exitcond594.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti93.preheader.i, !prof !13
 
 for_begin_ti105.preheader.i.preheader:            ; preds = %for_begin_ti93.preheader.i
-  %xtraiter = and i64 %wide.trip.count568.i, 1
+  %xtraiter = and i64 %wide.trip.count566.i, 1
   %1918 = icmp eq i32 %403, 1
   br i1 %1918, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !4
 
 for_begin_ti105.preheader.i.preheader.new:        ; preds = %for_begin_ti105.preheader.i.preheader
-  %unroll_iter = and i64 %wide.trip.count568.i, 2147483646
+  %unroll_iter = and i64 %wide.trip.count566.i, 2147483646
   br label %for_begin_ti105.preheader.i
 
 for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.preheader.i, %for_begin_ti105.preheader.i.preheader.new
-  %indvars.iv601.i = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %indvars.iv.next602.i.1, %for_begin_ti105.preheader.i ]
-  %tile_sum261.sroa.0.0397.i = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader.new ], [ %1967, %for_begin_ti105.preheader.i ]
+  %indvars.iv599.i = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %indvars.iv.next600.i.1, %for_begin_ti105.preheader.i ]
+  %tile_sum259.sroa.0.0395.i = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader.new ], [ %1967, %for_begin_ti105.preheader.i ]
   %niter = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti105.preheader.i ]
-  %.idx67 = shl nsw i64 %indvars.iv601.i, 9
+  %.idx67 = shl nsw i64 %indvars.iv599.i, 9
   %1919 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx67
   %1920 = load <16 x float>, ptr %1919, align 4, !tbaa !5
-  %1921 = fadd <16 x float> %tile_sum261.sroa.0.0397.i, %1920
+  %1921 = fadd <16 x float> %tile_sum259.sroa.0.0395.i, %1920
   %1922 = getelementptr inbounds nuw i8, ptr %1919, i64 64
   %1923 = load <16 x float>, ptr %1922, align 4, !tbaa !5
   %1924 = fadd <16 x float> %1921, %1923
@@ -2979,8 +2979,8 @@ for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.pre
   %1940 = getelementptr inbounds nuw i8, ptr %1919, i64 448
   %1941 = load <16 x float>, ptr %1940, align 4, !tbaa !5
   %1942 = fadd <16 x float> %1939, %1941
-  %indvars.iv.next602.i = shl i64 %indvars.iv601.i, 9
-  %1943 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next602.i
+  %indvars.iv.next600.i = shl i64 %indvars.iv599.i, 9
+  %1943 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next600.i
   %1944 = getelementptr inbounds nuw i8, ptr %1943, i64 512
   %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !5
   %1946 = fadd <16 x float> %1942, %1945
@@ -3005,7 +3005,7 @@ for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.pre
   %1965 = getelementptr inbounds nuw i8, ptr %1943, i64 960
   %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !5
   %1967 = fadd <16 x float> %1964, %1966
-  %indvars.iv.next602.i.1 = add nuw nsw i64 %indvars.iv601.i, 2
+  %indvars.iv.next600.i.1 = add nuw nsw i64 %indvars.iv599.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_end_to102.i.loopexit.unr-lcssa, label %for_begin_ti105.preheader.i, !prof !9, !llvm.loop !26
@@ -3015,14 +3015,14 @@ for_end_to102.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti105.pre
   br i1 %lcmp.mod.not, label %for_end_to102.i, label %for_begin_ti105.preheader.i.epil.preheader, !prof !12
 
 for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti105.preheader.i.preheader
-  %indvars.iv601.i.epil.init = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader ], [ %indvars.iv.next602.i.1, %for_end_to102.i.loopexit.unr-lcssa ]
-  %tile_sum261.sroa.0.0397.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader ], [ %1967, %for_end_to102.i.loopexit.unr-lcssa ]
+  %indvars.iv599.i.epil.init = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader ], [ %indvars.iv.next600.i.1, %for_end_to102.i.loopexit.unr-lcssa ]
+  %tile_sum259.sroa.0.0395.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader ], [ %1967, %for_end_to102.i.loopexit.unr-lcssa ]
   %lcmp.mod706 = icmp ne i64 %xtraiter, 0
   tail call void @llvm.assume(i1 %lcmp.mod706)
-  %.idx67.epil = shl nsw i64 %indvars.iv601.i.epil.init, 9
+  %.idx67.epil = shl nsw i64 %indvars.iv599.i.epil.init, 9
   %1968 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx67.epil
   %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !5
-  %1970 = fadd <16 x float> %tile_sum261.sroa.0.0397.i.epil.init, %1969
+  %1970 = fadd <16 x float> %tile_sum259.sroa.0.0395.i.epil.init, %1969
   %1971 = getelementptr inbounds nuw i8, ptr %1968, i64 64
   %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !5
   %1973 = fadd <16 x float> %1970, %1972
@@ -3047,16 +3047,16 @@ for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loo
   br label %for_end_to102.i
 
 for_end_to102.i:                                  ; preds = %for_begin_ti105.preheader.i.epil.preheader, %for_end_to102.i.loopexit.unr-lcssa, %for_begin_to100.preheader.i
-  %scaled779781783786789.i = phi ptr [ %scaled778.i, %for_begin_to100.preheader.i ], [ %scaled.i, %for_end_to102.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti105.preheader.i.epil.preheader ]
+  %scaled777779781784787.i = phi ptr [ %scaled776.i, %for_begin_to100.preheader.i ], [ %scaled.i, %for_end_to102.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti105.preheader.i.epil.preheader ]
   %1992 = phi <16 x float> [ %1733, %for_begin_to100.preheader.i ], [ %1729, %for_end_to102.i.loopexit.unr-lcssa ], [ %1729, %for_begin_ti105.preheader.i.epil.preheader ]
-  %tile_sum261.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to100.preheader.i ], [ %1967, %for_end_to102.i.loopexit.unr-lcssa ], [ %1991, %for_begin_ti105.preheader.i.epil.preheader ]
-  %1993 = icmp eq i64 %indvars.iv628.i130, 0
+  %tile_sum259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to100.preheader.i ], [ %1967, %for_end_to102.i.loopexit.unr-lcssa ], [ %1991, %for_begin_ti105.preheader.i.epil.preheader ]
+  %1993 = icmp eq i64 %indvars.iv626.i130, 0
   %1994 = insertelement <16 x i1> poison, i1 %1993, i64 0
   %1995 = shufflevector <16 x i1> %1994, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %1995, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %311
-  %old_sum.i = select <16 x i1> %1995, <16 x float> zeroinitializer, <16 x float> %total287.i131
+  %old_sum.i = select <16 x i1> %1995, <16 x float> zeroinitializer, <16 x float> %total285.i131
   %1996 = fcmp ogt <16 x float> %old_max.i, %1992
-  %1997 = fcmp oeq <16 x float> %tile_sum261.sroa.0.0.lcssa.i, zeroinitializer
+  %1997 = fcmp oeq <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
   %1998 = select <16 x i1> %1997, <16 x i1> splat (i1 true), <16 x i1> %1996
   %old_or_both.i = select <16 x i1> %1998, <16 x float> %old_max.i, <16 x float> %1992
   %1999 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
@@ -3103,1314 +3103,1313 @@ for_end_to102.i:                                  ; preds = %for_begin_ti105.pre
   %2038 = fmul <16 x float> %2037, %2036
   %2039 = fcmp olt <16 x float> %arg127.i, splat (float -8.700000e+01)
   %2040 = select <16 x i1> %2039, <16 x float> zeroinitializer, <16 x float> %2038
-  %2041 = fcmp one <16 x float> %tile_sum261.sroa.0.0.lcssa.i, zeroinitializer
+  %2041 = fcmp one <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
   %2042 = select <16 x i1> %2041, <16 x float> %2040, <16 x float> zeroinitializer
   %2043 = ashr i32 %401, 3
   %2044 = icmp sgt i32 %2043, 0
   %2045 = and i32 %401, 7
-  %.not485.i = icmp eq i32 %2045, 0
+  %.not483.i = icmp eq i32 %2045, 0
   %2046 = select i1 %405, i32 128, i32 0
   %2047 = shl nsw i32 %2043, 7
   %2048 = shl nsw i32 %2043, 10
   %2049 = fmul <16 x float> %2021, zeroinitializer
   %2050 = sext i32 %2047 to i64
   %2051 = zext i32 %2043 to i64
-  %invariant.gep847.i = getelementptr float, ptr %probs.i, i64 %2050
+  %invariant.gep845.i = getelementptr float, ptr %probs.i, i64 %2050
   %exitcond.not = icmp eq i32 %312, 1
-  %gep848.i.1 = getelementptr i8, ptr %invariant.gep847.i, i64 64
+  %gep846.i.1 = getelementptr i8, ptr %invariant.gep845.i, i64 64
   %exitcond.not.1 = icmp eq i32 %312, 2
-  %gep848.i.2 = getelementptr i8, ptr %invariant.gep847.i, i64 128
+  %gep846.i.2 = getelementptr i8, ptr %invariant.gep845.i, i64 128
   %exitcond.not.2 = icmp eq i32 %312, 3
-  %gep848.i.3 = getelementptr i8, ptr %invariant.gep847.i, i64 192
+  %gep846.i.3 = getelementptr i8, ptr %invariant.gep845.i, i64 192
   %exitcond.not.3 = icmp eq i32 %312, 4
-  %gep848.i.4 = getelementptr i8, ptr %invariant.gep847.i, i64 256
+  %gep846.i.4 = getelementptr i8, ptr %invariant.gep845.i, i64 256
   %exitcond.not.4 = icmp eq i32 %312, 5
-  %gep848.i.5 = getelementptr i8, ptr %invariant.gep847.i, i64 320
+  %gep846.i.5 = getelementptr i8, ptr %invariant.gep845.i, i64 320
   %exitcond.not.5 = icmp eq i32 %312, 6
-  %gep848.i.6 = getelementptr i8, ptr %invariant.gep847.i, i64 384
+  %gep846.i.6 = getelementptr i8, ptr %invariant.gep845.i, i64 384
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end174.i, %for_end_to102.i
-  %indvars.iv624.i = phi i64 [ 0, %for_end_to102.i ], [ %indvars.iv.next625.i, %if_end174.i ]
+for_body_d_0_m.i:                                 ; preds = %if_end172.i, %for_end_to102.i
+  %indvars.iv622.i = phi i64 [ 0, %for_end_to102.i ], [ %indvars.iv.next623.i, %if_end172.i ]
   br i1 %2044, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to144.i, !prof !3
 
 for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %2052 = mul nuw nsw i64 %indvars.iv624.i, %2051
-  %2053 = shl i64 %indvars.iv624.i, 2
+  %2052 = mul nuw nsw i64 %indvars.iv622.i, %2051
+  %2053 = shl i64 %indvars.iv622.i, 2
   %2054 = and i64 %2053, 12
-  %2055 = shl i64 %indvars.iv624.i, 3
+  %2055 = shl i64 %indvars.iv622.i, 3
   %2056 = and i64 %2055, 96
   %invariant.gep126 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2056
   %invariant.gep128 = getelementptr inbounds nuw float, ptr %invariant.gep126, i64 %2054
   br label %for_begin_ax2.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end174.i
+for_end_d_0_m.i:                                  ; preds = %if_end172.i
   %2057 = fmul <16 x float> %old_sum.i, %2021
-  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_sum261.sroa.0.0.lcssa.i, <16 x float> %2057)
+  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_sum259.sroa.0.0.lcssa.i, <16 x float> %2057)
   %2059 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2060 = tail call i32 %2059(i32 1, i32 %dev_id, ptr nonnull %scaled779781783786789.i)
-  %.not272.i = icmp eq i32 %2060, 0
-  br i1 %.not272.i, label %if_end176.i, label %fused_decode_compute_.exit, !prof !27
+  %2060 = tail call i32 %2059(i32 1, i32 %dev_id, ptr nonnull %scaled777779781784787.i)
+  %.not270.i = icmp eq i32 %2060, 0
+  br i1 %.not270.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !27
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax2.preheader.lr.ph.i
-  %indvars.iv614.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next615.i, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.28.0423.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2407, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.24.0422.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2402, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.20.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2397, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.16.0420.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2392, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.12.0419.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2387, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.8.0418.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2382, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.4.0417.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2377, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.0.0416.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2372, %for_begin_ax2.preheader.i ]
-  %2061 = add nuw nsw i64 %indvars.iv614.i, %2052
+  %indvars.iv612.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next613.i, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.28.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2406, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.24.0420.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2401, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.20.0419.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2396, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.16.0418.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2391, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.12.0417.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2386, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.8.0416.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2381, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.4.0415.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2376, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.0.0414.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2371, %for_begin_ax2.preheader.i ]
+  %2061 = add nuw nsw i64 %indvars.iv612.i, %2052
   %2062 = trunc nuw i64 %2061 to i32
-  %2063 = shl i32 %2062, 1
-  %2064 = ashr i32 %2063, 2
-  %2065 = add nsw i32 %2064, %2046
-  %2066 = sext i32 %2065 to i64
-  %2067 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2066
-  %2068 = load i64, ptr %2067, align 8, !tbaa !5
-  %2069 = shl i64 %2061, 7
-  %.masked.i = and i64 %2069, 128
-  %invariant.gep400.i = getelementptr i32, ptr %value_cache, i64 %2068
-  %gep401.i = getelementptr i8, ptr %invariant.gep400.i, i64 %.masked.i
-  tail call void @llvm.prefetch.p0(ptr readonly %gep401.i, i32 0, i32 2, i32 1)
-  %gep401.1.i = getelementptr i8, ptr %gep401.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep401.1.i, i32 0, i32 2, i32 1)
-  %2070 = shl nsw i64 %indvars.iv614.i, 10
-  %.masked775.i = and i64 %2070, 4294966272
-  %2071 = shl i64 %indvars.iv614.i, 7
-  %2072 = and i64 %2071, 4294967168
-  %2073 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2072
-  %2074 = load <16 x float>, ptr %2073, align 4, !tbaa !5
-  %gep129 = getelementptr inbounds nuw float, ptr %invariant.gep128, i64 %.masked775.i
-  %2075 = load float, ptr %gep129, align 4, !tbaa !5
-  %2076 = insertelement <16 x float> poison, float %2075, i64 0
-  %2077 = shufflevector <16 x float> %2076, <16 x float> poison, <16 x i32> zeroinitializer
-  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2077, <16 x float> %full_acc256.sroa.0.0416.i)
-  %2079 = getelementptr inbounds nuw i8, ptr %gep129, i64 64
-  %2080 = load float, ptr %2079, align 4, !tbaa !5
-  %2081 = insertelement <16 x float> poison, float %2080, i64 0
-  %2082 = shufflevector <16 x float> %2081, <16 x float> poison, <16 x i32> zeroinitializer
-  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2082, <16 x float> %full_acc256.sroa.4.0417.i)
-  %2084 = getelementptr inbounds nuw i8, ptr %gep129, i64 4
-  %2085 = load float, ptr %2084, align 4, !tbaa !5
-  %2086 = insertelement <16 x float> poison, float %2085, i64 0
-  %2087 = shufflevector <16 x float> %2086, <16 x float> poison, <16 x i32> zeroinitializer
-  %2088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2087, <16 x float> %full_acc256.sroa.8.0418.i)
-  %2089 = getelementptr inbounds nuw i8, ptr %gep129, i64 68
-  %2090 = load float, ptr %2089, align 4, !tbaa !5
-  %2091 = insertelement <16 x float> poison, float %2090, i64 0
-  %2092 = shufflevector <16 x float> %2091, <16 x float> poison, <16 x i32> zeroinitializer
-  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2092, <16 x float> %full_acc256.sroa.12.0419.i)
-  %2094 = getelementptr inbounds nuw i8, ptr %gep129, i64 8
-  %2095 = load float, ptr %2094, align 4, !tbaa !5
-  %2096 = insertelement <16 x float> poison, float %2095, i64 0
-  %2097 = shufflevector <16 x float> %2096, <16 x float> poison, <16 x i32> zeroinitializer
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2097, <16 x float> %full_acc256.sroa.16.0420.i)
-  %2099 = getelementptr inbounds nuw i8, ptr %gep129, i64 72
-  %2100 = load float, ptr %2099, align 4, !tbaa !5
-  %2101 = insertelement <16 x float> poison, float %2100, i64 0
-  %2102 = shufflevector <16 x float> %2101, <16 x float> poison, <16 x i32> zeroinitializer
-  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2102, <16 x float> %full_acc256.sroa.20.0421.i)
-  %2104 = getelementptr inbounds nuw i8, ptr %gep129, i64 12
-  %2105 = load float, ptr %2104, align 4, !tbaa !5
-  %2106 = insertelement <16 x float> poison, float %2105, i64 0
-  %2107 = shufflevector <16 x float> %2106, <16 x float> poison, <16 x i32> zeroinitializer
-  %2108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2107, <16 x float> %full_acc256.sroa.24.0422.i)
-  %2109 = getelementptr inbounds nuw i8, ptr %gep129, i64 76
-  %2110 = load float, ptr %2109, align 4, !tbaa !5
-  %2111 = insertelement <16 x float> poison, float %2110, i64 0
-  %2112 = shufflevector <16 x float> %2111, <16 x float> poison, <16 x i32> zeroinitializer
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2112, <16 x float> %full_acc256.sroa.28.0423.i)
-  %2114 = getelementptr inbounds nuw i8, ptr %2073, i64 64
-  %2115 = load <16 x float>, ptr %2114, align 4, !tbaa !5
-  %2116 = getelementptr inbounds nuw i8, ptr %gep129, i64 512
-  %2117 = load float, ptr %2116, align 4, !tbaa !5
-  %2118 = insertelement <16 x float> poison, float %2117, i64 0
-  %2119 = shufflevector <16 x float> %2118, <16 x float> poison, <16 x i32> zeroinitializer
-  %2120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2119, <16 x float> %2078)
-  %2121 = getelementptr inbounds nuw i8, ptr %gep129, i64 576
-  %2122 = load float, ptr %2121, align 4, !tbaa !5
-  %2123 = insertelement <16 x float> poison, float %2122, i64 0
-  %2124 = shufflevector <16 x float> %2123, <16 x float> poison, <16 x i32> zeroinitializer
-  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2124, <16 x float> %2083)
-  %2126 = getelementptr inbounds nuw i8, ptr %gep129, i64 516
-  %2127 = load float, ptr %2126, align 4, !tbaa !5
-  %2128 = insertelement <16 x float> poison, float %2127, i64 0
-  %2129 = shufflevector <16 x float> %2128, <16 x float> poison, <16 x i32> zeroinitializer
-  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2129, <16 x float> %2088)
-  %2131 = getelementptr inbounds nuw i8, ptr %gep129, i64 580
-  %2132 = load float, ptr %2131, align 4, !tbaa !5
-  %2133 = insertelement <16 x float> poison, float %2132, i64 0
-  %2134 = shufflevector <16 x float> %2133, <16 x float> poison, <16 x i32> zeroinitializer
-  %2135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2134, <16 x float> %2093)
-  %2136 = getelementptr inbounds nuw i8, ptr %gep129, i64 520
-  %2137 = load float, ptr %2136, align 4, !tbaa !5
-  %2138 = insertelement <16 x float> poison, float %2137, i64 0
-  %2139 = shufflevector <16 x float> %2138, <16 x float> poison, <16 x i32> zeroinitializer
-  %2140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2139, <16 x float> %2098)
-  %2141 = getelementptr inbounds nuw i8, ptr %gep129, i64 584
-  %2142 = load float, ptr %2141, align 4, !tbaa !5
-  %2143 = insertelement <16 x float> poison, float %2142, i64 0
-  %2144 = shufflevector <16 x float> %2143, <16 x float> poison, <16 x i32> zeroinitializer
-  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2144, <16 x float> %2103)
-  %2146 = getelementptr inbounds nuw i8, ptr %gep129, i64 524
-  %2147 = load float, ptr %2146, align 4, !tbaa !5
-  %2148 = insertelement <16 x float> poison, float %2147, i64 0
-  %2149 = shufflevector <16 x float> %2148, <16 x float> poison, <16 x i32> zeroinitializer
-  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2149, <16 x float> %2108)
-  %2151 = getelementptr inbounds nuw i8, ptr %gep129, i64 588
-  %2152 = load float, ptr %2151, align 4, !tbaa !5
-  %2153 = insertelement <16 x float> poison, float %2152, i64 0
-  %2154 = shufflevector <16 x float> %2153, <16 x float> poison, <16 x i32> zeroinitializer
-  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2154, <16 x float> %2113)
-  %2156 = getelementptr inbounds nuw i8, ptr %2073, i64 128
-  %2157 = load <16 x float>, ptr %2156, align 4, !tbaa !5
-  %2158 = getelementptr inbounds nuw i8, ptr %gep129, i64 1024
-  %2159 = load float, ptr %2158, align 4, !tbaa !5
-  %2160 = insertelement <16 x float> poison, float %2159, i64 0
-  %2161 = shufflevector <16 x float> %2160, <16 x float> poison, <16 x i32> zeroinitializer
-  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2161, <16 x float> %2120)
-  %2163 = getelementptr inbounds nuw i8, ptr %gep129, i64 1088
-  %2164 = load float, ptr %2163, align 4, !tbaa !5
-  %2165 = insertelement <16 x float> poison, float %2164, i64 0
-  %2166 = shufflevector <16 x float> %2165, <16 x float> poison, <16 x i32> zeroinitializer
-  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2166, <16 x float> %2125)
-  %2168 = getelementptr inbounds nuw i8, ptr %gep129, i64 1028
-  %2169 = load float, ptr %2168, align 4, !tbaa !5
-  %2170 = insertelement <16 x float> poison, float %2169, i64 0
-  %2171 = shufflevector <16 x float> %2170, <16 x float> poison, <16 x i32> zeroinitializer
-  %2172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2171, <16 x float> %2130)
-  %2173 = getelementptr inbounds nuw i8, ptr %gep129, i64 1092
-  %2174 = load float, ptr %2173, align 4, !tbaa !5
-  %2175 = insertelement <16 x float> poison, float %2174, i64 0
-  %2176 = shufflevector <16 x float> %2175, <16 x float> poison, <16 x i32> zeroinitializer
-  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2176, <16 x float> %2135)
-  %2178 = getelementptr inbounds nuw i8, ptr %gep129, i64 1032
-  %2179 = load float, ptr %2178, align 4, !tbaa !5
-  %2180 = insertelement <16 x float> poison, float %2179, i64 0
-  %2181 = shufflevector <16 x float> %2180, <16 x float> poison, <16 x i32> zeroinitializer
-  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2181, <16 x float> %2140)
-  %2183 = getelementptr inbounds nuw i8, ptr %gep129, i64 1096
-  %2184 = load float, ptr %2183, align 4, !tbaa !5
-  %2185 = insertelement <16 x float> poison, float %2184, i64 0
-  %2186 = shufflevector <16 x float> %2185, <16 x float> poison, <16 x i32> zeroinitializer
-  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2186, <16 x float> %2145)
-  %2188 = getelementptr inbounds nuw i8, ptr %gep129, i64 1036
-  %2189 = load float, ptr %2188, align 4, !tbaa !5
-  %2190 = insertelement <16 x float> poison, float %2189, i64 0
-  %2191 = shufflevector <16 x float> %2190, <16 x float> poison, <16 x i32> zeroinitializer
-  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2191, <16 x float> %2150)
-  %2193 = getelementptr inbounds nuw i8, ptr %gep129, i64 1100
-  %2194 = load float, ptr %2193, align 4, !tbaa !5
-  %2195 = insertelement <16 x float> poison, float %2194, i64 0
-  %2196 = shufflevector <16 x float> %2195, <16 x float> poison, <16 x i32> zeroinitializer
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2196, <16 x float> %2155)
-  %2198 = getelementptr inbounds nuw i8, ptr %2073, i64 192
-  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !5
-  %2200 = getelementptr inbounds nuw i8, ptr %gep129, i64 1536
-  %2201 = load float, ptr %2200, align 4, !tbaa !5
-  %2202 = insertelement <16 x float> poison, float %2201, i64 0
-  %2203 = shufflevector <16 x float> %2202, <16 x float> poison, <16 x i32> zeroinitializer
-  %2204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2203, <16 x float> %2162)
-  %2205 = getelementptr inbounds nuw i8, ptr %gep129, i64 1600
-  %2206 = load float, ptr %2205, align 4, !tbaa !5
-  %2207 = insertelement <16 x float> poison, float %2206, i64 0
-  %2208 = shufflevector <16 x float> %2207, <16 x float> poison, <16 x i32> zeroinitializer
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2208, <16 x float> %2167)
-  %2210 = getelementptr inbounds nuw i8, ptr %gep129, i64 1540
-  %2211 = load float, ptr %2210, align 4, !tbaa !5
-  %2212 = insertelement <16 x float> poison, float %2211, i64 0
-  %2213 = shufflevector <16 x float> %2212, <16 x float> poison, <16 x i32> zeroinitializer
-  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2213, <16 x float> %2172)
-  %2215 = getelementptr inbounds nuw i8, ptr %gep129, i64 1604
-  %2216 = load float, ptr %2215, align 4, !tbaa !5
-  %2217 = insertelement <16 x float> poison, float %2216, i64 0
-  %2218 = shufflevector <16 x float> %2217, <16 x float> poison, <16 x i32> zeroinitializer
-  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2218, <16 x float> %2177)
-  %2220 = getelementptr inbounds nuw i8, ptr %gep129, i64 1544
-  %2221 = load float, ptr %2220, align 4, !tbaa !5
-  %2222 = insertelement <16 x float> poison, float %2221, i64 0
-  %2223 = shufflevector <16 x float> %2222, <16 x float> poison, <16 x i32> zeroinitializer
-  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2223, <16 x float> %2182)
-  %2225 = getelementptr inbounds nuw i8, ptr %gep129, i64 1608
-  %2226 = load float, ptr %2225, align 4, !tbaa !5
-  %2227 = insertelement <16 x float> poison, float %2226, i64 0
-  %2228 = shufflevector <16 x float> %2227, <16 x float> poison, <16 x i32> zeroinitializer
-  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2228, <16 x float> %2187)
-  %2230 = getelementptr inbounds nuw i8, ptr %gep129, i64 1548
-  %2231 = load float, ptr %2230, align 4, !tbaa !5
-  %2232 = insertelement <16 x float> poison, float %2231, i64 0
-  %2233 = shufflevector <16 x float> %2232, <16 x float> poison, <16 x i32> zeroinitializer
-  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2233, <16 x float> %2192)
-  %2235 = getelementptr inbounds nuw i8, ptr %gep129, i64 1612
-  %2236 = load float, ptr %2235, align 4, !tbaa !5
-  %2237 = insertelement <16 x float> poison, float %2236, i64 0
-  %2238 = shufflevector <16 x float> %2237, <16 x float> poison, <16 x i32> zeroinitializer
-  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2238, <16 x float> %2197)
-  %2240 = getelementptr inbounds nuw i8, ptr %2073, i64 256
-  %2241 = load <16 x float>, ptr %2240, align 4, !tbaa !5
-  %2242 = getelementptr inbounds nuw i8, ptr %gep129, i64 2048
-  %2243 = load float, ptr %2242, align 4, !tbaa !5
-  %2244 = insertelement <16 x float> poison, float %2243, i64 0
-  %2245 = shufflevector <16 x float> %2244, <16 x float> poison, <16 x i32> zeroinitializer
-  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2245, <16 x float> %2204)
-  %2247 = getelementptr inbounds nuw i8, ptr %gep129, i64 2112
-  %2248 = load float, ptr %2247, align 4, !tbaa !5
-  %2249 = insertelement <16 x float> poison, float %2248, i64 0
-  %2250 = shufflevector <16 x float> %2249, <16 x float> poison, <16 x i32> zeroinitializer
-  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2250, <16 x float> %2209)
-  %2252 = getelementptr inbounds nuw i8, ptr %gep129, i64 2052
-  %2253 = load float, ptr %2252, align 4, !tbaa !5
-  %2254 = insertelement <16 x float> poison, float %2253, i64 0
-  %2255 = shufflevector <16 x float> %2254, <16 x float> poison, <16 x i32> zeroinitializer
-  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2255, <16 x float> %2214)
-  %2257 = getelementptr inbounds nuw i8, ptr %gep129, i64 2116
-  %2258 = load float, ptr %2257, align 4, !tbaa !5
-  %2259 = insertelement <16 x float> poison, float %2258, i64 0
-  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
-  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2260, <16 x float> %2219)
-  %2262 = getelementptr inbounds nuw i8, ptr %gep129, i64 2056
-  %2263 = load float, ptr %2262, align 4, !tbaa !5
-  %2264 = insertelement <16 x float> poison, float %2263, i64 0
-  %2265 = shufflevector <16 x float> %2264, <16 x float> poison, <16 x i32> zeroinitializer
-  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2265, <16 x float> %2224)
-  %2267 = getelementptr inbounds nuw i8, ptr %gep129, i64 2120
-  %2268 = load float, ptr %2267, align 4, !tbaa !5
-  %2269 = insertelement <16 x float> poison, float %2268, i64 0
-  %2270 = shufflevector <16 x float> %2269, <16 x float> poison, <16 x i32> zeroinitializer
-  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2270, <16 x float> %2229)
-  %2272 = getelementptr inbounds nuw i8, ptr %gep129, i64 2060
-  %2273 = load float, ptr %2272, align 4, !tbaa !5
-  %2274 = insertelement <16 x float> poison, float %2273, i64 0
-  %2275 = shufflevector <16 x float> %2274, <16 x float> poison, <16 x i32> zeroinitializer
-  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2275, <16 x float> %2234)
-  %2277 = getelementptr inbounds nuw i8, ptr %gep129, i64 2124
-  %2278 = load float, ptr %2277, align 4, !tbaa !5
-  %2279 = insertelement <16 x float> poison, float %2278, i64 0
-  %2280 = shufflevector <16 x float> %2279, <16 x float> poison, <16 x i32> zeroinitializer
-  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2280, <16 x float> %2239)
-  %2282 = getelementptr inbounds nuw i8, ptr %2073, i64 320
-  %2283 = load <16 x float>, ptr %2282, align 4, !tbaa !5
-  %2284 = getelementptr inbounds nuw i8, ptr %gep129, i64 2560
-  %2285 = load float, ptr %2284, align 4, !tbaa !5
-  %2286 = insertelement <16 x float> poison, float %2285, i64 0
-  %2287 = shufflevector <16 x float> %2286, <16 x float> poison, <16 x i32> zeroinitializer
-  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2287, <16 x float> %2246)
-  %2289 = getelementptr inbounds nuw i8, ptr %gep129, i64 2624
-  %2290 = load float, ptr %2289, align 4, !tbaa !5
-  %2291 = insertelement <16 x float> poison, float %2290, i64 0
-  %2292 = shufflevector <16 x float> %2291, <16 x float> poison, <16 x i32> zeroinitializer
-  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2292, <16 x float> %2251)
-  %2294 = getelementptr inbounds nuw i8, ptr %gep129, i64 2564
-  %2295 = load float, ptr %2294, align 4, !tbaa !5
-  %2296 = insertelement <16 x float> poison, float %2295, i64 0
-  %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
-  %2298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2297, <16 x float> %2256)
-  %2299 = getelementptr inbounds nuw i8, ptr %gep129, i64 2628
-  %2300 = load float, ptr %2299, align 4, !tbaa !5
-  %2301 = insertelement <16 x float> poison, float %2300, i64 0
-  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
-  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2302, <16 x float> %2261)
-  %2304 = getelementptr inbounds nuw i8, ptr %gep129, i64 2568
-  %2305 = load float, ptr %2304, align 4, !tbaa !5
-  %2306 = insertelement <16 x float> poison, float %2305, i64 0
-  %2307 = shufflevector <16 x float> %2306, <16 x float> poison, <16 x i32> zeroinitializer
-  %2308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2307, <16 x float> %2266)
-  %2309 = getelementptr inbounds nuw i8, ptr %gep129, i64 2632
-  %2310 = load float, ptr %2309, align 4, !tbaa !5
-  %2311 = insertelement <16 x float> poison, float %2310, i64 0
-  %2312 = shufflevector <16 x float> %2311, <16 x float> poison, <16 x i32> zeroinitializer
-  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2312, <16 x float> %2271)
-  %2314 = getelementptr inbounds nuw i8, ptr %gep129, i64 2572
-  %2315 = load float, ptr %2314, align 4, !tbaa !5
-  %2316 = insertelement <16 x float> poison, float %2315, i64 0
-  %2317 = shufflevector <16 x float> %2316, <16 x float> poison, <16 x i32> zeroinitializer
-  %2318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2317, <16 x float> %2276)
-  %2319 = getelementptr inbounds nuw i8, ptr %gep129, i64 2636
-  %2320 = load float, ptr %2319, align 4, !tbaa !5
-  %2321 = insertelement <16 x float> poison, float %2320, i64 0
-  %2322 = shufflevector <16 x float> %2321, <16 x float> poison, <16 x i32> zeroinitializer
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2322, <16 x float> %2281)
-  %2324 = getelementptr inbounds nuw i8, ptr %2073, i64 384
-  %2325 = load <16 x float>, ptr %2324, align 4, !tbaa !5
-  %2326 = getelementptr inbounds nuw i8, ptr %gep129, i64 3072
-  %2327 = load float, ptr %2326, align 4, !tbaa !5
-  %2328 = insertelement <16 x float> poison, float %2327, i64 0
-  %2329 = shufflevector <16 x float> %2328, <16 x float> poison, <16 x i32> zeroinitializer
-  %2330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2329, <16 x float> %2288)
-  %2331 = getelementptr inbounds nuw i8, ptr %gep129, i64 3136
-  %2332 = load float, ptr %2331, align 4, !tbaa !5
-  %2333 = insertelement <16 x float> poison, float %2332, i64 0
-  %2334 = shufflevector <16 x float> %2333, <16 x float> poison, <16 x i32> zeroinitializer
-  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2334, <16 x float> %2293)
-  %2336 = getelementptr inbounds nuw i8, ptr %gep129, i64 3076
-  %2337 = load float, ptr %2336, align 4, !tbaa !5
-  %2338 = insertelement <16 x float> poison, float %2337, i64 0
-  %2339 = shufflevector <16 x float> %2338, <16 x float> poison, <16 x i32> zeroinitializer
-  %2340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2339, <16 x float> %2298)
-  %2341 = getelementptr inbounds nuw i8, ptr %gep129, i64 3140
-  %2342 = load float, ptr %2341, align 4, !tbaa !5
-  %2343 = insertelement <16 x float> poison, float %2342, i64 0
-  %2344 = shufflevector <16 x float> %2343, <16 x float> poison, <16 x i32> zeroinitializer
-  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2344, <16 x float> %2303)
-  %2346 = getelementptr inbounds nuw i8, ptr %gep129, i64 3080
-  %2347 = load float, ptr %2346, align 4, !tbaa !5
-  %2348 = insertelement <16 x float> poison, float %2347, i64 0
-  %2349 = shufflevector <16 x float> %2348, <16 x float> poison, <16 x i32> zeroinitializer
-  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2349, <16 x float> %2308)
-  %2351 = getelementptr inbounds nuw i8, ptr %gep129, i64 3144
-  %2352 = load float, ptr %2351, align 4, !tbaa !5
-  %2353 = insertelement <16 x float> poison, float %2352, i64 0
-  %2354 = shufflevector <16 x float> %2353, <16 x float> poison, <16 x i32> zeroinitializer
-  %2355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2354, <16 x float> %2313)
-  %2356 = getelementptr inbounds nuw i8, ptr %gep129, i64 3084
-  %2357 = load float, ptr %2356, align 4, !tbaa !5
-  %2358 = insertelement <16 x float> poison, float %2357, i64 0
-  %2359 = shufflevector <16 x float> %2358, <16 x float> poison, <16 x i32> zeroinitializer
-  %2360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2359, <16 x float> %2318)
-  %2361 = getelementptr inbounds nuw i8, ptr %gep129, i64 3148
-  %2362 = load float, ptr %2361, align 4, !tbaa !5
-  %2363 = insertelement <16 x float> poison, float %2362, i64 0
-  %2364 = shufflevector <16 x float> %2363, <16 x float> poison, <16 x i32> zeroinitializer
-  %2365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2364, <16 x float> %2323)
-  %2366 = getelementptr inbounds nuw i8, ptr %2073, i64 448
-  %2367 = load <16 x float>, ptr %2366, align 4, !tbaa !5
-  %2368 = getelementptr inbounds nuw i8, ptr %gep129, i64 3584
-  %2369 = load float, ptr %2368, align 4, !tbaa !5
-  %2370 = insertelement <16 x float> poison, float %2369, i64 0
-  %2371 = shufflevector <16 x float> %2370, <16 x float> poison, <16 x i32> zeroinitializer
-  %2372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2371, <16 x float> %2330)
-  %2373 = getelementptr inbounds nuw i8, ptr %gep129, i64 3648
-  %2374 = load float, ptr %2373, align 4, !tbaa !5
-  %2375 = insertelement <16 x float> poison, float %2374, i64 0
-  %2376 = shufflevector <16 x float> %2375, <16 x float> poison, <16 x i32> zeroinitializer
-  %2377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2376, <16 x float> %2335)
-  %2378 = getelementptr inbounds nuw i8, ptr %gep129, i64 3588
-  %2379 = load float, ptr %2378, align 4, !tbaa !5
-  %2380 = insertelement <16 x float> poison, float %2379, i64 0
-  %2381 = shufflevector <16 x float> %2380, <16 x float> poison, <16 x i32> zeroinitializer
-  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2381, <16 x float> %2340)
-  %2383 = getelementptr inbounds nuw i8, ptr %gep129, i64 3652
-  %2384 = load float, ptr %2383, align 4, !tbaa !5
-  %2385 = insertelement <16 x float> poison, float %2384, i64 0
-  %2386 = shufflevector <16 x float> %2385, <16 x float> poison, <16 x i32> zeroinitializer
-  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2386, <16 x float> %2345)
-  %2388 = getelementptr inbounds nuw i8, ptr %gep129, i64 3592
-  %2389 = load float, ptr %2388, align 4, !tbaa !5
-  %2390 = insertelement <16 x float> poison, float %2389, i64 0
-  %2391 = shufflevector <16 x float> %2390, <16 x float> poison, <16 x i32> zeroinitializer
-  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2391, <16 x float> %2350)
-  %2393 = getelementptr inbounds nuw i8, ptr %gep129, i64 3656
-  %2394 = load float, ptr %2393, align 4, !tbaa !5
-  %2395 = insertelement <16 x float> poison, float %2394, i64 0
-  %2396 = shufflevector <16 x float> %2395, <16 x float> poison, <16 x i32> zeroinitializer
-  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2396, <16 x float> %2355)
-  %2398 = getelementptr inbounds nuw i8, ptr %gep129, i64 3596
-  %2399 = load float, ptr %2398, align 4, !tbaa !5
-  %2400 = insertelement <16 x float> poison, float %2399, i64 0
-  %2401 = shufflevector <16 x float> %2400, <16 x float> poison, <16 x i32> zeroinitializer
-  %2402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2401, <16 x float> %2360)
-  %2403 = getelementptr inbounds nuw i8, ptr %gep129, i64 3660
-  %2404 = load float, ptr %2403, align 4, !tbaa !5
-  %2405 = insertelement <16 x float> poison, float %2404, i64 0
-  %2406 = shufflevector <16 x float> %2405, <16 x float> poison, <16 x i32> zeroinitializer
-  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2406, <16 x float> %2365)
-  %indvars.iv.next615.i = add nuw nsw i64 %indvars.iv614.i, 1
-  %exitcond619.not.i = icmp eq i64 %indvars.iv.next615.i, %2051
-  br i1 %exitcond619.not.i, label %for_end_to144.i, label %for_begin_ax2.preheader.i, !prof !13
+  %2063 = lshr i32 %2062, 1
+  %2064 = add nuw nsw i32 %2063, %2046
+  %2065 = zext nneg i32 %2064 to i64
+  %2066 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2065
+  %2067 = load i64, ptr %2066, align 8, !tbaa !5
+  %2068 = shl i64 %2061, 7
+  %.masked.i = and i64 %2068, 128
+  %invariant.gep398.i = getelementptr i32, ptr %value_cache, i64 %2067
+  %gep399.i = getelementptr i8, ptr %invariant.gep398.i, i64 %.masked.i
+  tail call void @llvm.prefetch.p0(ptr readonly %gep399.i, i32 0, i32 2, i32 1)
+  %gep399.1.i = getelementptr i8, ptr %gep399.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep399.1.i, i32 0, i32 2, i32 1)
+  %2069 = shl nsw i64 %indvars.iv612.i, 10
+  %.masked773.i = and i64 %2069, 4294966272
+  %2070 = shl i64 %indvars.iv612.i, 7
+  %2071 = and i64 %2070, 4294967168
+  %2072 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2071
+  %2073 = load <16 x float>, ptr %2072, align 4, !tbaa !5
+  %gep129 = getelementptr inbounds nuw float, ptr %invariant.gep128, i64 %.masked773.i
+  %2074 = load float, ptr %gep129, align 4, !tbaa !5
+  %2075 = insertelement <16 x float> poison, float %2074, i64 0
+  %2076 = shufflevector <16 x float> %2075, <16 x float> poison, <16 x i32> zeroinitializer
+  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2076, <16 x float> %full_acc254.sroa.0.0414.i)
+  %2078 = getelementptr inbounds nuw i8, ptr %gep129, i64 64
+  %2079 = load float, ptr %2078, align 4, !tbaa !5
+  %2080 = insertelement <16 x float> poison, float %2079, i64 0
+  %2081 = shufflevector <16 x float> %2080, <16 x float> poison, <16 x i32> zeroinitializer
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2081, <16 x float> %full_acc254.sroa.4.0415.i)
+  %2083 = getelementptr inbounds nuw i8, ptr %gep129, i64 4
+  %2084 = load float, ptr %2083, align 4, !tbaa !5
+  %2085 = insertelement <16 x float> poison, float %2084, i64 0
+  %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
+  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2086, <16 x float> %full_acc254.sroa.8.0416.i)
+  %2088 = getelementptr inbounds nuw i8, ptr %gep129, i64 68
+  %2089 = load float, ptr %2088, align 4, !tbaa !5
+  %2090 = insertelement <16 x float> poison, float %2089, i64 0
+  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2091, <16 x float> %full_acc254.sroa.12.0417.i)
+  %2093 = getelementptr inbounds nuw i8, ptr %gep129, i64 8
+  %2094 = load float, ptr %2093, align 4, !tbaa !5
+  %2095 = insertelement <16 x float> poison, float %2094, i64 0
+  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2096, <16 x float> %full_acc254.sroa.16.0418.i)
+  %2098 = getelementptr inbounds nuw i8, ptr %gep129, i64 72
+  %2099 = load float, ptr %2098, align 4, !tbaa !5
+  %2100 = insertelement <16 x float> poison, float %2099, i64 0
+  %2101 = shufflevector <16 x float> %2100, <16 x float> poison, <16 x i32> zeroinitializer
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2101, <16 x float> %full_acc254.sroa.20.0419.i)
+  %2103 = getelementptr inbounds nuw i8, ptr %gep129, i64 12
+  %2104 = load float, ptr %2103, align 4, !tbaa !5
+  %2105 = insertelement <16 x float> poison, float %2104, i64 0
+  %2106 = shufflevector <16 x float> %2105, <16 x float> poison, <16 x i32> zeroinitializer
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2106, <16 x float> %full_acc254.sroa.24.0420.i)
+  %2108 = getelementptr inbounds nuw i8, ptr %gep129, i64 76
+  %2109 = load float, ptr %2108, align 4, !tbaa !5
+  %2110 = insertelement <16 x float> poison, float %2109, i64 0
+  %2111 = shufflevector <16 x float> %2110, <16 x float> poison, <16 x i32> zeroinitializer
+  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2111, <16 x float> %full_acc254.sroa.28.0421.i)
+  %2113 = getelementptr inbounds nuw i8, ptr %2072, i64 64
+  %2114 = load <16 x float>, ptr %2113, align 4, !tbaa !5
+  %2115 = getelementptr inbounds nuw i8, ptr %gep129, i64 512
+  %2116 = load float, ptr %2115, align 4, !tbaa !5
+  %2117 = insertelement <16 x float> poison, float %2116, i64 0
+  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
+  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2118, <16 x float> %2077)
+  %2120 = getelementptr inbounds nuw i8, ptr %gep129, i64 576
+  %2121 = load float, ptr %2120, align 4, !tbaa !5
+  %2122 = insertelement <16 x float> poison, float %2121, i64 0
+  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2123, <16 x float> %2082)
+  %2125 = getelementptr inbounds nuw i8, ptr %gep129, i64 516
+  %2126 = load float, ptr %2125, align 4, !tbaa !5
+  %2127 = insertelement <16 x float> poison, float %2126, i64 0
+  %2128 = shufflevector <16 x float> %2127, <16 x float> poison, <16 x i32> zeroinitializer
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2128, <16 x float> %2087)
+  %2130 = getelementptr inbounds nuw i8, ptr %gep129, i64 580
+  %2131 = load float, ptr %2130, align 4, !tbaa !5
+  %2132 = insertelement <16 x float> poison, float %2131, i64 0
+  %2133 = shufflevector <16 x float> %2132, <16 x float> poison, <16 x i32> zeroinitializer
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2133, <16 x float> %2092)
+  %2135 = getelementptr inbounds nuw i8, ptr %gep129, i64 520
+  %2136 = load float, ptr %2135, align 4, !tbaa !5
+  %2137 = insertelement <16 x float> poison, float %2136, i64 0
+  %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2138, <16 x float> %2097)
+  %2140 = getelementptr inbounds nuw i8, ptr %gep129, i64 584
+  %2141 = load float, ptr %2140, align 4, !tbaa !5
+  %2142 = insertelement <16 x float> poison, float %2141, i64 0
+  %2143 = shufflevector <16 x float> %2142, <16 x float> poison, <16 x i32> zeroinitializer
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2143, <16 x float> %2102)
+  %2145 = getelementptr inbounds nuw i8, ptr %gep129, i64 524
+  %2146 = load float, ptr %2145, align 4, !tbaa !5
+  %2147 = insertelement <16 x float> poison, float %2146, i64 0
+  %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2148, <16 x float> %2107)
+  %2150 = getelementptr inbounds nuw i8, ptr %gep129, i64 588
+  %2151 = load float, ptr %2150, align 4, !tbaa !5
+  %2152 = insertelement <16 x float> poison, float %2151, i64 0
+  %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2153, <16 x float> %2112)
+  %2155 = getelementptr inbounds nuw i8, ptr %2072, i64 128
+  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
+  %2157 = getelementptr inbounds nuw i8, ptr %gep129, i64 1024
+  %2158 = load float, ptr %2157, align 4, !tbaa !5
+  %2159 = insertelement <16 x float> poison, float %2158, i64 0
+  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
+  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2160, <16 x float> %2119)
+  %2162 = getelementptr inbounds nuw i8, ptr %gep129, i64 1088
+  %2163 = load float, ptr %2162, align 4, !tbaa !5
+  %2164 = insertelement <16 x float> poison, float %2163, i64 0
+  %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2165, <16 x float> %2124)
+  %2167 = getelementptr inbounds nuw i8, ptr %gep129, i64 1028
+  %2168 = load float, ptr %2167, align 4, !tbaa !5
+  %2169 = insertelement <16 x float> poison, float %2168, i64 0
+  %2170 = shufflevector <16 x float> %2169, <16 x float> poison, <16 x i32> zeroinitializer
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2170, <16 x float> %2129)
+  %2172 = getelementptr inbounds nuw i8, ptr %gep129, i64 1092
+  %2173 = load float, ptr %2172, align 4, !tbaa !5
+  %2174 = insertelement <16 x float> poison, float %2173, i64 0
+  %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2175, <16 x float> %2134)
+  %2177 = getelementptr inbounds nuw i8, ptr %gep129, i64 1032
+  %2178 = load float, ptr %2177, align 4, !tbaa !5
+  %2179 = insertelement <16 x float> poison, float %2178, i64 0
+  %2180 = shufflevector <16 x float> %2179, <16 x float> poison, <16 x i32> zeroinitializer
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2180, <16 x float> %2139)
+  %2182 = getelementptr inbounds nuw i8, ptr %gep129, i64 1096
+  %2183 = load float, ptr %2182, align 4, !tbaa !5
+  %2184 = insertelement <16 x float> poison, float %2183, i64 0
+  %2185 = shufflevector <16 x float> %2184, <16 x float> poison, <16 x i32> zeroinitializer
+  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2185, <16 x float> %2144)
+  %2187 = getelementptr inbounds nuw i8, ptr %gep129, i64 1036
+  %2188 = load float, ptr %2187, align 4, !tbaa !5
+  %2189 = insertelement <16 x float> poison, float %2188, i64 0
+  %2190 = shufflevector <16 x float> %2189, <16 x float> poison, <16 x i32> zeroinitializer
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2190, <16 x float> %2149)
+  %2192 = getelementptr inbounds nuw i8, ptr %gep129, i64 1100
+  %2193 = load float, ptr %2192, align 4, !tbaa !5
+  %2194 = insertelement <16 x float> poison, float %2193, i64 0
+  %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2195, <16 x float> %2154)
+  %2197 = getelementptr inbounds nuw i8, ptr %2072, i64 192
+  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !5
+  %2199 = getelementptr inbounds nuw i8, ptr %gep129, i64 1536
+  %2200 = load float, ptr %2199, align 4, !tbaa !5
+  %2201 = insertelement <16 x float> poison, float %2200, i64 0
+  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
+  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2202, <16 x float> %2161)
+  %2204 = getelementptr inbounds nuw i8, ptr %gep129, i64 1600
+  %2205 = load float, ptr %2204, align 4, !tbaa !5
+  %2206 = insertelement <16 x float> poison, float %2205, i64 0
+  %2207 = shufflevector <16 x float> %2206, <16 x float> poison, <16 x i32> zeroinitializer
+  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2207, <16 x float> %2166)
+  %2209 = getelementptr inbounds nuw i8, ptr %gep129, i64 1540
+  %2210 = load float, ptr %2209, align 4, !tbaa !5
+  %2211 = insertelement <16 x float> poison, float %2210, i64 0
+  %2212 = shufflevector <16 x float> %2211, <16 x float> poison, <16 x i32> zeroinitializer
+  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2212, <16 x float> %2171)
+  %2214 = getelementptr inbounds nuw i8, ptr %gep129, i64 1604
+  %2215 = load float, ptr %2214, align 4, !tbaa !5
+  %2216 = insertelement <16 x float> poison, float %2215, i64 0
+  %2217 = shufflevector <16 x float> %2216, <16 x float> poison, <16 x i32> zeroinitializer
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2217, <16 x float> %2176)
+  %2219 = getelementptr inbounds nuw i8, ptr %gep129, i64 1544
+  %2220 = load float, ptr %2219, align 4, !tbaa !5
+  %2221 = insertelement <16 x float> poison, float %2220, i64 0
+  %2222 = shufflevector <16 x float> %2221, <16 x float> poison, <16 x i32> zeroinitializer
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2222, <16 x float> %2181)
+  %2224 = getelementptr inbounds nuw i8, ptr %gep129, i64 1608
+  %2225 = load float, ptr %2224, align 4, !tbaa !5
+  %2226 = insertelement <16 x float> poison, float %2225, i64 0
+  %2227 = shufflevector <16 x float> %2226, <16 x float> poison, <16 x i32> zeroinitializer
+  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2227, <16 x float> %2186)
+  %2229 = getelementptr inbounds nuw i8, ptr %gep129, i64 1548
+  %2230 = load float, ptr %2229, align 4, !tbaa !5
+  %2231 = insertelement <16 x float> poison, float %2230, i64 0
+  %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2232, <16 x float> %2191)
+  %2234 = getelementptr inbounds nuw i8, ptr %gep129, i64 1612
+  %2235 = load float, ptr %2234, align 4, !tbaa !5
+  %2236 = insertelement <16 x float> poison, float %2235, i64 0
+  %2237 = shufflevector <16 x float> %2236, <16 x float> poison, <16 x i32> zeroinitializer
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2237, <16 x float> %2196)
+  %2239 = getelementptr inbounds nuw i8, ptr %2072, i64 256
+  %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !5
+  %2241 = getelementptr inbounds nuw i8, ptr %gep129, i64 2048
+  %2242 = load float, ptr %2241, align 4, !tbaa !5
+  %2243 = insertelement <16 x float> poison, float %2242, i64 0
+  %2244 = shufflevector <16 x float> %2243, <16 x float> poison, <16 x i32> zeroinitializer
+  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2244, <16 x float> %2203)
+  %2246 = getelementptr inbounds nuw i8, ptr %gep129, i64 2112
+  %2247 = load float, ptr %2246, align 4, !tbaa !5
+  %2248 = insertelement <16 x float> poison, float %2247, i64 0
+  %2249 = shufflevector <16 x float> %2248, <16 x float> poison, <16 x i32> zeroinitializer
+  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2249, <16 x float> %2208)
+  %2251 = getelementptr inbounds nuw i8, ptr %gep129, i64 2052
+  %2252 = load float, ptr %2251, align 4, !tbaa !5
+  %2253 = insertelement <16 x float> poison, float %2252, i64 0
+  %2254 = shufflevector <16 x float> %2253, <16 x float> poison, <16 x i32> zeroinitializer
+  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2254, <16 x float> %2213)
+  %2256 = getelementptr inbounds nuw i8, ptr %gep129, i64 2116
+  %2257 = load float, ptr %2256, align 4, !tbaa !5
+  %2258 = insertelement <16 x float> poison, float %2257, i64 0
+  %2259 = shufflevector <16 x float> %2258, <16 x float> poison, <16 x i32> zeroinitializer
+  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2259, <16 x float> %2218)
+  %2261 = getelementptr inbounds nuw i8, ptr %gep129, i64 2056
+  %2262 = load float, ptr %2261, align 4, !tbaa !5
+  %2263 = insertelement <16 x float> poison, float %2262, i64 0
+  %2264 = shufflevector <16 x float> %2263, <16 x float> poison, <16 x i32> zeroinitializer
+  %2265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2264, <16 x float> %2223)
+  %2266 = getelementptr inbounds nuw i8, ptr %gep129, i64 2120
+  %2267 = load float, ptr %2266, align 4, !tbaa !5
+  %2268 = insertelement <16 x float> poison, float %2267, i64 0
+  %2269 = shufflevector <16 x float> %2268, <16 x float> poison, <16 x i32> zeroinitializer
+  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2269, <16 x float> %2228)
+  %2271 = getelementptr inbounds nuw i8, ptr %gep129, i64 2060
+  %2272 = load float, ptr %2271, align 4, !tbaa !5
+  %2273 = insertelement <16 x float> poison, float %2272, i64 0
+  %2274 = shufflevector <16 x float> %2273, <16 x float> poison, <16 x i32> zeroinitializer
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2274, <16 x float> %2233)
+  %2276 = getelementptr inbounds nuw i8, ptr %gep129, i64 2124
+  %2277 = load float, ptr %2276, align 4, !tbaa !5
+  %2278 = insertelement <16 x float> poison, float %2277, i64 0
+  %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
+  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2279, <16 x float> %2238)
+  %2281 = getelementptr inbounds nuw i8, ptr %2072, i64 320
+  %2282 = load <16 x float>, ptr %2281, align 4, !tbaa !5
+  %2283 = getelementptr inbounds nuw i8, ptr %gep129, i64 2560
+  %2284 = load float, ptr %2283, align 4, !tbaa !5
+  %2285 = insertelement <16 x float> poison, float %2284, i64 0
+  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
+  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2286, <16 x float> %2245)
+  %2288 = getelementptr inbounds nuw i8, ptr %gep129, i64 2624
+  %2289 = load float, ptr %2288, align 4, !tbaa !5
+  %2290 = insertelement <16 x float> poison, float %2289, i64 0
+  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2291, <16 x float> %2250)
+  %2293 = getelementptr inbounds nuw i8, ptr %gep129, i64 2564
+  %2294 = load float, ptr %2293, align 4, !tbaa !5
+  %2295 = insertelement <16 x float> poison, float %2294, i64 0
+  %2296 = shufflevector <16 x float> %2295, <16 x float> poison, <16 x i32> zeroinitializer
+  %2297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2296, <16 x float> %2255)
+  %2298 = getelementptr inbounds nuw i8, ptr %gep129, i64 2628
+  %2299 = load float, ptr %2298, align 4, !tbaa !5
+  %2300 = insertelement <16 x float> poison, float %2299, i64 0
+  %2301 = shufflevector <16 x float> %2300, <16 x float> poison, <16 x i32> zeroinitializer
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2301, <16 x float> %2260)
+  %2303 = getelementptr inbounds nuw i8, ptr %gep129, i64 2568
+  %2304 = load float, ptr %2303, align 4, !tbaa !5
+  %2305 = insertelement <16 x float> poison, float %2304, i64 0
+  %2306 = shufflevector <16 x float> %2305, <16 x float> poison, <16 x i32> zeroinitializer
+  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2306, <16 x float> %2265)
+  %2308 = getelementptr inbounds nuw i8, ptr %gep129, i64 2632
+  %2309 = load float, ptr %2308, align 4, !tbaa !5
+  %2310 = insertelement <16 x float> poison, float %2309, i64 0
+  %2311 = shufflevector <16 x float> %2310, <16 x float> poison, <16 x i32> zeroinitializer
+  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2311, <16 x float> %2270)
+  %2313 = getelementptr inbounds nuw i8, ptr %gep129, i64 2572
+  %2314 = load float, ptr %2313, align 4, !tbaa !5
+  %2315 = insertelement <16 x float> poison, float %2314, i64 0
+  %2316 = shufflevector <16 x float> %2315, <16 x float> poison, <16 x i32> zeroinitializer
+  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2316, <16 x float> %2275)
+  %2318 = getelementptr inbounds nuw i8, ptr %gep129, i64 2636
+  %2319 = load float, ptr %2318, align 4, !tbaa !5
+  %2320 = insertelement <16 x float> poison, float %2319, i64 0
+  %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
+  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2321, <16 x float> %2280)
+  %2323 = getelementptr inbounds nuw i8, ptr %2072, i64 384
+  %2324 = load <16 x float>, ptr %2323, align 4, !tbaa !5
+  %2325 = getelementptr inbounds nuw i8, ptr %gep129, i64 3072
+  %2326 = load float, ptr %2325, align 4, !tbaa !5
+  %2327 = insertelement <16 x float> poison, float %2326, i64 0
+  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
+  %2329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2328, <16 x float> %2287)
+  %2330 = getelementptr inbounds nuw i8, ptr %gep129, i64 3136
+  %2331 = load float, ptr %2330, align 4, !tbaa !5
+  %2332 = insertelement <16 x float> poison, float %2331, i64 0
+  %2333 = shufflevector <16 x float> %2332, <16 x float> poison, <16 x i32> zeroinitializer
+  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2333, <16 x float> %2292)
+  %2335 = getelementptr inbounds nuw i8, ptr %gep129, i64 3076
+  %2336 = load float, ptr %2335, align 4, !tbaa !5
+  %2337 = insertelement <16 x float> poison, float %2336, i64 0
+  %2338 = shufflevector <16 x float> %2337, <16 x float> poison, <16 x i32> zeroinitializer
+  %2339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2338, <16 x float> %2297)
+  %2340 = getelementptr inbounds nuw i8, ptr %gep129, i64 3140
+  %2341 = load float, ptr %2340, align 4, !tbaa !5
+  %2342 = insertelement <16 x float> poison, float %2341, i64 0
+  %2343 = shufflevector <16 x float> %2342, <16 x float> poison, <16 x i32> zeroinitializer
+  %2344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2343, <16 x float> %2302)
+  %2345 = getelementptr inbounds nuw i8, ptr %gep129, i64 3080
+  %2346 = load float, ptr %2345, align 4, !tbaa !5
+  %2347 = insertelement <16 x float> poison, float %2346, i64 0
+  %2348 = shufflevector <16 x float> %2347, <16 x float> poison, <16 x i32> zeroinitializer
+  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2348, <16 x float> %2307)
+  %2350 = getelementptr inbounds nuw i8, ptr %gep129, i64 3144
+  %2351 = load float, ptr %2350, align 4, !tbaa !5
+  %2352 = insertelement <16 x float> poison, float %2351, i64 0
+  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
+  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2353, <16 x float> %2312)
+  %2355 = getelementptr inbounds nuw i8, ptr %gep129, i64 3084
+  %2356 = load float, ptr %2355, align 4, !tbaa !5
+  %2357 = insertelement <16 x float> poison, float %2356, i64 0
+  %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
+  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2358, <16 x float> %2317)
+  %2360 = getelementptr inbounds nuw i8, ptr %gep129, i64 3148
+  %2361 = load float, ptr %2360, align 4, !tbaa !5
+  %2362 = insertelement <16 x float> poison, float %2361, i64 0
+  %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
+  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2363, <16 x float> %2322)
+  %2365 = getelementptr inbounds nuw i8, ptr %2072, i64 448
+  %2366 = load <16 x float>, ptr %2365, align 4, !tbaa !5
+  %2367 = getelementptr inbounds nuw i8, ptr %gep129, i64 3584
+  %2368 = load float, ptr %2367, align 4, !tbaa !5
+  %2369 = insertelement <16 x float> poison, float %2368, i64 0
+  %2370 = shufflevector <16 x float> %2369, <16 x float> poison, <16 x i32> zeroinitializer
+  %2371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2370, <16 x float> %2329)
+  %2372 = getelementptr inbounds nuw i8, ptr %gep129, i64 3648
+  %2373 = load float, ptr %2372, align 4, !tbaa !5
+  %2374 = insertelement <16 x float> poison, float %2373, i64 0
+  %2375 = shufflevector <16 x float> %2374, <16 x float> poison, <16 x i32> zeroinitializer
+  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2375, <16 x float> %2334)
+  %2377 = getelementptr inbounds nuw i8, ptr %gep129, i64 3588
+  %2378 = load float, ptr %2377, align 4, !tbaa !5
+  %2379 = insertelement <16 x float> poison, float %2378, i64 0
+  %2380 = shufflevector <16 x float> %2379, <16 x float> poison, <16 x i32> zeroinitializer
+  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2380, <16 x float> %2339)
+  %2382 = getelementptr inbounds nuw i8, ptr %gep129, i64 3652
+  %2383 = load float, ptr %2382, align 4, !tbaa !5
+  %2384 = insertelement <16 x float> poison, float %2383, i64 0
+  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
+  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2385, <16 x float> %2344)
+  %2387 = getelementptr inbounds nuw i8, ptr %gep129, i64 3592
+  %2388 = load float, ptr %2387, align 4, !tbaa !5
+  %2389 = insertelement <16 x float> poison, float %2388, i64 0
+  %2390 = shufflevector <16 x float> %2389, <16 x float> poison, <16 x i32> zeroinitializer
+  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2390, <16 x float> %2349)
+  %2392 = getelementptr inbounds nuw i8, ptr %gep129, i64 3656
+  %2393 = load float, ptr %2392, align 4, !tbaa !5
+  %2394 = insertelement <16 x float> poison, float %2393, i64 0
+  %2395 = shufflevector <16 x float> %2394, <16 x float> poison, <16 x i32> zeroinitializer
+  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2395, <16 x float> %2354)
+  %2397 = getelementptr inbounds nuw i8, ptr %gep129, i64 3596
+  %2398 = load float, ptr %2397, align 4, !tbaa !5
+  %2399 = insertelement <16 x float> poison, float %2398, i64 0
+  %2400 = shufflevector <16 x float> %2399, <16 x float> poison, <16 x i32> zeroinitializer
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2400, <16 x float> %2359)
+  %2402 = getelementptr inbounds nuw i8, ptr %gep129, i64 3660
+  %2403 = load float, ptr %2402, align 4, !tbaa !5
+  %2404 = insertelement <16 x float> poison, float %2403, i64 0
+  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
+  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2405, <16 x float> %2364)
+  %indvars.iv.next613.i = add nuw nsw i64 %indvars.iv612.i, 1
+  %exitcond617.not.i = icmp eq i64 %indvars.iv.next613.i, %2051
+  br i1 %exitcond617.not.i, label %for_end_to144.i, label %for_begin_ax2.preheader.i, !prof !13
 
 for_end_to144.i:                                  ; preds = %for_begin_ax2.preheader.i, %for_body_d_0_m.i
-  %full_acc256.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2372, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2377, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2382, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2387, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2392, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2397, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2402, %for_begin_ax2.preheader.i ]
-  %full_acc256.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2407, %for_begin_ax2.preheader.i ]
-  br i1 %.not485.i, label %for_end_ti156.i, label %for_body_ti155.lr.ph.i, !prof !17
+  %full_acc254.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2371, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2376, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2381, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2386, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2391, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2396, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2401, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2406, %for_begin_ax2.preheader.i ]
+  br i1 %.not483.i, label %for_end_ti154.i, label %for_body_ti153.lr.ph.i, !prof !17
 
-for_body_ti155.lr.ph.i:                           ; preds = %for_end_to144.i
-  %indvars.iv624.tr.i = trunc i64 %indvars.iv624.i to i32
-  %2408 = shl i32 %indvars.iv624.tr.i, 2
-  %2409 = and i32 %2408, 12
-  %2410 = shl i32 %indvars.iv624.tr.i, 3
-  %2411 = and i32 %2410, 96
-  %invariant.op451.i = or disjoint i32 %2411, %2048
-  %invariant.op453.i = or disjoint i32 %invariant.op451.i, %2409
-  %2412 = load <16 x float>, ptr %invariant.gep847.i, align 4, !tbaa !5
-  %2413 = sext i32 %invariant.op453.i to i64
-  %2414 = getelementptr inbounds float, ptr %v_tile.i, i64 %2413
-  %2415 = load float, ptr %2414, align 4, !tbaa !5
-  %2416 = insertelement <16 x float> poison, float %2415, i64 0
-  %2417 = shufflevector <16 x float> %2416, <16 x float> poison, <16 x i32> zeroinitializer
-  %2418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2417, <16 x float> %full_acc256.sroa.0.0.lcssa.i)
-  %2419 = getelementptr i8, ptr %2414, i64 64
-  %2420 = load float, ptr %2419, align 4, !tbaa !5
-  %2421 = insertelement <16 x float> poison, float %2420, i64 0
-  %2422 = shufflevector <16 x float> %2421, <16 x float> poison, <16 x i32> zeroinitializer
-  %2423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2422, <16 x float> %full_acc256.sroa.4.0.lcssa.i)
-  %2424 = getelementptr i8, ptr %2414, i64 4
-  %2425 = load float, ptr %2424, align 4, !tbaa !5
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %2428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2427, <16 x float> %full_acc256.sroa.8.0.lcssa.i)
-  %2429 = getelementptr i8, ptr %2414, i64 68
-  %2430 = load float, ptr %2429, align 4, !tbaa !5
-  %2431 = insertelement <16 x float> poison, float %2430, i64 0
-  %2432 = shufflevector <16 x float> %2431, <16 x float> poison, <16 x i32> zeroinitializer
-  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2432, <16 x float> %full_acc256.sroa.12.0.lcssa.i)
-  %2434 = getelementptr i8, ptr %2414, i64 8
-  %2435 = load float, ptr %2434, align 4, !tbaa !5
-  %2436 = insertelement <16 x float> poison, float %2435, i64 0
-  %2437 = shufflevector <16 x float> %2436, <16 x float> poison, <16 x i32> zeroinitializer
-  %2438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2437, <16 x float> %full_acc256.sroa.16.0.lcssa.i)
-  %2439 = getelementptr i8, ptr %2414, i64 72
-  %2440 = load float, ptr %2439, align 4, !tbaa !5
-  %2441 = insertelement <16 x float> poison, float %2440, i64 0
-  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
-  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2442, <16 x float> %full_acc256.sroa.20.0.lcssa.i)
-  %2444 = getelementptr i8, ptr %2414, i64 12
-  %2445 = load float, ptr %2444, align 4, !tbaa !5
-  %2446 = insertelement <16 x float> poison, float %2445, i64 0
-  %2447 = shufflevector <16 x float> %2446, <16 x float> poison, <16 x i32> zeroinitializer
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2447, <16 x float> %full_acc256.sroa.24.0.lcssa.i)
-  %2449 = getelementptr i8, ptr %2414, i64 76
-  %2450 = load float, ptr %2449, align 4, !tbaa !5
-  %2451 = insertelement <16 x float> poison, float %2450, i64 0
-  %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
-  %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2452, <16 x float> %full_acc256.sroa.28.0.lcssa.i)
-  br i1 %exitcond.not, label %for_end_ti156.i, label %for_body_ti155.i.1, !prof !13
+for_body_ti153.lr.ph.i:                           ; preds = %for_end_to144.i
+  %indvars.iv622.tr.i = trunc i64 %indvars.iv622.i to i32
+  %2407 = shl i32 %indvars.iv622.tr.i, 2
+  %2408 = and i32 %2407, 12
+  %2409 = shl i32 %indvars.iv622.tr.i, 3
+  %2410 = and i32 %2409, 96
+  %invariant.op449.i = or disjoint i32 %2410, %2048
+  %invariant.op451.i = or disjoint i32 %invariant.op449.i, %2408
+  %2411 = load <16 x float>, ptr %invariant.gep845.i, align 4, !tbaa !5
+  %2412 = sext i32 %invariant.op451.i to i64
+  %2413 = getelementptr inbounds float, ptr %v_tile.i, i64 %2412
+  %2414 = load float, ptr %2413, align 4, !tbaa !5
+  %2415 = insertelement <16 x float> poison, float %2414, i64 0
+  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
+  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2416, <16 x float> %full_acc254.sroa.0.0.lcssa.i)
+  %2418 = getelementptr i8, ptr %2413, i64 64
+  %2419 = load float, ptr %2418, align 4, !tbaa !5
+  %2420 = insertelement <16 x float> poison, float %2419, i64 0
+  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
+  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2421, <16 x float> %full_acc254.sroa.4.0.lcssa.i)
+  %2423 = getelementptr i8, ptr %2413, i64 4
+  %2424 = load float, ptr %2423, align 4, !tbaa !5
+  %2425 = insertelement <16 x float> poison, float %2424, i64 0
+  %2426 = shufflevector <16 x float> %2425, <16 x float> poison, <16 x i32> zeroinitializer
+  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2426, <16 x float> %full_acc254.sroa.8.0.lcssa.i)
+  %2428 = getelementptr i8, ptr %2413, i64 68
+  %2429 = load float, ptr %2428, align 4, !tbaa !5
+  %2430 = insertelement <16 x float> poison, float %2429, i64 0
+  %2431 = shufflevector <16 x float> %2430, <16 x float> poison, <16 x i32> zeroinitializer
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2431, <16 x float> %full_acc254.sroa.12.0.lcssa.i)
+  %2433 = getelementptr i8, ptr %2413, i64 8
+  %2434 = load float, ptr %2433, align 4, !tbaa !5
+  %2435 = insertelement <16 x float> poison, float %2434, i64 0
+  %2436 = shufflevector <16 x float> %2435, <16 x float> poison, <16 x i32> zeroinitializer
+  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2436, <16 x float> %full_acc254.sroa.16.0.lcssa.i)
+  %2438 = getelementptr i8, ptr %2413, i64 72
+  %2439 = load float, ptr %2438, align 4, !tbaa !5
+  %2440 = insertelement <16 x float> poison, float %2439, i64 0
+  %2441 = shufflevector <16 x float> %2440, <16 x float> poison, <16 x i32> zeroinitializer
+  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2441, <16 x float> %full_acc254.sroa.20.0.lcssa.i)
+  %2443 = getelementptr i8, ptr %2413, i64 12
+  %2444 = load float, ptr %2443, align 4, !tbaa !5
+  %2445 = insertelement <16 x float> poison, float %2444, i64 0
+  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
+  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2446, <16 x float> %full_acc254.sroa.24.0.lcssa.i)
+  %2448 = getelementptr i8, ptr %2413, i64 76
+  %2449 = load float, ptr %2448, align 4, !tbaa !5
+  %2450 = insertelement <16 x float> poison, float %2449, i64 0
+  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
+  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2451, <16 x float> %full_acc254.sroa.28.0.lcssa.i)
+  br i1 %exitcond.not, label %for_end_ti154.i, label %for_body_ti153.i.1, !prof !13
 
-for_body_ti155.i.1:                               ; preds = %for_body_ti155.lr.ph.i
-  %2454 = load <16 x float>, ptr %gep848.i.1, align 4, !tbaa !5
-  %2455 = sext i32 %invariant.op453.i to i64
-  %2456 = getelementptr float, ptr %v_tile.i, i64 %2455
-  %2457 = getelementptr i8, ptr %2456, i64 512
-  %2458 = load float, ptr %2457, align 4, !tbaa !5
-  %2459 = insertelement <16 x float> poison, float %2458, i64 0
-  %2460 = shufflevector <16 x float> %2459, <16 x float> poison, <16 x i32> zeroinitializer
-  %2461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2460, <16 x float> %2418)
-  %2462 = getelementptr i8, ptr %2456, i64 576
-  %2463 = load float, ptr %2462, align 4, !tbaa !5
-  %2464 = insertelement <16 x float> poison, float %2463, i64 0
-  %2465 = shufflevector <16 x float> %2464, <16 x float> poison, <16 x i32> zeroinitializer
-  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2465, <16 x float> %2423)
-  %2467 = getelementptr i8, ptr %2456, i64 516
-  %2468 = load float, ptr %2467, align 4, !tbaa !5
-  %2469 = insertelement <16 x float> poison, float %2468, i64 0
-  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
-  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2470, <16 x float> %2428)
-  %2472 = getelementptr i8, ptr %2456, i64 580
-  %2473 = load float, ptr %2472, align 4, !tbaa !5
-  %2474 = insertelement <16 x float> poison, float %2473, i64 0
-  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
-  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2475, <16 x float> %2433)
-  %2477 = getelementptr i8, ptr %2456, i64 520
-  %2478 = load float, ptr %2477, align 4, !tbaa !5
-  %2479 = insertelement <16 x float> poison, float %2478, i64 0
-  %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
-  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2480, <16 x float> %2438)
-  %2482 = getelementptr i8, ptr %2456, i64 584
-  %2483 = load float, ptr %2482, align 4, !tbaa !5
-  %2484 = insertelement <16 x float> poison, float %2483, i64 0
-  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
-  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2485, <16 x float> %2443)
-  %2487 = getelementptr i8, ptr %2456, i64 524
-  %2488 = load float, ptr %2487, align 4, !tbaa !5
-  %2489 = insertelement <16 x float> poison, float %2488, i64 0
-  %2490 = shufflevector <16 x float> %2489, <16 x float> poison, <16 x i32> zeroinitializer
-  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2490, <16 x float> %2448)
-  %2492 = getelementptr i8, ptr %2456, i64 588
-  %2493 = load float, ptr %2492, align 4, !tbaa !5
-  %2494 = insertelement <16 x float> poison, float %2493, i64 0
-  %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
-  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2495, <16 x float> %2453)
-  br i1 %exitcond.not.1, label %for_end_ti156.i, label %for_body_ti155.i.2, !prof !13
+for_body_ti153.i.1:                               ; preds = %for_body_ti153.lr.ph.i
+  %2453 = load <16 x float>, ptr %gep846.i.1, align 4, !tbaa !5
+  %2454 = sext i32 %invariant.op451.i to i64
+  %2455 = getelementptr float, ptr %v_tile.i, i64 %2454
+  %2456 = getelementptr i8, ptr %2455, i64 512
+  %2457 = load float, ptr %2456, align 4, !tbaa !5
+  %2458 = insertelement <16 x float> poison, float %2457, i64 0
+  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
+  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2459, <16 x float> %2417)
+  %2461 = getelementptr i8, ptr %2455, i64 576
+  %2462 = load float, ptr %2461, align 4, !tbaa !5
+  %2463 = insertelement <16 x float> poison, float %2462, i64 0
+  %2464 = shufflevector <16 x float> %2463, <16 x float> poison, <16 x i32> zeroinitializer
+  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2464, <16 x float> %2422)
+  %2466 = getelementptr i8, ptr %2455, i64 516
+  %2467 = load float, ptr %2466, align 4, !tbaa !5
+  %2468 = insertelement <16 x float> poison, float %2467, i64 0
+  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
+  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2469, <16 x float> %2427)
+  %2471 = getelementptr i8, ptr %2455, i64 580
+  %2472 = load float, ptr %2471, align 4, !tbaa !5
+  %2473 = insertelement <16 x float> poison, float %2472, i64 0
+  %2474 = shufflevector <16 x float> %2473, <16 x float> poison, <16 x i32> zeroinitializer
+  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2474, <16 x float> %2432)
+  %2476 = getelementptr i8, ptr %2455, i64 520
+  %2477 = load float, ptr %2476, align 4, !tbaa !5
+  %2478 = insertelement <16 x float> poison, float %2477, i64 0
+  %2479 = shufflevector <16 x float> %2478, <16 x float> poison, <16 x i32> zeroinitializer
+  %2480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2479, <16 x float> %2437)
+  %2481 = getelementptr i8, ptr %2455, i64 584
+  %2482 = load float, ptr %2481, align 4, !tbaa !5
+  %2483 = insertelement <16 x float> poison, float %2482, i64 0
+  %2484 = shufflevector <16 x float> %2483, <16 x float> poison, <16 x i32> zeroinitializer
+  %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2484, <16 x float> %2442)
+  %2486 = getelementptr i8, ptr %2455, i64 524
+  %2487 = load float, ptr %2486, align 4, !tbaa !5
+  %2488 = insertelement <16 x float> poison, float %2487, i64 0
+  %2489 = shufflevector <16 x float> %2488, <16 x float> poison, <16 x i32> zeroinitializer
+  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2489, <16 x float> %2447)
+  %2491 = getelementptr i8, ptr %2455, i64 588
+  %2492 = load float, ptr %2491, align 4, !tbaa !5
+  %2493 = insertelement <16 x float> poison, float %2492, i64 0
+  %2494 = shufflevector <16 x float> %2493, <16 x float> poison, <16 x i32> zeroinitializer
+  %2495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2494, <16 x float> %2452)
+  br i1 %exitcond.not.1, label %for_end_ti154.i, label %for_body_ti153.i.2, !prof !13
 
-for_body_ti155.i.2:                               ; preds = %for_body_ti155.i.1
-  %2497 = load <16 x float>, ptr %gep848.i.2, align 4, !tbaa !5
-  %2498 = sext i32 %invariant.op453.i to i64
-  %2499 = getelementptr float, ptr %v_tile.i, i64 %2498
-  %2500 = getelementptr i8, ptr %2499, i64 1024
-  %2501 = load float, ptr %2500, align 4, !tbaa !5
-  %2502 = insertelement <16 x float> poison, float %2501, i64 0
-  %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
-  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2503, <16 x float> %2461)
-  %2505 = getelementptr i8, ptr %2499, i64 1088
-  %2506 = load float, ptr %2505, align 4, !tbaa !5
-  %2507 = insertelement <16 x float> poison, float %2506, i64 0
-  %2508 = shufflevector <16 x float> %2507, <16 x float> poison, <16 x i32> zeroinitializer
-  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2508, <16 x float> %2466)
-  %2510 = getelementptr i8, ptr %2499, i64 1028
-  %2511 = load float, ptr %2510, align 4, !tbaa !5
-  %2512 = insertelement <16 x float> poison, float %2511, i64 0
-  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2513, <16 x float> %2471)
-  %2515 = getelementptr i8, ptr %2499, i64 1092
-  %2516 = load float, ptr %2515, align 4, !tbaa !5
-  %2517 = insertelement <16 x float> poison, float %2516, i64 0
-  %2518 = shufflevector <16 x float> %2517, <16 x float> poison, <16 x i32> zeroinitializer
-  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2518, <16 x float> %2476)
-  %2520 = getelementptr i8, ptr %2499, i64 1032
-  %2521 = load float, ptr %2520, align 4, !tbaa !5
-  %2522 = insertelement <16 x float> poison, float %2521, i64 0
-  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
-  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2523, <16 x float> %2481)
-  %2525 = getelementptr i8, ptr %2499, i64 1096
-  %2526 = load float, ptr %2525, align 4, !tbaa !5
-  %2527 = insertelement <16 x float> poison, float %2526, i64 0
-  %2528 = shufflevector <16 x float> %2527, <16 x float> poison, <16 x i32> zeroinitializer
-  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2528, <16 x float> %2486)
-  %2530 = getelementptr i8, ptr %2499, i64 1036
-  %2531 = load float, ptr %2530, align 4, !tbaa !5
-  %2532 = insertelement <16 x float> poison, float %2531, i64 0
-  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
-  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2533, <16 x float> %2491)
-  %2535 = getelementptr i8, ptr %2499, i64 1100
-  %2536 = load float, ptr %2535, align 4, !tbaa !5
-  %2537 = insertelement <16 x float> poison, float %2536, i64 0
-  %2538 = shufflevector <16 x float> %2537, <16 x float> poison, <16 x i32> zeroinitializer
-  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2497, <16 x float> %2538, <16 x float> %2496)
-  br i1 %exitcond.not.2, label %for_end_ti156.i, label %for_body_ti155.i.3, !prof !13
+for_body_ti153.i.2:                               ; preds = %for_body_ti153.i.1
+  %2496 = load <16 x float>, ptr %gep846.i.2, align 4, !tbaa !5
+  %2497 = sext i32 %invariant.op451.i to i64
+  %2498 = getelementptr float, ptr %v_tile.i, i64 %2497
+  %2499 = getelementptr i8, ptr %2498, i64 1024
+  %2500 = load float, ptr %2499, align 4, !tbaa !5
+  %2501 = insertelement <16 x float> poison, float %2500, i64 0
+  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
+  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2502, <16 x float> %2460)
+  %2504 = getelementptr i8, ptr %2498, i64 1088
+  %2505 = load float, ptr %2504, align 4, !tbaa !5
+  %2506 = insertelement <16 x float> poison, float %2505, i64 0
+  %2507 = shufflevector <16 x float> %2506, <16 x float> poison, <16 x i32> zeroinitializer
+  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2507, <16 x float> %2465)
+  %2509 = getelementptr i8, ptr %2498, i64 1028
+  %2510 = load float, ptr %2509, align 4, !tbaa !5
+  %2511 = insertelement <16 x float> poison, float %2510, i64 0
+  %2512 = shufflevector <16 x float> %2511, <16 x float> poison, <16 x i32> zeroinitializer
+  %2513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2512, <16 x float> %2470)
+  %2514 = getelementptr i8, ptr %2498, i64 1092
+  %2515 = load float, ptr %2514, align 4, !tbaa !5
+  %2516 = insertelement <16 x float> poison, float %2515, i64 0
+  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
+  %2518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2517, <16 x float> %2475)
+  %2519 = getelementptr i8, ptr %2498, i64 1032
+  %2520 = load float, ptr %2519, align 4, !tbaa !5
+  %2521 = insertelement <16 x float> poison, float %2520, i64 0
+  %2522 = shufflevector <16 x float> %2521, <16 x float> poison, <16 x i32> zeroinitializer
+  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2522, <16 x float> %2480)
+  %2524 = getelementptr i8, ptr %2498, i64 1096
+  %2525 = load float, ptr %2524, align 4, !tbaa !5
+  %2526 = insertelement <16 x float> poison, float %2525, i64 0
+  %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
+  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2527, <16 x float> %2485)
+  %2529 = getelementptr i8, ptr %2498, i64 1036
+  %2530 = load float, ptr %2529, align 4, !tbaa !5
+  %2531 = insertelement <16 x float> poison, float %2530, i64 0
+  %2532 = shufflevector <16 x float> %2531, <16 x float> poison, <16 x i32> zeroinitializer
+  %2533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2532, <16 x float> %2490)
+  %2534 = getelementptr i8, ptr %2498, i64 1100
+  %2535 = load float, ptr %2534, align 4, !tbaa !5
+  %2536 = insertelement <16 x float> poison, float %2535, i64 0
+  %2537 = shufflevector <16 x float> %2536, <16 x float> poison, <16 x i32> zeroinitializer
+  %2538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2537, <16 x float> %2495)
+  br i1 %exitcond.not.2, label %for_end_ti154.i, label %for_body_ti153.i.3, !prof !13
 
-for_body_ti155.i.3:                               ; preds = %for_body_ti155.i.2
-  %2540 = load <16 x float>, ptr %gep848.i.3, align 4, !tbaa !5
-  %2541 = sext i32 %invariant.op453.i to i64
-  %2542 = getelementptr float, ptr %v_tile.i, i64 %2541
-  %2543 = getelementptr i8, ptr %2542, i64 1536
-  %2544 = load float, ptr %2543, align 4, !tbaa !5
-  %2545 = insertelement <16 x float> poison, float %2544, i64 0
-  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2546, <16 x float> %2504)
-  %2548 = getelementptr i8, ptr %2542, i64 1600
-  %2549 = load float, ptr %2548, align 4, !tbaa !5
-  %2550 = insertelement <16 x float> poison, float %2549, i64 0
-  %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
-  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2551, <16 x float> %2509)
-  %2553 = getelementptr i8, ptr %2542, i64 1540
-  %2554 = load float, ptr %2553, align 4, !tbaa !5
-  %2555 = insertelement <16 x float> poison, float %2554, i64 0
-  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
-  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2556, <16 x float> %2514)
-  %2558 = getelementptr i8, ptr %2542, i64 1604
-  %2559 = load float, ptr %2558, align 4, !tbaa !5
-  %2560 = insertelement <16 x float> poison, float %2559, i64 0
-  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
-  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2561, <16 x float> %2519)
-  %2563 = getelementptr i8, ptr %2542, i64 1544
-  %2564 = load float, ptr %2563, align 4, !tbaa !5
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2566, <16 x float> %2524)
-  %2568 = getelementptr i8, ptr %2542, i64 1608
-  %2569 = load float, ptr %2568, align 4, !tbaa !5
-  %2570 = insertelement <16 x float> poison, float %2569, i64 0
-  %2571 = shufflevector <16 x float> %2570, <16 x float> poison, <16 x i32> zeroinitializer
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2571, <16 x float> %2529)
-  %2573 = getelementptr i8, ptr %2542, i64 1548
-  %2574 = load float, ptr %2573, align 4, !tbaa !5
-  %2575 = insertelement <16 x float> poison, float %2574, i64 0
-  %2576 = shufflevector <16 x float> %2575, <16 x float> poison, <16 x i32> zeroinitializer
-  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2576, <16 x float> %2534)
-  %2578 = getelementptr i8, ptr %2542, i64 1612
-  %2579 = load float, ptr %2578, align 4, !tbaa !5
-  %2580 = insertelement <16 x float> poison, float %2579, i64 0
-  %2581 = shufflevector <16 x float> %2580, <16 x float> poison, <16 x i32> zeroinitializer
-  %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2540, <16 x float> %2581, <16 x float> %2539)
-  br i1 %exitcond.not.3, label %for_end_ti156.i, label %for_body_ti155.i.4, !prof !13
+for_body_ti153.i.3:                               ; preds = %for_body_ti153.i.2
+  %2539 = load <16 x float>, ptr %gep846.i.3, align 4, !tbaa !5
+  %2540 = sext i32 %invariant.op451.i to i64
+  %2541 = getelementptr float, ptr %v_tile.i, i64 %2540
+  %2542 = getelementptr i8, ptr %2541, i64 1536
+  %2543 = load float, ptr %2542, align 4, !tbaa !5
+  %2544 = insertelement <16 x float> poison, float %2543, i64 0
+  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
+  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2545, <16 x float> %2503)
+  %2547 = getelementptr i8, ptr %2541, i64 1600
+  %2548 = load float, ptr %2547, align 4, !tbaa !5
+  %2549 = insertelement <16 x float> poison, float %2548, i64 0
+  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
+  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2550, <16 x float> %2508)
+  %2552 = getelementptr i8, ptr %2541, i64 1540
+  %2553 = load float, ptr %2552, align 4, !tbaa !5
+  %2554 = insertelement <16 x float> poison, float %2553, i64 0
+  %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
+  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2555, <16 x float> %2513)
+  %2557 = getelementptr i8, ptr %2541, i64 1604
+  %2558 = load float, ptr %2557, align 4, !tbaa !5
+  %2559 = insertelement <16 x float> poison, float %2558, i64 0
+  %2560 = shufflevector <16 x float> %2559, <16 x float> poison, <16 x i32> zeroinitializer
+  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2560, <16 x float> %2518)
+  %2562 = getelementptr i8, ptr %2541, i64 1544
+  %2563 = load float, ptr %2562, align 4, !tbaa !5
+  %2564 = insertelement <16 x float> poison, float %2563, i64 0
+  %2565 = shufflevector <16 x float> %2564, <16 x float> poison, <16 x i32> zeroinitializer
+  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2565, <16 x float> %2523)
+  %2567 = getelementptr i8, ptr %2541, i64 1608
+  %2568 = load float, ptr %2567, align 4, !tbaa !5
+  %2569 = insertelement <16 x float> poison, float %2568, i64 0
+  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
+  %2571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2570, <16 x float> %2528)
+  %2572 = getelementptr i8, ptr %2541, i64 1548
+  %2573 = load float, ptr %2572, align 4, !tbaa !5
+  %2574 = insertelement <16 x float> poison, float %2573, i64 0
+  %2575 = shufflevector <16 x float> %2574, <16 x float> poison, <16 x i32> zeroinitializer
+  %2576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2575, <16 x float> %2533)
+  %2577 = getelementptr i8, ptr %2541, i64 1612
+  %2578 = load float, ptr %2577, align 4, !tbaa !5
+  %2579 = insertelement <16 x float> poison, float %2578, i64 0
+  %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
+  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2580, <16 x float> %2538)
+  br i1 %exitcond.not.3, label %for_end_ti154.i, label %for_body_ti153.i.4, !prof !13
 
-for_body_ti155.i.4:                               ; preds = %for_body_ti155.i.3
-  %2583 = load <16 x float>, ptr %gep848.i.4, align 4, !tbaa !5
-  %2584 = sext i32 %invariant.op453.i to i64
-  %2585 = getelementptr float, ptr %v_tile.i, i64 %2584
-  %2586 = getelementptr i8, ptr %2585, i64 2048
-  %2587 = load float, ptr %2586, align 4, !tbaa !5
-  %2588 = insertelement <16 x float> poison, float %2587, i64 0
-  %2589 = shufflevector <16 x float> %2588, <16 x float> poison, <16 x i32> zeroinitializer
-  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2589, <16 x float> %2547)
-  %2591 = getelementptr i8, ptr %2585, i64 2112
-  %2592 = load float, ptr %2591, align 4, !tbaa !5
-  %2593 = insertelement <16 x float> poison, float %2592, i64 0
-  %2594 = shufflevector <16 x float> %2593, <16 x float> poison, <16 x i32> zeroinitializer
-  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2594, <16 x float> %2552)
-  %2596 = getelementptr i8, ptr %2585, i64 2052
-  %2597 = load float, ptr %2596, align 4, !tbaa !5
-  %2598 = insertelement <16 x float> poison, float %2597, i64 0
-  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
-  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2599, <16 x float> %2557)
-  %2601 = getelementptr i8, ptr %2585, i64 2116
-  %2602 = load float, ptr %2601, align 4, !tbaa !5
-  %2603 = insertelement <16 x float> poison, float %2602, i64 0
-  %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
-  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2604, <16 x float> %2562)
-  %2606 = getelementptr i8, ptr %2585, i64 2056
-  %2607 = load float, ptr %2606, align 4, !tbaa !5
-  %2608 = insertelement <16 x float> poison, float %2607, i64 0
-  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2609, <16 x float> %2567)
-  %2611 = getelementptr i8, ptr %2585, i64 2120
-  %2612 = load float, ptr %2611, align 4, !tbaa !5
-  %2613 = insertelement <16 x float> poison, float %2612, i64 0
-  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
-  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2614, <16 x float> %2572)
-  %2616 = getelementptr i8, ptr %2585, i64 2060
-  %2617 = load float, ptr %2616, align 4, !tbaa !5
-  %2618 = insertelement <16 x float> poison, float %2617, i64 0
-  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
-  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2619, <16 x float> %2577)
-  %2621 = getelementptr i8, ptr %2585, i64 2124
-  %2622 = load float, ptr %2621, align 4, !tbaa !5
-  %2623 = insertelement <16 x float> poison, float %2622, i64 0
-  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2583, <16 x float> %2624, <16 x float> %2582)
-  br i1 %exitcond.not.4, label %for_end_ti156.i, label %for_body_ti155.i.5, !prof !13
+for_body_ti153.i.4:                               ; preds = %for_body_ti153.i.3
+  %2582 = load <16 x float>, ptr %gep846.i.4, align 4, !tbaa !5
+  %2583 = sext i32 %invariant.op451.i to i64
+  %2584 = getelementptr float, ptr %v_tile.i, i64 %2583
+  %2585 = getelementptr i8, ptr %2584, i64 2048
+  %2586 = load float, ptr %2585, align 4, !tbaa !5
+  %2587 = insertelement <16 x float> poison, float %2586, i64 0
+  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
+  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2588, <16 x float> %2546)
+  %2590 = getelementptr i8, ptr %2584, i64 2112
+  %2591 = load float, ptr %2590, align 4, !tbaa !5
+  %2592 = insertelement <16 x float> poison, float %2591, i64 0
+  %2593 = shufflevector <16 x float> %2592, <16 x float> poison, <16 x i32> zeroinitializer
+  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2593, <16 x float> %2551)
+  %2595 = getelementptr i8, ptr %2584, i64 2052
+  %2596 = load float, ptr %2595, align 4, !tbaa !5
+  %2597 = insertelement <16 x float> poison, float %2596, i64 0
+  %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
+  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2598, <16 x float> %2556)
+  %2600 = getelementptr i8, ptr %2584, i64 2116
+  %2601 = load float, ptr %2600, align 4, !tbaa !5
+  %2602 = insertelement <16 x float> poison, float %2601, i64 0
+  %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
+  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2603, <16 x float> %2561)
+  %2605 = getelementptr i8, ptr %2584, i64 2056
+  %2606 = load float, ptr %2605, align 4, !tbaa !5
+  %2607 = insertelement <16 x float> poison, float %2606, i64 0
+  %2608 = shufflevector <16 x float> %2607, <16 x float> poison, <16 x i32> zeroinitializer
+  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2608, <16 x float> %2566)
+  %2610 = getelementptr i8, ptr %2584, i64 2120
+  %2611 = load float, ptr %2610, align 4, !tbaa !5
+  %2612 = insertelement <16 x float> poison, float %2611, i64 0
+  %2613 = shufflevector <16 x float> %2612, <16 x float> poison, <16 x i32> zeroinitializer
+  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2613, <16 x float> %2571)
+  %2615 = getelementptr i8, ptr %2584, i64 2060
+  %2616 = load float, ptr %2615, align 4, !tbaa !5
+  %2617 = insertelement <16 x float> poison, float %2616, i64 0
+  %2618 = shufflevector <16 x float> %2617, <16 x float> poison, <16 x i32> zeroinitializer
+  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2618, <16 x float> %2576)
+  %2620 = getelementptr i8, ptr %2584, i64 2124
+  %2621 = load float, ptr %2620, align 4, !tbaa !5
+  %2622 = insertelement <16 x float> poison, float %2621, i64 0
+  %2623 = shufflevector <16 x float> %2622, <16 x float> poison, <16 x i32> zeroinitializer
+  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2623, <16 x float> %2581)
+  br i1 %exitcond.not.4, label %for_end_ti154.i, label %for_body_ti153.i.5, !prof !13
 
-for_body_ti155.i.5:                               ; preds = %for_body_ti155.i.4
-  %2626 = load <16 x float>, ptr %gep848.i.5, align 4, !tbaa !5
-  %2627 = sext i32 %invariant.op453.i to i64
-  %2628 = getelementptr float, ptr %v_tile.i, i64 %2627
-  %2629 = getelementptr i8, ptr %2628, i64 2560
-  %2630 = load float, ptr %2629, align 4, !tbaa !5
-  %2631 = insertelement <16 x float> poison, float %2630, i64 0
-  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
-  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2632, <16 x float> %2590)
-  %2634 = getelementptr i8, ptr %2628, i64 2624
-  %2635 = load float, ptr %2634, align 4, !tbaa !5
-  %2636 = insertelement <16 x float> poison, float %2635, i64 0
-  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2637, <16 x float> %2595)
-  %2639 = getelementptr i8, ptr %2628, i64 2564
-  %2640 = load float, ptr %2639, align 4, !tbaa !5
-  %2641 = insertelement <16 x float> poison, float %2640, i64 0
-  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
-  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2642, <16 x float> %2600)
-  %2644 = getelementptr i8, ptr %2628, i64 2628
-  %2645 = load float, ptr %2644, align 4, !tbaa !5
-  %2646 = insertelement <16 x float> poison, float %2645, i64 0
-  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2647, <16 x float> %2605)
-  %2649 = getelementptr i8, ptr %2628, i64 2568
-  %2650 = load float, ptr %2649, align 4, !tbaa !5
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2652, <16 x float> %2610)
-  %2654 = getelementptr i8, ptr %2628, i64 2632
-  %2655 = load float, ptr %2654, align 4, !tbaa !5
-  %2656 = insertelement <16 x float> poison, float %2655, i64 0
-  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2657, <16 x float> %2615)
-  %2659 = getelementptr i8, ptr %2628, i64 2572
-  %2660 = load float, ptr %2659, align 4, !tbaa !5
-  %2661 = insertelement <16 x float> poison, float %2660, i64 0
-  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2662, <16 x float> %2620)
-  %2664 = getelementptr i8, ptr %2628, i64 2636
-  %2665 = load float, ptr %2664, align 4, !tbaa !5
-  %2666 = insertelement <16 x float> poison, float %2665, i64 0
-  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
-  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2626, <16 x float> %2667, <16 x float> %2625)
-  br i1 %exitcond.not.5, label %for_end_ti156.i, label %for_body_ti155.i.6, !prof !13
+for_body_ti153.i.5:                               ; preds = %for_body_ti153.i.4
+  %2625 = load <16 x float>, ptr %gep846.i.5, align 4, !tbaa !5
+  %2626 = sext i32 %invariant.op451.i to i64
+  %2627 = getelementptr float, ptr %v_tile.i, i64 %2626
+  %2628 = getelementptr i8, ptr %2627, i64 2560
+  %2629 = load float, ptr %2628, align 4, !tbaa !5
+  %2630 = insertelement <16 x float> poison, float %2629, i64 0
+  %2631 = shufflevector <16 x float> %2630, <16 x float> poison, <16 x i32> zeroinitializer
+  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2631, <16 x float> %2589)
+  %2633 = getelementptr i8, ptr %2627, i64 2624
+  %2634 = load float, ptr %2633, align 4, !tbaa !5
+  %2635 = insertelement <16 x float> poison, float %2634, i64 0
+  %2636 = shufflevector <16 x float> %2635, <16 x float> poison, <16 x i32> zeroinitializer
+  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2636, <16 x float> %2594)
+  %2638 = getelementptr i8, ptr %2627, i64 2564
+  %2639 = load float, ptr %2638, align 4, !tbaa !5
+  %2640 = insertelement <16 x float> poison, float %2639, i64 0
+  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2641, <16 x float> %2599)
+  %2643 = getelementptr i8, ptr %2627, i64 2628
+  %2644 = load float, ptr %2643, align 4, !tbaa !5
+  %2645 = insertelement <16 x float> poison, float %2644, i64 0
+  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
+  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2646, <16 x float> %2604)
+  %2648 = getelementptr i8, ptr %2627, i64 2568
+  %2649 = load float, ptr %2648, align 4, !tbaa !5
+  %2650 = insertelement <16 x float> poison, float %2649, i64 0
+  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2651, <16 x float> %2609)
+  %2653 = getelementptr i8, ptr %2627, i64 2632
+  %2654 = load float, ptr %2653, align 4, !tbaa !5
+  %2655 = insertelement <16 x float> poison, float %2654, i64 0
+  %2656 = shufflevector <16 x float> %2655, <16 x float> poison, <16 x i32> zeroinitializer
+  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2656, <16 x float> %2614)
+  %2658 = getelementptr i8, ptr %2627, i64 2572
+  %2659 = load float, ptr %2658, align 4, !tbaa !5
+  %2660 = insertelement <16 x float> poison, float %2659, i64 0
+  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
+  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2661, <16 x float> %2619)
+  %2663 = getelementptr i8, ptr %2627, i64 2636
+  %2664 = load float, ptr %2663, align 4, !tbaa !5
+  %2665 = insertelement <16 x float> poison, float %2664, i64 0
+  %2666 = shufflevector <16 x float> %2665, <16 x float> poison, <16 x i32> zeroinitializer
+  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2666, <16 x float> %2624)
+  br i1 %exitcond.not.5, label %for_end_ti154.i, label %for_body_ti153.i.6, !prof !13
 
-for_body_ti155.i.6:                               ; preds = %for_body_ti155.i.5
-  %2669 = load <16 x float>, ptr %gep848.i.6, align 4, !tbaa !5
-  %2670 = sext i32 %invariant.op453.i to i64
-  %2671 = getelementptr float, ptr %v_tile.i, i64 %2670
-  %2672 = getelementptr i8, ptr %2671, i64 3072
-  %2673 = load float, ptr %2672, align 4, !tbaa !5
-  %2674 = insertelement <16 x float> poison, float %2673, i64 0
-  %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
-  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2675, <16 x float> %2633)
-  %2677 = getelementptr i8, ptr %2671, i64 3136
-  %2678 = load float, ptr %2677, align 4, !tbaa !5
-  %2679 = insertelement <16 x float> poison, float %2678, i64 0
-  %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
-  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2680, <16 x float> %2638)
-  %2682 = getelementptr i8, ptr %2671, i64 3076
-  %2683 = load float, ptr %2682, align 4, !tbaa !5
-  %2684 = insertelement <16 x float> poison, float %2683, i64 0
-  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
-  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2685, <16 x float> %2643)
-  %2687 = getelementptr i8, ptr %2671, i64 3140
-  %2688 = load float, ptr %2687, align 4, !tbaa !5
-  %2689 = insertelement <16 x float> poison, float %2688, i64 0
-  %2690 = shufflevector <16 x float> %2689, <16 x float> poison, <16 x i32> zeroinitializer
-  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2690, <16 x float> %2648)
-  %2692 = getelementptr i8, ptr %2671, i64 3080
-  %2693 = load float, ptr %2692, align 4, !tbaa !5
-  %2694 = insertelement <16 x float> poison, float %2693, i64 0
-  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
-  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2695, <16 x float> %2653)
-  %2697 = getelementptr i8, ptr %2671, i64 3144
-  %2698 = load float, ptr %2697, align 4, !tbaa !5
-  %2699 = insertelement <16 x float> poison, float %2698, i64 0
-  %2700 = shufflevector <16 x float> %2699, <16 x float> poison, <16 x i32> zeroinitializer
-  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2700, <16 x float> %2658)
-  %2702 = getelementptr i8, ptr %2671, i64 3084
-  %2703 = load float, ptr %2702, align 4, !tbaa !5
-  %2704 = insertelement <16 x float> poison, float %2703, i64 0
-  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
-  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2705, <16 x float> %2663)
-  %2707 = getelementptr i8, ptr %2671, i64 3148
-  %2708 = load float, ptr %2707, align 4, !tbaa !5
-  %2709 = insertelement <16 x float> poison, float %2708, i64 0
-  %2710 = shufflevector <16 x float> %2709, <16 x float> poison, <16 x i32> zeroinitializer
-  %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2669, <16 x float> %2710, <16 x float> %2668)
-  br label %for_end_ti156.i
+for_body_ti153.i.6:                               ; preds = %for_body_ti153.i.5
+  %2668 = load <16 x float>, ptr %gep846.i.6, align 4, !tbaa !5
+  %2669 = sext i32 %invariant.op451.i to i64
+  %2670 = getelementptr float, ptr %v_tile.i, i64 %2669
+  %2671 = getelementptr i8, ptr %2670, i64 3072
+  %2672 = load float, ptr %2671, align 4, !tbaa !5
+  %2673 = insertelement <16 x float> poison, float %2672, i64 0
+  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
+  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2674, <16 x float> %2632)
+  %2676 = getelementptr i8, ptr %2670, i64 3136
+  %2677 = load float, ptr %2676, align 4, !tbaa !5
+  %2678 = insertelement <16 x float> poison, float %2677, i64 0
+  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
+  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2679, <16 x float> %2637)
+  %2681 = getelementptr i8, ptr %2670, i64 3076
+  %2682 = load float, ptr %2681, align 4, !tbaa !5
+  %2683 = insertelement <16 x float> poison, float %2682, i64 0
+  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
+  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2684, <16 x float> %2642)
+  %2686 = getelementptr i8, ptr %2670, i64 3140
+  %2687 = load float, ptr %2686, align 4, !tbaa !5
+  %2688 = insertelement <16 x float> poison, float %2687, i64 0
+  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
+  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2689, <16 x float> %2647)
+  %2691 = getelementptr i8, ptr %2670, i64 3080
+  %2692 = load float, ptr %2691, align 4, !tbaa !5
+  %2693 = insertelement <16 x float> poison, float %2692, i64 0
+  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
+  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2694, <16 x float> %2652)
+  %2696 = getelementptr i8, ptr %2670, i64 3144
+  %2697 = load float, ptr %2696, align 4, !tbaa !5
+  %2698 = insertelement <16 x float> poison, float %2697, i64 0
+  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2699, <16 x float> %2657)
+  %2701 = getelementptr i8, ptr %2670, i64 3084
+  %2702 = load float, ptr %2701, align 4, !tbaa !5
+  %2703 = insertelement <16 x float> poison, float %2702, i64 0
+  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2704, <16 x float> %2662)
+  %2706 = getelementptr i8, ptr %2670, i64 3148
+  %2707 = load float, ptr %2706, align 4, !tbaa !5
+  %2708 = insertelement <16 x float> poison, float %2707, i64 0
+  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
+  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2709, <16 x float> %2667)
+  br label %for_end_ti154.i
 
-for_end_ti156.i:                                  ; preds = %for_body_ti155.i.6, %for_body_ti155.i.5, %for_body_ti155.i.4, %for_body_ti155.i.3, %for_body_ti155.i.2, %for_body_ti155.i.1, %for_body_ti155.lr.ph.i, %for_end_to144.i
-  %tile_acc257.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.28.0.lcssa.i, %for_end_to144.i ], [ %2453, %for_body_ti155.lr.ph.i ], [ %2496, %for_body_ti155.i.1 ], [ %2539, %for_body_ti155.i.2 ], [ %2582, %for_body_ti155.i.3 ], [ %2625, %for_body_ti155.i.4 ], [ %2668, %for_body_ti155.i.5 ], [ %2711, %for_body_ti155.i.6 ]
-  %tile_acc257.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.24.0.lcssa.i, %for_end_to144.i ], [ %2448, %for_body_ti155.lr.ph.i ], [ %2491, %for_body_ti155.i.1 ], [ %2534, %for_body_ti155.i.2 ], [ %2577, %for_body_ti155.i.3 ], [ %2620, %for_body_ti155.i.4 ], [ %2663, %for_body_ti155.i.5 ], [ %2706, %for_body_ti155.i.6 ]
-  %tile_acc257.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.20.0.lcssa.i, %for_end_to144.i ], [ %2443, %for_body_ti155.lr.ph.i ], [ %2486, %for_body_ti155.i.1 ], [ %2529, %for_body_ti155.i.2 ], [ %2572, %for_body_ti155.i.3 ], [ %2615, %for_body_ti155.i.4 ], [ %2658, %for_body_ti155.i.5 ], [ %2701, %for_body_ti155.i.6 ]
-  %tile_acc257.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.16.0.lcssa.i, %for_end_to144.i ], [ %2438, %for_body_ti155.lr.ph.i ], [ %2481, %for_body_ti155.i.1 ], [ %2524, %for_body_ti155.i.2 ], [ %2567, %for_body_ti155.i.3 ], [ %2610, %for_body_ti155.i.4 ], [ %2653, %for_body_ti155.i.5 ], [ %2696, %for_body_ti155.i.6 ]
-  %tile_acc257.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.12.0.lcssa.i, %for_end_to144.i ], [ %2433, %for_body_ti155.lr.ph.i ], [ %2476, %for_body_ti155.i.1 ], [ %2519, %for_body_ti155.i.2 ], [ %2562, %for_body_ti155.i.3 ], [ %2605, %for_body_ti155.i.4 ], [ %2648, %for_body_ti155.i.5 ], [ %2691, %for_body_ti155.i.6 ]
-  %tile_acc257.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.8.0.lcssa.i, %for_end_to144.i ], [ %2428, %for_body_ti155.lr.ph.i ], [ %2471, %for_body_ti155.i.1 ], [ %2514, %for_body_ti155.i.2 ], [ %2557, %for_body_ti155.i.3 ], [ %2600, %for_body_ti155.i.4 ], [ %2643, %for_body_ti155.i.5 ], [ %2686, %for_body_ti155.i.6 ]
-  %tile_acc257.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.4.0.lcssa.i, %for_end_to144.i ], [ %2423, %for_body_ti155.lr.ph.i ], [ %2466, %for_body_ti155.i.1 ], [ %2509, %for_body_ti155.i.2 ], [ %2552, %for_body_ti155.i.3 ], [ %2595, %for_body_ti155.i.4 ], [ %2638, %for_body_ti155.i.5 ], [ %2681, %for_body_ti155.i.6 ]
-  %tile_acc257.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc256.sroa.0.0.lcssa.i, %for_end_to144.i ], [ %2418, %for_body_ti155.lr.ph.i ], [ %2461, %for_body_ti155.i.1 ], [ %2504, %for_body_ti155.i.2 ], [ %2547, %for_body_ti155.i.3 ], [ %2590, %for_body_ti155.i.4 ], [ %2633, %for_body_ti155.i.5 ], [ %2676, %for_body_ti155.i.6 ]
-  %.idx68 = shl nuw nsw i64 %indvars.iv624.i, 9
-  %2712 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx68
-  br i1 %1993, label %if_then173.i, label %if_end172.i, !prof !8
+for_end_ti154.i:                                  ; preds = %for_body_ti153.i.6, %for_body_ti153.i.5, %for_body_ti153.i.4, %for_body_ti153.i.3, %for_body_ti153.i.2, %for_body_ti153.i.1, %for_body_ti153.lr.ph.i, %for_end_to144.i
+  %tile_acc255.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.28.0.lcssa.i, %for_end_to144.i ], [ %2452, %for_body_ti153.lr.ph.i ], [ %2495, %for_body_ti153.i.1 ], [ %2538, %for_body_ti153.i.2 ], [ %2581, %for_body_ti153.i.3 ], [ %2624, %for_body_ti153.i.4 ], [ %2667, %for_body_ti153.i.5 ], [ %2710, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.24.0.lcssa.i, %for_end_to144.i ], [ %2447, %for_body_ti153.lr.ph.i ], [ %2490, %for_body_ti153.i.1 ], [ %2533, %for_body_ti153.i.2 ], [ %2576, %for_body_ti153.i.3 ], [ %2619, %for_body_ti153.i.4 ], [ %2662, %for_body_ti153.i.5 ], [ %2705, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.20.0.lcssa.i, %for_end_to144.i ], [ %2442, %for_body_ti153.lr.ph.i ], [ %2485, %for_body_ti153.i.1 ], [ %2528, %for_body_ti153.i.2 ], [ %2571, %for_body_ti153.i.3 ], [ %2614, %for_body_ti153.i.4 ], [ %2657, %for_body_ti153.i.5 ], [ %2700, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.16.0.lcssa.i, %for_end_to144.i ], [ %2437, %for_body_ti153.lr.ph.i ], [ %2480, %for_body_ti153.i.1 ], [ %2523, %for_body_ti153.i.2 ], [ %2566, %for_body_ti153.i.3 ], [ %2609, %for_body_ti153.i.4 ], [ %2652, %for_body_ti153.i.5 ], [ %2695, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.12.0.lcssa.i, %for_end_to144.i ], [ %2432, %for_body_ti153.lr.ph.i ], [ %2475, %for_body_ti153.i.1 ], [ %2518, %for_body_ti153.i.2 ], [ %2561, %for_body_ti153.i.3 ], [ %2604, %for_body_ti153.i.4 ], [ %2647, %for_body_ti153.i.5 ], [ %2690, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.8.0.lcssa.i, %for_end_to144.i ], [ %2427, %for_body_ti153.lr.ph.i ], [ %2470, %for_body_ti153.i.1 ], [ %2513, %for_body_ti153.i.2 ], [ %2556, %for_body_ti153.i.3 ], [ %2599, %for_body_ti153.i.4 ], [ %2642, %for_body_ti153.i.5 ], [ %2685, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.4.0.lcssa.i, %for_end_to144.i ], [ %2422, %for_body_ti153.lr.ph.i ], [ %2465, %for_body_ti153.i.1 ], [ %2508, %for_body_ti153.i.2 ], [ %2551, %for_body_ti153.i.3 ], [ %2594, %for_body_ti153.i.4 ], [ %2637, %for_body_ti153.i.5 ], [ %2680, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.0.0.lcssa.i, %for_end_to144.i ], [ %2417, %for_body_ti153.lr.ph.i ], [ %2460, %for_body_ti153.i.1 ], [ %2503, %for_body_ti153.i.2 ], [ %2546, %for_body_ti153.i.3 ], [ %2589, %for_body_ti153.i.4 ], [ %2632, %for_body_ti153.i.5 ], [ %2675, %for_body_ti153.i.6 ]
+  %.idx68 = shl nuw nsw i64 %indvars.iv622.i, 9
+  %2711 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx68
+  br i1 %1993, label %if_then171.i, label %if_end170.i, !prof !8
 
-if_end172.i:                                      ; preds = %for_end_ti156.i
-  %2713 = load <16 x float>, ptr %2712, align 4, !tbaa !5
-  %2714 = fmul <16 x float> %2021, %2713
-  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.0.0.lcssa.i, <16 x float> %2714)
-  store <16 x float> %2715, ptr %2712, align 4, !tbaa !5
-  %2716 = getelementptr inbounds nuw i8, ptr %2712, i64 64
-  %2717 = load <16 x float>, ptr %2716, align 4, !tbaa !5
-  %2718 = fmul <16 x float> %2021, %2717
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.4.0.lcssa.i, <16 x float> %2718)
-  store <16 x float> %2719, ptr %2716, align 4, !tbaa !5
-  %2720 = getelementptr inbounds nuw i8, ptr %2712, i64 128
-  %2721 = load <16 x float>, ptr %2720, align 4, !tbaa !5
-  %2722 = fmul <16 x float> %2021, %2721
-  %2723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.9.0.lcssa.i, <16 x float> %2722)
-  store <16 x float> %2723, ptr %2720, align 4, !tbaa !5
-  %2724 = getelementptr inbounds nuw i8, ptr %2712, i64 192
-  %2725 = load <16 x float>, ptr %2724, align 4, !tbaa !5
-  %2726 = fmul <16 x float> %2021, %2725
-  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.13.0.lcssa.i, <16 x float> %2726)
-  store <16 x float> %2727, ptr %2724, align 4, !tbaa !5
-  %2728 = getelementptr inbounds nuw i8, ptr %2712, i64 256
-  %2729 = load <16 x float>, ptr %2728, align 4, !tbaa !5
-  %2730 = fmul <16 x float> %2021, %2729
-  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.18.0.lcssa.i, <16 x float> %2730)
-  store <16 x float> %2731, ptr %2728, align 4, !tbaa !5
-  %2732 = getelementptr inbounds nuw i8, ptr %2712, i64 320
-  %2733 = load <16 x float>, ptr %2732, align 4, !tbaa !5
-  %2734 = fmul <16 x float> %2021, %2733
-  %2735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.22.0.lcssa.i, <16 x float> %2734)
-  store <16 x float> %2735, ptr %2732, align 4, !tbaa !5
-  %2736 = getelementptr inbounds nuw i8, ptr %2712, i64 384
-  %2737 = load <16 x float>, ptr %2736, align 4, !tbaa !5
-  %2738 = fmul <16 x float> %2021, %2737
-  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.27.0.lcssa.i, <16 x float> %2738)
-  store <16 x float> %2739, ptr %2736, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2712, i64 448
+if_end170.i:                                      ; preds = %for_end_ti154.i
+  %2712 = load <16 x float>, ptr %2711, align 4, !tbaa !5
+  %2713 = fmul <16 x float> %2021, %2712
+  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2713)
+  store <16 x float> %2714, ptr %2711, align 4, !tbaa !5
+  %2715 = getelementptr inbounds nuw i8, ptr %2711, i64 64
+  %2716 = load <16 x float>, ptr %2715, align 4, !tbaa !5
+  %2717 = fmul <16 x float> %2021, %2716
+  %2718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2717)
+  store <16 x float> %2718, ptr %2715, align 4, !tbaa !5
+  %2719 = getelementptr inbounds nuw i8, ptr %2711, i64 128
+  %2720 = load <16 x float>, ptr %2719, align 4, !tbaa !5
+  %2721 = fmul <16 x float> %2021, %2720
+  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2721)
+  store <16 x float> %2722, ptr %2719, align 4, !tbaa !5
+  %2723 = getelementptr inbounds nuw i8, ptr %2711, i64 192
+  %2724 = load <16 x float>, ptr %2723, align 4, !tbaa !5
+  %2725 = fmul <16 x float> %2021, %2724
+  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2725)
+  store <16 x float> %2726, ptr %2723, align 4, !tbaa !5
+  %2727 = getelementptr inbounds nuw i8, ptr %2711, i64 256
+  %2728 = load <16 x float>, ptr %2727, align 4, !tbaa !5
+  %2729 = fmul <16 x float> %2021, %2728
+  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2729)
+  store <16 x float> %2730, ptr %2727, align 4, !tbaa !5
+  %2731 = getelementptr inbounds nuw i8, ptr %2711, i64 320
+  %2732 = load <16 x float>, ptr %2731, align 4, !tbaa !5
+  %2733 = fmul <16 x float> %2021, %2732
+  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2733)
+  store <16 x float> %2734, ptr %2731, align 4, !tbaa !5
+  %2735 = getelementptr inbounds nuw i8, ptr %2711, i64 384
+  %2736 = load <16 x float>, ptr %2735, align 4, !tbaa !5
+  %2737 = fmul <16 x float> %2021, %2736
+  %2738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2737)
+  store <16 x float> %2738, ptr %2735, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2711, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre739.i = fmul <16 x float> %2021, %.pre.i
-  br label %if_end174.i
+  %.pre737.i = fmul <16 x float> %2021, %.pre.i
+  br label %if_end172.i
 
-if_then173.i:                                     ; preds = %for_end_ti156.i
-  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.0.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2740, ptr %2712, align 4, !tbaa !5
-  %2741 = getelementptr inbounds nuw i8, ptr %2712, i64 64
-  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.4.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2742, ptr %2741, align 4, !tbaa !5
-  %2743 = getelementptr inbounds nuw i8, ptr %2712, i64 128
-  %2744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.9.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2744, ptr %2743, align 4, !tbaa !5
-  %2745 = getelementptr inbounds nuw i8, ptr %2712, i64 192
-  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.13.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2746, ptr %2745, align 4, !tbaa !5
-  %2747 = getelementptr inbounds nuw i8, ptr %2712, i64 256
-  %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.18.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2748, ptr %2747, align 4, !tbaa !5
-  %2749 = getelementptr inbounds nuw i8, ptr %2712, i64 320
-  %2750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.22.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2750, ptr %2749, align 4, !tbaa !5
-  %2751 = getelementptr inbounds nuw i8, ptr %2712, i64 384
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.27.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2752, ptr %2751, align 4, !tbaa !5
-  br label %if_end174.i
+if_then171.i:                                     ; preds = %for_end_ti154.i
+  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2049)
+  store <16 x float> %2739, ptr %2711, align 4, !tbaa !5
+  %2740 = getelementptr inbounds nuw i8, ptr %2711, i64 64
+  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2049)
+  store <16 x float> %2741, ptr %2740, align 4, !tbaa !5
+  %2742 = getelementptr inbounds nuw i8, ptr %2711, i64 128
+  %2743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2049)
+  store <16 x float> %2743, ptr %2742, align 4, !tbaa !5
+  %2744 = getelementptr inbounds nuw i8, ptr %2711, i64 192
+  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2049)
+  store <16 x float> %2745, ptr %2744, align 4, !tbaa !5
+  %2746 = getelementptr inbounds nuw i8, ptr %2711, i64 256
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2049)
+  store <16 x float> %2747, ptr %2746, align 4, !tbaa !5
+  %2748 = getelementptr inbounds nuw i8, ptr %2711, i64 320
+  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2049)
+  store <16 x float> %2749, ptr %2748, align 4, !tbaa !5
+  %2750 = getelementptr inbounds nuw i8, ptr %2711, i64 384
+  %2751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2049)
+  store <16 x float> %2751, ptr %2750, align 4, !tbaa !5
+  br label %if_end172.i
 
-if_end174.i:                                      ; preds = %if_then173.i, %if_end172.i
-  %.pre-phi.i = phi <16 x float> [ %.pre739.i, %if_end172.i ], [ %2049, %if_then173.i ]
-  %2753 = getelementptr inbounds nuw i8, ptr %2712, i64 448
-  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc257.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2754, ptr %2753, align 4, !tbaa !5
-  %indvars.iv.next625.i = add nuw nsw i64 %indvars.iv624.i, 1
-  %exitcond627.not.i = icmp eq i64 %indvars.iv.next625.i, 16
-  br i1 %exitcond627.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+if_end172.i:                                      ; preds = %if_then171.i, %if_end170.i
+  %.pre-phi.i = phi <16 x float> [ %.pre737.i, %if_end170.i ], [ %2049, %if_then171.i ]
+  %2752 = getelementptr inbounds nuw i8, ptr %2711, i64 448
+  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2753, ptr %2752, align 4, !tbaa !5
+  %indvars.iv.next623.i = add nuw nsw i64 %indvars.iv622.i, 1
+  %exitcond625.not.i = icmp eq i64 %indvars.iv.next623.i, 16
+  br i1 %exitcond625.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end176.i:                                      ; preds = %for_end_d_0_m.i
-  %2755 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2756 = tail call i32 %2755(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not273.i = icmp eq i32 %2756, 0
-  br i1 %.not273.i, label %if_end179.i, label %fused_decode_compute_.exit, !prof !27
+if_end174.i:                                      ; preds = %for_end_d_0_m.i
+  %2754 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2755 = tail call i32 %2754(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not271.i = icmp eq i32 %2755, 0
+  br i1 %.not271.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end179.i:                                      ; preds = %if_end176.i
-  %2757 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2758 = tail call i32 %2757(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not274.i = icmp eq i32 %2758, 0
-  br i1 %.not274.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !27
+if_end177.i:                                      ; preds = %if_end174.i
+  %2756 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2757 = tail call i32 %2756(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not272.i = icmp eq i32 %2757, 0
+  br i1 %.not272.i, label %if_end180.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end182.i:                                      ; preds = %if_end179.i
-  %2759 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2760 = tail call i32 %2759(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not275.i = icmp eq i32 %2760, 0
-  br i1 %.not275.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !27
+if_end180.i:                                      ; preds = %if_end177.i
+  %2758 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2759 = tail call i32 %2758(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not273.i = icmp eq i32 %2759, 0
+  br i1 %.not273.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end185.i:                                      ; preds = %if_end182.i
-  %2761 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2762 = tail call i32 %2761(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not276.i = icmp eq i32 %2762, 0
-  br i1 %.not276.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !27
+if_end183.i:                                      ; preds = %if_end180.i
+  %2760 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2761 = tail call i32 %2760(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not274.i = icmp eq i32 %2761, 0
+  br i1 %.not274.i, label %if_end186.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end188.i:                                      ; preds = %if_end185.i
-  %2763 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2764 = tail call i32 %2763(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not277.i = icmp eq i32 %2764, 0
-  br i1 %.not277.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !27
+if_end186.i:                                      ; preds = %if_end183.i
+  %2762 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2763 = tail call i32 %2762(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not275.i = icmp eq i32 %2763, 0
+  br i1 %.not275.i, label %if_end189.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end191.i:                                      ; preds = %if_end188.i
-  %2765 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2766 = tail call i32 %2765(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not278.i = icmp eq i32 %2766, 0
-  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
+if_end189.i:                                      ; preds = %if_end186.i
+  %2764 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2765 = tail call i32 %2764(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not276.i = icmp eq i32 %2765, 0
+  br i1 %.not276.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
 
-if_then196.i:                                     ; preds = %for_end_step.i
-  %2767 = fdiv <16 x float> splat (float 1.000000e+00), %2058
-  %2768 = fcmp oeq <16 x float> %2058, zeroinitializer
-  %2769 = select <16 x i1> %2768, <16 x float> zeroinitializer, <16 x float> %2767
-  store <16 x float> %2769, ptr %factor255.i, align 16, !tbaa !28
-  %2770 = mul nsw i64 %182, %out_batch
-  %invariant.gep468.i = getelementptr float, ptr %out, i64 %2770
-  br label %for_begin_d_0198.preheader.i
+if_then194.i:                                     ; preds = %for_end_step.i
+  %2766 = fdiv <16 x float> splat (float 1.000000e+00), %2058
+  %2767 = fcmp oeq <16 x float> %2058, zeroinitializer
+  %2768 = select <16 x i1> %2767, <16 x float> zeroinitializer, <16 x float> %2766
+  store <16 x float> %2768, ptr %factor253.i, align 16, !tbaa !28
+  %2769 = mul nsw i64 %182, %out_batch
+  %invariant.gep466.i = getelementptr float, ptr %out, i64 %2769
+  br label %for_begin_d_0196.preheader.i
 
-if_end197.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end234.15.i
-  %2771 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2772 = tail call i32 %2771(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2772, 0
-  br i1 %.not.i, label %if_end246.i, label %fused_decode_compute_.exit, !prof !27
+if_end195.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end232.15.i
+  %2770 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2771 = tail call i32 %2770(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2771, 0
+  br i1 %.not.i, label %if_end244.i, label %fused_decode_compute_.exit, !prof !27
 
-for_begin_r.preheader.i:                          ; preds = %for_end_d_0200.i
-  %2773 = mul nsw i64 %182, %lse_batch
-  %2774 = getelementptr float, ptr %lse, i64 %2773
-  %row_sum267.sroa.0.0.vec.extract705.i = extractelement <16 x float> %2058, i64 0
-  %2775 = fcmp oeq float %row_sum267.sroa.0.0.vec.extract705.i, 0.000000e+00
-  br i1 %2775, label %if_end234.i, label %if_else233.i
+for_begin_r.preheader.i:                          ; preds = %for_end_d_0198.i
+  %2772 = mul nsw i64 %182, %lse_batch
+  %2773 = getelementptr float, ptr %lse, i64 %2772
+  %row_sum265.sroa.0.0.vec.extract703.i = extractelement <16 x float> %2058, i64 0
+  %2774 = fcmp oeq float %row_sum265.sroa.0.0.vec.extract703.i, 0.000000e+00
+  br i1 %2774, label %if_end232.i, label %if_else231.i
 
-for_begin_d_0198.preheader.i:                     ; preds = %for_end_d_0200.i, %if_then196.i
-  %indvars.iv655.i = phi i64 [ 0, %if_then196.i ], [ %indvars.iv.next656.i, %for_end_d_0200.i ]
-  %2776 = shl nuw nsw i64 %indvars.iv655.i, 2
-  %2777 = getelementptr inbounds nuw float, ptr %factor255.i, i64 %2776
-  %2778 = load float, ptr %2777, align 16, !tbaa !35
-  %2779 = insertelement <16 x float> poison, float %2778, i64 0
-  %2780 = shufflevector <16 x float> %2779, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx271.i = mul i64 %96, %indvars.iv655.i
-  %gep469.i = getelementptr i8, ptr %invariant.gep468.i, i64 %.idx271.i
-  %2781 = getelementptr inbounds nuw i8, ptr %2777, i64 4
-  %2782 = load float, ptr %2781, align 4, !tbaa !35
-  %2783 = insertelement <16 x float> poison, float %2782, i64 0
-  %2784 = shufflevector <16 x float> %2783, <16 x float> poison, <16 x i32> zeroinitializer
-  %2785 = or disjoint i64 %2776, 1
-  %2786 = mul nsw i64 %2785, %out_head
-  %2787 = getelementptr inbounds nuw i8, ptr %2777, i64 8
-  %2788 = load float, ptr %2787, align 8, !tbaa !35
-  %2789 = insertelement <16 x float> poison, float %2788, i64 0
-  %2790 = shufflevector <16 x float> %2789, <16 x float> poison, <16 x i32> zeroinitializer
-  %2791 = or disjoint i64 %2776, 2
-  %2792 = mul nsw i64 %2791, %out_head
-  %2793 = getelementptr inbounds nuw i8, ptr %2777, i64 12
-  %2794 = load float, ptr %2793, align 4, !tbaa !35
-  %2795 = insertelement <16 x float> poison, float %2794, i64 0
-  %2796 = shufflevector <16 x float> %2795, <16 x float> poison, <16 x i32> zeroinitializer
-  %2797 = or disjoint i64 %2776, 3
-  %2798 = mul nsw i64 %2797, %out_head
-  %invariant.gep132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2776
-  br label %for_begin_ax1_0203.preheader.i
+for_begin_d_0196.preheader.i:                     ; preds = %for_end_d_0198.i, %if_then194.i
+  %indvars.iv653.i = phi i64 [ 0, %if_then194.i ], [ %indvars.iv.next654.i, %for_end_d_0198.i ]
+  %2775 = shl nuw nsw i64 %indvars.iv653.i, 2
+  %2776 = getelementptr inbounds nuw float, ptr %factor253.i, i64 %2775
+  %2777 = load float, ptr %2776, align 16, !tbaa !35
+  %2778 = insertelement <16 x float> poison, float %2777, i64 0
+  %2779 = shufflevector <16 x float> %2778, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx269.i = mul i64 %96, %indvars.iv653.i
+  %gep467.i = getelementptr i8, ptr %invariant.gep466.i, i64 %.idx269.i
+  %2780 = getelementptr inbounds nuw i8, ptr %2776, i64 4
+  %2781 = load float, ptr %2780, align 4, !tbaa !35
+  %2782 = insertelement <16 x float> poison, float %2781, i64 0
+  %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
+  %2784 = or disjoint i64 %2775, 1
+  %2785 = mul nsw i64 %2784, %out_head
+  %2786 = getelementptr inbounds nuw i8, ptr %2776, i64 8
+  %2787 = load float, ptr %2786, align 8, !tbaa !35
+  %2788 = insertelement <16 x float> poison, float %2787, i64 0
+  %2789 = shufflevector <16 x float> %2788, <16 x float> poison, <16 x i32> zeroinitializer
+  %2790 = or disjoint i64 %2775, 2
+  %2791 = mul nsw i64 %2790, %out_head
+  %2792 = getelementptr inbounds nuw i8, ptr %2776, i64 12
+  %2793 = load float, ptr %2792, align 4, !tbaa !35
+  %2794 = insertelement <16 x float> poison, float %2793, i64 0
+  %2795 = shufflevector <16 x float> %2794, <16 x float> poison, <16 x i32> zeroinitializer
+  %2796 = or disjoint i64 %2775, 3
+  %2797 = mul nsw i64 %2796, %out_head
+  %invariant.gep132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2775
+  br label %for_begin_ax1_0201.preheader.i
 
-for_begin_ax1_0203.preheader.i:                   ; preds = %for_begin_ax1_0203.preheader.i, %for_begin_d_0198.preheader.i
-  %indvars.iv650.i = phi i64 [ 0, %for_begin_d_0198.preheader.i ], [ %indvars.iv.next651.i, %for_begin_ax1_0203.preheader.i ]
-  %.idx69 = shl nuw nsw i64 %indvars.iv650.i, 10
+for_begin_ax1_0201.preheader.i:                   ; preds = %for_begin_ax1_0201.preheader.i, %for_begin_d_0196.preheader.i
+  %indvars.iv648.i = phi i64 [ 0, %for_begin_d_0196.preheader.i ], [ %indvars.iv.next649.i, %for_begin_ax1_0201.preheader.i ]
+  %.idx69 = shl nuw nsw i64 %indvars.iv648.i, 10
   %gep133 = getelementptr inbounds nuw i8, ptr %invariant.gep132, i64 %.idx69
-  %v209.i = load <4 x float>, ptr %gep133, align 4, !tbaa !5
-  %2799 = getelementptr inbounds nuw i8, ptr %gep133, i64 64
+  %v207.i = load <4 x float>, ptr %gep133, align 4, !tbaa !5
+  %2798 = getelementptr inbounds nuw i8, ptr %gep133, i64 64
+  %v209.i = load <4 x float>, ptr %2798, align 4, !tbaa !5
+  %2799 = getelementptr inbounds nuw i8, ptr %gep133, i64 128
   %v211.i = load <4 x float>, ptr %2799, align 4, !tbaa !5
-  %2800 = getelementptr inbounds nuw i8, ptr %gep133, i64 128
+  %2800 = getelementptr inbounds nuw i8, ptr %gep133, i64 192
   %v213.i = load <4 x float>, ptr %2800, align 4, !tbaa !5
-  %2801 = getelementptr inbounds nuw i8, ptr %gep133, i64 192
-  %v215.i = load <4 x float>, ptr %2801, align 4, !tbaa !5
+  %2801 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2802 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2803 = shufflevector <4 x float> %v211.i, <4 x float> %v215.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2803 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2804 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2805 = shufflevector <4 x float> %v211.i, <4 x float> %v215.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2806 = shufflevector <4 x float> %2802, <4 x float> %2803, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2807 = shufflevector <4 x float> %2802, <4 x float> %2803, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2808 = shufflevector <4 x float> %2804, <4 x float> %2805, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2809 = shufflevector <4 x float> %2804, <4 x float> %2805, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2810 = getelementptr inbounds nuw i8, ptr %gep133, i64 256
+  %2805 = shufflevector <4 x float> %2801, <4 x float> %2802, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2806 = shufflevector <4 x float> %2801, <4 x float> %2802, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2807 = shufflevector <4 x float> %2803, <4 x float> %2804, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2808 = shufflevector <4 x float> %2803, <4 x float> %2804, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2809 = getelementptr inbounds nuw i8, ptr %gep133, i64 256
+  %v207.1.i = load <4 x float>, ptr %2809, align 4, !tbaa !5
+  %2810 = getelementptr inbounds nuw i8, ptr %gep133, i64 320
   %v209.1.i = load <4 x float>, ptr %2810, align 4, !tbaa !5
-  %2811 = getelementptr inbounds nuw i8, ptr %gep133, i64 320
+  %2811 = getelementptr inbounds nuw i8, ptr %gep133, i64 384
   %v211.1.i = load <4 x float>, ptr %2811, align 4, !tbaa !5
-  %2812 = getelementptr inbounds nuw i8, ptr %gep133, i64 384
+  %2812 = getelementptr inbounds nuw i8, ptr %gep133, i64 448
   %v213.1.i = load <4 x float>, ptr %2812, align 4, !tbaa !5
-  %2813 = getelementptr inbounds nuw i8, ptr %gep133, i64 448
-  %v215.1.i = load <4 x float>, ptr %2813, align 4, !tbaa !5
+  %2813 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2814 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2815 = shufflevector <4 x float> %v211.1.i, <4 x float> %v215.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2815 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2816 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2817 = shufflevector <4 x float> %v211.1.i, <4 x float> %v215.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2818 = shufflevector <4 x float> %2814, <4 x float> %2815, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2819 = shufflevector <4 x float> %2814, <4 x float> %2815, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2820 = shufflevector <4 x float> %2816, <4 x float> %2817, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2821 = shufflevector <4 x float> %2816, <4 x float> %2817, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2822 = getelementptr inbounds nuw i8, ptr %gep133, i64 512
+  %2817 = shufflevector <4 x float> %2813, <4 x float> %2814, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2818 = shufflevector <4 x float> %2813, <4 x float> %2814, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2819 = shufflevector <4 x float> %2815, <4 x float> %2816, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2820 = shufflevector <4 x float> %2815, <4 x float> %2816, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2821 = getelementptr inbounds nuw i8, ptr %gep133, i64 512
+  %v207.2.i = load <4 x float>, ptr %2821, align 4, !tbaa !5
+  %2822 = getelementptr inbounds nuw i8, ptr %gep133, i64 576
   %v209.2.i = load <4 x float>, ptr %2822, align 4, !tbaa !5
-  %2823 = getelementptr inbounds nuw i8, ptr %gep133, i64 576
+  %2823 = getelementptr inbounds nuw i8, ptr %gep133, i64 640
   %v211.2.i = load <4 x float>, ptr %2823, align 4, !tbaa !5
-  %2824 = getelementptr inbounds nuw i8, ptr %gep133, i64 640
+  %2824 = getelementptr inbounds nuw i8, ptr %gep133, i64 704
   %v213.2.i = load <4 x float>, ptr %2824, align 4, !tbaa !5
-  %2825 = getelementptr inbounds nuw i8, ptr %gep133, i64 704
-  %v215.2.i = load <4 x float>, ptr %2825, align 4, !tbaa !5
+  %2825 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2826 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2827 = shufflevector <4 x float> %v211.2.i, <4 x float> %v215.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2827 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2828 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2829 = shufflevector <4 x float> %v211.2.i, <4 x float> %v215.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2830 = shufflevector <4 x float> %2826, <4 x float> %2827, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2831 = shufflevector <4 x float> %2826, <4 x float> %2827, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2832 = shufflevector <4 x float> %2828, <4 x float> %2829, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2833 = shufflevector <4 x float> %2828, <4 x float> %2829, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2834 = getelementptr inbounds nuw i8, ptr %gep133, i64 768
+  %2829 = shufflevector <4 x float> %2825, <4 x float> %2826, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2830 = shufflevector <4 x float> %2825, <4 x float> %2826, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2831 = shufflevector <4 x float> %2827, <4 x float> %2828, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2832 = shufflevector <4 x float> %2827, <4 x float> %2828, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2833 = getelementptr inbounds nuw i8, ptr %gep133, i64 768
+  %v207.3.i = load <4 x float>, ptr %2833, align 4, !tbaa !5
+  %2834 = getelementptr inbounds nuw i8, ptr %gep133, i64 832
   %v209.3.i = load <4 x float>, ptr %2834, align 4, !tbaa !5
-  %2835 = getelementptr inbounds nuw i8, ptr %gep133, i64 832
+  %2835 = getelementptr inbounds nuw i8, ptr %gep133, i64 896
   %v211.3.i = load <4 x float>, ptr %2835, align 4, !tbaa !5
-  %2836 = getelementptr inbounds nuw i8, ptr %gep133, i64 896
+  %2836 = getelementptr inbounds nuw i8, ptr %gep133, i64 960
   %v213.3.i = load <4 x float>, ptr %2836, align 4, !tbaa !5
-  %2837 = getelementptr inbounds nuw i8, ptr %gep133, i64 960
-  %v215.3.i = load <4 x float>, ptr %2837, align 4, !tbaa !5
+  %2837 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2838 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2839 = shufflevector <4 x float> %v211.3.i, <4 x float> %v215.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2839 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2840 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2841 = shufflevector <4 x float> %v211.3.i, <4 x float> %v215.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2842 = shufflevector <4 x float> %2838, <4 x float> %2839, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2843 = shufflevector <4 x float> %2806, <4 x float> %2818, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2844 = shufflevector <4 x float> %2830, <4 x float> %2842, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2845 = shufflevector <8 x float> %2843, <8 x float> %2844, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2846 = shufflevector <4 x float> %2838, <4 x float> %2839, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2847 = shufflevector <4 x float> %2807, <4 x float> %2819, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2848 = shufflevector <4 x float> %2831, <4 x float> %2846, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2849 = shufflevector <8 x float> %2847, <8 x float> %2848, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2850 = shufflevector <4 x float> %2840, <4 x float> %2841, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2851 = shufflevector <4 x float> %2808, <4 x float> %2820, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2852 = shufflevector <4 x float> %2832, <4 x float> %2850, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2853 = shufflevector <8 x float> %2851, <8 x float> %2852, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2854 = shufflevector <4 x float> %2840, <4 x float> %2841, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2855 = shufflevector <4 x float> %2809, <4 x float> %2821, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2856 = shufflevector <4 x float> %2833, <4 x float> %2854, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2857 = shufflevector <8 x float> %2855, <8 x float> %2856, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2858 = fmul <16 x float> %2780, %2845
-  %2859 = shl nuw nsw i64 %indvars.iv650.i, 4
-  %gep466.i = getelementptr float, ptr %gep469.i, i64 %2859
-  store <16 x float> %2858, ptr %gep466.i, align 4, !tbaa !5
-  %2860 = fmul <16 x float> %2784, %2849
-  %2861 = getelementptr float, ptr %invariant.gep468.i, i64 %2859
-  %2862 = getelementptr float, ptr %2861, i64 %2786
-  store <16 x float> %2860, ptr %2862, align 4, !tbaa !5
-  %2863 = fmul <16 x float> %2790, %2853
-  %2864 = getelementptr float, ptr %2861, i64 %2792
-  store <16 x float> %2863, ptr %2864, align 4, !tbaa !5
-  %2865 = fmul <16 x float> %2796, %2857
-  %2866 = getelementptr float, ptr %2861, i64 %2798
-  store <16 x float> %2865, ptr %2866, align 4, !tbaa !5
-  %indvars.iv.next651.i = add nuw nsw i64 %indvars.iv650.i, 1
-  %exitcond654.not.i = icmp eq i64 %indvars.iv.next651.i, 8
-  br i1 %exitcond654.not.i, label %for_end_d_0200.i, label %for_begin_ax1_0203.preheader.i, !prof !16
+  %2841 = shufflevector <4 x float> %2837, <4 x float> %2838, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2842 = shufflevector <4 x float> %2805, <4 x float> %2817, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2843 = shufflevector <4 x float> %2829, <4 x float> %2841, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2844 = shufflevector <8 x float> %2842, <8 x float> %2843, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2845 = shufflevector <4 x float> %2837, <4 x float> %2838, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2846 = shufflevector <4 x float> %2806, <4 x float> %2818, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2847 = shufflevector <4 x float> %2830, <4 x float> %2845, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2848 = shufflevector <8 x float> %2846, <8 x float> %2847, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2849 = shufflevector <4 x float> %2839, <4 x float> %2840, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2850 = shufflevector <4 x float> %2807, <4 x float> %2819, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2851 = shufflevector <4 x float> %2831, <4 x float> %2849, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2852 = shufflevector <8 x float> %2850, <8 x float> %2851, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2853 = shufflevector <4 x float> %2839, <4 x float> %2840, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2854 = shufflevector <4 x float> %2808, <4 x float> %2820, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2855 = shufflevector <4 x float> %2832, <4 x float> %2853, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2856 = shufflevector <8 x float> %2854, <8 x float> %2855, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2857 = fmul <16 x float> %2779, %2844
+  %2858 = shl nuw nsw i64 %indvars.iv648.i, 4
+  %gep464.i = getelementptr float, ptr %gep467.i, i64 %2858
+  store <16 x float> %2857, ptr %gep464.i, align 4, !tbaa !5
+  %2859 = fmul <16 x float> %2783, %2848
+  %2860 = getelementptr float, ptr %invariant.gep466.i, i64 %2858
+  %2861 = getelementptr float, ptr %2860, i64 %2785
+  store <16 x float> %2859, ptr %2861, align 4, !tbaa !5
+  %2862 = fmul <16 x float> %2789, %2852
+  %2863 = getelementptr float, ptr %2860, i64 %2791
+  store <16 x float> %2862, ptr %2863, align 4, !tbaa !5
+  %2864 = fmul <16 x float> %2795, %2856
+  %2865 = getelementptr float, ptr %2860, i64 %2797
+  store <16 x float> %2864, ptr %2865, align 4, !tbaa !5
+  %indvars.iv.next649.i = add nuw nsw i64 %indvars.iv648.i, 1
+  %exitcond652.not.i = icmp eq i64 %indvars.iv.next649.i, 8
+  br i1 %exitcond652.not.i, label %for_end_d_0198.i, label %for_begin_ax1_0201.preheader.i, !prof !16
 
-for_end_d_0200.i:                                 ; preds = %for_begin_ax1_0203.preheader.i
-  %indvars.iv.next656.i = add nuw nsw i64 %indvars.iv655.i, 1
-  %exitcond658.not.i = icmp eq i64 %indvars.iv.next656.i, 4
-  br i1 %exitcond658.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0198.preheader.i, !prof !16
+for_end_d_0198.i:                                 ; preds = %for_begin_ax1_0201.preheader.i
+  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
+  %exitcond656.not.i = icmp eq i64 %indvars.iv.next654.i, 4
+  br i1 %exitcond656.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0196.preheader.i, !prof !16
 
-if_else233.i:                                     ; preds = %for_begin_r.preheader.i
-  %2867 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.0.vec.extract705.i)
-  %row_max268.sroa.0.0.vec.extract672.i = extractelement <16 x float> %m.i, i64 0
-  %2868 = fadd float %2867, %row_max268.sroa.0.0.vec.extract672.i
-  br label %if_end234.i
+if_else231.i:                                     ; preds = %for_begin_r.preheader.i
+  %2866 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.0.vec.extract703.i)
+  %row_max266.sroa.0.0.vec.extract670.i = extractelement <16 x float> %m.i, i64 0
+  %2867 = fadd float %2866, %row_max266.sroa.0.0.vec.extract670.i
+  br label %if_end232.i
 
-if_end234.i:                                      ; preds = %if_else233.i, %for_begin_r.preheader.i
-  %2869 = phi float [ %2868, %if_else233.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
-  store float %2869, ptr %2774, align 4, !tbaa !5
-  %row_sum267.sroa.0.4.vec.extract707.i = extractelement <16 x float> %2058, i64 1
-  %2870 = fcmp oeq float %row_sum267.sroa.0.4.vec.extract707.i, 0.000000e+00
-  br i1 %2870, label %if_end234.1.i, label %if_else233.1.i
+if_end232.i:                                      ; preds = %if_else231.i, %for_begin_r.preheader.i
+  %2868 = phi float [ %2867, %if_else231.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
+  store float %2868, ptr %2773, align 4, !tbaa !5
+  %row_sum265.sroa.0.4.vec.extract705.i = extractelement <16 x float> %2058, i64 1
+  %2869 = fcmp oeq float %row_sum265.sroa.0.4.vec.extract705.i, 0.000000e+00
+  br i1 %2869, label %if_end232.1.i, label %if_else231.1.i
 
-if_else233.1.i:                                   ; preds = %if_end234.i
-  %2871 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.4.vec.extract707.i)
-  %row_max268.sroa.0.4.vec.extract674.i = extractelement <16 x float> %m.i, i64 1
-  %2872 = fadd float %2871, %row_max268.sroa.0.4.vec.extract674.i
-  br label %if_end234.1.i
+if_else231.1.i:                                   ; preds = %if_end232.i
+  %2870 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.4.vec.extract705.i)
+  %row_max266.sroa.0.4.vec.extract672.i = extractelement <16 x float> %m.i, i64 1
+  %2871 = fadd float %2870, %row_max266.sroa.0.4.vec.extract672.i
+  br label %if_end232.1.i
 
-if_end234.1.i:                                    ; preds = %if_else233.1.i, %if_end234.i
-  %2873 = phi float [ %2872, %if_else233.1.i ], [ 0xFFF0000000000000, %if_end234.i ]
-  %2874 = getelementptr i8, ptr %2774, i64 4
-  store float %2873, ptr %2874, align 4, !tbaa !5
-  %row_sum267.sroa.0.8.vec.extract709.i = extractelement <16 x float> %2058, i64 2
-  %2875 = fcmp oeq float %row_sum267.sroa.0.8.vec.extract709.i, 0.000000e+00
-  br i1 %2875, label %if_end234.2.i, label %if_else233.2.i
+if_end232.1.i:                                    ; preds = %if_else231.1.i, %if_end232.i
+  %2872 = phi float [ %2871, %if_else231.1.i ], [ 0xFFF0000000000000, %if_end232.i ]
+  %2873 = getelementptr i8, ptr %2773, i64 4
+  store float %2872, ptr %2873, align 4, !tbaa !5
+  %row_sum265.sroa.0.8.vec.extract707.i = extractelement <16 x float> %2058, i64 2
+  %2874 = fcmp oeq float %row_sum265.sroa.0.8.vec.extract707.i, 0.000000e+00
+  br i1 %2874, label %if_end232.2.i, label %if_else231.2.i
 
-if_else233.2.i:                                   ; preds = %if_end234.1.i
-  %2876 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.8.vec.extract709.i)
-  %row_max268.sroa.0.8.vec.extract676.i = extractelement <16 x float> %m.i, i64 2
-  %2877 = fadd float %2876, %row_max268.sroa.0.8.vec.extract676.i
-  br label %if_end234.2.i
+if_else231.2.i:                                   ; preds = %if_end232.1.i
+  %2875 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.8.vec.extract707.i)
+  %row_max266.sroa.0.8.vec.extract674.i = extractelement <16 x float> %m.i, i64 2
+  %2876 = fadd float %2875, %row_max266.sroa.0.8.vec.extract674.i
+  br label %if_end232.2.i
 
-if_end234.2.i:                                    ; preds = %if_else233.2.i, %if_end234.1.i
-  %2878 = phi float [ %2877, %if_else233.2.i ], [ 0xFFF0000000000000, %if_end234.1.i ]
-  %2879 = getelementptr i8, ptr %2774, i64 8
-  store float %2878, ptr %2879, align 4, !tbaa !5
-  %row_sum267.sroa.0.12.vec.extract711.i = extractelement <16 x float> %2058, i64 3
-  %2880 = fcmp oeq float %row_sum267.sroa.0.12.vec.extract711.i, 0.000000e+00
-  br i1 %2880, label %if_end234.3.i, label %if_else233.3.i
+if_end232.2.i:                                    ; preds = %if_else231.2.i, %if_end232.1.i
+  %2877 = phi float [ %2876, %if_else231.2.i ], [ 0xFFF0000000000000, %if_end232.1.i ]
+  %2878 = getelementptr i8, ptr %2773, i64 8
+  store float %2877, ptr %2878, align 4, !tbaa !5
+  %row_sum265.sroa.0.12.vec.extract709.i = extractelement <16 x float> %2058, i64 3
+  %2879 = fcmp oeq float %row_sum265.sroa.0.12.vec.extract709.i, 0.000000e+00
+  br i1 %2879, label %if_end232.3.i, label %if_else231.3.i
 
-if_else233.3.i:                                   ; preds = %if_end234.2.i
-  %2881 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.12.vec.extract711.i)
-  %row_max268.sroa.0.12.vec.extract678.i = extractelement <16 x float> %m.i, i64 3
-  %2882 = fadd float %2881, %row_max268.sroa.0.12.vec.extract678.i
-  br label %if_end234.3.i
+if_else231.3.i:                                   ; preds = %if_end232.2.i
+  %2880 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.12.vec.extract709.i)
+  %row_max266.sroa.0.12.vec.extract676.i = extractelement <16 x float> %m.i, i64 3
+  %2881 = fadd float %2880, %row_max266.sroa.0.12.vec.extract676.i
+  br label %if_end232.3.i
 
-if_end234.3.i:                                    ; preds = %if_else233.3.i, %if_end234.2.i
-  %2883 = phi float [ %2882, %if_else233.3.i ], [ 0xFFF0000000000000, %if_end234.2.i ]
-  %2884 = getelementptr i8, ptr %2774, i64 12
-  store float %2883, ptr %2884, align 4, !tbaa !5
-  %row_sum267.sroa.0.16.vec.extract713.i = extractelement <16 x float> %2058, i64 4
-  %2885 = fcmp oeq float %row_sum267.sroa.0.16.vec.extract713.i, 0.000000e+00
-  br i1 %2885, label %if_end234.4.i, label %if_else233.4.i
+if_end232.3.i:                                    ; preds = %if_else231.3.i, %if_end232.2.i
+  %2882 = phi float [ %2881, %if_else231.3.i ], [ 0xFFF0000000000000, %if_end232.2.i ]
+  %2883 = getelementptr i8, ptr %2773, i64 12
+  store float %2882, ptr %2883, align 4, !tbaa !5
+  %row_sum265.sroa.0.16.vec.extract711.i = extractelement <16 x float> %2058, i64 4
+  %2884 = fcmp oeq float %row_sum265.sroa.0.16.vec.extract711.i, 0.000000e+00
+  br i1 %2884, label %if_end232.4.i, label %if_else231.4.i
 
-if_else233.4.i:                                   ; preds = %if_end234.3.i
-  %2886 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.16.vec.extract713.i)
-  %row_max268.sroa.0.16.vec.extract680.i = extractelement <16 x float> %m.i, i64 4
-  %2887 = fadd float %2886, %row_max268.sroa.0.16.vec.extract680.i
-  br label %if_end234.4.i
+if_else231.4.i:                                   ; preds = %if_end232.3.i
+  %2885 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.16.vec.extract711.i)
+  %row_max266.sroa.0.16.vec.extract678.i = extractelement <16 x float> %m.i, i64 4
+  %2886 = fadd float %2885, %row_max266.sroa.0.16.vec.extract678.i
+  br label %if_end232.4.i
 
-if_end234.4.i:                                    ; preds = %if_else233.4.i, %if_end234.3.i
-  %2888 = phi float [ %2887, %if_else233.4.i ], [ 0xFFF0000000000000, %if_end234.3.i ]
-  %2889 = getelementptr i8, ptr %2774, i64 16
-  store float %2888, ptr %2889, align 4, !tbaa !5
-  %row_sum267.sroa.0.20.vec.extract715.i = extractelement <16 x float> %2058, i64 5
-  %2890 = fcmp oeq float %row_sum267.sroa.0.20.vec.extract715.i, 0.000000e+00
-  br i1 %2890, label %if_end234.5.i, label %if_else233.5.i
+if_end232.4.i:                                    ; preds = %if_else231.4.i, %if_end232.3.i
+  %2887 = phi float [ %2886, %if_else231.4.i ], [ 0xFFF0000000000000, %if_end232.3.i ]
+  %2888 = getelementptr i8, ptr %2773, i64 16
+  store float %2887, ptr %2888, align 4, !tbaa !5
+  %row_sum265.sroa.0.20.vec.extract713.i = extractelement <16 x float> %2058, i64 5
+  %2889 = fcmp oeq float %row_sum265.sroa.0.20.vec.extract713.i, 0.000000e+00
+  br i1 %2889, label %if_end232.5.i, label %if_else231.5.i
 
-if_else233.5.i:                                   ; preds = %if_end234.4.i
-  %2891 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.20.vec.extract715.i)
-  %row_max268.sroa.0.20.vec.extract682.i = extractelement <16 x float> %m.i, i64 5
-  %2892 = fadd float %2891, %row_max268.sroa.0.20.vec.extract682.i
-  br label %if_end234.5.i
+if_else231.5.i:                                   ; preds = %if_end232.4.i
+  %2890 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.20.vec.extract713.i)
+  %row_max266.sroa.0.20.vec.extract680.i = extractelement <16 x float> %m.i, i64 5
+  %2891 = fadd float %2890, %row_max266.sroa.0.20.vec.extract680.i
+  br label %if_end232.5.i
 
-if_end234.5.i:                                    ; preds = %if_else233.5.i, %if_end234.4.i
-  %2893 = phi float [ %2892, %if_else233.5.i ], [ 0xFFF0000000000000, %if_end234.4.i ]
-  %2894 = getelementptr i8, ptr %2774, i64 20
-  store float %2893, ptr %2894, align 4, !tbaa !5
-  %row_sum267.sroa.0.24.vec.extract717.i = extractelement <16 x float> %2058, i64 6
-  %2895 = fcmp oeq float %row_sum267.sroa.0.24.vec.extract717.i, 0.000000e+00
-  br i1 %2895, label %if_end234.6.i, label %if_else233.6.i
+if_end232.5.i:                                    ; preds = %if_else231.5.i, %if_end232.4.i
+  %2892 = phi float [ %2891, %if_else231.5.i ], [ 0xFFF0000000000000, %if_end232.4.i ]
+  %2893 = getelementptr i8, ptr %2773, i64 20
+  store float %2892, ptr %2893, align 4, !tbaa !5
+  %row_sum265.sroa.0.24.vec.extract715.i = extractelement <16 x float> %2058, i64 6
+  %2894 = fcmp oeq float %row_sum265.sroa.0.24.vec.extract715.i, 0.000000e+00
+  br i1 %2894, label %if_end232.6.i, label %if_else231.6.i
 
-if_else233.6.i:                                   ; preds = %if_end234.5.i
-  %2896 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.24.vec.extract717.i)
-  %row_max268.sroa.0.24.vec.extract684.i = extractelement <16 x float> %m.i, i64 6
-  %2897 = fadd float %2896, %row_max268.sroa.0.24.vec.extract684.i
-  br label %if_end234.6.i
+if_else231.6.i:                                   ; preds = %if_end232.5.i
+  %2895 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.24.vec.extract715.i)
+  %row_max266.sroa.0.24.vec.extract682.i = extractelement <16 x float> %m.i, i64 6
+  %2896 = fadd float %2895, %row_max266.sroa.0.24.vec.extract682.i
+  br label %if_end232.6.i
 
-if_end234.6.i:                                    ; preds = %if_else233.6.i, %if_end234.5.i
-  %2898 = phi float [ %2897, %if_else233.6.i ], [ 0xFFF0000000000000, %if_end234.5.i ]
-  %2899 = getelementptr i8, ptr %2774, i64 24
-  store float %2898, ptr %2899, align 4, !tbaa !5
-  %row_sum267.sroa.0.28.vec.extract719.i = extractelement <16 x float> %2058, i64 7
-  %2900 = fcmp oeq float %row_sum267.sroa.0.28.vec.extract719.i, 0.000000e+00
-  br i1 %2900, label %if_end234.7.i, label %if_else233.7.i
+if_end232.6.i:                                    ; preds = %if_else231.6.i, %if_end232.5.i
+  %2897 = phi float [ %2896, %if_else231.6.i ], [ 0xFFF0000000000000, %if_end232.5.i ]
+  %2898 = getelementptr i8, ptr %2773, i64 24
+  store float %2897, ptr %2898, align 4, !tbaa !5
+  %row_sum265.sroa.0.28.vec.extract717.i = extractelement <16 x float> %2058, i64 7
+  %2899 = fcmp oeq float %row_sum265.sroa.0.28.vec.extract717.i, 0.000000e+00
+  br i1 %2899, label %if_end232.7.i, label %if_else231.7.i
 
-if_else233.7.i:                                   ; preds = %if_end234.6.i
-  %2901 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.28.vec.extract719.i)
-  %row_max268.sroa.0.28.vec.extract686.i = extractelement <16 x float> %m.i, i64 7
-  %2902 = fadd float %2901, %row_max268.sroa.0.28.vec.extract686.i
-  br label %if_end234.7.i
+if_else231.7.i:                                   ; preds = %if_end232.6.i
+  %2900 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.28.vec.extract717.i)
+  %row_max266.sroa.0.28.vec.extract684.i = extractelement <16 x float> %m.i, i64 7
+  %2901 = fadd float %2900, %row_max266.sroa.0.28.vec.extract684.i
+  br label %if_end232.7.i
 
-if_end234.7.i:                                    ; preds = %if_else233.7.i, %if_end234.6.i
-  %2903 = phi float [ %2902, %if_else233.7.i ], [ 0xFFF0000000000000, %if_end234.6.i ]
-  %2904 = getelementptr i8, ptr %2774, i64 28
-  store float %2903, ptr %2904, align 4, !tbaa !5
-  %row_sum267.sroa.0.32.vec.extract721.i = extractelement <16 x float> %2058, i64 8
-  %2905 = fcmp oeq float %row_sum267.sroa.0.32.vec.extract721.i, 0.000000e+00
-  br i1 %2905, label %if_end234.8.i, label %if_else233.8.i
+if_end232.7.i:                                    ; preds = %if_else231.7.i, %if_end232.6.i
+  %2902 = phi float [ %2901, %if_else231.7.i ], [ 0xFFF0000000000000, %if_end232.6.i ]
+  %2903 = getelementptr i8, ptr %2773, i64 28
+  store float %2902, ptr %2903, align 4, !tbaa !5
+  %row_sum265.sroa.0.32.vec.extract719.i = extractelement <16 x float> %2058, i64 8
+  %2904 = fcmp oeq float %row_sum265.sroa.0.32.vec.extract719.i, 0.000000e+00
+  br i1 %2904, label %if_end232.8.i, label %if_else231.8.i
 
-if_else233.8.i:                                   ; preds = %if_end234.7.i
-  %2906 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.32.vec.extract721.i)
-  %row_max268.sroa.0.32.vec.extract688.i = extractelement <16 x float> %m.i, i64 8
-  %2907 = fadd float %2906, %row_max268.sroa.0.32.vec.extract688.i
-  br label %if_end234.8.i
+if_else231.8.i:                                   ; preds = %if_end232.7.i
+  %2905 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.32.vec.extract719.i)
+  %row_max266.sroa.0.32.vec.extract686.i = extractelement <16 x float> %m.i, i64 8
+  %2906 = fadd float %2905, %row_max266.sroa.0.32.vec.extract686.i
+  br label %if_end232.8.i
 
-if_end234.8.i:                                    ; preds = %if_else233.8.i, %if_end234.7.i
-  %2908 = phi float [ %2907, %if_else233.8.i ], [ 0xFFF0000000000000, %if_end234.7.i ]
-  %2909 = getelementptr i8, ptr %2774, i64 32
-  store float %2908, ptr %2909, align 4, !tbaa !5
-  %row_sum267.sroa.0.36.vec.extract723.i = extractelement <16 x float> %2058, i64 9
-  %2910 = fcmp oeq float %row_sum267.sroa.0.36.vec.extract723.i, 0.000000e+00
-  br i1 %2910, label %if_end234.9.i, label %if_else233.9.i
+if_end232.8.i:                                    ; preds = %if_else231.8.i, %if_end232.7.i
+  %2907 = phi float [ %2906, %if_else231.8.i ], [ 0xFFF0000000000000, %if_end232.7.i ]
+  %2908 = getelementptr i8, ptr %2773, i64 32
+  store float %2907, ptr %2908, align 4, !tbaa !5
+  %row_sum265.sroa.0.36.vec.extract721.i = extractelement <16 x float> %2058, i64 9
+  %2909 = fcmp oeq float %row_sum265.sroa.0.36.vec.extract721.i, 0.000000e+00
+  br i1 %2909, label %if_end232.9.i, label %if_else231.9.i
 
-if_else233.9.i:                                   ; preds = %if_end234.8.i
-  %2911 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.36.vec.extract723.i)
-  %row_max268.sroa.0.36.vec.extract690.i = extractelement <16 x float> %m.i, i64 9
-  %2912 = fadd float %2911, %row_max268.sroa.0.36.vec.extract690.i
-  br label %if_end234.9.i
+if_else231.9.i:                                   ; preds = %if_end232.8.i
+  %2910 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.36.vec.extract721.i)
+  %row_max266.sroa.0.36.vec.extract688.i = extractelement <16 x float> %m.i, i64 9
+  %2911 = fadd float %2910, %row_max266.sroa.0.36.vec.extract688.i
+  br label %if_end232.9.i
 
-if_end234.9.i:                                    ; preds = %if_else233.9.i, %if_end234.8.i
-  %2913 = phi float [ %2912, %if_else233.9.i ], [ 0xFFF0000000000000, %if_end234.8.i ]
-  %2914 = getelementptr i8, ptr %2774, i64 36
-  store float %2913, ptr %2914, align 4, !tbaa !5
-  %row_sum267.sroa.0.40.vec.extract725.i = extractelement <16 x float> %2058, i64 10
-  %2915 = fcmp oeq float %row_sum267.sroa.0.40.vec.extract725.i, 0.000000e+00
-  br i1 %2915, label %if_end234.10.i, label %if_else233.10.i
+if_end232.9.i:                                    ; preds = %if_else231.9.i, %if_end232.8.i
+  %2912 = phi float [ %2911, %if_else231.9.i ], [ 0xFFF0000000000000, %if_end232.8.i ]
+  %2913 = getelementptr i8, ptr %2773, i64 36
+  store float %2912, ptr %2913, align 4, !tbaa !5
+  %row_sum265.sroa.0.40.vec.extract723.i = extractelement <16 x float> %2058, i64 10
+  %2914 = fcmp oeq float %row_sum265.sroa.0.40.vec.extract723.i, 0.000000e+00
+  br i1 %2914, label %if_end232.10.i, label %if_else231.10.i
 
-if_else233.10.i:                                  ; preds = %if_end234.9.i
-  %2916 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.40.vec.extract725.i)
-  %row_max268.sroa.0.40.vec.extract692.i = extractelement <16 x float> %m.i, i64 10
-  %2917 = fadd float %2916, %row_max268.sroa.0.40.vec.extract692.i
-  br label %if_end234.10.i
+if_else231.10.i:                                  ; preds = %if_end232.9.i
+  %2915 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.40.vec.extract723.i)
+  %row_max266.sroa.0.40.vec.extract690.i = extractelement <16 x float> %m.i, i64 10
+  %2916 = fadd float %2915, %row_max266.sroa.0.40.vec.extract690.i
+  br label %if_end232.10.i
 
-if_end234.10.i:                                   ; preds = %if_else233.10.i, %if_end234.9.i
-  %2918 = phi float [ %2917, %if_else233.10.i ], [ 0xFFF0000000000000, %if_end234.9.i ]
-  %2919 = getelementptr i8, ptr %2774, i64 40
-  store float %2918, ptr %2919, align 4, !tbaa !5
-  %row_sum267.sroa.0.44.vec.extract727.i = extractelement <16 x float> %2058, i64 11
-  %2920 = fcmp oeq float %row_sum267.sroa.0.44.vec.extract727.i, 0.000000e+00
-  br i1 %2920, label %if_end234.11.i, label %if_else233.11.i
+if_end232.10.i:                                   ; preds = %if_else231.10.i, %if_end232.9.i
+  %2917 = phi float [ %2916, %if_else231.10.i ], [ 0xFFF0000000000000, %if_end232.9.i ]
+  %2918 = getelementptr i8, ptr %2773, i64 40
+  store float %2917, ptr %2918, align 4, !tbaa !5
+  %row_sum265.sroa.0.44.vec.extract725.i = extractelement <16 x float> %2058, i64 11
+  %2919 = fcmp oeq float %row_sum265.sroa.0.44.vec.extract725.i, 0.000000e+00
+  br i1 %2919, label %if_end232.11.i, label %if_else231.11.i
 
-if_else233.11.i:                                  ; preds = %if_end234.10.i
-  %2921 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.44.vec.extract727.i)
-  %row_max268.sroa.0.44.vec.extract694.i = extractelement <16 x float> %m.i, i64 11
-  %2922 = fadd float %2921, %row_max268.sroa.0.44.vec.extract694.i
-  br label %if_end234.11.i
+if_else231.11.i:                                  ; preds = %if_end232.10.i
+  %2920 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.44.vec.extract725.i)
+  %row_max266.sroa.0.44.vec.extract692.i = extractelement <16 x float> %m.i, i64 11
+  %2921 = fadd float %2920, %row_max266.sroa.0.44.vec.extract692.i
+  br label %if_end232.11.i
 
-if_end234.11.i:                                   ; preds = %if_else233.11.i, %if_end234.10.i
-  %2923 = phi float [ %2922, %if_else233.11.i ], [ 0xFFF0000000000000, %if_end234.10.i ]
-  %2924 = getelementptr i8, ptr %2774, i64 44
-  store float %2923, ptr %2924, align 4, !tbaa !5
-  %row_sum267.sroa.0.48.vec.extract729.i = extractelement <16 x float> %2058, i64 12
-  %2925 = fcmp oeq float %row_sum267.sroa.0.48.vec.extract729.i, 0.000000e+00
-  br i1 %2925, label %if_end234.12.i, label %if_else233.12.i
+if_end232.11.i:                                   ; preds = %if_else231.11.i, %if_end232.10.i
+  %2922 = phi float [ %2921, %if_else231.11.i ], [ 0xFFF0000000000000, %if_end232.10.i ]
+  %2923 = getelementptr i8, ptr %2773, i64 44
+  store float %2922, ptr %2923, align 4, !tbaa !5
+  %row_sum265.sroa.0.48.vec.extract727.i = extractelement <16 x float> %2058, i64 12
+  %2924 = fcmp oeq float %row_sum265.sroa.0.48.vec.extract727.i, 0.000000e+00
+  br i1 %2924, label %if_end232.12.i, label %if_else231.12.i
 
-if_else233.12.i:                                  ; preds = %if_end234.11.i
-  %2926 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.48.vec.extract729.i)
-  %row_max268.sroa.0.48.vec.extract696.i = extractelement <16 x float> %m.i, i64 12
-  %2927 = fadd float %2926, %row_max268.sroa.0.48.vec.extract696.i
-  br label %if_end234.12.i
+if_else231.12.i:                                  ; preds = %if_end232.11.i
+  %2925 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.48.vec.extract727.i)
+  %row_max266.sroa.0.48.vec.extract694.i = extractelement <16 x float> %m.i, i64 12
+  %2926 = fadd float %2925, %row_max266.sroa.0.48.vec.extract694.i
+  br label %if_end232.12.i
 
-if_end234.12.i:                                   ; preds = %if_else233.12.i, %if_end234.11.i
-  %2928 = phi float [ %2927, %if_else233.12.i ], [ 0xFFF0000000000000, %if_end234.11.i ]
-  %2929 = getelementptr i8, ptr %2774, i64 48
-  store float %2928, ptr %2929, align 4, !tbaa !5
-  %row_sum267.sroa.0.52.vec.extract731.i = extractelement <16 x float> %2058, i64 13
-  %2930 = fcmp oeq float %row_sum267.sroa.0.52.vec.extract731.i, 0.000000e+00
-  br i1 %2930, label %if_end234.13.i, label %if_else233.13.i
+if_end232.12.i:                                   ; preds = %if_else231.12.i, %if_end232.11.i
+  %2927 = phi float [ %2926, %if_else231.12.i ], [ 0xFFF0000000000000, %if_end232.11.i ]
+  %2928 = getelementptr i8, ptr %2773, i64 48
+  store float %2927, ptr %2928, align 4, !tbaa !5
+  %row_sum265.sroa.0.52.vec.extract729.i = extractelement <16 x float> %2058, i64 13
+  %2929 = fcmp oeq float %row_sum265.sroa.0.52.vec.extract729.i, 0.000000e+00
+  br i1 %2929, label %if_end232.13.i, label %if_else231.13.i
 
-if_else233.13.i:                                  ; preds = %if_end234.12.i
-  %2931 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.52.vec.extract731.i)
-  %row_max268.sroa.0.52.vec.extract698.i = extractelement <16 x float> %m.i, i64 13
-  %2932 = fadd float %2931, %row_max268.sroa.0.52.vec.extract698.i
-  br label %if_end234.13.i
+if_else231.13.i:                                  ; preds = %if_end232.12.i
+  %2930 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.52.vec.extract729.i)
+  %row_max266.sroa.0.52.vec.extract696.i = extractelement <16 x float> %m.i, i64 13
+  %2931 = fadd float %2930, %row_max266.sroa.0.52.vec.extract696.i
+  br label %if_end232.13.i
 
-if_end234.13.i:                                   ; preds = %if_else233.13.i, %if_end234.12.i
-  %2933 = phi float [ %2932, %if_else233.13.i ], [ 0xFFF0000000000000, %if_end234.12.i ]
-  %2934 = getelementptr i8, ptr %2774, i64 52
-  store float %2933, ptr %2934, align 4, !tbaa !5
-  %row_sum267.sroa.0.56.vec.extract733.i = extractelement <16 x float> %2058, i64 14
-  %2935 = fcmp oeq float %row_sum267.sroa.0.56.vec.extract733.i, 0.000000e+00
-  br i1 %2935, label %if_end234.14.i, label %if_else233.14.i
+if_end232.13.i:                                   ; preds = %if_else231.13.i, %if_end232.12.i
+  %2932 = phi float [ %2931, %if_else231.13.i ], [ 0xFFF0000000000000, %if_end232.12.i ]
+  %2933 = getelementptr i8, ptr %2773, i64 52
+  store float %2932, ptr %2933, align 4, !tbaa !5
+  %row_sum265.sroa.0.56.vec.extract731.i = extractelement <16 x float> %2058, i64 14
+  %2934 = fcmp oeq float %row_sum265.sroa.0.56.vec.extract731.i, 0.000000e+00
+  br i1 %2934, label %if_end232.14.i, label %if_else231.14.i
 
-if_else233.14.i:                                  ; preds = %if_end234.13.i
-  %2936 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.56.vec.extract733.i)
-  %row_max268.sroa.0.56.vec.extract700.i = extractelement <16 x float> %m.i, i64 14
-  %2937 = fadd float %2936, %row_max268.sroa.0.56.vec.extract700.i
-  br label %if_end234.14.i
+if_else231.14.i:                                  ; preds = %if_end232.13.i
+  %2935 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.56.vec.extract731.i)
+  %row_max266.sroa.0.56.vec.extract698.i = extractelement <16 x float> %m.i, i64 14
+  %2936 = fadd float %2935, %row_max266.sroa.0.56.vec.extract698.i
+  br label %if_end232.14.i
 
-if_end234.14.i:                                   ; preds = %if_else233.14.i, %if_end234.13.i
-  %2938 = phi float [ %2937, %if_else233.14.i ], [ 0xFFF0000000000000, %if_end234.13.i ]
-  %2939 = getelementptr i8, ptr %2774, i64 56
-  store float %2938, ptr %2939, align 4, !tbaa !5
-  %row_sum267.sroa.0.60.vec.extract735.i = extractelement <16 x float> %2058, i64 15
-  %2940 = fcmp oeq float %row_sum267.sroa.0.60.vec.extract735.i, 0.000000e+00
-  br i1 %2940, label %if_end234.15.i, label %if_else233.15.i
+if_end232.14.i:                                   ; preds = %if_else231.14.i, %if_end232.13.i
+  %2937 = phi float [ %2936, %if_else231.14.i ], [ 0xFFF0000000000000, %if_end232.13.i ]
+  %2938 = getelementptr i8, ptr %2773, i64 56
+  store float %2937, ptr %2938, align 4, !tbaa !5
+  %row_sum265.sroa.0.60.vec.extract733.i = extractelement <16 x float> %2058, i64 15
+  %2939 = fcmp oeq float %row_sum265.sroa.0.60.vec.extract733.i, 0.000000e+00
+  br i1 %2939, label %if_end232.15.i, label %if_else231.15.i
 
-if_else233.15.i:                                  ; preds = %if_end234.14.i
-  %2941 = tail call float @llvm.log.f32(float %row_sum267.sroa.0.60.vec.extract735.i)
-  %row_max268.sroa.0.60.vec.extract702.i = extractelement <16 x float> %m.i, i64 15
-  %2942 = fadd float %2941, %row_max268.sroa.0.60.vec.extract702.i
-  br label %if_end234.15.i
+if_else231.15.i:                                  ; preds = %if_end232.14.i
+  %2940 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.60.vec.extract733.i)
+  %row_max266.sroa.0.60.vec.extract700.i = extractelement <16 x float> %m.i, i64 15
+  %2941 = fadd float %2940, %row_max266.sroa.0.60.vec.extract700.i
+  br label %if_end232.15.i
 
-if_end234.15.i:                                   ; preds = %if_else233.15.i, %if_end234.14.i
-  %2943 = phi float [ %2942, %if_else233.15.i ], [ 0xFFF0000000000000, %if_end234.14.i ]
-  %2944 = getelementptr i8, ptr %2774, i64 60
-  store float %2943, ptr %2944, align 4, !tbaa !5
-  br label %if_end197.i
+if_end232.15.i:                                   ; preds = %if_else231.15.i, %if_end232.14.i
+  %2942 = phi float [ %2941, %if_else231.15.i ], [ 0xFFF0000000000000, %if_end232.14.i ]
+  %2943 = getelementptr i8, ptr %2773, i64 60
+  store float %2942, ptr %2943, align 4, !tbaa !5
+  br label %if_end195.i
 
-for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r235.preheader.i
-  %indvars.iv637.i = phi i64 [ %indvars.iv.next638.i.7, %for_body_d.i ], [ 0, %for_begin_r235.preheader.i ]
-  %.idx757.i = shl nuw nsw i64 %indvars.iv637.i, 6
-  %2945 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i
-  %2946 = load float, ptr %2945, align 4, !tbaa !5
-  %2947 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv637.i
-  store float %2946, ptr %2947, align 4, !tbaa !5
-  %indvars.iv.next638.i = or disjoint i64 %indvars.iv637.i, 1
-  %.idx757.i.1 = shl nuw nsw i64 %indvars.iv.next638.i, 6
-  %2948 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.1
-  %2949 = load float, ptr %2948, align 4, !tbaa !5
-  %2950 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next638.i
-  store float %2949, ptr %2950, align 4, !tbaa !5
-  %indvars.iv.next638.i.1 = or disjoint i64 %indvars.iv637.i, 2
-  %.idx757.i.2 = shl nuw nsw i64 %indvars.iv.next638.i.1, 6
-  %2951 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.2
-  %2952 = load float, ptr %2951, align 4, !tbaa !5
-  %2953 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next638.i.1
-  store float %2952, ptr %2953, align 4, !tbaa !5
-  %indvars.iv.next638.i.2 = or disjoint i64 %indvars.iv637.i, 3
-  %.idx757.i.3 = shl nuw nsw i64 %indvars.iv.next638.i.2, 6
-  %2954 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.3
-  %2955 = load float, ptr %2954, align 4, !tbaa !5
-  %2956 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next638.i.2
-  store float %2955, ptr %2956, align 4, !tbaa !5
-  %indvars.iv.next638.i.3 = or disjoint i64 %indvars.iv637.i, 4
-  %.idx757.i.4 = shl nuw nsw i64 %indvars.iv.next638.i.3, 6
-  %2957 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.4
-  %2958 = load float, ptr %2957, align 4, !tbaa !5
-  %2959 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next638.i.3
-  store float %2958, ptr %2959, align 4, !tbaa !5
-  %indvars.iv.next638.i.4 = or disjoint i64 %indvars.iv637.i, 5
-  %.idx757.i.5 = shl nuw nsw i64 %indvars.iv.next638.i.4, 6
-  %2960 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.5
-  %2961 = load float, ptr %2960, align 4, !tbaa !5
-  %2962 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next638.i.4
-  store float %2961, ptr %2962, align 4, !tbaa !5
-  %indvars.iv.next638.i.5 = or disjoint i64 %indvars.iv637.i, 6
-  %.idx757.i.6 = shl nuw nsw i64 %indvars.iv.next638.i.5, 6
-  %2963 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.6
-  %2964 = load float, ptr %2963, align 4, !tbaa !5
-  %2965 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next638.i.5
-  store float %2964, ptr %2965, align 4, !tbaa !5
-  %indvars.iv.next638.i.6 = or disjoint i64 %indvars.iv637.i, 7
-  %.idx757.i.7 = shl nuw nsw i64 %indvars.iv.next638.i.6, 6
-  %2966 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.7
-  %2967 = load float, ptr %2966, align 4, !tbaa !5
-  %2968 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next638.i.6
-  store float %2967, ptr %2968, align 4, !tbaa !5
-  %indvars.iv.next638.i.7 = add nuw nsw i64 %indvars.iv637.i, 8
-  %exitcond640.not.i.7 = icmp eq i64 %indvars.iv.next638.i.7, 128
-  br i1 %exitcond640.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r233.preheader.i
+  %indvars.iv635.i = phi i64 [ %indvars.iv.next636.i.7, %for_body_d.i ], [ 0, %for_begin_r233.preheader.i ]
+  %.idx755.i = shl nuw nsw i64 %indvars.iv635.i, 6
+  %2944 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i
+  %2945 = load float, ptr %2944, align 4, !tbaa !5
+  %2946 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv635.i
+  store float %2945, ptr %2946, align 4, !tbaa !5
+  %indvars.iv.next636.i = or disjoint i64 %indvars.iv635.i, 1
+  %.idx755.i.1 = shl nuw nsw i64 %indvars.iv.next636.i, 6
+  %2947 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.1
+  %2948 = load float, ptr %2947, align 4, !tbaa !5
+  %2949 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i
+  store float %2948, ptr %2949, align 4, !tbaa !5
+  %indvars.iv.next636.i.1 = or disjoint i64 %indvars.iv635.i, 2
+  %.idx755.i.2 = shl nuw nsw i64 %indvars.iv.next636.i.1, 6
+  %2950 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.2
+  %2951 = load float, ptr %2950, align 4, !tbaa !5
+  %2952 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.1
+  store float %2951, ptr %2952, align 4, !tbaa !5
+  %indvars.iv.next636.i.2 = or disjoint i64 %indvars.iv635.i, 3
+  %.idx755.i.3 = shl nuw nsw i64 %indvars.iv.next636.i.2, 6
+  %2953 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.3
+  %2954 = load float, ptr %2953, align 4, !tbaa !5
+  %2955 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.2
+  store float %2954, ptr %2955, align 4, !tbaa !5
+  %indvars.iv.next636.i.3 = or disjoint i64 %indvars.iv635.i, 4
+  %.idx755.i.4 = shl nuw nsw i64 %indvars.iv.next636.i.3, 6
+  %2956 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.4
+  %2957 = load float, ptr %2956, align 4, !tbaa !5
+  %2958 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.3
+  store float %2957, ptr %2958, align 4, !tbaa !5
+  %indvars.iv.next636.i.4 = or disjoint i64 %indvars.iv635.i, 5
+  %.idx755.i.5 = shl nuw nsw i64 %indvars.iv.next636.i.4, 6
+  %2959 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.5
+  %2960 = load float, ptr %2959, align 4, !tbaa !5
+  %2961 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.4
+  store float %2960, ptr %2961, align 4, !tbaa !5
+  %indvars.iv.next636.i.5 = or disjoint i64 %indvars.iv635.i, 6
+  %.idx755.i.6 = shl nuw nsw i64 %indvars.iv.next636.i.5, 6
+  %2962 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.6
+  %2963 = load float, ptr %2962, align 4, !tbaa !5
+  %2964 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.5
+  store float %2963, ptr %2964, align 4, !tbaa !5
+  %indvars.iv.next636.i.6 = or disjoint i64 %indvars.iv635.i, 7
+  %.idx755.i.7 = shl nuw nsw i64 %indvars.iv.next636.i.6, 6
+  %2965 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.7
+  %2966 = load float, ptr %2965, align 4, !tbaa !5
+  %2967 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.6
+  store float %2966, ptr %2967, align 4, !tbaa !5
+  %indvars.iv.next636.i.7 = add nuw nsw i64 %indvars.iv635.i, 8
+  %exitcond638.not.i.7 = icmp eq i64 %indvars.iv.next636.i.7, 128
+  br i1 %exitcond638.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body625
-  %2969 = getelementptr inbounds nuw i8, ptr %364, i64 512
+  %2968 = getelementptr inbounds nuw i8, ptr %364, i64 512
   %scevgep596 = getelementptr i8, ptr %acc.i, i64 4
   %scevgep597 = getelementptr i8, ptr %acc.i, i64 8136
   %bound0598 = icmp ult ptr %scevgep594, %scevgep597
@@ -4419,150 +4418,150 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   br i1 %found.conflict600, label %for_body_d.1.i, label %vector.body603, !prof !17
 
 vector.body603:                                   ; preds = %for_end_d.i
-  %2970 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %2971 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %2972 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %2973 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %2969 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %2970 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %2971 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %2972 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %2973 = getelementptr inbounds nuw i8, <8 x ptr> %2969, i64 4
   %2974 = getelementptr inbounds nuw i8, <8 x ptr> %2970, i64 4
   %2975 = getelementptr inbounds nuw i8, <8 x ptr> %2971, i64 4
   %2976 = getelementptr inbounds nuw i8, <8 x ptr> %2972, i64 4
-  %2977 = getelementptr inbounds nuw i8, <8 x ptr> %2973, i64 4
-  %wide.masked.gather609 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2974, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2975, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2976, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2977, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %2978 = getelementptr inbounds nuw i8, ptr %364, i64 544
-  %2979 = getelementptr inbounds nuw i8, ptr %364, i64 576
-  %2980 = getelementptr inbounds nuw i8, ptr %364, i64 608
-  store <8 x float> %wide.masked.gather609, ptr %2969, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610, ptr %2978, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611, ptr %2979, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612, ptr %2980, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %2981 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %2982 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %2983 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %2984 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather609 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2973, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2974, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2975, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2976, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %2977 = getelementptr inbounds nuw i8, ptr %364, i64 544
+  %2978 = getelementptr inbounds nuw i8, ptr %364, i64 576
+  %2979 = getelementptr inbounds nuw i8, ptr %364, i64 608
+  store <8 x float> %wide.masked.gather609, ptr %2968, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610, ptr %2977, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611, ptr %2978, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612, ptr %2979, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %2980 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %2981 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %2982 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %2983 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %2984 = getelementptr inbounds nuw i8, <8 x ptr> %2980, i64 4
   %2985 = getelementptr inbounds nuw i8, <8 x ptr> %2981, i64 4
   %2986 = getelementptr inbounds nuw i8, <8 x ptr> %2982, i64 4
   %2987 = getelementptr inbounds nuw i8, <8 x ptr> %2983, i64 4
-  %2988 = getelementptr inbounds nuw i8, <8 x ptr> %2984, i64 4
-  %wide.masked.gather609.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2985, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2986, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2987, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2988, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %2989 = getelementptr inbounds nuw i8, ptr %364, i64 640
-  %2990 = getelementptr inbounds nuw i8, ptr %364, i64 672
-  %2991 = getelementptr inbounds nuw i8, ptr %364, i64 704
-  %2992 = getelementptr inbounds nuw i8, ptr %364, i64 736
-  store <8 x float> %wide.masked.gather609.1, ptr %2989, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610.1, ptr %2990, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.1, ptr %2991, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.1, ptr %2992, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %2993 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %2994 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %2995 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %2996 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather609.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2984, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2985, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2986, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2987, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %2988 = getelementptr inbounds nuw i8, ptr %364, i64 640
+  %2989 = getelementptr inbounds nuw i8, ptr %364, i64 672
+  %2990 = getelementptr inbounds nuw i8, ptr %364, i64 704
+  %2991 = getelementptr inbounds nuw i8, ptr %364, i64 736
+  store <8 x float> %wide.masked.gather609.1, ptr %2988, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610.1, ptr %2989, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.1, ptr %2990, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.1, ptr %2991, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %2992 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %2993 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %2994 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %2995 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %2996 = getelementptr inbounds nuw i8, <8 x ptr> %2992, i64 4
   %2997 = getelementptr inbounds nuw i8, <8 x ptr> %2993, i64 4
   %2998 = getelementptr inbounds nuw i8, <8 x ptr> %2994, i64 4
   %2999 = getelementptr inbounds nuw i8, <8 x ptr> %2995, i64 4
-  %3000 = getelementptr inbounds nuw i8, <8 x ptr> %2996, i64 4
-  %wide.masked.gather609.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2997, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2998, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2999, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3000, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3001 = getelementptr inbounds nuw i8, ptr %364, i64 768
-  %3002 = getelementptr inbounds nuw i8, ptr %364, i64 800
-  %3003 = getelementptr inbounds nuw i8, ptr %364, i64 832
-  %3004 = getelementptr inbounds nuw i8, ptr %364, i64 864
-  store <8 x float> %wide.masked.gather609.2, ptr %3001, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610.2, ptr %3002, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.2, ptr %3003, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.2, ptr %3004, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3005 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3006 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3007 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3008 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather609.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2996, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2997, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2998, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2999, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3000 = getelementptr inbounds nuw i8, ptr %364, i64 768
+  %3001 = getelementptr inbounds nuw i8, ptr %364, i64 800
+  %3002 = getelementptr inbounds nuw i8, ptr %364, i64 832
+  %3003 = getelementptr inbounds nuw i8, ptr %364, i64 864
+  store <8 x float> %wide.masked.gather609.2, ptr %3000, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610.2, ptr %3001, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.2, ptr %3002, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.2, ptr %3003, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3004 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3005 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3006 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3007 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3008 = getelementptr inbounds nuw i8, <8 x ptr> %3004, i64 4
   %3009 = getelementptr inbounds nuw i8, <8 x ptr> %3005, i64 4
   %3010 = getelementptr inbounds nuw i8, <8 x ptr> %3006, i64 4
   %3011 = getelementptr inbounds nuw i8, <8 x ptr> %3007, i64 4
-  %3012 = getelementptr inbounds nuw i8, <8 x ptr> %3008, i64 4
-  %wide.masked.gather609.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3010, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3011, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3012, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3013 = getelementptr inbounds nuw i8, ptr %364, i64 896
-  %3014 = getelementptr inbounds nuw i8, ptr %364, i64 928
-  %3015 = getelementptr inbounds nuw i8, ptr %364, i64 960
-  %3016 = getelementptr inbounds nuw i8, ptr %364, i64 992
-  store <8 x float> %wide.masked.gather609.3, ptr %3013, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610.3, ptr %3014, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.3, ptr %3015, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.3, ptr %3016, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %wide.masked.gather609.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3010, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3011, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3012 = getelementptr inbounds nuw i8, ptr %364, i64 896
+  %3013 = getelementptr inbounds nuw i8, ptr %364, i64 928
+  %3014 = getelementptr inbounds nuw i8, ptr %364, i64 960
+  %3015 = getelementptr inbounds nuw i8, ptr %364, i64 992
+  store <8 x float> %wide.masked.gather609.3, ptr %3012, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610.3, ptr %3013, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.3, ptr %3014, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.3, ptr %3015, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
-  %indvars.iv637.1.i = phi i64 [ %indvars.iv.next638.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
-  %.idx758.i = shl nuw nsw i64 %indvars.iv637.1.i, 6
-  %3017 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i
-  %3018 = getelementptr inbounds nuw i8, ptr %3017, i64 4
-  %3019 = load float, ptr %3018, align 4, !tbaa !5
-  %3020 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv637.1.i
-  store float %3019, ptr %3020, align 4, !tbaa !5
-  %indvars.iv.next638.1.i = or disjoint i64 %indvars.iv637.1.i, 1
-  %.idx758.i.1 = shl nuw nsw i64 %indvars.iv.next638.1.i, 6
-  %3021 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.1
-  %3022 = getelementptr inbounds nuw i8, ptr %3021, i64 4
-  %3023 = load float, ptr %3022, align 4, !tbaa !5
-  %3024 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv.next638.1.i
-  store float %3023, ptr %3024, align 4, !tbaa !5
-  %indvars.iv.next638.1.i.1 = or disjoint i64 %indvars.iv637.1.i, 2
-  %.idx758.i.2 = shl nuw nsw i64 %indvars.iv.next638.1.i.1, 6
-  %3025 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.2
-  %3026 = getelementptr inbounds nuw i8, ptr %3025, i64 4
-  %3027 = load float, ptr %3026, align 4, !tbaa !5
-  %3028 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv.next638.1.i.1
-  store float %3027, ptr %3028, align 4, !tbaa !5
-  %indvars.iv.next638.1.i.2 = or disjoint i64 %indvars.iv637.1.i, 3
-  %.idx758.i.3 = shl nuw nsw i64 %indvars.iv.next638.1.i.2, 6
-  %3029 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.3
-  %3030 = getelementptr inbounds nuw i8, ptr %3029, i64 4
-  %3031 = load float, ptr %3030, align 4, !tbaa !5
-  %3032 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv.next638.1.i.2
-  store float %3031, ptr %3032, align 4, !tbaa !5
-  %indvars.iv.next638.1.i.3 = or disjoint i64 %indvars.iv637.1.i, 4
-  %.idx758.i.4 = shl nuw nsw i64 %indvars.iv.next638.1.i.3, 6
-  %3033 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.4
-  %3034 = getelementptr inbounds nuw i8, ptr %3033, i64 4
-  %3035 = load float, ptr %3034, align 4, !tbaa !5
-  %3036 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv.next638.1.i.3
-  store float %3035, ptr %3036, align 4, !tbaa !5
-  %indvars.iv.next638.1.i.4 = or disjoint i64 %indvars.iv637.1.i, 5
-  %.idx758.i.5 = shl nuw nsw i64 %indvars.iv.next638.1.i.4, 6
-  %3037 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.5
-  %3038 = getelementptr inbounds nuw i8, ptr %3037, i64 4
-  %3039 = load float, ptr %3038, align 4, !tbaa !5
-  %3040 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv.next638.1.i.4
-  store float %3039, ptr %3040, align 4, !tbaa !5
-  %indvars.iv.next638.1.i.5 = or disjoint i64 %indvars.iv637.1.i, 6
-  %.idx758.i.6 = shl nuw nsw i64 %indvars.iv.next638.1.i.5, 6
-  %3041 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.6
-  %3042 = getelementptr inbounds nuw i8, ptr %3041, i64 4
-  %3043 = load float, ptr %3042, align 4, !tbaa !5
-  %3044 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv.next638.1.i.5
-  store float %3043, ptr %3044, align 4, !tbaa !5
-  %indvars.iv.next638.1.i.6 = or disjoint i64 %indvars.iv637.1.i, 7
-  %.idx758.i.7 = shl nuw nsw i64 %indvars.iv.next638.1.i.6, 6
-  %3045 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.7
-  %3046 = getelementptr inbounds nuw i8, ptr %3045, i64 4
-  %3047 = load float, ptr %3046, align 4, !tbaa !5
-  %3048 = getelementptr inbounds nuw float, ptr %2969, i64 %indvars.iv.next638.1.i.6
-  store float %3047, ptr %3048, align 4, !tbaa !5
-  %indvars.iv.next638.1.i.7 = add nuw nsw i64 %indvars.iv637.1.i, 8
-  %exitcond640.1.not.i.7 = icmp eq i64 %indvars.iv.next638.1.i.7, 128
-  br i1 %exitcond640.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
+  %indvars.iv635.1.i = phi i64 [ %indvars.iv.next636.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
+  %.idx756.i = shl nuw nsw i64 %indvars.iv635.1.i, 6
+  %3016 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i
+  %3017 = getelementptr inbounds nuw i8, ptr %3016, i64 4
+  %3018 = load float, ptr %3017, align 4, !tbaa !5
+  %3019 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv635.1.i
+  store float %3018, ptr %3019, align 4, !tbaa !5
+  %indvars.iv.next636.1.i = or disjoint i64 %indvars.iv635.1.i, 1
+  %.idx756.i.1 = shl nuw nsw i64 %indvars.iv.next636.1.i, 6
+  %3020 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.1
+  %3021 = getelementptr inbounds nuw i8, ptr %3020, i64 4
+  %3022 = load float, ptr %3021, align 4, !tbaa !5
+  %3023 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i
+  store float %3022, ptr %3023, align 4, !tbaa !5
+  %indvars.iv.next636.1.i.1 = or disjoint i64 %indvars.iv635.1.i, 2
+  %.idx756.i.2 = shl nuw nsw i64 %indvars.iv.next636.1.i.1, 6
+  %3024 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.2
+  %3025 = getelementptr inbounds nuw i8, ptr %3024, i64 4
+  %3026 = load float, ptr %3025, align 4, !tbaa !5
+  %3027 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.1
+  store float %3026, ptr %3027, align 4, !tbaa !5
+  %indvars.iv.next636.1.i.2 = or disjoint i64 %indvars.iv635.1.i, 3
+  %.idx756.i.3 = shl nuw nsw i64 %indvars.iv.next636.1.i.2, 6
+  %3028 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.3
+  %3029 = getelementptr inbounds nuw i8, ptr %3028, i64 4
+  %3030 = load float, ptr %3029, align 4, !tbaa !5
+  %3031 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.2
+  store float %3030, ptr %3031, align 4, !tbaa !5
+  %indvars.iv.next636.1.i.3 = or disjoint i64 %indvars.iv635.1.i, 4
+  %.idx756.i.4 = shl nuw nsw i64 %indvars.iv.next636.1.i.3, 6
+  %3032 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.4
+  %3033 = getelementptr inbounds nuw i8, ptr %3032, i64 4
+  %3034 = load float, ptr %3033, align 4, !tbaa !5
+  %3035 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.3
+  store float %3034, ptr %3035, align 4, !tbaa !5
+  %indvars.iv.next636.1.i.4 = or disjoint i64 %indvars.iv635.1.i, 5
+  %.idx756.i.5 = shl nuw nsw i64 %indvars.iv.next636.1.i.4, 6
+  %3036 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.5
+  %3037 = getelementptr inbounds nuw i8, ptr %3036, i64 4
+  %3038 = load float, ptr %3037, align 4, !tbaa !5
+  %3039 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.4
+  store float %3038, ptr %3039, align 4, !tbaa !5
+  %indvars.iv.next636.1.i.5 = or disjoint i64 %indvars.iv635.1.i, 6
+  %.idx756.i.6 = shl nuw nsw i64 %indvars.iv.next636.1.i.5, 6
+  %3040 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.6
+  %3041 = getelementptr inbounds nuw i8, ptr %3040, i64 4
+  %3042 = load float, ptr %3041, align 4, !tbaa !5
+  %3043 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.5
+  store float %3042, ptr %3043, align 4, !tbaa !5
+  %indvars.iv.next636.1.i.6 = or disjoint i64 %indvars.iv635.1.i, 7
+  %.idx756.i.7 = shl nuw nsw i64 %indvars.iv.next636.1.i.6, 6
+  %3044 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.7
+  %3045 = getelementptr inbounds nuw i8, ptr %3044, i64 4
+  %3046 = load float, ptr %3045, align 4, !tbaa !5
+  %3047 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.6
+  store float %3046, ptr %3047, align 4, !tbaa !5
+  %indvars.iv.next636.1.i.7 = add nuw nsw i64 %indvars.iv635.1.i, 8
+  %exitcond638.1.not.i.7 = icmp eq i64 %indvars.iv.next636.1.i.7, 128
+  br i1 %exitcond638.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body603
-  %3049 = getelementptr inbounds nuw i8, ptr %364, i64 1024
+  %3048 = getelementptr inbounds nuw i8, ptr %364, i64 1024
   %scevgep573 = getelementptr i8, ptr %acc.i, i64 8
   %scevgep574 = getelementptr i8, ptr %acc.i, i64 8140
   %bound0575 = icmp ult ptr %scevgep571, %scevgep574
@@ -4571,150 +4570,150 @@ for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %ve
   br i1 %found.conflict577, label %for_body_d.2.i, label %vector.body580, !prof !17
 
 vector.body580:                                   ; preds = %for_end_d.1.i
-  %3050 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3051 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3052 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3049 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3050 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3051 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3052 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3053 = getelementptr inbounds nuw i8, <8 x ptr> %3049, i64 8
   %3054 = getelementptr inbounds nuw i8, <8 x ptr> %3050, i64 8
   %3055 = getelementptr inbounds nuw i8, <8 x ptr> %3051, i64 8
   %3056 = getelementptr inbounds nuw i8, <8 x ptr> %3052, i64 8
-  %3057 = getelementptr inbounds nuw i8, <8 x ptr> %3053, i64 8
-  %wide.masked.gather586 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3054, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3056, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3058 = getelementptr inbounds nuw i8, ptr %364, i64 1056
-  %3059 = getelementptr inbounds nuw i8, ptr %364, i64 1088
-  %3060 = getelementptr inbounds nuw i8, ptr %364, i64 1120
-  store <8 x float> %wide.masked.gather586, ptr %3049, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587, ptr %3058, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588, ptr %3059, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589, ptr %3060, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3061 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3062 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3064 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather586 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3053, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3054, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3056, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3057 = getelementptr inbounds nuw i8, ptr %364, i64 1056
+  %3058 = getelementptr inbounds nuw i8, ptr %364, i64 1088
+  %3059 = getelementptr inbounds nuw i8, ptr %364, i64 1120
+  store <8 x float> %wide.masked.gather586, ptr %3048, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587, ptr %3057, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588, ptr %3058, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589, ptr %3059, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3060 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3061 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3062 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3064 = getelementptr inbounds nuw i8, <8 x ptr> %3060, i64 8
   %3065 = getelementptr inbounds nuw i8, <8 x ptr> %3061, i64 8
   %3066 = getelementptr inbounds nuw i8, <8 x ptr> %3062, i64 8
   %3067 = getelementptr inbounds nuw i8, <8 x ptr> %3063, i64 8
-  %3068 = getelementptr inbounds nuw i8, <8 x ptr> %3064, i64 8
-  %wide.masked.gather586.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3069 = getelementptr inbounds nuw i8, ptr %364, i64 1152
-  %3070 = getelementptr inbounds nuw i8, ptr %364, i64 1184
-  %3071 = getelementptr inbounds nuw i8, ptr %364, i64 1216
-  %3072 = getelementptr inbounds nuw i8, ptr %364, i64 1248
-  store <8 x float> %wide.masked.gather586.1, ptr %3069, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587.1, ptr %3070, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.1, ptr %3071, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.1, ptr %3072, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3073 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3074 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3075 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3076 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather586.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3068 = getelementptr inbounds nuw i8, ptr %364, i64 1152
+  %3069 = getelementptr inbounds nuw i8, ptr %364, i64 1184
+  %3070 = getelementptr inbounds nuw i8, ptr %364, i64 1216
+  %3071 = getelementptr inbounds nuw i8, ptr %364, i64 1248
+  store <8 x float> %wide.masked.gather586.1, ptr %3068, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587.1, ptr %3069, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.1, ptr %3070, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.1, ptr %3071, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3072 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3073 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3074 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3075 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3076 = getelementptr inbounds nuw i8, <8 x ptr> %3072, i64 8
   %3077 = getelementptr inbounds nuw i8, <8 x ptr> %3073, i64 8
   %3078 = getelementptr inbounds nuw i8, <8 x ptr> %3074, i64 8
   %3079 = getelementptr inbounds nuw i8, <8 x ptr> %3075, i64 8
-  %3080 = getelementptr inbounds nuw i8, <8 x ptr> %3076, i64 8
-  %wide.masked.gather586.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3077, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3081 = getelementptr inbounds nuw i8, ptr %364, i64 1280
-  %3082 = getelementptr inbounds nuw i8, ptr %364, i64 1312
-  %3083 = getelementptr inbounds nuw i8, ptr %364, i64 1344
-  %3084 = getelementptr inbounds nuw i8, ptr %364, i64 1376
-  store <8 x float> %wide.masked.gather586.2, ptr %3081, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587.2, ptr %3082, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.2, ptr %3083, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.2, ptr %3084, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3086 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3087 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3088 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather586.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3076, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3077, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3080 = getelementptr inbounds nuw i8, ptr %364, i64 1280
+  %3081 = getelementptr inbounds nuw i8, ptr %364, i64 1312
+  %3082 = getelementptr inbounds nuw i8, ptr %364, i64 1344
+  %3083 = getelementptr inbounds nuw i8, ptr %364, i64 1376
+  store <8 x float> %wide.masked.gather586.2, ptr %3080, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587.2, ptr %3081, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.2, ptr %3082, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.2, ptr %3083, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3084 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3086 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3087 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3088 = getelementptr inbounds nuw i8, <8 x ptr> %3084, i64 8
   %3089 = getelementptr inbounds nuw i8, <8 x ptr> %3085, i64 8
   %3090 = getelementptr inbounds nuw i8, <8 x ptr> %3086, i64 8
   %3091 = getelementptr inbounds nuw i8, <8 x ptr> %3087, i64 8
-  %3092 = getelementptr inbounds nuw i8, <8 x ptr> %3088, i64 8
-  %wide.masked.gather586.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3093 = getelementptr inbounds nuw i8, ptr %364, i64 1408
-  %3094 = getelementptr inbounds nuw i8, ptr %364, i64 1440
-  %3095 = getelementptr inbounds nuw i8, ptr %364, i64 1472
-  %3096 = getelementptr inbounds nuw i8, ptr %364, i64 1504
-  store <8 x float> %wide.masked.gather586.3, ptr %3093, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587.3, ptr %3094, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.3, ptr %3095, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.3, ptr %3096, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %wide.masked.gather586.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3092 = getelementptr inbounds nuw i8, ptr %364, i64 1408
+  %3093 = getelementptr inbounds nuw i8, ptr %364, i64 1440
+  %3094 = getelementptr inbounds nuw i8, ptr %364, i64 1472
+  %3095 = getelementptr inbounds nuw i8, ptr %364, i64 1504
+  store <8 x float> %wide.masked.gather586.3, ptr %3092, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587.3, ptr %3093, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.3, ptr %3094, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.3, ptr %3095, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
-  %indvars.iv637.2.i = phi i64 [ %indvars.iv.next638.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
-  %.idx759.i = shl nuw nsw i64 %indvars.iv637.2.i, 6
-  %3097 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i
-  %3098 = getelementptr inbounds nuw i8, ptr %3097, i64 8
-  %3099 = load float, ptr %3098, align 4, !tbaa !5
-  %3100 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv637.2.i
-  store float %3099, ptr %3100, align 4, !tbaa !5
-  %indvars.iv.next638.2.i = or disjoint i64 %indvars.iv637.2.i, 1
-  %.idx759.i.1 = shl nuw nsw i64 %indvars.iv.next638.2.i, 6
-  %3101 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.1
-  %3102 = getelementptr inbounds nuw i8, ptr %3101, i64 8
-  %3103 = load float, ptr %3102, align 4, !tbaa !5
-  %3104 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv.next638.2.i
-  store float %3103, ptr %3104, align 4, !tbaa !5
-  %indvars.iv.next638.2.i.1 = or disjoint i64 %indvars.iv637.2.i, 2
-  %.idx759.i.2 = shl nuw nsw i64 %indvars.iv.next638.2.i.1, 6
-  %3105 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.2
-  %3106 = getelementptr inbounds nuw i8, ptr %3105, i64 8
-  %3107 = load float, ptr %3106, align 4, !tbaa !5
-  %3108 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv.next638.2.i.1
-  store float %3107, ptr %3108, align 4, !tbaa !5
-  %indvars.iv.next638.2.i.2 = or disjoint i64 %indvars.iv637.2.i, 3
-  %.idx759.i.3 = shl nuw nsw i64 %indvars.iv.next638.2.i.2, 6
-  %3109 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.3
-  %3110 = getelementptr inbounds nuw i8, ptr %3109, i64 8
-  %3111 = load float, ptr %3110, align 4, !tbaa !5
-  %3112 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv.next638.2.i.2
-  store float %3111, ptr %3112, align 4, !tbaa !5
-  %indvars.iv.next638.2.i.3 = or disjoint i64 %indvars.iv637.2.i, 4
-  %.idx759.i.4 = shl nuw nsw i64 %indvars.iv.next638.2.i.3, 6
-  %3113 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.4
-  %3114 = getelementptr inbounds nuw i8, ptr %3113, i64 8
-  %3115 = load float, ptr %3114, align 4, !tbaa !5
-  %3116 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv.next638.2.i.3
-  store float %3115, ptr %3116, align 4, !tbaa !5
-  %indvars.iv.next638.2.i.4 = or disjoint i64 %indvars.iv637.2.i, 5
-  %.idx759.i.5 = shl nuw nsw i64 %indvars.iv.next638.2.i.4, 6
-  %3117 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.5
-  %3118 = getelementptr inbounds nuw i8, ptr %3117, i64 8
-  %3119 = load float, ptr %3118, align 4, !tbaa !5
-  %3120 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv.next638.2.i.4
-  store float %3119, ptr %3120, align 4, !tbaa !5
-  %indvars.iv.next638.2.i.5 = or disjoint i64 %indvars.iv637.2.i, 6
-  %.idx759.i.6 = shl nuw nsw i64 %indvars.iv.next638.2.i.5, 6
-  %3121 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.6
-  %3122 = getelementptr inbounds nuw i8, ptr %3121, i64 8
-  %3123 = load float, ptr %3122, align 4, !tbaa !5
-  %3124 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv.next638.2.i.5
-  store float %3123, ptr %3124, align 4, !tbaa !5
-  %indvars.iv.next638.2.i.6 = or disjoint i64 %indvars.iv637.2.i, 7
-  %.idx759.i.7 = shl nuw nsw i64 %indvars.iv.next638.2.i.6, 6
-  %3125 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.7
-  %3126 = getelementptr inbounds nuw i8, ptr %3125, i64 8
-  %3127 = load float, ptr %3126, align 4, !tbaa !5
-  %3128 = getelementptr inbounds nuw float, ptr %3049, i64 %indvars.iv.next638.2.i.6
-  store float %3127, ptr %3128, align 4, !tbaa !5
-  %indvars.iv.next638.2.i.7 = add nuw nsw i64 %indvars.iv637.2.i, 8
-  %exitcond640.2.not.i.7 = icmp eq i64 %indvars.iv.next638.2.i.7, 128
-  br i1 %exitcond640.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
+  %indvars.iv635.2.i = phi i64 [ %indvars.iv.next636.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
+  %.idx757.i = shl nuw nsw i64 %indvars.iv635.2.i, 6
+  %3096 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i
+  %3097 = getelementptr inbounds nuw i8, ptr %3096, i64 8
+  %3098 = load float, ptr %3097, align 4, !tbaa !5
+  %3099 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv635.2.i
+  store float %3098, ptr %3099, align 4, !tbaa !5
+  %indvars.iv.next636.2.i = or disjoint i64 %indvars.iv635.2.i, 1
+  %.idx757.i.1 = shl nuw nsw i64 %indvars.iv.next636.2.i, 6
+  %3100 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.1
+  %3101 = getelementptr inbounds nuw i8, ptr %3100, i64 8
+  %3102 = load float, ptr %3101, align 4, !tbaa !5
+  %3103 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i
+  store float %3102, ptr %3103, align 4, !tbaa !5
+  %indvars.iv.next636.2.i.1 = or disjoint i64 %indvars.iv635.2.i, 2
+  %.idx757.i.2 = shl nuw nsw i64 %indvars.iv.next636.2.i.1, 6
+  %3104 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.2
+  %3105 = getelementptr inbounds nuw i8, ptr %3104, i64 8
+  %3106 = load float, ptr %3105, align 4, !tbaa !5
+  %3107 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.1
+  store float %3106, ptr %3107, align 4, !tbaa !5
+  %indvars.iv.next636.2.i.2 = or disjoint i64 %indvars.iv635.2.i, 3
+  %.idx757.i.3 = shl nuw nsw i64 %indvars.iv.next636.2.i.2, 6
+  %3108 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.3
+  %3109 = getelementptr inbounds nuw i8, ptr %3108, i64 8
+  %3110 = load float, ptr %3109, align 4, !tbaa !5
+  %3111 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.2
+  store float %3110, ptr %3111, align 4, !tbaa !5
+  %indvars.iv.next636.2.i.3 = or disjoint i64 %indvars.iv635.2.i, 4
+  %.idx757.i.4 = shl nuw nsw i64 %indvars.iv.next636.2.i.3, 6
+  %3112 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.4
+  %3113 = getelementptr inbounds nuw i8, ptr %3112, i64 8
+  %3114 = load float, ptr %3113, align 4, !tbaa !5
+  %3115 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.3
+  store float %3114, ptr %3115, align 4, !tbaa !5
+  %indvars.iv.next636.2.i.4 = or disjoint i64 %indvars.iv635.2.i, 5
+  %.idx757.i.5 = shl nuw nsw i64 %indvars.iv.next636.2.i.4, 6
+  %3116 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.5
+  %3117 = getelementptr inbounds nuw i8, ptr %3116, i64 8
+  %3118 = load float, ptr %3117, align 4, !tbaa !5
+  %3119 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.4
+  store float %3118, ptr %3119, align 4, !tbaa !5
+  %indvars.iv.next636.2.i.5 = or disjoint i64 %indvars.iv635.2.i, 6
+  %.idx757.i.6 = shl nuw nsw i64 %indvars.iv.next636.2.i.5, 6
+  %3120 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.6
+  %3121 = getelementptr inbounds nuw i8, ptr %3120, i64 8
+  %3122 = load float, ptr %3121, align 4, !tbaa !5
+  %3123 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.5
+  store float %3122, ptr %3123, align 4, !tbaa !5
+  %indvars.iv.next636.2.i.6 = or disjoint i64 %indvars.iv635.2.i, 7
+  %.idx757.i.7 = shl nuw nsw i64 %indvars.iv.next636.2.i.6, 6
+  %3124 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.7
+  %3125 = getelementptr inbounds nuw i8, ptr %3124, i64 8
+  %3126 = load float, ptr %3125, align 4, !tbaa !5
+  %3127 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.6
+  store float %3126, ptr %3127, align 4, !tbaa !5
+  %indvars.iv.next636.2.i.7 = add nuw nsw i64 %indvars.iv635.2.i, 8
+  %exitcond638.2.not.i.7 = icmp eq i64 %indvars.iv.next636.2.i.7, 128
+  br i1 %exitcond638.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body580
-  %3129 = getelementptr inbounds nuw i8, ptr %364, i64 1536
+  %3128 = getelementptr inbounds nuw i8, ptr %364, i64 1536
   %scevgep550 = getelementptr i8, ptr %acc.i, i64 12
   %scevgep551 = getelementptr i8, ptr %acc.i, i64 8144
   %bound0552 = icmp ult ptr %scevgep548, %scevgep551
@@ -4723,150 +4722,150 @@ for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %ve
   br i1 %found.conflict554, label %for_body_d.3.i, label %vector.body557, !prof !17
 
 vector.body557:                                   ; preds = %for_end_d.2.i
-  %3130 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3131 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3132 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3129 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3130 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3131 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3132 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3133 = getelementptr inbounds nuw i8, <8 x ptr> %3129, i64 12
   %3134 = getelementptr inbounds nuw i8, <8 x ptr> %3130, i64 12
   %3135 = getelementptr inbounds nuw i8, <8 x ptr> %3131, i64 12
   %3136 = getelementptr inbounds nuw i8, <8 x ptr> %3132, i64 12
-  %3137 = getelementptr inbounds nuw i8, <8 x ptr> %3133, i64 12
-  %wide.masked.gather563 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3134, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3135, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3136, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3138 = getelementptr inbounds nuw i8, ptr %364, i64 1568
-  %3139 = getelementptr inbounds nuw i8, ptr %364, i64 1600
-  %3140 = getelementptr inbounds nuw i8, ptr %364, i64 1632
-  store <8 x float> %wide.masked.gather563, ptr %3129, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564, ptr %3138, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565, ptr %3139, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566, ptr %3140, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3141 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3142 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3144 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather563 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3133, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3134, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3135, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3136, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3137 = getelementptr inbounds nuw i8, ptr %364, i64 1568
+  %3138 = getelementptr inbounds nuw i8, ptr %364, i64 1600
+  %3139 = getelementptr inbounds nuw i8, ptr %364, i64 1632
+  store <8 x float> %wide.masked.gather563, ptr %3128, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564, ptr %3137, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565, ptr %3138, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566, ptr %3139, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3140 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3141 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3142 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3144 = getelementptr inbounds nuw i8, <8 x ptr> %3140, i64 12
   %3145 = getelementptr inbounds nuw i8, <8 x ptr> %3141, i64 12
   %3146 = getelementptr inbounds nuw i8, <8 x ptr> %3142, i64 12
   %3147 = getelementptr inbounds nuw i8, <8 x ptr> %3143, i64 12
-  %3148 = getelementptr inbounds nuw i8, <8 x ptr> %3144, i64 12
-  %wide.masked.gather563.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3149 = getelementptr inbounds nuw i8, ptr %364, i64 1664
-  %3150 = getelementptr inbounds nuw i8, ptr %364, i64 1696
-  %3151 = getelementptr inbounds nuw i8, ptr %364, i64 1728
-  %3152 = getelementptr inbounds nuw i8, ptr %364, i64 1760
-  store <8 x float> %wide.masked.gather563.1, ptr %3149, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564.1, ptr %3150, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.1, ptr %3151, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.1, ptr %3152, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3153 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3154 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3155 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3156 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather563.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3148 = getelementptr inbounds nuw i8, ptr %364, i64 1664
+  %3149 = getelementptr inbounds nuw i8, ptr %364, i64 1696
+  %3150 = getelementptr inbounds nuw i8, ptr %364, i64 1728
+  %3151 = getelementptr inbounds nuw i8, ptr %364, i64 1760
+  store <8 x float> %wide.masked.gather563.1, ptr %3148, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564.1, ptr %3149, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.1, ptr %3150, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.1, ptr %3151, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3152 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3153 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3154 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3155 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3156 = getelementptr inbounds nuw i8, <8 x ptr> %3152, i64 12
   %3157 = getelementptr inbounds nuw i8, <8 x ptr> %3153, i64 12
   %3158 = getelementptr inbounds nuw i8, <8 x ptr> %3154, i64 12
   %3159 = getelementptr inbounds nuw i8, <8 x ptr> %3155, i64 12
-  %3160 = getelementptr inbounds nuw i8, <8 x ptr> %3156, i64 12
-  %wide.masked.gather563.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3161 = getelementptr inbounds nuw i8, ptr %364, i64 1792
-  %3162 = getelementptr inbounds nuw i8, ptr %364, i64 1824
-  %3163 = getelementptr inbounds nuw i8, ptr %364, i64 1856
-  %3164 = getelementptr inbounds nuw i8, ptr %364, i64 1888
-  store <8 x float> %wide.masked.gather563.2, ptr %3161, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564.2, ptr %3162, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.2, ptr %3163, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.2, ptr %3164, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3166 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3167 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3168 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather563.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3160 = getelementptr inbounds nuw i8, ptr %364, i64 1792
+  %3161 = getelementptr inbounds nuw i8, ptr %364, i64 1824
+  %3162 = getelementptr inbounds nuw i8, ptr %364, i64 1856
+  %3163 = getelementptr inbounds nuw i8, ptr %364, i64 1888
+  store <8 x float> %wide.masked.gather563.2, ptr %3160, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564.2, ptr %3161, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.2, ptr %3162, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.2, ptr %3163, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3164 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3166 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3167 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3168 = getelementptr inbounds nuw i8, <8 x ptr> %3164, i64 12
   %3169 = getelementptr inbounds nuw i8, <8 x ptr> %3165, i64 12
   %3170 = getelementptr inbounds nuw i8, <8 x ptr> %3166, i64 12
   %3171 = getelementptr inbounds nuw i8, <8 x ptr> %3167, i64 12
-  %3172 = getelementptr inbounds nuw i8, <8 x ptr> %3168, i64 12
-  %wide.masked.gather563.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3171, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3173 = getelementptr inbounds nuw i8, ptr %364, i64 1920
-  %3174 = getelementptr inbounds nuw i8, ptr %364, i64 1952
-  %3175 = getelementptr inbounds nuw i8, ptr %364, i64 1984
-  %3176 = getelementptr inbounds nuw i8, ptr %364, i64 2016
-  store <8 x float> %wide.masked.gather563.3, ptr %3173, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564.3, ptr %3174, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.3, ptr %3175, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.3, ptr %3176, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %wide.masked.gather563.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3171, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3172 = getelementptr inbounds nuw i8, ptr %364, i64 1920
+  %3173 = getelementptr inbounds nuw i8, ptr %364, i64 1952
+  %3174 = getelementptr inbounds nuw i8, ptr %364, i64 1984
+  %3175 = getelementptr inbounds nuw i8, ptr %364, i64 2016
+  store <8 x float> %wide.masked.gather563.3, ptr %3172, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564.3, ptr %3173, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.3, ptr %3174, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.3, ptr %3175, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
-  %indvars.iv637.3.i = phi i64 [ %indvars.iv.next638.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
-  %.idx760.i = shl nuw nsw i64 %indvars.iv637.3.i, 6
-  %3177 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i
-  %3178 = getelementptr inbounds nuw i8, ptr %3177, i64 12
-  %3179 = load float, ptr %3178, align 4, !tbaa !5
-  %3180 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv637.3.i
-  store float %3179, ptr %3180, align 4, !tbaa !5
-  %indvars.iv.next638.3.i = or disjoint i64 %indvars.iv637.3.i, 1
-  %.idx760.i.1 = shl nuw nsw i64 %indvars.iv.next638.3.i, 6
-  %3181 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.1
-  %3182 = getelementptr inbounds nuw i8, ptr %3181, i64 12
-  %3183 = load float, ptr %3182, align 4, !tbaa !5
-  %3184 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv.next638.3.i
-  store float %3183, ptr %3184, align 4, !tbaa !5
-  %indvars.iv.next638.3.i.1 = or disjoint i64 %indvars.iv637.3.i, 2
-  %.idx760.i.2 = shl nuw nsw i64 %indvars.iv.next638.3.i.1, 6
-  %3185 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.2
-  %3186 = getelementptr inbounds nuw i8, ptr %3185, i64 12
-  %3187 = load float, ptr %3186, align 4, !tbaa !5
-  %3188 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv.next638.3.i.1
-  store float %3187, ptr %3188, align 4, !tbaa !5
-  %indvars.iv.next638.3.i.2 = or disjoint i64 %indvars.iv637.3.i, 3
-  %.idx760.i.3 = shl nuw nsw i64 %indvars.iv.next638.3.i.2, 6
-  %3189 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.3
-  %3190 = getelementptr inbounds nuw i8, ptr %3189, i64 12
-  %3191 = load float, ptr %3190, align 4, !tbaa !5
-  %3192 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv.next638.3.i.2
-  store float %3191, ptr %3192, align 4, !tbaa !5
-  %indvars.iv.next638.3.i.3 = or disjoint i64 %indvars.iv637.3.i, 4
-  %.idx760.i.4 = shl nuw nsw i64 %indvars.iv.next638.3.i.3, 6
-  %3193 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.4
-  %3194 = getelementptr inbounds nuw i8, ptr %3193, i64 12
-  %3195 = load float, ptr %3194, align 4, !tbaa !5
-  %3196 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv.next638.3.i.3
-  store float %3195, ptr %3196, align 4, !tbaa !5
-  %indvars.iv.next638.3.i.4 = or disjoint i64 %indvars.iv637.3.i, 5
-  %.idx760.i.5 = shl nuw nsw i64 %indvars.iv.next638.3.i.4, 6
-  %3197 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.5
-  %3198 = getelementptr inbounds nuw i8, ptr %3197, i64 12
-  %3199 = load float, ptr %3198, align 4, !tbaa !5
-  %3200 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv.next638.3.i.4
-  store float %3199, ptr %3200, align 4, !tbaa !5
-  %indvars.iv.next638.3.i.5 = or disjoint i64 %indvars.iv637.3.i, 6
-  %.idx760.i.6 = shl nuw nsw i64 %indvars.iv.next638.3.i.5, 6
-  %3201 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.6
-  %3202 = getelementptr inbounds nuw i8, ptr %3201, i64 12
-  %3203 = load float, ptr %3202, align 4, !tbaa !5
-  %3204 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv.next638.3.i.5
-  store float %3203, ptr %3204, align 4, !tbaa !5
-  %indvars.iv.next638.3.i.6 = or disjoint i64 %indvars.iv637.3.i, 7
-  %.idx760.i.7 = shl nuw nsw i64 %indvars.iv.next638.3.i.6, 6
-  %3205 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.7
-  %3206 = getelementptr inbounds nuw i8, ptr %3205, i64 12
-  %3207 = load float, ptr %3206, align 4, !tbaa !5
-  %3208 = getelementptr inbounds nuw float, ptr %3129, i64 %indvars.iv.next638.3.i.6
-  store float %3207, ptr %3208, align 4, !tbaa !5
-  %indvars.iv.next638.3.i.7 = add nuw nsw i64 %indvars.iv637.3.i, 8
-  %exitcond640.3.not.i.7 = icmp eq i64 %indvars.iv.next638.3.i.7, 128
-  br i1 %exitcond640.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
+  %indvars.iv635.3.i = phi i64 [ %indvars.iv.next636.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
+  %.idx758.i = shl nuw nsw i64 %indvars.iv635.3.i, 6
+  %3176 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i
+  %3177 = getelementptr inbounds nuw i8, ptr %3176, i64 12
+  %3178 = load float, ptr %3177, align 4, !tbaa !5
+  %3179 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv635.3.i
+  store float %3178, ptr %3179, align 4, !tbaa !5
+  %indvars.iv.next636.3.i = or disjoint i64 %indvars.iv635.3.i, 1
+  %.idx758.i.1 = shl nuw nsw i64 %indvars.iv.next636.3.i, 6
+  %3180 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.1
+  %3181 = getelementptr inbounds nuw i8, ptr %3180, i64 12
+  %3182 = load float, ptr %3181, align 4, !tbaa !5
+  %3183 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i
+  store float %3182, ptr %3183, align 4, !tbaa !5
+  %indvars.iv.next636.3.i.1 = or disjoint i64 %indvars.iv635.3.i, 2
+  %.idx758.i.2 = shl nuw nsw i64 %indvars.iv.next636.3.i.1, 6
+  %3184 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.2
+  %3185 = getelementptr inbounds nuw i8, ptr %3184, i64 12
+  %3186 = load float, ptr %3185, align 4, !tbaa !5
+  %3187 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.1
+  store float %3186, ptr %3187, align 4, !tbaa !5
+  %indvars.iv.next636.3.i.2 = or disjoint i64 %indvars.iv635.3.i, 3
+  %.idx758.i.3 = shl nuw nsw i64 %indvars.iv.next636.3.i.2, 6
+  %3188 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.3
+  %3189 = getelementptr inbounds nuw i8, ptr %3188, i64 12
+  %3190 = load float, ptr %3189, align 4, !tbaa !5
+  %3191 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.2
+  store float %3190, ptr %3191, align 4, !tbaa !5
+  %indvars.iv.next636.3.i.3 = or disjoint i64 %indvars.iv635.3.i, 4
+  %.idx758.i.4 = shl nuw nsw i64 %indvars.iv.next636.3.i.3, 6
+  %3192 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.4
+  %3193 = getelementptr inbounds nuw i8, ptr %3192, i64 12
+  %3194 = load float, ptr %3193, align 4, !tbaa !5
+  %3195 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.3
+  store float %3194, ptr %3195, align 4, !tbaa !5
+  %indvars.iv.next636.3.i.4 = or disjoint i64 %indvars.iv635.3.i, 5
+  %.idx758.i.5 = shl nuw nsw i64 %indvars.iv.next636.3.i.4, 6
+  %3196 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.5
+  %3197 = getelementptr inbounds nuw i8, ptr %3196, i64 12
+  %3198 = load float, ptr %3197, align 4, !tbaa !5
+  %3199 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.4
+  store float %3198, ptr %3199, align 4, !tbaa !5
+  %indvars.iv.next636.3.i.5 = or disjoint i64 %indvars.iv635.3.i, 6
+  %.idx758.i.6 = shl nuw nsw i64 %indvars.iv.next636.3.i.5, 6
+  %3200 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.6
+  %3201 = getelementptr inbounds nuw i8, ptr %3200, i64 12
+  %3202 = load float, ptr %3201, align 4, !tbaa !5
+  %3203 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.5
+  store float %3202, ptr %3203, align 4, !tbaa !5
+  %indvars.iv.next636.3.i.6 = or disjoint i64 %indvars.iv635.3.i, 7
+  %.idx758.i.7 = shl nuw nsw i64 %indvars.iv.next636.3.i.6, 6
+  %3204 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.7
+  %3205 = getelementptr inbounds nuw i8, ptr %3204, i64 12
+  %3206 = load float, ptr %3205, align 4, !tbaa !5
+  %3207 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.6
+  store float %3206, ptr %3207, align 4, !tbaa !5
+  %indvars.iv.next636.3.i.7 = add nuw nsw i64 %indvars.iv635.3.i, 8
+  %exitcond638.3.not.i.7 = icmp eq i64 %indvars.iv.next636.3.i.7, 128
+  br i1 %exitcond638.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body557
-  %3209 = getelementptr inbounds nuw i8, ptr %364, i64 2048
+  %3208 = getelementptr inbounds nuw i8, ptr %364, i64 2048
   %scevgep527 = getelementptr i8, ptr %acc.i, i64 16
   %scevgep528 = getelementptr i8, ptr %acc.i, i64 8148
   %bound0529 = icmp ult ptr %scevgep525, %scevgep528
@@ -4875,150 +4874,150 @@ for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %ve
   br i1 %found.conflict531, label %for_body_d.4.i, label %vector.body534, !prof !17
 
 vector.body534:                                   ; preds = %for_end_d.3.i
-  %3210 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3211 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3212 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3209 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3210 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3211 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3212 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3213 = getelementptr inbounds nuw i8, <8 x ptr> %3209, i64 16
   %3214 = getelementptr inbounds nuw i8, <8 x ptr> %3210, i64 16
   %3215 = getelementptr inbounds nuw i8, <8 x ptr> %3211, i64 16
   %3216 = getelementptr inbounds nuw i8, <8 x ptr> %3212, i64 16
-  %3217 = getelementptr inbounds nuw i8, <8 x ptr> %3213, i64 16
-  %wide.masked.gather540 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3214, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3216, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3218 = getelementptr inbounds nuw i8, ptr %364, i64 2080
-  %3219 = getelementptr inbounds nuw i8, ptr %364, i64 2112
-  %3220 = getelementptr inbounds nuw i8, ptr %364, i64 2144
-  store <8 x float> %wide.masked.gather540, ptr %3209, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541, ptr %3218, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542, ptr %3219, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543, ptr %3220, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3221 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3222 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3224 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather540 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3214, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3216, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3217 = getelementptr inbounds nuw i8, ptr %364, i64 2080
+  %3218 = getelementptr inbounds nuw i8, ptr %364, i64 2112
+  %3219 = getelementptr inbounds nuw i8, ptr %364, i64 2144
+  store <8 x float> %wide.masked.gather540, ptr %3208, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541, ptr %3217, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542, ptr %3218, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543, ptr %3219, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3220 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3221 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3222 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3224 = getelementptr inbounds nuw i8, <8 x ptr> %3220, i64 16
   %3225 = getelementptr inbounds nuw i8, <8 x ptr> %3221, i64 16
   %3226 = getelementptr inbounds nuw i8, <8 x ptr> %3222, i64 16
   %3227 = getelementptr inbounds nuw i8, <8 x ptr> %3223, i64 16
-  %3228 = getelementptr inbounds nuw i8, <8 x ptr> %3224, i64 16
-  %wide.masked.gather540.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3226, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3229 = getelementptr inbounds nuw i8, ptr %364, i64 2176
-  %3230 = getelementptr inbounds nuw i8, ptr %364, i64 2208
-  %3231 = getelementptr inbounds nuw i8, ptr %364, i64 2240
-  %3232 = getelementptr inbounds nuw i8, ptr %364, i64 2272
-  store <8 x float> %wide.masked.gather540.1, ptr %3229, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541.1, ptr %3230, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.1, ptr %3231, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.1, ptr %3232, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3233 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3234 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3235 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3236 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather540.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3226, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3228 = getelementptr inbounds nuw i8, ptr %364, i64 2176
+  %3229 = getelementptr inbounds nuw i8, ptr %364, i64 2208
+  %3230 = getelementptr inbounds nuw i8, ptr %364, i64 2240
+  %3231 = getelementptr inbounds nuw i8, ptr %364, i64 2272
+  store <8 x float> %wide.masked.gather540.1, ptr %3228, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541.1, ptr %3229, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.1, ptr %3230, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.1, ptr %3231, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3232 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3233 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3234 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3235 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3236 = getelementptr inbounds nuw i8, <8 x ptr> %3232, i64 16
   %3237 = getelementptr inbounds nuw i8, <8 x ptr> %3233, i64 16
   %3238 = getelementptr inbounds nuw i8, <8 x ptr> %3234, i64 16
   %3239 = getelementptr inbounds nuw i8, <8 x ptr> %3235, i64 16
-  %3240 = getelementptr inbounds nuw i8, <8 x ptr> %3236, i64 16
-  %wide.masked.gather540.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3239, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3240, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3241 = getelementptr inbounds nuw i8, ptr %364, i64 2304
-  %3242 = getelementptr inbounds nuw i8, ptr %364, i64 2336
-  %3243 = getelementptr inbounds nuw i8, ptr %364, i64 2368
-  %3244 = getelementptr inbounds nuw i8, ptr %364, i64 2400
-  store <8 x float> %wide.masked.gather540.2, ptr %3241, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541.2, ptr %3242, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.2, ptr %3243, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.2, ptr %3244, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3245 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3246 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3247 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3248 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather540.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3239, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3240 = getelementptr inbounds nuw i8, ptr %364, i64 2304
+  %3241 = getelementptr inbounds nuw i8, ptr %364, i64 2336
+  %3242 = getelementptr inbounds nuw i8, ptr %364, i64 2368
+  %3243 = getelementptr inbounds nuw i8, ptr %364, i64 2400
+  store <8 x float> %wide.masked.gather540.2, ptr %3240, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541.2, ptr %3241, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.2, ptr %3242, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.2, ptr %3243, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3244 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3245 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3246 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3247 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3248 = getelementptr inbounds nuw i8, <8 x ptr> %3244, i64 16
   %3249 = getelementptr inbounds nuw i8, <8 x ptr> %3245, i64 16
   %3250 = getelementptr inbounds nuw i8, <8 x ptr> %3246, i64 16
   %3251 = getelementptr inbounds nuw i8, <8 x ptr> %3247, i64 16
-  %3252 = getelementptr inbounds nuw i8, <8 x ptr> %3248, i64 16
-  %wide.masked.gather540.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3249, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3253 = getelementptr inbounds nuw i8, ptr %364, i64 2432
-  %3254 = getelementptr inbounds nuw i8, ptr %364, i64 2464
-  %3255 = getelementptr inbounds nuw i8, ptr %364, i64 2496
-  %3256 = getelementptr inbounds nuw i8, ptr %364, i64 2528
-  store <8 x float> %wide.masked.gather540.3, ptr %3253, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541.3, ptr %3254, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.3, ptr %3255, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.3, ptr %3256, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %wide.masked.gather540.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3248, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3249, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3252 = getelementptr inbounds nuw i8, ptr %364, i64 2432
+  %3253 = getelementptr inbounds nuw i8, ptr %364, i64 2464
+  %3254 = getelementptr inbounds nuw i8, ptr %364, i64 2496
+  %3255 = getelementptr inbounds nuw i8, ptr %364, i64 2528
+  store <8 x float> %wide.masked.gather540.3, ptr %3252, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541.3, ptr %3253, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.3, ptr %3254, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.3, ptr %3255, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
-  %indvars.iv637.4.i = phi i64 [ %indvars.iv.next638.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
-  %.idx761.i = shl nuw nsw i64 %indvars.iv637.4.i, 6
-  %3257 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i
-  %3258 = getelementptr inbounds nuw i8, ptr %3257, i64 16
-  %3259 = load float, ptr %3258, align 4, !tbaa !5
-  %3260 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv637.4.i
-  store float %3259, ptr %3260, align 4, !tbaa !5
-  %indvars.iv.next638.4.i = or disjoint i64 %indvars.iv637.4.i, 1
-  %.idx761.i.1 = shl nuw nsw i64 %indvars.iv.next638.4.i, 6
-  %3261 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.1
-  %3262 = getelementptr inbounds nuw i8, ptr %3261, i64 16
-  %3263 = load float, ptr %3262, align 4, !tbaa !5
-  %3264 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv.next638.4.i
-  store float %3263, ptr %3264, align 4, !tbaa !5
-  %indvars.iv.next638.4.i.1 = or disjoint i64 %indvars.iv637.4.i, 2
-  %.idx761.i.2 = shl nuw nsw i64 %indvars.iv.next638.4.i.1, 6
-  %3265 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.2
-  %3266 = getelementptr inbounds nuw i8, ptr %3265, i64 16
-  %3267 = load float, ptr %3266, align 4, !tbaa !5
-  %3268 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv.next638.4.i.1
-  store float %3267, ptr %3268, align 4, !tbaa !5
-  %indvars.iv.next638.4.i.2 = or disjoint i64 %indvars.iv637.4.i, 3
-  %.idx761.i.3 = shl nuw nsw i64 %indvars.iv.next638.4.i.2, 6
-  %3269 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.3
-  %3270 = getelementptr inbounds nuw i8, ptr %3269, i64 16
-  %3271 = load float, ptr %3270, align 4, !tbaa !5
-  %3272 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv.next638.4.i.2
-  store float %3271, ptr %3272, align 4, !tbaa !5
-  %indvars.iv.next638.4.i.3 = or disjoint i64 %indvars.iv637.4.i, 4
-  %.idx761.i.4 = shl nuw nsw i64 %indvars.iv.next638.4.i.3, 6
-  %3273 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.4
-  %3274 = getelementptr inbounds nuw i8, ptr %3273, i64 16
-  %3275 = load float, ptr %3274, align 4, !tbaa !5
-  %3276 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv.next638.4.i.3
-  store float %3275, ptr %3276, align 4, !tbaa !5
-  %indvars.iv.next638.4.i.4 = or disjoint i64 %indvars.iv637.4.i, 5
-  %.idx761.i.5 = shl nuw nsw i64 %indvars.iv.next638.4.i.4, 6
-  %3277 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.5
-  %3278 = getelementptr inbounds nuw i8, ptr %3277, i64 16
-  %3279 = load float, ptr %3278, align 4, !tbaa !5
-  %3280 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv.next638.4.i.4
-  store float %3279, ptr %3280, align 4, !tbaa !5
-  %indvars.iv.next638.4.i.5 = or disjoint i64 %indvars.iv637.4.i, 6
-  %.idx761.i.6 = shl nuw nsw i64 %indvars.iv.next638.4.i.5, 6
-  %3281 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.6
-  %3282 = getelementptr inbounds nuw i8, ptr %3281, i64 16
-  %3283 = load float, ptr %3282, align 4, !tbaa !5
-  %3284 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv.next638.4.i.5
-  store float %3283, ptr %3284, align 4, !tbaa !5
-  %indvars.iv.next638.4.i.6 = or disjoint i64 %indvars.iv637.4.i, 7
-  %.idx761.i.7 = shl nuw nsw i64 %indvars.iv.next638.4.i.6, 6
-  %3285 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.7
-  %3286 = getelementptr inbounds nuw i8, ptr %3285, i64 16
-  %3287 = load float, ptr %3286, align 4, !tbaa !5
-  %3288 = getelementptr inbounds nuw float, ptr %3209, i64 %indvars.iv.next638.4.i.6
-  store float %3287, ptr %3288, align 4, !tbaa !5
-  %indvars.iv.next638.4.i.7 = add nuw nsw i64 %indvars.iv637.4.i, 8
-  %exitcond640.4.not.i.7 = icmp eq i64 %indvars.iv.next638.4.i.7, 128
-  br i1 %exitcond640.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
+  %indvars.iv635.4.i = phi i64 [ %indvars.iv.next636.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
+  %.idx759.i = shl nuw nsw i64 %indvars.iv635.4.i, 6
+  %3256 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i
+  %3257 = getelementptr inbounds nuw i8, ptr %3256, i64 16
+  %3258 = load float, ptr %3257, align 4, !tbaa !5
+  %3259 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv635.4.i
+  store float %3258, ptr %3259, align 4, !tbaa !5
+  %indvars.iv.next636.4.i = or disjoint i64 %indvars.iv635.4.i, 1
+  %.idx759.i.1 = shl nuw nsw i64 %indvars.iv.next636.4.i, 6
+  %3260 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.1
+  %3261 = getelementptr inbounds nuw i8, ptr %3260, i64 16
+  %3262 = load float, ptr %3261, align 4, !tbaa !5
+  %3263 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i
+  store float %3262, ptr %3263, align 4, !tbaa !5
+  %indvars.iv.next636.4.i.1 = or disjoint i64 %indvars.iv635.4.i, 2
+  %.idx759.i.2 = shl nuw nsw i64 %indvars.iv.next636.4.i.1, 6
+  %3264 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.2
+  %3265 = getelementptr inbounds nuw i8, ptr %3264, i64 16
+  %3266 = load float, ptr %3265, align 4, !tbaa !5
+  %3267 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.1
+  store float %3266, ptr %3267, align 4, !tbaa !5
+  %indvars.iv.next636.4.i.2 = or disjoint i64 %indvars.iv635.4.i, 3
+  %.idx759.i.3 = shl nuw nsw i64 %indvars.iv.next636.4.i.2, 6
+  %3268 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.3
+  %3269 = getelementptr inbounds nuw i8, ptr %3268, i64 16
+  %3270 = load float, ptr %3269, align 4, !tbaa !5
+  %3271 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.2
+  store float %3270, ptr %3271, align 4, !tbaa !5
+  %indvars.iv.next636.4.i.3 = or disjoint i64 %indvars.iv635.4.i, 4
+  %.idx759.i.4 = shl nuw nsw i64 %indvars.iv.next636.4.i.3, 6
+  %3272 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.4
+  %3273 = getelementptr inbounds nuw i8, ptr %3272, i64 16
+  %3274 = load float, ptr %3273, align 4, !tbaa !5
+  %3275 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.3
+  store float %3274, ptr %3275, align 4, !tbaa !5
+  %indvars.iv.next636.4.i.4 = or disjoint i64 %indvars.iv635.4.i, 5
+  %.idx759.i.5 = shl nuw nsw i64 %indvars.iv.next636.4.i.4, 6
+  %3276 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.5
+  %3277 = getelementptr inbounds nuw i8, ptr %3276, i64 16
+  %3278 = load float, ptr %3277, align 4, !tbaa !5
+  %3279 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.4
+  store float %3278, ptr %3279, align 4, !tbaa !5
+  %indvars.iv.next636.4.i.5 = or disjoint i64 %indvars.iv635.4.i, 6
+  %.idx759.i.6 = shl nuw nsw i64 %indvars.iv.next636.4.i.5, 6
+  %3280 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.6
+  %3281 = getelementptr inbounds nuw i8, ptr %3280, i64 16
+  %3282 = load float, ptr %3281, align 4, !tbaa !5
+  %3283 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.5
+  store float %3282, ptr %3283, align 4, !tbaa !5
+  %indvars.iv.next636.4.i.6 = or disjoint i64 %indvars.iv635.4.i, 7
+  %.idx759.i.7 = shl nuw nsw i64 %indvars.iv.next636.4.i.6, 6
+  %3284 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.7
+  %3285 = getelementptr inbounds nuw i8, ptr %3284, i64 16
+  %3286 = load float, ptr %3285, align 4, !tbaa !5
+  %3287 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.6
+  store float %3286, ptr %3287, align 4, !tbaa !5
+  %indvars.iv.next636.4.i.7 = add nuw nsw i64 %indvars.iv635.4.i, 8
+  %exitcond638.4.not.i.7 = icmp eq i64 %indvars.iv.next636.4.i.7, 128
+  br i1 %exitcond638.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
 
 for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body534
-  %3289 = getelementptr inbounds nuw i8, ptr %364, i64 2560
+  %3288 = getelementptr inbounds nuw i8, ptr %364, i64 2560
   %scevgep504 = getelementptr i8, ptr %acc.i, i64 20
   %scevgep505 = getelementptr i8, ptr %acc.i, i64 8152
   %bound0506 = icmp ult ptr %scevgep502, %scevgep505
@@ -5027,150 +5026,150 @@ for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %ve
   br i1 %found.conflict508, label %for_body_d.5.i, label %vector.body511, !prof !17
 
 vector.body511:                                   ; preds = %for_end_d.4.i
-  %3290 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3291 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3292 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3289 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3290 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3291 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3292 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3293 = getelementptr inbounds nuw i8, <8 x ptr> %3289, i64 20
   %3294 = getelementptr inbounds nuw i8, <8 x ptr> %3290, i64 20
   %3295 = getelementptr inbounds nuw i8, <8 x ptr> %3291, i64 20
   %3296 = getelementptr inbounds nuw i8, <8 x ptr> %3292, i64 20
-  %3297 = getelementptr inbounds nuw i8, <8 x ptr> %3293, i64 20
-  %wide.masked.gather517 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3294, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3295, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3296, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3298 = getelementptr inbounds nuw i8, ptr %364, i64 2592
-  %3299 = getelementptr inbounds nuw i8, ptr %364, i64 2624
-  %3300 = getelementptr inbounds nuw i8, ptr %364, i64 2656
-  store <8 x float> %wide.masked.gather517, ptr %3289, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518, ptr %3298, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519, ptr %3299, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520, ptr %3300, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3301 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3302 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3303 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3304 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather517 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3293, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3294, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3295, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3296, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3297 = getelementptr inbounds nuw i8, ptr %364, i64 2592
+  %3298 = getelementptr inbounds nuw i8, ptr %364, i64 2624
+  %3299 = getelementptr inbounds nuw i8, ptr %364, i64 2656
+  store <8 x float> %wide.masked.gather517, ptr %3288, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518, ptr %3297, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519, ptr %3298, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520, ptr %3299, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3300 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3301 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3302 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3303 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3304 = getelementptr inbounds nuw i8, <8 x ptr> %3300, i64 20
   %3305 = getelementptr inbounds nuw i8, <8 x ptr> %3301, i64 20
   %3306 = getelementptr inbounds nuw i8, <8 x ptr> %3302, i64 20
   %3307 = getelementptr inbounds nuw i8, <8 x ptr> %3303, i64 20
-  %3308 = getelementptr inbounds nuw i8, <8 x ptr> %3304, i64 20
-  %wide.masked.gather517.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3308, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3309 = getelementptr inbounds nuw i8, ptr %364, i64 2688
-  %3310 = getelementptr inbounds nuw i8, ptr %364, i64 2720
-  %3311 = getelementptr inbounds nuw i8, ptr %364, i64 2752
-  %3312 = getelementptr inbounds nuw i8, ptr %364, i64 2784
-  store <8 x float> %wide.masked.gather517.1, ptr %3309, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518.1, ptr %3310, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.1, ptr %3311, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.1, ptr %3312, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3313 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3314 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3315 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3316 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather517.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3308 = getelementptr inbounds nuw i8, ptr %364, i64 2688
+  %3309 = getelementptr inbounds nuw i8, ptr %364, i64 2720
+  %3310 = getelementptr inbounds nuw i8, ptr %364, i64 2752
+  %3311 = getelementptr inbounds nuw i8, ptr %364, i64 2784
+  store <8 x float> %wide.masked.gather517.1, ptr %3308, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518.1, ptr %3309, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.1, ptr %3310, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.1, ptr %3311, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3312 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3313 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3314 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3315 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3316 = getelementptr inbounds nuw i8, <8 x ptr> %3312, i64 20
   %3317 = getelementptr inbounds nuw i8, <8 x ptr> %3313, i64 20
   %3318 = getelementptr inbounds nuw i8, <8 x ptr> %3314, i64 20
   %3319 = getelementptr inbounds nuw i8, <8 x ptr> %3315, i64 20
-  %3320 = getelementptr inbounds nuw i8, <8 x ptr> %3316, i64 20
-  %wide.masked.gather517.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3319, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3321 = getelementptr inbounds nuw i8, ptr %364, i64 2816
-  %3322 = getelementptr inbounds nuw i8, ptr %364, i64 2848
-  %3323 = getelementptr inbounds nuw i8, ptr %364, i64 2880
-  %3324 = getelementptr inbounds nuw i8, ptr %364, i64 2912
-  store <8 x float> %wide.masked.gather517.2, ptr %3321, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518.2, ptr %3322, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.2, ptr %3323, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.2, ptr %3324, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3325 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3326 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3327 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3328 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather517.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3319, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3320 = getelementptr inbounds nuw i8, ptr %364, i64 2816
+  %3321 = getelementptr inbounds nuw i8, ptr %364, i64 2848
+  %3322 = getelementptr inbounds nuw i8, ptr %364, i64 2880
+  %3323 = getelementptr inbounds nuw i8, ptr %364, i64 2912
+  store <8 x float> %wide.masked.gather517.2, ptr %3320, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518.2, ptr %3321, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.2, ptr %3322, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.2, ptr %3323, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3324 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3325 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3326 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3327 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3328 = getelementptr inbounds nuw i8, <8 x ptr> %3324, i64 20
   %3329 = getelementptr inbounds nuw i8, <8 x ptr> %3325, i64 20
   %3330 = getelementptr inbounds nuw i8, <8 x ptr> %3326, i64 20
   %3331 = getelementptr inbounds nuw i8, <8 x ptr> %3327, i64 20
-  %3332 = getelementptr inbounds nuw i8, <8 x ptr> %3328, i64 20
-  %wide.masked.gather517.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3331, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3332, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3333 = getelementptr inbounds nuw i8, ptr %364, i64 2944
-  %3334 = getelementptr inbounds nuw i8, ptr %364, i64 2976
-  %3335 = getelementptr inbounds nuw i8, ptr %364, i64 3008
-  %3336 = getelementptr inbounds nuw i8, ptr %364, i64 3040
-  store <8 x float> %wide.masked.gather517.3, ptr %3333, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518.3, ptr %3334, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.3, ptr %3335, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.3, ptr %3336, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %wide.masked.gather517.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3331, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3332 = getelementptr inbounds nuw i8, ptr %364, i64 2944
+  %3333 = getelementptr inbounds nuw i8, ptr %364, i64 2976
+  %3334 = getelementptr inbounds nuw i8, ptr %364, i64 3008
+  %3335 = getelementptr inbounds nuw i8, ptr %364, i64 3040
+  store <8 x float> %wide.masked.gather517.3, ptr %3332, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518.3, ptr %3333, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.3, ptr %3334, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.3, ptr %3335, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
-  %indvars.iv637.5.i = phi i64 [ %indvars.iv.next638.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
-  %.idx762.i = shl nuw nsw i64 %indvars.iv637.5.i, 6
-  %3337 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i
-  %3338 = getelementptr inbounds nuw i8, ptr %3337, i64 20
-  %3339 = load float, ptr %3338, align 4, !tbaa !5
-  %3340 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv637.5.i
-  store float %3339, ptr %3340, align 4, !tbaa !5
-  %indvars.iv.next638.5.i = or disjoint i64 %indvars.iv637.5.i, 1
-  %.idx762.i.1 = shl nuw nsw i64 %indvars.iv.next638.5.i, 6
-  %3341 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.1
-  %3342 = getelementptr inbounds nuw i8, ptr %3341, i64 20
-  %3343 = load float, ptr %3342, align 4, !tbaa !5
-  %3344 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv.next638.5.i
-  store float %3343, ptr %3344, align 4, !tbaa !5
-  %indvars.iv.next638.5.i.1 = or disjoint i64 %indvars.iv637.5.i, 2
-  %.idx762.i.2 = shl nuw nsw i64 %indvars.iv.next638.5.i.1, 6
-  %3345 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.2
-  %3346 = getelementptr inbounds nuw i8, ptr %3345, i64 20
-  %3347 = load float, ptr %3346, align 4, !tbaa !5
-  %3348 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv.next638.5.i.1
-  store float %3347, ptr %3348, align 4, !tbaa !5
-  %indvars.iv.next638.5.i.2 = or disjoint i64 %indvars.iv637.5.i, 3
-  %.idx762.i.3 = shl nuw nsw i64 %indvars.iv.next638.5.i.2, 6
-  %3349 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.3
-  %3350 = getelementptr inbounds nuw i8, ptr %3349, i64 20
-  %3351 = load float, ptr %3350, align 4, !tbaa !5
-  %3352 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv.next638.5.i.2
-  store float %3351, ptr %3352, align 4, !tbaa !5
-  %indvars.iv.next638.5.i.3 = or disjoint i64 %indvars.iv637.5.i, 4
-  %.idx762.i.4 = shl nuw nsw i64 %indvars.iv.next638.5.i.3, 6
-  %3353 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.4
-  %3354 = getelementptr inbounds nuw i8, ptr %3353, i64 20
-  %3355 = load float, ptr %3354, align 4, !tbaa !5
-  %3356 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv.next638.5.i.3
-  store float %3355, ptr %3356, align 4, !tbaa !5
-  %indvars.iv.next638.5.i.4 = or disjoint i64 %indvars.iv637.5.i, 5
-  %.idx762.i.5 = shl nuw nsw i64 %indvars.iv.next638.5.i.4, 6
-  %3357 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.5
-  %3358 = getelementptr inbounds nuw i8, ptr %3357, i64 20
-  %3359 = load float, ptr %3358, align 4, !tbaa !5
-  %3360 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv.next638.5.i.4
-  store float %3359, ptr %3360, align 4, !tbaa !5
-  %indvars.iv.next638.5.i.5 = or disjoint i64 %indvars.iv637.5.i, 6
-  %.idx762.i.6 = shl nuw nsw i64 %indvars.iv.next638.5.i.5, 6
-  %3361 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.6
-  %3362 = getelementptr inbounds nuw i8, ptr %3361, i64 20
-  %3363 = load float, ptr %3362, align 4, !tbaa !5
-  %3364 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv.next638.5.i.5
-  store float %3363, ptr %3364, align 4, !tbaa !5
-  %indvars.iv.next638.5.i.6 = or disjoint i64 %indvars.iv637.5.i, 7
-  %.idx762.i.7 = shl nuw nsw i64 %indvars.iv.next638.5.i.6, 6
-  %3365 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.7
-  %3366 = getelementptr inbounds nuw i8, ptr %3365, i64 20
-  %3367 = load float, ptr %3366, align 4, !tbaa !5
-  %3368 = getelementptr inbounds nuw float, ptr %3289, i64 %indvars.iv.next638.5.i.6
-  store float %3367, ptr %3368, align 4, !tbaa !5
-  %indvars.iv.next638.5.i.7 = add nuw nsw i64 %indvars.iv637.5.i, 8
-  %exitcond640.5.not.i.7 = icmp eq i64 %indvars.iv.next638.5.i.7, 128
-  br i1 %exitcond640.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
+  %indvars.iv635.5.i = phi i64 [ %indvars.iv.next636.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
+  %.idx760.i = shl nuw nsw i64 %indvars.iv635.5.i, 6
+  %3336 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i
+  %3337 = getelementptr inbounds nuw i8, ptr %3336, i64 20
+  %3338 = load float, ptr %3337, align 4, !tbaa !5
+  %3339 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv635.5.i
+  store float %3338, ptr %3339, align 4, !tbaa !5
+  %indvars.iv.next636.5.i = or disjoint i64 %indvars.iv635.5.i, 1
+  %.idx760.i.1 = shl nuw nsw i64 %indvars.iv.next636.5.i, 6
+  %3340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.1
+  %3341 = getelementptr inbounds nuw i8, ptr %3340, i64 20
+  %3342 = load float, ptr %3341, align 4, !tbaa !5
+  %3343 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i
+  store float %3342, ptr %3343, align 4, !tbaa !5
+  %indvars.iv.next636.5.i.1 = or disjoint i64 %indvars.iv635.5.i, 2
+  %.idx760.i.2 = shl nuw nsw i64 %indvars.iv.next636.5.i.1, 6
+  %3344 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.2
+  %3345 = getelementptr inbounds nuw i8, ptr %3344, i64 20
+  %3346 = load float, ptr %3345, align 4, !tbaa !5
+  %3347 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.1
+  store float %3346, ptr %3347, align 4, !tbaa !5
+  %indvars.iv.next636.5.i.2 = or disjoint i64 %indvars.iv635.5.i, 3
+  %.idx760.i.3 = shl nuw nsw i64 %indvars.iv.next636.5.i.2, 6
+  %3348 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.3
+  %3349 = getelementptr inbounds nuw i8, ptr %3348, i64 20
+  %3350 = load float, ptr %3349, align 4, !tbaa !5
+  %3351 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.2
+  store float %3350, ptr %3351, align 4, !tbaa !5
+  %indvars.iv.next636.5.i.3 = or disjoint i64 %indvars.iv635.5.i, 4
+  %.idx760.i.4 = shl nuw nsw i64 %indvars.iv.next636.5.i.3, 6
+  %3352 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.4
+  %3353 = getelementptr inbounds nuw i8, ptr %3352, i64 20
+  %3354 = load float, ptr %3353, align 4, !tbaa !5
+  %3355 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.3
+  store float %3354, ptr %3355, align 4, !tbaa !5
+  %indvars.iv.next636.5.i.4 = or disjoint i64 %indvars.iv635.5.i, 5
+  %.idx760.i.5 = shl nuw nsw i64 %indvars.iv.next636.5.i.4, 6
+  %3356 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.5
+  %3357 = getelementptr inbounds nuw i8, ptr %3356, i64 20
+  %3358 = load float, ptr %3357, align 4, !tbaa !5
+  %3359 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.4
+  store float %3358, ptr %3359, align 4, !tbaa !5
+  %indvars.iv.next636.5.i.5 = or disjoint i64 %indvars.iv635.5.i, 6
+  %.idx760.i.6 = shl nuw nsw i64 %indvars.iv.next636.5.i.5, 6
+  %3360 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.6
+  %3361 = getelementptr inbounds nuw i8, ptr %3360, i64 20
+  %3362 = load float, ptr %3361, align 4, !tbaa !5
+  %3363 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.5
+  store float %3362, ptr %3363, align 4, !tbaa !5
+  %indvars.iv.next636.5.i.6 = or disjoint i64 %indvars.iv635.5.i, 7
+  %.idx760.i.7 = shl nuw nsw i64 %indvars.iv.next636.5.i.6, 6
+  %3364 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.7
+  %3365 = getelementptr inbounds nuw i8, ptr %3364, i64 20
+  %3366 = load float, ptr %3365, align 4, !tbaa !5
+  %3367 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.6
+  store float %3366, ptr %3367, align 4, !tbaa !5
+  %indvars.iv.next636.5.i.7 = add nuw nsw i64 %indvars.iv635.5.i, 8
+  %exitcond638.5.not.i.7 = icmp eq i64 %indvars.iv.next636.5.i.7, 128
+  br i1 %exitcond638.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
 
 for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body511
-  %3369 = getelementptr inbounds nuw i8, ptr %364, i64 3072
+  %3368 = getelementptr inbounds nuw i8, ptr %364, i64 3072
   %scevgep481 = getelementptr i8, ptr %acc.i, i64 24
   %scevgep482 = getelementptr i8, ptr %acc.i, i64 8156
   %bound0483 = icmp ult ptr %scevgep479, %scevgep482
@@ -5179,150 +5178,150 @@ for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %ve
   br i1 %found.conflict485, label %for_body_d.6.i, label %vector.body488, !prof !17
 
 vector.body488:                                   ; preds = %for_end_d.5.i
-  %3370 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3371 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3372 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3369 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3370 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3371 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3372 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3373 = getelementptr inbounds nuw i8, <8 x ptr> %3369, i64 24
   %3374 = getelementptr inbounds nuw i8, <8 x ptr> %3370, i64 24
   %3375 = getelementptr inbounds nuw i8, <8 x ptr> %3371, i64 24
   %3376 = getelementptr inbounds nuw i8, <8 x ptr> %3372, i64 24
-  %3377 = getelementptr inbounds nuw i8, <8 x ptr> %3373, i64 24
-  %wide.masked.gather494 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3374, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3375, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3376, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3378 = getelementptr inbounds nuw i8, ptr %364, i64 3104
-  %3379 = getelementptr inbounds nuw i8, ptr %364, i64 3136
-  %3380 = getelementptr inbounds nuw i8, ptr %364, i64 3168
-  store <8 x float> %wide.masked.gather494, ptr %3369, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495, ptr %3378, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496, ptr %3379, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497, ptr %3380, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3381 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3382 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3384 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather494 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3373, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3374, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3375, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3376, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3377 = getelementptr inbounds nuw i8, ptr %364, i64 3104
+  %3378 = getelementptr inbounds nuw i8, ptr %364, i64 3136
+  %3379 = getelementptr inbounds nuw i8, ptr %364, i64 3168
+  store <8 x float> %wide.masked.gather494, ptr %3368, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495, ptr %3377, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496, ptr %3378, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497, ptr %3379, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3380 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3381 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3382 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3384 = getelementptr inbounds nuw i8, <8 x ptr> %3380, i64 24
   %3385 = getelementptr inbounds nuw i8, <8 x ptr> %3381, i64 24
   %3386 = getelementptr inbounds nuw i8, <8 x ptr> %3382, i64 24
   %3387 = getelementptr inbounds nuw i8, <8 x ptr> %3383, i64 24
-  %3388 = getelementptr inbounds nuw i8, <8 x ptr> %3384, i64 24
-  %wide.masked.gather494.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3389 = getelementptr inbounds nuw i8, ptr %364, i64 3200
-  %3390 = getelementptr inbounds nuw i8, ptr %364, i64 3232
-  %3391 = getelementptr inbounds nuw i8, ptr %364, i64 3264
-  %3392 = getelementptr inbounds nuw i8, ptr %364, i64 3296
-  store <8 x float> %wide.masked.gather494.1, ptr %3389, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495.1, ptr %3390, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.1, ptr %3391, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.1, ptr %3392, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3393 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3394 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3395 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3396 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather494.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3388 = getelementptr inbounds nuw i8, ptr %364, i64 3200
+  %3389 = getelementptr inbounds nuw i8, ptr %364, i64 3232
+  %3390 = getelementptr inbounds nuw i8, ptr %364, i64 3264
+  %3391 = getelementptr inbounds nuw i8, ptr %364, i64 3296
+  store <8 x float> %wide.masked.gather494.1, ptr %3388, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495.1, ptr %3389, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.1, ptr %3390, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.1, ptr %3391, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3392 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3393 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3394 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3395 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3396 = getelementptr inbounds nuw i8, <8 x ptr> %3392, i64 24
   %3397 = getelementptr inbounds nuw i8, <8 x ptr> %3393, i64 24
   %3398 = getelementptr inbounds nuw i8, <8 x ptr> %3394, i64 24
   %3399 = getelementptr inbounds nuw i8, <8 x ptr> %3395, i64 24
-  %3400 = getelementptr inbounds nuw i8, <8 x ptr> %3396, i64 24
-  %wide.masked.gather494.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3398, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3399, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3400, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3401 = getelementptr inbounds nuw i8, ptr %364, i64 3328
-  %3402 = getelementptr inbounds nuw i8, ptr %364, i64 3360
-  %3403 = getelementptr inbounds nuw i8, ptr %364, i64 3392
-  %3404 = getelementptr inbounds nuw i8, ptr %364, i64 3424
-  store <8 x float> %wide.masked.gather494.2, ptr %3401, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495.2, ptr %3402, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.2, ptr %3403, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.2, ptr %3404, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3405 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3406 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3407 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3408 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather494.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3396, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3398, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3399, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3400 = getelementptr inbounds nuw i8, ptr %364, i64 3328
+  %3401 = getelementptr inbounds nuw i8, ptr %364, i64 3360
+  %3402 = getelementptr inbounds nuw i8, ptr %364, i64 3392
+  %3403 = getelementptr inbounds nuw i8, ptr %364, i64 3424
+  store <8 x float> %wide.masked.gather494.2, ptr %3400, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495.2, ptr %3401, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.2, ptr %3402, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.2, ptr %3403, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3404 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3405 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3406 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3407 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3408 = getelementptr inbounds nuw i8, <8 x ptr> %3404, i64 24
   %3409 = getelementptr inbounds nuw i8, <8 x ptr> %3405, i64 24
   %3410 = getelementptr inbounds nuw i8, <8 x ptr> %3406, i64 24
   %3411 = getelementptr inbounds nuw i8, <8 x ptr> %3407, i64 24
-  %3412 = getelementptr inbounds nuw i8, <8 x ptr> %3408, i64 24
-  %wide.masked.gather494.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3409, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3410, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3411, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3412, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3413 = getelementptr inbounds nuw i8, ptr %364, i64 3456
-  %3414 = getelementptr inbounds nuw i8, ptr %364, i64 3488
-  %3415 = getelementptr inbounds nuw i8, ptr %364, i64 3520
-  %3416 = getelementptr inbounds nuw i8, ptr %364, i64 3552
-  store <8 x float> %wide.masked.gather494.3, ptr %3413, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495.3, ptr %3414, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.3, ptr %3415, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.3, ptr %3416, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %wide.masked.gather494.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3408, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3409, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3410, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3411, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3412 = getelementptr inbounds nuw i8, ptr %364, i64 3456
+  %3413 = getelementptr inbounds nuw i8, ptr %364, i64 3488
+  %3414 = getelementptr inbounds nuw i8, ptr %364, i64 3520
+  %3415 = getelementptr inbounds nuw i8, ptr %364, i64 3552
+  store <8 x float> %wide.masked.gather494.3, ptr %3412, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495.3, ptr %3413, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.3, ptr %3414, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.3, ptr %3415, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
-  %indvars.iv637.6.i = phi i64 [ %indvars.iv.next638.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
-  %.idx763.i = shl nuw nsw i64 %indvars.iv637.6.i, 6
-  %3417 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i
-  %3418 = getelementptr inbounds nuw i8, ptr %3417, i64 24
-  %3419 = load float, ptr %3418, align 4, !tbaa !5
-  %3420 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv637.6.i
-  store float %3419, ptr %3420, align 4, !tbaa !5
-  %indvars.iv.next638.6.i = or disjoint i64 %indvars.iv637.6.i, 1
-  %.idx763.i.1 = shl nuw nsw i64 %indvars.iv.next638.6.i, 6
-  %3421 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.1
-  %3422 = getelementptr inbounds nuw i8, ptr %3421, i64 24
-  %3423 = load float, ptr %3422, align 4, !tbaa !5
-  %3424 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv.next638.6.i
-  store float %3423, ptr %3424, align 4, !tbaa !5
-  %indvars.iv.next638.6.i.1 = or disjoint i64 %indvars.iv637.6.i, 2
-  %.idx763.i.2 = shl nuw nsw i64 %indvars.iv.next638.6.i.1, 6
-  %3425 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.2
-  %3426 = getelementptr inbounds nuw i8, ptr %3425, i64 24
-  %3427 = load float, ptr %3426, align 4, !tbaa !5
-  %3428 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv.next638.6.i.1
-  store float %3427, ptr %3428, align 4, !tbaa !5
-  %indvars.iv.next638.6.i.2 = or disjoint i64 %indvars.iv637.6.i, 3
-  %.idx763.i.3 = shl nuw nsw i64 %indvars.iv.next638.6.i.2, 6
-  %3429 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.3
-  %3430 = getelementptr inbounds nuw i8, ptr %3429, i64 24
-  %3431 = load float, ptr %3430, align 4, !tbaa !5
-  %3432 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv.next638.6.i.2
-  store float %3431, ptr %3432, align 4, !tbaa !5
-  %indvars.iv.next638.6.i.3 = or disjoint i64 %indvars.iv637.6.i, 4
-  %.idx763.i.4 = shl nuw nsw i64 %indvars.iv.next638.6.i.3, 6
-  %3433 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.4
-  %3434 = getelementptr inbounds nuw i8, ptr %3433, i64 24
-  %3435 = load float, ptr %3434, align 4, !tbaa !5
-  %3436 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv.next638.6.i.3
-  store float %3435, ptr %3436, align 4, !tbaa !5
-  %indvars.iv.next638.6.i.4 = or disjoint i64 %indvars.iv637.6.i, 5
-  %.idx763.i.5 = shl nuw nsw i64 %indvars.iv.next638.6.i.4, 6
-  %3437 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.5
-  %3438 = getelementptr inbounds nuw i8, ptr %3437, i64 24
-  %3439 = load float, ptr %3438, align 4, !tbaa !5
-  %3440 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv.next638.6.i.4
-  store float %3439, ptr %3440, align 4, !tbaa !5
-  %indvars.iv.next638.6.i.5 = or disjoint i64 %indvars.iv637.6.i, 6
-  %.idx763.i.6 = shl nuw nsw i64 %indvars.iv.next638.6.i.5, 6
-  %3441 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.6
-  %3442 = getelementptr inbounds nuw i8, ptr %3441, i64 24
-  %3443 = load float, ptr %3442, align 4, !tbaa !5
-  %3444 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv.next638.6.i.5
-  store float %3443, ptr %3444, align 4, !tbaa !5
-  %indvars.iv.next638.6.i.6 = or disjoint i64 %indvars.iv637.6.i, 7
-  %.idx763.i.7 = shl nuw nsw i64 %indvars.iv.next638.6.i.6, 6
-  %3445 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.7
-  %3446 = getelementptr inbounds nuw i8, ptr %3445, i64 24
-  %3447 = load float, ptr %3446, align 4, !tbaa !5
-  %3448 = getelementptr inbounds nuw float, ptr %3369, i64 %indvars.iv.next638.6.i.6
-  store float %3447, ptr %3448, align 4, !tbaa !5
-  %indvars.iv.next638.6.i.7 = add nuw nsw i64 %indvars.iv637.6.i, 8
-  %exitcond640.6.not.i.7 = icmp eq i64 %indvars.iv.next638.6.i.7, 128
-  br i1 %exitcond640.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
+  %indvars.iv635.6.i = phi i64 [ %indvars.iv.next636.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
+  %.idx761.i = shl nuw nsw i64 %indvars.iv635.6.i, 6
+  %3416 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i
+  %3417 = getelementptr inbounds nuw i8, ptr %3416, i64 24
+  %3418 = load float, ptr %3417, align 4, !tbaa !5
+  %3419 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv635.6.i
+  store float %3418, ptr %3419, align 4, !tbaa !5
+  %indvars.iv.next636.6.i = or disjoint i64 %indvars.iv635.6.i, 1
+  %.idx761.i.1 = shl nuw nsw i64 %indvars.iv.next636.6.i, 6
+  %3420 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.1
+  %3421 = getelementptr inbounds nuw i8, ptr %3420, i64 24
+  %3422 = load float, ptr %3421, align 4, !tbaa !5
+  %3423 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i
+  store float %3422, ptr %3423, align 4, !tbaa !5
+  %indvars.iv.next636.6.i.1 = or disjoint i64 %indvars.iv635.6.i, 2
+  %.idx761.i.2 = shl nuw nsw i64 %indvars.iv.next636.6.i.1, 6
+  %3424 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.2
+  %3425 = getelementptr inbounds nuw i8, ptr %3424, i64 24
+  %3426 = load float, ptr %3425, align 4, !tbaa !5
+  %3427 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.1
+  store float %3426, ptr %3427, align 4, !tbaa !5
+  %indvars.iv.next636.6.i.2 = or disjoint i64 %indvars.iv635.6.i, 3
+  %.idx761.i.3 = shl nuw nsw i64 %indvars.iv.next636.6.i.2, 6
+  %3428 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.3
+  %3429 = getelementptr inbounds nuw i8, ptr %3428, i64 24
+  %3430 = load float, ptr %3429, align 4, !tbaa !5
+  %3431 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.2
+  store float %3430, ptr %3431, align 4, !tbaa !5
+  %indvars.iv.next636.6.i.3 = or disjoint i64 %indvars.iv635.6.i, 4
+  %.idx761.i.4 = shl nuw nsw i64 %indvars.iv.next636.6.i.3, 6
+  %3432 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.4
+  %3433 = getelementptr inbounds nuw i8, ptr %3432, i64 24
+  %3434 = load float, ptr %3433, align 4, !tbaa !5
+  %3435 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.3
+  store float %3434, ptr %3435, align 4, !tbaa !5
+  %indvars.iv.next636.6.i.4 = or disjoint i64 %indvars.iv635.6.i, 5
+  %.idx761.i.5 = shl nuw nsw i64 %indvars.iv.next636.6.i.4, 6
+  %3436 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.5
+  %3437 = getelementptr inbounds nuw i8, ptr %3436, i64 24
+  %3438 = load float, ptr %3437, align 4, !tbaa !5
+  %3439 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.4
+  store float %3438, ptr %3439, align 4, !tbaa !5
+  %indvars.iv.next636.6.i.5 = or disjoint i64 %indvars.iv635.6.i, 6
+  %.idx761.i.6 = shl nuw nsw i64 %indvars.iv.next636.6.i.5, 6
+  %3440 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.6
+  %3441 = getelementptr inbounds nuw i8, ptr %3440, i64 24
+  %3442 = load float, ptr %3441, align 4, !tbaa !5
+  %3443 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.5
+  store float %3442, ptr %3443, align 4, !tbaa !5
+  %indvars.iv.next636.6.i.6 = or disjoint i64 %indvars.iv635.6.i, 7
+  %.idx761.i.7 = shl nuw nsw i64 %indvars.iv.next636.6.i.6, 6
+  %3444 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.7
+  %3445 = getelementptr inbounds nuw i8, ptr %3444, i64 24
+  %3446 = load float, ptr %3445, align 4, !tbaa !5
+  %3447 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.6
+  store float %3446, ptr %3447, align 4, !tbaa !5
+  %indvars.iv.next636.6.i.7 = add nuw nsw i64 %indvars.iv635.6.i, 8
+  %exitcond638.6.not.i.7 = icmp eq i64 %indvars.iv.next636.6.i.7, 128
+  br i1 %exitcond638.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
 
 for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body488
-  %3449 = getelementptr inbounds nuw i8, ptr %364, i64 3584
+  %3448 = getelementptr inbounds nuw i8, ptr %364, i64 3584
   %scevgep458 = getelementptr i8, ptr %acc.i, i64 28
   %scevgep459 = getelementptr i8, ptr %acc.i, i64 8160
   %bound0460 = icmp ult ptr %scevgep456, %scevgep459
@@ -5331,150 +5330,150 @@ for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %ve
   br i1 %found.conflict462, label %for_body_d.7.i, label %vector.body465, !prof !17
 
 vector.body465:                                   ; preds = %for_end_d.6.i
-  %3450 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3449 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3450 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3453 = getelementptr inbounds nuw i8, <8 x ptr> %3449, i64 28
   %3454 = getelementptr inbounds nuw i8, <8 x ptr> %3450, i64 28
   %3455 = getelementptr inbounds nuw i8, <8 x ptr> %3451, i64 28
   %3456 = getelementptr inbounds nuw i8, <8 x ptr> %3452, i64 28
-  %3457 = getelementptr inbounds nuw i8, <8 x ptr> %3453, i64 28
-  %wide.masked.gather471 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3454, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3455, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3456, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3458 = getelementptr inbounds nuw i8, ptr %364, i64 3616
-  %3459 = getelementptr inbounds nuw i8, ptr %364, i64 3648
-  %3460 = getelementptr inbounds nuw i8, ptr %364, i64 3680
-  store <8 x float> %wide.masked.gather471, ptr %3449, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472, ptr %3458, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473, ptr %3459, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474, ptr %3460, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3461 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3462 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3463 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3464 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather471 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3453, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3454, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3455, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3456, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3457 = getelementptr inbounds nuw i8, ptr %364, i64 3616
+  %3458 = getelementptr inbounds nuw i8, ptr %364, i64 3648
+  %3459 = getelementptr inbounds nuw i8, ptr %364, i64 3680
+  store <8 x float> %wide.masked.gather471, ptr %3448, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472, ptr %3457, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473, ptr %3458, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474, ptr %3459, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3460 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3461 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3462 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3463 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3464 = getelementptr inbounds nuw i8, <8 x ptr> %3460, i64 28
   %3465 = getelementptr inbounds nuw i8, <8 x ptr> %3461, i64 28
   %3466 = getelementptr inbounds nuw i8, <8 x ptr> %3462, i64 28
   %3467 = getelementptr inbounds nuw i8, <8 x ptr> %3463, i64 28
-  %3468 = getelementptr inbounds nuw i8, <8 x ptr> %3464, i64 28
-  %wide.masked.gather471.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3466, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3468, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3469 = getelementptr inbounds nuw i8, ptr %364, i64 3712
-  %3470 = getelementptr inbounds nuw i8, ptr %364, i64 3744
-  %3471 = getelementptr inbounds nuw i8, ptr %364, i64 3776
-  %3472 = getelementptr inbounds nuw i8, ptr %364, i64 3808
-  store <8 x float> %wide.masked.gather471.1, ptr %3469, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472.1, ptr %3470, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.1, ptr %3471, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.1, ptr %3472, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3473 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3474 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3475 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3476 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather471.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3466, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3468 = getelementptr inbounds nuw i8, ptr %364, i64 3712
+  %3469 = getelementptr inbounds nuw i8, ptr %364, i64 3744
+  %3470 = getelementptr inbounds nuw i8, ptr %364, i64 3776
+  %3471 = getelementptr inbounds nuw i8, ptr %364, i64 3808
+  store <8 x float> %wide.masked.gather471.1, ptr %3468, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472.1, ptr %3469, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.1, ptr %3470, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.1, ptr %3471, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3472 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3473 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3474 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3475 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3476 = getelementptr inbounds nuw i8, <8 x ptr> %3472, i64 28
   %3477 = getelementptr inbounds nuw i8, <8 x ptr> %3473, i64 28
   %3478 = getelementptr inbounds nuw i8, <8 x ptr> %3474, i64 28
   %3479 = getelementptr inbounds nuw i8, <8 x ptr> %3475, i64 28
-  %3480 = getelementptr inbounds nuw i8, <8 x ptr> %3476, i64 28
-  %wide.masked.gather471.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3479, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3480, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3481 = getelementptr inbounds nuw i8, ptr %364, i64 3840
-  %3482 = getelementptr inbounds nuw i8, ptr %364, i64 3872
-  %3483 = getelementptr inbounds nuw i8, ptr %364, i64 3904
-  %3484 = getelementptr inbounds nuw i8, ptr %364, i64 3936
-  store <8 x float> %wide.masked.gather471.2, ptr %3481, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472.2, ptr %3482, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.2, ptr %3483, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.2, ptr %3484, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3485 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3486 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3487 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3488 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather471.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3476, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3479, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3480 = getelementptr inbounds nuw i8, ptr %364, i64 3840
+  %3481 = getelementptr inbounds nuw i8, ptr %364, i64 3872
+  %3482 = getelementptr inbounds nuw i8, ptr %364, i64 3904
+  %3483 = getelementptr inbounds nuw i8, ptr %364, i64 3936
+  store <8 x float> %wide.masked.gather471.2, ptr %3480, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472.2, ptr %3481, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.2, ptr %3482, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.2, ptr %3483, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3484 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3485 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3486 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3487 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3488 = getelementptr inbounds nuw i8, <8 x ptr> %3484, i64 28
   %3489 = getelementptr inbounds nuw i8, <8 x ptr> %3485, i64 28
   %3490 = getelementptr inbounds nuw i8, <8 x ptr> %3486, i64 28
   %3491 = getelementptr inbounds nuw i8, <8 x ptr> %3487, i64 28
-  %3492 = getelementptr inbounds nuw i8, <8 x ptr> %3488, i64 28
-  %wide.masked.gather471.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3489, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3491, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3492, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3493 = getelementptr inbounds nuw i8, ptr %364, i64 3968
-  %3494 = getelementptr inbounds nuw i8, ptr %364, i64 4000
-  %3495 = getelementptr inbounds nuw i8, ptr %364, i64 4032
-  %3496 = getelementptr inbounds nuw i8, ptr %364, i64 4064
-  store <8 x float> %wide.masked.gather471.3, ptr %3493, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472.3, ptr %3494, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.3, ptr %3495, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.3, ptr %3496, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %wide.masked.gather471.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3488, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3489, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3491, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3492 = getelementptr inbounds nuw i8, ptr %364, i64 3968
+  %3493 = getelementptr inbounds nuw i8, ptr %364, i64 4000
+  %3494 = getelementptr inbounds nuw i8, ptr %364, i64 4032
+  %3495 = getelementptr inbounds nuw i8, ptr %364, i64 4064
+  store <8 x float> %wide.masked.gather471.3, ptr %3492, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472.3, ptr %3493, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.3, ptr %3494, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.3, ptr %3495, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
-  %indvars.iv637.7.i = phi i64 [ %indvars.iv.next638.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
-  %.idx764.i = shl nuw nsw i64 %indvars.iv637.7.i, 6
-  %3497 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i
-  %3498 = getelementptr inbounds nuw i8, ptr %3497, i64 28
-  %3499 = load float, ptr %3498, align 4, !tbaa !5
-  %3500 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv637.7.i
-  store float %3499, ptr %3500, align 4, !tbaa !5
-  %indvars.iv.next638.7.i = or disjoint i64 %indvars.iv637.7.i, 1
-  %.idx764.i.1 = shl nuw nsw i64 %indvars.iv.next638.7.i, 6
-  %3501 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.1
-  %3502 = getelementptr inbounds nuw i8, ptr %3501, i64 28
-  %3503 = load float, ptr %3502, align 4, !tbaa !5
-  %3504 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv.next638.7.i
-  store float %3503, ptr %3504, align 4, !tbaa !5
-  %indvars.iv.next638.7.i.1 = or disjoint i64 %indvars.iv637.7.i, 2
-  %.idx764.i.2 = shl nuw nsw i64 %indvars.iv.next638.7.i.1, 6
-  %3505 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.2
-  %3506 = getelementptr inbounds nuw i8, ptr %3505, i64 28
-  %3507 = load float, ptr %3506, align 4, !tbaa !5
-  %3508 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv.next638.7.i.1
-  store float %3507, ptr %3508, align 4, !tbaa !5
-  %indvars.iv.next638.7.i.2 = or disjoint i64 %indvars.iv637.7.i, 3
-  %.idx764.i.3 = shl nuw nsw i64 %indvars.iv.next638.7.i.2, 6
-  %3509 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.3
-  %3510 = getelementptr inbounds nuw i8, ptr %3509, i64 28
-  %3511 = load float, ptr %3510, align 4, !tbaa !5
-  %3512 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv.next638.7.i.2
-  store float %3511, ptr %3512, align 4, !tbaa !5
-  %indvars.iv.next638.7.i.3 = or disjoint i64 %indvars.iv637.7.i, 4
-  %.idx764.i.4 = shl nuw nsw i64 %indvars.iv.next638.7.i.3, 6
-  %3513 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.4
-  %3514 = getelementptr inbounds nuw i8, ptr %3513, i64 28
-  %3515 = load float, ptr %3514, align 4, !tbaa !5
-  %3516 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv.next638.7.i.3
-  store float %3515, ptr %3516, align 4, !tbaa !5
-  %indvars.iv.next638.7.i.4 = or disjoint i64 %indvars.iv637.7.i, 5
-  %.idx764.i.5 = shl nuw nsw i64 %indvars.iv.next638.7.i.4, 6
-  %3517 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.5
-  %3518 = getelementptr inbounds nuw i8, ptr %3517, i64 28
-  %3519 = load float, ptr %3518, align 4, !tbaa !5
-  %3520 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv.next638.7.i.4
-  store float %3519, ptr %3520, align 4, !tbaa !5
-  %indvars.iv.next638.7.i.5 = or disjoint i64 %indvars.iv637.7.i, 6
-  %.idx764.i.6 = shl nuw nsw i64 %indvars.iv.next638.7.i.5, 6
-  %3521 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.6
-  %3522 = getelementptr inbounds nuw i8, ptr %3521, i64 28
-  %3523 = load float, ptr %3522, align 4, !tbaa !5
-  %3524 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv.next638.7.i.5
-  store float %3523, ptr %3524, align 4, !tbaa !5
-  %indvars.iv.next638.7.i.6 = or disjoint i64 %indvars.iv637.7.i, 7
-  %.idx764.i.7 = shl nuw nsw i64 %indvars.iv.next638.7.i.6, 6
-  %3525 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.7
-  %3526 = getelementptr inbounds nuw i8, ptr %3525, i64 28
-  %3527 = load float, ptr %3526, align 4, !tbaa !5
-  %3528 = getelementptr inbounds nuw float, ptr %3449, i64 %indvars.iv.next638.7.i.6
-  store float %3527, ptr %3528, align 4, !tbaa !5
-  %indvars.iv.next638.7.i.7 = add nuw nsw i64 %indvars.iv637.7.i, 8
-  %exitcond640.7.not.i.7 = icmp eq i64 %indvars.iv.next638.7.i.7, 128
-  br i1 %exitcond640.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
+  %indvars.iv635.7.i = phi i64 [ %indvars.iv.next636.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
+  %.idx762.i = shl nuw nsw i64 %indvars.iv635.7.i, 6
+  %3496 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i
+  %3497 = getelementptr inbounds nuw i8, ptr %3496, i64 28
+  %3498 = load float, ptr %3497, align 4, !tbaa !5
+  %3499 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv635.7.i
+  store float %3498, ptr %3499, align 4, !tbaa !5
+  %indvars.iv.next636.7.i = or disjoint i64 %indvars.iv635.7.i, 1
+  %.idx762.i.1 = shl nuw nsw i64 %indvars.iv.next636.7.i, 6
+  %3500 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.1
+  %3501 = getelementptr inbounds nuw i8, ptr %3500, i64 28
+  %3502 = load float, ptr %3501, align 4, !tbaa !5
+  %3503 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i
+  store float %3502, ptr %3503, align 4, !tbaa !5
+  %indvars.iv.next636.7.i.1 = or disjoint i64 %indvars.iv635.7.i, 2
+  %.idx762.i.2 = shl nuw nsw i64 %indvars.iv.next636.7.i.1, 6
+  %3504 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.2
+  %3505 = getelementptr inbounds nuw i8, ptr %3504, i64 28
+  %3506 = load float, ptr %3505, align 4, !tbaa !5
+  %3507 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.1
+  store float %3506, ptr %3507, align 4, !tbaa !5
+  %indvars.iv.next636.7.i.2 = or disjoint i64 %indvars.iv635.7.i, 3
+  %.idx762.i.3 = shl nuw nsw i64 %indvars.iv.next636.7.i.2, 6
+  %3508 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.3
+  %3509 = getelementptr inbounds nuw i8, ptr %3508, i64 28
+  %3510 = load float, ptr %3509, align 4, !tbaa !5
+  %3511 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.2
+  store float %3510, ptr %3511, align 4, !tbaa !5
+  %indvars.iv.next636.7.i.3 = or disjoint i64 %indvars.iv635.7.i, 4
+  %.idx762.i.4 = shl nuw nsw i64 %indvars.iv.next636.7.i.3, 6
+  %3512 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.4
+  %3513 = getelementptr inbounds nuw i8, ptr %3512, i64 28
+  %3514 = load float, ptr %3513, align 4, !tbaa !5
+  %3515 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.3
+  store float %3514, ptr %3515, align 4, !tbaa !5
+  %indvars.iv.next636.7.i.4 = or disjoint i64 %indvars.iv635.7.i, 5
+  %.idx762.i.5 = shl nuw nsw i64 %indvars.iv.next636.7.i.4, 6
+  %3516 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.5
+  %3517 = getelementptr inbounds nuw i8, ptr %3516, i64 28
+  %3518 = load float, ptr %3517, align 4, !tbaa !5
+  %3519 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.4
+  store float %3518, ptr %3519, align 4, !tbaa !5
+  %indvars.iv.next636.7.i.5 = or disjoint i64 %indvars.iv635.7.i, 6
+  %.idx762.i.6 = shl nuw nsw i64 %indvars.iv.next636.7.i.5, 6
+  %3520 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.6
+  %3521 = getelementptr inbounds nuw i8, ptr %3520, i64 28
+  %3522 = load float, ptr %3521, align 4, !tbaa !5
+  %3523 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.5
+  store float %3522, ptr %3523, align 4, !tbaa !5
+  %indvars.iv.next636.7.i.6 = or disjoint i64 %indvars.iv635.7.i, 7
+  %.idx762.i.7 = shl nuw nsw i64 %indvars.iv.next636.7.i.6, 6
+  %3524 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.7
+  %3525 = getelementptr inbounds nuw i8, ptr %3524, i64 28
+  %3526 = load float, ptr %3525, align 4, !tbaa !5
+  %3527 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.6
+  store float %3526, ptr %3527, align 4, !tbaa !5
+  %indvars.iv.next636.7.i.7 = add nuw nsw i64 %indvars.iv635.7.i, 8
+  %exitcond638.7.not.i.7 = icmp eq i64 %indvars.iv.next636.7.i.7, 128
+  br i1 %exitcond638.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
 
 for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body465
-  %3529 = getelementptr inbounds nuw i8, ptr %364, i64 4096
+  %3528 = getelementptr inbounds nuw i8, ptr %364, i64 4096
   %scevgep435 = getelementptr i8, ptr %acc.i, i64 32
   %scevgep436 = getelementptr i8, ptr %acc.i, i64 8164
   %bound0437 = icmp ult ptr %scevgep433, %scevgep436
@@ -5483,150 +5482,150 @@ for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %ve
   br i1 %found.conflict439, label %for_body_d.8.i, label %vector.body442, !prof !17
 
 vector.body442:                                   ; preds = %for_end_d.7.i
-  %3530 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3531 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3532 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3529 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3530 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3531 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3532 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3533 = getelementptr inbounds nuw i8, <8 x ptr> %3529, i64 32
   %3534 = getelementptr inbounds nuw i8, <8 x ptr> %3530, i64 32
   %3535 = getelementptr inbounds nuw i8, <8 x ptr> %3531, i64 32
   %3536 = getelementptr inbounds nuw i8, <8 x ptr> %3532, i64 32
-  %3537 = getelementptr inbounds nuw i8, <8 x ptr> %3533, i64 32
-  %wide.masked.gather448 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3534, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3535, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3536, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3538 = getelementptr inbounds nuw i8, ptr %364, i64 4128
-  %3539 = getelementptr inbounds nuw i8, ptr %364, i64 4160
-  %3540 = getelementptr inbounds nuw i8, ptr %364, i64 4192
-  store <8 x float> %wide.masked.gather448, ptr %3529, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449, ptr %3538, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450, ptr %3539, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451, ptr %3540, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3541 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3542 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3543 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3544 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather448 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3533, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3534, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3535, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3536, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3537 = getelementptr inbounds nuw i8, ptr %364, i64 4128
+  %3538 = getelementptr inbounds nuw i8, ptr %364, i64 4160
+  %3539 = getelementptr inbounds nuw i8, ptr %364, i64 4192
+  store <8 x float> %wide.masked.gather448, ptr %3528, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449, ptr %3537, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450, ptr %3538, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451, ptr %3539, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3540 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3541 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3542 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3543 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3544 = getelementptr inbounds nuw i8, <8 x ptr> %3540, i64 32
   %3545 = getelementptr inbounds nuw i8, <8 x ptr> %3541, i64 32
   %3546 = getelementptr inbounds nuw i8, <8 x ptr> %3542, i64 32
   %3547 = getelementptr inbounds nuw i8, <8 x ptr> %3543, i64 32
-  %3548 = getelementptr inbounds nuw i8, <8 x ptr> %3544, i64 32
-  %wide.masked.gather448.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3548, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3549 = getelementptr inbounds nuw i8, ptr %364, i64 4224
-  %3550 = getelementptr inbounds nuw i8, ptr %364, i64 4256
-  %3551 = getelementptr inbounds nuw i8, ptr %364, i64 4288
-  %3552 = getelementptr inbounds nuw i8, ptr %364, i64 4320
-  store <8 x float> %wide.masked.gather448.1, ptr %3549, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449.1, ptr %3550, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.1, ptr %3551, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.1, ptr %3552, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3553 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3554 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3555 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3556 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather448.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3548 = getelementptr inbounds nuw i8, ptr %364, i64 4224
+  %3549 = getelementptr inbounds nuw i8, ptr %364, i64 4256
+  %3550 = getelementptr inbounds nuw i8, ptr %364, i64 4288
+  %3551 = getelementptr inbounds nuw i8, ptr %364, i64 4320
+  store <8 x float> %wide.masked.gather448.1, ptr %3548, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449.1, ptr %3549, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.1, ptr %3550, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.1, ptr %3551, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3552 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3553 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3554 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3555 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3556 = getelementptr inbounds nuw i8, <8 x ptr> %3552, i64 32
   %3557 = getelementptr inbounds nuw i8, <8 x ptr> %3553, i64 32
   %3558 = getelementptr inbounds nuw i8, <8 x ptr> %3554, i64 32
   %3559 = getelementptr inbounds nuw i8, <8 x ptr> %3555, i64 32
-  %3560 = getelementptr inbounds nuw i8, <8 x ptr> %3556, i64 32
-  %wide.masked.gather448.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3558, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3559, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3560, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3561 = getelementptr inbounds nuw i8, ptr %364, i64 4352
-  %3562 = getelementptr inbounds nuw i8, ptr %364, i64 4384
-  %3563 = getelementptr inbounds nuw i8, ptr %364, i64 4416
-  %3564 = getelementptr inbounds nuw i8, ptr %364, i64 4448
-  store <8 x float> %wide.masked.gather448.2, ptr %3561, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449.2, ptr %3562, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.2, ptr %3563, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.2, ptr %3564, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3565 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3566 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3567 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3568 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather448.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3556, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3558, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3559, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3560 = getelementptr inbounds nuw i8, ptr %364, i64 4352
+  %3561 = getelementptr inbounds nuw i8, ptr %364, i64 4384
+  %3562 = getelementptr inbounds nuw i8, ptr %364, i64 4416
+  %3563 = getelementptr inbounds nuw i8, ptr %364, i64 4448
+  store <8 x float> %wide.masked.gather448.2, ptr %3560, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449.2, ptr %3561, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.2, ptr %3562, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.2, ptr %3563, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3564 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3565 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3566 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3567 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3568 = getelementptr inbounds nuw i8, <8 x ptr> %3564, i64 32
   %3569 = getelementptr inbounds nuw i8, <8 x ptr> %3565, i64 32
   %3570 = getelementptr inbounds nuw i8, <8 x ptr> %3566, i64 32
   %3571 = getelementptr inbounds nuw i8, <8 x ptr> %3567, i64 32
-  %3572 = getelementptr inbounds nuw i8, <8 x ptr> %3568, i64 32
-  %wide.masked.gather448.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3569, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3570, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3571, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3572, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3573 = getelementptr inbounds nuw i8, ptr %364, i64 4480
-  %3574 = getelementptr inbounds nuw i8, ptr %364, i64 4512
-  %3575 = getelementptr inbounds nuw i8, ptr %364, i64 4544
-  %3576 = getelementptr inbounds nuw i8, ptr %364, i64 4576
-  store <8 x float> %wide.masked.gather448.3, ptr %3573, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449.3, ptr %3574, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.3, ptr %3575, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.3, ptr %3576, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %wide.masked.gather448.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3568, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3569, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3570, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3571, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3572 = getelementptr inbounds nuw i8, ptr %364, i64 4480
+  %3573 = getelementptr inbounds nuw i8, ptr %364, i64 4512
+  %3574 = getelementptr inbounds nuw i8, ptr %364, i64 4544
+  %3575 = getelementptr inbounds nuw i8, ptr %364, i64 4576
+  store <8 x float> %wide.masked.gather448.3, ptr %3572, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449.3, ptr %3573, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.3, ptr %3574, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.3, ptr %3575, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
-  %indvars.iv637.8.i = phi i64 [ %indvars.iv.next638.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
-  %.idx765.i = shl nuw nsw i64 %indvars.iv637.8.i, 6
-  %3577 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i
-  %3578 = getelementptr inbounds nuw i8, ptr %3577, i64 32
-  %3579 = load float, ptr %3578, align 4, !tbaa !5
-  %3580 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv637.8.i
-  store float %3579, ptr %3580, align 4, !tbaa !5
-  %indvars.iv.next638.8.i = or disjoint i64 %indvars.iv637.8.i, 1
-  %.idx765.i.1 = shl nuw nsw i64 %indvars.iv.next638.8.i, 6
-  %3581 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.1
-  %3582 = getelementptr inbounds nuw i8, ptr %3581, i64 32
-  %3583 = load float, ptr %3582, align 4, !tbaa !5
-  %3584 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv.next638.8.i
-  store float %3583, ptr %3584, align 4, !tbaa !5
-  %indvars.iv.next638.8.i.1 = or disjoint i64 %indvars.iv637.8.i, 2
-  %.idx765.i.2 = shl nuw nsw i64 %indvars.iv.next638.8.i.1, 6
-  %3585 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.2
-  %3586 = getelementptr inbounds nuw i8, ptr %3585, i64 32
-  %3587 = load float, ptr %3586, align 4, !tbaa !5
-  %3588 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv.next638.8.i.1
-  store float %3587, ptr %3588, align 4, !tbaa !5
-  %indvars.iv.next638.8.i.2 = or disjoint i64 %indvars.iv637.8.i, 3
-  %.idx765.i.3 = shl nuw nsw i64 %indvars.iv.next638.8.i.2, 6
-  %3589 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.3
-  %3590 = getelementptr inbounds nuw i8, ptr %3589, i64 32
-  %3591 = load float, ptr %3590, align 4, !tbaa !5
-  %3592 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv.next638.8.i.2
-  store float %3591, ptr %3592, align 4, !tbaa !5
-  %indvars.iv.next638.8.i.3 = or disjoint i64 %indvars.iv637.8.i, 4
-  %.idx765.i.4 = shl nuw nsw i64 %indvars.iv.next638.8.i.3, 6
-  %3593 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.4
-  %3594 = getelementptr inbounds nuw i8, ptr %3593, i64 32
-  %3595 = load float, ptr %3594, align 4, !tbaa !5
-  %3596 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv.next638.8.i.3
-  store float %3595, ptr %3596, align 4, !tbaa !5
-  %indvars.iv.next638.8.i.4 = or disjoint i64 %indvars.iv637.8.i, 5
-  %.idx765.i.5 = shl nuw nsw i64 %indvars.iv.next638.8.i.4, 6
-  %3597 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.5
-  %3598 = getelementptr inbounds nuw i8, ptr %3597, i64 32
-  %3599 = load float, ptr %3598, align 4, !tbaa !5
-  %3600 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv.next638.8.i.4
-  store float %3599, ptr %3600, align 4, !tbaa !5
-  %indvars.iv.next638.8.i.5 = or disjoint i64 %indvars.iv637.8.i, 6
-  %.idx765.i.6 = shl nuw nsw i64 %indvars.iv.next638.8.i.5, 6
-  %3601 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.6
-  %3602 = getelementptr inbounds nuw i8, ptr %3601, i64 32
-  %3603 = load float, ptr %3602, align 4, !tbaa !5
-  %3604 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv.next638.8.i.5
-  store float %3603, ptr %3604, align 4, !tbaa !5
-  %indvars.iv.next638.8.i.6 = or disjoint i64 %indvars.iv637.8.i, 7
-  %.idx765.i.7 = shl nuw nsw i64 %indvars.iv.next638.8.i.6, 6
-  %3605 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.7
-  %3606 = getelementptr inbounds nuw i8, ptr %3605, i64 32
-  %3607 = load float, ptr %3606, align 4, !tbaa !5
-  %3608 = getelementptr inbounds nuw float, ptr %3529, i64 %indvars.iv.next638.8.i.6
-  store float %3607, ptr %3608, align 4, !tbaa !5
-  %indvars.iv.next638.8.i.7 = add nuw nsw i64 %indvars.iv637.8.i, 8
-  %exitcond640.8.not.i.7 = icmp eq i64 %indvars.iv.next638.8.i.7, 128
-  br i1 %exitcond640.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
+  %indvars.iv635.8.i = phi i64 [ %indvars.iv.next636.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
+  %.idx763.i = shl nuw nsw i64 %indvars.iv635.8.i, 6
+  %3576 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i
+  %3577 = getelementptr inbounds nuw i8, ptr %3576, i64 32
+  %3578 = load float, ptr %3577, align 4, !tbaa !5
+  %3579 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv635.8.i
+  store float %3578, ptr %3579, align 4, !tbaa !5
+  %indvars.iv.next636.8.i = or disjoint i64 %indvars.iv635.8.i, 1
+  %.idx763.i.1 = shl nuw nsw i64 %indvars.iv.next636.8.i, 6
+  %3580 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.1
+  %3581 = getelementptr inbounds nuw i8, ptr %3580, i64 32
+  %3582 = load float, ptr %3581, align 4, !tbaa !5
+  %3583 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i
+  store float %3582, ptr %3583, align 4, !tbaa !5
+  %indvars.iv.next636.8.i.1 = or disjoint i64 %indvars.iv635.8.i, 2
+  %.idx763.i.2 = shl nuw nsw i64 %indvars.iv.next636.8.i.1, 6
+  %3584 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.2
+  %3585 = getelementptr inbounds nuw i8, ptr %3584, i64 32
+  %3586 = load float, ptr %3585, align 4, !tbaa !5
+  %3587 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.1
+  store float %3586, ptr %3587, align 4, !tbaa !5
+  %indvars.iv.next636.8.i.2 = or disjoint i64 %indvars.iv635.8.i, 3
+  %.idx763.i.3 = shl nuw nsw i64 %indvars.iv.next636.8.i.2, 6
+  %3588 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.3
+  %3589 = getelementptr inbounds nuw i8, ptr %3588, i64 32
+  %3590 = load float, ptr %3589, align 4, !tbaa !5
+  %3591 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.2
+  store float %3590, ptr %3591, align 4, !tbaa !5
+  %indvars.iv.next636.8.i.3 = or disjoint i64 %indvars.iv635.8.i, 4
+  %.idx763.i.4 = shl nuw nsw i64 %indvars.iv.next636.8.i.3, 6
+  %3592 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.4
+  %3593 = getelementptr inbounds nuw i8, ptr %3592, i64 32
+  %3594 = load float, ptr %3593, align 4, !tbaa !5
+  %3595 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.3
+  store float %3594, ptr %3595, align 4, !tbaa !5
+  %indvars.iv.next636.8.i.4 = or disjoint i64 %indvars.iv635.8.i, 5
+  %.idx763.i.5 = shl nuw nsw i64 %indvars.iv.next636.8.i.4, 6
+  %3596 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.5
+  %3597 = getelementptr inbounds nuw i8, ptr %3596, i64 32
+  %3598 = load float, ptr %3597, align 4, !tbaa !5
+  %3599 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.4
+  store float %3598, ptr %3599, align 4, !tbaa !5
+  %indvars.iv.next636.8.i.5 = or disjoint i64 %indvars.iv635.8.i, 6
+  %.idx763.i.6 = shl nuw nsw i64 %indvars.iv.next636.8.i.5, 6
+  %3600 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.6
+  %3601 = getelementptr inbounds nuw i8, ptr %3600, i64 32
+  %3602 = load float, ptr %3601, align 4, !tbaa !5
+  %3603 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.5
+  store float %3602, ptr %3603, align 4, !tbaa !5
+  %indvars.iv.next636.8.i.6 = or disjoint i64 %indvars.iv635.8.i, 7
+  %.idx763.i.7 = shl nuw nsw i64 %indvars.iv.next636.8.i.6, 6
+  %3604 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.7
+  %3605 = getelementptr inbounds nuw i8, ptr %3604, i64 32
+  %3606 = load float, ptr %3605, align 4, !tbaa !5
+  %3607 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.6
+  store float %3606, ptr %3607, align 4, !tbaa !5
+  %indvars.iv.next636.8.i.7 = add nuw nsw i64 %indvars.iv635.8.i, 8
+  %exitcond638.8.not.i.7 = icmp eq i64 %indvars.iv.next636.8.i.7, 128
+  br i1 %exitcond638.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
 
 for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body442
-  %3609 = getelementptr inbounds nuw i8, ptr %364, i64 4608
+  %3608 = getelementptr inbounds nuw i8, ptr %364, i64 4608
   %scevgep412 = getelementptr i8, ptr %acc.i, i64 36
   %scevgep413 = getelementptr i8, ptr %acc.i, i64 8168
   %bound0414 = icmp ult ptr %scevgep410, %scevgep413
@@ -5635,150 +5634,150 @@ for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %ve
   br i1 %found.conflict416, label %for_body_d.9.i, label %vector.body419, !prof !17
 
 vector.body419:                                   ; preds = %for_end_d.8.i
-  %3610 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3611 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3612 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3609 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3610 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3611 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3612 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3613 = getelementptr inbounds nuw i8, <8 x ptr> %3609, i64 36
   %3614 = getelementptr inbounds nuw i8, <8 x ptr> %3610, i64 36
   %3615 = getelementptr inbounds nuw i8, <8 x ptr> %3611, i64 36
   %3616 = getelementptr inbounds nuw i8, <8 x ptr> %3612, i64 36
-  %3617 = getelementptr inbounds nuw i8, <8 x ptr> %3613, i64 36
-  %wide.masked.gather425 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3614, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3615, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3616, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3618 = getelementptr inbounds nuw i8, ptr %364, i64 4640
-  %3619 = getelementptr inbounds nuw i8, ptr %364, i64 4672
-  %3620 = getelementptr inbounds nuw i8, ptr %364, i64 4704
-  store <8 x float> %wide.masked.gather425, ptr %3609, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426, ptr %3618, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427, ptr %3619, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428, ptr %3620, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3621 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3622 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3623 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3624 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather425 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3613, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3614, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3615, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3616, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3617 = getelementptr inbounds nuw i8, ptr %364, i64 4640
+  %3618 = getelementptr inbounds nuw i8, ptr %364, i64 4672
+  %3619 = getelementptr inbounds nuw i8, ptr %364, i64 4704
+  store <8 x float> %wide.masked.gather425, ptr %3608, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426, ptr %3617, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427, ptr %3618, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428, ptr %3619, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3620 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3621 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3622 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3623 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3624 = getelementptr inbounds nuw i8, <8 x ptr> %3620, i64 36
   %3625 = getelementptr inbounds nuw i8, <8 x ptr> %3621, i64 36
   %3626 = getelementptr inbounds nuw i8, <8 x ptr> %3622, i64 36
   %3627 = getelementptr inbounds nuw i8, <8 x ptr> %3623, i64 36
-  %3628 = getelementptr inbounds nuw i8, <8 x ptr> %3624, i64 36
-  %wide.masked.gather425.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3626, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3628, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3629 = getelementptr inbounds nuw i8, ptr %364, i64 4736
-  %3630 = getelementptr inbounds nuw i8, ptr %364, i64 4768
-  %3631 = getelementptr inbounds nuw i8, ptr %364, i64 4800
-  %3632 = getelementptr inbounds nuw i8, ptr %364, i64 4832
-  store <8 x float> %wide.masked.gather425.1, ptr %3629, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426.1, ptr %3630, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.1, ptr %3631, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.1, ptr %3632, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3633 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3634 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3635 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3636 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather425.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3626, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3628 = getelementptr inbounds nuw i8, ptr %364, i64 4736
+  %3629 = getelementptr inbounds nuw i8, ptr %364, i64 4768
+  %3630 = getelementptr inbounds nuw i8, ptr %364, i64 4800
+  %3631 = getelementptr inbounds nuw i8, ptr %364, i64 4832
+  store <8 x float> %wide.masked.gather425.1, ptr %3628, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426.1, ptr %3629, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.1, ptr %3630, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.1, ptr %3631, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3632 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3633 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3634 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3635 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3636 = getelementptr inbounds nuw i8, <8 x ptr> %3632, i64 36
   %3637 = getelementptr inbounds nuw i8, <8 x ptr> %3633, i64 36
   %3638 = getelementptr inbounds nuw i8, <8 x ptr> %3634, i64 36
   %3639 = getelementptr inbounds nuw i8, <8 x ptr> %3635, i64 36
-  %3640 = getelementptr inbounds nuw i8, <8 x ptr> %3636, i64 36
-  %wide.masked.gather425.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3638, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3639, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3640, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3641 = getelementptr inbounds nuw i8, ptr %364, i64 4864
-  %3642 = getelementptr inbounds nuw i8, ptr %364, i64 4896
-  %3643 = getelementptr inbounds nuw i8, ptr %364, i64 4928
-  %3644 = getelementptr inbounds nuw i8, ptr %364, i64 4960
-  store <8 x float> %wide.masked.gather425.2, ptr %3641, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426.2, ptr %3642, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.2, ptr %3643, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.2, ptr %3644, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3645 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3646 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3647 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3648 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather425.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3636, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3638, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3639, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3640 = getelementptr inbounds nuw i8, ptr %364, i64 4864
+  %3641 = getelementptr inbounds nuw i8, ptr %364, i64 4896
+  %3642 = getelementptr inbounds nuw i8, ptr %364, i64 4928
+  %3643 = getelementptr inbounds nuw i8, ptr %364, i64 4960
+  store <8 x float> %wide.masked.gather425.2, ptr %3640, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426.2, ptr %3641, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.2, ptr %3642, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.2, ptr %3643, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3644 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3645 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3646 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3647 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3648 = getelementptr inbounds nuw i8, <8 x ptr> %3644, i64 36
   %3649 = getelementptr inbounds nuw i8, <8 x ptr> %3645, i64 36
   %3650 = getelementptr inbounds nuw i8, <8 x ptr> %3646, i64 36
   %3651 = getelementptr inbounds nuw i8, <8 x ptr> %3647, i64 36
-  %3652 = getelementptr inbounds nuw i8, <8 x ptr> %3648, i64 36
-  %wide.masked.gather425.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3651, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3652, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3653 = getelementptr inbounds nuw i8, ptr %364, i64 4992
-  %3654 = getelementptr inbounds nuw i8, ptr %364, i64 5024
-  %3655 = getelementptr inbounds nuw i8, ptr %364, i64 5056
-  %3656 = getelementptr inbounds nuw i8, ptr %364, i64 5088
-  store <8 x float> %wide.masked.gather425.3, ptr %3653, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426.3, ptr %3654, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.3, ptr %3655, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.3, ptr %3656, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %wide.masked.gather425.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3648, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3651, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3652 = getelementptr inbounds nuw i8, ptr %364, i64 4992
+  %3653 = getelementptr inbounds nuw i8, ptr %364, i64 5024
+  %3654 = getelementptr inbounds nuw i8, ptr %364, i64 5056
+  %3655 = getelementptr inbounds nuw i8, ptr %364, i64 5088
+  store <8 x float> %wide.masked.gather425.3, ptr %3652, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426.3, ptr %3653, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.3, ptr %3654, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.3, ptr %3655, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
-  %indvars.iv637.9.i = phi i64 [ %indvars.iv.next638.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
-  %.idx766.i = shl nuw nsw i64 %indvars.iv637.9.i, 6
-  %3657 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i
-  %3658 = getelementptr inbounds nuw i8, ptr %3657, i64 36
-  %3659 = load float, ptr %3658, align 4, !tbaa !5
-  %3660 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv637.9.i
-  store float %3659, ptr %3660, align 4, !tbaa !5
-  %indvars.iv.next638.9.i = or disjoint i64 %indvars.iv637.9.i, 1
-  %.idx766.i.1 = shl nuw nsw i64 %indvars.iv.next638.9.i, 6
-  %3661 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.1
-  %3662 = getelementptr inbounds nuw i8, ptr %3661, i64 36
-  %3663 = load float, ptr %3662, align 4, !tbaa !5
-  %3664 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv.next638.9.i
-  store float %3663, ptr %3664, align 4, !tbaa !5
-  %indvars.iv.next638.9.i.1 = or disjoint i64 %indvars.iv637.9.i, 2
-  %.idx766.i.2 = shl nuw nsw i64 %indvars.iv.next638.9.i.1, 6
-  %3665 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.2
-  %3666 = getelementptr inbounds nuw i8, ptr %3665, i64 36
-  %3667 = load float, ptr %3666, align 4, !tbaa !5
-  %3668 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv.next638.9.i.1
-  store float %3667, ptr %3668, align 4, !tbaa !5
-  %indvars.iv.next638.9.i.2 = or disjoint i64 %indvars.iv637.9.i, 3
-  %.idx766.i.3 = shl nuw nsw i64 %indvars.iv.next638.9.i.2, 6
-  %3669 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.3
-  %3670 = getelementptr inbounds nuw i8, ptr %3669, i64 36
-  %3671 = load float, ptr %3670, align 4, !tbaa !5
-  %3672 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv.next638.9.i.2
-  store float %3671, ptr %3672, align 4, !tbaa !5
-  %indvars.iv.next638.9.i.3 = or disjoint i64 %indvars.iv637.9.i, 4
-  %.idx766.i.4 = shl nuw nsw i64 %indvars.iv.next638.9.i.3, 6
-  %3673 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.4
-  %3674 = getelementptr inbounds nuw i8, ptr %3673, i64 36
-  %3675 = load float, ptr %3674, align 4, !tbaa !5
-  %3676 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv.next638.9.i.3
-  store float %3675, ptr %3676, align 4, !tbaa !5
-  %indvars.iv.next638.9.i.4 = or disjoint i64 %indvars.iv637.9.i, 5
-  %.idx766.i.5 = shl nuw nsw i64 %indvars.iv.next638.9.i.4, 6
-  %3677 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.5
-  %3678 = getelementptr inbounds nuw i8, ptr %3677, i64 36
-  %3679 = load float, ptr %3678, align 4, !tbaa !5
-  %3680 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv.next638.9.i.4
-  store float %3679, ptr %3680, align 4, !tbaa !5
-  %indvars.iv.next638.9.i.5 = or disjoint i64 %indvars.iv637.9.i, 6
-  %.idx766.i.6 = shl nuw nsw i64 %indvars.iv.next638.9.i.5, 6
-  %3681 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.6
-  %3682 = getelementptr inbounds nuw i8, ptr %3681, i64 36
-  %3683 = load float, ptr %3682, align 4, !tbaa !5
-  %3684 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv.next638.9.i.5
-  store float %3683, ptr %3684, align 4, !tbaa !5
-  %indvars.iv.next638.9.i.6 = or disjoint i64 %indvars.iv637.9.i, 7
-  %.idx766.i.7 = shl nuw nsw i64 %indvars.iv.next638.9.i.6, 6
-  %3685 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.7
-  %3686 = getelementptr inbounds nuw i8, ptr %3685, i64 36
-  %3687 = load float, ptr %3686, align 4, !tbaa !5
-  %3688 = getelementptr inbounds nuw float, ptr %3609, i64 %indvars.iv.next638.9.i.6
-  store float %3687, ptr %3688, align 4, !tbaa !5
-  %indvars.iv.next638.9.i.7 = add nuw nsw i64 %indvars.iv637.9.i, 8
-  %exitcond640.9.not.i.7 = icmp eq i64 %indvars.iv.next638.9.i.7, 128
-  br i1 %exitcond640.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
+  %indvars.iv635.9.i = phi i64 [ %indvars.iv.next636.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
+  %.idx764.i = shl nuw nsw i64 %indvars.iv635.9.i, 6
+  %3656 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i
+  %3657 = getelementptr inbounds nuw i8, ptr %3656, i64 36
+  %3658 = load float, ptr %3657, align 4, !tbaa !5
+  %3659 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv635.9.i
+  store float %3658, ptr %3659, align 4, !tbaa !5
+  %indvars.iv.next636.9.i = or disjoint i64 %indvars.iv635.9.i, 1
+  %.idx764.i.1 = shl nuw nsw i64 %indvars.iv.next636.9.i, 6
+  %3660 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.1
+  %3661 = getelementptr inbounds nuw i8, ptr %3660, i64 36
+  %3662 = load float, ptr %3661, align 4, !tbaa !5
+  %3663 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i
+  store float %3662, ptr %3663, align 4, !tbaa !5
+  %indvars.iv.next636.9.i.1 = or disjoint i64 %indvars.iv635.9.i, 2
+  %.idx764.i.2 = shl nuw nsw i64 %indvars.iv.next636.9.i.1, 6
+  %3664 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.2
+  %3665 = getelementptr inbounds nuw i8, ptr %3664, i64 36
+  %3666 = load float, ptr %3665, align 4, !tbaa !5
+  %3667 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.1
+  store float %3666, ptr %3667, align 4, !tbaa !5
+  %indvars.iv.next636.9.i.2 = or disjoint i64 %indvars.iv635.9.i, 3
+  %.idx764.i.3 = shl nuw nsw i64 %indvars.iv.next636.9.i.2, 6
+  %3668 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.3
+  %3669 = getelementptr inbounds nuw i8, ptr %3668, i64 36
+  %3670 = load float, ptr %3669, align 4, !tbaa !5
+  %3671 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.2
+  store float %3670, ptr %3671, align 4, !tbaa !5
+  %indvars.iv.next636.9.i.3 = or disjoint i64 %indvars.iv635.9.i, 4
+  %.idx764.i.4 = shl nuw nsw i64 %indvars.iv.next636.9.i.3, 6
+  %3672 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.4
+  %3673 = getelementptr inbounds nuw i8, ptr %3672, i64 36
+  %3674 = load float, ptr %3673, align 4, !tbaa !5
+  %3675 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.3
+  store float %3674, ptr %3675, align 4, !tbaa !5
+  %indvars.iv.next636.9.i.4 = or disjoint i64 %indvars.iv635.9.i, 5
+  %.idx764.i.5 = shl nuw nsw i64 %indvars.iv.next636.9.i.4, 6
+  %3676 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.5
+  %3677 = getelementptr inbounds nuw i8, ptr %3676, i64 36
+  %3678 = load float, ptr %3677, align 4, !tbaa !5
+  %3679 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.4
+  store float %3678, ptr %3679, align 4, !tbaa !5
+  %indvars.iv.next636.9.i.5 = or disjoint i64 %indvars.iv635.9.i, 6
+  %.idx764.i.6 = shl nuw nsw i64 %indvars.iv.next636.9.i.5, 6
+  %3680 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.6
+  %3681 = getelementptr inbounds nuw i8, ptr %3680, i64 36
+  %3682 = load float, ptr %3681, align 4, !tbaa !5
+  %3683 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.5
+  store float %3682, ptr %3683, align 4, !tbaa !5
+  %indvars.iv.next636.9.i.6 = or disjoint i64 %indvars.iv635.9.i, 7
+  %.idx764.i.7 = shl nuw nsw i64 %indvars.iv.next636.9.i.6, 6
+  %3684 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.7
+  %3685 = getelementptr inbounds nuw i8, ptr %3684, i64 36
+  %3686 = load float, ptr %3685, align 4, !tbaa !5
+  %3687 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.6
+  store float %3686, ptr %3687, align 4, !tbaa !5
+  %indvars.iv.next636.9.i.7 = add nuw nsw i64 %indvars.iv635.9.i, 8
+  %exitcond638.9.not.i.7 = icmp eq i64 %indvars.iv.next636.9.i.7, 128
+  br i1 %exitcond638.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
 
 for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body419
-  %3689 = getelementptr inbounds nuw i8, ptr %364, i64 5120
+  %3688 = getelementptr inbounds nuw i8, ptr %364, i64 5120
   %scevgep389 = getelementptr i8, ptr %acc.i, i64 40
   %scevgep390 = getelementptr i8, ptr %acc.i, i64 8172
   %bound0391 = icmp ult ptr %scevgep387, %scevgep390
@@ -5787,150 +5786,150 @@ for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %ve
   br i1 %found.conflict393, label %for_body_d.10.i, label %vector.body396, !prof !17
 
 vector.body396:                                   ; preds = %for_end_d.9.i
-  %3690 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3691 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3692 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3689 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3690 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3691 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3692 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3693 = getelementptr inbounds nuw i8, <8 x ptr> %3689, i64 40
   %3694 = getelementptr inbounds nuw i8, <8 x ptr> %3690, i64 40
   %3695 = getelementptr inbounds nuw i8, <8 x ptr> %3691, i64 40
   %3696 = getelementptr inbounds nuw i8, <8 x ptr> %3692, i64 40
-  %3697 = getelementptr inbounds nuw i8, <8 x ptr> %3693, i64 40
-  %wide.masked.gather402 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3694, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3695, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3696, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3698 = getelementptr inbounds nuw i8, ptr %364, i64 5152
-  %3699 = getelementptr inbounds nuw i8, ptr %364, i64 5184
-  %3700 = getelementptr inbounds nuw i8, ptr %364, i64 5216
-  store <8 x float> %wide.masked.gather402, ptr %3689, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403, ptr %3698, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404, ptr %3699, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405, ptr %3700, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3701 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3702 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3703 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3704 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather402 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3693, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3694, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3695, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3696, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3697 = getelementptr inbounds nuw i8, ptr %364, i64 5152
+  %3698 = getelementptr inbounds nuw i8, ptr %364, i64 5184
+  %3699 = getelementptr inbounds nuw i8, ptr %364, i64 5216
+  store <8 x float> %wide.masked.gather402, ptr %3688, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403, ptr %3697, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404, ptr %3698, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405, ptr %3699, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3700 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3701 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3702 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3703 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3704 = getelementptr inbounds nuw i8, <8 x ptr> %3700, i64 40
   %3705 = getelementptr inbounds nuw i8, <8 x ptr> %3701, i64 40
   %3706 = getelementptr inbounds nuw i8, <8 x ptr> %3702, i64 40
   %3707 = getelementptr inbounds nuw i8, <8 x ptr> %3703, i64 40
-  %3708 = getelementptr inbounds nuw i8, <8 x ptr> %3704, i64 40
-  %wide.masked.gather402.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3708, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3709 = getelementptr inbounds nuw i8, ptr %364, i64 5248
-  %3710 = getelementptr inbounds nuw i8, ptr %364, i64 5280
-  %3711 = getelementptr inbounds nuw i8, ptr %364, i64 5312
-  %3712 = getelementptr inbounds nuw i8, ptr %364, i64 5344
-  store <8 x float> %wide.masked.gather402.1, ptr %3709, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403.1, ptr %3710, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.1, ptr %3711, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.1, ptr %3712, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3713 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3714 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3715 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3716 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather402.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3708 = getelementptr inbounds nuw i8, ptr %364, i64 5248
+  %3709 = getelementptr inbounds nuw i8, ptr %364, i64 5280
+  %3710 = getelementptr inbounds nuw i8, ptr %364, i64 5312
+  %3711 = getelementptr inbounds nuw i8, ptr %364, i64 5344
+  store <8 x float> %wide.masked.gather402.1, ptr %3708, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403.1, ptr %3709, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.1, ptr %3710, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.1, ptr %3711, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3712 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3713 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3714 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3715 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3716 = getelementptr inbounds nuw i8, <8 x ptr> %3712, i64 40
   %3717 = getelementptr inbounds nuw i8, <8 x ptr> %3713, i64 40
   %3718 = getelementptr inbounds nuw i8, <8 x ptr> %3714, i64 40
   %3719 = getelementptr inbounds nuw i8, <8 x ptr> %3715, i64 40
-  %3720 = getelementptr inbounds nuw i8, <8 x ptr> %3716, i64 40
-  %wide.masked.gather402.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3718, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3719, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3720, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3721 = getelementptr inbounds nuw i8, ptr %364, i64 5376
-  %3722 = getelementptr inbounds nuw i8, ptr %364, i64 5408
-  %3723 = getelementptr inbounds nuw i8, ptr %364, i64 5440
-  %3724 = getelementptr inbounds nuw i8, ptr %364, i64 5472
-  store <8 x float> %wide.masked.gather402.2, ptr %3721, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403.2, ptr %3722, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.2, ptr %3723, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.2, ptr %3724, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3725 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3726 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3727 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3728 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather402.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3718, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3719, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3720 = getelementptr inbounds nuw i8, ptr %364, i64 5376
+  %3721 = getelementptr inbounds nuw i8, ptr %364, i64 5408
+  %3722 = getelementptr inbounds nuw i8, ptr %364, i64 5440
+  %3723 = getelementptr inbounds nuw i8, ptr %364, i64 5472
+  store <8 x float> %wide.masked.gather402.2, ptr %3720, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403.2, ptr %3721, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.2, ptr %3722, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.2, ptr %3723, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3724 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3725 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3726 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3727 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3728 = getelementptr inbounds nuw i8, <8 x ptr> %3724, i64 40
   %3729 = getelementptr inbounds nuw i8, <8 x ptr> %3725, i64 40
   %3730 = getelementptr inbounds nuw i8, <8 x ptr> %3726, i64 40
   %3731 = getelementptr inbounds nuw i8, <8 x ptr> %3727, i64 40
-  %3732 = getelementptr inbounds nuw i8, <8 x ptr> %3728, i64 40
-  %wide.masked.gather402.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3729, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3731, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3732, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3733 = getelementptr inbounds nuw i8, ptr %364, i64 5504
-  %3734 = getelementptr inbounds nuw i8, ptr %364, i64 5536
-  %3735 = getelementptr inbounds nuw i8, ptr %364, i64 5568
-  %3736 = getelementptr inbounds nuw i8, ptr %364, i64 5600
-  store <8 x float> %wide.masked.gather402.3, ptr %3733, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403.3, ptr %3734, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.3, ptr %3735, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.3, ptr %3736, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %wide.masked.gather402.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3728, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3729, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3731, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3732 = getelementptr inbounds nuw i8, ptr %364, i64 5504
+  %3733 = getelementptr inbounds nuw i8, ptr %364, i64 5536
+  %3734 = getelementptr inbounds nuw i8, ptr %364, i64 5568
+  %3735 = getelementptr inbounds nuw i8, ptr %364, i64 5600
+  store <8 x float> %wide.masked.gather402.3, ptr %3732, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403.3, ptr %3733, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.3, ptr %3734, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.3, ptr %3735, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
-  %indvars.iv637.10.i = phi i64 [ %indvars.iv.next638.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
-  %.idx767.i = shl nuw nsw i64 %indvars.iv637.10.i, 6
-  %3737 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i
-  %3738 = getelementptr inbounds nuw i8, ptr %3737, i64 40
-  %3739 = load float, ptr %3738, align 4, !tbaa !5
-  %3740 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv637.10.i
-  store float %3739, ptr %3740, align 4, !tbaa !5
-  %indvars.iv.next638.10.i = or disjoint i64 %indvars.iv637.10.i, 1
-  %.idx767.i.1 = shl nuw nsw i64 %indvars.iv.next638.10.i, 6
-  %3741 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.1
-  %3742 = getelementptr inbounds nuw i8, ptr %3741, i64 40
-  %3743 = load float, ptr %3742, align 4, !tbaa !5
-  %3744 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv.next638.10.i
-  store float %3743, ptr %3744, align 4, !tbaa !5
-  %indvars.iv.next638.10.i.1 = or disjoint i64 %indvars.iv637.10.i, 2
-  %.idx767.i.2 = shl nuw nsw i64 %indvars.iv.next638.10.i.1, 6
-  %3745 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.2
-  %3746 = getelementptr inbounds nuw i8, ptr %3745, i64 40
-  %3747 = load float, ptr %3746, align 4, !tbaa !5
-  %3748 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv.next638.10.i.1
-  store float %3747, ptr %3748, align 4, !tbaa !5
-  %indvars.iv.next638.10.i.2 = or disjoint i64 %indvars.iv637.10.i, 3
-  %.idx767.i.3 = shl nuw nsw i64 %indvars.iv.next638.10.i.2, 6
-  %3749 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.3
-  %3750 = getelementptr inbounds nuw i8, ptr %3749, i64 40
-  %3751 = load float, ptr %3750, align 4, !tbaa !5
-  %3752 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv.next638.10.i.2
-  store float %3751, ptr %3752, align 4, !tbaa !5
-  %indvars.iv.next638.10.i.3 = or disjoint i64 %indvars.iv637.10.i, 4
-  %.idx767.i.4 = shl nuw nsw i64 %indvars.iv.next638.10.i.3, 6
-  %3753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.4
-  %3754 = getelementptr inbounds nuw i8, ptr %3753, i64 40
-  %3755 = load float, ptr %3754, align 4, !tbaa !5
-  %3756 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv.next638.10.i.3
-  store float %3755, ptr %3756, align 4, !tbaa !5
-  %indvars.iv.next638.10.i.4 = or disjoint i64 %indvars.iv637.10.i, 5
-  %.idx767.i.5 = shl nuw nsw i64 %indvars.iv.next638.10.i.4, 6
-  %3757 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.5
-  %3758 = getelementptr inbounds nuw i8, ptr %3757, i64 40
-  %3759 = load float, ptr %3758, align 4, !tbaa !5
-  %3760 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv.next638.10.i.4
-  store float %3759, ptr %3760, align 4, !tbaa !5
-  %indvars.iv.next638.10.i.5 = or disjoint i64 %indvars.iv637.10.i, 6
-  %.idx767.i.6 = shl nuw nsw i64 %indvars.iv.next638.10.i.5, 6
-  %3761 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.6
-  %3762 = getelementptr inbounds nuw i8, ptr %3761, i64 40
-  %3763 = load float, ptr %3762, align 4, !tbaa !5
-  %3764 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv.next638.10.i.5
-  store float %3763, ptr %3764, align 4, !tbaa !5
-  %indvars.iv.next638.10.i.6 = or disjoint i64 %indvars.iv637.10.i, 7
-  %.idx767.i.7 = shl nuw nsw i64 %indvars.iv.next638.10.i.6, 6
-  %3765 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.7
-  %3766 = getelementptr inbounds nuw i8, ptr %3765, i64 40
-  %3767 = load float, ptr %3766, align 4, !tbaa !5
-  %3768 = getelementptr inbounds nuw float, ptr %3689, i64 %indvars.iv.next638.10.i.6
-  store float %3767, ptr %3768, align 4, !tbaa !5
-  %indvars.iv.next638.10.i.7 = add nuw nsw i64 %indvars.iv637.10.i, 8
-  %exitcond640.10.not.i.7 = icmp eq i64 %indvars.iv.next638.10.i.7, 128
-  br i1 %exitcond640.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
+  %indvars.iv635.10.i = phi i64 [ %indvars.iv.next636.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
+  %.idx765.i = shl nuw nsw i64 %indvars.iv635.10.i, 6
+  %3736 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i
+  %3737 = getelementptr inbounds nuw i8, ptr %3736, i64 40
+  %3738 = load float, ptr %3737, align 4, !tbaa !5
+  %3739 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv635.10.i
+  store float %3738, ptr %3739, align 4, !tbaa !5
+  %indvars.iv.next636.10.i = or disjoint i64 %indvars.iv635.10.i, 1
+  %.idx765.i.1 = shl nuw nsw i64 %indvars.iv.next636.10.i, 6
+  %3740 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.1
+  %3741 = getelementptr inbounds nuw i8, ptr %3740, i64 40
+  %3742 = load float, ptr %3741, align 4, !tbaa !5
+  %3743 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i
+  store float %3742, ptr %3743, align 4, !tbaa !5
+  %indvars.iv.next636.10.i.1 = or disjoint i64 %indvars.iv635.10.i, 2
+  %.idx765.i.2 = shl nuw nsw i64 %indvars.iv.next636.10.i.1, 6
+  %3744 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.2
+  %3745 = getelementptr inbounds nuw i8, ptr %3744, i64 40
+  %3746 = load float, ptr %3745, align 4, !tbaa !5
+  %3747 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.1
+  store float %3746, ptr %3747, align 4, !tbaa !5
+  %indvars.iv.next636.10.i.2 = or disjoint i64 %indvars.iv635.10.i, 3
+  %.idx765.i.3 = shl nuw nsw i64 %indvars.iv.next636.10.i.2, 6
+  %3748 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.3
+  %3749 = getelementptr inbounds nuw i8, ptr %3748, i64 40
+  %3750 = load float, ptr %3749, align 4, !tbaa !5
+  %3751 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.2
+  store float %3750, ptr %3751, align 4, !tbaa !5
+  %indvars.iv.next636.10.i.3 = or disjoint i64 %indvars.iv635.10.i, 4
+  %.idx765.i.4 = shl nuw nsw i64 %indvars.iv.next636.10.i.3, 6
+  %3752 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.4
+  %3753 = getelementptr inbounds nuw i8, ptr %3752, i64 40
+  %3754 = load float, ptr %3753, align 4, !tbaa !5
+  %3755 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.3
+  store float %3754, ptr %3755, align 4, !tbaa !5
+  %indvars.iv.next636.10.i.4 = or disjoint i64 %indvars.iv635.10.i, 5
+  %.idx765.i.5 = shl nuw nsw i64 %indvars.iv.next636.10.i.4, 6
+  %3756 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.5
+  %3757 = getelementptr inbounds nuw i8, ptr %3756, i64 40
+  %3758 = load float, ptr %3757, align 4, !tbaa !5
+  %3759 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.4
+  store float %3758, ptr %3759, align 4, !tbaa !5
+  %indvars.iv.next636.10.i.5 = or disjoint i64 %indvars.iv635.10.i, 6
+  %.idx765.i.6 = shl nuw nsw i64 %indvars.iv.next636.10.i.5, 6
+  %3760 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.6
+  %3761 = getelementptr inbounds nuw i8, ptr %3760, i64 40
+  %3762 = load float, ptr %3761, align 4, !tbaa !5
+  %3763 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.5
+  store float %3762, ptr %3763, align 4, !tbaa !5
+  %indvars.iv.next636.10.i.6 = or disjoint i64 %indvars.iv635.10.i, 7
+  %.idx765.i.7 = shl nuw nsw i64 %indvars.iv.next636.10.i.6, 6
+  %3764 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.7
+  %3765 = getelementptr inbounds nuw i8, ptr %3764, i64 40
+  %3766 = load float, ptr %3765, align 4, !tbaa !5
+  %3767 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.6
+  store float %3766, ptr %3767, align 4, !tbaa !5
+  %indvars.iv.next636.10.i.7 = add nuw nsw i64 %indvars.iv635.10.i, 8
+  %exitcond638.10.not.i.7 = icmp eq i64 %indvars.iv.next636.10.i.7, 128
+  br i1 %exitcond638.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
 
 for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body396
-  %3769 = getelementptr inbounds nuw i8, ptr %364, i64 5632
+  %3768 = getelementptr inbounds nuw i8, ptr %364, i64 5632
   %scevgep366 = getelementptr i8, ptr %acc.i, i64 44
   %scevgep367 = getelementptr i8, ptr %acc.i, i64 8176
   %bound0368 = icmp ult ptr %scevgep364, %scevgep367
@@ -5939,150 +5938,150 @@ for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %v
   br i1 %found.conflict370, label %for_body_d.11.i, label %vector.body373, !prof !17
 
 vector.body373:                                   ; preds = %for_end_d.10.i
-  %3770 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3771 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3772 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3769 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3770 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3771 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3772 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3773 = getelementptr inbounds nuw i8, <8 x ptr> %3769, i64 44
   %3774 = getelementptr inbounds nuw i8, <8 x ptr> %3770, i64 44
   %3775 = getelementptr inbounds nuw i8, <8 x ptr> %3771, i64 44
   %3776 = getelementptr inbounds nuw i8, <8 x ptr> %3772, i64 44
-  %3777 = getelementptr inbounds nuw i8, <8 x ptr> %3773, i64 44
-  %wide.masked.gather379 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3774, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3775, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3776, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3778 = getelementptr inbounds nuw i8, ptr %364, i64 5664
-  %3779 = getelementptr inbounds nuw i8, ptr %364, i64 5696
-  %3780 = getelementptr inbounds nuw i8, ptr %364, i64 5728
-  store <8 x float> %wide.masked.gather379, ptr %3769, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380, ptr %3778, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381, ptr %3779, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382, ptr %3780, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3781 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3782 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3783 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3784 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather379 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3773, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3774, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3775, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3776, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3777 = getelementptr inbounds nuw i8, ptr %364, i64 5664
+  %3778 = getelementptr inbounds nuw i8, ptr %364, i64 5696
+  %3779 = getelementptr inbounds nuw i8, ptr %364, i64 5728
+  store <8 x float> %wide.masked.gather379, ptr %3768, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380, ptr %3777, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381, ptr %3778, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382, ptr %3779, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3780 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3781 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3782 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3783 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3784 = getelementptr inbounds nuw i8, <8 x ptr> %3780, i64 44
   %3785 = getelementptr inbounds nuw i8, <8 x ptr> %3781, i64 44
   %3786 = getelementptr inbounds nuw i8, <8 x ptr> %3782, i64 44
   %3787 = getelementptr inbounds nuw i8, <8 x ptr> %3783, i64 44
-  %3788 = getelementptr inbounds nuw i8, <8 x ptr> %3784, i64 44
-  %wide.masked.gather379.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3788, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3789 = getelementptr inbounds nuw i8, ptr %364, i64 5760
-  %3790 = getelementptr inbounds nuw i8, ptr %364, i64 5792
-  %3791 = getelementptr inbounds nuw i8, ptr %364, i64 5824
-  %3792 = getelementptr inbounds nuw i8, ptr %364, i64 5856
-  store <8 x float> %wide.masked.gather379.1, ptr %3789, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380.1, ptr %3790, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.1, ptr %3791, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.1, ptr %3792, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3793 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3794 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3795 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3796 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather379.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3788 = getelementptr inbounds nuw i8, ptr %364, i64 5760
+  %3789 = getelementptr inbounds nuw i8, ptr %364, i64 5792
+  %3790 = getelementptr inbounds nuw i8, ptr %364, i64 5824
+  %3791 = getelementptr inbounds nuw i8, ptr %364, i64 5856
+  store <8 x float> %wide.masked.gather379.1, ptr %3788, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380.1, ptr %3789, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.1, ptr %3790, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.1, ptr %3791, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3792 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3793 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3794 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3795 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3796 = getelementptr inbounds nuw i8, <8 x ptr> %3792, i64 44
   %3797 = getelementptr inbounds nuw i8, <8 x ptr> %3793, i64 44
   %3798 = getelementptr inbounds nuw i8, <8 x ptr> %3794, i64 44
   %3799 = getelementptr inbounds nuw i8, <8 x ptr> %3795, i64 44
-  %3800 = getelementptr inbounds nuw i8, <8 x ptr> %3796, i64 44
-  %wide.masked.gather379.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3798, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3799, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3800, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3801 = getelementptr inbounds nuw i8, ptr %364, i64 5888
-  %3802 = getelementptr inbounds nuw i8, ptr %364, i64 5920
-  %3803 = getelementptr inbounds nuw i8, ptr %364, i64 5952
-  %3804 = getelementptr inbounds nuw i8, ptr %364, i64 5984
-  store <8 x float> %wide.masked.gather379.2, ptr %3801, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380.2, ptr %3802, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.2, ptr %3803, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.2, ptr %3804, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3805 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3806 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3807 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3808 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather379.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3796, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3798, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3799, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3800 = getelementptr inbounds nuw i8, ptr %364, i64 5888
+  %3801 = getelementptr inbounds nuw i8, ptr %364, i64 5920
+  %3802 = getelementptr inbounds nuw i8, ptr %364, i64 5952
+  %3803 = getelementptr inbounds nuw i8, ptr %364, i64 5984
+  store <8 x float> %wide.masked.gather379.2, ptr %3800, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380.2, ptr %3801, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.2, ptr %3802, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.2, ptr %3803, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3804 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3805 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3806 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3807 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3808 = getelementptr inbounds nuw i8, <8 x ptr> %3804, i64 44
   %3809 = getelementptr inbounds nuw i8, <8 x ptr> %3805, i64 44
   %3810 = getelementptr inbounds nuw i8, <8 x ptr> %3806, i64 44
   %3811 = getelementptr inbounds nuw i8, <8 x ptr> %3807, i64 44
-  %3812 = getelementptr inbounds nuw i8, <8 x ptr> %3808, i64 44
-  %wide.masked.gather379.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3811, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3812, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3813 = getelementptr inbounds nuw i8, ptr %364, i64 6016
-  %3814 = getelementptr inbounds nuw i8, ptr %364, i64 6048
-  %3815 = getelementptr inbounds nuw i8, ptr %364, i64 6080
-  %3816 = getelementptr inbounds nuw i8, ptr %364, i64 6112
-  store <8 x float> %wide.masked.gather379.3, ptr %3813, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380.3, ptr %3814, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.3, ptr %3815, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.3, ptr %3816, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %wide.masked.gather379.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3808, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3811, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3812 = getelementptr inbounds nuw i8, ptr %364, i64 6016
+  %3813 = getelementptr inbounds nuw i8, ptr %364, i64 6048
+  %3814 = getelementptr inbounds nuw i8, ptr %364, i64 6080
+  %3815 = getelementptr inbounds nuw i8, ptr %364, i64 6112
+  store <8 x float> %wide.masked.gather379.3, ptr %3812, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380.3, ptr %3813, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.3, ptr %3814, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.3, ptr %3815, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
-  %indvars.iv637.11.i = phi i64 [ %indvars.iv.next638.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
-  %.idx768.i = shl nuw nsw i64 %indvars.iv637.11.i, 6
-  %3817 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i
-  %3818 = getelementptr inbounds nuw i8, ptr %3817, i64 44
-  %3819 = load float, ptr %3818, align 4, !tbaa !5
-  %3820 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv637.11.i
-  store float %3819, ptr %3820, align 4, !tbaa !5
-  %indvars.iv.next638.11.i = or disjoint i64 %indvars.iv637.11.i, 1
-  %.idx768.i.1 = shl nuw nsw i64 %indvars.iv.next638.11.i, 6
-  %3821 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.1
-  %3822 = getelementptr inbounds nuw i8, ptr %3821, i64 44
-  %3823 = load float, ptr %3822, align 4, !tbaa !5
-  %3824 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv.next638.11.i
-  store float %3823, ptr %3824, align 4, !tbaa !5
-  %indvars.iv.next638.11.i.1 = or disjoint i64 %indvars.iv637.11.i, 2
-  %.idx768.i.2 = shl nuw nsw i64 %indvars.iv.next638.11.i.1, 6
-  %3825 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.2
-  %3826 = getelementptr inbounds nuw i8, ptr %3825, i64 44
-  %3827 = load float, ptr %3826, align 4, !tbaa !5
-  %3828 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv.next638.11.i.1
-  store float %3827, ptr %3828, align 4, !tbaa !5
-  %indvars.iv.next638.11.i.2 = or disjoint i64 %indvars.iv637.11.i, 3
-  %.idx768.i.3 = shl nuw nsw i64 %indvars.iv.next638.11.i.2, 6
-  %3829 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.3
-  %3830 = getelementptr inbounds nuw i8, ptr %3829, i64 44
-  %3831 = load float, ptr %3830, align 4, !tbaa !5
-  %3832 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv.next638.11.i.2
-  store float %3831, ptr %3832, align 4, !tbaa !5
-  %indvars.iv.next638.11.i.3 = or disjoint i64 %indvars.iv637.11.i, 4
-  %.idx768.i.4 = shl nuw nsw i64 %indvars.iv.next638.11.i.3, 6
-  %3833 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.4
-  %3834 = getelementptr inbounds nuw i8, ptr %3833, i64 44
-  %3835 = load float, ptr %3834, align 4, !tbaa !5
-  %3836 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv.next638.11.i.3
-  store float %3835, ptr %3836, align 4, !tbaa !5
-  %indvars.iv.next638.11.i.4 = or disjoint i64 %indvars.iv637.11.i, 5
-  %.idx768.i.5 = shl nuw nsw i64 %indvars.iv.next638.11.i.4, 6
-  %3837 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.5
-  %3838 = getelementptr inbounds nuw i8, ptr %3837, i64 44
-  %3839 = load float, ptr %3838, align 4, !tbaa !5
-  %3840 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv.next638.11.i.4
-  store float %3839, ptr %3840, align 4, !tbaa !5
-  %indvars.iv.next638.11.i.5 = or disjoint i64 %indvars.iv637.11.i, 6
-  %.idx768.i.6 = shl nuw nsw i64 %indvars.iv.next638.11.i.5, 6
-  %3841 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.6
-  %3842 = getelementptr inbounds nuw i8, ptr %3841, i64 44
-  %3843 = load float, ptr %3842, align 4, !tbaa !5
-  %3844 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv.next638.11.i.5
-  store float %3843, ptr %3844, align 4, !tbaa !5
-  %indvars.iv.next638.11.i.6 = or disjoint i64 %indvars.iv637.11.i, 7
-  %.idx768.i.7 = shl nuw nsw i64 %indvars.iv.next638.11.i.6, 6
-  %3845 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.7
-  %3846 = getelementptr inbounds nuw i8, ptr %3845, i64 44
-  %3847 = load float, ptr %3846, align 4, !tbaa !5
-  %3848 = getelementptr inbounds nuw float, ptr %3769, i64 %indvars.iv.next638.11.i.6
-  store float %3847, ptr %3848, align 4, !tbaa !5
-  %indvars.iv.next638.11.i.7 = add nuw nsw i64 %indvars.iv637.11.i, 8
-  %exitcond640.11.not.i.7 = icmp eq i64 %indvars.iv.next638.11.i.7, 128
-  br i1 %exitcond640.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
+  %indvars.iv635.11.i = phi i64 [ %indvars.iv.next636.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
+  %.idx766.i = shl nuw nsw i64 %indvars.iv635.11.i, 6
+  %3816 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i
+  %3817 = getelementptr inbounds nuw i8, ptr %3816, i64 44
+  %3818 = load float, ptr %3817, align 4, !tbaa !5
+  %3819 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv635.11.i
+  store float %3818, ptr %3819, align 4, !tbaa !5
+  %indvars.iv.next636.11.i = or disjoint i64 %indvars.iv635.11.i, 1
+  %.idx766.i.1 = shl nuw nsw i64 %indvars.iv.next636.11.i, 6
+  %3820 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.1
+  %3821 = getelementptr inbounds nuw i8, ptr %3820, i64 44
+  %3822 = load float, ptr %3821, align 4, !tbaa !5
+  %3823 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i
+  store float %3822, ptr %3823, align 4, !tbaa !5
+  %indvars.iv.next636.11.i.1 = or disjoint i64 %indvars.iv635.11.i, 2
+  %.idx766.i.2 = shl nuw nsw i64 %indvars.iv.next636.11.i.1, 6
+  %3824 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.2
+  %3825 = getelementptr inbounds nuw i8, ptr %3824, i64 44
+  %3826 = load float, ptr %3825, align 4, !tbaa !5
+  %3827 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.1
+  store float %3826, ptr %3827, align 4, !tbaa !5
+  %indvars.iv.next636.11.i.2 = or disjoint i64 %indvars.iv635.11.i, 3
+  %.idx766.i.3 = shl nuw nsw i64 %indvars.iv.next636.11.i.2, 6
+  %3828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.3
+  %3829 = getelementptr inbounds nuw i8, ptr %3828, i64 44
+  %3830 = load float, ptr %3829, align 4, !tbaa !5
+  %3831 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.2
+  store float %3830, ptr %3831, align 4, !tbaa !5
+  %indvars.iv.next636.11.i.3 = or disjoint i64 %indvars.iv635.11.i, 4
+  %.idx766.i.4 = shl nuw nsw i64 %indvars.iv.next636.11.i.3, 6
+  %3832 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.4
+  %3833 = getelementptr inbounds nuw i8, ptr %3832, i64 44
+  %3834 = load float, ptr %3833, align 4, !tbaa !5
+  %3835 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.3
+  store float %3834, ptr %3835, align 4, !tbaa !5
+  %indvars.iv.next636.11.i.4 = or disjoint i64 %indvars.iv635.11.i, 5
+  %.idx766.i.5 = shl nuw nsw i64 %indvars.iv.next636.11.i.4, 6
+  %3836 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.5
+  %3837 = getelementptr inbounds nuw i8, ptr %3836, i64 44
+  %3838 = load float, ptr %3837, align 4, !tbaa !5
+  %3839 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.4
+  store float %3838, ptr %3839, align 4, !tbaa !5
+  %indvars.iv.next636.11.i.5 = or disjoint i64 %indvars.iv635.11.i, 6
+  %.idx766.i.6 = shl nuw nsw i64 %indvars.iv.next636.11.i.5, 6
+  %3840 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.6
+  %3841 = getelementptr inbounds nuw i8, ptr %3840, i64 44
+  %3842 = load float, ptr %3841, align 4, !tbaa !5
+  %3843 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.5
+  store float %3842, ptr %3843, align 4, !tbaa !5
+  %indvars.iv.next636.11.i.6 = or disjoint i64 %indvars.iv635.11.i, 7
+  %.idx766.i.7 = shl nuw nsw i64 %indvars.iv.next636.11.i.6, 6
+  %3844 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.7
+  %3845 = getelementptr inbounds nuw i8, ptr %3844, i64 44
+  %3846 = load float, ptr %3845, align 4, !tbaa !5
+  %3847 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.6
+  store float %3846, ptr %3847, align 4, !tbaa !5
+  %indvars.iv.next636.11.i.7 = add nuw nsw i64 %indvars.iv635.11.i, 8
+  %exitcond638.11.not.i.7 = icmp eq i64 %indvars.iv.next636.11.i.7, 128
+  br i1 %exitcond638.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
 
 for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body373
-  %3849 = getelementptr inbounds nuw i8, ptr %364, i64 6144
+  %3848 = getelementptr inbounds nuw i8, ptr %364, i64 6144
   %scevgep343 = getelementptr i8, ptr %acc.i, i64 48
   %scevgep344 = getelementptr i8, ptr %acc.i, i64 8180
   %bound0345 = icmp ult ptr %scevgep341, %scevgep344
@@ -6091,150 +6090,150 @@ for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %v
   br i1 %found.conflict347, label %for_body_d.12.i, label %vector.body350, !prof !17
 
 vector.body350:                                   ; preds = %for_end_d.11.i
-  %3850 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3851 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3852 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3849 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3850 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3851 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3852 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3853 = getelementptr inbounds nuw i8, <8 x ptr> %3849, i64 48
   %3854 = getelementptr inbounds nuw i8, <8 x ptr> %3850, i64 48
   %3855 = getelementptr inbounds nuw i8, <8 x ptr> %3851, i64 48
   %3856 = getelementptr inbounds nuw i8, <8 x ptr> %3852, i64 48
-  %3857 = getelementptr inbounds nuw i8, <8 x ptr> %3853, i64 48
-  %wide.masked.gather356 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3854, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3855, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3856, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3858 = getelementptr inbounds nuw i8, ptr %364, i64 6176
-  %3859 = getelementptr inbounds nuw i8, ptr %364, i64 6208
-  %3860 = getelementptr inbounds nuw i8, ptr %364, i64 6240
-  store <8 x float> %wide.masked.gather356, ptr %3849, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357, ptr %3858, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358, ptr %3859, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359, ptr %3860, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3861 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3862 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3863 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3864 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather356 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3853, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3854, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3855, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3856, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3857 = getelementptr inbounds nuw i8, ptr %364, i64 6176
+  %3858 = getelementptr inbounds nuw i8, ptr %364, i64 6208
+  %3859 = getelementptr inbounds nuw i8, ptr %364, i64 6240
+  store <8 x float> %wide.masked.gather356, ptr %3848, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357, ptr %3857, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358, ptr %3858, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359, ptr %3859, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3860 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3861 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3862 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3863 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3864 = getelementptr inbounds nuw i8, <8 x ptr> %3860, i64 48
   %3865 = getelementptr inbounds nuw i8, <8 x ptr> %3861, i64 48
   %3866 = getelementptr inbounds nuw i8, <8 x ptr> %3862, i64 48
   %3867 = getelementptr inbounds nuw i8, <8 x ptr> %3863, i64 48
-  %3868 = getelementptr inbounds nuw i8, <8 x ptr> %3864, i64 48
-  %wide.masked.gather356.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3868, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3869 = getelementptr inbounds nuw i8, ptr %364, i64 6272
-  %3870 = getelementptr inbounds nuw i8, ptr %364, i64 6304
-  %3871 = getelementptr inbounds nuw i8, ptr %364, i64 6336
-  %3872 = getelementptr inbounds nuw i8, ptr %364, i64 6368
-  store <8 x float> %wide.masked.gather356.1, ptr %3869, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357.1, ptr %3870, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.1, ptr %3871, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.1, ptr %3872, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3873 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3874 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3875 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3876 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather356.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3868 = getelementptr inbounds nuw i8, ptr %364, i64 6272
+  %3869 = getelementptr inbounds nuw i8, ptr %364, i64 6304
+  %3870 = getelementptr inbounds nuw i8, ptr %364, i64 6336
+  %3871 = getelementptr inbounds nuw i8, ptr %364, i64 6368
+  store <8 x float> %wide.masked.gather356.1, ptr %3868, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357.1, ptr %3869, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.1, ptr %3870, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.1, ptr %3871, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3872 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3873 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3874 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3875 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3876 = getelementptr inbounds nuw i8, <8 x ptr> %3872, i64 48
   %3877 = getelementptr inbounds nuw i8, <8 x ptr> %3873, i64 48
   %3878 = getelementptr inbounds nuw i8, <8 x ptr> %3874, i64 48
   %3879 = getelementptr inbounds nuw i8, <8 x ptr> %3875, i64 48
-  %3880 = getelementptr inbounds nuw i8, <8 x ptr> %3876, i64 48
-  %wide.masked.gather356.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3879, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3880, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3881 = getelementptr inbounds nuw i8, ptr %364, i64 6400
-  %3882 = getelementptr inbounds nuw i8, ptr %364, i64 6432
-  %3883 = getelementptr inbounds nuw i8, ptr %364, i64 6464
-  %3884 = getelementptr inbounds nuw i8, ptr %364, i64 6496
-  store <8 x float> %wide.masked.gather356.2, ptr %3881, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357.2, ptr %3882, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.2, ptr %3883, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.2, ptr %3884, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3885 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3886 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3887 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3888 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather356.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3879, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3880 = getelementptr inbounds nuw i8, ptr %364, i64 6400
+  %3881 = getelementptr inbounds nuw i8, ptr %364, i64 6432
+  %3882 = getelementptr inbounds nuw i8, ptr %364, i64 6464
+  %3883 = getelementptr inbounds nuw i8, ptr %364, i64 6496
+  store <8 x float> %wide.masked.gather356.2, ptr %3880, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357.2, ptr %3881, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.2, ptr %3882, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.2, ptr %3883, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3884 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3885 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3886 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3887 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3888 = getelementptr inbounds nuw i8, <8 x ptr> %3884, i64 48
   %3889 = getelementptr inbounds nuw i8, <8 x ptr> %3885, i64 48
   %3890 = getelementptr inbounds nuw i8, <8 x ptr> %3886, i64 48
   %3891 = getelementptr inbounds nuw i8, <8 x ptr> %3887, i64 48
-  %3892 = getelementptr inbounds nuw i8, <8 x ptr> %3888, i64 48
-  %wide.masked.gather356.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3891, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3892, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3893 = getelementptr inbounds nuw i8, ptr %364, i64 6528
-  %3894 = getelementptr inbounds nuw i8, ptr %364, i64 6560
-  %3895 = getelementptr inbounds nuw i8, ptr %364, i64 6592
-  %3896 = getelementptr inbounds nuw i8, ptr %364, i64 6624
-  store <8 x float> %wide.masked.gather356.3, ptr %3893, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357.3, ptr %3894, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.3, ptr %3895, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.3, ptr %3896, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %wide.masked.gather356.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3888, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3891, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3892 = getelementptr inbounds nuw i8, ptr %364, i64 6528
+  %3893 = getelementptr inbounds nuw i8, ptr %364, i64 6560
+  %3894 = getelementptr inbounds nuw i8, ptr %364, i64 6592
+  %3895 = getelementptr inbounds nuw i8, ptr %364, i64 6624
+  store <8 x float> %wide.masked.gather356.3, ptr %3892, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357.3, ptr %3893, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.3, ptr %3894, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.3, ptr %3895, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
-  %indvars.iv637.12.i = phi i64 [ %indvars.iv.next638.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
-  %.idx769.i = shl nuw nsw i64 %indvars.iv637.12.i, 6
-  %3897 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i
-  %3898 = getelementptr inbounds nuw i8, ptr %3897, i64 48
-  %3899 = load float, ptr %3898, align 4, !tbaa !5
-  %3900 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv637.12.i
-  store float %3899, ptr %3900, align 4, !tbaa !5
-  %indvars.iv.next638.12.i = or disjoint i64 %indvars.iv637.12.i, 1
-  %.idx769.i.1 = shl nuw nsw i64 %indvars.iv.next638.12.i, 6
-  %3901 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.1
-  %3902 = getelementptr inbounds nuw i8, ptr %3901, i64 48
-  %3903 = load float, ptr %3902, align 4, !tbaa !5
-  %3904 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv.next638.12.i
-  store float %3903, ptr %3904, align 4, !tbaa !5
-  %indvars.iv.next638.12.i.1 = or disjoint i64 %indvars.iv637.12.i, 2
-  %.idx769.i.2 = shl nuw nsw i64 %indvars.iv.next638.12.i.1, 6
-  %3905 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.2
-  %3906 = getelementptr inbounds nuw i8, ptr %3905, i64 48
-  %3907 = load float, ptr %3906, align 4, !tbaa !5
-  %3908 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv.next638.12.i.1
-  store float %3907, ptr %3908, align 4, !tbaa !5
-  %indvars.iv.next638.12.i.2 = or disjoint i64 %indvars.iv637.12.i, 3
-  %.idx769.i.3 = shl nuw nsw i64 %indvars.iv.next638.12.i.2, 6
-  %3909 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.3
-  %3910 = getelementptr inbounds nuw i8, ptr %3909, i64 48
-  %3911 = load float, ptr %3910, align 4, !tbaa !5
-  %3912 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv.next638.12.i.2
-  store float %3911, ptr %3912, align 4, !tbaa !5
-  %indvars.iv.next638.12.i.3 = or disjoint i64 %indvars.iv637.12.i, 4
-  %.idx769.i.4 = shl nuw nsw i64 %indvars.iv.next638.12.i.3, 6
-  %3913 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.4
-  %3914 = getelementptr inbounds nuw i8, ptr %3913, i64 48
-  %3915 = load float, ptr %3914, align 4, !tbaa !5
-  %3916 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv.next638.12.i.3
-  store float %3915, ptr %3916, align 4, !tbaa !5
-  %indvars.iv.next638.12.i.4 = or disjoint i64 %indvars.iv637.12.i, 5
-  %.idx769.i.5 = shl nuw nsw i64 %indvars.iv.next638.12.i.4, 6
-  %3917 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.5
-  %3918 = getelementptr inbounds nuw i8, ptr %3917, i64 48
-  %3919 = load float, ptr %3918, align 4, !tbaa !5
-  %3920 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv.next638.12.i.4
-  store float %3919, ptr %3920, align 4, !tbaa !5
-  %indvars.iv.next638.12.i.5 = or disjoint i64 %indvars.iv637.12.i, 6
-  %.idx769.i.6 = shl nuw nsw i64 %indvars.iv.next638.12.i.5, 6
-  %3921 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.6
-  %3922 = getelementptr inbounds nuw i8, ptr %3921, i64 48
-  %3923 = load float, ptr %3922, align 4, !tbaa !5
-  %3924 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv.next638.12.i.5
-  store float %3923, ptr %3924, align 4, !tbaa !5
-  %indvars.iv.next638.12.i.6 = or disjoint i64 %indvars.iv637.12.i, 7
-  %.idx769.i.7 = shl nuw nsw i64 %indvars.iv.next638.12.i.6, 6
-  %3925 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.7
-  %3926 = getelementptr inbounds nuw i8, ptr %3925, i64 48
-  %3927 = load float, ptr %3926, align 4, !tbaa !5
-  %3928 = getelementptr inbounds nuw float, ptr %3849, i64 %indvars.iv.next638.12.i.6
-  store float %3927, ptr %3928, align 4, !tbaa !5
-  %indvars.iv.next638.12.i.7 = add nuw nsw i64 %indvars.iv637.12.i, 8
-  %exitcond640.12.not.i.7 = icmp eq i64 %indvars.iv.next638.12.i.7, 128
-  br i1 %exitcond640.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
+  %indvars.iv635.12.i = phi i64 [ %indvars.iv.next636.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
+  %.idx767.i = shl nuw nsw i64 %indvars.iv635.12.i, 6
+  %3896 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i
+  %3897 = getelementptr inbounds nuw i8, ptr %3896, i64 48
+  %3898 = load float, ptr %3897, align 4, !tbaa !5
+  %3899 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv635.12.i
+  store float %3898, ptr %3899, align 4, !tbaa !5
+  %indvars.iv.next636.12.i = or disjoint i64 %indvars.iv635.12.i, 1
+  %.idx767.i.1 = shl nuw nsw i64 %indvars.iv.next636.12.i, 6
+  %3900 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.1
+  %3901 = getelementptr inbounds nuw i8, ptr %3900, i64 48
+  %3902 = load float, ptr %3901, align 4, !tbaa !5
+  %3903 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i
+  store float %3902, ptr %3903, align 4, !tbaa !5
+  %indvars.iv.next636.12.i.1 = or disjoint i64 %indvars.iv635.12.i, 2
+  %.idx767.i.2 = shl nuw nsw i64 %indvars.iv.next636.12.i.1, 6
+  %3904 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.2
+  %3905 = getelementptr inbounds nuw i8, ptr %3904, i64 48
+  %3906 = load float, ptr %3905, align 4, !tbaa !5
+  %3907 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.1
+  store float %3906, ptr %3907, align 4, !tbaa !5
+  %indvars.iv.next636.12.i.2 = or disjoint i64 %indvars.iv635.12.i, 3
+  %.idx767.i.3 = shl nuw nsw i64 %indvars.iv.next636.12.i.2, 6
+  %3908 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.3
+  %3909 = getelementptr inbounds nuw i8, ptr %3908, i64 48
+  %3910 = load float, ptr %3909, align 4, !tbaa !5
+  %3911 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.2
+  store float %3910, ptr %3911, align 4, !tbaa !5
+  %indvars.iv.next636.12.i.3 = or disjoint i64 %indvars.iv635.12.i, 4
+  %.idx767.i.4 = shl nuw nsw i64 %indvars.iv.next636.12.i.3, 6
+  %3912 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.4
+  %3913 = getelementptr inbounds nuw i8, ptr %3912, i64 48
+  %3914 = load float, ptr %3913, align 4, !tbaa !5
+  %3915 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.3
+  store float %3914, ptr %3915, align 4, !tbaa !5
+  %indvars.iv.next636.12.i.4 = or disjoint i64 %indvars.iv635.12.i, 5
+  %.idx767.i.5 = shl nuw nsw i64 %indvars.iv.next636.12.i.4, 6
+  %3916 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.5
+  %3917 = getelementptr inbounds nuw i8, ptr %3916, i64 48
+  %3918 = load float, ptr %3917, align 4, !tbaa !5
+  %3919 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.4
+  store float %3918, ptr %3919, align 4, !tbaa !5
+  %indvars.iv.next636.12.i.5 = or disjoint i64 %indvars.iv635.12.i, 6
+  %.idx767.i.6 = shl nuw nsw i64 %indvars.iv.next636.12.i.5, 6
+  %3920 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.6
+  %3921 = getelementptr inbounds nuw i8, ptr %3920, i64 48
+  %3922 = load float, ptr %3921, align 4, !tbaa !5
+  %3923 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.5
+  store float %3922, ptr %3923, align 4, !tbaa !5
+  %indvars.iv.next636.12.i.6 = or disjoint i64 %indvars.iv635.12.i, 7
+  %.idx767.i.7 = shl nuw nsw i64 %indvars.iv.next636.12.i.6, 6
+  %3924 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.7
+  %3925 = getelementptr inbounds nuw i8, ptr %3924, i64 48
+  %3926 = load float, ptr %3925, align 4, !tbaa !5
+  %3927 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.6
+  store float %3926, ptr %3927, align 4, !tbaa !5
+  %indvars.iv.next636.12.i.7 = add nuw nsw i64 %indvars.iv635.12.i, 8
+  %exitcond638.12.not.i.7 = icmp eq i64 %indvars.iv.next636.12.i.7, 128
+  br i1 %exitcond638.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
 
 for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body350
-  %3929 = getelementptr inbounds nuw i8, ptr %364, i64 6656
+  %3928 = getelementptr inbounds nuw i8, ptr %364, i64 6656
   %scevgep320 = getelementptr i8, ptr %acc.i, i64 52
   %scevgep321 = getelementptr i8, ptr %acc.i, i64 8184
   %bound0322 = icmp ult ptr %scevgep318, %scevgep321
@@ -6243,150 +6242,150 @@ for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %v
   br i1 %found.conflict324, label %for_body_d.13.i, label %vector.body327, !prof !17
 
 vector.body327:                                   ; preds = %for_end_d.12.i
-  %3930 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3931 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3932 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3929 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3930 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3931 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3932 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3933 = getelementptr inbounds nuw i8, <8 x ptr> %3929, i64 52
   %3934 = getelementptr inbounds nuw i8, <8 x ptr> %3930, i64 52
   %3935 = getelementptr inbounds nuw i8, <8 x ptr> %3931, i64 52
   %3936 = getelementptr inbounds nuw i8, <8 x ptr> %3932, i64 52
-  %3937 = getelementptr inbounds nuw i8, <8 x ptr> %3933, i64 52
-  %wide.masked.gather333 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3934, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3935, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3936, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3938 = getelementptr inbounds nuw i8, ptr %364, i64 6688
-  %3939 = getelementptr inbounds nuw i8, ptr %364, i64 6720
-  %3940 = getelementptr inbounds nuw i8, ptr %364, i64 6752
-  store <8 x float> %wide.masked.gather333, ptr %3929, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334, ptr %3938, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335, ptr %3939, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336, ptr %3940, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3941 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3942 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3943 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3944 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather333 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3933, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3934, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3935, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3936, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %3937 = getelementptr inbounds nuw i8, ptr %364, i64 6688
+  %3938 = getelementptr inbounds nuw i8, ptr %364, i64 6720
+  %3939 = getelementptr inbounds nuw i8, ptr %364, i64 6752
+  store <8 x float> %wide.masked.gather333, ptr %3928, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334, ptr %3937, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335, ptr %3938, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336, ptr %3939, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %3940 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3941 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3942 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3943 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3944 = getelementptr inbounds nuw i8, <8 x ptr> %3940, i64 52
   %3945 = getelementptr inbounds nuw i8, <8 x ptr> %3941, i64 52
   %3946 = getelementptr inbounds nuw i8, <8 x ptr> %3942, i64 52
   %3947 = getelementptr inbounds nuw i8, <8 x ptr> %3943, i64 52
-  %3948 = getelementptr inbounds nuw i8, <8 x ptr> %3944, i64 52
-  %wide.masked.gather333.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3948, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3949 = getelementptr inbounds nuw i8, ptr %364, i64 6784
-  %3950 = getelementptr inbounds nuw i8, ptr %364, i64 6816
-  %3951 = getelementptr inbounds nuw i8, ptr %364, i64 6848
-  %3952 = getelementptr inbounds nuw i8, ptr %364, i64 6880
-  store <8 x float> %wide.masked.gather333.1, ptr %3949, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334.1, ptr %3950, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.1, ptr %3951, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.1, ptr %3952, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3953 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3954 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3955 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3956 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather333.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %3948 = getelementptr inbounds nuw i8, ptr %364, i64 6784
+  %3949 = getelementptr inbounds nuw i8, ptr %364, i64 6816
+  %3950 = getelementptr inbounds nuw i8, ptr %364, i64 6848
+  %3951 = getelementptr inbounds nuw i8, ptr %364, i64 6880
+  store <8 x float> %wide.masked.gather333.1, ptr %3948, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334.1, ptr %3949, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.1, ptr %3950, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.1, ptr %3951, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %3952 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3953 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3954 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3955 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3956 = getelementptr inbounds nuw i8, <8 x ptr> %3952, i64 52
   %3957 = getelementptr inbounds nuw i8, <8 x ptr> %3953, i64 52
   %3958 = getelementptr inbounds nuw i8, <8 x ptr> %3954, i64 52
   %3959 = getelementptr inbounds nuw i8, <8 x ptr> %3955, i64 52
-  %3960 = getelementptr inbounds nuw i8, <8 x ptr> %3956, i64 52
-  %wide.masked.gather333.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3958, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3959, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3960, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3961 = getelementptr inbounds nuw i8, ptr %364, i64 6912
-  %3962 = getelementptr inbounds nuw i8, ptr %364, i64 6944
-  %3963 = getelementptr inbounds nuw i8, ptr %364, i64 6976
-  %3964 = getelementptr inbounds nuw i8, ptr %364, i64 7008
-  store <8 x float> %wide.masked.gather333.2, ptr %3961, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334.2, ptr %3962, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.2, ptr %3963, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.2, ptr %3964, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3965 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3966 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3967 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3968 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather333.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3956, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3958, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3959, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %3960 = getelementptr inbounds nuw i8, ptr %364, i64 6912
+  %3961 = getelementptr inbounds nuw i8, ptr %364, i64 6944
+  %3962 = getelementptr inbounds nuw i8, ptr %364, i64 6976
+  %3963 = getelementptr inbounds nuw i8, ptr %364, i64 7008
+  store <8 x float> %wide.masked.gather333.2, ptr %3960, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334.2, ptr %3961, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.2, ptr %3962, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.2, ptr %3963, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %3964 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3965 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3966 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3967 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3968 = getelementptr inbounds nuw i8, <8 x ptr> %3964, i64 52
   %3969 = getelementptr inbounds nuw i8, <8 x ptr> %3965, i64 52
   %3970 = getelementptr inbounds nuw i8, <8 x ptr> %3966, i64 52
   %3971 = getelementptr inbounds nuw i8, <8 x ptr> %3967, i64 52
-  %3972 = getelementptr inbounds nuw i8, <8 x ptr> %3968, i64 52
-  %wide.masked.gather333.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3969, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3971, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3972, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3973 = getelementptr inbounds nuw i8, ptr %364, i64 7040
-  %3974 = getelementptr inbounds nuw i8, ptr %364, i64 7072
-  %3975 = getelementptr inbounds nuw i8, ptr %364, i64 7104
-  %3976 = getelementptr inbounds nuw i8, ptr %364, i64 7136
-  store <8 x float> %wide.masked.gather333.3, ptr %3973, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334.3, ptr %3974, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.3, ptr %3975, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.3, ptr %3976, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %wide.masked.gather333.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3968, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3969, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3971, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %3972 = getelementptr inbounds nuw i8, ptr %364, i64 7040
+  %3973 = getelementptr inbounds nuw i8, ptr %364, i64 7072
+  %3974 = getelementptr inbounds nuw i8, ptr %364, i64 7104
+  %3975 = getelementptr inbounds nuw i8, ptr %364, i64 7136
+  store <8 x float> %wide.masked.gather333.3, ptr %3972, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334.3, ptr %3973, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.3, ptr %3974, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.3, ptr %3975, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
-  %indvars.iv637.13.i = phi i64 [ %indvars.iv.next638.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
-  %.idx770.i = shl nuw nsw i64 %indvars.iv637.13.i, 6
-  %3977 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
-  %3978 = getelementptr inbounds nuw i8, ptr %3977, i64 52
-  %3979 = load float, ptr %3978, align 4, !tbaa !5
-  %3980 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv637.13.i
-  store float %3979, ptr %3980, align 4, !tbaa !5
-  %indvars.iv.next638.13.i = or disjoint i64 %indvars.iv637.13.i, 1
-  %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next638.13.i, 6
-  %3981 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
-  %3982 = getelementptr inbounds nuw i8, ptr %3981, i64 52
-  %3983 = load float, ptr %3982, align 4, !tbaa !5
-  %3984 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv.next638.13.i
-  store float %3983, ptr %3984, align 4, !tbaa !5
-  %indvars.iv.next638.13.i.1 = or disjoint i64 %indvars.iv637.13.i, 2
-  %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next638.13.i.1, 6
-  %3985 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
-  %3986 = getelementptr inbounds nuw i8, ptr %3985, i64 52
-  %3987 = load float, ptr %3986, align 4, !tbaa !5
-  %3988 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv.next638.13.i.1
-  store float %3987, ptr %3988, align 4, !tbaa !5
-  %indvars.iv.next638.13.i.2 = or disjoint i64 %indvars.iv637.13.i, 3
-  %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next638.13.i.2, 6
-  %3989 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
-  %3990 = getelementptr inbounds nuw i8, ptr %3989, i64 52
-  %3991 = load float, ptr %3990, align 4, !tbaa !5
-  %3992 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv.next638.13.i.2
-  store float %3991, ptr %3992, align 4, !tbaa !5
-  %indvars.iv.next638.13.i.3 = or disjoint i64 %indvars.iv637.13.i, 4
-  %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next638.13.i.3, 6
-  %3993 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
-  %3994 = getelementptr inbounds nuw i8, ptr %3993, i64 52
-  %3995 = load float, ptr %3994, align 4, !tbaa !5
-  %3996 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv.next638.13.i.3
-  store float %3995, ptr %3996, align 4, !tbaa !5
-  %indvars.iv.next638.13.i.4 = or disjoint i64 %indvars.iv637.13.i, 5
-  %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next638.13.i.4, 6
-  %3997 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
-  %3998 = getelementptr inbounds nuw i8, ptr %3997, i64 52
-  %3999 = load float, ptr %3998, align 4, !tbaa !5
-  %4000 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv.next638.13.i.4
-  store float %3999, ptr %4000, align 4, !tbaa !5
-  %indvars.iv.next638.13.i.5 = or disjoint i64 %indvars.iv637.13.i, 6
-  %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next638.13.i.5, 6
-  %4001 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
-  %4002 = getelementptr inbounds nuw i8, ptr %4001, i64 52
-  %4003 = load float, ptr %4002, align 4, !tbaa !5
-  %4004 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv.next638.13.i.5
-  store float %4003, ptr %4004, align 4, !tbaa !5
-  %indvars.iv.next638.13.i.6 = or disjoint i64 %indvars.iv637.13.i, 7
-  %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next638.13.i.6, 6
-  %4005 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
-  %4006 = getelementptr inbounds nuw i8, ptr %4005, i64 52
-  %4007 = load float, ptr %4006, align 4, !tbaa !5
-  %4008 = getelementptr inbounds nuw float, ptr %3929, i64 %indvars.iv.next638.13.i.6
-  store float %4007, ptr %4008, align 4, !tbaa !5
-  %indvars.iv.next638.13.i.7 = add nuw nsw i64 %indvars.iv637.13.i, 8
-  %exitcond640.13.not.i.7 = icmp eq i64 %indvars.iv.next638.13.i.7, 128
-  br i1 %exitcond640.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
+  %indvars.iv635.13.i = phi i64 [ %indvars.iv.next636.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
+  %.idx768.i = shl nuw nsw i64 %indvars.iv635.13.i, 6
+  %3976 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i
+  %3977 = getelementptr inbounds nuw i8, ptr %3976, i64 52
+  %3978 = load float, ptr %3977, align 4, !tbaa !5
+  %3979 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv635.13.i
+  store float %3978, ptr %3979, align 4, !tbaa !5
+  %indvars.iv.next636.13.i = or disjoint i64 %indvars.iv635.13.i, 1
+  %.idx768.i.1 = shl nuw nsw i64 %indvars.iv.next636.13.i, 6
+  %3980 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.1
+  %3981 = getelementptr inbounds nuw i8, ptr %3980, i64 52
+  %3982 = load float, ptr %3981, align 4, !tbaa !5
+  %3983 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i
+  store float %3982, ptr %3983, align 4, !tbaa !5
+  %indvars.iv.next636.13.i.1 = or disjoint i64 %indvars.iv635.13.i, 2
+  %.idx768.i.2 = shl nuw nsw i64 %indvars.iv.next636.13.i.1, 6
+  %3984 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.2
+  %3985 = getelementptr inbounds nuw i8, ptr %3984, i64 52
+  %3986 = load float, ptr %3985, align 4, !tbaa !5
+  %3987 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.1
+  store float %3986, ptr %3987, align 4, !tbaa !5
+  %indvars.iv.next636.13.i.2 = or disjoint i64 %indvars.iv635.13.i, 3
+  %.idx768.i.3 = shl nuw nsw i64 %indvars.iv.next636.13.i.2, 6
+  %3988 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.3
+  %3989 = getelementptr inbounds nuw i8, ptr %3988, i64 52
+  %3990 = load float, ptr %3989, align 4, !tbaa !5
+  %3991 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.2
+  store float %3990, ptr %3991, align 4, !tbaa !5
+  %indvars.iv.next636.13.i.3 = or disjoint i64 %indvars.iv635.13.i, 4
+  %.idx768.i.4 = shl nuw nsw i64 %indvars.iv.next636.13.i.3, 6
+  %3992 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.4
+  %3993 = getelementptr inbounds nuw i8, ptr %3992, i64 52
+  %3994 = load float, ptr %3993, align 4, !tbaa !5
+  %3995 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.3
+  store float %3994, ptr %3995, align 4, !tbaa !5
+  %indvars.iv.next636.13.i.4 = or disjoint i64 %indvars.iv635.13.i, 5
+  %.idx768.i.5 = shl nuw nsw i64 %indvars.iv.next636.13.i.4, 6
+  %3996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.5
+  %3997 = getelementptr inbounds nuw i8, ptr %3996, i64 52
+  %3998 = load float, ptr %3997, align 4, !tbaa !5
+  %3999 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.4
+  store float %3998, ptr %3999, align 4, !tbaa !5
+  %indvars.iv.next636.13.i.5 = or disjoint i64 %indvars.iv635.13.i, 6
+  %.idx768.i.6 = shl nuw nsw i64 %indvars.iv.next636.13.i.5, 6
+  %4000 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.6
+  %4001 = getelementptr inbounds nuw i8, ptr %4000, i64 52
+  %4002 = load float, ptr %4001, align 4, !tbaa !5
+  %4003 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.5
+  store float %4002, ptr %4003, align 4, !tbaa !5
+  %indvars.iv.next636.13.i.6 = or disjoint i64 %indvars.iv635.13.i, 7
+  %.idx768.i.7 = shl nuw nsw i64 %indvars.iv.next636.13.i.6, 6
+  %4004 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.7
+  %4005 = getelementptr inbounds nuw i8, ptr %4004, i64 52
+  %4006 = load float, ptr %4005, align 4, !tbaa !5
+  %4007 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.6
+  store float %4006, ptr %4007, align 4, !tbaa !5
+  %indvars.iv.next636.13.i.7 = add nuw nsw i64 %indvars.iv635.13.i, 8
+  %exitcond638.13.not.i.7 = icmp eq i64 %indvars.iv.next636.13.i.7, 128
+  br i1 %exitcond638.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
 
 for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body327
-  %4009 = getelementptr inbounds nuw i8, ptr %364, i64 7168
+  %4008 = getelementptr inbounds nuw i8, ptr %364, i64 7168
   %scevgep297 = getelementptr i8, ptr %acc.i, i64 56
   %scevgep298 = getelementptr i8, ptr %acc.i, i64 8188
   %bound0299 = icmp ult ptr %scevgep295, %scevgep298
@@ -6395,150 +6394,150 @@ for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %v
   br i1 %found.conflict301, label %for_body_d.14.i, label %vector.body304, !prof !17
 
 vector.body304:                                   ; preds = %for_end_d.13.i
-  %4010 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4011 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4012 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4009 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4010 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4011 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4012 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4013 = getelementptr inbounds nuw i8, <8 x ptr> %4009, i64 56
   %4014 = getelementptr inbounds nuw i8, <8 x ptr> %4010, i64 56
   %4015 = getelementptr inbounds nuw i8, <8 x ptr> %4011, i64 56
   %4016 = getelementptr inbounds nuw i8, <8 x ptr> %4012, i64 56
-  %4017 = getelementptr inbounds nuw i8, <8 x ptr> %4013, i64 56
-  %wide.masked.gather310 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4014, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4015, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4016, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4018 = getelementptr inbounds nuw i8, ptr %364, i64 7200
-  %4019 = getelementptr inbounds nuw i8, ptr %364, i64 7232
-  %4020 = getelementptr inbounds nuw i8, ptr %364, i64 7264
-  store <8 x float> %wide.masked.gather310, ptr %4009, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311, ptr %4018, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312, ptr %4019, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313, ptr %4020, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4021 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4022 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4023 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4024 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather310 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4013, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4014, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4015, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4016, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4017 = getelementptr inbounds nuw i8, ptr %364, i64 7200
+  %4018 = getelementptr inbounds nuw i8, ptr %364, i64 7232
+  %4019 = getelementptr inbounds nuw i8, ptr %364, i64 7264
+  store <8 x float> %wide.masked.gather310, ptr %4008, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311, ptr %4017, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312, ptr %4018, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313, ptr %4019, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4020 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4021 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4022 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4023 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4024 = getelementptr inbounds nuw i8, <8 x ptr> %4020, i64 56
   %4025 = getelementptr inbounds nuw i8, <8 x ptr> %4021, i64 56
   %4026 = getelementptr inbounds nuw i8, <8 x ptr> %4022, i64 56
   %4027 = getelementptr inbounds nuw i8, <8 x ptr> %4023, i64 56
-  %4028 = getelementptr inbounds nuw i8, <8 x ptr> %4024, i64 56
-  %wide.masked.gather310.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4028, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4029 = getelementptr inbounds nuw i8, ptr %364, i64 7296
-  %4030 = getelementptr inbounds nuw i8, ptr %364, i64 7328
-  %4031 = getelementptr inbounds nuw i8, ptr %364, i64 7360
-  %4032 = getelementptr inbounds nuw i8, ptr %364, i64 7392
-  store <8 x float> %wide.masked.gather310.1, ptr %4029, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311.1, ptr %4030, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.1, ptr %4031, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.1, ptr %4032, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4033 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4034 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4035 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4036 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather310.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4028 = getelementptr inbounds nuw i8, ptr %364, i64 7296
+  %4029 = getelementptr inbounds nuw i8, ptr %364, i64 7328
+  %4030 = getelementptr inbounds nuw i8, ptr %364, i64 7360
+  %4031 = getelementptr inbounds nuw i8, ptr %364, i64 7392
+  store <8 x float> %wide.masked.gather310.1, ptr %4028, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311.1, ptr %4029, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.1, ptr %4030, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.1, ptr %4031, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4032 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4033 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4034 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4035 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4036 = getelementptr inbounds nuw i8, <8 x ptr> %4032, i64 56
   %4037 = getelementptr inbounds nuw i8, <8 x ptr> %4033, i64 56
   %4038 = getelementptr inbounds nuw i8, <8 x ptr> %4034, i64 56
   %4039 = getelementptr inbounds nuw i8, <8 x ptr> %4035, i64 56
-  %4040 = getelementptr inbounds nuw i8, <8 x ptr> %4036, i64 56
-  %wide.masked.gather310.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4037, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4038, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4039, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4040, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4041 = getelementptr inbounds nuw i8, ptr %364, i64 7424
-  %4042 = getelementptr inbounds nuw i8, ptr %364, i64 7456
-  %4043 = getelementptr inbounds nuw i8, ptr %364, i64 7488
-  %4044 = getelementptr inbounds nuw i8, ptr %364, i64 7520
-  store <8 x float> %wide.masked.gather310.2, ptr %4041, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311.2, ptr %4042, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.2, ptr %4043, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.2, ptr %4044, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4046 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4047 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4048 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather310.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4036, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4037, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4038, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4039, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4040 = getelementptr inbounds nuw i8, ptr %364, i64 7424
+  %4041 = getelementptr inbounds nuw i8, ptr %364, i64 7456
+  %4042 = getelementptr inbounds nuw i8, ptr %364, i64 7488
+  %4043 = getelementptr inbounds nuw i8, ptr %364, i64 7520
+  store <8 x float> %wide.masked.gather310.2, ptr %4040, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311.2, ptr %4041, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.2, ptr %4042, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.2, ptr %4043, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4044 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4046 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4047 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4048 = getelementptr inbounds nuw i8, <8 x ptr> %4044, i64 56
   %4049 = getelementptr inbounds nuw i8, <8 x ptr> %4045, i64 56
   %4050 = getelementptr inbounds nuw i8, <8 x ptr> %4046, i64 56
   %4051 = getelementptr inbounds nuw i8, <8 x ptr> %4047, i64 56
-  %4052 = getelementptr inbounds nuw i8, <8 x ptr> %4048, i64 56
-  %wide.masked.gather310.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4051, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4052, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4053 = getelementptr inbounds nuw i8, ptr %364, i64 7552
-  %4054 = getelementptr inbounds nuw i8, ptr %364, i64 7584
-  %4055 = getelementptr inbounds nuw i8, ptr %364, i64 7616
-  %4056 = getelementptr inbounds nuw i8, ptr %364, i64 7648
-  store <8 x float> %wide.masked.gather310.3, ptr %4053, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311.3, ptr %4054, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.3, ptr %4055, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.3, ptr %4056, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %wide.masked.gather310.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4051, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4052 = getelementptr inbounds nuw i8, ptr %364, i64 7552
+  %4053 = getelementptr inbounds nuw i8, ptr %364, i64 7584
+  %4054 = getelementptr inbounds nuw i8, ptr %364, i64 7616
+  %4055 = getelementptr inbounds nuw i8, ptr %364, i64 7648
+  store <8 x float> %wide.masked.gather310.3, ptr %4052, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311.3, ptr %4053, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.3, ptr %4054, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.3, ptr %4055, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
-  %indvars.iv637.14.i = phi i64 [ %indvars.iv.next638.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
-  %.idx771.i = shl nuw nsw i64 %indvars.iv637.14.i, 6
-  %4057 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i
-  %4058 = getelementptr inbounds nuw i8, ptr %4057, i64 56
-  %4059 = load float, ptr %4058, align 4, !tbaa !5
-  %4060 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv637.14.i
-  store float %4059, ptr %4060, align 4, !tbaa !5
-  %indvars.iv.next638.14.i = or disjoint i64 %indvars.iv637.14.i, 1
-  %.idx771.i.1 = shl nuw nsw i64 %indvars.iv.next638.14.i, 6
-  %4061 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.1
-  %4062 = getelementptr inbounds nuw i8, ptr %4061, i64 56
-  %4063 = load float, ptr %4062, align 4, !tbaa !5
-  %4064 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv.next638.14.i
-  store float %4063, ptr %4064, align 4, !tbaa !5
-  %indvars.iv.next638.14.i.1 = or disjoint i64 %indvars.iv637.14.i, 2
-  %.idx771.i.2 = shl nuw nsw i64 %indvars.iv.next638.14.i.1, 6
-  %4065 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.2
-  %4066 = getelementptr inbounds nuw i8, ptr %4065, i64 56
-  %4067 = load float, ptr %4066, align 4, !tbaa !5
-  %4068 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv.next638.14.i.1
-  store float %4067, ptr %4068, align 4, !tbaa !5
-  %indvars.iv.next638.14.i.2 = or disjoint i64 %indvars.iv637.14.i, 3
-  %.idx771.i.3 = shl nuw nsw i64 %indvars.iv.next638.14.i.2, 6
-  %4069 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.3
-  %4070 = getelementptr inbounds nuw i8, ptr %4069, i64 56
-  %4071 = load float, ptr %4070, align 4, !tbaa !5
-  %4072 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv.next638.14.i.2
-  store float %4071, ptr %4072, align 4, !tbaa !5
-  %indvars.iv.next638.14.i.3 = or disjoint i64 %indvars.iv637.14.i, 4
-  %.idx771.i.4 = shl nuw nsw i64 %indvars.iv.next638.14.i.3, 6
-  %4073 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.4
-  %4074 = getelementptr inbounds nuw i8, ptr %4073, i64 56
-  %4075 = load float, ptr %4074, align 4, !tbaa !5
-  %4076 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv.next638.14.i.3
-  store float %4075, ptr %4076, align 4, !tbaa !5
-  %indvars.iv.next638.14.i.4 = or disjoint i64 %indvars.iv637.14.i, 5
-  %.idx771.i.5 = shl nuw nsw i64 %indvars.iv.next638.14.i.4, 6
-  %4077 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.5
-  %4078 = getelementptr inbounds nuw i8, ptr %4077, i64 56
-  %4079 = load float, ptr %4078, align 4, !tbaa !5
-  %4080 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv.next638.14.i.4
-  store float %4079, ptr %4080, align 4, !tbaa !5
-  %indvars.iv.next638.14.i.5 = or disjoint i64 %indvars.iv637.14.i, 6
-  %.idx771.i.6 = shl nuw nsw i64 %indvars.iv.next638.14.i.5, 6
-  %4081 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.6
-  %4082 = getelementptr inbounds nuw i8, ptr %4081, i64 56
-  %4083 = load float, ptr %4082, align 4, !tbaa !5
-  %4084 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv.next638.14.i.5
-  store float %4083, ptr %4084, align 4, !tbaa !5
-  %indvars.iv.next638.14.i.6 = or disjoint i64 %indvars.iv637.14.i, 7
-  %.idx771.i.7 = shl nuw nsw i64 %indvars.iv.next638.14.i.6, 6
-  %4085 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.7
-  %4086 = getelementptr inbounds nuw i8, ptr %4085, i64 56
-  %4087 = load float, ptr %4086, align 4, !tbaa !5
-  %4088 = getelementptr inbounds nuw float, ptr %4009, i64 %indvars.iv.next638.14.i.6
-  store float %4087, ptr %4088, align 4, !tbaa !5
-  %indvars.iv.next638.14.i.7 = add nuw nsw i64 %indvars.iv637.14.i, 8
-  %exitcond640.14.not.i.7 = icmp eq i64 %indvars.iv.next638.14.i.7, 128
-  br i1 %exitcond640.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
+  %indvars.iv635.14.i = phi i64 [ %indvars.iv.next636.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
+  %.idx769.i = shl nuw nsw i64 %indvars.iv635.14.i, 6
+  %4056 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i
+  %4057 = getelementptr inbounds nuw i8, ptr %4056, i64 56
+  %4058 = load float, ptr %4057, align 4, !tbaa !5
+  %4059 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv635.14.i
+  store float %4058, ptr %4059, align 4, !tbaa !5
+  %indvars.iv.next636.14.i = or disjoint i64 %indvars.iv635.14.i, 1
+  %.idx769.i.1 = shl nuw nsw i64 %indvars.iv.next636.14.i, 6
+  %4060 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.1
+  %4061 = getelementptr inbounds nuw i8, ptr %4060, i64 56
+  %4062 = load float, ptr %4061, align 4, !tbaa !5
+  %4063 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i
+  store float %4062, ptr %4063, align 4, !tbaa !5
+  %indvars.iv.next636.14.i.1 = or disjoint i64 %indvars.iv635.14.i, 2
+  %.idx769.i.2 = shl nuw nsw i64 %indvars.iv.next636.14.i.1, 6
+  %4064 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.2
+  %4065 = getelementptr inbounds nuw i8, ptr %4064, i64 56
+  %4066 = load float, ptr %4065, align 4, !tbaa !5
+  %4067 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.1
+  store float %4066, ptr %4067, align 4, !tbaa !5
+  %indvars.iv.next636.14.i.2 = or disjoint i64 %indvars.iv635.14.i, 3
+  %.idx769.i.3 = shl nuw nsw i64 %indvars.iv.next636.14.i.2, 6
+  %4068 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.3
+  %4069 = getelementptr inbounds nuw i8, ptr %4068, i64 56
+  %4070 = load float, ptr %4069, align 4, !tbaa !5
+  %4071 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.2
+  store float %4070, ptr %4071, align 4, !tbaa !5
+  %indvars.iv.next636.14.i.3 = or disjoint i64 %indvars.iv635.14.i, 4
+  %.idx769.i.4 = shl nuw nsw i64 %indvars.iv.next636.14.i.3, 6
+  %4072 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.4
+  %4073 = getelementptr inbounds nuw i8, ptr %4072, i64 56
+  %4074 = load float, ptr %4073, align 4, !tbaa !5
+  %4075 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.3
+  store float %4074, ptr %4075, align 4, !tbaa !5
+  %indvars.iv.next636.14.i.4 = or disjoint i64 %indvars.iv635.14.i, 5
+  %.idx769.i.5 = shl nuw nsw i64 %indvars.iv.next636.14.i.4, 6
+  %4076 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.5
+  %4077 = getelementptr inbounds nuw i8, ptr %4076, i64 56
+  %4078 = load float, ptr %4077, align 4, !tbaa !5
+  %4079 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.4
+  store float %4078, ptr %4079, align 4, !tbaa !5
+  %indvars.iv.next636.14.i.5 = or disjoint i64 %indvars.iv635.14.i, 6
+  %.idx769.i.6 = shl nuw nsw i64 %indvars.iv.next636.14.i.5, 6
+  %4080 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.6
+  %4081 = getelementptr inbounds nuw i8, ptr %4080, i64 56
+  %4082 = load float, ptr %4081, align 4, !tbaa !5
+  %4083 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.5
+  store float %4082, ptr %4083, align 4, !tbaa !5
+  %indvars.iv.next636.14.i.6 = or disjoint i64 %indvars.iv635.14.i, 7
+  %.idx769.i.7 = shl nuw nsw i64 %indvars.iv.next636.14.i.6, 6
+  %4084 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.7
+  %4085 = getelementptr inbounds nuw i8, ptr %4084, i64 56
+  %4086 = load float, ptr %4085, align 4, !tbaa !5
+  %4087 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.6
+  store float %4086, ptr %4087, align 4, !tbaa !5
+  %indvars.iv.next636.14.i.7 = add nuw nsw i64 %indvars.iv635.14.i, 8
+  %exitcond638.14.not.i.7 = icmp eq i64 %indvars.iv.next636.14.i.7, 128
+  br i1 %exitcond638.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
 
 for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body304
-  %4089 = getelementptr inbounds nuw i8, ptr %364, i64 7680
+  %4088 = getelementptr inbounds nuw i8, ptr %364, i64 7680
   %scevgep289 = getelementptr i8, ptr %acc.i, i64 60
   %scevgep290 = getelementptr i8, ptr %acc.i, i64 8192
   %bound0 = icmp ult ptr %scevgep, %scevgep290
@@ -6547,157 +6546,157 @@ for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %v
   br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
 
 vector.body:                                      ; preds = %for_end_d.14.i
-  %4090 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4091 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4092 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4089 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4090 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4091 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4092 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4093 = getelementptr inbounds nuw i8, <8 x ptr> %4089, i64 60
   %4094 = getelementptr inbounds nuw i8, <8 x ptr> %4090, i64 60
   %4095 = getelementptr inbounds nuw i8, <8 x ptr> %4091, i64 60
   %4096 = getelementptr inbounds nuw i8, <8 x ptr> %4092, i64 60
-  %4097 = getelementptr inbounds nuw i8, <8 x ptr> %4093, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4098 = getelementptr inbounds nuw i8, ptr %364, i64 7712
-  %4099 = getelementptr inbounds nuw i8, ptr %364, i64 7744
-  %4100 = getelementptr inbounds nuw i8, ptr %364, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4089, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291, ptr %4098, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292, ptr %4099, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293, ptr %4100, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4101 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4102 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4104 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather291 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4097 = getelementptr inbounds nuw i8, ptr %364, i64 7712
+  %4098 = getelementptr inbounds nuw i8, ptr %364, i64 7744
+  %4099 = getelementptr inbounds nuw i8, ptr %364, i64 7776
+  store <8 x float> %wide.masked.gather, ptr %4088, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather291, ptr %4097, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292, ptr %4098, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293, ptr %4099, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4100 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4101 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4102 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4104 = getelementptr inbounds nuw i8, <8 x ptr> %4100, i64 60
   %4105 = getelementptr inbounds nuw i8, <8 x ptr> %4101, i64 60
   %4106 = getelementptr inbounds nuw i8, <8 x ptr> %4102, i64 60
   %4107 = getelementptr inbounds nuw i8, <8 x ptr> %4103, i64 60
-  %4108 = getelementptr inbounds nuw i8, <8 x ptr> %4104, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4109 = getelementptr inbounds nuw i8, ptr %364, i64 7808
-  %4110 = getelementptr inbounds nuw i8, ptr %364, i64 7840
-  %4111 = getelementptr inbounds nuw i8, ptr %364, i64 7872
-  %4112 = getelementptr inbounds nuw i8, ptr %364, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4109, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291.1, ptr %4110, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.1, ptr %4111, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.1, ptr %4112, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4113 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4114 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4115 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4116 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather291.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4108 = getelementptr inbounds nuw i8, ptr %364, i64 7808
+  %4109 = getelementptr inbounds nuw i8, ptr %364, i64 7840
+  %4110 = getelementptr inbounds nuw i8, ptr %364, i64 7872
+  %4111 = getelementptr inbounds nuw i8, ptr %364, i64 7904
+  store <8 x float> %wide.masked.gather.1, ptr %4108, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather291.1, ptr %4109, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.1, ptr %4110, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.1, ptr %4111, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4112 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4113 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4114 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4115 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4116 = getelementptr inbounds nuw i8, <8 x ptr> %4112, i64 60
   %4117 = getelementptr inbounds nuw i8, <8 x ptr> %4113, i64 60
   %4118 = getelementptr inbounds nuw i8, <8 x ptr> %4114, i64 60
   %4119 = getelementptr inbounds nuw i8, <8 x ptr> %4115, i64 60
-  %4120 = getelementptr inbounds nuw i8, <8 x ptr> %4116, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4121 = getelementptr inbounds nuw i8, ptr %364, i64 7936
-  %4122 = getelementptr inbounds nuw i8, ptr %364, i64 7968
-  %4123 = getelementptr inbounds nuw i8, ptr %364, i64 8000
-  %4124 = getelementptr inbounds nuw i8, ptr %364, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4121, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291.2, ptr %4122, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.2, ptr %4123, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.2, ptr %4124, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4126 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4127 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4128 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather291.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4120 = getelementptr inbounds nuw i8, ptr %364, i64 7936
+  %4121 = getelementptr inbounds nuw i8, ptr %364, i64 7968
+  %4122 = getelementptr inbounds nuw i8, ptr %364, i64 8000
+  %4123 = getelementptr inbounds nuw i8, ptr %364, i64 8032
+  store <8 x float> %wide.masked.gather.2, ptr %4120, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather291.2, ptr %4121, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.2, ptr %4122, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.2, ptr %4123, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4124 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4126 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4127 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4128 = getelementptr inbounds nuw i8, <8 x ptr> %4124, i64 60
   %4129 = getelementptr inbounds nuw i8, <8 x ptr> %4125, i64 60
   %4130 = getelementptr inbounds nuw i8, <8 x ptr> %4126, i64 60
   %4131 = getelementptr inbounds nuw i8, <8 x ptr> %4127, i64 60
-  %4132 = getelementptr inbounds nuw i8, <8 x ptr> %4128, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4131, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4132, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4133 = getelementptr inbounds nuw i8, ptr %364, i64 8064
-  %4134 = getelementptr inbounds nuw i8, ptr %364, i64 8096
-  %4135 = getelementptr inbounds nuw i8, ptr %364, i64 8128
-  %4136 = getelementptr inbounds nuw i8, ptr %364, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4133, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291.3, ptr %4134, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.3, ptr %4135, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.3, ptr %4136, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  br label %if_end197.i
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather291.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4131, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4132 = getelementptr inbounds nuw i8, ptr %364, i64 8064
+  %4133 = getelementptr inbounds nuw i8, ptr %364, i64 8096
+  %4134 = getelementptr inbounds nuw i8, ptr %364, i64 8128
+  %4135 = getelementptr inbounds nuw i8, ptr %364, i64 8160
+  store <8 x float> %wide.masked.gather.3, ptr %4132, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather291.3, ptr %4133, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.3, ptr %4134, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.3, ptr %4135, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  br label %if_end195.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
-  %indvars.iv637.15.i = phi i64 [ %indvars.iv.next638.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
-  %.idx772.i = shl nuw nsw i64 %indvars.iv637.15.i, 6
-  %4137 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i
-  %4138 = getelementptr inbounds nuw i8, ptr %4137, i64 60
-  %4139 = load float, ptr %4138, align 4, !tbaa !5
-  %4140 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv637.15.i
-  store float %4139, ptr %4140, align 4, !tbaa !5
-  %indvars.iv.next638.15.i = or disjoint i64 %indvars.iv637.15.i, 1
-  %.idx772.i.1 = shl nuw nsw i64 %indvars.iv.next638.15.i, 6
-  %4141 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.1
-  %4142 = getelementptr inbounds nuw i8, ptr %4141, i64 60
-  %4143 = load float, ptr %4142, align 4, !tbaa !5
-  %4144 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv.next638.15.i
-  store float %4143, ptr %4144, align 4, !tbaa !5
-  %indvars.iv.next638.15.i.1 = or disjoint i64 %indvars.iv637.15.i, 2
-  %.idx772.i.2 = shl nuw nsw i64 %indvars.iv.next638.15.i.1, 6
-  %4145 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.2
-  %4146 = getelementptr inbounds nuw i8, ptr %4145, i64 60
-  %4147 = load float, ptr %4146, align 4, !tbaa !5
-  %4148 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv.next638.15.i.1
-  store float %4147, ptr %4148, align 4, !tbaa !5
-  %indvars.iv.next638.15.i.2 = or disjoint i64 %indvars.iv637.15.i, 3
-  %.idx772.i.3 = shl nuw nsw i64 %indvars.iv.next638.15.i.2, 6
-  %4149 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.3
-  %4150 = getelementptr inbounds nuw i8, ptr %4149, i64 60
-  %4151 = load float, ptr %4150, align 4, !tbaa !5
-  %4152 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv.next638.15.i.2
-  store float %4151, ptr %4152, align 4, !tbaa !5
-  %indvars.iv.next638.15.i.3 = or disjoint i64 %indvars.iv637.15.i, 4
-  %.idx772.i.4 = shl nuw nsw i64 %indvars.iv.next638.15.i.3, 6
-  %4153 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.4
-  %4154 = getelementptr inbounds nuw i8, ptr %4153, i64 60
-  %4155 = load float, ptr %4154, align 4, !tbaa !5
-  %4156 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv.next638.15.i.3
-  store float %4155, ptr %4156, align 4, !tbaa !5
-  %indvars.iv.next638.15.i.4 = or disjoint i64 %indvars.iv637.15.i, 5
-  %.idx772.i.5 = shl nuw nsw i64 %indvars.iv.next638.15.i.4, 6
-  %4157 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.5
-  %4158 = getelementptr inbounds nuw i8, ptr %4157, i64 60
-  %4159 = load float, ptr %4158, align 4, !tbaa !5
-  %4160 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv.next638.15.i.4
-  store float %4159, ptr %4160, align 4, !tbaa !5
-  %indvars.iv.next638.15.i.5 = or disjoint i64 %indvars.iv637.15.i, 6
-  %.idx772.i.6 = shl nuw nsw i64 %indvars.iv.next638.15.i.5, 6
-  %4161 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.6
-  %4162 = getelementptr inbounds nuw i8, ptr %4161, i64 60
-  %4163 = load float, ptr %4162, align 4, !tbaa !5
-  %4164 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv.next638.15.i.5
-  store float %4163, ptr %4164, align 4, !tbaa !5
-  %indvars.iv.next638.15.i.6 = or disjoint i64 %indvars.iv637.15.i, 7
-  %.idx772.i.7 = shl nuw nsw i64 %indvars.iv.next638.15.i.6, 6
-  %4165 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.7
-  %4166 = getelementptr inbounds nuw i8, ptr %4165, i64 60
-  %4167 = load float, ptr %4166, align 4, !tbaa !5
-  %4168 = getelementptr inbounds nuw float, ptr %4089, i64 %indvars.iv.next638.15.i.6
-  store float %4167, ptr %4168, align 4, !tbaa !5
-  %indvars.iv.next638.15.i.7 = add nuw nsw i64 %indvars.iv637.15.i, 8
-  %exitcond640.15.not.i.7 = icmp eq i64 %indvars.iv.next638.15.i.7, 128
-  br i1 %exitcond640.15.not.i.7, label %if_end197.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
+  %indvars.iv635.15.i = phi i64 [ %indvars.iv.next636.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
+  %.idx770.i = shl nuw nsw i64 %indvars.iv635.15.i, 6
+  %4136 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
+  %4137 = getelementptr inbounds nuw i8, ptr %4136, i64 60
+  %4138 = load float, ptr %4137, align 4, !tbaa !5
+  %4139 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv635.15.i
+  store float %4138, ptr %4139, align 4, !tbaa !5
+  %indvars.iv.next636.15.i = or disjoint i64 %indvars.iv635.15.i, 1
+  %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next636.15.i, 6
+  %4140 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
+  %4141 = getelementptr inbounds nuw i8, ptr %4140, i64 60
+  %4142 = load float, ptr %4141, align 4, !tbaa !5
+  %4143 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i
+  store float %4142, ptr %4143, align 4, !tbaa !5
+  %indvars.iv.next636.15.i.1 = or disjoint i64 %indvars.iv635.15.i, 2
+  %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next636.15.i.1, 6
+  %4144 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
+  %4145 = getelementptr inbounds nuw i8, ptr %4144, i64 60
+  %4146 = load float, ptr %4145, align 4, !tbaa !5
+  %4147 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.1
+  store float %4146, ptr %4147, align 4, !tbaa !5
+  %indvars.iv.next636.15.i.2 = or disjoint i64 %indvars.iv635.15.i, 3
+  %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next636.15.i.2, 6
+  %4148 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
+  %4149 = getelementptr inbounds nuw i8, ptr %4148, i64 60
+  %4150 = load float, ptr %4149, align 4, !tbaa !5
+  %4151 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.2
+  store float %4150, ptr %4151, align 4, !tbaa !5
+  %indvars.iv.next636.15.i.3 = or disjoint i64 %indvars.iv635.15.i, 4
+  %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next636.15.i.3, 6
+  %4152 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
+  %4153 = getelementptr inbounds nuw i8, ptr %4152, i64 60
+  %4154 = load float, ptr %4153, align 4, !tbaa !5
+  %4155 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.3
+  store float %4154, ptr %4155, align 4, !tbaa !5
+  %indvars.iv.next636.15.i.4 = or disjoint i64 %indvars.iv635.15.i, 5
+  %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next636.15.i.4, 6
+  %4156 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
+  %4157 = getelementptr inbounds nuw i8, ptr %4156, i64 60
+  %4158 = load float, ptr %4157, align 4, !tbaa !5
+  %4159 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.4
+  store float %4158, ptr %4159, align 4, !tbaa !5
+  %indvars.iv.next636.15.i.5 = or disjoint i64 %indvars.iv635.15.i, 6
+  %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next636.15.i.5, 6
+  %4160 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
+  %4161 = getelementptr inbounds nuw i8, ptr %4160, i64 60
+  %4162 = load float, ptr %4161, align 4, !tbaa !5
+  %4163 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.5
+  store float %4162, ptr %4163, align 4, !tbaa !5
+  %indvars.iv.next636.15.i.6 = or disjoint i64 %indvars.iv635.15.i, 7
+  %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next636.15.i.6, 6
+  %4164 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
+  %4165 = getelementptr inbounds nuw i8, ptr %4164, i64 60
+  %4166 = load float, ptr %4165, align 4, !tbaa !5
+  %4167 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.6
+  store float %4166, ptr %4167, align 4, !tbaa !5
+  %indvars.iv.next636.15.i.7 = add nuw nsw i64 %indvars.iv635.15.i, 8
+  %exitcond638.15.not.i.7 = icmp eq i64 %indvars.iv.next636.15.i.7, 128
+  br i1 %exitcond638.15.not.i.7, label %if_end195.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
 
-if_end246.i:                                      ; preds = %if_end197.i
-  %4169 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4170 = tail call i32 %4169(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not270.i = icmp eq i32 %4170, 0
-  br i1 %.not270.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
+if_end244.i:                                      ; preds = %if_end195.i
+  %4168 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4169 = tail call i32 %4168(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not268.i = icmp eq i32 %4169, 0
+  br i1 %.not268.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
 
-fused_decode_compute_.exit:                       ; preds = %if_end246.i, %if_end197.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %if_end179.i, %if_end176.i, %for_end_d_0_m.i, %for_end_to_m.thread.i, %for_end_to_m.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %if_end179.i ], [ -1, %if_end176.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end60.i ], [ -1, %for_end_to51.i ], [ -1, %if_end44.i ], [ -1, %for_end_t34.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end197.i ], [ -1, %if_end246.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor255.i)
+fused_decode_compute_.exit:                       ; preds = %if_end244.i, %if_end195.i, %if_end189.i, %if_end186.i, %if_end183.i, %if_end180.i, %if_end177.i, %if_end174.i, %for_end_d_0_m.i, %for_end_to_m.thread.i, %for_end_to_m.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end189.i ], [ -1, %if_end186.i ], [ -1, %if_end183.i ], [ -1, %if_end180.i ], [ -1, %if_end177.i ], [ -1, %if_end174.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end60.i ], [ -1, %for_end_to51.i ], [ -1, %if_end44.i ], [ -1, %for_end_t34.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end195.i ], [ -1, %if_end244.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor253.i)
   ret i32 %common.ret.op.i
 }
 

@@ -205,8 +205,8 @@ class Module:
                                                         vn = T.axis.spatial(32, n)
                                                         T.reads(key_offsets[0:256])
                                                         T.writes()
-                                                        number: T.let[T.int32] = ahead_t * 4 + vo * 32 + vn
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                        first: T.let[T.int32] = ahead_t + vo * 8
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + ahead_head * k_head + T.Cast("int64", vn % 4 * 16)]), 0, 2, 1)
                                                 for ti_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
@@ -377,8 +377,8 @@ class Module:
                                                             T.reads(value_offsets[0:256])
                                                             T.writes(fetched[vo, vp, vn])
                                                             if T.EQ(0, 0) and vp < 16:
-                                                                number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 2 + vn
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                                number: T.let[T.int32] = (vp * num_full + vo) * 2 + vn
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ti in range(8):
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):

@@ -306,8 +306,8 @@ class Module:
                                     vn = T.axis.spatial(64, n_0_m * 8 + n_1)
                                     T.reads(key_offsets[0:256])
                                     T.writes()
-                                    number: T.let[T.int32] = vo * 64 + vn
-                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
+                                    first: T.let[T.int32] = vo * 16
+                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + head_offset + T.Cast("int64", vn % 4 * 32)]), 0, 2, 1)
                             for ax3_0 in range(4):
                                 for ax2_init in range(1):
                                     for ax3_1_init in T.unroll(4):

@@ -258,8 +258,8 @@ class Module:
                             vn = T.axis.spatial(64, n)
                             T.reads(key_offsets[0:256])
                             T.writes()
-                            number: T.let[T.int32] = vo * 64 + vn
-                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
+                            first: T.let[T.int32] = vo * 16
+                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + head_offset + T.Cast("int64", vn % 4 * 32)]), 0, 2, 1)
                     for i, to, ti, r, d in T.grid(1, (valid_len + 16 - 1) // 16, 16, 16, 128):
                         with T.sblock("scores"):
                             vt = T.axis.spatial(128, to * 16 + ti)

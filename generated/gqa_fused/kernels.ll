@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %row_sum270.i = alloca [32 x float], align 16
-  %row_max271.i = alloca [32 x float], align 16
+  %row_sum268.i = alloca [32 x float], align 16
+  %row_max269.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -435,8 +435,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum270.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max271.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum268.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max269.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -472,17 +472,17 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %.not = icmp eq i64 %96, 0
   %97 = zext i32 %87 to i64
   %98 = and i64 %50, 4294967295
-  %wide.trip.count836.i = and i64 %44, 2147483647
+  %wide.trip.count834.i = and i64 %44, 2147483647
   %invariant.op.i = add i32 %87, -1
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end242.i
-  %indvars.iv.next832.i = add nuw nsw i64 %indvars.iv831.i, 1
-  %exitcond837.not.i = icmp eq i64 %indvars.iv.next832.i, %wide.trip.count836.i
-  br i1 %exitcond837.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end240.i
+  %indvars.iv.next830.i = add nuw nsw i64 %indvars.iv829.i, 1
+  %exitcond835.not.i = icmp eq i64 %indvars.iv.next830.i, %wide.trip.count834.i
+  br i1 %exitcond835.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv831.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next832.i, %for_begin_s.i ]
+  %indvars.iv829.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next830.i, %for_begin_s.i ]
   %99 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %99(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %100 = icmp eq ptr %q_tile.i, null
@@ -495,7 +495,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %102, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %103 = add nsw i64 %indvars.iv831.i, %89
+  %103 = add nsw i64 %indvars.iv829.i, %89
   %104 = getelementptr inbounds i32, ptr %context_lens, i64 %103
   %105 = load i32, ptr %104, align 4, !tbaa !5
   %106 = mul nsw i64 %103, %q_batch
@@ -503,9 +503,9 @@ if_end2.i:                                        ; preds = %if_end.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
-  %indvars.iv684.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next685.i, %for_end_ax1.i ]
-  %108 = shl nuw nsw i64 %indvars.iv684.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv684.i, 11
+  %indvars.iv682.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next683.i, %for_end_ax1.i ]
+  %108 = shl nuw nsw i64 %indvars.iv682.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv682.i, 11
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
   br label %for_begin_ax2.preheader.i
 
@@ -518,10 +518,10 @@ for_end_tile.i:                                   ; preds = %for_end_ax1.i
   %113 = tail call i32 @llvm.umax.i32(i32 %112, i32 1)
   %.reass.i = add i32 %invariant.op.i, %range_len.i
   %114 = mul nsw i64 %103, %table_seq
-  %invariant.gep436.i = getelementptr i32, ptr %block_table, i64 %114
+  %invariant.gep434.i = getelementptr i32, ptr %block_table, i64 %114
   %115 = zext nneg i32 %112 to i64
   %116 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count794.i = zext nneg i32 %113 to i64
+  %wide.trip.count792.i = zext nneg i32 %113 to i64
   br label %for_begin_step.i
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
@@ -646,21 +646,21 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
-  %indvars.iv.next685.i = add nuw nsw i64 %indvars.iv684.i, 1
-  %exitcond687.not.i = icmp eq i64 %indvars.iv.next685.i, 8
-  br i1 %exitcond687.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
+  %indvars.iv.next683.i = add nuw nsw i64 %indvars.iv682.i, 1
+  %exitcond685.not.i = icmp eq i64 %indvars.iv.next683.i, 8
+  br i1 %exitcond685.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
 
-for_begin_step.i:                                 ; preds = %if_end200.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end200.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv791.i = phi i64 [ %indvars.iv.next792.i, %if_end200.i ], [ 0, %for_end_tile.i ]
+for_begin_step.i:                                 ; preds = %if_end198.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end198.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv789.i = phi i64 [ %indvars.iv.next790.i, %if_end198.i ], [ 0, %for_end_tile.i ]
   %smin301 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %194 = and i32 %smin301, 15
   %195 = zext nneg i32 %194 to i64
-  %exitcond795.not.i = icmp eq i64 %indvars.iv791.i, %wide.trip.count794.i
-  br i1 %exitcond795.not.i, label %for_begin_tile205.preheader.i, label %for_body_step.i, !prof !17
+  %exitcond793.not.i = icmp eq i64 %indvars.iv789.i, %wide.trip.count792.i
+  br i1 %exitcond793.not.i, label %for_begin_tile203.preheader.i, label %for_body_step.i, !prof !17
 
-for_begin_tile205.preheader.i:                    ; preds = %for_begin_step.i
-  %196 = add nuw nsw i64 %indvars.iv831.i, %98
+for_begin_tile203.preheader.i:                    ; preds = %for_begin_step.i
+  %196 = add nuw nsw i64 %indvars.iv829.i, %98
   %197 = shl nuw nsw i64 %196, 5
   %.idx.i = shl nuw nsw i64 %196, 14
   %198 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
@@ -668,20 +668,20 @@ for_begin_tile205.preheader.i:                    ; preds = %for_begin_step.i
   %200 = getelementptr i16, ptr %out, i64 %199
   %201 = mul nsw i64 %103, %lse_batch
   %202 = getelementptr float, ptr %lse, i64 %201
-  br i1 %.not, label %for_body_tile206.i, label %for_body_tile206.us.i
+  br i1 %.not, label %for_body_tile204.i, label %for_body_tile204.us.i
 
-for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %for_begin_tile205.preheader.i
-  %indvars.iv827.i = phi i64 [ %indvars.iv.next828.i, %if_end225.us.3.i ], [ 0, %for_begin_tile205.preheader.i ]
-  %203 = shl nuw nsw i64 %indvars.iv827.i, 2
-  %204 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %203
+for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %for_begin_tile203.preheader.i
+  %indvars.iv825.i = phi i64 [ %indvars.iv.next826.i, %if_end223.us.3.i ], [ 0, %for_begin_tile203.preheader.i ]
+  %203 = shl nuw nsw i64 %indvars.iv825.i, 2
+  %204 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %203
   %total.us.i = load <4 x float>, ptr %204, align 16, !tbaa !18
   %205 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %206 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %207 = select <4 x i1> %206, <4 x float> zeroinitializer, <4 x float> %205
   %208 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> zeroinitializer
   %209 = mul nsw i64 %203, %out_head
-  %invariant.gep627.us.i = getelementptr i16, ptr %200, i64 %209
-  %.idx60 = shl nuw nsw i64 %indvars.iv827.i, 11
+  %invariant.gep625.us.i = getelementptr i16, ptr %200, i64 %209
+  %.idx60 = shl nuw nsw i64 %indvars.iv825.i, 11
   %210 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
   %211 = load <32 x float>, ptr %210, align 4, !tbaa !5
   %212 = fmul <32 x float> %211, %208
@@ -692,7 +692,7 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %217 = add nuw <32 x i32> %216, %215
   %218 = lshr <32 x i32> %217, splat (i32 16)
   %219 = trunc nuw <32 x i32> %218 to <32 x i16>
-  store <32 x i16> %219, ptr %invariant.gep627.us.i, align 2, !tbaa !5
+  store <32 x i16> %219, ptr %invariant.gep625.us.i, align 2, !tbaa !5
   %220 = getelementptr inbounds nuw i8, ptr %210, i64 128
   %221 = load <32 x float>, ptr %220, align 4, !tbaa !5
   %222 = fmul <32 x float> %221, %208
@@ -703,8 +703,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %227 = add nuw <32 x i32> %226, %225
   %228 = lshr <32 x i32> %227, splat (i32 16)
   %229 = trunc nuw <32 x i32> %228 to <32 x i16>
-  %gep628.us.1.i = getelementptr i8, ptr %invariant.gep627.us.i, i64 64
-  store <32 x i16> %229, ptr %gep628.us.1.i, align 2, !tbaa !5
+  %gep626.us.1.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 64
+  store <32 x i16> %229, ptr %gep626.us.1.i, align 2, !tbaa !5
   %230 = getelementptr inbounds nuw i8, ptr %210, i64 256
   %231 = load <32 x float>, ptr %230, align 4, !tbaa !5
   %232 = fmul <32 x float> %208, %231
@@ -715,8 +715,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %237 = add nuw <32 x i32> %236, %235
   %238 = lshr <32 x i32> %237, splat (i32 16)
   %239 = trunc nuw <32 x i32> %238 to <32 x i16>
-  %gep628.us.2.i = getelementptr i8, ptr %invariant.gep627.us.i, i64 128
-  store <32 x i16> %239, ptr %gep628.us.2.i, align 2, !tbaa !5
+  %gep626.us.2.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 128
+  store <32 x i16> %239, ptr %gep626.us.2.i, align 2, !tbaa !5
   %240 = getelementptr inbounds nuw i8, ptr %210, i64 384
   %241 = load <32 x float>, ptr %240, align 4, !tbaa !5
   %242 = fmul <32 x float> %208, %241
@@ -727,12 +727,12 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %247 = add nuw <32 x i32> %246, %245
   %248 = lshr <32 x i32> %247, splat (i32 16)
   %249 = trunc nuw <32 x i32> %248 to <32 x i16>
-  %gep628.us.3.i = getelementptr i8, ptr %invariant.gep627.us.i, i64 192
-  store <32 x i16> %249, ptr %gep628.us.3.i, align 2, !tbaa !5
+  %gep626.us.3.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 192
+  store <32 x i16> %249, ptr %gep626.us.3.i, align 2, !tbaa !5
   %250 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %251 = or disjoint i64 %203, 1
   %252 = mul nsw i64 %251, %out_head
-  %invariant.gep627.us.1.i = getelementptr i16, ptr %200, i64 %252
+  %invariant.gep625.us.1.i = getelementptr i16, ptr %200, i64 %252
   %253 = getelementptr inbounds nuw i8, ptr %210, i64 512
   %254 = load <32 x float>, ptr %253, align 4, !tbaa !5
   %255 = fmul <32 x float> %250, %254
@@ -743,7 +743,7 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %260 = add nuw <32 x i32> %259, %258
   %261 = lshr <32 x i32> %260, splat (i32 16)
   %262 = trunc nuw <32 x i32> %261 to <32 x i16>
-  store <32 x i16> %262, ptr %invariant.gep627.us.1.i, align 2, !tbaa !5
+  store <32 x i16> %262, ptr %invariant.gep625.us.1.i, align 2, !tbaa !5
   %263 = getelementptr inbounds nuw i8, ptr %210, i64 640
   %264 = load <32 x float>, ptr %263, align 4, !tbaa !5
   %265 = fmul <32 x float> %250, %264
@@ -754,8 +754,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %270 = add nuw <32 x i32> %269, %268
   %271 = lshr <32 x i32> %270, splat (i32 16)
   %272 = trunc nuw <32 x i32> %271 to <32 x i16>
-  %gep628.us.1.1.i = getelementptr i8, ptr %invariant.gep627.us.1.i, i64 64
-  store <32 x i16> %272, ptr %gep628.us.1.1.i, align 2, !tbaa !5
+  %gep626.us.1.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 64
+  store <32 x i16> %272, ptr %gep626.us.1.1.i, align 2, !tbaa !5
   %273 = getelementptr inbounds nuw i8, ptr %210, i64 768
   %274 = load <32 x float>, ptr %273, align 4, !tbaa !5
   %275 = fmul <32 x float> %250, %274
@@ -766,8 +766,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %280 = add nuw <32 x i32> %279, %278
   %281 = lshr <32 x i32> %280, splat (i32 16)
   %282 = trunc nuw <32 x i32> %281 to <32 x i16>
-  %gep628.us.2.1.i = getelementptr i8, ptr %invariant.gep627.us.1.i, i64 128
-  store <32 x i16> %282, ptr %gep628.us.2.1.i, align 2, !tbaa !5
+  %gep626.us.2.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 128
+  store <32 x i16> %282, ptr %gep626.us.2.1.i, align 2, !tbaa !5
   %283 = getelementptr inbounds nuw i8, ptr %210, i64 896
   %284 = load <32 x float>, ptr %283, align 4, !tbaa !5
   %285 = fmul <32 x float> %250, %284
@@ -778,12 +778,12 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %290 = add nuw <32 x i32> %289, %288
   %291 = lshr <32 x i32> %290, splat (i32 16)
   %292 = trunc nuw <32 x i32> %291 to <32 x i16>
-  %gep628.us.3.1.i = getelementptr i8, ptr %invariant.gep627.us.1.i, i64 192
-  store <32 x i16> %292, ptr %gep628.us.3.1.i, align 2, !tbaa !5
+  %gep626.us.3.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 192
+  store <32 x i16> %292, ptr %gep626.us.3.1.i, align 2, !tbaa !5
   %293 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %294 = or disjoint i64 %203, 2
   %295 = mul nsw i64 %294, %out_head
-  %invariant.gep627.us.2.i = getelementptr i16, ptr %200, i64 %295
+  %invariant.gep625.us.2.i = getelementptr i16, ptr %200, i64 %295
   %296 = getelementptr inbounds nuw i8, ptr %210, i64 1024
   %297 = load <32 x float>, ptr %296, align 4, !tbaa !5
   %298 = fmul <32 x float> %293, %297
@@ -794,7 +794,7 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %303 = add nuw <32 x i32> %302, %301
   %304 = lshr <32 x i32> %303, splat (i32 16)
   %305 = trunc nuw <32 x i32> %304 to <32 x i16>
-  store <32 x i16> %305, ptr %invariant.gep627.us.2.i, align 2, !tbaa !5
+  store <32 x i16> %305, ptr %invariant.gep625.us.2.i, align 2, !tbaa !5
   %306 = getelementptr inbounds nuw i8, ptr %210, i64 1152
   %307 = load <32 x float>, ptr %306, align 4, !tbaa !5
   %308 = fmul <32 x float> %293, %307
@@ -805,8 +805,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %313 = add nuw <32 x i32> %312, %311
   %314 = lshr <32 x i32> %313, splat (i32 16)
   %315 = trunc nuw <32 x i32> %314 to <32 x i16>
-  %gep628.us.1.2.i = getelementptr i8, ptr %invariant.gep627.us.2.i, i64 64
-  store <32 x i16> %315, ptr %gep628.us.1.2.i, align 2, !tbaa !5
+  %gep626.us.1.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 64
+  store <32 x i16> %315, ptr %gep626.us.1.2.i, align 2, !tbaa !5
   %316 = getelementptr inbounds nuw i8, ptr %210, i64 1280
   %317 = load <32 x float>, ptr %316, align 4, !tbaa !5
   %318 = fmul <32 x float> %293, %317
@@ -817,8 +817,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %323 = add nuw <32 x i32> %322, %321
   %324 = lshr <32 x i32> %323, splat (i32 16)
   %325 = trunc nuw <32 x i32> %324 to <32 x i16>
-  %gep628.us.2.2.i = getelementptr i8, ptr %invariant.gep627.us.2.i, i64 128
-  store <32 x i16> %325, ptr %gep628.us.2.2.i, align 2, !tbaa !5
+  %gep626.us.2.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 128
+  store <32 x i16> %325, ptr %gep626.us.2.2.i, align 2, !tbaa !5
   %326 = getelementptr inbounds nuw i8, ptr %210, i64 1408
   %327 = load <32 x float>, ptr %326, align 4, !tbaa !5
   %328 = fmul <32 x float> %293, %327
@@ -829,12 +829,12 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %333 = add nuw <32 x i32> %332, %331
   %334 = lshr <32 x i32> %333, splat (i32 16)
   %335 = trunc nuw <32 x i32> %334 to <32 x i16>
-  %gep628.us.3.2.i = getelementptr i8, ptr %invariant.gep627.us.2.i, i64 192
-  store <32 x i16> %335, ptr %gep628.us.3.2.i, align 2, !tbaa !5
+  %gep626.us.3.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 192
+  store <32 x i16> %335, ptr %gep626.us.3.2.i, align 2, !tbaa !5
   %336 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %337 = or disjoint i64 %203, 3
   %338 = mul nsw i64 %337, %out_head
-  %invariant.gep627.us.3.i = getelementptr i16, ptr %200, i64 %338
+  %invariant.gep625.us.3.i = getelementptr i16, ptr %200, i64 %338
   %339 = getelementptr inbounds nuw i8, ptr %210, i64 1536
   %340 = load <32 x float>, ptr %339, align 4, !tbaa !5
   %341 = fmul <32 x float> %336, %340
@@ -845,7 +845,7 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %346 = add nuw <32 x i32> %345, %344
   %347 = lshr <32 x i32> %346, splat (i32 16)
   %348 = trunc nuw <32 x i32> %347 to <32 x i16>
-  store <32 x i16> %348, ptr %invariant.gep627.us.3.i, align 2, !tbaa !5
+  store <32 x i16> %348, ptr %invariant.gep625.us.3.i, align 2, !tbaa !5
   %349 = getelementptr inbounds nuw i8, ptr %210, i64 1664
   %350 = load <32 x float>, ptr %349, align 4, !tbaa !5
   %351 = fmul <32 x float> %336, %350
@@ -856,8 +856,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %356 = add nuw <32 x i32> %355, %354
   %357 = lshr <32 x i32> %356, splat (i32 16)
   %358 = trunc nuw <32 x i32> %357 to <32 x i16>
-  %gep628.us.1.3.i = getelementptr i8, ptr %invariant.gep627.us.3.i, i64 64
-  store <32 x i16> %358, ptr %gep628.us.1.3.i, align 2, !tbaa !5
+  %gep626.us.1.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 64
+  store <32 x i16> %358, ptr %gep626.us.1.3.i, align 2, !tbaa !5
   %359 = getelementptr inbounds nuw i8, ptr %210, i64 1792
   %360 = load <32 x float>, ptr %359, align 4, !tbaa !5
   %361 = fmul <32 x float> %336, %360
@@ -868,8 +868,8 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %366 = add nuw <32 x i32> %365, %364
   %367 = lshr <32 x i32> %366, splat (i32 16)
   %368 = trunc nuw <32 x i32> %367 to <32 x i16>
-  %gep628.us.2.3.i = getelementptr i8, ptr %invariant.gep627.us.3.i, i64 128
-  store <32 x i16> %368, ptr %gep628.us.2.3.i, align 2, !tbaa !5
+  %gep626.us.2.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 128
+  store <32 x i16> %368, ptr %gep626.us.2.3.i, align 2, !tbaa !5
   %369 = getelementptr inbounds nuw i8, ptr %210, i64 1920
   %370 = load <32 x float>, ptr %369, align 4, !tbaa !5
   %371 = fmul <32 x float> %336, %370
@@ -880,74 +880,74 @@ for_body_tile206.us.i:                            ; preds = %if_end225.us.3.i, %
   %376 = add nuw <32 x i32> %375, %374
   %377 = lshr <32 x i32> %376, splat (i32 16)
   %378 = trunc nuw <32 x i32> %377 to <32 x i16>
-  %gep628.us.3.3.i = getelementptr i8, ptr %invariant.gep627.us.3.i, i64 192
-  store <32 x i16> %378, ptr %gep628.us.3.3.i, align 2, !tbaa !5
+  %gep626.us.3.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 192
+  store <32 x i16> %378, ptr %gep626.us.3.3.i, align 2, !tbaa !5
   %379 = getelementptr float, ptr %202, i64 %203
   %380 = load float, ptr %204, align 16, !tbaa !18
   %381 = fcmp oeq float %380, 0.000000e+00
-  br i1 %381, label %if_end225.us.i, label %if_else224.us.i
+  br i1 %381, label %if_end223.us.i, label %if_else222.us.i
 
-if_else224.us.i:                                  ; preds = %for_body_tile206.us.i
+if_else222.us.i:                                  ; preds = %for_body_tile204.us.i
   %382 = tail call float @llvm.log.f32(float %380)
-  %383 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %203
+  %383 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %203
   %384 = load float, ptr %383, align 16, !tbaa !20
   %385 = fadd float %382, %384
-  br label %if_end225.us.i
+  br label %if_end223.us.i
 
-if_end225.us.i:                                   ; preds = %if_else224.us.i, %for_body_tile206.us.i
-  %386 = phi float [ %385, %if_else224.us.i ], [ 0xFFF0000000000000, %for_body_tile206.us.i ]
+if_end223.us.i:                                   ; preds = %if_else222.us.i, %for_body_tile204.us.i
+  %386 = phi float [ %385, %if_else222.us.i ], [ 0xFFF0000000000000, %for_body_tile204.us.i ]
   store float %386, ptr %379, align 4, !tbaa !5
-  %387 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %251
+  %387 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %251
   %388 = load float, ptr %387, align 4, !tbaa !18
   %389 = fcmp oeq float %388, 0.000000e+00
-  br i1 %389, label %if_end225.us.1.i, label %if_else224.us.1.i
+  br i1 %389, label %if_end223.us.1.i, label %if_else222.us.1.i
 
-if_else224.us.1.i:                                ; preds = %if_end225.us.i
+if_else222.us.1.i:                                ; preds = %if_end223.us.i
   %390 = tail call float @llvm.log.f32(float %388)
-  %391 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %251
+  %391 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %251
   %392 = load float, ptr %391, align 4, !tbaa !20
   %393 = fadd float %390, %392
-  br label %if_end225.us.1.i
+  br label %if_end223.us.1.i
 
-if_end225.us.1.i:                                 ; preds = %if_else224.us.1.i, %if_end225.us.i
-  %394 = phi float [ %393, %if_else224.us.1.i ], [ 0xFFF0000000000000, %if_end225.us.i ]
+if_end223.us.1.i:                                 ; preds = %if_else222.us.1.i, %if_end223.us.i
+  %394 = phi float [ %393, %if_else222.us.1.i ], [ 0xFFF0000000000000, %if_end223.us.i ]
   %395 = getelementptr i8, ptr %379, i64 4
   store float %394, ptr %395, align 4, !tbaa !5
-  %396 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %294
+  %396 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %294
   %397 = load float, ptr %396, align 8, !tbaa !18
   %398 = fcmp oeq float %397, 0.000000e+00
-  br i1 %398, label %if_end225.us.2.i, label %if_else224.us.2.i
+  br i1 %398, label %if_end223.us.2.i, label %if_else222.us.2.i
 
-if_else224.us.2.i:                                ; preds = %if_end225.us.1.i
+if_else222.us.2.i:                                ; preds = %if_end223.us.1.i
   %399 = tail call float @llvm.log.f32(float %397)
-  %400 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %294
+  %400 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %294
   %401 = load float, ptr %400, align 8, !tbaa !20
   %402 = fadd float %399, %401
-  br label %if_end225.us.2.i
+  br label %if_end223.us.2.i
 
-if_end225.us.2.i:                                 ; preds = %if_else224.us.2.i, %if_end225.us.1.i
-  %403 = phi float [ %402, %if_else224.us.2.i ], [ 0xFFF0000000000000, %if_end225.us.1.i ]
+if_end223.us.2.i:                                 ; preds = %if_else222.us.2.i, %if_end223.us.1.i
+  %403 = phi float [ %402, %if_else222.us.2.i ], [ 0xFFF0000000000000, %if_end223.us.1.i ]
   %404 = getelementptr i8, ptr %379, i64 8
   store float %403, ptr %404, align 4, !tbaa !5
-  %405 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %337
+  %405 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %337
   %406 = load float, ptr %405, align 4, !tbaa !18
   %407 = fcmp oeq float %406, 0.000000e+00
-  br i1 %407, label %if_end225.us.3.i, label %if_else224.us.3.i
+  br i1 %407, label %if_end223.us.3.i, label %if_else222.us.3.i
 
-if_else224.us.3.i:                                ; preds = %if_end225.us.2.i
+if_else222.us.3.i:                                ; preds = %if_end223.us.2.i
   %408 = tail call float @llvm.log.f32(float %406)
-  %409 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %337
+  %409 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %337
   %410 = load float, ptr %409, align 4, !tbaa !20
   %411 = fadd float %408, %410
-  br label %if_end225.us.3.i
+  br label %if_end223.us.3.i
 
-if_end225.us.3.i:                                 ; preds = %if_else224.us.3.i, %if_end225.us.2.i
-  %412 = phi float [ %411, %if_else224.us.3.i ], [ 0xFFF0000000000000, %if_end225.us.2.i ]
+if_end223.us.3.i:                                 ; preds = %if_else222.us.3.i, %if_end223.us.2.i
+  %412 = phi float [ %411, %if_else222.us.3.i ], [ 0xFFF0000000000000, %if_end223.us.2.i ]
   %413 = getelementptr i8, ptr %379, i64 12
   store float %412, ptr %413, align 4, !tbaa !5
-  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
-  %exitcond830.not.i = icmp eq i64 %indvars.iv.next828.i, 8
-  br i1 %exitcond830.not.i, label %for_end_tile207.i, label %for_body_tile206.us.i, !prof !16
+  %indvars.iv.next826.i = add nuw nsw i64 %indvars.iv825.i, 1
+  %exitcond828.not.i = icmp eq i64 %indvars.iv.next826.i, 8
+  br i1 %exitcond828.not.i, label %for_end_tile205.i, label %for_body_tile204.us.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %414 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -962,15 +962,15 @@ if_end15.i:                                       ; preds = %for_body_step.i
   br i1 %417, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
 if_end18.i:                                       ; preds = %if_end15.i
-  %418 = shl nsw i64 %indvars.iv791.i, 7
+  %418 = shl nsw i64 %indvars.iv789.i, 7
   %419 = sub nsw i64 %116, %418
   %420 = trunc nsw i64 %419 to i32
   %421 = tail call i32 @llvm.smin.i32(i32 %420, i32 128)
   %422 = add nsw i32 %421, 15
-  %indvars.iv.next792.i = add nuw nsw i64 %indvars.iv791.i, 1
+  %indvars.iv.next790.i = add nuw nsw i64 %indvars.iv789.i, 1
   %423 = ashr i32 %422, 4
   %424 = and i32 %422, -16
-  %425 = icmp samesign ult i64 %indvars.iv.next792.i, %115
+  %425 = icmp samesign ult i64 %indvars.iv.next790.i, %115
   %426 = select i1 %425, i32 256, i32 %424
   %427 = icmp sgt i32 %426, 0
   br i1 %427, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
@@ -981,133 +981,133 @@ for_body_t.lr.ph.i:                               ; preds = %if_end18.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv688.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next689.i.1, %for_body_t.i ]
-  %429 = add nuw nsw i64 %indvars.iv688.i, %428
+  %indvars.iv686.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next687.i.1, %for_body_t.i ]
+  %429 = add nuw nsw i64 %indvars.iv686.i, %428
   %430 = trunc i64 %429 to i32
   %431 = tail call i32 @llvm.smin.i32(i32 %430, i32 %.reass.i)
   %432 = sext i32 %431 to i64
   %433 = ashr i64 %432, 4
-  %gep437.i = getelementptr i32, ptr %invariant.gep436.i, i64 %433
-  %434 = load i32, ptr %gep437.i, align 4, !tbaa !5
+  %gep435.i = getelementptr i32, ptr %invariant.gep434.i, i64 %433
+  %434 = load i32, ptr %gep435.i, align 4, !tbaa !5
   %block.i = sext i32 %434 to i64
   %435 = and i64 %432, 15
   %436 = mul nsw i64 %435, %k_row
   %437 = mul nsw i64 %k_block, %block.i
   %438 = add nsw i64 %436, %437
-  %439 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv688.i
+  %439 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv686.i
   store i64 %438, ptr %439, align 8, !tbaa !5
-  %indvars.iv.next689.i = or disjoint i64 %indvars.iv688.i, 1
-  %440 = add nuw nsw i64 %indvars.iv.next689.i, %428
+  %indvars.iv.next687.i = or disjoint i64 %indvars.iv686.i, 1
+  %440 = add nuw nsw i64 %indvars.iv.next687.i, %428
   %441 = trunc i64 %440 to i32
   %442 = tail call i32 @llvm.smin.i32(i32 %441, i32 %.reass.i)
   %443 = sext i32 %442 to i64
   %444 = ashr i64 %443, 4
-  %gep437.i.1 = getelementptr i32, ptr %invariant.gep436.i, i64 %444
-  %445 = load i32, ptr %gep437.i.1, align 4, !tbaa !5
+  %gep435.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %444
+  %445 = load i32, ptr %gep435.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %445 to i64
   %446 = and i64 %443, 15
   %447 = mul nsw i64 %446, %k_row
   %448 = mul nsw i64 %k_block, %block.i.1
   %449 = add nsw i64 %447, %448
-  %450 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next689.i
+  %450 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next687.i
   store i64 %449, ptr %450, align 8, !tbaa !5
-  %indvars.iv.next689.i.1 = add nuw nsw i64 %indvars.iv688.i, 2
-  %exitcond691.not.i.1 = icmp eq i64 %indvars.iv.next689.i.1, %wide.trip.count.i
-  br i1 %exitcond691.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
+  %indvars.iv.next687.i.1 = add nuw nsw i64 %indvars.iv686.i, 2
+  %exitcond689.not.i.1 = icmp eq i64 %indvars.iv.next687.i.1, %wide.trip.count.i
+  br i1 %exitcond689.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
   %451 = icmp sgt i32 %423, 0
   %452 = icmp sgt i64 %419, 0
-  %453 = icmp eq i64 %indvars.iv791.i, 0
+  %453 = icmp eq i64 %indvars.iv789.i, 0
   %454 = insertelement <4 x i1> poison, i1 %453, i64 0
   %455 = shufflevector <4 x i1> %454, <4 x i1> poison, <4 x i32> zeroinitializer
   %456 = ashr i32 %421, 4
   %457 = icmp sgt i32 %456, 0
   %458 = and i32 %421, 15
-  %.not639.i = icmp eq i32 %458, 0
+  %.not637.i = icmp eq i32 %458, 0
   %459 = and i32 %421, -16
   %460 = sext i32 %459 to i64
   %461 = zext i32 %456 to i64
-  %wide.trip.count713.i = zext i32 %423 to i64
-  %462 = add nsw i64 %wide.trip.count713.i, -1
-  %xtraiter = and i64 %wide.trip.count713.i, 3
+  %wide.trip.count711.i = zext i32 %423 to i64
+  %462 = add nsw i64 %wide.trip.count711.i, -1
+  %xtraiter = and i64 %wide.trip.count711.i, 3
   %463 = icmp ult i32 %423, 4
-  %unroll_iter = and i64 %wide.trip.count713.i, 2147483644
+  %unroll_iter = and i64 %wide.trip.count711.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod202 = icmp ne i64 %xtraiter, 0
-  %xtraiter203 = and i64 %wide.trip.count713.i, 3
+  %xtraiter203 = and i64 %wide.trip.count711.i, 3
   %464 = icmp ult i32 %423, 4
-  %unroll_iter207 = and i64 %wide.trip.count713.i, 2147483644
+  %unroll_iter207 = and i64 %wide.trip.count711.i, 2147483644
   %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
   %lcmp.mod206 = icmp ne i64 %xtraiter203, 0
-  %xtraiter209 = and i64 %wide.trip.count713.i, 3
+  %xtraiter209 = and i64 %wide.trip.count711.i, 3
   %465 = icmp ult i32 %423, 4
-  %unroll_iter213 = and i64 %wide.trip.count713.i, 2147483644
+  %unroll_iter213 = and i64 %wide.trip.count711.i, 2147483644
   %lcmp.mod211.not = icmp eq i64 %xtraiter209, 0
   %lcmp.mod212 = icmp ne i64 %xtraiter209, 0
-  %xtraiter215 = and i64 %wide.trip.count713.i, 3
+  %xtraiter215 = and i64 %wide.trip.count711.i, 3
   %466 = icmp ult i32 %423, 4
-  %unroll_iter219 = and i64 %wide.trip.count713.i, 2147483644
+  %unroll_iter219 = and i64 %wide.trip.count711.i, 2147483644
   %lcmp.mod217.not = icmp eq i64 %xtraiter215, 0
   %lcmp.mod218 = icmp ne i64 %xtraiter215, 0
-  %xtraiter221 = and i64 %wide.trip.count713.i, 7
+  %xtraiter221 = and i64 %wide.trip.count711.i, 7
   %467 = icmp ult i32 %423, 8
-  %unroll_iter226 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter226 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod223.not = icmp eq i64 %xtraiter221, 0
   %lcmp.mod225 = icmp ne i64 %xtraiter221, 0
-  %xtraiter228 = and i64 %wide.trip.count713.i, 7
+  %xtraiter228 = and i64 %wide.trip.count711.i, 7
   %468 = icmp ult i32 %423, 8
-  %unroll_iter233 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter233 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod230.not = icmp eq i64 %xtraiter228, 0
   %lcmp.mod232 = icmp ne i64 %xtraiter228, 0
-  %xtraiter235 = and i64 %wide.trip.count713.i, 7
+  %xtraiter235 = and i64 %wide.trip.count711.i, 7
   %469 = icmp ult i32 %423, 8
-  %unroll_iter240 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter240 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod237.not = icmp eq i64 %xtraiter235, 0
   %lcmp.mod239 = icmp ne i64 %xtraiter235, 0
-  %xtraiter242 = and i64 %wide.trip.count713.i, 7
+  %xtraiter242 = and i64 %wide.trip.count711.i, 7
   %470 = icmp ult i32 %423, 8
-  %unroll_iter247 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter247 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod244.not = icmp eq i64 %xtraiter242, 0
   %lcmp.mod246 = icmp ne i64 %xtraiter242, 0
-  %xtraiter249 = and i64 %wide.trip.count713.i, 1
+  %xtraiter249 = and i64 %wide.trip.count711.i, 1
   %471 = icmp eq i64 %462, 0
-  %unroll_iter253 = and i64 %wide.trip.count713.i, 2147483646
+  %unroll_iter253 = and i64 %wide.trip.count711.i, 2147483646
   %lcmp.mod251.not = icmp eq i64 %xtraiter249, 0
   %lcmp.mod252 = icmp ne i64 %xtraiter249, 0
-  %xtraiter255 = and i64 %wide.trip.count713.i, 1
+  %xtraiter255 = and i64 %wide.trip.count711.i, 1
   %472 = icmp eq i64 %462, 0
-  %unroll_iter259 = and i64 %wide.trip.count713.i, 2147483646
+  %unroll_iter259 = and i64 %wide.trip.count711.i, 2147483646
   %lcmp.mod257.not = icmp eq i64 %xtraiter255, 0
   %lcmp.mod258 = icmp ne i64 %xtraiter255, 0
-  %xtraiter261 = and i64 %wide.trip.count713.i, 1
+  %xtraiter261 = and i64 %wide.trip.count711.i, 1
   %473 = icmp eq i64 %462, 0
-  %unroll_iter265 = and i64 %wide.trip.count713.i, 2147483646
+  %unroll_iter265 = and i64 %wide.trip.count711.i, 2147483646
   %lcmp.mod263.not = icmp eq i64 %xtraiter261, 0
   %lcmp.mod264 = icmp ne i64 %xtraiter261, 0
-  %xtraiter267 = and i64 %wide.trip.count713.i, 1
+  %xtraiter267 = and i64 %wide.trip.count711.i, 1
   %474 = icmp eq i64 %462, 0
-  %unroll_iter271 = and i64 %wide.trip.count713.i, 2147483646
+  %unroll_iter271 = and i64 %wide.trip.count711.i, 2147483646
   %lcmp.mod269.not = icmp eq i64 %xtraiter267, 0
   %lcmp.mod270 = icmp ne i64 %xtraiter267, 0
-  %xtraiter273 = and i64 %wide.trip.count713.i, 7
+  %xtraiter273 = and i64 %wide.trip.count711.i, 7
   %475 = icmp ult i32 %423, 8
-  %unroll_iter278 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter278 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod275.not = icmp eq i64 %xtraiter273, 0
   %lcmp.mod277 = icmp ne i64 %xtraiter273, 0
-  %xtraiter280 = and i64 %wide.trip.count713.i, 7
+  %xtraiter280 = and i64 %wide.trip.count711.i, 7
   %476 = icmp ult i32 %423, 8
-  %unroll_iter285 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter285 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod282.not = icmp eq i64 %xtraiter280, 0
   %lcmp.mod284 = icmp ne i64 %xtraiter280, 0
-  %xtraiter287 = and i64 %wide.trip.count713.i, 7
+  %xtraiter287 = and i64 %wide.trip.count711.i, 7
   %477 = icmp ult i32 %423, 8
-  %unroll_iter292 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter292 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod289.not = icmp eq i64 %xtraiter287, 0
   %lcmp.mod291 = icmp ne i64 %xtraiter287, 0
-  %xtraiter294 = and i64 %wide.trip.count713.i, 7
+  %xtraiter294 = and i64 %wide.trip.count711.i, 7
   %478 = icmp ult i32 %423, 8
-  %unroll_iter299 = and i64 %wide.trip.count713.i, 2147483640
+  %unroll_iter299 = and i64 %wide.trip.count711.i, 2147483640
   %lcmp.mod296.not = icmp eq i64 %xtraiter294, 0
   %lcmp.mod298 = icmp ne i64 %xtraiter294, 0
   %xtraiter302 = and i64 %195, 1
@@ -1118,50 +1118,50 @@ for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if
   br label %for_begin_kv_head.i
 
 for_body_t21.i:                                   ; preds = %for_body_t21.i, %for_body_t.i
-  %indvars.iv692.i = phi i64 [ %indvars.iv.next693.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
-  %480 = add nuw nsw i64 %indvars.iv692.i, %428
+  %indvars.iv690.i = phi i64 [ %indvars.iv.next691.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
+  %480 = add nuw nsw i64 %indvars.iv690.i, %428
   %481 = trunc i64 %480 to i32
   %482 = tail call i32 @llvm.smin.i32(i32 %481, i32 %.reass.i)
   %483 = sext i32 %482 to i64
   %484 = ashr i64 %483, 4
-  %gep440.i = getelementptr i32, ptr %invariant.gep436.i, i64 %484
-  %485 = load i32, ptr %gep440.i, align 4, !tbaa !5
+  %gep438.i = getelementptr i32, ptr %invariant.gep434.i, i64 %484
+  %485 = load i32, ptr %gep438.i, align 4, !tbaa !5
   %block28.i = sext i32 %485 to i64
   %486 = and i64 %483, 15
   %487 = mul nsw i64 %486, %v_row
   %488 = mul nsw i64 %v_block, %block28.i
   %489 = add nsw i64 %487, %488
-  %490 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv692.i
+  %490 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv690.i
   store i64 %489, ptr %490, align 8, !tbaa !5
-  %indvars.iv.next693.i = or disjoint i64 %indvars.iv692.i, 1
-  %491 = add nuw nsw i64 %indvars.iv.next693.i, %428
+  %indvars.iv.next691.i = or disjoint i64 %indvars.iv690.i, 1
+  %491 = add nuw nsw i64 %indvars.iv.next691.i, %428
   %492 = trunc i64 %491 to i32
   %493 = tail call i32 @llvm.smin.i32(i32 %492, i32 %.reass.i)
   %494 = sext i32 %493 to i64
   %495 = ashr i64 %494, 4
-  %gep440.i.1 = getelementptr i32, ptr %invariant.gep436.i, i64 %495
-  %496 = load i32, ptr %gep440.i.1, align 4, !tbaa !5
+  %gep438.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %495
+  %496 = load i32, ptr %gep438.i.1, align 4, !tbaa !5
   %block28.i.1 = sext i32 %496 to i64
   %497 = and i64 %494, 15
   %498 = mul nsw i64 %497, %v_row
   %499 = mul nsw i64 %v_block, %block28.i.1
   %500 = add nsw i64 %498, %499
-  %501 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next693.i
+  %501 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next691.i
   store i64 %500, ptr %501, align 8, !tbaa !5
-  %indvars.iv.next693.i.1 = add nuw nsw i64 %indvars.iv692.i, 2
-  %exitcond696.not.i.1 = icmp eq i64 %indvars.iv.next693.i.1, %wide.trip.count.i
-  br i1 %exitcond696.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
+  %indvars.iv.next691.i.1 = add nuw nsw i64 %indvars.iv690.i, 2
+  %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next691.i.1, %wide.trip.count.i
+  br i1 %exitcond694.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
 
-for_begin_kv_head.i:                              ; preds = %if_end194.i, %for_begin_kv_head.preheader.i
-  %indvars.iv787.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next788.i, %if_end194.i ]
-  %exitcond790.not.i = icmp eq i64 %indvars.iv787.i, 8
-  br i1 %exitcond790.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
+for_begin_kv_head.i:                              ; preds = %if_end192.i, %for_begin_kv_head.preheader.i
+  %indvars.iv785.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next786.i, %if_end192.i ]
+  %exitcond788.not.i = icmp eq i64 %indvars.iv785.i, 8
+  br i1 %exitcond788.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %502 = icmp eq i64 %indvars.iv787.i, 7
+  %502 = icmp eq i64 %indvars.iv785.i, 7
   %503 = and i1 %425, %502
-  %indvars.iv.next788.i = add nuw nsw i64 %indvars.iv787.i, 1
-  %504 = trunc nuw nsw i64 %indvars.iv.next788.i to i32
+  %indvars.iv.next786.i = add nuw nsw i64 %indvars.iv785.i, 1
+  %504 = trunc nuw nsw i64 %indvars.iv.next786.i to i32
   %505 = select i1 %502, i32 0, i32 %504
   %506 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %506(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
@@ -1171,8 +1171,8 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %508 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %509 = tail call i32 %508(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not274.i = icmp eq i32 %509, 0
-  br i1 %.not274.i, label %if_end200.i, label %fused_decode_compute_.exit, !prof !17
+  %.not272.i = icmp eq i32 %509, 0
+  br i1 %.not272.i, label %if_end198.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
   %510 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1186,10 +1186,10 @@ for_begin_to_m.preheader.i:                       ; preds = %if_end32.i
 for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
   %512 = zext nneg i32 %505 to i64
   %513 = mul nsw i64 %k_head, %512
-  %514 = mul nsw i64 %indvars.iv787.i, %k_head
-  %invariant.gep455.i = getelementptr i32, ptr %key_cache, i64 %514
+  %514 = mul nsw i64 %indvars.iv785.i, %k_head
+  %invariant.gep453.i = getelementptr i32, ptr %key_cache, i64 %514
   %515 = select i1 %503, i64 128, i64 0
-  %.idx59 = shl nuw nsw i64 %indvars.iv787.i, 11
+  %.idx59 = shl nuw nsw i64 %indvars.iv785.i, 11
   %516 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
   %517 = getelementptr inbounds nuw i8, ptr %516, i64 512
   %518 = getelementptr inbounds nuw i8, ptr %516, i64 1024
@@ -1226,20 +1226,20 @@ for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preh
   br label %for_body_to_m.i
 
 for_begin_to_m.i:                                 ; preds = %for_begin_r.preheader.i
-  %indvars.iv.next711.i = add nuw nsw i64 %indvars.iv710.i, 1
-  %exitcond714.not.i = icmp eq i64 %indvars.iv.next711.i, %wide.trip.count713.i
-  br i1 %exitcond714.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+  %indvars.iv.next709.i = add nuw nsw i64 %indvars.iv708.i, 1
+  %exitcond712.not.i = icmp eq i64 %indvars.iv.next709.i, %wide.trip.count711.i
+  br i1 %exitcond712.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv710.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next711.i, %for_begin_to_m.i ]
+  %indvars.iv708.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next709.i, %for_begin_to_m.i ]
   %548 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.rf.i = tail call ptr %548(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %549 = icmp eq ptr %scores.rf.i, null
   br i1 %549, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
 
 for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
-  %550 = shl nsw i64 %indvars.iv710.i, 4
-  %invariant.gep954.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %550
+  %550 = shl nsw i64 %indvars.iv708.i, 4
+  %invariant.gep952.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %550
   %gep147 = getelementptr inbounds nuw i64, ptr %invariant.gep146, i64 %550
   br label %for_begin_n_1.preheader.i
 
@@ -1254,14 +1254,14 @@ for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
 
 for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
   %553 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled919.i = tail call ptr %553(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %554 = icmp eq ptr %scaled919.i, null
+  %scaled917.i = tail call ptr %553(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %554 = icmp eq ptr %scaled917.i, null
   br i1 %554, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv715.i = phi i64 [ %indvars.iv.next716.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv713.i = phi i64 [ %indvars.iv.next714.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %555 = shl nsw i64 %indvars.iv715.i, 4
+  %555 = shl nsw i64 %indvars.iv713.i, 4
   %556 = getelementptr inbounds nuw float, ptr %scores.i, i64 %555
   %557 = load <16 x float>, ptr %556, align 4, !tbaa !5
   %558 = fmul <16 x float> %95, %557
@@ -1273,8 +1273,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %564 = select <16 x i1> %563, <16 x float> %558, <16 x float> splat (float 0xFFF0000000000000)
   %565 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %555
   store <16 x float> %564, ptr %565, align 4, !tbaa !5
-  %indvars.iv.next716.i = shl i64 %indvars.iv715.i, 4
-  %566 = or disjoint i64 %indvars.iv.next716.i, 16
+  %indvars.iv.next714.i = shl i64 %indvars.iv713.i, 4
+  %566 = or disjoint i64 %indvars.iv.next714.i, 16
   %567 = getelementptr inbounds nuw float, ptr %scores.i, i64 %566
   %568 = load <16 x float>, ptr %567, align 4, !tbaa !5
   %569 = fmul <16 x float> %95, %568
@@ -1286,8 +1286,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %575 = select <16 x i1> %574, <16 x float> %569, <16 x float> splat (float 0xFFF0000000000000)
   %576 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %566
   store <16 x float> %575, ptr %576, align 4, !tbaa !5
-  %indvars.iv.next716.i.1 = shl i64 %indvars.iv715.i, 4
-  %577 = or disjoint i64 %indvars.iv.next716.i.1, 32
+  %indvars.iv.next714.i.1 = shl i64 %indvars.iv713.i, 4
+  %577 = or disjoint i64 %indvars.iv.next714.i.1, 32
   %578 = getelementptr inbounds nuw float, ptr %scores.i, i64 %577
   %579 = load <16 x float>, ptr %578, align 4, !tbaa !5
   %580 = fmul <16 x float> %95, %579
@@ -1299,8 +1299,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %586 = select <16 x i1> %585, <16 x float> %580, <16 x float> splat (float 0xFFF0000000000000)
   %587 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %577
   store <16 x float> %586, ptr %587, align 4, !tbaa !5
-  %indvars.iv.next716.i.2 = shl i64 %indvars.iv715.i, 4
-  %588 = or disjoint i64 %indvars.iv.next716.i.2, 48
+  %indvars.iv.next714.i.2 = shl i64 %indvars.iv713.i, 4
+  %588 = or disjoint i64 %indvars.iv.next714.i.2, 48
   %589 = getelementptr inbounds nuw float, ptr %scores.i, i64 %588
   %590 = load <16 x float>, ptr %589, align 4, !tbaa !5
   %591 = fmul <16 x float> %95, %590
@@ -1312,7 +1312,7 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %597 = select <16 x i1> %596, <16 x float> %591, <16 x float> splat (float 0xFFF0000000000000)
   %598 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %588
   store <16 x float> %597, ptr %598, align 4, !tbaa !5
-  %indvars.iv.next716.i.3 = add nuw nsw i64 %indvars.iv715.i, 4
+  %indvars.iv.next714.i.3 = add nuw nsw i64 %indvars.iv713.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !26, !llvm.loop !27
@@ -1321,14 +1321,14 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !29
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv715.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next716.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  %indvars.iv713.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next714.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod202)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv715.i.epil = phi i64 [ %indvars.iv.next716.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv715.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv713.i.epil = phi i64 [ %indvars.iv.next714.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv713.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %599 = shl nsw i64 %indvars.iv715.i.epil, 4
+  %599 = shl nsw i64 %indvars.iv713.i.epil, 4
   %600 = getelementptr inbounds nuw float, ptr %scores.i, i64 %599
   %601 = load <16 x float>, ptr %600, align 4, !tbaa !5
   %602 = fmul <16 x float> %95, %601
@@ -1340,7 +1340,7 @@ for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.ep
   %608 = select <16 x i1> %607, <16 x float> %602, <16 x float> splat (float 0xFFF0000000000000)
   %609 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %599
   store <16 x float> %608, ptr %609, align 4, !tbaa !5
-  %indvars.iv.next716.i.epil = add nuw nsw i64 %indvars.iv715.i.epil, 1
+  %indvars.iv.next714.i.epil = add nuw nsw i64 %indvars.iv713.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !30
@@ -1349,9 +1349,9 @@ for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.ep
   br i1 %464, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv715.1.i = phi i64 [ %indvars.iv.next716.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %indvars.iv713.1.i = phi i64 [ %indvars.iv.next714.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
   %niter208 = phi i64 [ %niter208.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %610 = shl nsw i64 %indvars.iv715.1.i, 4
+  %610 = shl nsw i64 %indvars.iv713.1.i, 4
   %611 = add nuw nsw i64 %610, 128
   %612 = getelementptr inbounds nuw float, ptr %scores.i, i64 %611
   %613 = load <16 x float>, ptr %612, align 4, !tbaa !5
@@ -1364,12 +1364,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %620 = select <16 x i1> %619, <16 x float> %614, <16 x float> splat (float 0xFFF0000000000000)
   %621 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %611
   store <16 x float> %620, ptr %621, align 4, !tbaa !5
-  %indvars.iv.next716.1.i = shl i64 %indvars.iv715.1.i, 4
-  %622 = add nuw nsw i64 %indvars.iv.next716.1.i, 144
+  %indvars.iv.next714.1.i = shl i64 %indvars.iv713.1.i, 4
+  %622 = add nuw nsw i64 %indvars.iv.next714.1.i, 144
   %623 = getelementptr inbounds nuw float, ptr %scores.i, i64 %622
   %624 = load <16 x float>, ptr %623, align 4, !tbaa !5
   %625 = fmul <16 x float> %95, %624
-  %626 = trunc i64 %indvars.iv.next716.1.i to i32
+  %626 = trunc i64 %indvars.iv.next714.1.i to i32
   %627 = or disjoint i32 %626, 16
   %628 = sub i32 %421, %627
   %629 = insertelement <16 x i32> poison, i32 %628, i64 0
@@ -1378,12 +1378,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %632 = select <16 x i1> %631, <16 x float> %625, <16 x float> splat (float 0xFFF0000000000000)
   %633 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %622
   store <16 x float> %632, ptr %633, align 4, !tbaa !5
-  %indvars.iv.next716.1.i.1 = shl i64 %indvars.iv715.1.i, 4
-  %634 = add nuw nsw i64 %indvars.iv.next716.1.i.1, 160
+  %indvars.iv.next714.1.i.1 = shl i64 %indvars.iv713.1.i, 4
+  %634 = add nuw nsw i64 %indvars.iv.next714.1.i.1, 160
   %635 = getelementptr inbounds nuw float, ptr %scores.i, i64 %634
   %636 = load <16 x float>, ptr %635, align 4, !tbaa !5
   %637 = fmul <16 x float> %95, %636
-  %638 = trunc i64 %indvars.iv.next716.1.i.1 to i32
+  %638 = trunc i64 %indvars.iv.next714.1.i.1 to i32
   %639 = or disjoint i32 %638, 32
   %640 = sub i32 %421, %639
   %641 = insertelement <16 x i32> poison, i32 %640, i64 0
@@ -1392,12 +1392,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %644 = select <16 x i1> %643, <16 x float> %637, <16 x float> splat (float 0xFFF0000000000000)
   %645 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %634
   store <16 x float> %644, ptr %645, align 4, !tbaa !5
-  %indvars.iv.next716.1.i.2 = shl i64 %indvars.iv715.1.i, 4
-  %646 = add nuw nsw i64 %indvars.iv.next716.1.i.2, 176
+  %indvars.iv.next714.1.i.2 = shl i64 %indvars.iv713.1.i, 4
+  %646 = add nuw nsw i64 %indvars.iv.next714.1.i.2, 176
   %647 = getelementptr inbounds nuw float, ptr %scores.i, i64 %646
   %648 = load <16 x float>, ptr %647, align 4, !tbaa !5
   %649 = fmul <16 x float> %95, %648
-  %650 = trunc i64 %indvars.iv.next716.1.i.2 to i32
+  %650 = trunc i64 %indvars.iv.next714.1.i.2 to i32
   %651 = or disjoint i32 %650, 48
   %652 = sub i32 %421, %651
   %653 = insertelement <16 x i32> poison, i32 %652, i64 0
@@ -1406,7 +1406,7 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %656 = select <16 x i1> %655, <16 x float> %649, <16 x float> splat (float 0xFFF0000000000000)
   %657 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %646
   store <16 x float> %656, ptr %657, align 4, !tbaa !5
-  %indvars.iv.next716.1.i.3 = add nuw nsw i64 %indvars.iv715.1.i, 4
+  %indvars.iv.next714.1.i.3 = add nuw nsw i64 %indvars.iv713.1.i, 4
   %niter208.next.3 = add i64 %niter208, 4
   %niter208.ncmp.3 = icmp eq i64 %niter208.next.3, %unroll_iter207
   br i1 %niter208.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
@@ -1415,14 +1415,14 @@ for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
   br i1 %lcmp.mod205.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv715.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next716.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  %indvars.iv713.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next714.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod206)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv715.1.i.epil = phi i64 [ %indvars.iv.next716.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv715.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %indvars.iv713.1.i.epil = phi i64 [ %indvars.iv.next714.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv713.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
   %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %658 = shl nsw i64 %indvars.iv715.1.i.epil, 4
+  %658 = shl nsw i64 %indvars.iv713.1.i.epil, 4
   %659 = add nuw nsw i64 %658, 128
   %660 = getelementptr inbounds nuw float, ptr %scores.i, i64 %659
   %661 = load <16 x float>, ptr %660, align 4, !tbaa !5
@@ -1435,7 +1435,7 @@ for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.
   %668 = select <16 x i1> %667, <16 x float> %662, <16 x float> splat (float 0xFFF0000000000000)
   %669 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %659
   store <16 x float> %668, ptr %669, align 4, !tbaa !5
-  %indvars.iv.next716.1.i.epil = add nuw nsw i64 %indvars.iv715.1.i.epil, 1
+  %indvars.iv.next714.1.i.epil = add nuw nsw i64 %indvars.iv713.1.i.epil, 1
   %epil.iter204.next = add i64 %epil.iter204, 1
   %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
   br i1 %epil.iter204.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
@@ -1444,9 +1444,9 @@ for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.
   br i1 %465, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv715.2.i = phi i64 [ %indvars.iv.next716.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %indvars.iv713.2.i = phi i64 [ %indvars.iv.next714.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
   %niter214 = phi i64 [ %niter214.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %670 = shl nsw i64 %indvars.iv715.2.i, 4
+  %670 = shl nsw i64 %indvars.iv713.2.i, 4
   %671 = add nuw nsw i64 %670, 256
   %672 = getelementptr inbounds nuw float, ptr %scores.i, i64 %671
   %673 = load <16 x float>, ptr %672, align 4, !tbaa !5
@@ -1459,12 +1459,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %680 = select <16 x i1> %679, <16 x float> %674, <16 x float> splat (float 0xFFF0000000000000)
   %681 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %671
   store <16 x float> %680, ptr %681, align 4, !tbaa !5
-  %indvars.iv.next716.2.i = shl i64 %indvars.iv715.2.i, 4
-  %682 = add nuw nsw i64 %indvars.iv.next716.2.i, 272
+  %indvars.iv.next714.2.i = shl i64 %indvars.iv713.2.i, 4
+  %682 = add nuw nsw i64 %indvars.iv.next714.2.i, 272
   %683 = getelementptr inbounds nuw float, ptr %scores.i, i64 %682
   %684 = load <16 x float>, ptr %683, align 4, !tbaa !5
   %685 = fmul <16 x float> %95, %684
-  %686 = trunc i64 %indvars.iv.next716.2.i to i32
+  %686 = trunc i64 %indvars.iv.next714.2.i to i32
   %687 = or disjoint i32 %686, 16
   %688 = sub i32 %421, %687
   %689 = insertelement <16 x i32> poison, i32 %688, i64 0
@@ -1473,12 +1473,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %692 = select <16 x i1> %691, <16 x float> %685, <16 x float> splat (float 0xFFF0000000000000)
   %693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %682
   store <16 x float> %692, ptr %693, align 4, !tbaa !5
-  %indvars.iv.next716.2.i.1 = shl i64 %indvars.iv715.2.i, 4
-  %694 = add nuw nsw i64 %indvars.iv.next716.2.i.1, 288
+  %indvars.iv.next714.2.i.1 = shl i64 %indvars.iv713.2.i, 4
+  %694 = add nuw nsw i64 %indvars.iv.next714.2.i.1, 288
   %695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %694
   %696 = load <16 x float>, ptr %695, align 4, !tbaa !5
   %697 = fmul <16 x float> %95, %696
-  %698 = trunc i64 %indvars.iv.next716.2.i.1 to i32
+  %698 = trunc i64 %indvars.iv.next714.2.i.1 to i32
   %699 = or disjoint i32 %698, 32
   %700 = sub i32 %421, %699
   %701 = insertelement <16 x i32> poison, i32 %700, i64 0
@@ -1487,12 +1487,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %704 = select <16 x i1> %703, <16 x float> %697, <16 x float> splat (float 0xFFF0000000000000)
   %705 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %694
   store <16 x float> %704, ptr %705, align 4, !tbaa !5
-  %indvars.iv.next716.2.i.2 = shl i64 %indvars.iv715.2.i, 4
-  %706 = add nuw nsw i64 %indvars.iv.next716.2.i.2, 304
+  %indvars.iv.next714.2.i.2 = shl i64 %indvars.iv713.2.i, 4
+  %706 = add nuw nsw i64 %indvars.iv.next714.2.i.2, 304
   %707 = getelementptr inbounds nuw float, ptr %scores.i, i64 %706
   %708 = load <16 x float>, ptr %707, align 4, !tbaa !5
   %709 = fmul <16 x float> %95, %708
-  %710 = trunc i64 %indvars.iv.next716.2.i.2 to i32
+  %710 = trunc i64 %indvars.iv.next714.2.i.2 to i32
   %711 = or disjoint i32 %710, 48
   %712 = sub i32 %421, %711
   %713 = insertelement <16 x i32> poison, i32 %712, i64 0
@@ -1501,7 +1501,7 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %716 = select <16 x i1> %715, <16 x float> %709, <16 x float> splat (float 0xFFF0000000000000)
   %717 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %706
   store <16 x float> %716, ptr %717, align 4, !tbaa !5
-  %indvars.iv.next716.2.i.3 = add nuw nsw i64 %indvars.iv715.2.i, 4
+  %indvars.iv.next714.2.i.3 = add nuw nsw i64 %indvars.iv713.2.i, 4
   %niter214.next.3 = add i64 %niter214, 4
   %niter214.ncmp.3 = icmp eq i64 %niter214.next.3, %unroll_iter213
   br i1 %niter214.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
@@ -1510,14 +1510,14 @@ for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
   br i1 %lcmp.mod211.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv715.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next716.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  %indvars.iv713.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next714.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod212)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv715.2.i.epil = phi i64 [ %indvars.iv.next716.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv715.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %indvars.iv713.2.i.epil = phi i64 [ %indvars.iv.next714.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv713.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
   %epil.iter210 = phi i64 [ %epil.iter210.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %718 = shl nsw i64 %indvars.iv715.2.i.epil, 4
+  %718 = shl nsw i64 %indvars.iv713.2.i.epil, 4
   %719 = add nuw nsw i64 %718, 256
   %720 = getelementptr inbounds nuw float, ptr %scores.i, i64 %719
   %721 = load <16 x float>, ptr %720, align 4, !tbaa !5
@@ -1530,7 +1530,7 @@ for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.
   %728 = select <16 x i1> %727, <16 x float> %722, <16 x float> splat (float 0xFFF0000000000000)
   %729 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %719
   store <16 x float> %728, ptr %729, align 4, !tbaa !5
-  %indvars.iv.next716.2.i.epil = add nuw nsw i64 %indvars.iv715.2.i.epil, 1
+  %indvars.iv.next714.2.i.epil = add nuw nsw i64 %indvars.iv713.2.i.epil, 1
   %epil.iter210.next = add i64 %epil.iter210, 1
   %epil.iter210.cmp.not = icmp eq i64 %epil.iter210.next, %xtraiter209
   br i1 %epil.iter210.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
@@ -1539,9 +1539,9 @@ for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.
   br i1 %466, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv715.3.i = phi i64 [ %indvars.iv.next716.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %indvars.iv713.3.i = phi i64 [ %indvars.iv.next714.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
   %niter220 = phi i64 [ %niter220.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %730 = shl nsw i64 %indvars.iv715.3.i, 4
+  %730 = shl nsw i64 %indvars.iv713.3.i, 4
   %731 = add nuw nsw i64 %730, 384
   %732 = getelementptr inbounds nuw float, ptr %scores.i, i64 %731
   %733 = load <16 x float>, ptr %732, align 4, !tbaa !5
@@ -1554,12 +1554,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %740 = select <16 x i1> %739, <16 x float> %734, <16 x float> splat (float 0xFFF0000000000000)
   %741 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %731
   store <16 x float> %740, ptr %741, align 4, !tbaa !5
-  %indvars.iv.next716.3.i = shl i64 %indvars.iv715.3.i, 4
-  %742 = add nuw nsw i64 %indvars.iv.next716.3.i, 400
+  %indvars.iv.next714.3.i = shl i64 %indvars.iv713.3.i, 4
+  %742 = add nuw nsw i64 %indvars.iv.next714.3.i, 400
   %743 = getelementptr inbounds nuw float, ptr %scores.i, i64 %742
   %744 = load <16 x float>, ptr %743, align 4, !tbaa !5
   %745 = fmul <16 x float> %95, %744
-  %746 = trunc i64 %indvars.iv.next716.3.i to i32
+  %746 = trunc i64 %indvars.iv.next714.3.i to i32
   %747 = or disjoint i32 %746, 16
   %748 = sub i32 %421, %747
   %749 = insertelement <16 x i32> poison, i32 %748, i64 0
@@ -1568,12 +1568,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %752 = select <16 x i1> %751, <16 x float> %745, <16 x float> splat (float 0xFFF0000000000000)
   %753 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %742
   store <16 x float> %752, ptr %753, align 4, !tbaa !5
-  %indvars.iv.next716.3.i.1 = shl i64 %indvars.iv715.3.i, 4
-  %754 = add nuw nsw i64 %indvars.iv.next716.3.i.1, 416
+  %indvars.iv.next714.3.i.1 = shl i64 %indvars.iv713.3.i, 4
+  %754 = add nuw nsw i64 %indvars.iv.next714.3.i.1, 416
   %755 = getelementptr inbounds nuw float, ptr %scores.i, i64 %754
   %756 = load <16 x float>, ptr %755, align 4, !tbaa !5
   %757 = fmul <16 x float> %95, %756
-  %758 = trunc i64 %indvars.iv.next716.3.i.1 to i32
+  %758 = trunc i64 %indvars.iv.next714.3.i.1 to i32
   %759 = or disjoint i32 %758, 32
   %760 = sub i32 %421, %759
   %761 = insertelement <16 x i32> poison, i32 %760, i64 0
@@ -1582,12 +1582,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %764 = select <16 x i1> %763, <16 x float> %757, <16 x float> splat (float 0xFFF0000000000000)
   %765 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %754
   store <16 x float> %764, ptr %765, align 4, !tbaa !5
-  %indvars.iv.next716.3.i.2 = shl i64 %indvars.iv715.3.i, 4
-  %766 = add nuw nsw i64 %indvars.iv.next716.3.i.2, 432
+  %indvars.iv.next714.3.i.2 = shl i64 %indvars.iv713.3.i, 4
+  %766 = add nuw nsw i64 %indvars.iv.next714.3.i.2, 432
   %767 = getelementptr inbounds nuw float, ptr %scores.i, i64 %766
   %768 = load <16 x float>, ptr %767, align 4, !tbaa !5
   %769 = fmul <16 x float> %95, %768
-  %770 = trunc i64 %indvars.iv.next716.3.i.2 to i32
+  %770 = trunc i64 %indvars.iv.next714.3.i.2 to i32
   %771 = or disjoint i32 %770, 48
   %772 = sub i32 %421, %771
   %773 = insertelement <16 x i32> poison, i32 %772, i64 0
@@ -1596,7 +1596,7 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %776 = select <16 x i1> %775, <16 x float> %769, <16 x float> splat (float 0xFFF0000000000000)
   %777 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %766
   store <16 x float> %776, ptr %777, align 4, !tbaa !5
-  %indvars.iv.next716.3.i.3 = add nuw nsw i64 %indvars.iv715.3.i, 4
+  %indvars.iv.next714.3.i.3 = add nuw nsw i64 %indvars.iv713.3.i, 4
   %niter220.next.3 = add i64 %niter220, 4
   %niter220.ncmp.3 = icmp eq i64 %niter220.next.3, %unroll_iter219
   br i1 %niter220.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
@@ -1605,14 +1605,14 @@ for_body_ax157.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
   br i1 %lcmp.mod217.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax157.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv715.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next716.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
+  %indvars.iv713.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next714.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod218)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv715.3.i.epil = phi i64 [ %indvars.iv.next716.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv715.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %indvars.iv713.3.i.epil = phi i64 [ %indvars.iv.next714.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv713.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
   %epil.iter216 = phi i64 [ %epil.iter216.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %778 = shl nsw i64 %indvars.iv715.3.i.epil, 4
+  %778 = shl nsw i64 %indvars.iv713.3.i.epil, 4
   %779 = add nuw nsw i64 %778, 384
   %780 = getelementptr inbounds nuw float, ptr %scores.i, i64 %779
   %781 = load <16 x float>, ptr %780, align 4, !tbaa !5
@@ -1625,7 +1625,7 @@ for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.
   %788 = select <16 x i1> %787, <16 x float> %782, <16 x float> splat (float 0xFFF0000000000000)
   %789 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %779
   store <16 x float> %788, ptr %789, align 4, !tbaa !5
-  %indvars.iv.next716.3.i.epil = add nuw nsw i64 %indvars.iv715.3.i.epil, 1
+  %indvars.iv.next714.3.i.epil = add nuw nsw i64 %indvars.iv713.3.i.epil, 1
   %epil.iter216.next = add i64 %epil.iter216, 1
   %epil.iter216.cmp.not = icmp eq i64 %epil.iter216.next, %xtraiter215
   br i1 %epil.iter216.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
@@ -1959,12 +1959,12 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.prehe
   store <16 x float> %984, ptr %936, align 4, !tbaa !5
   %985 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %986 = tail call i32 %985(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not279.i = icmp eq i32 %986, 0
-  br i1 %.not279.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
+  %.not277.i = icmp eq i32 %986, 0
+  br i1 %.not277.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
 
 for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
-  %indvars.iv702.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next703.i, %for_begin_n_1.preheader.i ]
-  %987 = shl nuw nsw i64 %indvars.iv702.i, 1
+  %indvars.iv700.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next701.i, %for_begin_n_1.preheader.i ]
+  %987 = shl nuw nsw i64 %indvars.iv700.i, 1
   %988 = getelementptr inbounds nuw i64, ptr %gep147, i64 %987
   %989 = load i64, ptr %988, align 8, !tbaa !5
   %990 = getelementptr i32, ptr %key_cache, i64 %989
@@ -1993,18 +1993,18 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1006 = getelementptr i8, ptr %1000, i64 192
   %1007 = getelementptr i32, ptr %1006, i64 %513
   tail call void @llvm.prefetch.p0(ptr readonly %1007, i32 0, i32 2, i32 1)
-  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep954.i, i64 %987
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep952.i, i64 %987
   %1008 = load i64, ptr %gep.i, align 8, !tbaa !5
-  %gep456.i = getelementptr i32, ptr %invariant.gep455.i, i64 %1008
+  %gep454.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1008
   %1009 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
   %1010 = load i64, ptr %1009, align 8, !tbaa !5
-  %gep458.i = getelementptr i32, ptr %invariant.gep455.i, i64 %1010
+  %gep456.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1010
   %1011 = load <16 x float>, ptr %516, align 4, !tbaa !5
-  %1012 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
+  %1012 = load <16 x i32>, ptr %gep454.i, align 4, !tbaa !5
   %1013 = shl <16 x i32> %1012, splat (i32 16)
   %1014 = bitcast <16 x i32> %1013 to <16 x float>
   %1015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1014, <16 x float> zeroinitializer)
-  %1016 = load <16 x i32>, ptr %gep458.i, align 4, !tbaa !5
+  %1016 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
   %1017 = shl <16 x i32> %1016, splat (i32 16)
   %1018 = bitcast <16 x i32> %1017 to <16 x float>
   %1019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1018, <16 x float> zeroinitializer)
@@ -2034,13 +2034,13 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1031, <16 x float> %1027)
   %1044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1034, <16 x float> %1028)
   %1045 = load <16 x float>, ptr %524, align 4, !tbaa !5
-  %gep443.1.i = getelementptr i8, ptr %gep456.i, i64 64
-  %1046 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
+  %gep441.1.i = getelementptr i8, ptr %gep454.i, i64 64
+  %1046 = load <16 x i32>, ptr %gep441.1.i, align 4, !tbaa !5
   %1047 = shl <16 x i32> %1046, splat (i32 16)
   %1048 = bitcast <16 x i32> %1047 to <16 x float>
   %1049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1048, <16 x float> %1032)
-  %gep445.1.i = getelementptr i8, ptr %gep458.i, i64 64
-  %1050 = load <16 x i32>, ptr %gep445.1.i, align 4, !tbaa !5
+  %gep443.1.i = getelementptr i8, ptr %gep456.i, i64 64
+  %1050 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
   %1051 = shl <16 x i32> %1050, splat (i32 16)
   %1052 = bitcast <16 x i32> %1051 to <16 x float>
   %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1052, <16 x float> %1035)
@@ -2070,13 +2070,13 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1065, <16 x float> %1061)
   %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1068, <16 x float> %1062)
   %1079 = load <16 x float>, ptr %532, align 4, !tbaa !5
-  %gep443.2.i = getelementptr i8, ptr %gep456.i, i64 128
-  %1080 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
+  %gep441.2.i = getelementptr i8, ptr %gep454.i, i64 128
+  %1080 = load <16 x i32>, ptr %gep441.2.i, align 4, !tbaa !5
   %1081 = shl <16 x i32> %1080, splat (i32 16)
   %1082 = bitcast <16 x i32> %1081 to <16 x float>
   %1083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1082, <16 x float> %1066)
-  %gep445.2.i = getelementptr i8, ptr %gep458.i, i64 128
-  %1084 = load <16 x i32>, ptr %gep445.2.i, align 4, !tbaa !5
+  %gep443.2.i = getelementptr i8, ptr %gep456.i, i64 128
+  %1084 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
   %1085 = shl <16 x i32> %1084, splat (i32 16)
   %1086 = bitcast <16 x i32> %1085 to <16 x float>
   %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1086, <16 x float> %1069)
@@ -2106,13 +2106,13 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1099, <16 x float> %1095)
   %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1102, <16 x float> %1096)
   %1113 = load <16 x float>, ptr %540, align 4, !tbaa !5
-  %gep443.3.i = getelementptr i8, ptr %gep456.i, i64 192
-  %1114 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
+  %gep441.3.i = getelementptr i8, ptr %gep454.i, i64 192
+  %1114 = load <16 x i32>, ptr %gep441.3.i, align 4, !tbaa !5
   %1115 = shl <16 x i32> %1114, splat (i32 16)
   %1116 = bitcast <16 x i32> %1115 to <16 x float>
   %1117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1116, <16 x float> %1100)
-  %gep445.3.i = getelementptr i8, ptr %gep458.i, i64 192
-  %1118 = load <16 x i32>, ptr %gep445.3.i, align 4, !tbaa !5
+  %gep443.3.i = getelementptr i8, ptr %gep456.i, i64 192
+  %1118 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
   %1119 = shl <16 x i32> %1118, splat (i32 16)
   %1120 = bitcast <16 x i32> %1119 to <16 x float>
   %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1120, <16 x float> %1103)
@@ -2141,8 +2141,8 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1144 = load <16 x float>, ptr %547, align 4, !tbaa !5
   %1145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1133, <16 x float> %1129)
   %1146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1136, <16 x float> %1130)
-  %.idx910.i = shl nuw nsw i64 %indvars.iv702.i, 7
-  %1147 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx910.i
+  %.idx908.i = shl nuw nsw i64 %indvars.iv700.i, 7
+  %1147 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx908.i
   store <16 x float> %1134, ptr %1147, align 4, !tbaa !5
   %1148 = getelementptr inbounds nuw i8, ptr %1147, i64 64
   store <16 x float> %1137, ptr %1148, align 4, !tbaa !5
@@ -2158,114 +2158,114 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   store <16 x float> %1145, ptr %1153, align 4, !tbaa !5
   %1154 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
   store <16 x float> %1146, ptr %1154, align 4, !tbaa !5
-  %indvars.iv.next703.i = add nuw nsw i64 %indvars.iv702.i, 1
-  %exitcond705.not.i = icmp eq i64 %indvars.iv.next703.i, 8
-  br i1 %exitcond705.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
+  %indvars.iv.next701.i = add nuw nsw i64 %indvars.iv700.i, 1
+  %exitcond703.not.i = icmp eq i64 %indvars.iv.next701.i, 8
+  br i1 %exitcond703.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
 
 for_body_r62.us.preheader.i:                      ; preds = %for_end_ax158.3.i
-  %peak.rf262.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 0
-  %1155 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1156 = select i1 %1155, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.3.i
-  %peak.rf262.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 1
-  %1157 = fcmp ogt float %1156, %peak.rf262.sroa.0.4.vec.extract.3.i
-  %1158 = select i1 %1157, float %1156, float %peak.rf262.sroa.0.4.vec.extract.3.i
-  %peak.rf262.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 2
-  %1159 = fcmp ogt float %1158, %peak.rf262.sroa.0.8.vec.extract.3.i
-  %1160 = select i1 %1159, float %1158, float %peak.rf262.sroa.0.8.vec.extract.3.i
-  %peak.rf262.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 3
-  %1161 = fcmp ogt float %1160, %peak.rf262.sroa.0.12.vec.extract.3.i
-  %1162 = select i1 %1161, float %1160, float %peak.rf262.sroa.0.12.vec.extract.3.i
-  %peak.rf262.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 4
-  %1163 = fcmp ogt float %1162, %peak.rf262.sroa.0.16.vec.extract.3.i
-  %1164 = select i1 %1163, float %1162, float %peak.rf262.sroa.0.16.vec.extract.3.i
-  %peak.rf262.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 5
-  %1165 = fcmp ogt float %1164, %peak.rf262.sroa.0.20.vec.extract.3.i
-  %1166 = select i1 %1165, float %1164, float %peak.rf262.sroa.0.20.vec.extract.3.i
-  %peak.rf262.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 6
-  %1167 = fcmp ogt float %1166, %peak.rf262.sroa.0.24.vec.extract.3.i
-  %1168 = select i1 %1167, float %1166, float %peak.rf262.sroa.0.24.vec.extract.3.i
-  %peak.rf262.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 7
-  %1169 = fcmp ogt float %1168, %peak.rf262.sroa.0.28.vec.extract.3.i
-  %1170 = select i1 %1169, float %1168, float %peak.rf262.sroa.0.28.vec.extract.3.i
-  %peak.rf262.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 8
-  %1171 = fcmp ogt float %1170, %peak.rf262.sroa.0.32.vec.extract.3.i
-  %1172 = select i1 %1171, float %1170, float %peak.rf262.sroa.0.32.vec.extract.3.i
-  %peak.rf262.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 9
-  %1173 = fcmp ogt float %1172, %peak.rf262.sroa.0.36.vec.extract.3.i
-  %1174 = select i1 %1173, float %1172, float %peak.rf262.sroa.0.36.vec.extract.3.i
-  %peak.rf262.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 10
-  %1175 = fcmp ogt float %1174, %peak.rf262.sroa.0.40.vec.extract.3.i
-  %1176 = select i1 %1175, float %1174, float %peak.rf262.sroa.0.40.vec.extract.3.i
-  %peak.rf262.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 11
-  %1177 = fcmp ogt float %1176, %peak.rf262.sroa.0.44.vec.extract.3.i
-  %1178 = select i1 %1177, float %1176, float %peak.rf262.sroa.0.44.vec.extract.3.i
-  %peak.rf262.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 12
-  %1179 = fcmp ogt float %1178, %peak.rf262.sroa.0.48.vec.extract.3.i
-  %1180 = select i1 %1179, float %1178, float %peak.rf262.sroa.0.48.vec.extract.3.i
-  %peak.rf262.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 13
-  %1181 = fcmp ogt float %1180, %peak.rf262.sroa.0.52.vec.extract.3.i
-  %1182 = select i1 %1181, float %1180, float %peak.rf262.sroa.0.52.vec.extract.3.i
-  %peak.rf262.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 14
-  %1183 = fcmp ogt float %1182, %peak.rf262.sroa.0.56.vec.extract.3.i
-  %1184 = select i1 %1183, float %1182, float %peak.rf262.sroa.0.56.vec.extract.3.i
-  %peak.rf262.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 15
-  %1185 = fcmp ogt float %1184, %peak.rf262.sroa.0.60.vec.extract.3.i
-  %1186 = select i1 %1185, float %1184, float %peak.rf262.sroa.0.60.vec.extract.3.i
-  %peak263.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.8.vec.insert.i, float %1186, i64 3
+  %peak.rf260.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 0
+  %1155 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1156 = select i1 %1155, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.3.i
+  %peak.rf260.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 1
+  %1157 = fcmp ogt float %1156, %peak.rf260.sroa.0.4.vec.extract.3.i
+  %1158 = select i1 %1157, float %1156, float %peak.rf260.sroa.0.4.vec.extract.3.i
+  %peak.rf260.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 2
+  %1159 = fcmp ogt float %1158, %peak.rf260.sroa.0.8.vec.extract.3.i
+  %1160 = select i1 %1159, float %1158, float %peak.rf260.sroa.0.8.vec.extract.3.i
+  %peak.rf260.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 3
+  %1161 = fcmp ogt float %1160, %peak.rf260.sroa.0.12.vec.extract.3.i
+  %1162 = select i1 %1161, float %1160, float %peak.rf260.sroa.0.12.vec.extract.3.i
+  %peak.rf260.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 4
+  %1163 = fcmp ogt float %1162, %peak.rf260.sroa.0.16.vec.extract.3.i
+  %1164 = select i1 %1163, float %1162, float %peak.rf260.sroa.0.16.vec.extract.3.i
+  %peak.rf260.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 5
+  %1165 = fcmp ogt float %1164, %peak.rf260.sroa.0.20.vec.extract.3.i
+  %1166 = select i1 %1165, float %1164, float %peak.rf260.sroa.0.20.vec.extract.3.i
+  %peak.rf260.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 6
+  %1167 = fcmp ogt float %1166, %peak.rf260.sroa.0.24.vec.extract.3.i
+  %1168 = select i1 %1167, float %1166, float %peak.rf260.sroa.0.24.vec.extract.3.i
+  %peak.rf260.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 7
+  %1169 = fcmp ogt float %1168, %peak.rf260.sroa.0.28.vec.extract.3.i
+  %1170 = select i1 %1169, float %1168, float %peak.rf260.sroa.0.28.vec.extract.3.i
+  %peak.rf260.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 8
+  %1171 = fcmp ogt float %1170, %peak.rf260.sroa.0.32.vec.extract.3.i
+  %1172 = select i1 %1171, float %1170, float %peak.rf260.sroa.0.32.vec.extract.3.i
+  %peak.rf260.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 9
+  %1173 = fcmp ogt float %1172, %peak.rf260.sroa.0.36.vec.extract.3.i
+  %1174 = select i1 %1173, float %1172, float %peak.rf260.sroa.0.36.vec.extract.3.i
+  %peak.rf260.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 10
+  %1175 = fcmp ogt float %1174, %peak.rf260.sroa.0.40.vec.extract.3.i
+  %1176 = select i1 %1175, float %1174, float %peak.rf260.sroa.0.40.vec.extract.3.i
+  %peak.rf260.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 11
+  %1177 = fcmp ogt float %1176, %peak.rf260.sroa.0.44.vec.extract.3.i
+  %1178 = select i1 %1177, float %1176, float %peak.rf260.sroa.0.44.vec.extract.3.i
+  %peak.rf260.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 12
+  %1179 = fcmp ogt float %1178, %peak.rf260.sroa.0.48.vec.extract.3.i
+  %1180 = select i1 %1179, float %1178, float %peak.rf260.sroa.0.48.vec.extract.3.i
+  %peak.rf260.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 13
+  %1181 = fcmp ogt float %1180, %peak.rf260.sroa.0.52.vec.extract.3.i
+  %1182 = select i1 %1181, float %1180, float %peak.rf260.sroa.0.52.vec.extract.3.i
+  %peak.rf260.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 14
+  %1183 = fcmp ogt float %1182, %peak.rf260.sroa.0.56.vec.extract.3.i
+  %1184 = select i1 %1183, float %1182, float %peak.rf260.sroa.0.56.vec.extract.3.i
+  %peak.rf260.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 15
+  %1185 = fcmp ogt float %1184, %peak.rf260.sroa.0.60.vec.extract.3.i
+  %1186 = select i1 %1185, float %1184, float %peak.rf260.sroa.0.60.vec.extract.3.i
+  %peak261.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.8.vec.insert.i, float %1186, i64 3
   br label %for_begin_r68.preheader.i
 
 for_body_ax157.i:                                 ; preds = %for_body_ax157.i, %for_body_ax157.i.preheader
-  %indvars.iv724.i = phi i64 [ %indvars.iv.next725.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.i = phi <16 x float> [ %1225, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
+  %indvars.iv722.i = phi i64 [ %indvars.iv.next723.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.i = phi <16 x float> [ %1225, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
   %niter227 = phi i64 [ %niter227.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %.idx911.i = shl nsw i64 %indvars.iv724.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx911.i
+  %.idx909.i = shl nsw i64 %indvars.iv722.i, 6
+  %1187 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i
   %1188 = load <16 x float>, ptr %1187, align 4, !tbaa !5
-  %1189 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i, %1188
-  %1190 = select <16 x i1> %1189, <16 x float> %peak.rf_global261.sroa.0.0464.i, <16 x float> %1188
-  %indvars.iv.next725.i = shl i64 %indvars.iv724.i, 6
-  %1191 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i
+  %1189 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i, %1188
+  %1190 = select <16 x i1> %1189, <16 x float> %peak.rf_global259.sroa.0.0462.i, <16 x float> %1188
+  %indvars.iv.next723.i = shl i64 %indvars.iv722.i, 6
+  %1191 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i
   %1192 = getelementptr inbounds nuw i8, ptr %1191, i64 64
   %1193 = load <16 x float>, ptr %1192, align 4, !tbaa !5
   %1194 = fcmp ogt <16 x float> %1190, %1193
   %1195 = select <16 x i1> %1194, <16 x float> %1190, <16 x float> %1193
-  %indvars.iv.next725.i.1 = shl i64 %indvars.iv724.i, 6
-  %1196 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.1
+  %indvars.iv.next723.i.1 = shl i64 %indvars.iv722.i, 6
+  %1196 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.1
   %1197 = getelementptr inbounds nuw i8, ptr %1196, i64 128
   %1198 = load <16 x float>, ptr %1197, align 4, !tbaa !5
   %1199 = fcmp ogt <16 x float> %1195, %1198
   %1200 = select <16 x i1> %1199, <16 x float> %1195, <16 x float> %1198
-  %indvars.iv.next725.i.2 = shl i64 %indvars.iv724.i, 6
-  %1201 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.2
+  %indvars.iv.next723.i.2 = shl i64 %indvars.iv722.i, 6
+  %1201 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.2
   %1202 = getelementptr inbounds nuw i8, ptr %1201, i64 192
   %1203 = load <16 x float>, ptr %1202, align 4, !tbaa !5
   %1204 = fcmp ogt <16 x float> %1200, %1203
   %1205 = select <16 x i1> %1204, <16 x float> %1200, <16 x float> %1203
-  %indvars.iv.next725.i.3 = shl i64 %indvars.iv724.i, 6
-  %1206 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.3
+  %indvars.iv.next723.i.3 = shl i64 %indvars.iv722.i, 6
+  %1206 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.3
   %1207 = getelementptr inbounds nuw i8, ptr %1206, i64 256
   %1208 = load <16 x float>, ptr %1207, align 4, !tbaa !5
   %1209 = fcmp ogt <16 x float> %1205, %1208
   %1210 = select <16 x i1> %1209, <16 x float> %1205, <16 x float> %1208
-  %indvars.iv.next725.i.4 = shl i64 %indvars.iv724.i, 6
-  %1211 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.4
+  %indvars.iv.next723.i.4 = shl i64 %indvars.iv722.i, 6
+  %1211 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.4
   %1212 = getelementptr inbounds nuw i8, ptr %1211, i64 320
   %1213 = load <16 x float>, ptr %1212, align 4, !tbaa !5
   %1214 = fcmp ogt <16 x float> %1210, %1213
   %1215 = select <16 x i1> %1214, <16 x float> %1210, <16 x float> %1213
-  %indvars.iv.next725.i.5 = shl i64 %indvars.iv724.i, 6
-  %1216 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.5
+  %indvars.iv.next723.i.5 = shl i64 %indvars.iv722.i, 6
+  %1216 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.5
   %1217 = getelementptr inbounds nuw i8, ptr %1216, i64 384
   %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
   %1219 = fcmp ogt <16 x float> %1215, %1218
   %1220 = select <16 x i1> %1219, <16 x float> %1215, <16 x float> %1218
-  %indvars.iv.next725.i.6 = shl i64 %indvars.iv724.i, 6
-  %1221 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next725.i.6
+  %indvars.iv.next723.i.6 = shl i64 %indvars.iv722.i, 6
+  %1221 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.6
   %1222 = getelementptr inbounds nuw i8, ptr %1221, i64 448
   %1223 = load <16 x float>, ptr %1222, align 4, !tbaa !5
   %1224 = fcmp ogt <16 x float> %1220, %1223
   %1225 = select <16 x i1> %1224, <16 x float> %1220, <16 x float> %1223
-  %indvars.iv.next725.i.7 = add nuw nsw i64 %indvars.iv724.i, 8
+  %indvars.iv.next723.i.7 = add nuw nsw i64 %indvars.iv722.i, 8
   %niter227.next.7 = add i64 %niter227, 8
   %niter227.ncmp.7 = icmp eq i64 %niter227.next.7, %unroll_iter226
   br i1 %niter227.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !40, !llvm.loop !41
@@ -2274,135 +2274,135 @@ for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
   br i1 %lcmp.mod223.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !43
 
 for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
-  %indvars.iv724.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next725.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %indvars.iv722.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next723.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global259.sroa.0.0462.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod225)
   br label %for_body_ax157.i.epil
 
 for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
-  %indvars.iv724.i.epil = phi i64 [ %indvars.iv.next725.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv724.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.i.epil = phi <16 x float> [ %1229, %for_body_ax157.i.epil ], [ %peak.rf_global261.sroa.0.0464.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %indvars.iv722.i.epil = phi i64 [ %indvars.iv.next723.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv722.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.i.epil = phi <16 x float> [ %1229, %for_body_ax157.i.epil ], [ %peak.rf_global259.sroa.0.0462.i.epil.init, %for_body_ax157.i.epil.preheader ]
   %epil.iter222 = phi i64 [ %epil.iter222.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
-  %.idx911.i.epil = shl nsw i64 %indvars.iv724.i.epil, 6
-  %1226 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx911.i.epil
+  %.idx909.i.epil = shl nsw i64 %indvars.iv722.i.epil, 6
+  %1226 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i.epil
   %1227 = load <16 x float>, ptr %1226, align 4, !tbaa !5
-  %1228 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, %1227
-  %1229 = select <16 x i1> %1228, <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, <16 x float> %1227
-  %indvars.iv.next725.i.epil = add nuw nsw i64 %indvars.iv724.i.epil, 1
+  %1228 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, %1227
+  %1229 = select <16 x i1> %1228, <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, <16 x float> %1227
+  %indvars.iv.next723.i.epil = add nuw nsw i64 %indvars.iv722.i.epil, 1
   %epil.iter222.next = add i64 %epil.iter222, 1
   %epil.iter222.cmp.not = icmp eq i64 %epil.iter222.next, %xtraiter221
   br i1 %epil.iter222.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !29, !llvm.loop !44
 
 for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled920922925.i = phi ptr [ %scaled919.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1229, %for_body_ax157.i.epil ]
-  %peak.rf262.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 0
-  %1230 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1231 = select i1 %1230, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.i
-  %peak.rf262.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 1
-  %1232 = fcmp ogt float %1231, %peak.rf262.sroa.0.4.vec.extract.i
-  %1233 = select i1 %1232, float %1231, float %peak.rf262.sroa.0.4.vec.extract.i
-  %peak.rf262.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 2
-  %1234 = fcmp ogt float %1233, %peak.rf262.sroa.0.8.vec.extract.i
-  %1235 = select i1 %1234, float %1233, float %peak.rf262.sroa.0.8.vec.extract.i
-  %peak.rf262.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 3
-  %1236 = fcmp ogt float %1235, %peak.rf262.sroa.0.12.vec.extract.i
-  %1237 = select i1 %1236, float %1235, float %peak.rf262.sroa.0.12.vec.extract.i
-  %peak.rf262.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 4
-  %1238 = fcmp ogt float %1237, %peak.rf262.sroa.0.16.vec.extract.i
-  %1239 = select i1 %1238, float %1237, float %peak.rf262.sroa.0.16.vec.extract.i
-  %peak.rf262.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 5
-  %1240 = fcmp ogt float %1239, %peak.rf262.sroa.0.20.vec.extract.i
-  %1241 = select i1 %1240, float %1239, float %peak.rf262.sroa.0.20.vec.extract.i
-  %peak.rf262.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 6
-  %1242 = fcmp ogt float %1241, %peak.rf262.sroa.0.24.vec.extract.i
-  %1243 = select i1 %1242, float %1241, float %peak.rf262.sroa.0.24.vec.extract.i
-  %peak.rf262.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 7
-  %1244 = fcmp ogt float %1243, %peak.rf262.sroa.0.28.vec.extract.i
-  %1245 = select i1 %1244, float %1243, float %peak.rf262.sroa.0.28.vec.extract.i
-  %peak.rf262.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 8
-  %1246 = fcmp ogt float %1245, %peak.rf262.sroa.0.32.vec.extract.i
-  %1247 = select i1 %1246, float %1245, float %peak.rf262.sroa.0.32.vec.extract.i
-  %peak.rf262.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 9
-  %1248 = fcmp ogt float %1247, %peak.rf262.sroa.0.36.vec.extract.i
-  %1249 = select i1 %1248, float %1247, float %peak.rf262.sroa.0.36.vec.extract.i
-  %peak.rf262.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 10
-  %1250 = fcmp ogt float %1249, %peak.rf262.sroa.0.40.vec.extract.i
-  %1251 = select i1 %1250, float %1249, float %peak.rf262.sroa.0.40.vec.extract.i
-  %peak.rf262.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 11
-  %1252 = fcmp ogt float %1251, %peak.rf262.sroa.0.44.vec.extract.i
-  %1253 = select i1 %1252, float %1251, float %peak.rf262.sroa.0.44.vec.extract.i
-  %peak.rf262.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 12
-  %1254 = fcmp ogt float %1253, %peak.rf262.sroa.0.48.vec.extract.i
-  %1255 = select i1 %1254, float %1253, float %peak.rf262.sroa.0.48.vec.extract.i
-  %peak.rf262.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 13
-  %1256 = fcmp ogt float %1255, %peak.rf262.sroa.0.52.vec.extract.i
-  %1257 = select i1 %1256, float %1255, float %peak.rf262.sroa.0.52.vec.extract.i
-  %peak.rf262.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 14
-  %1258 = fcmp ogt float %1257, %peak.rf262.sroa.0.56.vec.extract.i
-  %1259 = select i1 %1258, float %1257, float %peak.rf262.sroa.0.56.vec.extract.i
-  %peak.rf262.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 15
-  %1260 = fcmp ogt float %1259, %peak.rf262.sroa.0.60.vec.extract.i
-  %1261 = select i1 %1260, float %1259, float %peak.rf262.sroa.0.60.vec.extract.i
-  %peak263.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1261, i64 0
+  %scaled918920923.i = phi ptr [ %scaled917.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1229, %for_body_ax157.i.epil ]
+  %peak.rf260.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 0
+  %1230 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1231 = select i1 %1230, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.i
+  %peak.rf260.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 1
+  %1232 = fcmp ogt float %1231, %peak.rf260.sroa.0.4.vec.extract.i
+  %1233 = select i1 %1232, float %1231, float %peak.rf260.sroa.0.4.vec.extract.i
+  %peak.rf260.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 2
+  %1234 = fcmp ogt float %1233, %peak.rf260.sroa.0.8.vec.extract.i
+  %1235 = select i1 %1234, float %1233, float %peak.rf260.sroa.0.8.vec.extract.i
+  %peak.rf260.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 3
+  %1236 = fcmp ogt float %1235, %peak.rf260.sroa.0.12.vec.extract.i
+  %1237 = select i1 %1236, float %1235, float %peak.rf260.sroa.0.12.vec.extract.i
+  %peak.rf260.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 4
+  %1238 = fcmp ogt float %1237, %peak.rf260.sroa.0.16.vec.extract.i
+  %1239 = select i1 %1238, float %1237, float %peak.rf260.sroa.0.16.vec.extract.i
+  %peak.rf260.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 5
+  %1240 = fcmp ogt float %1239, %peak.rf260.sroa.0.20.vec.extract.i
+  %1241 = select i1 %1240, float %1239, float %peak.rf260.sroa.0.20.vec.extract.i
+  %peak.rf260.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 6
+  %1242 = fcmp ogt float %1241, %peak.rf260.sroa.0.24.vec.extract.i
+  %1243 = select i1 %1242, float %1241, float %peak.rf260.sroa.0.24.vec.extract.i
+  %peak.rf260.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 7
+  %1244 = fcmp ogt float %1243, %peak.rf260.sroa.0.28.vec.extract.i
+  %1245 = select i1 %1244, float %1243, float %peak.rf260.sroa.0.28.vec.extract.i
+  %peak.rf260.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 8
+  %1246 = fcmp ogt float %1245, %peak.rf260.sroa.0.32.vec.extract.i
+  %1247 = select i1 %1246, float %1245, float %peak.rf260.sroa.0.32.vec.extract.i
+  %peak.rf260.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 9
+  %1248 = fcmp ogt float %1247, %peak.rf260.sroa.0.36.vec.extract.i
+  %1249 = select i1 %1248, float %1247, float %peak.rf260.sroa.0.36.vec.extract.i
+  %peak.rf260.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 10
+  %1250 = fcmp ogt float %1249, %peak.rf260.sroa.0.40.vec.extract.i
+  %1251 = select i1 %1250, float %1249, float %peak.rf260.sroa.0.40.vec.extract.i
+  %peak.rf260.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 11
+  %1252 = fcmp ogt float %1251, %peak.rf260.sroa.0.44.vec.extract.i
+  %1253 = select i1 %1252, float %1251, float %peak.rf260.sroa.0.44.vec.extract.i
+  %peak.rf260.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 12
+  %1254 = fcmp ogt float %1253, %peak.rf260.sroa.0.48.vec.extract.i
+  %1255 = select i1 %1254, float %1253, float %peak.rf260.sroa.0.48.vec.extract.i
+  %peak.rf260.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 13
+  %1256 = fcmp ogt float %1255, %peak.rf260.sroa.0.52.vec.extract.i
+  %1257 = select i1 %1256, float %1255, float %peak.rf260.sroa.0.52.vec.extract.i
+  %peak.rf260.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 14
+  %1258 = fcmp ogt float %1257, %peak.rf260.sroa.0.56.vec.extract.i
+  %1259 = select i1 %1258, float %1257, float %peak.rf260.sroa.0.56.vec.extract.i
+  %peak.rf260.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 15
+  %1260 = fcmp ogt float %1259, %peak.rf260.sroa.0.60.vec.extract.i
+  %1261 = select i1 %1260, float %1259, float %peak.rf260.sroa.0.60.vec.extract.i
+  %peak261.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1261, i64 0
   br i1 %451, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
 
 for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
   br i1 %468, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
 
 for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
-  %indvars.iv724.1.i = phi i64 [ %indvars.iv.next725.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.1.i = phi <16 x float> [ %1301, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
+  %indvars.iv722.1.i = phi i64 [ %indvars.iv.next723.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.1.i = phi <16 x float> [ %1301, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
   %niter234 = phi i64 [ %niter234.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %.idx912.i = shl nsw i64 %indvars.iv724.1.i, 6
-  %1262 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx912.i
+  %.idx910.i = shl nsw i64 %indvars.iv722.1.i, 6
+  %1262 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i
   %1263 = getelementptr inbounds nuw i8, ptr %1262, i64 512
   %1264 = load <16 x float>, ptr %1263, align 4, !tbaa !5
-  %1265 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i, %1264
-  %1266 = select <16 x i1> %1265, <16 x float> %peak.rf_global261.sroa.0.0464.1.i, <16 x float> %1264
-  %indvars.iv.next725.1.i = shl i64 %indvars.iv724.1.i, 6
-  %1267 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i
+  %1265 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i, %1264
+  %1266 = select <16 x i1> %1265, <16 x float> %peak.rf_global259.sroa.0.0462.1.i, <16 x float> %1264
+  %indvars.iv.next723.1.i = shl i64 %indvars.iv722.1.i, 6
+  %1267 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i
   %1268 = getelementptr inbounds nuw i8, ptr %1267, i64 576
   %1269 = load <16 x float>, ptr %1268, align 4, !tbaa !5
   %1270 = fcmp ogt <16 x float> %1266, %1269
   %1271 = select <16 x i1> %1270, <16 x float> %1266, <16 x float> %1269
-  %indvars.iv.next725.1.i.1 = shl i64 %indvars.iv724.1.i, 6
-  %1272 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.1
+  %indvars.iv.next723.1.i.1 = shl i64 %indvars.iv722.1.i, 6
+  %1272 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.1
   %1273 = getelementptr inbounds nuw i8, ptr %1272, i64 640
   %1274 = load <16 x float>, ptr %1273, align 4, !tbaa !5
   %1275 = fcmp ogt <16 x float> %1271, %1274
   %1276 = select <16 x i1> %1275, <16 x float> %1271, <16 x float> %1274
-  %indvars.iv.next725.1.i.2 = shl i64 %indvars.iv724.1.i, 6
-  %1277 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.2
+  %indvars.iv.next723.1.i.2 = shl i64 %indvars.iv722.1.i, 6
+  %1277 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.2
   %1278 = getelementptr inbounds nuw i8, ptr %1277, i64 704
   %1279 = load <16 x float>, ptr %1278, align 4, !tbaa !5
   %1280 = fcmp ogt <16 x float> %1276, %1279
   %1281 = select <16 x i1> %1280, <16 x float> %1276, <16 x float> %1279
-  %indvars.iv.next725.1.i.3 = shl i64 %indvars.iv724.1.i, 6
-  %1282 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.3
+  %indvars.iv.next723.1.i.3 = shl i64 %indvars.iv722.1.i, 6
+  %1282 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.3
   %1283 = getelementptr inbounds nuw i8, ptr %1282, i64 768
   %1284 = load <16 x float>, ptr %1283, align 4, !tbaa !5
   %1285 = fcmp ogt <16 x float> %1281, %1284
   %1286 = select <16 x i1> %1285, <16 x float> %1281, <16 x float> %1284
-  %indvars.iv.next725.1.i.4 = shl i64 %indvars.iv724.1.i, 6
-  %1287 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.4
+  %indvars.iv.next723.1.i.4 = shl i64 %indvars.iv722.1.i, 6
+  %1287 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.4
   %1288 = getelementptr inbounds nuw i8, ptr %1287, i64 832
   %1289 = load <16 x float>, ptr %1288, align 4, !tbaa !5
   %1290 = fcmp ogt <16 x float> %1286, %1289
   %1291 = select <16 x i1> %1290, <16 x float> %1286, <16 x float> %1289
-  %indvars.iv.next725.1.i.5 = shl i64 %indvars.iv724.1.i, 6
-  %1292 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.5
+  %indvars.iv.next723.1.i.5 = shl i64 %indvars.iv722.1.i, 6
+  %1292 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.5
   %1293 = getelementptr inbounds nuw i8, ptr %1292, i64 896
   %1294 = load <16 x float>, ptr %1293, align 4, !tbaa !5
   %1295 = fcmp ogt <16 x float> %1291, %1294
   %1296 = select <16 x i1> %1295, <16 x float> %1291, <16 x float> %1294
-  %indvars.iv.next725.1.i.6 = shl i64 %indvars.iv724.1.i, 6
-  %1297 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.1.i.6
+  %indvars.iv.next723.1.i.6 = shl i64 %indvars.iv722.1.i, 6
+  %1297 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.6
   %1298 = getelementptr inbounds nuw i8, ptr %1297, i64 960
   %1299 = load <16 x float>, ptr %1298, align 4, !tbaa !5
   %1300 = fcmp ogt <16 x float> %1296, %1299
   %1301 = select <16 x i1> %1300, <16 x float> %1296, <16 x float> %1299
-  %indvars.iv.next725.1.i.7 = add nuw nsw i64 %indvars.iv724.1.i, 8
+  %indvars.iv.next723.1.i.7 = add nuw nsw i64 %indvars.iv722.1.i, 8
   %niter234.next.7 = add i64 %niter234, 8
   %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
   br i1 %niter234.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !40, !llvm.loop !45
@@ -2411,135 +2411,135 @@ for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
   br i1 %lcmp.mod230.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !43
 
 for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
-  %indvars.iv724.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next725.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  %indvars.iv722.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next723.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global259.sroa.0.0462.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod232)
   br label %for_body_ax157.1.i.epil
 
 for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
-  %indvars.iv724.1.i.epil = phi i64 [ %indvars.iv.next725.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv724.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.1.i.epil = phi <16 x float> [ %1306, %for_body_ax157.1.i.epil ], [ %peak.rf_global261.sroa.0.0464.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %indvars.iv722.1.i.epil = phi i64 [ %indvars.iv.next723.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv722.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.1.i.epil = phi <16 x float> [ %1306, %for_body_ax157.1.i.epil ], [ %peak.rf_global259.sroa.0.0462.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
   %epil.iter229 = phi i64 [ %epil.iter229.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
-  %.idx912.i.epil = shl nsw i64 %indvars.iv724.1.i.epil, 6
-  %1302 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx912.i.epil
+  %.idx910.i.epil = shl nsw i64 %indvars.iv722.1.i.epil, 6
+  %1302 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i.epil
   %1303 = getelementptr inbounds nuw i8, ptr %1302, i64 512
   %1304 = load <16 x float>, ptr %1303, align 4, !tbaa !5
-  %1305 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, %1304
-  %1306 = select <16 x i1> %1305, <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, <16 x float> %1304
-  %indvars.iv.next725.1.i.epil = add nuw nsw i64 %indvars.iv724.1.i.epil, 1
+  %1305 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, %1304
+  %1306 = select <16 x i1> %1305, <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, <16 x float> %1304
+  %indvars.iv.next723.1.i.epil = add nuw nsw i64 %indvars.iv722.1.i.epil, 1
   %epil.iter229.next = add i64 %epil.iter229, 1
   %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
   br i1 %epil.iter229.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !29, !llvm.loop !46
 
 for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
-  %peak.rf_global261.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1306, %for_body_ax157.1.i.epil ]
-  %peak.rf262.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 0
-  %1307 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1308 = select i1 %1307, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.1.i
-  %peak.rf262.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 1
-  %1309 = fcmp ogt float %1308, %peak.rf262.sroa.0.4.vec.extract.1.i
-  %1310 = select i1 %1309, float %1308, float %peak.rf262.sroa.0.4.vec.extract.1.i
-  %peak.rf262.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 2
-  %1311 = fcmp ogt float %1310, %peak.rf262.sroa.0.8.vec.extract.1.i
-  %1312 = select i1 %1311, float %1310, float %peak.rf262.sroa.0.8.vec.extract.1.i
-  %peak.rf262.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 3
-  %1313 = fcmp ogt float %1312, %peak.rf262.sroa.0.12.vec.extract.1.i
-  %1314 = select i1 %1313, float %1312, float %peak.rf262.sroa.0.12.vec.extract.1.i
-  %peak.rf262.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 4
-  %1315 = fcmp ogt float %1314, %peak.rf262.sroa.0.16.vec.extract.1.i
-  %1316 = select i1 %1315, float %1314, float %peak.rf262.sroa.0.16.vec.extract.1.i
-  %peak.rf262.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 5
-  %1317 = fcmp ogt float %1316, %peak.rf262.sroa.0.20.vec.extract.1.i
-  %1318 = select i1 %1317, float %1316, float %peak.rf262.sroa.0.20.vec.extract.1.i
-  %peak.rf262.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 6
-  %1319 = fcmp ogt float %1318, %peak.rf262.sroa.0.24.vec.extract.1.i
-  %1320 = select i1 %1319, float %1318, float %peak.rf262.sroa.0.24.vec.extract.1.i
-  %peak.rf262.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 7
-  %1321 = fcmp ogt float %1320, %peak.rf262.sroa.0.28.vec.extract.1.i
-  %1322 = select i1 %1321, float %1320, float %peak.rf262.sroa.0.28.vec.extract.1.i
-  %peak.rf262.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 8
-  %1323 = fcmp ogt float %1322, %peak.rf262.sroa.0.32.vec.extract.1.i
-  %1324 = select i1 %1323, float %1322, float %peak.rf262.sroa.0.32.vec.extract.1.i
-  %peak.rf262.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 9
-  %1325 = fcmp ogt float %1324, %peak.rf262.sroa.0.36.vec.extract.1.i
-  %1326 = select i1 %1325, float %1324, float %peak.rf262.sroa.0.36.vec.extract.1.i
-  %peak.rf262.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 10
-  %1327 = fcmp ogt float %1326, %peak.rf262.sroa.0.40.vec.extract.1.i
-  %1328 = select i1 %1327, float %1326, float %peak.rf262.sroa.0.40.vec.extract.1.i
-  %peak.rf262.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 11
-  %1329 = fcmp ogt float %1328, %peak.rf262.sroa.0.44.vec.extract.1.i
-  %1330 = select i1 %1329, float %1328, float %peak.rf262.sroa.0.44.vec.extract.1.i
-  %peak.rf262.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 12
-  %1331 = fcmp ogt float %1330, %peak.rf262.sroa.0.48.vec.extract.1.i
-  %1332 = select i1 %1331, float %1330, float %peak.rf262.sroa.0.48.vec.extract.1.i
-  %peak.rf262.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 13
-  %1333 = fcmp ogt float %1332, %peak.rf262.sroa.0.52.vec.extract.1.i
-  %1334 = select i1 %1333, float %1332, float %peak.rf262.sroa.0.52.vec.extract.1.i
-  %peak.rf262.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 14
-  %1335 = fcmp ogt float %1334, %peak.rf262.sroa.0.56.vec.extract.1.i
-  %1336 = select i1 %1335, float %1334, float %peak.rf262.sroa.0.56.vec.extract.1.i
-  %peak.rf262.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 15
-  %1337 = fcmp ogt float %1336, %peak.rf262.sroa.0.60.vec.extract.1.i
-  %1338 = select i1 %1337, float %1336, float %peak.rf262.sroa.0.60.vec.extract.1.i
-  %peak263.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.0.vec.insert.i, float %1338, i64 1
+  %peak.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1306, %for_body_ax157.1.i.epil ]
+  %peak.rf260.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 0
+  %1307 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1308 = select i1 %1307, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.1.i
+  %peak.rf260.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 1
+  %1309 = fcmp ogt float %1308, %peak.rf260.sroa.0.4.vec.extract.1.i
+  %1310 = select i1 %1309, float %1308, float %peak.rf260.sroa.0.4.vec.extract.1.i
+  %peak.rf260.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 2
+  %1311 = fcmp ogt float %1310, %peak.rf260.sroa.0.8.vec.extract.1.i
+  %1312 = select i1 %1311, float %1310, float %peak.rf260.sroa.0.8.vec.extract.1.i
+  %peak.rf260.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 3
+  %1313 = fcmp ogt float %1312, %peak.rf260.sroa.0.12.vec.extract.1.i
+  %1314 = select i1 %1313, float %1312, float %peak.rf260.sroa.0.12.vec.extract.1.i
+  %peak.rf260.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 4
+  %1315 = fcmp ogt float %1314, %peak.rf260.sroa.0.16.vec.extract.1.i
+  %1316 = select i1 %1315, float %1314, float %peak.rf260.sroa.0.16.vec.extract.1.i
+  %peak.rf260.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 5
+  %1317 = fcmp ogt float %1316, %peak.rf260.sroa.0.20.vec.extract.1.i
+  %1318 = select i1 %1317, float %1316, float %peak.rf260.sroa.0.20.vec.extract.1.i
+  %peak.rf260.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 6
+  %1319 = fcmp ogt float %1318, %peak.rf260.sroa.0.24.vec.extract.1.i
+  %1320 = select i1 %1319, float %1318, float %peak.rf260.sroa.0.24.vec.extract.1.i
+  %peak.rf260.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 7
+  %1321 = fcmp ogt float %1320, %peak.rf260.sroa.0.28.vec.extract.1.i
+  %1322 = select i1 %1321, float %1320, float %peak.rf260.sroa.0.28.vec.extract.1.i
+  %peak.rf260.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 8
+  %1323 = fcmp ogt float %1322, %peak.rf260.sroa.0.32.vec.extract.1.i
+  %1324 = select i1 %1323, float %1322, float %peak.rf260.sroa.0.32.vec.extract.1.i
+  %peak.rf260.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 9
+  %1325 = fcmp ogt float %1324, %peak.rf260.sroa.0.36.vec.extract.1.i
+  %1326 = select i1 %1325, float %1324, float %peak.rf260.sroa.0.36.vec.extract.1.i
+  %peak.rf260.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 10
+  %1327 = fcmp ogt float %1326, %peak.rf260.sroa.0.40.vec.extract.1.i
+  %1328 = select i1 %1327, float %1326, float %peak.rf260.sroa.0.40.vec.extract.1.i
+  %peak.rf260.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 11
+  %1329 = fcmp ogt float %1328, %peak.rf260.sroa.0.44.vec.extract.1.i
+  %1330 = select i1 %1329, float %1328, float %peak.rf260.sroa.0.44.vec.extract.1.i
+  %peak.rf260.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 12
+  %1331 = fcmp ogt float %1330, %peak.rf260.sroa.0.48.vec.extract.1.i
+  %1332 = select i1 %1331, float %1330, float %peak.rf260.sroa.0.48.vec.extract.1.i
+  %peak.rf260.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 13
+  %1333 = fcmp ogt float %1332, %peak.rf260.sroa.0.52.vec.extract.1.i
+  %1334 = select i1 %1333, float %1332, float %peak.rf260.sroa.0.52.vec.extract.1.i
+  %peak.rf260.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 14
+  %1335 = fcmp ogt float %1334, %peak.rf260.sroa.0.56.vec.extract.1.i
+  %1336 = select i1 %1335, float %1334, float %peak.rf260.sroa.0.56.vec.extract.1.i
+  %peak.rf260.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 15
+  %1337 = fcmp ogt float %1336, %peak.rf260.sroa.0.60.vec.extract.1.i
+  %1338 = select i1 %1337, float %1336, float %peak.rf260.sroa.0.60.vec.extract.1.i
+  %peak261.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.0.vec.insert.i, float %1338, i64 1
   br i1 %451, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
 
 for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
   br i1 %469, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
 
 for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
-  %indvars.iv724.2.i = phi i64 [ %indvars.iv.next725.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.2.i = phi <16 x float> [ %1378, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
+  %indvars.iv722.2.i = phi i64 [ %indvars.iv.next723.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.2.i = phi <16 x float> [ %1378, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
   %niter241 = phi i64 [ %niter241.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %.idx913.i = shl nsw i64 %indvars.iv724.2.i, 6
-  %1339 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx913.i
+  %.idx911.i = shl nsw i64 %indvars.iv722.2.i, 6
+  %1339 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i
   %1340 = getelementptr inbounds nuw i8, ptr %1339, i64 1024
   %1341 = load <16 x float>, ptr %1340, align 4, !tbaa !5
-  %1342 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i, %1341
-  %1343 = select <16 x i1> %1342, <16 x float> %peak.rf_global261.sroa.0.0464.2.i, <16 x float> %1341
-  %indvars.iv.next725.2.i = shl i64 %indvars.iv724.2.i, 6
-  %1344 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i
+  %1342 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i, %1341
+  %1343 = select <16 x i1> %1342, <16 x float> %peak.rf_global259.sroa.0.0462.2.i, <16 x float> %1341
+  %indvars.iv.next723.2.i = shl i64 %indvars.iv722.2.i, 6
+  %1344 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i
   %1345 = getelementptr inbounds nuw i8, ptr %1344, i64 1088
   %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !5
   %1347 = fcmp ogt <16 x float> %1343, %1346
   %1348 = select <16 x i1> %1347, <16 x float> %1343, <16 x float> %1346
-  %indvars.iv.next725.2.i.1 = shl i64 %indvars.iv724.2.i, 6
-  %1349 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.1
+  %indvars.iv.next723.2.i.1 = shl i64 %indvars.iv722.2.i, 6
+  %1349 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.1
   %1350 = getelementptr inbounds nuw i8, ptr %1349, i64 1152
   %1351 = load <16 x float>, ptr %1350, align 4, !tbaa !5
   %1352 = fcmp ogt <16 x float> %1348, %1351
   %1353 = select <16 x i1> %1352, <16 x float> %1348, <16 x float> %1351
-  %indvars.iv.next725.2.i.2 = shl i64 %indvars.iv724.2.i, 6
-  %1354 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.2
+  %indvars.iv.next723.2.i.2 = shl i64 %indvars.iv722.2.i, 6
+  %1354 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.2
   %1355 = getelementptr inbounds nuw i8, ptr %1354, i64 1216
   %1356 = load <16 x float>, ptr %1355, align 4, !tbaa !5
   %1357 = fcmp ogt <16 x float> %1353, %1356
   %1358 = select <16 x i1> %1357, <16 x float> %1353, <16 x float> %1356
-  %indvars.iv.next725.2.i.3 = shl i64 %indvars.iv724.2.i, 6
-  %1359 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.3
+  %indvars.iv.next723.2.i.3 = shl i64 %indvars.iv722.2.i, 6
+  %1359 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.3
   %1360 = getelementptr inbounds nuw i8, ptr %1359, i64 1280
   %1361 = load <16 x float>, ptr %1360, align 4, !tbaa !5
   %1362 = fcmp ogt <16 x float> %1358, %1361
   %1363 = select <16 x i1> %1362, <16 x float> %1358, <16 x float> %1361
-  %indvars.iv.next725.2.i.4 = shl i64 %indvars.iv724.2.i, 6
-  %1364 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.4
+  %indvars.iv.next723.2.i.4 = shl i64 %indvars.iv722.2.i, 6
+  %1364 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.4
   %1365 = getelementptr inbounds nuw i8, ptr %1364, i64 1344
   %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
   %1367 = fcmp ogt <16 x float> %1363, %1366
   %1368 = select <16 x i1> %1367, <16 x float> %1363, <16 x float> %1366
-  %indvars.iv.next725.2.i.5 = shl i64 %indvars.iv724.2.i, 6
-  %1369 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.5
+  %indvars.iv.next723.2.i.5 = shl i64 %indvars.iv722.2.i, 6
+  %1369 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.5
   %1370 = getelementptr inbounds nuw i8, ptr %1369, i64 1408
   %1371 = load <16 x float>, ptr %1370, align 4, !tbaa !5
   %1372 = fcmp ogt <16 x float> %1368, %1371
   %1373 = select <16 x i1> %1372, <16 x float> %1368, <16 x float> %1371
-  %indvars.iv.next725.2.i.6 = shl i64 %indvars.iv724.2.i, 6
-  %1374 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.2.i.6
+  %indvars.iv.next723.2.i.6 = shl i64 %indvars.iv722.2.i, 6
+  %1374 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.6
   %1375 = getelementptr inbounds nuw i8, ptr %1374, i64 1472
   %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !5
   %1377 = fcmp ogt <16 x float> %1373, %1376
   %1378 = select <16 x i1> %1377, <16 x float> %1373, <16 x float> %1376
-  %indvars.iv.next725.2.i.7 = add nuw nsw i64 %indvars.iv724.2.i, 8
+  %indvars.iv.next723.2.i.7 = add nuw nsw i64 %indvars.iv722.2.i, 8
   %niter241.next.7 = add i64 %niter241, 8
   %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
   br i1 %niter241.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !40, !llvm.loop !47
@@ -2548,135 +2548,135 @@ for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
   br i1 %lcmp.mod237.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !43
 
 for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
-  %indvars.iv724.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next725.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  %indvars.iv722.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next723.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global259.sroa.0.0462.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod239)
   br label %for_body_ax157.2.i.epil
 
 for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
-  %indvars.iv724.2.i.epil = phi i64 [ %indvars.iv.next725.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv724.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.2.i.epil = phi <16 x float> [ %1383, %for_body_ax157.2.i.epil ], [ %peak.rf_global261.sroa.0.0464.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %indvars.iv722.2.i.epil = phi i64 [ %indvars.iv.next723.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv722.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.2.i.epil = phi <16 x float> [ %1383, %for_body_ax157.2.i.epil ], [ %peak.rf_global259.sroa.0.0462.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
   %epil.iter236 = phi i64 [ %epil.iter236.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
-  %.idx913.i.epil = shl nsw i64 %indvars.iv724.2.i.epil, 6
-  %1379 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx913.i.epil
+  %.idx911.i.epil = shl nsw i64 %indvars.iv722.2.i.epil, 6
+  %1379 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i.epil
   %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 1024
   %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
-  %1382 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, %1381
-  %1383 = select <16 x i1> %1382, <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, <16 x float> %1381
-  %indvars.iv.next725.2.i.epil = add nuw nsw i64 %indvars.iv724.2.i.epil, 1
+  %1382 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, %1381
+  %1383 = select <16 x i1> %1382, <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, <16 x float> %1381
+  %indvars.iv.next723.2.i.epil = add nuw nsw i64 %indvars.iv722.2.i.epil, 1
   %epil.iter236.next = add i64 %epil.iter236, 1
   %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
   br i1 %epil.iter236.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !29, !llvm.loop !48
 
 for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
-  %peak.rf_global261.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1383, %for_body_ax157.2.i.epil ]
-  %peak.rf262.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 0
-  %1384 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1385 = select i1 %1384, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.2.i
-  %peak.rf262.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 1
-  %1386 = fcmp ogt float %1385, %peak.rf262.sroa.0.4.vec.extract.2.i
-  %1387 = select i1 %1386, float %1385, float %peak.rf262.sroa.0.4.vec.extract.2.i
-  %peak.rf262.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 2
-  %1388 = fcmp ogt float %1387, %peak.rf262.sroa.0.8.vec.extract.2.i
-  %1389 = select i1 %1388, float %1387, float %peak.rf262.sroa.0.8.vec.extract.2.i
-  %peak.rf262.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 3
-  %1390 = fcmp ogt float %1389, %peak.rf262.sroa.0.12.vec.extract.2.i
-  %1391 = select i1 %1390, float %1389, float %peak.rf262.sroa.0.12.vec.extract.2.i
-  %peak.rf262.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 4
-  %1392 = fcmp ogt float %1391, %peak.rf262.sroa.0.16.vec.extract.2.i
-  %1393 = select i1 %1392, float %1391, float %peak.rf262.sroa.0.16.vec.extract.2.i
-  %peak.rf262.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 5
-  %1394 = fcmp ogt float %1393, %peak.rf262.sroa.0.20.vec.extract.2.i
-  %1395 = select i1 %1394, float %1393, float %peak.rf262.sroa.0.20.vec.extract.2.i
-  %peak.rf262.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 6
-  %1396 = fcmp ogt float %1395, %peak.rf262.sroa.0.24.vec.extract.2.i
-  %1397 = select i1 %1396, float %1395, float %peak.rf262.sroa.0.24.vec.extract.2.i
-  %peak.rf262.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 7
-  %1398 = fcmp ogt float %1397, %peak.rf262.sroa.0.28.vec.extract.2.i
-  %1399 = select i1 %1398, float %1397, float %peak.rf262.sroa.0.28.vec.extract.2.i
-  %peak.rf262.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 8
-  %1400 = fcmp ogt float %1399, %peak.rf262.sroa.0.32.vec.extract.2.i
-  %1401 = select i1 %1400, float %1399, float %peak.rf262.sroa.0.32.vec.extract.2.i
-  %peak.rf262.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 9
-  %1402 = fcmp ogt float %1401, %peak.rf262.sroa.0.36.vec.extract.2.i
-  %1403 = select i1 %1402, float %1401, float %peak.rf262.sroa.0.36.vec.extract.2.i
-  %peak.rf262.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 10
-  %1404 = fcmp ogt float %1403, %peak.rf262.sroa.0.40.vec.extract.2.i
-  %1405 = select i1 %1404, float %1403, float %peak.rf262.sroa.0.40.vec.extract.2.i
-  %peak.rf262.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 11
-  %1406 = fcmp ogt float %1405, %peak.rf262.sroa.0.44.vec.extract.2.i
-  %1407 = select i1 %1406, float %1405, float %peak.rf262.sroa.0.44.vec.extract.2.i
-  %peak.rf262.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 12
-  %1408 = fcmp ogt float %1407, %peak.rf262.sroa.0.48.vec.extract.2.i
-  %1409 = select i1 %1408, float %1407, float %peak.rf262.sroa.0.48.vec.extract.2.i
-  %peak.rf262.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 13
-  %1410 = fcmp ogt float %1409, %peak.rf262.sroa.0.52.vec.extract.2.i
-  %1411 = select i1 %1410, float %1409, float %peak.rf262.sroa.0.52.vec.extract.2.i
-  %peak.rf262.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 14
-  %1412 = fcmp ogt float %1411, %peak.rf262.sroa.0.56.vec.extract.2.i
-  %1413 = select i1 %1412, float %1411, float %peak.rf262.sroa.0.56.vec.extract.2.i
-  %peak.rf262.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 15
-  %1414 = fcmp ogt float %1413, %peak.rf262.sroa.0.60.vec.extract.2.i
-  %1415 = select i1 %1414, float %1413, float %peak.rf262.sroa.0.60.vec.extract.2.i
-  %peak263.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.4.vec.insert.i, float %1415, i64 2
+  %peak.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1383, %for_body_ax157.2.i.epil ]
+  %peak.rf260.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 0
+  %1384 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1385 = select i1 %1384, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.2.i
+  %peak.rf260.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 1
+  %1386 = fcmp ogt float %1385, %peak.rf260.sroa.0.4.vec.extract.2.i
+  %1387 = select i1 %1386, float %1385, float %peak.rf260.sroa.0.4.vec.extract.2.i
+  %peak.rf260.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 2
+  %1388 = fcmp ogt float %1387, %peak.rf260.sroa.0.8.vec.extract.2.i
+  %1389 = select i1 %1388, float %1387, float %peak.rf260.sroa.0.8.vec.extract.2.i
+  %peak.rf260.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 3
+  %1390 = fcmp ogt float %1389, %peak.rf260.sroa.0.12.vec.extract.2.i
+  %1391 = select i1 %1390, float %1389, float %peak.rf260.sroa.0.12.vec.extract.2.i
+  %peak.rf260.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 4
+  %1392 = fcmp ogt float %1391, %peak.rf260.sroa.0.16.vec.extract.2.i
+  %1393 = select i1 %1392, float %1391, float %peak.rf260.sroa.0.16.vec.extract.2.i
+  %peak.rf260.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 5
+  %1394 = fcmp ogt float %1393, %peak.rf260.sroa.0.20.vec.extract.2.i
+  %1395 = select i1 %1394, float %1393, float %peak.rf260.sroa.0.20.vec.extract.2.i
+  %peak.rf260.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 6
+  %1396 = fcmp ogt float %1395, %peak.rf260.sroa.0.24.vec.extract.2.i
+  %1397 = select i1 %1396, float %1395, float %peak.rf260.sroa.0.24.vec.extract.2.i
+  %peak.rf260.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 7
+  %1398 = fcmp ogt float %1397, %peak.rf260.sroa.0.28.vec.extract.2.i
+  %1399 = select i1 %1398, float %1397, float %peak.rf260.sroa.0.28.vec.extract.2.i
+  %peak.rf260.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 8
+  %1400 = fcmp ogt float %1399, %peak.rf260.sroa.0.32.vec.extract.2.i
+  %1401 = select i1 %1400, float %1399, float %peak.rf260.sroa.0.32.vec.extract.2.i
+  %peak.rf260.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 9
+  %1402 = fcmp ogt float %1401, %peak.rf260.sroa.0.36.vec.extract.2.i
+  %1403 = select i1 %1402, float %1401, float %peak.rf260.sroa.0.36.vec.extract.2.i
+  %peak.rf260.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 10
+  %1404 = fcmp ogt float %1403, %peak.rf260.sroa.0.40.vec.extract.2.i
+  %1405 = select i1 %1404, float %1403, float %peak.rf260.sroa.0.40.vec.extract.2.i
+  %peak.rf260.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 11
+  %1406 = fcmp ogt float %1405, %peak.rf260.sroa.0.44.vec.extract.2.i
+  %1407 = select i1 %1406, float %1405, float %peak.rf260.sroa.0.44.vec.extract.2.i
+  %peak.rf260.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 12
+  %1408 = fcmp ogt float %1407, %peak.rf260.sroa.0.48.vec.extract.2.i
+  %1409 = select i1 %1408, float %1407, float %peak.rf260.sroa.0.48.vec.extract.2.i
+  %peak.rf260.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 13
+  %1410 = fcmp ogt float %1409, %peak.rf260.sroa.0.52.vec.extract.2.i
+  %1411 = select i1 %1410, float %1409, float %peak.rf260.sroa.0.52.vec.extract.2.i
+  %peak.rf260.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 14
+  %1412 = fcmp ogt float %1411, %peak.rf260.sroa.0.56.vec.extract.2.i
+  %1413 = select i1 %1412, float %1411, float %peak.rf260.sroa.0.56.vec.extract.2.i
+  %peak.rf260.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 15
+  %1414 = fcmp ogt float %1413, %peak.rf260.sroa.0.60.vec.extract.2.i
+  %1415 = select i1 %1414, float %1413, float %peak.rf260.sroa.0.60.vec.extract.2.i
+  %peak261.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.4.vec.insert.i, float %1415, i64 2
   br i1 %451, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
 
 for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
   br i1 %470, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
 
 for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
-  %indvars.iv724.3.i = phi i64 [ %indvars.iv.next725.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %peak.rf_global261.sroa.0.0464.3.i = phi <16 x float> [ %1455, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
+  %indvars.iv722.3.i = phi i64 [ %indvars.iv.next723.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.3.i = phi <16 x float> [ %1455, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
   %niter248 = phi i64 [ %niter248.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %.idx914.i = shl nsw i64 %indvars.iv724.3.i, 6
-  %1416 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx914.i
+  %.idx912.i = shl nsw i64 %indvars.iv722.3.i, 6
+  %1416 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i
   %1417 = getelementptr inbounds nuw i8, ptr %1416, i64 1536
   %1418 = load <16 x float>, ptr %1417, align 4, !tbaa !5
-  %1419 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i, %1418
-  %1420 = select <16 x i1> %1419, <16 x float> %peak.rf_global261.sroa.0.0464.3.i, <16 x float> %1418
-  %indvars.iv.next725.3.i = shl i64 %indvars.iv724.3.i, 6
-  %1421 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i
+  %1419 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i, %1418
+  %1420 = select <16 x i1> %1419, <16 x float> %peak.rf_global259.sroa.0.0462.3.i, <16 x float> %1418
+  %indvars.iv.next723.3.i = shl i64 %indvars.iv722.3.i, 6
+  %1421 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i
   %1422 = getelementptr inbounds nuw i8, ptr %1421, i64 1600
   %1423 = load <16 x float>, ptr %1422, align 4, !tbaa !5
   %1424 = fcmp ogt <16 x float> %1420, %1423
   %1425 = select <16 x i1> %1424, <16 x float> %1420, <16 x float> %1423
-  %indvars.iv.next725.3.i.1 = shl i64 %indvars.iv724.3.i, 6
-  %1426 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.1
+  %indvars.iv.next723.3.i.1 = shl i64 %indvars.iv722.3.i, 6
+  %1426 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.1
   %1427 = getelementptr inbounds nuw i8, ptr %1426, i64 1664
   %1428 = load <16 x float>, ptr %1427, align 4, !tbaa !5
   %1429 = fcmp ogt <16 x float> %1425, %1428
   %1430 = select <16 x i1> %1429, <16 x float> %1425, <16 x float> %1428
-  %indvars.iv.next725.3.i.2 = shl i64 %indvars.iv724.3.i, 6
-  %1431 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.2
+  %indvars.iv.next723.3.i.2 = shl i64 %indvars.iv722.3.i, 6
+  %1431 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.2
   %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 1728
   %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
   %1434 = fcmp ogt <16 x float> %1430, %1433
   %1435 = select <16 x i1> %1434, <16 x float> %1430, <16 x float> %1433
-  %indvars.iv.next725.3.i.3 = shl i64 %indvars.iv724.3.i, 6
-  %1436 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.3
+  %indvars.iv.next723.3.i.3 = shl i64 %indvars.iv722.3.i, 6
+  %1436 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.3
   %1437 = getelementptr inbounds nuw i8, ptr %1436, i64 1792
   %1438 = load <16 x float>, ptr %1437, align 4, !tbaa !5
   %1439 = fcmp ogt <16 x float> %1435, %1438
   %1440 = select <16 x i1> %1439, <16 x float> %1435, <16 x float> %1438
-  %indvars.iv.next725.3.i.4 = shl i64 %indvars.iv724.3.i, 6
-  %1441 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.4
+  %indvars.iv.next723.3.i.4 = shl i64 %indvars.iv722.3.i, 6
+  %1441 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.4
   %1442 = getelementptr inbounds nuw i8, ptr %1441, i64 1856
   %1443 = load <16 x float>, ptr %1442, align 4, !tbaa !5
   %1444 = fcmp ogt <16 x float> %1440, %1443
   %1445 = select <16 x i1> %1444, <16 x float> %1440, <16 x float> %1443
-  %indvars.iv.next725.3.i.5 = shl i64 %indvars.iv724.3.i, 6
-  %1446 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.5
+  %indvars.iv.next723.3.i.5 = shl i64 %indvars.iv722.3.i, 6
+  %1446 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.5
   %1447 = getelementptr inbounds nuw i8, ptr %1446, i64 1920
   %1448 = load <16 x float>, ptr %1447, align 4, !tbaa !5
   %1449 = fcmp ogt <16 x float> %1445, %1448
   %1450 = select <16 x i1> %1449, <16 x float> %1445, <16 x float> %1448
-  %indvars.iv.next725.3.i.6 = shl i64 %indvars.iv724.3.i, 6
-  %1451 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %indvars.iv.next725.3.i.6
+  %indvars.iv.next723.3.i.6 = shl i64 %indvars.iv722.3.i, 6
+  %1451 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.6
   %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1984
   %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !5
   %1454 = fcmp ogt <16 x float> %1450, %1453
   %1455 = select <16 x i1> %1454, <16 x float> %1450, <16 x float> %1453
-  %indvars.iv.next725.3.i.7 = add nuw nsw i64 %indvars.iv724.3.i, 8
+  %indvars.iv.next723.3.i.7 = add nuw nsw i64 %indvars.iv722.3.i, 8
   %niter248.next.7 = add i64 %niter248, 8
   %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
   br i1 %niter248.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !40, !llvm.loop !49
@@ -2685,43 +2685,43 @@ for_end_ax158.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.3.i
   br i1 %lcmp.mod244.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !43
 
 for_body_ax157.3.i.epil.preheader:                ; preds = %for_end_ax158.3.i.loopexit.unr-lcssa, %for_body_ax157.3.i.preheader
-  %indvars.iv724.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next725.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global261.sroa.0.0464.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  %indvars.iv722.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next723.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global259.sroa.0.0462.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod246)
   br label %for_body_ax157.3.i.epil
 
 for_body_ax157.3.i.epil:                          ; preds = %for_body_ax157.3.i.epil, %for_body_ax157.3.i.epil.preheader
-  %indvars.iv724.3.i.epil = phi i64 [ %indvars.iv.next725.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv724.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %peak.rf_global261.sroa.0.0464.3.i.epil = phi <16 x float> [ %1460, %for_body_ax157.3.i.epil ], [ %peak.rf_global261.sroa.0.0464.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %indvars.iv722.3.i.epil = phi i64 [ %indvars.iv.next723.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv722.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.3.i.epil = phi <16 x float> [ %1460, %for_body_ax157.3.i.epil ], [ %peak.rf_global259.sroa.0.0462.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
   %epil.iter243 = phi i64 [ %epil.iter243.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
-  %.idx914.i.epil = shl nsw i64 %indvars.iv724.3.i.epil, 6
-  %1456 = getelementptr inbounds nuw i8, ptr %scaled920922925.i, i64 %.idx914.i.epil
+  %.idx912.i.epil = shl nsw i64 %indvars.iv722.3.i.epil, 6
+  %1456 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i.epil
   %1457 = getelementptr inbounds nuw i8, ptr %1456, i64 1536
   %1458 = load <16 x float>, ptr %1457, align 4, !tbaa !5
-  %1459 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, %1458
-  %1460 = select <16 x i1> %1459, <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, <16 x float> %1458
-  %indvars.iv.next725.3.i.epil = add nuw nsw i64 %indvars.iv724.3.i.epil, 1
+  %1459 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, %1458
+  %1460 = select <16 x i1> %1459, <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, <16 x float> %1458
+  %indvars.iv.next723.3.i.epil = add nuw nsw i64 %indvars.iv722.3.i.epil, 1
   %epil.iter243.next = add i64 %epil.iter243, 1
   %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
   br i1 %epil.iter243.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !29, !llvm.loop !50
 
 for_end_ax158.3.i:                                ; preds = %for_body_ax157.3.i.epil, %for_end_ax158.3.i.loopexit.unr-lcssa, %for_end_ax158.2.i
-  %peak.rf_global261.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1460, %for_body_ax157.3.i.epil ]
+  %peak.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1460, %for_body_ax157.3.i.epil ]
   br i1 %452, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
 
 for_begin_r68.preheader.i:                        ; preds = %for_end_ax158.3.i, %for_body_r62.us.preheader.i
-  %tile_max265.sroa.0.3.i = phi <4 x float> [ %peak263.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
+  %tile_max263.sroa.0.3.i = phi <4 x float> [ %peak261.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
   br i1 %451, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
 
 for_begin_to73.preheader.us.preheader.i:          ; preds = %for_begin_r68.preheader.i
-  %1461 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  %1461 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
   br i1 %471, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !4
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_begin_to73.preheader.us.preheader.i
-  %indvars.iv740.i = phi i64 [ %indvars.iv.next741.i.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
+  %indvars.iv738.i = phi i64 [ %indvars.iv.next739.i.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
   %niter254 = phi i64 [ %niter254.next.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
-  %1462 = shl nsw i64 %indvars.iv740.i, 4
-  %1463 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1462
+  %1462 = shl nsw i64 %indvars.iv738.i, 4
+  %1463 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1462
   %1464 = load <16 x float>, ptr %1463, align 4, !tbaa !5
   %arg.us.i = fsub <16 x float> %1464, %1461
   %1465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2745,9 +2745,9 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %1483 = select <16 x i1> %1482, <16 x float> zeroinitializer, <16 x float> %1481
   %1484 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1462
   store <16 x float> %1483, ptr %1484, align 4, !tbaa !5
-  %indvars.iv.next741.i = shl i64 %indvars.iv740.i, 4
-  %1485 = or disjoint i64 %indvars.iv.next741.i, 16
-  %1486 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1485
+  %indvars.iv.next739.i = shl i64 %indvars.iv738.i, 4
+  %1485 = or disjoint i64 %indvars.iv.next739.i, 16
+  %1486 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1485
   %1487 = load <16 x float>, ptr %1486, align 4, !tbaa !5
   %arg.us.i.1 = fsub <16 x float> %1487, %1461
   %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2771,7 +2771,7 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %1506 = select <16 x i1> %1505, <16 x float> zeroinitializer, <16 x float> %1504
   %1507 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1485
   store <16 x float> %1506, ptr %1507, align 4, !tbaa !5
-  %indvars.iv.next741.i.1 = add nuw nsw i64 %indvars.iv740.i, 2
+  %indvars.iv.next739.i.1 = add nuw nsw i64 %indvars.iv738.i, 2
   %niter254.next.1 = add i64 %niter254, 2
   %niter254.ncmp.1 = icmp eq i64 %niter254.next.1, %unroll_iter253
   br i1 %niter254.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, label %for_body_to74.us.i, !prof !9, !llvm.loop !51
@@ -2780,10 +2780,10 @@ for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to74.u
   br i1 %lcmp.mod251.not, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i.epil.preheader, !prof !12
 
 for_body_to74.us.i.epil.preheader:                ; preds = %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, %for_begin_to73.preheader.us.preheader.i
-  %indvars.iv740.i.epil.init = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next741.i.1, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa ]
+  %indvars.iv738.i.epil.init = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next739.i.1, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod252)
-  %1508 = shl nsw i64 %indvars.iv740.i.epil.init, 4
-  %1509 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1508
+  %1508 = shl nsw i64 %indvars.iv738.i.epil.init, 4
+  %1509 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1508
   %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !5
   %arg.us.i.epil = fsub <16 x float> %1510, %1461
   %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2810,15 +2810,15 @@ for_body_to74.us.i.epil.preheader:                ; preds = %for_begin_to73.for_
   br label %for_begin_to73.for_end_to75_crit_edge.us.i
 
 for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa
-  %1531 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1531 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   br i1 %472, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !4
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_begin_to73.for_end_to75_crit_edge.us.i
-  %indvars.iv740.1.i = phi i64 [ %indvars.iv.next741.1.i.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
+  %indvars.iv738.1.i = phi i64 [ %indvars.iv.next739.1.i.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
   %niter260 = phi i64 [ %niter260.next.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
-  %1532 = shl nsw i64 %indvars.iv740.1.i, 4
+  %1532 = shl nsw i64 %indvars.iv738.1.i, 4
   %1533 = add nuw nsw i64 %1532, 128
-  %1534 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1533
+  %1534 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1533
   %1535 = load <16 x float>, ptr %1534, align 4, !tbaa !5
   %arg.us.1.i = fsub <16 x float> %1535, %1531
   %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2842,9 +2842,9 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %1554 = select <16 x i1> %1553, <16 x float> zeroinitializer, <16 x float> %1552
   %1555 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1533
   store <16 x float> %1554, ptr %1555, align 4, !tbaa !5
-  %indvars.iv.next741.1.i = shl i64 %indvars.iv740.1.i, 4
-  %1556 = add nuw nsw i64 %indvars.iv.next741.1.i, 144
-  %1557 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1556
+  %indvars.iv.next739.1.i = shl i64 %indvars.iv738.1.i, 4
+  %1556 = add nuw nsw i64 %indvars.iv.next739.1.i, 144
+  %1557 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1556
   %1558 = load <16 x float>, ptr %1557, align 4, !tbaa !5
   %arg.us.1.i.1 = fsub <16 x float> %1558, %1531
   %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2868,7 +2868,7 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %1577 = select <16 x i1> %1576, <16 x float> zeroinitializer, <16 x float> %1575
   %1578 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1556
   store <16 x float> %1577, ptr %1578, align 4, !tbaa !5
-  %indvars.iv.next741.1.i.1 = add nuw nsw i64 %indvars.iv740.1.i, 2
+  %indvars.iv.next739.1.i.1 = add nuw nsw i64 %indvars.iv738.1.i, 2
   %niter260.next.1 = add i64 %niter260, 2
   %niter260.ncmp.1 = icmp eq i64 %niter260.next.1, %unroll_iter259
   br i1 %niter260.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, label %for_body_to74.us.1.i, !prof !9, !llvm.loop !52
@@ -2877,11 +2877,11 @@ for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to74
   br i1 %lcmp.mod257.not, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i.epil.preheader, !prof !12
 
 for_body_to74.us.1.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.i
-  %indvars.iv740.1.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next741.1.i.1, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa ]
+  %indvars.iv738.1.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next739.1.i.1, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod258)
-  %1579 = shl nsw i64 %indvars.iv740.1.i.epil.init, 4
+  %1579 = shl nsw i64 %indvars.iv738.1.i.epil.init, 4
   %1580 = add nuw nsw i64 %1579, 128
-  %1581 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1580
+  %1581 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1580
   %1582 = load <16 x float>, ptr %1581, align 4, !tbaa !5
   %arg.us.1.i.epil = fsub <16 x float> %1582, %1531
   %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2908,15 +2908,15 @@ for_body_to74.us.1.i.epil.preheader:              ; preds = %for_begin_to73.for_
   br label %for_begin_to73.for_end_to75_crit_edge.us.1.i
 
 for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa
-  %1603 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1603 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   br i1 %473, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !4
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_begin_to73.for_end_to75_crit_edge.us.1.i
-  %indvars.iv740.2.i = phi i64 [ %indvars.iv.next741.2.i.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
+  %indvars.iv738.2.i = phi i64 [ %indvars.iv.next739.2.i.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
   %niter266 = phi i64 [ %niter266.next.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
-  %1604 = shl nsw i64 %indvars.iv740.2.i, 4
+  %1604 = shl nsw i64 %indvars.iv738.2.i, 4
   %1605 = add nuw nsw i64 %1604, 256
-  %1606 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1605
+  %1606 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1605
   %1607 = load <16 x float>, ptr %1606, align 4, !tbaa !5
   %arg.us.2.i = fsub <16 x float> %1607, %1603
   %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2940,9 +2940,9 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %1626 = select <16 x i1> %1625, <16 x float> zeroinitializer, <16 x float> %1624
   %1627 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1605
   store <16 x float> %1626, ptr %1627, align 4, !tbaa !5
-  %indvars.iv.next741.2.i = shl i64 %indvars.iv740.2.i, 4
-  %1628 = add nuw nsw i64 %indvars.iv.next741.2.i, 272
-  %1629 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1628
+  %indvars.iv.next739.2.i = shl i64 %indvars.iv738.2.i, 4
+  %1628 = add nuw nsw i64 %indvars.iv.next739.2.i, 272
+  %1629 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1628
   %1630 = load <16 x float>, ptr %1629, align 4, !tbaa !5
   %arg.us.2.i.1 = fsub <16 x float> %1630, %1603
   %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -2966,7 +2966,7 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %1649 = select <16 x i1> %1648, <16 x float> zeroinitializer, <16 x float> %1647
   %1650 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1628
   store <16 x float> %1649, ptr %1650, align 4, !tbaa !5
-  %indvars.iv.next741.2.i.1 = add nuw nsw i64 %indvars.iv740.2.i, 2
+  %indvars.iv.next739.2.i.1 = add nuw nsw i64 %indvars.iv738.2.i, 2
   %niter266.next.1 = add i64 %niter266, 2
   %niter266.ncmp.1 = icmp eq i64 %niter266.next.1, %unroll_iter265
   br i1 %niter266.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, label %for_body_to74.us.2.i, !prof !9, !llvm.loop !53
@@ -2975,11 +2975,11 @@ for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to74
   br i1 %lcmp.mod263.not, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i.epil.preheader, !prof !12
 
 for_body_to74.us.2.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.1.i
-  %indvars.iv740.2.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next741.2.i.1, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa ]
+  %indvars.iv738.2.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next739.2.i.1, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod264)
-  %1651 = shl nsw i64 %indvars.iv740.2.i.epil.init, 4
+  %1651 = shl nsw i64 %indvars.iv738.2.i.epil.init, 4
   %1652 = add nuw nsw i64 %1651, 256
-  %1653 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1652
+  %1653 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1652
   %1654 = load <16 x float>, ptr %1653, align 4, !tbaa !5
   %arg.us.2.i.epil = fsub <16 x float> %1654, %1603
   %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -3006,15 +3006,15 @@ for_body_to74.us.2.i.epil.preheader:              ; preds = %for_begin_to73.for_
   br label %for_begin_to73.for_end_to75_crit_edge.us.2.i
 
 for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa
-  %1675 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1675 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   br i1 %474, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !4
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_begin_to73.for_end_to75_crit_edge.us.2.i
-  %indvars.iv740.3.i = phi i64 [ %indvars.iv.next741.3.i.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
+  %indvars.iv738.3.i = phi i64 [ %indvars.iv.next739.3.i.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
   %niter272 = phi i64 [ %niter272.next.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
-  %1676 = shl nsw i64 %indvars.iv740.3.i, 4
+  %1676 = shl nsw i64 %indvars.iv738.3.i, 4
   %1677 = add nuw nsw i64 %1676, 384
-  %1678 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1677
+  %1678 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1677
   %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !5
   %arg.us.3.i = fsub <16 x float> %1679, %1675
   %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -3038,9 +3038,9 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %1698 = select <16 x i1> %1697, <16 x float> zeroinitializer, <16 x float> %1696
   %1699 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1677
   store <16 x float> %1698, ptr %1699, align 4, !tbaa !5
-  %indvars.iv.next741.3.i = shl i64 %indvars.iv740.3.i, 4
-  %1700 = add nuw nsw i64 %indvars.iv.next741.3.i, 400
-  %1701 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1700
+  %indvars.iv.next739.3.i = shl i64 %indvars.iv738.3.i, 4
+  %1700 = add nuw nsw i64 %indvars.iv.next739.3.i, 400
+  %1701 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1700
   %1702 = load <16 x float>, ptr %1701, align 4, !tbaa !5
   %arg.us.3.i.1 = fsub <16 x float> %1702, %1675
   %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -3064,7 +3064,7 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %1721 = select <16 x i1> %1720, <16 x float> zeroinitializer, <16 x float> %1719
   %1722 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1700
   store <16 x float> %1721, ptr %1722, align 4, !tbaa !5
-  %indvars.iv.next741.3.i.1 = add nuw nsw i64 %indvars.iv740.3.i, 2
+  %indvars.iv.next739.3.i.1 = add nuw nsw i64 %indvars.iv738.3.i, 2
   %niter272.next.1 = add i64 %niter272, 2
   %niter272.ncmp.1 = icmp eq i64 %niter272.next.1, %unroll_iter271
   br i1 %niter272.ncmp.1, label %for_body_ax184.i.preheader.unr-lcssa, label %for_body_to74.us.3.i, !prof !9, !llvm.loop !54
@@ -3073,11 +3073,11 @@ for_body_ax184.i.preheader.unr-lcssa:             ; preds = %for_body_to74.us.3.
   br i1 %lcmp.mod269.not, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !12
 
 for_body_to74.us.3.i.epil.preheader:              ; preds = %for_body_ax184.i.preheader.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.2.i
-  %indvars.iv740.3.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next741.3.i.1, %for_body_ax184.i.preheader.unr-lcssa ]
+  %indvars.iv738.3.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next739.3.i.1, %for_body_ax184.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod270)
-  %1723 = shl nsw i64 %indvars.iv740.3.i.epil.init, 4
+  %1723 = shl nsw i64 %indvars.iv738.3.i.epil.init, 4
   %1724 = add nuw nsw i64 %1723, 384
-  %1725 = getelementptr inbounds nuw float, ptr %scaled920922925.i, i64 %1724
+  %1725 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1724
   %1726 = load <16 x float>, ptr %1725, align 4, !tbaa !5
   %arg.us.3.i.epil = fsub <16 x float> %1726, %1675
   %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
@@ -3107,49 +3107,49 @@ for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.
   br i1 %475, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.i.preheader
-  %indvars.iv749.i = phi i64 [ %indvars.iv.next750.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.i = phi <16 x float> [ %1777, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
+  %indvars.iv747.i = phi i64 [ %indvars.iv.next748.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.i = phi <16 x float> [ %1777, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
   %niter279 = phi i64 [ %niter279.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %.idx915.i = shl nsw i64 %indvars.iv749.i, 6
-  %1747 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i
+  %.idx913.i = shl nsw i64 %indvars.iv747.i, 6
+  %1747 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i
   %1748 = load <16 x float>, ptr %1747, align 4, !tbaa !5
-  %1749 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i, %1748
-  %indvars.iv.next750.i = shl i64 %indvars.iv749.i, 6
-  %1750 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i
+  %1749 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i, %1748
+  %indvars.iv.next748.i = shl i64 %indvars.iv747.i, 6
+  %1750 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i
   %1751 = getelementptr inbounds nuw i8, ptr %1750, i64 64
   %1752 = load <16 x float>, ptr %1751, align 4, !tbaa !5
   %1753 = fadd <16 x float> %1749, %1752
-  %indvars.iv.next750.i.1 = shl i64 %indvars.iv749.i, 6
-  %1754 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.1
+  %indvars.iv.next748.i.1 = shl i64 %indvars.iv747.i, 6
+  %1754 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.1
   %1755 = getelementptr inbounds nuw i8, ptr %1754, i64 128
   %1756 = load <16 x float>, ptr %1755, align 4, !tbaa !5
   %1757 = fadd <16 x float> %1753, %1756
-  %indvars.iv.next750.i.2 = shl i64 %indvars.iv749.i, 6
-  %1758 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.2
+  %indvars.iv.next748.i.2 = shl i64 %indvars.iv747.i, 6
+  %1758 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.2
   %1759 = getelementptr inbounds nuw i8, ptr %1758, i64 192
   %1760 = load <16 x float>, ptr %1759, align 4, !tbaa !5
   %1761 = fadd <16 x float> %1757, %1760
-  %indvars.iv.next750.i.3 = shl i64 %indvars.iv749.i, 6
-  %1762 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.3
+  %indvars.iv.next748.i.3 = shl i64 %indvars.iv747.i, 6
+  %1762 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.3
   %1763 = getelementptr inbounds nuw i8, ptr %1762, i64 256
   %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !5
   %1765 = fadd <16 x float> %1761, %1764
-  %indvars.iv.next750.i.4 = shl i64 %indvars.iv749.i, 6
-  %1766 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.4
+  %indvars.iv.next748.i.4 = shl i64 %indvars.iv747.i, 6
+  %1766 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.4
   %1767 = getelementptr inbounds nuw i8, ptr %1766, i64 320
   %1768 = load <16 x float>, ptr %1767, align 4, !tbaa !5
   %1769 = fadd <16 x float> %1765, %1768
-  %indvars.iv.next750.i.5 = shl i64 %indvars.iv749.i, 6
-  %1770 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.5
+  %indvars.iv.next748.i.5 = shl i64 %indvars.iv747.i, 6
+  %1770 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.5
   %1771 = getelementptr inbounds nuw i8, ptr %1770, i64 384
   %1772 = load <16 x float>, ptr %1771, align 4, !tbaa !5
   %1773 = fadd <16 x float> %1769, %1772
-  %indvars.iv.next750.i.6 = shl i64 %indvars.iv749.i, 6
-  %1774 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.i.6
+  %indvars.iv.next748.i.6 = shl i64 %indvars.iv747.i, 6
+  %1774 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.6
   %1775 = getelementptr inbounds nuw i8, ptr %1774, i64 448
   %1776 = load <16 x float>, ptr %1775, align 4, !tbaa !5
   %1777 = fadd <16 x float> %1773, %1776
-  %indvars.iv.next750.i.7 = add nuw nsw i64 %indvars.iv749.i, 8
+  %indvars.iv.next748.i.7 = add nuw nsw i64 %indvars.iv747.i, 8
   %niter279.next.7 = add i64 %niter279, 8
   %niter279.ncmp.7 = icmp eq i64 %niter279.next.7, %unroll_iter278
   br i1 %niter279.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !55
@@ -3158,109 +3158,109 @@ for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
   br i1 %lcmp.mod275.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.i.preheader
-  %indvars.iv749.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next750.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ]
+  %indvars.iv747.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next748.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global257.sroa.0.0469.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod277)
   br label %for_body_ax184.i.epil
 
 for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
-  %indvars.iv749.i.epil = phi i64 [ %indvars.iv.next750.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv749.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.i.epil = phi <16 x float> [ %1780, %for_body_ax184.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %indvars.iv747.i.epil = phi i64 [ %indvars.iv.next748.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv747.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.i.epil = phi <16 x float> [ %1780, %for_body_ax184.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.i.epil.init, %for_body_ax184.i.epil.preheader ]
   %epil.iter274 = phi i64 [ %epil.iter274.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
-  %.idx915.i.epil = shl nsw i64 %indvars.iv749.i.epil, 6
-  %1778 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i.epil
+  %.idx913.i.epil = shl nsw i64 %indvars.iv747.i.epil, 6
+  %1778 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i.epil
   %1779 = load <16 x float>, ptr %1778, align 4, !tbaa !5
-  %1780 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i.epil, %1779
-  %indvars.iv.next750.i.epil = add nuw nsw i64 %indvars.iv749.i.epil, 1
+  %1780 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i.epil, %1779
+  %indvars.iv.next748.i.epil = add nuw nsw i64 %indvars.iv747.i.epil, 1
   %epil.iter274.next = add i64 %epil.iter274, 1
   %epil.iter274.cmp.not = icmp eq i64 %epil.iter274.next, %xtraiter273
   br i1 %epil.iter274.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !56
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_r68.preheader.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1780, %for_body_ax184.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 0
-  %1781 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 1
-  %1782 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.i, %1781
-  %tile_sum.rf260.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 2
-  %1783 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.i, %1782
-  %tile_sum.rf260.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 3
-  %1784 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.i, %1783
-  %tile_sum.rf260.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 4
-  %1785 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.i, %1784
-  %tile_sum.rf260.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 5
-  %1786 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.i, %1785
-  %tile_sum.rf260.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 6
-  %1787 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.i, %1786
-  %tile_sum.rf260.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 7
-  %1788 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.i, %1787
-  %tile_sum.rf260.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 8
-  %1789 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.i, %1788
-  %tile_sum.rf260.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 9
-  %1790 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.i, %1789
-  %tile_sum.rf260.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 10
-  %1791 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.i, %1790
-  %tile_sum.rf260.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 11
-  %1792 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.i, %1791
-  %tile_sum.rf260.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 12
-  %1793 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.i, %1792
-  %tile_sum.rf260.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 13
-  %1794 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.i, %1793
-  %tile_sum.rf260.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 14
-  %1795 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.i, %1794
-  %tile_sum.rf260.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 15
-  %1796 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.i, %1795
-  %tile_sum264.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1796, i64 0
+  %tile_sum.rf_global257.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1780, %for_body_ax184.i.epil ]
+  %tile_sum.rf258.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 0
+  %1781 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf258.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 1
+  %1782 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.i, %1781
+  %tile_sum.rf258.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 2
+  %1783 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.i, %1782
+  %tile_sum.rf258.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 3
+  %1784 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.i, %1783
+  %tile_sum.rf258.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 4
+  %1785 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.i, %1784
+  %tile_sum.rf258.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 5
+  %1786 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.i, %1785
+  %tile_sum.rf258.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 6
+  %1787 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.i, %1786
+  %tile_sum.rf258.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 7
+  %1788 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.i, %1787
+  %tile_sum.rf258.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 8
+  %1789 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.i, %1788
+  %tile_sum.rf258.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 9
+  %1790 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.i, %1789
+  %tile_sum.rf258.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 10
+  %1791 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.i, %1790
+  %tile_sum.rf258.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 11
+  %1792 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.i, %1791
+  %tile_sum.rf258.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 12
+  %1793 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.i, %1792
+  %tile_sum.rf258.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 13
+  %1794 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.i, %1793
+  %tile_sum.rf258.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 14
+  %1795 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.i, %1794
+  %tile_sum.rf258.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 15
+  %1796 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.i, %1795
+  %tile_sum262.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1796, i64 0
   br i1 %451, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
 
 for_body_ax184.1.i.preheader:                     ; preds = %for_end_ax185.i
   br i1 %476, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
 
 for_body_ax184.1.i:                               ; preds = %for_body_ax184.1.i, %for_body_ax184.1.i.preheader
-  %indvars.iv749.1.i = phi i64 [ %indvars.iv.next750.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.1.i = phi <16 x float> [ %1828, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
+  %indvars.iv747.1.i = phi i64 [ %indvars.iv.next748.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.1.i = phi <16 x float> [ %1828, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
   %niter286 = phi i64 [ %niter286.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %.idx916.i = shl nsw i64 %indvars.iv749.1.i, 6
-  %1797 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i
+  %.idx914.i = shl nsw i64 %indvars.iv747.1.i, 6
+  %1797 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i
   %1798 = getelementptr inbounds nuw i8, ptr %1797, i64 512
   %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !5
-  %1800 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i, %1799
-  %indvars.iv.next750.1.i = shl i64 %indvars.iv749.1.i, 6
-  %1801 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i
+  %1800 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i, %1799
+  %indvars.iv.next748.1.i = shl i64 %indvars.iv747.1.i, 6
+  %1801 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i
   %1802 = getelementptr inbounds nuw i8, ptr %1801, i64 576
   %1803 = load <16 x float>, ptr %1802, align 4, !tbaa !5
   %1804 = fadd <16 x float> %1800, %1803
-  %indvars.iv.next750.1.i.1 = shl i64 %indvars.iv749.1.i, 6
-  %1805 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.1
+  %indvars.iv.next748.1.i.1 = shl i64 %indvars.iv747.1.i, 6
+  %1805 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.1
   %1806 = getelementptr inbounds nuw i8, ptr %1805, i64 640
   %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !5
   %1808 = fadd <16 x float> %1804, %1807
-  %indvars.iv.next750.1.i.2 = shl i64 %indvars.iv749.1.i, 6
-  %1809 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.2
+  %indvars.iv.next748.1.i.2 = shl i64 %indvars.iv747.1.i, 6
+  %1809 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.2
   %1810 = getelementptr inbounds nuw i8, ptr %1809, i64 704
   %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !5
   %1812 = fadd <16 x float> %1808, %1811
-  %indvars.iv.next750.1.i.3 = shl i64 %indvars.iv749.1.i, 6
-  %1813 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.3
+  %indvars.iv.next748.1.i.3 = shl i64 %indvars.iv747.1.i, 6
+  %1813 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.3
   %1814 = getelementptr inbounds nuw i8, ptr %1813, i64 768
   %1815 = load <16 x float>, ptr %1814, align 4, !tbaa !5
   %1816 = fadd <16 x float> %1812, %1815
-  %indvars.iv.next750.1.i.4 = shl i64 %indvars.iv749.1.i, 6
-  %1817 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.4
+  %indvars.iv.next748.1.i.4 = shl i64 %indvars.iv747.1.i, 6
+  %1817 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.4
   %1818 = getelementptr inbounds nuw i8, ptr %1817, i64 832
   %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !5
   %1820 = fadd <16 x float> %1816, %1819
-  %indvars.iv.next750.1.i.5 = shl i64 %indvars.iv749.1.i, 6
-  %1821 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.5
+  %indvars.iv.next748.1.i.5 = shl i64 %indvars.iv747.1.i, 6
+  %1821 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.5
   %1822 = getelementptr inbounds nuw i8, ptr %1821, i64 896
   %1823 = load <16 x float>, ptr %1822, align 4, !tbaa !5
   %1824 = fadd <16 x float> %1820, %1823
-  %indvars.iv.next750.1.i.6 = shl i64 %indvars.iv749.1.i, 6
-  %1825 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.1.i.6
+  %indvars.iv.next748.1.i.6 = shl i64 %indvars.iv747.1.i, 6
+  %1825 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.6
   %1826 = getelementptr inbounds nuw i8, ptr %1825, i64 960
   %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !5
   %1828 = fadd <16 x float> %1824, %1827
-  %indvars.iv.next750.1.i.7 = add nuw nsw i64 %indvars.iv749.1.i, 8
+  %indvars.iv.next748.1.i.7 = add nuw nsw i64 %indvars.iv747.1.i, 8
   %niter286.next.7 = add i64 %niter286, 8
   %niter286.ncmp.7 = icmp eq i64 %niter286.next.7, %unroll_iter285
   br i1 %niter286.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !57
@@ -3269,110 +3269,110 @@ for_end_ax185.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.1.i
   br i1 %lcmp.mod282.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
 
 for_body_ax184.1.i.epil.preheader:                ; preds = %for_end_ax185.1.i.loopexit.unr-lcssa, %for_body_ax184.1.i.preheader
-  %indvars.iv749.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next750.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  %indvars.iv747.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next748.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod284)
   br label %for_body_ax184.1.i.epil
 
 for_body_ax184.1.i.epil:                          ; preds = %for_body_ax184.1.i.epil, %for_body_ax184.1.i.epil.preheader
-  %indvars.iv749.1.i.epil = phi i64 [ %indvars.iv.next750.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv749.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.1.i.epil = phi <16 x float> [ %1832, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %indvars.iv747.1.i.epil = phi i64 [ %indvars.iv.next748.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv747.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.1.i.epil = phi <16 x float> [ %1832, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
   %epil.iter281 = phi i64 [ %epil.iter281.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
-  %.idx916.i.epil = shl nsw i64 %indvars.iv749.1.i.epil, 6
-  %1829 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i.epil
+  %.idx914.i.epil = shl nsw i64 %indvars.iv747.1.i.epil, 6
+  %1829 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i.epil
   %1830 = getelementptr inbounds nuw i8, ptr %1829, i64 512
   %1831 = load <16 x float>, ptr %1830, align 4, !tbaa !5
-  %1832 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i.epil, %1831
-  %indvars.iv.next750.1.i.epil = add nuw nsw i64 %indvars.iv749.1.i.epil, 1
+  %1832 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i.epil, %1831
+  %indvars.iv.next748.1.i.epil = add nuw nsw i64 %indvars.iv747.1.i.epil, 1
   %epil.iter281.next = add i64 %epil.iter281, 1
   %epil.iter281.cmp.not = icmp eq i64 %epil.iter281.next, %xtraiter280
   br i1 %epil.iter281.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !58
 
 for_end_ax185.1.i:                                ; preds = %for_body_ax184.1.i.epil, %for_end_ax185.1.i.loopexit.unr-lcssa, %for_end_ax185.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1832, %for_body_ax184.1.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 0
-  %1833 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 1
-  %1834 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.1.i, %1833
-  %tile_sum.rf260.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 2
-  %1835 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.1.i, %1834
-  %tile_sum.rf260.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 3
-  %1836 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.1.i, %1835
-  %tile_sum.rf260.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 4
-  %1837 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.1.i, %1836
-  %tile_sum.rf260.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 5
-  %1838 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.1.i, %1837
-  %tile_sum.rf260.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 6
-  %1839 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.1.i, %1838
-  %tile_sum.rf260.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 7
-  %1840 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.1.i, %1839
-  %tile_sum.rf260.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 8
-  %1841 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.1.i, %1840
-  %tile_sum.rf260.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 9
-  %1842 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.1.i, %1841
-  %tile_sum.rf260.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 10
-  %1843 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.1.i, %1842
-  %tile_sum.rf260.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 11
-  %1844 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.1.i, %1843
-  %tile_sum.rf260.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 12
-  %1845 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.1.i, %1844
-  %tile_sum.rf260.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 13
-  %1846 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.1.i, %1845
-  %tile_sum.rf260.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 14
-  %1847 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.1.i, %1846
-  %tile_sum.rf260.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 15
-  %1848 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.1.i, %1847
-  %tile_sum264.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.0.vec.insert.i, float %1848, i64 1
+  %tile_sum.rf_global257.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1832, %for_body_ax184.1.i.epil ]
+  %tile_sum.rf258.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 0
+  %1833 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf258.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 1
+  %1834 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.1.i, %1833
+  %tile_sum.rf258.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 2
+  %1835 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.1.i, %1834
+  %tile_sum.rf258.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 3
+  %1836 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.1.i, %1835
+  %tile_sum.rf258.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 4
+  %1837 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.1.i, %1836
+  %tile_sum.rf258.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 5
+  %1838 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.1.i, %1837
+  %tile_sum.rf258.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 6
+  %1839 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.1.i, %1838
+  %tile_sum.rf258.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 7
+  %1840 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.1.i, %1839
+  %tile_sum.rf258.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 8
+  %1841 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.1.i, %1840
+  %tile_sum.rf258.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 9
+  %1842 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.1.i, %1841
+  %tile_sum.rf258.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 10
+  %1843 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.1.i, %1842
+  %tile_sum.rf258.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 11
+  %1844 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.1.i, %1843
+  %tile_sum.rf258.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 12
+  %1845 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.1.i, %1844
+  %tile_sum.rf258.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 13
+  %1846 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.1.i, %1845
+  %tile_sum.rf258.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 14
+  %1847 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.1.i, %1846
+  %tile_sum.rf258.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 15
+  %1848 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.1.i, %1847
+  %tile_sum262.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.0.vec.insert.i, float %1848, i64 1
   br i1 %451, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
 
 for_body_ax184.2.i.preheader:                     ; preds = %for_end_ax185.1.i
   br i1 %477, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
 
 for_body_ax184.2.i:                               ; preds = %for_body_ax184.2.i, %for_body_ax184.2.i.preheader
-  %indvars.iv749.2.i = phi i64 [ %indvars.iv.next750.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.2.i = phi <16 x float> [ %1880, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
+  %indvars.iv747.2.i = phi i64 [ %indvars.iv.next748.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.2.i = phi <16 x float> [ %1880, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
   %niter293 = phi i64 [ %niter293.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %.idx917.i = shl nsw i64 %indvars.iv749.2.i, 6
-  %1849 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx917.i
+  %.idx915.i = shl nsw i64 %indvars.iv747.2.i, 6
+  %1849 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i
   %1850 = getelementptr inbounds nuw i8, ptr %1849, i64 1024
   %1851 = load <16 x float>, ptr %1850, align 4, !tbaa !5
-  %1852 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i, %1851
-  %indvars.iv.next750.2.i = shl i64 %indvars.iv749.2.i, 6
-  %1853 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i
+  %1852 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i, %1851
+  %indvars.iv.next748.2.i = shl i64 %indvars.iv747.2.i, 6
+  %1853 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i
   %1854 = getelementptr inbounds nuw i8, ptr %1853, i64 1088
   %1855 = load <16 x float>, ptr %1854, align 4, !tbaa !5
   %1856 = fadd <16 x float> %1852, %1855
-  %indvars.iv.next750.2.i.1 = shl i64 %indvars.iv749.2.i, 6
-  %1857 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.1
+  %indvars.iv.next748.2.i.1 = shl i64 %indvars.iv747.2.i, 6
+  %1857 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.1
   %1858 = getelementptr inbounds nuw i8, ptr %1857, i64 1152
   %1859 = load <16 x float>, ptr %1858, align 4, !tbaa !5
   %1860 = fadd <16 x float> %1856, %1859
-  %indvars.iv.next750.2.i.2 = shl i64 %indvars.iv749.2.i, 6
-  %1861 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.2
+  %indvars.iv.next748.2.i.2 = shl i64 %indvars.iv747.2.i, 6
+  %1861 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.2
   %1862 = getelementptr inbounds nuw i8, ptr %1861, i64 1216
   %1863 = load <16 x float>, ptr %1862, align 4, !tbaa !5
   %1864 = fadd <16 x float> %1860, %1863
-  %indvars.iv.next750.2.i.3 = shl i64 %indvars.iv749.2.i, 6
-  %1865 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.3
+  %indvars.iv.next748.2.i.3 = shl i64 %indvars.iv747.2.i, 6
+  %1865 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.3
   %1866 = getelementptr inbounds nuw i8, ptr %1865, i64 1280
   %1867 = load <16 x float>, ptr %1866, align 4, !tbaa !5
   %1868 = fadd <16 x float> %1864, %1867
-  %indvars.iv.next750.2.i.4 = shl i64 %indvars.iv749.2.i, 6
-  %1869 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.4
+  %indvars.iv.next748.2.i.4 = shl i64 %indvars.iv747.2.i, 6
+  %1869 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.4
   %1870 = getelementptr inbounds nuw i8, ptr %1869, i64 1344
   %1871 = load <16 x float>, ptr %1870, align 4, !tbaa !5
   %1872 = fadd <16 x float> %1868, %1871
-  %indvars.iv.next750.2.i.5 = shl i64 %indvars.iv749.2.i, 6
-  %1873 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.5
+  %indvars.iv.next748.2.i.5 = shl i64 %indvars.iv747.2.i, 6
+  %1873 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.5
   %1874 = getelementptr inbounds nuw i8, ptr %1873, i64 1408
   %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
   %1876 = fadd <16 x float> %1872, %1875
-  %indvars.iv.next750.2.i.6 = shl i64 %indvars.iv749.2.i, 6
-  %1877 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.2.i.6
+  %indvars.iv.next748.2.i.6 = shl i64 %indvars.iv747.2.i, 6
+  %1877 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.6
   %1878 = getelementptr inbounds nuw i8, ptr %1877, i64 1472
   %1879 = load <16 x float>, ptr %1878, align 4, !tbaa !5
   %1880 = fadd <16 x float> %1876, %1879
-  %indvars.iv.next750.2.i.7 = add nuw nsw i64 %indvars.iv749.2.i, 8
+  %indvars.iv.next748.2.i.7 = add nuw nsw i64 %indvars.iv747.2.i, 8
   %niter293.next.7 = add i64 %niter293, 8
   %niter293.ncmp.7 = icmp eq i64 %niter293.next.7, %unroll_iter292
   br i1 %niter293.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !59
@@ -3381,110 +3381,110 @@ for_end_ax185.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.2.i
   br i1 %lcmp.mod289.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
 
 for_body_ax184.2.i.epil.preheader:                ; preds = %for_end_ax185.2.i.loopexit.unr-lcssa, %for_body_ax184.2.i.preheader
-  %indvars.iv749.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next750.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  %indvars.iv747.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next748.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod291)
   br label %for_body_ax184.2.i.epil
 
 for_body_ax184.2.i.epil:                          ; preds = %for_body_ax184.2.i.epil, %for_body_ax184.2.i.epil.preheader
-  %indvars.iv749.2.i.epil = phi i64 [ %indvars.iv.next750.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv749.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.2.i.epil = phi <16 x float> [ %1884, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %indvars.iv747.2.i.epil = phi i64 [ %indvars.iv.next748.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv747.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.2.i.epil = phi <16 x float> [ %1884, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
   %epil.iter288 = phi i64 [ %epil.iter288.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
-  %.idx917.i.epil = shl nsw i64 %indvars.iv749.2.i.epil, 6
-  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx917.i.epil
+  %.idx915.i.epil = shl nsw i64 %indvars.iv747.2.i.epil, 6
+  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i.epil
   %1882 = getelementptr inbounds nuw i8, ptr %1881, i64 1024
   %1883 = load <16 x float>, ptr %1882, align 4, !tbaa !5
-  %1884 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i.epil, %1883
-  %indvars.iv.next750.2.i.epil = add nuw nsw i64 %indvars.iv749.2.i.epil, 1
+  %1884 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i.epil, %1883
+  %indvars.iv.next748.2.i.epil = add nuw nsw i64 %indvars.iv747.2.i.epil, 1
   %epil.iter288.next = add i64 %epil.iter288, 1
   %epil.iter288.cmp.not = icmp eq i64 %epil.iter288.next, %xtraiter287
   br i1 %epil.iter288.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !60
 
 for_end_ax185.2.i:                                ; preds = %for_body_ax184.2.i.epil, %for_end_ax185.2.i.loopexit.unr-lcssa, %for_end_ax185.1.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1884, %for_body_ax184.2.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 0
-  %1885 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 1
-  %1886 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.2.i, %1885
-  %tile_sum.rf260.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 2
-  %1887 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.2.i, %1886
-  %tile_sum.rf260.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 3
-  %1888 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.2.i, %1887
-  %tile_sum.rf260.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 4
-  %1889 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.2.i, %1888
-  %tile_sum.rf260.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 5
-  %1890 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.2.i, %1889
-  %tile_sum.rf260.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 6
-  %1891 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.2.i, %1890
-  %tile_sum.rf260.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 7
-  %1892 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.2.i, %1891
-  %tile_sum.rf260.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 8
-  %1893 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.2.i, %1892
-  %tile_sum.rf260.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 9
-  %1894 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.2.i, %1893
-  %tile_sum.rf260.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 10
-  %1895 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.2.i, %1894
-  %tile_sum.rf260.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 11
-  %1896 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.2.i, %1895
-  %tile_sum.rf260.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 12
-  %1897 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.2.i, %1896
-  %tile_sum.rf260.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 13
-  %1898 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.2.i, %1897
-  %tile_sum.rf260.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 14
-  %1899 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.2.i, %1898
-  %tile_sum.rf260.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 15
-  %1900 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.2.i, %1899
-  %tile_sum264.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.4.vec.insert.i, float %1900, i64 2
+  %tile_sum.rf_global257.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1884, %for_body_ax184.2.i.epil ]
+  %tile_sum.rf258.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 0
+  %1885 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf258.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 1
+  %1886 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.2.i, %1885
+  %tile_sum.rf258.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 2
+  %1887 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.2.i, %1886
+  %tile_sum.rf258.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 3
+  %1888 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.2.i, %1887
+  %tile_sum.rf258.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 4
+  %1889 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.2.i, %1888
+  %tile_sum.rf258.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 5
+  %1890 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.2.i, %1889
+  %tile_sum.rf258.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 6
+  %1891 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.2.i, %1890
+  %tile_sum.rf258.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 7
+  %1892 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.2.i, %1891
+  %tile_sum.rf258.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 8
+  %1893 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.2.i, %1892
+  %tile_sum.rf258.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 9
+  %1894 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.2.i, %1893
+  %tile_sum.rf258.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 10
+  %1895 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.2.i, %1894
+  %tile_sum.rf258.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 11
+  %1896 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.2.i, %1895
+  %tile_sum.rf258.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 12
+  %1897 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.2.i, %1896
+  %tile_sum.rf258.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 13
+  %1898 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.2.i, %1897
+  %tile_sum.rf258.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 14
+  %1899 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.2.i, %1898
+  %tile_sum.rf258.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 15
+  %1900 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.2.i, %1899
+  %tile_sum262.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.4.vec.insert.i, float %1900, i64 2
   br i1 %451, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
 
 for_body_ax184.3.i.preheader:                     ; preds = %for_end_ax185.2.i
   br i1 %478, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
 
 for_body_ax184.3.i:                               ; preds = %for_body_ax184.3.i, %for_body_ax184.3.i.preheader
-  %indvars.iv749.3.i = phi i64 [ %indvars.iv.next750.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.3.i = phi <16 x float> [ %1932, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
+  %indvars.iv747.3.i = phi i64 [ %indvars.iv.next748.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.3.i = phi <16 x float> [ %1932, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
   %niter300 = phi i64 [ %niter300.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %.idx918.i = shl nsw i64 %indvars.iv749.3.i, 6
-  %1901 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx918.i
+  %.idx916.i = shl nsw i64 %indvars.iv747.3.i, 6
+  %1901 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i
   %1902 = getelementptr inbounds nuw i8, ptr %1901, i64 1536
   %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
-  %1904 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i, %1903
-  %indvars.iv.next750.3.i = shl i64 %indvars.iv749.3.i, 6
-  %1905 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i
+  %1904 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i, %1903
+  %indvars.iv.next748.3.i = shl i64 %indvars.iv747.3.i, 6
+  %1905 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i
   %1906 = getelementptr inbounds nuw i8, ptr %1905, i64 1600
   %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !5
   %1908 = fadd <16 x float> %1904, %1907
-  %indvars.iv.next750.3.i.1 = shl i64 %indvars.iv749.3.i, 6
-  %1909 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.1
+  %indvars.iv.next748.3.i.1 = shl i64 %indvars.iv747.3.i, 6
+  %1909 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.1
   %1910 = getelementptr inbounds nuw i8, ptr %1909, i64 1664
   %1911 = load <16 x float>, ptr %1910, align 4, !tbaa !5
   %1912 = fadd <16 x float> %1908, %1911
-  %indvars.iv.next750.3.i.2 = shl i64 %indvars.iv749.3.i, 6
-  %1913 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.2
+  %indvars.iv.next748.3.i.2 = shl i64 %indvars.iv747.3.i, 6
+  %1913 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.2
   %1914 = getelementptr inbounds nuw i8, ptr %1913, i64 1728
   %1915 = load <16 x float>, ptr %1914, align 4, !tbaa !5
   %1916 = fadd <16 x float> %1912, %1915
-  %indvars.iv.next750.3.i.3 = shl i64 %indvars.iv749.3.i, 6
-  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.3
+  %indvars.iv.next748.3.i.3 = shl i64 %indvars.iv747.3.i, 6
+  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.3
   %1918 = getelementptr inbounds nuw i8, ptr %1917, i64 1792
   %1919 = load <16 x float>, ptr %1918, align 4, !tbaa !5
   %1920 = fadd <16 x float> %1916, %1919
-  %indvars.iv.next750.3.i.4 = shl i64 %indvars.iv749.3.i, 6
-  %1921 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.4
+  %indvars.iv.next748.3.i.4 = shl i64 %indvars.iv747.3.i, 6
+  %1921 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.4
   %1922 = getelementptr inbounds nuw i8, ptr %1921, i64 1856
   %1923 = load <16 x float>, ptr %1922, align 4, !tbaa !5
   %1924 = fadd <16 x float> %1920, %1923
-  %indvars.iv.next750.3.i.5 = shl i64 %indvars.iv749.3.i, 6
-  %1925 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.5
+  %indvars.iv.next748.3.i.5 = shl i64 %indvars.iv747.3.i, 6
+  %1925 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.5
   %1926 = getelementptr inbounds nuw i8, ptr %1925, i64 1920
   %1927 = load <16 x float>, ptr %1926, align 4, !tbaa !5
   %1928 = fadd <16 x float> %1924, %1927
-  %indvars.iv.next750.3.i.6 = shl i64 %indvars.iv749.3.i, 6
-  %1929 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next750.3.i.6
+  %indvars.iv.next748.3.i.6 = shl i64 %indvars.iv747.3.i, 6
+  %1929 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.6
   %1930 = getelementptr inbounds nuw i8, ptr %1929, i64 1984
   %1931 = load <16 x float>, ptr %1930, align 4, !tbaa !5
   %1932 = fadd <16 x float> %1928, %1931
-  %indvars.iv.next750.3.i.7 = add nuw nsw i64 %indvars.iv749.3.i, 8
+  %indvars.iv.next748.3.i.7 = add nuw nsw i64 %indvars.iv747.3.i, 8
   %niter300.next.7 = add i64 %niter300, 8
   %niter300.ncmp.7 = icmp eq i64 %niter300.next.7, %unroll_iter299
   br i1 %niter300.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !61
@@ -3493,73 +3493,73 @@ for_end_ax185.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.3.i
   br i1 %lcmp.mod296.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
 
 for_body_ax184.3.i.epil.preheader:                ; preds = %for_end_ax185.3.i.loopexit.unr-lcssa, %for_body_ax184.3.i.preheader
-  %indvars.iv749.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next750.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  %indvars.iv747.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next748.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod298)
   br label %for_body_ax184.3.i.epil
 
 for_body_ax184.3.i.epil:                          ; preds = %for_body_ax184.3.i.epil, %for_body_ax184.3.i.epil.preheader
-  %indvars.iv749.3.i.epil = phi i64 [ %indvars.iv.next750.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv749.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %tile_sum.rf_global259.sroa.0.0471.3.i.epil = phi <16 x float> [ %1936, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %indvars.iv747.3.i.epil = phi i64 [ %indvars.iv.next748.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv747.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.3.i.epil = phi <16 x float> [ %1936, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
   %epil.iter295 = phi i64 [ %epil.iter295.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
-  %.idx918.i.epil = shl nsw i64 %indvars.iv749.3.i.epil, 6
-  %1933 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx918.i.epil
+  %.idx916.i.epil = shl nsw i64 %indvars.iv747.3.i.epil, 6
+  %1933 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i.epil
   %1934 = getelementptr inbounds nuw i8, ptr %1933, i64 1536
   %1935 = load <16 x float>, ptr %1934, align 4, !tbaa !5
-  %1936 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i.epil, %1935
-  %indvars.iv.next750.3.i.epil = add nuw nsw i64 %indvars.iv749.3.i.epil, 1
+  %1936 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i.epil, %1935
+  %indvars.iv.next748.3.i.epil = add nuw nsw i64 %indvars.iv747.3.i.epil, 1
   %epil.iter295.next = add i64 %epil.iter295, 1
   %epil.iter295.cmp.not = icmp eq i64 %epil.iter295.next, %xtraiter294
   br i1 %epil.iter295.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !62
 
 for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.epil, %for_end_ax185.3.i.loopexit.unr-lcssa, %for_end_ax185.2.i
-  %tile_sum.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1936, %for_body_ax184.3.i.epil ]
-  %tile_sum.rf260.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 0
-  %1937 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf260.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 1
-  %1938 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.3.i, %1937
-  %tile_sum.rf260.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 2
-  %1939 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.3.i, %1938
-  %tile_sum.rf260.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 3
-  %1940 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.3.i, %1939
-  %tile_sum.rf260.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 4
-  %1941 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.3.i, %1940
-  %tile_sum.rf260.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 5
-  %1942 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.3.i, %1941
-  %tile_sum.rf260.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 6
-  %1943 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.3.i, %1942
-  %tile_sum.rf260.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 7
-  %1944 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.3.i, %1943
-  %tile_sum.rf260.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 8
-  %1945 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.3.i, %1944
-  %tile_sum.rf260.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 9
-  %1946 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.3.i, %1945
-  %tile_sum.rf260.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 10
-  %1947 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.3.i, %1946
-  %tile_sum.rf260.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 11
-  %1948 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.3.i, %1947
-  %tile_sum.rf260.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 12
-  %1949 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.3.i, %1948
-  %tile_sum.rf260.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 13
-  %1950 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.3.i, %1949
-  %tile_sum.rf260.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 14
-  %1951 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.3.i, %1950
-  %tile_sum.rf260.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 15
-  %1952 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.3.i, %1951
-  %tile_sum264.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.8.vec.insert.i, float %1952, i64 3
-  %1953 = shl nuw nsw i64 %indvars.iv787.i, 2
-  %1954 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %1953
+  %tile_sum.rf_global257.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1936, %for_body_ax184.3.i.epil ]
+  %tile_sum.rf258.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 0
+  %1937 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf258.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 1
+  %1938 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.3.i, %1937
+  %tile_sum.rf258.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 2
+  %1939 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.3.i, %1938
+  %tile_sum.rf258.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 3
+  %1940 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.3.i, %1939
+  %tile_sum.rf258.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 4
+  %1941 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.3.i, %1940
+  %tile_sum.rf258.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 5
+  %1942 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.3.i, %1941
+  %tile_sum.rf258.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 6
+  %1943 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.3.i, %1942
+  %tile_sum.rf258.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 7
+  %1944 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.3.i, %1943
+  %tile_sum.rf258.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 8
+  %1945 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.3.i, %1944
+  %tile_sum.rf258.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 9
+  %1946 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.3.i, %1945
+  %tile_sum.rf258.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 10
+  %1947 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.3.i, %1946
+  %tile_sum.rf258.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 11
+  %1948 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.3.i, %1947
+  %tile_sum.rf258.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 12
+  %1949 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.3.i, %1948
+  %tile_sum.rf258.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 13
+  %1950 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.3.i, %1949
+  %tile_sum.rf258.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 14
+  %1951 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.3.i, %1950
+  %tile_sum.rf258.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 15
+  %1952 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.3.i, %1951
+  %tile_sum262.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.8.vec.insert.i, float %1952, i64 3
+  %1953 = shl nuw nsw i64 %indvars.iv785.i, 2
+  %1954 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %1953
   %1955 = load <4 x float>, ptr %1954, align 16, !tbaa !20
   %old_max.i = select <4 x i1> %455, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1955
-  %1956 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %1953
+  %1956 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %1953
   %1957 = load <4 x float>, ptr %1956, align 16, !tbaa !18
   %old_sum.i = select <4 x i1> %455, <4 x float> zeroinitializer, <4 x float> %1957
-  %1958 = fcmp ogt <4 x float> %old_max.i, %tile_max265.sroa.0.3.i
-  %1959 = fcmp oeq <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
+  %1958 = fcmp ogt <4 x float> %old_max.i, %tile_max263.sroa.0.3.i
+  %1959 = fcmp oeq <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
   %1960 = select <4 x i1> %1959, <4 x i1> splat (i1 true), <4 x i1> %1958
-  %old_or_both.i = select <4 x i1> %1960, <4 x float> %old_max.i, <4 x float> %tile_max265.sroa.0.3.i
+  %old_or_both.i = select <4 x i1> %1960, <4 x float> %old_max.i, <4 x float> %tile_max263.sroa.0.3.i
   %1961 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %1961, <4 x float> %tile_max265.sroa.0.3.i, <4 x float> %old_or_both.i
+  %m.i = select <4 x i1> %1961, <4 x float> %tile_max263.sroa.0.3.i, <4 x float> %old_or_both.i
   %1962 = fsub <4 x float> %old_max.i, %m.i
   %1963 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1962, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
   %1964 = bitcast <4 x float> %1963 to <4 x i32>
@@ -3582,7 +3582,7 @@ for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.
   %1981 = select <4 x i1> %1980, <4 x float> zeroinitializer, <4 x float> %1979
   %1982 = fcmp one <4 x float> %old_sum.i, zeroinitializer
   %1983 = select <4 x i1> %1982, <4 x float> %1981, <4 x float> zeroinitializer
-  %arg105.i = fsub <4 x float> %tile_max265.sroa.0.3.i, %m.i
+  %arg105.i = fsub <4 x float> %tile_max263.sroa.0.3.i, %m.i
   %1984 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg105.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
   %1985 = bitcast <4 x float> %1984 to <4 x i32>
   %1986 = fadd <4 x float> %1984, splat (float 0xC168000FE0000000)
@@ -3602,14 +3602,14 @@ for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.
   %2000 = fmul <4 x float> %1999, %1998
   %2001 = fcmp olt <4 x float> %arg105.i, splat (float -8.700000e+01)
   %2002 = select <4 x i1> %2001, <4 x float> zeroinitializer, <4 x float> %2000
-  %2003 = fcmp one <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
+  %2003 = fcmp one <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
   %2004 = select <4 x i1> %2003, <4 x float> %2002, <4 x float> zeroinitializer
   %2005 = fmul <4 x float> %old_sum.i, %1983
-  %2006 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2004, <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, <4 x float> %2005)
+  %2006 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2004, <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, <4 x float> %2005)
   store <4 x float> %m.i, ptr %1954, align 16, !tbaa !20
   store <4 x float> %2006, ptr %1956, align 16, !tbaa !18
   %2007 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> zeroinitializer
-  %2008 = shl nuw nsw i64 %indvars.iv787.i, 9
+  %2008 = shl nuw nsw i64 %indvars.iv785.i, 9
   %2009 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> zeroinitializer
   %2010 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %2011 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
@@ -3617,133 +3617,133 @@ for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.
   %2013 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %2014 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %2015 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2016 = select i1 %503, i32 128, i32 0
-  %2017 = zext nneg i32 %505 to i64
-  %2018 = mul nsw i64 %v_head, %2017
-  %2019 = mul nsw i64 %indvars.iv787.i, %v_head
-  %invariant.gep590.i = getelementptr i32, ptr %value_cache, i64 %2019
+  %2016 = zext nneg i32 %505 to i64
+  %2017 = mul nsw i64 %v_head, %2016
+  %2018 = select i1 %503, i32 128, i32 0
+  %2019 = mul nsw i64 %indvars.iv785.i, %v_head
+  %invariant.gep588.i = getelementptr i32, ptr %value_cache, i64 %2019
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end189.i, %for_end_ax185.3.i
-  %indvars.iv783.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next784.i, %if_end189.i ]
+for_body_d_0_m.i:                                 ; preds = %if_end187.i, %for_end_ax185.3.i
+  %indvars.iv781.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next782.i, %if_end187.i ]
   br i1 %457, label %for_begin_ax2125.preheader.lr.ph.i, label %for_end_to122.i, !prof !3
 
 for_begin_ax2125.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
-  %2020 = mul nuw nsw i64 %indvars.iv783.i, %461
-  %gep591.idx.i = shl i64 %indvars.iv783.i, 6
-  %gep591.i = getelementptr i8, ptr %invariant.gep590.i, i64 %gep591.idx.i
+  %2020 = mul nuw nsw i64 %indvars.iv781.i, %461
+  %gep589.idx.i = shl i64 %indvars.iv781.i, 6
+  %gep589.i = getelementptr i8, ptr %invariant.gep588.i, i64 %gep589.idx.i
   br label %for_begin_ax2125.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end189.i
+for_end_d_0_m.i:                                  ; preds = %if_end187.i
   %2021 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2022 = tail call i32 %2021(i32 1, i32 %dev_id, ptr nonnull %scaled920922925.i)
-  %.not276.i = icmp eq i32 %2022, 0
-  br i1 %.not276.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !17
+  %2022 = tail call i32 %2021(i32 1, i32 %dev_id, ptr nonnull %scaled918920923.i)
+  %.not274.i = icmp eq i32 %2022, 0
+  br i1 %.not274.i, label %if_end189.i, label %fused_decode_compute_.exit, !prof !17
 
 for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.preheader.i, %for_begin_ax2125.preheader.lr.ph.i
-  %indvars.iv759.i = phi i64 [ 0, %for_begin_ax2125.preheader.lr.ph.i ], [ %indvars.iv.next760.i, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.238.0483.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2579, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.204.0482.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2578, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.170.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2573, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.136.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2572, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.102.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2567, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.0.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2558, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.34.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2561, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.68.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2566, %for_begin_ax2125.preheader.i ]
-  %2023 = add nuw nsw i64 %indvars.iv759.i, %2020
+  %indvars.iv757.i = phi i64 [ 0, %for_begin_ax2125.preheader.lr.ph.i ], [ %indvars.iv.next758.i, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.238.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2579, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.204.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2578, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.170.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2573, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.136.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2572, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.102.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2567, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.0.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2558, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.34.0475.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2561, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.68.0474.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2566, %for_begin_ax2125.preheader.i ]
+  %2023 = add nuw nsw i64 %indvars.iv757.i, %2020
   %2024 = trunc i64 %2023 to i32
   %2025 = shl i32 %2024, 2
-  %2026 = add i32 %2025, %2016
+  %2026 = add i32 %2025, %2018
   %2027 = sext i32 %2026 to i64
   %2028 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2027
   %2029 = load i64, ptr %2028, align 8, !tbaa !5
   %2030 = getelementptr i32, ptr %value_cache, i64 %2029
-  %2031 = getelementptr i32, ptr %2030, i64 %2018
+  %2031 = getelementptr i32, ptr %2030, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2031, i32 0, i32 2, i32 1)
   %2032 = getelementptr i8, ptr %2030, i64 64
-  %2033 = getelementptr i32, ptr %2032, i64 %2018
+  %2033 = getelementptr i32, ptr %2032, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2033, i32 0, i32 2, i32 1)
   %2034 = getelementptr i8, ptr %2030, i64 128
-  %2035 = getelementptr i32, ptr %2034, i64 %2018
+  %2035 = getelementptr i32, ptr %2034, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2035, i32 0, i32 2, i32 1)
   %2036 = getelementptr i8, ptr %2030, i64 192
-  %2037 = getelementptr i32, ptr %2036, i64 %2018
+  %2037 = getelementptr i32, ptr %2036, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2037, i32 0, i32 2, i32 1)
   %2038 = getelementptr i8, ptr %2028, i64 8
   %2039 = load i64, ptr %2038, align 8, !tbaa !5
   %2040 = getelementptr i32, ptr %value_cache, i64 %2039
-  %2041 = getelementptr i32, ptr %2040, i64 %2018
+  %2041 = getelementptr i32, ptr %2040, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2041, i32 0, i32 2, i32 1)
   %2042 = getelementptr i8, ptr %2040, i64 64
-  %2043 = getelementptr i32, ptr %2042, i64 %2018
+  %2043 = getelementptr i32, ptr %2042, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2043, i32 0, i32 2, i32 1)
   %2044 = getelementptr i8, ptr %2040, i64 128
-  %2045 = getelementptr i32, ptr %2044, i64 %2018
+  %2045 = getelementptr i32, ptr %2044, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2045, i32 0, i32 2, i32 1)
   %2046 = getelementptr i8, ptr %2040, i64 192
-  %2047 = getelementptr i32, ptr %2046, i64 %2018
+  %2047 = getelementptr i32, ptr %2046, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2047, i32 0, i32 2, i32 1)
   %2048 = getelementptr i8, ptr %2028, i64 16
   %2049 = load i64, ptr %2048, align 8, !tbaa !5
   %2050 = getelementptr i32, ptr %value_cache, i64 %2049
-  %2051 = getelementptr i32, ptr %2050, i64 %2018
+  %2051 = getelementptr i32, ptr %2050, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2051, i32 0, i32 2, i32 1)
   %2052 = getelementptr i8, ptr %2050, i64 64
-  %2053 = getelementptr i32, ptr %2052, i64 %2018
+  %2053 = getelementptr i32, ptr %2052, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2053, i32 0, i32 2, i32 1)
   %2054 = getelementptr i8, ptr %2050, i64 128
-  %2055 = getelementptr i32, ptr %2054, i64 %2018
+  %2055 = getelementptr i32, ptr %2054, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2055, i32 0, i32 2, i32 1)
   %2056 = getelementptr i8, ptr %2050, i64 192
-  %2057 = getelementptr i32, ptr %2056, i64 %2018
+  %2057 = getelementptr i32, ptr %2056, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2057, i32 0, i32 2, i32 1)
   %2058 = getelementptr i8, ptr %2028, i64 24
   %2059 = load i64, ptr %2058, align 8, !tbaa !5
   %2060 = getelementptr i32, ptr %value_cache, i64 %2059
-  %2061 = getelementptr i32, ptr %2060, i64 %2018
+  %2061 = getelementptr i32, ptr %2060, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2061, i32 0, i32 2, i32 1)
   %2062 = getelementptr i8, ptr %2060, i64 64
-  %2063 = getelementptr i32, ptr %2062, i64 %2018
+  %2063 = getelementptr i32, ptr %2062, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2063, i32 0, i32 2, i32 1)
   %2064 = getelementptr i8, ptr %2060, i64 128
-  %2065 = getelementptr i32, ptr %2064, i64 %2018
+  %2065 = getelementptr i32, ptr %2064, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2065, i32 0, i32 2, i32 1)
   %2066 = getelementptr i8, ptr %2060, i64 192
-  %2067 = getelementptr i32, ptr %2066, i64 %2018
+  %2067 = getelementptr i32, ptr %2066, i64 %2017
   tail call void @llvm.prefetch.p0(ptr readonly %2067, i32 0, i32 2, i32 1)
-  %2068 = shl nsw i64 %indvars.iv759.i, 4
+  %2068 = shl nsw i64 %indvars.iv757.i, 4
   %2069 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2068
   %2070 = load float, ptr %2069, align 4, !tbaa !5
   %2071 = insertelement <16 x float> poison, float %2070, i64 0
   %2072 = shufflevector <16 x float> %2071, <16 x float> poison, <16 x i32> zeroinitializer
   %2073 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2068
   %2074 = load i64, ptr %2073, align 8, !tbaa !5
-  %gep496.i = getelementptr i32, ptr %gep591.i, i64 %2074
-  %2075 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
+  %gep494.i = getelementptr i32, ptr %gep589.i, i64 %2074
+  %2075 = load <16 x i32>, ptr %gep494.i, align 4, !tbaa !5
   %2076 = shl <16 x i32> %2075, splat (i32 16)
   %2077 = bitcast <16 x i32> %2076 to <16 x float>
-  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2077, <16 x float> %full_acc255.sroa.0.0478.i)
+  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2077, <16 x float> %full_acc253.sroa.0.0476.i)
   %2079 = and <16 x i32> %2075, %93
   %2080 = bitcast <16 x i32> %2079 to <16 x float>
-  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2080, <16 x float> %full_acc255.sroa.34.0477.i)
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2080, <16 x float> %full_acc253.sroa.34.0475.i)
   %2082 = getelementptr inbounds nuw i8, ptr %2069, i64 512
   %2083 = load float, ptr %2082, align 4, !tbaa !5
   %2084 = insertelement <16 x float> poison, float %2083, i64 0
   %2085 = shufflevector <16 x float> %2084, <16 x float> poison, <16 x i32> zeroinitializer
-  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2077, <16 x float> %full_acc255.sroa.68.0476.i)
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2080, <16 x float> %full_acc255.sroa.102.0479.i)
+  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2077, <16 x float> %full_acc253.sroa.68.0474.i)
+  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2080, <16 x float> %full_acc253.sroa.102.0477.i)
   %2088 = getelementptr inbounds nuw i8, ptr %2069, i64 1024
   %2089 = load float, ptr %2088, align 4, !tbaa !5
   %2090 = insertelement <16 x float> poison, float %2089, i64 0
   %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2077, <16 x float> %full_acc255.sroa.136.0480.i)
-  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2080, <16 x float> %full_acc255.sroa.170.0481.i)
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2077, <16 x float> %full_acc253.sroa.136.0478.i)
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2080, <16 x float> %full_acc253.sroa.170.0479.i)
   %2094 = getelementptr inbounds nuw i8, ptr %2069, i64 1536
   %2095 = load float, ptr %2094, align 4, !tbaa !5
   %2096 = insertelement <16 x float> poison, float %2095, i64 0
   %2097 = shufflevector <16 x float> %2096, <16 x float> poison, <16 x i32> zeroinitializer
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2077, <16 x float> %full_acc255.sroa.204.0482.i)
-  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2080, <16 x float> %full_acc255.sroa.238.0483.i)
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2077, <16 x float> %full_acc253.sroa.204.0480.i)
+  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2080, <16 x float> %full_acc253.sroa.238.0481.i)
   %2100 = or disjoint i64 %2068, 1
   %2101 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2100
   %2102 = load float, ptr %2101, align 4, !tbaa !5
@@ -3751,8 +3751,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2104 = shufflevector <16 x float> %2103, <16 x float> poison, <16 x i32> zeroinitializer
   %2105 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2100
   %2106 = load i64, ptr %2105, align 8, !tbaa !5
-  %gep500.i = getelementptr i32, ptr %gep591.i, i64 %2106
-  %2107 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
+  %gep498.i = getelementptr i32, ptr %gep589.i, i64 %2106
+  %2107 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !5
   %2108 = shl <16 x i32> %2107, splat (i32 16)
   %2109 = bitcast <16 x i32> %2108 to <16 x float>
   %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> %2109, <16 x float> %2078)
@@ -3784,8 +3784,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2136 = shufflevector <16 x float> %2135, <16 x float> poison, <16 x i32> zeroinitializer
   %2137 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2132
   %2138 = load i64, ptr %2137, align 8, !tbaa !5
-  %gep504.i = getelementptr i32, ptr %gep591.i, i64 %2138
-  %2139 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
+  %gep502.i = getelementptr i32, ptr %gep589.i, i64 %2138
+  %2139 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !5
   %2140 = shl <16 x i32> %2139, splat (i32 16)
   %2141 = bitcast <16 x i32> %2140 to <16 x float>
   %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2141, <16 x float> %2110)
@@ -3817,8 +3817,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2168 = shufflevector <16 x float> %2167, <16 x float> poison, <16 x i32> zeroinitializer
   %2169 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2164
   %2170 = load i64, ptr %2169, align 8, !tbaa !5
-  %gep508.i = getelementptr i32, ptr %gep591.i, i64 %2170
-  %2171 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
+  %gep506.i = getelementptr i32, ptr %gep589.i, i64 %2170
+  %2171 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !5
   %2172 = shl <16 x i32> %2171, splat (i32 16)
   %2173 = bitcast <16 x i32> %2172 to <16 x float>
   %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2173, <16 x float> %2142)
@@ -3850,8 +3850,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
   %2201 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2196
   %2202 = load i64, ptr %2201, align 8, !tbaa !5
-  %gep512.i = getelementptr i32, ptr %gep591.i, i64 %2202
-  %2203 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
+  %gep510.i = getelementptr i32, ptr %gep589.i, i64 %2202
+  %2203 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !5
   %2204 = shl <16 x i32> %2203, splat (i32 16)
   %2205 = bitcast <16 x i32> %2204 to <16 x float>
   %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2205, <16 x float> %2174)
@@ -3883,8 +3883,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
   %2233 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2228
   %2234 = load i64, ptr %2233, align 8, !tbaa !5
-  %gep516.i = getelementptr i32, ptr %gep591.i, i64 %2234
-  %2235 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
+  %gep514.i = getelementptr i32, ptr %gep589.i, i64 %2234
+  %2235 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !5
   %2236 = shl <16 x i32> %2235, splat (i32 16)
   %2237 = bitcast <16 x i32> %2236 to <16 x float>
   %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> %2237, <16 x float> %2206)
@@ -3916,8 +3916,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2264 = shufflevector <16 x float> %2263, <16 x float> poison, <16 x i32> zeroinitializer
   %2265 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2260
   %2266 = load i64, ptr %2265, align 8, !tbaa !5
-  %gep520.i = getelementptr i32, ptr %gep591.i, i64 %2266
-  %2267 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
+  %gep518.i = getelementptr i32, ptr %gep589.i, i64 %2266
+  %2267 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !5
   %2268 = shl <16 x i32> %2267, splat (i32 16)
   %2269 = bitcast <16 x i32> %2268 to <16 x float>
   %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %2269, <16 x float> %2238)
@@ -3949,8 +3949,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2296 = shufflevector <16 x float> %2295, <16 x float> poison, <16 x i32> zeroinitializer
   %2297 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2292
   %2298 = load i64, ptr %2297, align 8, !tbaa !5
-  %gep524.i = getelementptr i32, ptr %gep591.i, i64 %2298
-  %2299 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
+  %gep522.i = getelementptr i32, ptr %gep589.i, i64 %2298
+  %2299 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !5
   %2300 = shl <16 x i32> %2299, splat (i32 16)
   %2301 = bitcast <16 x i32> %2300 to <16 x float>
   %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2296, <16 x float> %2301, <16 x float> %2270)
@@ -3982,8 +3982,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
   %2329 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2324
   %2330 = load i64, ptr %2329, align 8, !tbaa !5
-  %gep528.i = getelementptr i32, ptr %gep591.i, i64 %2330
-  %2331 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
+  %gep526.i = getelementptr i32, ptr %gep589.i, i64 %2330
+  %2331 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !5
   %2332 = shl <16 x i32> %2331, splat (i32 16)
   %2333 = bitcast <16 x i32> %2332 to <16 x float>
   %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2333, <16 x float> %2302)
@@ -4015,8 +4015,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2360 = shufflevector <16 x float> %2359, <16 x float> poison, <16 x i32> zeroinitializer
   %2361 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2356
   %2362 = load i64, ptr %2361, align 8, !tbaa !5
-  %gep532.i = getelementptr i32, ptr %gep591.i, i64 %2362
-  %2363 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
+  %gep530.i = getelementptr i32, ptr %gep589.i, i64 %2362
+  %2363 = load <16 x i32>, ptr %gep530.i, align 4, !tbaa !5
   %2364 = shl <16 x i32> %2363, splat (i32 16)
   %2365 = bitcast <16 x i32> %2364 to <16 x float>
   %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2360, <16 x float> %2365, <16 x float> %2334)
@@ -4048,8 +4048,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2392 = shufflevector <16 x float> %2391, <16 x float> poison, <16 x i32> zeroinitializer
   %2393 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2388
   %2394 = load i64, ptr %2393, align 8, !tbaa !5
-  %gep536.i = getelementptr i32, ptr %gep591.i, i64 %2394
-  %2395 = load <16 x i32>, ptr %gep536.i, align 4, !tbaa !5
+  %gep534.i = getelementptr i32, ptr %gep589.i, i64 %2394
+  %2395 = load <16 x i32>, ptr %gep534.i, align 4, !tbaa !5
   %2396 = shl <16 x i32> %2395, splat (i32 16)
   %2397 = bitcast <16 x i32> %2396 to <16 x float>
   %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2392, <16 x float> %2397, <16 x float> %2366)
@@ -4081,8 +4081,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2424 = shufflevector <16 x float> %2423, <16 x float> poison, <16 x i32> zeroinitializer
   %2425 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2420
   %2426 = load i64, ptr %2425, align 8, !tbaa !5
-  %gep540.i = getelementptr i32, ptr %gep591.i, i64 %2426
-  %2427 = load <16 x i32>, ptr %gep540.i, align 4, !tbaa !5
+  %gep538.i = getelementptr i32, ptr %gep589.i, i64 %2426
+  %2427 = load <16 x i32>, ptr %gep538.i, align 4, !tbaa !5
   %2428 = shl <16 x i32> %2427, splat (i32 16)
   %2429 = bitcast <16 x i32> %2428 to <16 x float>
   %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2424, <16 x float> %2429, <16 x float> %2398)
@@ -4114,8 +4114,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2456 = shufflevector <16 x float> %2455, <16 x float> poison, <16 x i32> zeroinitializer
   %2457 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2452
   %2458 = load i64, ptr %2457, align 8, !tbaa !5
-  %gep544.i = getelementptr i32, ptr %gep591.i, i64 %2458
-  %2459 = load <16 x i32>, ptr %gep544.i, align 4, !tbaa !5
+  %gep542.i = getelementptr i32, ptr %gep589.i, i64 %2458
+  %2459 = load <16 x i32>, ptr %gep542.i, align 4, !tbaa !5
   %2460 = shl <16 x i32> %2459, splat (i32 16)
   %2461 = bitcast <16 x i32> %2460 to <16 x float>
   %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2456, <16 x float> %2461, <16 x float> %2430)
@@ -4147,8 +4147,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
   %2489 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2484
   %2490 = load i64, ptr %2489, align 8, !tbaa !5
-  %gep548.i = getelementptr i32, ptr %gep591.i, i64 %2490
-  %2491 = load <16 x i32>, ptr %gep548.i, align 4, !tbaa !5
+  %gep546.i = getelementptr i32, ptr %gep589.i, i64 %2490
+  %2491 = load <16 x i32>, ptr %gep546.i, align 4, !tbaa !5
   %2492 = shl <16 x i32> %2491, splat (i32 16)
   %2493 = bitcast <16 x i32> %2492 to <16 x float>
   %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2488, <16 x float> %2493, <16 x float> %2462)
@@ -4180,8 +4180,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2520 = shufflevector <16 x float> %2519, <16 x float> poison, <16 x i32> zeroinitializer
   %2521 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2516
   %2522 = load i64, ptr %2521, align 8, !tbaa !5
-  %gep552.i = getelementptr i32, ptr %gep591.i, i64 %2522
-  %2523 = load <16 x i32>, ptr %gep552.i, align 4, !tbaa !5
+  %gep550.i = getelementptr i32, ptr %gep589.i, i64 %2522
+  %2523 = load <16 x i32>, ptr %gep550.i, align 4, !tbaa !5
   %2524 = shl <16 x i32> %2523, splat (i32 16)
   %2525 = bitcast <16 x i32> %2524 to <16 x float>
   %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2525, <16 x float> %2494)
@@ -4213,8 +4213,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2552 = shufflevector <16 x float> %2551, <16 x float> poison, <16 x i32> zeroinitializer
   %2553 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2548
   %2554 = load i64, ptr %2553, align 8, !tbaa !5
-  %gep556.i = getelementptr i32, ptr %gep591.i, i64 %2554
-  %2555 = load <16 x i32>, ptr %gep556.i, align 4, !tbaa !5
+  %gep554.i = getelementptr i32, ptr %gep589.i, i64 %2554
+  %2555 = load <16 x i32>, ptr %gep554.i, align 4, !tbaa !5
   %2556 = shl <16 x i32> %2555, splat (i32 16)
   %2557 = bitcast <16 x i32> %2556 to <16 x float>
   %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2557, <16 x float> %2526)
@@ -4239,49 +4239,49 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
   %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2557, <16 x float> %2546)
   %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2560, <16 x float> %2547)
-  %indvars.iv.next760.i = add nuw nsw i64 %indvars.iv759.i, 1
-  %exitcond763.not.i = icmp eq i64 %indvars.iv.next760.i, %461
-  br i1 %exitcond763.not.i, label %for_end_to122.i, label %for_begin_ax2125.preheader.i, !prof !13
+  %indvars.iv.next758.i = add nuw nsw i64 %indvars.iv757.i, 1
+  %exitcond761.not.i = icmp eq i64 %indvars.iv.next758.i, %461
+  br i1 %exitcond761.not.i, label %for_end_to122.i, label %for_begin_ax2125.preheader.i, !prof !13
 
 for_end_to122.i:                                  ; preds = %for_begin_ax2125.preheader.i, %for_body_d_0_m.i
-  %full_acc255.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2566, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2561, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2558, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2567, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2572, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2573, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2578, %for_begin_ax2125.preheader.i ]
-  %full_acc255.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2579, %for_begin_ax2125.preheader.i ]
-  br i1 %.not639.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
+  %full_acc253.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2566, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2561, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2558, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2567, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2572, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2573, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2578, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2579, %for_begin_ax2125.preheader.i ]
+  br i1 %.not637.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to122.i
-  %gep623.idx.i = shl i64 %indvars.iv783.i, 6
-  %gep623.i = getelementptr i8, ptr %invariant.gep590.i, i64 %gep623.idx.i
+  %gep621.idx.i = shl i64 %indvars.iv781.i, 6
+  %gep621.i = getelementptr i8, ptr %invariant.gep588.i, i64 %gep621.idx.i
   br i1 %479, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
   br i1 %lcmp.mod318.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv764.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next765.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init305 = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init307 = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init309 = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init311 = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init313 = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init315 = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init317 = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %indvars.iv762.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next763.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init305 = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init307 = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init309 = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init311 = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init313 = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init315 = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init317 = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod327)
-  %2580 = add nuw nsw i64 %indvars.iv764.i.epil.init, %460
+  %2580 = add nuw nsw i64 %indvars.iv762.i.epil.init, %460
   %2581 = getelementptr inbounds float, ptr %probs.i, i64 %2580
   %2582 = load float, ptr %2581, align 4, !tbaa !5
   %2583 = insertelement <16 x float> poison, float %2582, i64 0
   %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
   %2585 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2580
   %2586 = load i64, ptr %2585, align 8, !tbaa !5
-  %gep582.i.epil = getelementptr i32, ptr %gep623.i, i64 %2586
-  %2587 = load <16 x i32>, ptr %gep582.i.epil, align 4, !tbaa !5
+  %gep580.i.epil = getelementptr i32, ptr %gep621.i, i64 %2586
+  %2587 = load <16 x i32>, ptr %gep580.i.epil, align 4, !tbaa !5
   %2588 = shl <16 x i32> %2587, splat (i32 16)
   %2589 = bitcast <16 x i32> %2588 to <16 x float>
   %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2584, <16 x float> %2589, <16 x float> %.epil.init)
@@ -4309,44 +4309,44 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   br label %for_begin_ax4_0.preheader.i
 
 for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to122.i
-  %.lcssa569.i = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_end_to122.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2611, %for_body_ti.i.epil.preheader ]
-  %.lcssa567.i = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_end_to122.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2610, %for_body_ti.i.epil.preheader ]
-  %.lcssa565.i = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_end_to122.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2605, %for_body_ti.i.epil.preheader ]
-  %.lcssa563.i = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_end_to122.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2604, %for_body_ti.i.epil.preheader ]
-  %.lcssa561.i = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_end_to122.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2599, %for_body_ti.i.epil.preheader ]
-  %.lcssa559.i = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_end_to122.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2598, %for_body_ti.i.epil.preheader ]
-  %.lcssa557.i = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_end_to122.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2593, %for_body_ti.i.epil.preheader ]
-  %.lcssa.i = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_end_to122.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2590, %for_body_ti.i.epil.preheader ]
-  %2612 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa557.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2613 = shl nuw nsw i64 %indvars.iv783.i, 5
+  %.lcssa567.i = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_end_to122.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2611, %for_body_ti.i.epil.preheader ]
+  %.lcssa565.i = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_end_to122.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2610, %for_body_ti.i.epil.preheader ]
+  %.lcssa563.i = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_end_to122.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2605, %for_body_ti.i.epil.preheader ]
+  %.lcssa561.i = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_end_to122.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2604, %for_body_ti.i.epil.preheader ]
+  %.lcssa559.i = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_end_to122.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2599, %for_body_ti.i.epil.preheader ]
+  %.lcssa557.i = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_end_to122.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2598, %for_body_ti.i.epil.preheader ]
+  %.lcssa555.i = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_end_to122.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2593, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_end_to122.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2590, %for_body_ti.i.epil.preheader ]
+  %2612 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa555.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2613 = shl nuw nsw i64 %indvars.iv781.i, 5
   %2614 = add nuw nsw i64 %2613, %2008
-  br i1 %453, label %if_end141.i, label %for_begin_ax4_0.preheader.i.if_end141.i_crit_edge, !prof !8
+  br i1 %453, label %if_end139.i, label %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge, !prof !8
 
-for_begin_ax4_0.preheader.i.if_end141.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
+for_begin_ax4_0.preheader.i.if_end139.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
   %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2614
   %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
-  br label %if_end141.i
+  br label %if_end139.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv764.i = phi i64 [ %indvars.iv.next765.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2615 = phi <16 x float> [ %2665, %for_body_ti.i ], [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2616 = phi <16 x float> [ %2668, %for_body_ti.i ], [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2617 = phi <16 x float> [ %2673, %for_body_ti.i ], [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2618 = phi <16 x float> [ %2674, %for_body_ti.i ], [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2619 = phi <16 x float> [ %2679, %for_body_ti.i ], [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2620 = phi <16 x float> [ %2680, %for_body_ti.i ], [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2621 = phi <16 x float> [ %2685, %for_body_ti.i ], [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2622 = phi <16 x float> [ %2686, %for_body_ti.i ], [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %indvars.iv762.i = phi i64 [ %indvars.iv.next763.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2615 = phi <16 x float> [ %2665, %for_body_ti.i ], [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2616 = phi <16 x float> [ %2668, %for_body_ti.i ], [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2617 = phi <16 x float> [ %2673, %for_body_ti.i ], [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2618 = phi <16 x float> [ %2674, %for_body_ti.i ], [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2619 = phi <16 x float> [ %2679, %for_body_ti.i ], [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2620 = phi <16 x float> [ %2680, %for_body_ti.i ], [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2621 = phi <16 x float> [ %2685, %for_body_ti.i ], [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2622 = phi <16 x float> [ %2686, %for_body_ti.i ], [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %niter329 = phi i64 [ %niter329.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2623 = add nuw nsw i64 %indvars.iv764.i, %460
+  %2623 = add nuw nsw i64 %indvars.iv762.i, %460
   %2624 = getelementptr inbounds float, ptr %probs.i, i64 %2623
   %2625 = load float, ptr %2624, align 4, !tbaa !5
   %2626 = insertelement <16 x float> poison, float %2625, i64 0
   %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
   %2628 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2623
   %2629 = load i64, ptr %2628, align 8, !tbaa !5
-  %gep582.i = getelementptr i32, ptr %gep623.i, i64 %2629
-  %2630 = load <16 x i32>, ptr %gep582.i, align 4, !tbaa !5
+  %gep580.i = getelementptr i32, ptr %gep621.i, i64 %2629
+  %2630 = load <16 x i32>, ptr %gep580.i, align 4, !tbaa !5
   %2631 = shl <16 x i32> %2630, splat (i32 16)
   %2632 = bitcast <16 x i32> %2631 to <16 x float>
   %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2632, <16 x float> %2615)
@@ -4371,16 +4371,16 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
   %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2632, <16 x float> %2621)
   %2654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2635, <16 x float> %2622)
-  %indvars.iv.next765.i = or disjoint i64 %indvars.iv764.i, 1
-  %2655 = add nuw nsw i64 %indvars.iv.next765.i, %460
+  %indvars.iv.next763.i = or disjoint i64 %indvars.iv762.i, 1
+  %2655 = add nuw nsw i64 %indvars.iv.next763.i, %460
   %2656 = getelementptr inbounds float, ptr %probs.i, i64 %2655
   %2657 = load float, ptr %2656, align 4, !tbaa !5
   %2658 = insertelement <16 x float> poison, float %2657, i64 0
   %2659 = shufflevector <16 x float> %2658, <16 x float> poison, <16 x i32> zeroinitializer
   %2660 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2655
   %2661 = load i64, ptr %2660, align 8, !tbaa !5
-  %gep582.i.1 = getelementptr i32, ptr %gep623.i, i64 %2661
-  %2662 = load <16 x i32>, ptr %gep582.i.1, align 4, !tbaa !5
+  %gep580.i.1 = getelementptr i32, ptr %gep621.i, i64 %2661
+  %2662 = load <16 x i32>, ptr %gep580.i.1, align 4, !tbaa !5
   %2663 = shl <16 x i32> %2662, splat (i32 16)
   %2664 = bitcast <16 x i32> %2663 to <16 x float>
   %2665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2664, <16 x float> %2633)
@@ -4405,125 +4405,125 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
   %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2684, <16 x float> %2664, <16 x float> %2653)
   %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2684, <16 x float> %2667, <16 x float> %2654)
-  %indvars.iv.next765.i.1 = add nuw nsw i64 %indvars.iv764.i, 2
+  %indvars.iv.next763.i.1 = add nuw nsw i64 %indvars.iv762.i, 2
   %niter329.next.1 = add i64 %niter329, 2
   %niter329.ncmp.1 = icmp eq i64 %niter329.next.1, %unroll_iter328
   br i1 %niter329.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !64
 
-if_end141.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end141.i_crit_edge, %for_begin_ax4_0.preheader.i
-  %2687 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end141.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+if_end139.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge, %for_begin_ax4_0.preheader.i
+  %2687 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
   %2688 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2614
   %2689 = fmul <32 x float> %2009, %2687
   %2690 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2007, <32 x float> %2612, <32 x float> %2689)
   store <32 x float> %2690, ptr %2688, align 4, !tbaa !5
-  %2691 = shufflevector <16 x float> %.lcssa559.i, <16 x float> %.lcssa561.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %453, label %if_end157.i, label %if_end141.if_end157_crit_edge.i, !prof !8
+  %2691 = shufflevector <16 x float> %.lcssa557.i, <16 x float> %.lcssa559.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %453, label %if_end155.i, label %if_end139.if_end155_crit_edge.i, !prof !8
 
-if_end141.if_end157_crit_edge.i:                  ; preds = %if_end141.i
+if_end139.if_end155_crit_edge.i:                  ; preds = %if_end139.i
   %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2688, i64 512
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  br label %if_end157.i
+  br label %if_end155.i
 
-if_end157.i:                                      ; preds = %if_end141.if_end157_crit_edge.i, %if_end141.i
-  %2692 = phi <32 x float> [ %.pre.i, %if_end141.if_end157_crit_edge.i ], [ zeroinitializer, %if_end141.i ]
+if_end155.i:                                      ; preds = %if_end139.if_end155_crit_edge.i, %if_end139.i
+  %2692 = phi <32 x float> [ %.pre.i, %if_end139.if_end155_crit_edge.i ], [ zeroinitializer, %if_end139.i ]
   %2693 = getelementptr inbounds nuw i8, ptr %2688, i64 512
   %2694 = fmul <32 x float> %2011, %2692
   %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2010, <32 x float> %2691, <32 x float> %2694)
   store <32 x float> %2695, ptr %2693, align 4, !tbaa !5
-  %2696 = shufflevector <16 x float> %.lcssa563.i, <16 x float> %.lcssa565.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %453, label %if_end173.i, label %if_end157.if_end173_crit_edge.i, !prof !8
+  %2696 = shufflevector <16 x float> %.lcssa561.i, <16 x float> %.lcssa563.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %453, label %if_end171.i, label %if_end155.if_end171_crit_edge.i, !prof !8
 
-if_end157.if_end173_crit_edge.i:                  ; preds = %if_end157.i
-  %.phi.trans.insert896.i = getelementptr inbounds nuw i8, ptr %2688, i64 1024
-  %.pre897.i = load <32 x float>, ptr %.phi.trans.insert896.i, align 4, !tbaa !5
-  br label %if_end173.i
+if_end155.if_end171_crit_edge.i:                  ; preds = %if_end155.i
+  %.phi.trans.insert894.i = getelementptr inbounds nuw i8, ptr %2688, i64 1024
+  %.pre895.i = load <32 x float>, ptr %.phi.trans.insert894.i, align 4, !tbaa !5
+  br label %if_end171.i
 
-if_end173.i:                                      ; preds = %if_end157.if_end173_crit_edge.i, %if_end157.i
-  %2697 = phi <32 x float> [ %.pre897.i, %if_end157.if_end173_crit_edge.i ], [ zeroinitializer, %if_end157.i ]
+if_end171.i:                                      ; preds = %if_end155.if_end171_crit_edge.i, %if_end155.i
+  %2697 = phi <32 x float> [ %.pre895.i, %if_end155.if_end171_crit_edge.i ], [ zeroinitializer, %if_end155.i ]
   %2698 = getelementptr inbounds nuw i8, ptr %2688, i64 1024
   %2699 = fmul <32 x float> %2013, %2697
   %2700 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2012, <32 x float> %2696, <32 x float> %2699)
   store <32 x float> %2700, ptr %2698, align 4, !tbaa !5
-  %2701 = shufflevector <16 x float> %.lcssa567.i, <16 x float> %.lcssa569.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %453, label %if_end189.i, label %if_end173.if_end189_crit_edge.i, !prof !8
+  %2701 = shufflevector <16 x float> %.lcssa565.i, <16 x float> %.lcssa567.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %453, label %if_end187.i, label %if_end171.if_end187_crit_edge.i, !prof !8
 
-if_end173.if_end189_crit_edge.i:                  ; preds = %if_end173.i
-  %.phi.trans.insert898.i = getelementptr inbounds nuw i8, ptr %2688, i64 1536
-  %.pre899.i = load <32 x float>, ptr %.phi.trans.insert898.i, align 4, !tbaa !5
-  br label %if_end189.i
+if_end171.if_end187_crit_edge.i:                  ; preds = %if_end171.i
+  %.phi.trans.insert896.i = getelementptr inbounds nuw i8, ptr %2688, i64 1536
+  %.pre897.i = load <32 x float>, ptr %.phi.trans.insert896.i, align 4, !tbaa !5
+  br label %if_end187.i
 
-if_end189.i:                                      ; preds = %if_end173.if_end189_crit_edge.i, %if_end173.i
-  %2702 = phi <32 x float> [ %.pre899.i, %if_end173.if_end189_crit_edge.i ], [ zeroinitializer, %if_end173.i ]
+if_end187.i:                                      ; preds = %if_end171.if_end187_crit_edge.i, %if_end171.i
+  %2702 = phi <32 x float> [ %.pre897.i, %if_end171.if_end187_crit_edge.i ], [ zeroinitializer, %if_end171.i ]
   %2703 = getelementptr inbounds nuw i8, ptr %2688, i64 1536
   %2704 = fmul <32 x float> %2015, %2702
   %2705 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2014, <32 x float> %2701, <32 x float> %2704)
   store <32 x float> %2705, ptr %2703, align 4, !tbaa !5
-  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
-  %exitcond786.not.i = icmp eq i64 %indvars.iv.next784.i, 4
-  br i1 %exitcond786.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+  %indvars.iv.next782.i = add nuw nsw i64 %indvars.iv781.i, 1
+  %exitcond784.not.i = icmp eq i64 %indvars.iv.next782.i, 4
+  br i1 %exitcond784.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end191.i:                                      ; preds = %for_end_d_0_m.i
+if_end189.i:                                      ; preds = %for_end_d_0_m.i
   %2706 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2707 = tail call i32 %2706(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not277.i = icmp eq i32 %2707, 0
-  br i1 %.not277.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !17
+  %.not275.i = icmp eq i32 %2707, 0
+  br i1 %.not275.i, label %if_end192.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end194.i:                                      ; preds = %if_end191.i
+if_end192.i:                                      ; preds = %if_end189.i
   %2708 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2709 = tail call i32 %2708(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not278.i = icmp eq i32 %2709, 0
-  br i1 %.not278.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
+  %.not276.i = icmp eq i32 %2709, 0
+  br i1 %.not276.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end200.i:                                      ; preds = %for_end_kv_head.i
+if_end198.i:                                      ; preds = %for_end_kv_head.i
   %2710 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2711 = tail call i32 %2710(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not275.i = icmp eq i32 %2711, 0
+  %.not273.i = icmp eq i32 %2711, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not275.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not273.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
 
-for_body_tile206.i:                               ; preds = %for_body_tile206.i, %for_begin_tile205.preheader.i
-  %indvars.iv811.i = phi i64 [ %indvars.iv.next812.i, %for_body_tile206.i ], [ 0, %for_begin_tile205.preheader.i ]
-  %2712 = shl nuw nsw i64 %indvars.iv811.i, 2
+for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
+  %indvars.iv809.i = phi i64 [ %indvars.iv.next810.i, %for_body_tile204.i ], [ 0, %for_begin_tile203.preheader.i ]
+  %2712 = shl nuw nsw i64 %indvars.iv809.i, 2
   %2713 = add nuw nsw i64 %2712, %197
-  %2714 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2712
+  %2714 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2712
   %2715 = load float, ptr %2714, align 16, !tbaa !20
   %2716 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2713
   store float %2715, ptr %2716, align 4, !tbaa !5
-  %2717 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2712
+  %2717 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2712
   %2718 = load float, ptr %2717, align 16, !tbaa !18
   %2719 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2713
   store float %2718, ptr %2719, align 4, !tbaa !5
   %2720 = or disjoint i64 %2712, 1
-  %2721 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2720
+  %2721 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2720
   %2722 = load float, ptr %2721, align 4, !tbaa !20
   %2723 = or disjoint i64 %2713, 1
   %2724 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2723
   store float %2722, ptr %2724, align 4, !tbaa !5
-  %2725 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2720
+  %2725 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2720
   %2726 = load float, ptr %2725, align 4, !tbaa !18
   %2727 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2723
   store float %2726, ptr %2727, align 4, !tbaa !5
   %2728 = or disjoint i64 %2712, 2
-  %2729 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2728
+  %2729 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2728
   %2730 = load float, ptr %2729, align 8, !tbaa !20
   %2731 = or disjoint i64 %2713, 2
   %2732 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2731
   store float %2730, ptr %2732, align 4, !tbaa !5
-  %2733 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2728
+  %2733 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2728
   %2734 = load float, ptr %2733, align 8, !tbaa !18
   %2735 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2731
   store float %2734, ptr %2735, align 4, !tbaa !5
   %2736 = or disjoint i64 %2712, 3
-  %2737 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2736
+  %2737 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2736
   %2738 = load float, ptr %2737, align 4, !tbaa !20
   %2739 = or disjoint i64 %2713, 3
   %2740 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2739
   store float %2738, ptr %2740, align 4, !tbaa !5
-  %2741 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2736
+  %2741 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2736
   %2742 = load float, ptr %2741, align 4, !tbaa !18
   %2743 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2739
   store float %2742, ptr %2743, align 4, !tbaa !5
-  %2744 = shl nuw nsw i64 %indvars.iv811.i, 9
+  %2744 = shl nuw nsw i64 %indvars.iv809.i, 9
   %2745 = getelementptr inbounds nuw float, ptr %198, i64 %2744
   %2746 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2744
   %2747 = load <32 x float>, ptr %2746, align 4, !tbaa !5
@@ -4588,26 +4588,26 @@ for_body_tile206.i:                               ; preds = %for_body_tile206.i,
   %2791 = load <32 x float>, ptr %2790, align 4, !tbaa !5
   %2792 = getelementptr inbounds nuw i8, ptr %2745, i64 1920
   store <32 x float> %2791, ptr %2792, align 4, !tbaa !5
-  %indvars.iv.next812.i = add nuw nsw i64 %indvars.iv811.i, 1
-  %exitcond814.not.i = icmp eq i64 %indvars.iv.next812.i, 8
-  br i1 %exitcond814.not.i, label %for_end_tile207.i, label %for_body_tile206.i, !prof !16
+  %indvars.iv.next810.i = add nuw nsw i64 %indvars.iv809.i, 1
+  %exitcond812.not.i = icmp eq i64 %indvars.iv.next810.i, 8
+  br i1 %exitcond812.not.i, label %for_end_tile205.i, label %for_body_tile204.i, !prof !16
 
-for_end_tile207.i:                                ; preds = %for_body_tile206.i, %if_end225.us.3.i
+for_end_tile205.i:                                ; preds = %for_body_tile204.i, %if_end223.us.3.i
   %2793 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2794 = tail call i32 %2793(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2794, 0
-  br i1 %.not.i, label %if_end242.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not.i, label %if_end240.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end242.i:                                      ; preds = %for_end_tile207.i
+if_end240.i:                                      ; preds = %for_end_tile205.i
   %2795 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2796 = tail call i32 %2795(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not272.i = icmp eq i32 %2796, 0
-  br i1 %.not272.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
+  %.not270.i = icmp eq i32 %2796, 0
+  br i1 %.not270.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
 
-fused_decode_compute_.exit:                       ; preds = %if_end242.i, %for_end_tile207.i, %if_end200.i, %if_end194.i, %if_end191.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end200.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile207.i ], [ -1, %if_end242.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum270.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max271.i)
+fused_decode_compute_.exit:                       ; preds = %if_end240.i, %for_end_tile205.i, %if_end198.i, %if_end192.i, %if_end189.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end192.i ], [ -1, %if_end189.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end198.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile205.i ], [ -1, %if_end240.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum268.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max269.i)
   ret i32 %common.ret.op.i
 }
 

@@ -174,8 +174,8 @@ class Module:
                                                             vn = T.axis.spatial(64, n_0_m * 8 + n_1)
                                                             T.reads(key_offsets[0:256])
                                                             T.writes()
-                                                            number: T.let[T.int32] = ahead_t * 4 + vo * 64 + vn
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                            first: T.let[T.int32] = ahead_t + vo * 16
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + ahead_head * k_head + T.Cast("int64", vn % 4 * 16)]), 0, 2, 1)
                                                     for ax3_0 in range(1):
                                                         for ax2_init in range(1):
                                                             for ax3_1_init in T.unroll(4):
@@ -460,8 +460,8 @@ class Module:
                                                             T.reads(value_offsets[0:256])
                                                             T.writes(fetched[vo, vp, vn])
                                                             if T.EQ(0, 0) and vp < 4:
-                                                                number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 16 + vn
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                                number: T.let[T.int32] = (vp * num_full + vo) * 16 + vn
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ti in T.unroll(16):
                                                         for r_1 in T.unroll(4):
                                                             for d_1 in T.unroll(1):

@@ -149,8 +149,8 @@ class Module:
                                                     vn = T.axis.spatial(64, n)
                                                     T.reads(key_offsets[0:256])
                                                     T.writes()
-                                                    number: T.let[T.int32] = ahead_t * 4 + vo * 64 + vn
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    first: T.let[T.int32] = ahead_t + vo * 16
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + ahead_head * k_head + T.Cast("int64", vn % 4 * 16)]), 0, 2, 1)
                                             for i, to, ti, r, d in T.grid(1, (valid_len + 16 - 1) // 16, 16, 4, 128):
                                                 with T.sblock("scores"):
                                                     vt = T.axis.spatial(128, to * 16 + ti)
@@ -278,8 +278,8 @@ class Module:
                                                     T.reads(value_offsets[0:256])
                                                     T.writes(fetched[vo, vp, vn])
                                                     if T.EQ(0, 0) and vp < 4:
-                                                        number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 16 + vn
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                        number: T.let[T.int32] = (vp * num_full + vo) * 16 + vn
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for i, to, ti, r, d in T.grid(1, num_full, 16, 4, 128):
                                                 with T.sblock("full_groups"):
                                                     vt = T.axis.reduce(128, to * 16 + ti)

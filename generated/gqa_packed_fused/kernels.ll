@@ -1135,10 +1135,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %peak222.i = alloca [4 x float], align 16
-  %tile_sum223.i = alloca [4 x float], align 16
-  %row_sum228.i = alloca [32 x float], align 16
-  %row_max229.i = alloca [32 x float], align 16
+  %peak220.i = alloca [4 x float], align 16
+  %tile_sum221.i = alloca [4 x float], align 16
+  %row_sum226.i = alloca [32 x float], align 16
+  %row_max227.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1321,10 +1321,10 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak222.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum223.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum228.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max229.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak220.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum221.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum226.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max227.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1358,1717 +1358,1724 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %94 = and i64 %50, 4294967295
   %wide.trip.count1249.i = and i64 %44, 2147483647
   %invariant.op.i = add i32 %87, -1
-  %95 = mul i64 %q_batch, %89
-  %96 = shl i64 %95, 1
-  %97 = shl i64 %q_batch, 1
-  %98 = mul i64 %q_head, 56
-  %99 = getelementptr i8, ptr %query, i64 %96
-  %100 = getelementptr i8, ptr %query, i64 %96
-  %101 = getelementptr i8, ptr %100, i64 %98
-  %102 = getelementptr i8, ptr %101, i64 256
+  %95 = getelementptr i8, ptr %value_cache, i64 64
+  %96 = getelementptr i8, ptr %value_cache, i64 128
+  %97 = getelementptr i8, ptr %value_cache, i64 192
+  %98 = getelementptr i8, ptr %value_cache, i64 256
+  %99 = getelementptr i8, ptr %value_cache, i64 320
+  %100 = getelementptr i8, ptr %value_cache, i64 384
+  %101 = getelementptr i8, ptr %value_cache, i64 448
+  %102 = mul i64 %q_batch, %89
+  %103 = shl i64 %102, 1
+  %104 = shl i64 %q_batch, 1
+  %105 = mul i64 %q_head, 56
+  %106 = getelementptr i8, ptr %query, i64 %103
+  %107 = getelementptr i8, ptr %query, i64 %103
+  %108 = getelementptr i8, ptr %107, i64 %105
+  %109 = getelementptr i8, ptr %108, i64 256
   %.mask = and i64 %q_head, 1152921504606846976
   %stride.check = icmp ne i64 %.mask, 0
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end206.i
+for_begin_s.i:                                    ; preds = %if_end204.i
   %indvars.iv.next1245.i = add nuw nsw i64 %indvars.iv1244.i, 1
   %exitcond1250.not.i = icmp eq i64 %indvars.iv.next1245.i, %wide.trip.count1249.i
   br i1 %exitcond1250.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv1244.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1245.i, %for_begin_s.i ]
-  %103 = mul i64 %97, %indvars.iv1244.i
-  %scevgep86 = getelementptr i8, ptr %99, i64 %103
-  %scevgep87 = getelementptr i8, ptr %102, i64 %103
-  %104 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile.i = tail call ptr %104(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %105 = icmp eq ptr %q_tile.i, null
-  br i1 %105, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  %110 = mul i64 %104, %indvars.iv1244.i
+  %scevgep86 = getelementptr i8, ptr %106, i64 %110
+  %scevgep87 = getelementptr i8, ptr %109, i64 %110
+  %111 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile.i = tail call ptr %111(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %112 = icmp eq ptr %q_tile.i, null
+  br i1 %112, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %106 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %106(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %107 = icmp eq ptr %acc.i, null
-  br i1 %107, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  %113 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %113(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %114 = icmp eq ptr %acc.i, null
+  br i1 %114, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %108 = add nsw i64 %indvars.iv1244.i, %89
-  %109 = getelementptr inbounds i32, ptr %context_lens, i64 %108
-  %110 = load i32, ptr %109, align 4, !tbaa !4
-  %111 = mul nsw i64 %108, %q_batch
-  %112 = getelementptr i16, ptr %query, i64 %111
+  %115 = add nsw i64 %indvars.iv1244.i, %89
+  %116 = getelementptr inbounds i32, ptr %context_lens, i64 %115
+  %117 = load i32, ptr %116, align 4, !tbaa !4
+  %118 = mul nsw i64 %115, %q_batch
+  %119 = getelementptr i16, ptr %query, i64 %118
   %scevgep = getelementptr i8, ptr %q_tile.i, i64 7424
   %bound0 = icmp ult ptr %q_tile.i, %scevgep87
   %bound1 = icmp ult ptr %scevgep86, %scevgep
   %found.conflict = and i1 %bound0, %bound1
-  %113 = or i1 %found.conflict, %stride.check
+  %120 = or i1 %found.conflict, %stride.check
   br label %for_begin_r.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv1100.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1101.i, %for_end_d.i ]
-  %114 = shl nuw nsw i64 %indvars.iv1100.i, 2
-  %115 = mul nsw i64 %114, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %112, i64 %115
-  %invariant.gep1309.i.idx = shl nuw nsw i64 %indvars.iv1100.i, 10
+  %indvars.iv1097.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1098.i, %for_end_d.i ]
+  %121 = shl nuw nsw i64 %indvars.iv1097.i, 2
+  %122 = mul nsw i64 %121, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %119, i64 %122
+  %invariant.gep1309.i.idx = shl nuw nsw i64 %indvars.iv1097.i, 10
   %invariant.gep1309.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1309.i.idx
-  br i1 %113, label %for_body_d.i, label %vector.body, !prof !11
+  br i1 %120, label %for_body_d.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %for_begin_r.preheader.i
-  %116 = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %117 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %118 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %123 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %124 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %125 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.load = load <8 x i32>, ptr %invariant.gep.i, align 2, !alias.scope !12
-  %wide.load88 = load <8 x i32>, ptr %116, align 2, !alias.scope !12
-  %wide.load89 = load <8 x i32>, ptr %117, align 2, !alias.scope !12
-  %wide.load90 = load <8 x i32>, ptr %118, align 2, !alias.scope !12
-  %119 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 32
-  %120 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 64
-  %121 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 96
+  %wide.load88 = load <8 x i32>, ptr %123, align 2, !alias.scope !12
+  %wide.load89 = load <8 x i32>, ptr %124, align 2, !alias.scope !12
+  %wide.load90 = load <8 x i32>, ptr %125, align 2, !alias.scope !12
+  %126 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 32
+  %127 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 64
+  %128 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 96
   store <8 x i32> %wide.load, ptr %invariant.gep1309.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load88, ptr %119, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load89, ptr %120, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90, ptr %121, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  %122 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %123 = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %124 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %125 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.load.1 = load <8 x i32>, ptr %122, align 2, !alias.scope !12
-  %wide.load88.1 = load <8 x i32>, ptr %123, align 2, !alias.scope !12
-  %wide.load89.1 = load <8 x i32>, ptr %124, align 2, !alias.scope !12
-  %wide.load90.1 = load <8 x i32>, ptr %125, align 2, !alias.scope !12
-  %126 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 128
-  %127 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 160
-  %128 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 192
-  %129 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 224
-  store <8 x i32> %wide.load.1, ptr %126, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load88.1, ptr %127, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load89.1, ptr %128, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90.1, ptr %129, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load88, ptr %126, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load89, ptr %127, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90, ptr %128, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %129 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %130 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %131 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %132 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.load.1 = load <8 x i32>, ptr %129, align 2, !alias.scope !12
+  %wide.load88.1 = load <8 x i32>, ptr %130, align 2, !alias.scope !12
+  %wide.load89.1 = load <8 x i32>, ptr %131, align 2, !alias.scope !12
+  %wide.load90.1 = load <8 x i32>, ptr %132, align 2, !alias.scope !12
+  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 128
+  %134 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 160
+  %135 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 192
+  %136 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 224
+  store <8 x i32> %wide.load.1, ptr %133, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load88.1, ptr %134, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load89.1, ptr %135, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90.1, ptr %136, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.i
-  %130 = tail call i32 @llvm.smin.i32(i32 %88, i32 %110)
-  %131 = sub nsw i32 %130, %87
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %131, i32 0)
-  %132 = add nuw nsw i32 %range_len.i, 127
-  %133 = lshr i32 %132, 7
-  %134 = tail call i32 @llvm.umax.i32(i32 %133, i32 1)
+  %137 = tail call i32 @llvm.smin.i32(i32 %88, i32 %117)
+  %138 = sub nsw i32 %137, %87
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %138, i32 0)
+  %139 = add nuw nsw i32 %range_len.i, 127
+  %140 = lshr i32 %139, 7
+  %141 = tail call i32 @llvm.umax.i32(i32 %140, i32 1)
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %135 = mul nsw i64 %108, %table_seq
-  %136 = getelementptr i32, ptr %block_table, i64 %135
-  %137 = zext nneg i32 %133 to i64
-  %138 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1207.i = zext nneg i32 %134 to i64
+  %142 = mul nsw i64 %115, %table_seq
+  %143 = getelementptr i32, ptr %block_table, i64 %142
+  %144 = zext nneg i32 %140 to i64
+  %145 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count1207.i = zext nneg i32 %141 to i64
   br label %for_begin_step.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r.preheader.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.7, %for_body_d.i ], [ 0, %for_begin_r.preheader.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
-  %139 = load i32, ptr %gep.i, align 2
+  %146 = load i32, ptr %gep.i, align 2
   %gep1310.i = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.i
-  store i32 %139, ptr %gep1310.i, align 4, !tbaa !4
+  store i32 %146, ptr %gep1310.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
-  %140 = load i32, ptr %gep.i.1, align 2
+  %147 = load i32, ptr %gep.i.1, align 2
   %gep1310.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i
-  store i32 %140, ptr %gep1310.i.1, align 4, !tbaa !4
+  store i32 %147, ptr %gep1310.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
-  %141 = load i32, ptr %gep.i.2, align 2
+  %148 = load i32, ptr %gep.i.2, align 2
   %gep1310.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.1
-  store i32 %141, ptr %gep1310.i.2, align 4, !tbaa !4
+  store i32 %148, ptr %gep1310.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
-  %142 = load i32, ptr %gep.i.3, align 2
+  %149 = load i32, ptr %gep.i.3, align 2
   %gep1310.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.2
-  store i32 %142, ptr %gep1310.i.3, align 4, !tbaa !4
+  store i32 %149, ptr %gep1310.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = or disjoint i64 %indvars.iv.i, 4
   %gep.idx.i.4 = shl i64 %indvars.iv.next.i.3, 2
   %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.4
-  %143 = load i32, ptr %gep.i.4, align 2
+  %150 = load i32, ptr %gep.i.4, align 2
   %gep1310.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.3
-  store i32 %143, ptr %gep1310.i.4, align 4, !tbaa !4
+  store i32 %150, ptr %gep1310.i.4, align 4, !tbaa !4
   %indvars.iv.next.i.4 = or disjoint i64 %indvars.iv.i, 5
   %gep.idx.i.5 = shl i64 %indvars.iv.next.i.4, 2
   %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.5
-  %144 = load i32, ptr %gep.i.5, align 2
+  %151 = load i32, ptr %gep.i.5, align 2
   %gep1310.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.4
-  store i32 %144, ptr %gep1310.i.5, align 4, !tbaa !4
+  store i32 %151, ptr %gep1310.i.5, align 4, !tbaa !4
   %indvars.iv.next.i.5 = or disjoint i64 %indvars.iv.i, 6
   %gep.idx.i.6 = shl i64 %indvars.iv.next.i.5, 2
   %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.6
-  %145 = load i32, ptr %gep.i.6, align 2
+  %152 = load i32, ptr %gep.i.6, align 2
   %gep1310.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.5
-  store i32 %145, ptr %gep1310.i.6, align 4, !tbaa !4
+  store i32 %152, ptr %gep1310.i.6, align 4, !tbaa !4
   %indvars.iv.next.i.6 = or disjoint i64 %indvars.iv.i, 7
   %gep.idx.i.7 = shl i64 %indvars.iv.next.i.6, 2
   %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.7
-  %146 = load i32, ptr %gep.i.7, align 2
+  %153 = load i32, ptr %gep.i.7, align 2
   %gep1310.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.6
-  store i32 %146, ptr %gep1310.i.7, align 4, !tbaa !4
+  store i32 %153, ptr %gep1310.i.7, align 4, !tbaa !4
   %indvars.iv.next.i.7 = add nuw nsw i64 %indvars.iv.i, 8
   %exitcond.not.i.7 = icmp eq i64 %indvars.iv.next.i.7, 64
   br i1 %exitcond.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body
-  %147 = or disjoint i64 %114, 1
-  %148 = mul nsw i64 %147, %q_head
-  %invariant.gep.1.i = getelementptr i16, ptr %112, i64 %148
-  %149 = load i32, ptr %invariant.gep.1.i, align 2
-  %150 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 256
-  store i32 %149, ptr %150, align 4, !tbaa !4
+  %154 = or disjoint i64 %121, 1
+  %155 = mul nsw i64 %154, %q_head
+  %invariant.gep.1.i = getelementptr i16, ptr %119, i64 %155
+  %156 = load i32, ptr %invariant.gep.1.i, align 2
+  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 256
+  store i32 %156, ptr %157, align 4, !tbaa !4
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 4
-  %151 = load i32, ptr %gep.1.i.1, align 2
-  %152 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 260
-  store i32 %151, ptr %152, align 4, !tbaa !4
+  %158 = load i32, ptr %gep.1.i.1, align 2
+  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 260
+  store i32 %158, ptr %159, align 4, !tbaa !4
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 8
-  %153 = load i32, ptr %gep.1.i.2, align 2
-  %154 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 264
-  store i32 %153, ptr %154, align 4, !tbaa !4
+  %160 = load i32, ptr %gep.1.i.2, align 2
+  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 264
+  store i32 %160, ptr %161, align 4, !tbaa !4
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 12
-  %155 = load i32, ptr %gep.1.i.3, align 2
-  %156 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 268
-  store i32 %155, ptr %156, align 4, !tbaa !4
+  %162 = load i32, ptr %gep.1.i.3, align 2
+  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 268
+  store i32 %162, ptr %163, align 4, !tbaa !4
   %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 16
-  %157 = load i32, ptr %gep.1.i.4, align 2
-  %158 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 272
-  store i32 %157, ptr %158, align 4, !tbaa !4
+  %164 = load i32, ptr %gep.1.i.4, align 2
+  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 272
+  store i32 %164, ptr %165, align 4, !tbaa !4
   %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 20
-  %159 = load i32, ptr %gep.1.i.5, align 2
-  %160 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 276
-  store i32 %159, ptr %160, align 4, !tbaa !4
+  %166 = load i32, ptr %gep.1.i.5, align 2
+  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 276
+  store i32 %166, ptr %167, align 4, !tbaa !4
   %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 24
-  %161 = load i32, ptr %gep.1.i.6, align 2
-  %162 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 280
-  store i32 %161, ptr %162, align 4, !tbaa !4
+  %168 = load i32, ptr %gep.1.i.6, align 2
+  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 280
+  store i32 %168, ptr %169, align 4, !tbaa !4
   %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 28
-  %163 = load i32, ptr %gep.1.i.7, align 2
-  %164 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 284
-  store i32 %163, ptr %164, align 4, !tbaa !4
+  %170 = load i32, ptr %gep.1.i.7, align 2
+  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 284
+  store i32 %170, ptr %171, align 4, !tbaa !4
   %gep.1.i.8 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
-  %165 = load i32, ptr %gep.1.i.8, align 2
-  %166 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 288
-  store i32 %165, ptr %166, align 4, !tbaa !4
+  %172 = load i32, ptr %gep.1.i.8, align 2
+  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 288
+  store i32 %172, ptr %173, align 4, !tbaa !4
   %gep.1.i.9 = getelementptr i8, ptr %invariant.gep.1.i, i64 36
-  %167 = load i32, ptr %gep.1.i.9, align 2
-  %168 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 292
-  store i32 %167, ptr %168, align 4, !tbaa !4
+  %174 = load i32, ptr %gep.1.i.9, align 2
+  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 292
+  store i32 %174, ptr %175, align 4, !tbaa !4
   %gep.1.i.10 = getelementptr i8, ptr %invariant.gep.1.i, i64 40
-  %169 = load i32, ptr %gep.1.i.10, align 2
-  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 296
-  store i32 %169, ptr %170, align 4, !tbaa !4
+  %176 = load i32, ptr %gep.1.i.10, align 2
+  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 296
+  store i32 %176, ptr %177, align 4, !tbaa !4
   %gep.1.i.11 = getelementptr i8, ptr %invariant.gep.1.i, i64 44
-  %171 = load i32, ptr %gep.1.i.11, align 2
-  %172 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 300
-  store i32 %171, ptr %172, align 4, !tbaa !4
+  %178 = load i32, ptr %gep.1.i.11, align 2
+  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 300
+  store i32 %178, ptr %179, align 4, !tbaa !4
   %gep.1.i.12 = getelementptr i8, ptr %invariant.gep.1.i, i64 48
-  %173 = load i32, ptr %gep.1.i.12, align 2
-  %174 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 304
-  store i32 %173, ptr %174, align 4, !tbaa !4
+  %180 = load i32, ptr %gep.1.i.12, align 2
+  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 304
+  store i32 %180, ptr %181, align 4, !tbaa !4
   %gep.1.i.13 = getelementptr i8, ptr %invariant.gep.1.i, i64 52
-  %175 = load i32, ptr %gep.1.i.13, align 2
-  %176 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 308
-  store i32 %175, ptr %176, align 4, !tbaa !4
+  %182 = load i32, ptr %gep.1.i.13, align 2
+  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 308
+  store i32 %182, ptr %183, align 4, !tbaa !4
   %gep.1.i.14 = getelementptr i8, ptr %invariant.gep.1.i, i64 56
-  %177 = load i32, ptr %gep.1.i.14, align 2
-  %178 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 312
-  store i32 %177, ptr %178, align 4, !tbaa !4
+  %184 = load i32, ptr %gep.1.i.14, align 2
+  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 312
+  store i32 %184, ptr %185, align 4, !tbaa !4
   %gep.1.i.15 = getelementptr i8, ptr %invariant.gep.1.i, i64 60
-  %179 = load i32, ptr %gep.1.i.15, align 2
-  %180 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 316
-  store i32 %179, ptr %180, align 4, !tbaa !4
+  %186 = load i32, ptr %gep.1.i.15, align 2
+  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 316
+  store i32 %186, ptr %187, align 4, !tbaa !4
   %gep.1.i.16 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
-  %181 = load i32, ptr %gep.1.i.16, align 2
-  %182 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 320
-  store i32 %181, ptr %182, align 4, !tbaa !4
+  %188 = load i32, ptr %gep.1.i.16, align 2
+  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 320
+  store i32 %188, ptr %189, align 4, !tbaa !4
   %gep.1.i.17 = getelementptr i8, ptr %invariant.gep.1.i, i64 68
-  %183 = load i32, ptr %gep.1.i.17, align 2
-  %184 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 324
-  store i32 %183, ptr %184, align 4, !tbaa !4
+  %190 = load i32, ptr %gep.1.i.17, align 2
+  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 324
+  store i32 %190, ptr %191, align 4, !tbaa !4
   %gep.1.i.18 = getelementptr i8, ptr %invariant.gep.1.i, i64 72
-  %185 = load i32, ptr %gep.1.i.18, align 2
-  %186 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 328
-  store i32 %185, ptr %186, align 4, !tbaa !4
+  %192 = load i32, ptr %gep.1.i.18, align 2
+  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 328
+  store i32 %192, ptr %193, align 4, !tbaa !4
   %gep.1.i.19 = getelementptr i8, ptr %invariant.gep.1.i, i64 76
-  %187 = load i32, ptr %gep.1.i.19, align 2
-  %188 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 332
-  store i32 %187, ptr %188, align 4, !tbaa !4
+  %194 = load i32, ptr %gep.1.i.19, align 2
+  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 332
+  store i32 %194, ptr %195, align 4, !tbaa !4
   %gep.1.i.20 = getelementptr i8, ptr %invariant.gep.1.i, i64 80
-  %189 = load i32, ptr %gep.1.i.20, align 2
-  %190 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 336
-  store i32 %189, ptr %190, align 4, !tbaa !4
+  %196 = load i32, ptr %gep.1.i.20, align 2
+  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 336
+  store i32 %196, ptr %197, align 4, !tbaa !4
   %gep.1.i.21 = getelementptr i8, ptr %invariant.gep.1.i, i64 84
-  %191 = load i32, ptr %gep.1.i.21, align 2
-  %192 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 340
-  store i32 %191, ptr %192, align 4, !tbaa !4
+  %198 = load i32, ptr %gep.1.i.21, align 2
+  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 340
+  store i32 %198, ptr %199, align 4, !tbaa !4
   %gep.1.i.22 = getelementptr i8, ptr %invariant.gep.1.i, i64 88
-  %193 = load i32, ptr %gep.1.i.22, align 2
-  %194 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 344
-  store i32 %193, ptr %194, align 4, !tbaa !4
+  %200 = load i32, ptr %gep.1.i.22, align 2
+  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 344
+  store i32 %200, ptr %201, align 4, !tbaa !4
   %gep.1.i.23 = getelementptr i8, ptr %invariant.gep.1.i, i64 92
-  %195 = load i32, ptr %gep.1.i.23, align 2
-  %196 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 348
-  store i32 %195, ptr %196, align 4, !tbaa !4
+  %202 = load i32, ptr %gep.1.i.23, align 2
+  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 348
+  store i32 %202, ptr %203, align 4, !tbaa !4
   %gep.1.i.24 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %197 = load i32, ptr %gep.1.i.24, align 2
-  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 352
-  store i32 %197, ptr %198, align 4, !tbaa !4
+  %204 = load i32, ptr %gep.1.i.24, align 2
+  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 352
+  store i32 %204, ptr %205, align 4, !tbaa !4
   %gep.1.i.25 = getelementptr i8, ptr %invariant.gep.1.i, i64 100
-  %199 = load i32, ptr %gep.1.i.25, align 2
-  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 356
-  store i32 %199, ptr %200, align 4, !tbaa !4
+  %206 = load i32, ptr %gep.1.i.25, align 2
+  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 356
+  store i32 %206, ptr %207, align 4, !tbaa !4
   %gep.1.i.26 = getelementptr i8, ptr %invariant.gep.1.i, i64 104
-  %201 = load i32, ptr %gep.1.i.26, align 2
-  %202 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 360
-  store i32 %201, ptr %202, align 4, !tbaa !4
+  %208 = load i32, ptr %gep.1.i.26, align 2
+  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 360
+  store i32 %208, ptr %209, align 4, !tbaa !4
   %gep.1.i.27 = getelementptr i8, ptr %invariant.gep.1.i, i64 108
-  %203 = load i32, ptr %gep.1.i.27, align 2
-  %204 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 364
-  store i32 %203, ptr %204, align 4, !tbaa !4
+  %210 = load i32, ptr %gep.1.i.27, align 2
+  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 364
+  store i32 %210, ptr %211, align 4, !tbaa !4
   %gep.1.i.28 = getelementptr i8, ptr %invariant.gep.1.i, i64 112
-  %205 = load i32, ptr %gep.1.i.28, align 2
-  %206 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 368
-  store i32 %205, ptr %206, align 4, !tbaa !4
+  %212 = load i32, ptr %gep.1.i.28, align 2
+  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 368
+  store i32 %212, ptr %213, align 4, !tbaa !4
   %gep.1.i.29 = getelementptr i8, ptr %invariant.gep.1.i, i64 116
-  %207 = load i32, ptr %gep.1.i.29, align 2
-  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 372
-  store i32 %207, ptr %208, align 4, !tbaa !4
+  %214 = load i32, ptr %gep.1.i.29, align 2
+  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 372
+  store i32 %214, ptr %215, align 4, !tbaa !4
   %gep.1.i.30 = getelementptr i8, ptr %invariant.gep.1.i, i64 120
-  %209 = load i32, ptr %gep.1.i.30, align 2
-  %210 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 376
-  store i32 %209, ptr %210, align 4, !tbaa !4
+  %216 = load i32, ptr %gep.1.i.30, align 2
+  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 376
+  store i32 %216, ptr %217, align 4, !tbaa !4
   %gep.1.i.31 = getelementptr i8, ptr %invariant.gep.1.i, i64 124
-  %211 = load i32, ptr %gep.1.i.31, align 2
-  %212 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 380
-  store i32 %211, ptr %212, align 4, !tbaa !4
+  %218 = load i32, ptr %gep.1.i.31, align 2
+  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 380
+  store i32 %218, ptr %219, align 4, !tbaa !4
   %gep.1.i.32 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
-  %213 = load i32, ptr %gep.1.i.32, align 2
-  %214 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 384
-  store i32 %213, ptr %214, align 4, !tbaa !4
+  %220 = load i32, ptr %gep.1.i.32, align 2
+  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 384
+  store i32 %220, ptr %221, align 4, !tbaa !4
   %gep.1.i.33 = getelementptr i8, ptr %invariant.gep.1.i, i64 132
-  %215 = load i32, ptr %gep.1.i.33, align 2
-  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 388
-  store i32 %215, ptr %216, align 4, !tbaa !4
+  %222 = load i32, ptr %gep.1.i.33, align 2
+  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 388
+  store i32 %222, ptr %223, align 4, !tbaa !4
   %gep.1.i.34 = getelementptr i8, ptr %invariant.gep.1.i, i64 136
-  %217 = load i32, ptr %gep.1.i.34, align 2
-  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 392
-  store i32 %217, ptr %218, align 4, !tbaa !4
+  %224 = load i32, ptr %gep.1.i.34, align 2
+  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 392
+  store i32 %224, ptr %225, align 4, !tbaa !4
   %gep.1.i.35 = getelementptr i8, ptr %invariant.gep.1.i, i64 140
-  %219 = load i32, ptr %gep.1.i.35, align 2
-  %220 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 396
-  store i32 %219, ptr %220, align 4, !tbaa !4
+  %226 = load i32, ptr %gep.1.i.35, align 2
+  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 396
+  store i32 %226, ptr %227, align 4, !tbaa !4
   %gep.1.i.36 = getelementptr i8, ptr %invariant.gep.1.i, i64 144
-  %221 = load i32, ptr %gep.1.i.36, align 2
-  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 400
-  store i32 %221, ptr %222, align 4, !tbaa !4
+  %228 = load i32, ptr %gep.1.i.36, align 2
+  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 400
+  store i32 %228, ptr %229, align 4, !tbaa !4
   %gep.1.i.37 = getelementptr i8, ptr %invariant.gep.1.i, i64 148
-  %223 = load i32, ptr %gep.1.i.37, align 2
-  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 404
-  store i32 %223, ptr %224, align 4, !tbaa !4
+  %230 = load i32, ptr %gep.1.i.37, align 2
+  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 404
+  store i32 %230, ptr %231, align 4, !tbaa !4
   %gep.1.i.38 = getelementptr i8, ptr %invariant.gep.1.i, i64 152
-  %225 = load i32, ptr %gep.1.i.38, align 2
-  %226 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 408
-  store i32 %225, ptr %226, align 4, !tbaa !4
+  %232 = load i32, ptr %gep.1.i.38, align 2
+  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 408
+  store i32 %232, ptr %233, align 4, !tbaa !4
   %gep.1.i.39 = getelementptr i8, ptr %invariant.gep.1.i, i64 156
-  %227 = load i32, ptr %gep.1.i.39, align 2
-  %228 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 412
-  store i32 %227, ptr %228, align 4, !tbaa !4
+  %234 = load i32, ptr %gep.1.i.39, align 2
+  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 412
+  store i32 %234, ptr %235, align 4, !tbaa !4
   %gep.1.i.40 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
-  %229 = load i32, ptr %gep.1.i.40, align 2
-  %230 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 416
-  store i32 %229, ptr %230, align 4, !tbaa !4
+  %236 = load i32, ptr %gep.1.i.40, align 2
+  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 416
+  store i32 %236, ptr %237, align 4, !tbaa !4
   %gep.1.i.41 = getelementptr i8, ptr %invariant.gep.1.i, i64 164
-  %231 = load i32, ptr %gep.1.i.41, align 2
-  %232 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 420
-  store i32 %231, ptr %232, align 4, !tbaa !4
+  %238 = load i32, ptr %gep.1.i.41, align 2
+  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 420
+  store i32 %238, ptr %239, align 4, !tbaa !4
   %gep.1.i.42 = getelementptr i8, ptr %invariant.gep.1.i, i64 168
-  %233 = load i32, ptr %gep.1.i.42, align 2
-  %234 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 424
-  store i32 %233, ptr %234, align 4, !tbaa !4
+  %240 = load i32, ptr %gep.1.i.42, align 2
+  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 424
+  store i32 %240, ptr %241, align 4, !tbaa !4
   %gep.1.i.43 = getelementptr i8, ptr %invariant.gep.1.i, i64 172
-  %235 = load i32, ptr %gep.1.i.43, align 2
-  %236 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 428
-  store i32 %235, ptr %236, align 4, !tbaa !4
+  %242 = load i32, ptr %gep.1.i.43, align 2
+  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 428
+  store i32 %242, ptr %243, align 4, !tbaa !4
   %gep.1.i.44 = getelementptr i8, ptr %invariant.gep.1.i, i64 176
-  %237 = load i32, ptr %gep.1.i.44, align 2
-  %238 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 432
-  store i32 %237, ptr %238, align 4, !tbaa !4
+  %244 = load i32, ptr %gep.1.i.44, align 2
+  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 432
+  store i32 %244, ptr %245, align 4, !tbaa !4
   %gep.1.i.45 = getelementptr i8, ptr %invariant.gep.1.i, i64 180
-  %239 = load i32, ptr %gep.1.i.45, align 2
-  %240 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 436
-  store i32 %239, ptr %240, align 4, !tbaa !4
+  %246 = load i32, ptr %gep.1.i.45, align 2
+  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 436
+  store i32 %246, ptr %247, align 4, !tbaa !4
   %gep.1.i.46 = getelementptr i8, ptr %invariant.gep.1.i, i64 184
-  %241 = load i32, ptr %gep.1.i.46, align 2
-  %242 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 440
-  store i32 %241, ptr %242, align 4, !tbaa !4
+  %248 = load i32, ptr %gep.1.i.46, align 2
+  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 440
+  store i32 %248, ptr %249, align 4, !tbaa !4
   %gep.1.i.47 = getelementptr i8, ptr %invariant.gep.1.i, i64 188
-  %243 = load i32, ptr %gep.1.i.47, align 2
-  %244 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 444
-  store i32 %243, ptr %244, align 4, !tbaa !4
+  %250 = load i32, ptr %gep.1.i.47, align 2
+  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 444
+  store i32 %250, ptr %251, align 4, !tbaa !4
   %gep.1.i.48 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
-  %245 = load i32, ptr %gep.1.i.48, align 2
-  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 448
-  store i32 %245, ptr %246, align 4, !tbaa !4
+  %252 = load i32, ptr %gep.1.i.48, align 2
+  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 448
+  store i32 %252, ptr %253, align 4, !tbaa !4
   %gep.1.i.49 = getelementptr i8, ptr %invariant.gep.1.i, i64 196
-  %247 = load i32, ptr %gep.1.i.49, align 2
-  %248 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 452
-  store i32 %247, ptr %248, align 4, !tbaa !4
+  %254 = load i32, ptr %gep.1.i.49, align 2
+  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 452
+  store i32 %254, ptr %255, align 4, !tbaa !4
   %gep.1.i.50 = getelementptr i8, ptr %invariant.gep.1.i, i64 200
-  %249 = load i32, ptr %gep.1.i.50, align 2
-  %250 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 456
-  store i32 %249, ptr %250, align 4, !tbaa !4
+  %256 = load i32, ptr %gep.1.i.50, align 2
+  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 456
+  store i32 %256, ptr %257, align 4, !tbaa !4
   %gep.1.i.51 = getelementptr i8, ptr %invariant.gep.1.i, i64 204
-  %251 = load i32, ptr %gep.1.i.51, align 2
-  %252 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 460
-  store i32 %251, ptr %252, align 4, !tbaa !4
+  %258 = load i32, ptr %gep.1.i.51, align 2
+  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 460
+  store i32 %258, ptr %259, align 4, !tbaa !4
   %gep.1.i.52 = getelementptr i8, ptr %invariant.gep.1.i, i64 208
-  %253 = load i32, ptr %gep.1.i.52, align 2
-  %254 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 464
-  store i32 %253, ptr %254, align 4, !tbaa !4
+  %260 = load i32, ptr %gep.1.i.52, align 2
+  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 464
+  store i32 %260, ptr %261, align 4, !tbaa !4
   %gep.1.i.53 = getelementptr i8, ptr %invariant.gep.1.i, i64 212
-  %255 = load i32, ptr %gep.1.i.53, align 2
-  %256 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 468
-  store i32 %255, ptr %256, align 4, !tbaa !4
+  %262 = load i32, ptr %gep.1.i.53, align 2
+  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 468
+  store i32 %262, ptr %263, align 4, !tbaa !4
   %gep.1.i.54 = getelementptr i8, ptr %invariant.gep.1.i, i64 216
-  %257 = load i32, ptr %gep.1.i.54, align 2
-  %258 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 472
-  store i32 %257, ptr %258, align 4, !tbaa !4
+  %264 = load i32, ptr %gep.1.i.54, align 2
+  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 472
+  store i32 %264, ptr %265, align 4, !tbaa !4
   %gep.1.i.55 = getelementptr i8, ptr %invariant.gep.1.i, i64 220
-  %259 = load i32, ptr %gep.1.i.55, align 2
-  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 476
-  store i32 %259, ptr %260, align 4, !tbaa !4
+  %266 = load i32, ptr %gep.1.i.55, align 2
+  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 476
+  store i32 %266, ptr %267, align 4, !tbaa !4
   %gep.1.i.56 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %261 = load i32, ptr %gep.1.i.56, align 2
-  %262 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 480
-  store i32 %261, ptr %262, align 4, !tbaa !4
+  %268 = load i32, ptr %gep.1.i.56, align 2
+  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 480
+  store i32 %268, ptr %269, align 4, !tbaa !4
   %gep.1.i.57 = getelementptr i8, ptr %invariant.gep.1.i, i64 228
-  %263 = load i32, ptr %gep.1.i.57, align 2
-  %264 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 484
-  store i32 %263, ptr %264, align 4, !tbaa !4
+  %270 = load i32, ptr %gep.1.i.57, align 2
+  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 484
+  store i32 %270, ptr %271, align 4, !tbaa !4
   %gep.1.i.58 = getelementptr i8, ptr %invariant.gep.1.i, i64 232
-  %265 = load i32, ptr %gep.1.i.58, align 2
-  %266 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 488
-  store i32 %265, ptr %266, align 4, !tbaa !4
+  %272 = load i32, ptr %gep.1.i.58, align 2
+  %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 488
+  store i32 %272, ptr %273, align 4, !tbaa !4
   %gep.1.i.59 = getelementptr i8, ptr %invariant.gep.1.i, i64 236
-  %267 = load i32, ptr %gep.1.i.59, align 2
-  %268 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 492
-  store i32 %267, ptr %268, align 4, !tbaa !4
+  %274 = load i32, ptr %gep.1.i.59, align 2
+  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 492
+  store i32 %274, ptr %275, align 4, !tbaa !4
   %gep.1.i.60 = getelementptr i8, ptr %invariant.gep.1.i, i64 240
-  %269 = load i32, ptr %gep.1.i.60, align 2
-  %270 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 496
-  store i32 %269, ptr %270, align 4, !tbaa !4
+  %276 = load i32, ptr %gep.1.i.60, align 2
+  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 496
+  store i32 %276, ptr %277, align 4, !tbaa !4
   %gep.1.i.61 = getelementptr i8, ptr %invariant.gep.1.i, i64 244
-  %271 = load i32, ptr %gep.1.i.61, align 2
-  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 500
-  store i32 %271, ptr %272, align 4, !tbaa !4
+  %278 = load i32, ptr %gep.1.i.61, align 2
+  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 500
+  store i32 %278, ptr %279, align 4, !tbaa !4
   %gep.1.i.62 = getelementptr i8, ptr %invariant.gep.1.i, i64 248
-  %273 = load i32, ptr %gep.1.i.62, align 2
-  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 504
-  store i32 %273, ptr %274, align 4, !tbaa !4
+  %280 = load i32, ptr %gep.1.i.62, align 2
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 504
+  store i32 %280, ptr %281, align 4, !tbaa !4
   %gep.1.i.63 = getelementptr i8, ptr %invariant.gep.1.i, i64 252
-  %275 = load i32, ptr %gep.1.i.63, align 2
-  %276 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 508
-  store i32 %275, ptr %276, align 4, !tbaa !4
-  %277 = or disjoint i64 %114, 2
-  %278 = mul nsw i64 %277, %q_head
-  %invariant.gep.2.i = getelementptr i16, ptr %112, i64 %278
-  %279 = load i32, ptr %invariant.gep.2.i, align 2
-  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 512
-  store i32 %279, ptr %280, align 4, !tbaa !4
+  %282 = load i32, ptr %gep.1.i.63, align 2
+  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 508
+  store i32 %282, ptr %283, align 4, !tbaa !4
+  %284 = or disjoint i64 %121, 2
+  %285 = mul nsw i64 %284, %q_head
+  %invariant.gep.2.i = getelementptr i16, ptr %119, i64 %285
+  %286 = load i32, ptr %invariant.gep.2.i, align 2
+  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 512
+  store i32 %286, ptr %287, align 4, !tbaa !4
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 4
-  %281 = load i32, ptr %gep.2.i.1, align 2
-  %282 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 516
-  store i32 %281, ptr %282, align 4, !tbaa !4
+  %288 = load i32, ptr %gep.2.i.1, align 2
+  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 516
+  store i32 %288, ptr %289, align 4, !tbaa !4
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 8
-  %283 = load i32, ptr %gep.2.i.2, align 2
-  %284 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 520
-  store i32 %283, ptr %284, align 4, !tbaa !4
+  %290 = load i32, ptr %gep.2.i.2, align 2
+  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 520
+  store i32 %290, ptr %291, align 4, !tbaa !4
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 12
-  %285 = load i32, ptr %gep.2.i.3, align 2
-  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 524
-  store i32 %285, ptr %286, align 4, !tbaa !4
+  %292 = load i32, ptr %gep.2.i.3, align 2
+  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 524
+  store i32 %292, ptr %293, align 4, !tbaa !4
   %gep.2.i.4 = getelementptr i8, ptr %invariant.gep.2.i, i64 16
-  %287 = load i32, ptr %gep.2.i.4, align 2
-  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 528
-  store i32 %287, ptr %288, align 4, !tbaa !4
+  %294 = load i32, ptr %gep.2.i.4, align 2
+  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 528
+  store i32 %294, ptr %295, align 4, !tbaa !4
   %gep.2.i.5 = getelementptr i8, ptr %invariant.gep.2.i, i64 20
-  %289 = load i32, ptr %gep.2.i.5, align 2
-  %290 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 532
-  store i32 %289, ptr %290, align 4, !tbaa !4
+  %296 = load i32, ptr %gep.2.i.5, align 2
+  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 532
+  store i32 %296, ptr %297, align 4, !tbaa !4
   %gep.2.i.6 = getelementptr i8, ptr %invariant.gep.2.i, i64 24
-  %291 = load i32, ptr %gep.2.i.6, align 2
-  %292 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 536
-  store i32 %291, ptr %292, align 4, !tbaa !4
+  %298 = load i32, ptr %gep.2.i.6, align 2
+  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 536
+  store i32 %298, ptr %299, align 4, !tbaa !4
   %gep.2.i.7 = getelementptr i8, ptr %invariant.gep.2.i, i64 28
-  %293 = load i32, ptr %gep.2.i.7, align 2
-  %294 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 540
-  store i32 %293, ptr %294, align 4, !tbaa !4
+  %300 = load i32, ptr %gep.2.i.7, align 2
+  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 540
+  store i32 %300, ptr %301, align 4, !tbaa !4
   %gep.2.i.8 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
-  %295 = load i32, ptr %gep.2.i.8, align 2
-  %296 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 544
-  store i32 %295, ptr %296, align 4, !tbaa !4
+  %302 = load i32, ptr %gep.2.i.8, align 2
+  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 544
+  store i32 %302, ptr %303, align 4, !tbaa !4
   %gep.2.i.9 = getelementptr i8, ptr %invariant.gep.2.i, i64 36
-  %297 = load i32, ptr %gep.2.i.9, align 2
-  %298 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 548
-  store i32 %297, ptr %298, align 4, !tbaa !4
+  %304 = load i32, ptr %gep.2.i.9, align 2
+  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 548
+  store i32 %304, ptr %305, align 4, !tbaa !4
   %gep.2.i.10 = getelementptr i8, ptr %invariant.gep.2.i, i64 40
-  %299 = load i32, ptr %gep.2.i.10, align 2
-  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 552
-  store i32 %299, ptr %300, align 4, !tbaa !4
+  %306 = load i32, ptr %gep.2.i.10, align 2
+  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 552
+  store i32 %306, ptr %307, align 4, !tbaa !4
   %gep.2.i.11 = getelementptr i8, ptr %invariant.gep.2.i, i64 44
-  %301 = load i32, ptr %gep.2.i.11, align 2
-  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 556
-  store i32 %301, ptr %302, align 4, !tbaa !4
+  %308 = load i32, ptr %gep.2.i.11, align 2
+  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 556
+  store i32 %308, ptr %309, align 4, !tbaa !4
   %gep.2.i.12 = getelementptr i8, ptr %invariant.gep.2.i, i64 48
-  %303 = load i32, ptr %gep.2.i.12, align 2
-  %304 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 560
-  store i32 %303, ptr %304, align 4, !tbaa !4
+  %310 = load i32, ptr %gep.2.i.12, align 2
+  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 560
+  store i32 %310, ptr %311, align 4, !tbaa !4
   %gep.2.i.13 = getelementptr i8, ptr %invariant.gep.2.i, i64 52
-  %305 = load i32, ptr %gep.2.i.13, align 2
-  %306 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 564
-  store i32 %305, ptr %306, align 4, !tbaa !4
+  %312 = load i32, ptr %gep.2.i.13, align 2
+  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 564
+  store i32 %312, ptr %313, align 4, !tbaa !4
   %gep.2.i.14 = getelementptr i8, ptr %invariant.gep.2.i, i64 56
-  %307 = load i32, ptr %gep.2.i.14, align 2
-  %308 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 568
-  store i32 %307, ptr %308, align 4, !tbaa !4
+  %314 = load i32, ptr %gep.2.i.14, align 2
+  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 568
+  store i32 %314, ptr %315, align 4, !tbaa !4
   %gep.2.i.15 = getelementptr i8, ptr %invariant.gep.2.i, i64 60
-  %309 = load i32, ptr %gep.2.i.15, align 2
-  %310 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 572
-  store i32 %309, ptr %310, align 4, !tbaa !4
+  %316 = load i32, ptr %gep.2.i.15, align 2
+  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 572
+  store i32 %316, ptr %317, align 4, !tbaa !4
   %gep.2.i.16 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
-  %311 = load i32, ptr %gep.2.i.16, align 2
-  %312 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 576
-  store i32 %311, ptr %312, align 4, !tbaa !4
+  %318 = load i32, ptr %gep.2.i.16, align 2
+  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 576
+  store i32 %318, ptr %319, align 4, !tbaa !4
   %gep.2.i.17 = getelementptr i8, ptr %invariant.gep.2.i, i64 68
-  %313 = load i32, ptr %gep.2.i.17, align 2
-  %314 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 580
-  store i32 %313, ptr %314, align 4, !tbaa !4
+  %320 = load i32, ptr %gep.2.i.17, align 2
+  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 580
+  store i32 %320, ptr %321, align 4, !tbaa !4
   %gep.2.i.18 = getelementptr i8, ptr %invariant.gep.2.i, i64 72
-  %315 = load i32, ptr %gep.2.i.18, align 2
-  %316 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 584
-  store i32 %315, ptr %316, align 4, !tbaa !4
+  %322 = load i32, ptr %gep.2.i.18, align 2
+  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 584
+  store i32 %322, ptr %323, align 4, !tbaa !4
   %gep.2.i.19 = getelementptr i8, ptr %invariant.gep.2.i, i64 76
-  %317 = load i32, ptr %gep.2.i.19, align 2
-  %318 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 588
-  store i32 %317, ptr %318, align 4, !tbaa !4
+  %324 = load i32, ptr %gep.2.i.19, align 2
+  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 588
+  store i32 %324, ptr %325, align 4, !tbaa !4
   %gep.2.i.20 = getelementptr i8, ptr %invariant.gep.2.i, i64 80
-  %319 = load i32, ptr %gep.2.i.20, align 2
-  %320 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 592
-  store i32 %319, ptr %320, align 4, !tbaa !4
+  %326 = load i32, ptr %gep.2.i.20, align 2
+  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 592
+  store i32 %326, ptr %327, align 4, !tbaa !4
   %gep.2.i.21 = getelementptr i8, ptr %invariant.gep.2.i, i64 84
-  %321 = load i32, ptr %gep.2.i.21, align 2
-  %322 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 596
-  store i32 %321, ptr %322, align 4, !tbaa !4
+  %328 = load i32, ptr %gep.2.i.21, align 2
+  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 596
+  store i32 %328, ptr %329, align 4, !tbaa !4
   %gep.2.i.22 = getelementptr i8, ptr %invariant.gep.2.i, i64 88
-  %323 = load i32, ptr %gep.2.i.22, align 2
-  %324 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 600
-  store i32 %323, ptr %324, align 4, !tbaa !4
+  %330 = load i32, ptr %gep.2.i.22, align 2
+  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 600
+  store i32 %330, ptr %331, align 4, !tbaa !4
   %gep.2.i.23 = getelementptr i8, ptr %invariant.gep.2.i, i64 92
-  %325 = load i32, ptr %gep.2.i.23, align 2
-  %326 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 604
-  store i32 %325, ptr %326, align 4, !tbaa !4
+  %332 = load i32, ptr %gep.2.i.23, align 2
+  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 604
+  store i32 %332, ptr %333, align 4, !tbaa !4
   %gep.2.i.24 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %327 = load i32, ptr %gep.2.i.24, align 2
-  %328 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 608
-  store i32 %327, ptr %328, align 4, !tbaa !4
+  %334 = load i32, ptr %gep.2.i.24, align 2
+  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 608
+  store i32 %334, ptr %335, align 4, !tbaa !4
   %gep.2.i.25 = getelementptr i8, ptr %invariant.gep.2.i, i64 100
-  %329 = load i32, ptr %gep.2.i.25, align 2
-  %330 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 612
-  store i32 %329, ptr %330, align 4, !tbaa !4
+  %336 = load i32, ptr %gep.2.i.25, align 2
+  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 612
+  store i32 %336, ptr %337, align 4, !tbaa !4
   %gep.2.i.26 = getelementptr i8, ptr %invariant.gep.2.i, i64 104
-  %331 = load i32, ptr %gep.2.i.26, align 2
-  %332 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 616
-  store i32 %331, ptr %332, align 4, !tbaa !4
+  %338 = load i32, ptr %gep.2.i.26, align 2
+  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 616
+  store i32 %338, ptr %339, align 4, !tbaa !4
   %gep.2.i.27 = getelementptr i8, ptr %invariant.gep.2.i, i64 108
-  %333 = load i32, ptr %gep.2.i.27, align 2
-  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 620
-  store i32 %333, ptr %334, align 4, !tbaa !4
+  %340 = load i32, ptr %gep.2.i.27, align 2
+  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 620
+  store i32 %340, ptr %341, align 4, !tbaa !4
   %gep.2.i.28 = getelementptr i8, ptr %invariant.gep.2.i, i64 112
-  %335 = load i32, ptr %gep.2.i.28, align 2
-  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 624
-  store i32 %335, ptr %336, align 4, !tbaa !4
+  %342 = load i32, ptr %gep.2.i.28, align 2
+  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 624
+  store i32 %342, ptr %343, align 4, !tbaa !4
   %gep.2.i.29 = getelementptr i8, ptr %invariant.gep.2.i, i64 116
-  %337 = load i32, ptr %gep.2.i.29, align 2
-  %338 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 628
-  store i32 %337, ptr %338, align 4, !tbaa !4
+  %344 = load i32, ptr %gep.2.i.29, align 2
+  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 628
+  store i32 %344, ptr %345, align 4, !tbaa !4
   %gep.2.i.30 = getelementptr i8, ptr %invariant.gep.2.i, i64 120
-  %339 = load i32, ptr %gep.2.i.30, align 2
-  %340 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 632
-  store i32 %339, ptr %340, align 4, !tbaa !4
+  %346 = load i32, ptr %gep.2.i.30, align 2
+  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 632
+  store i32 %346, ptr %347, align 4, !tbaa !4
   %gep.2.i.31 = getelementptr i8, ptr %invariant.gep.2.i, i64 124
-  %341 = load i32, ptr %gep.2.i.31, align 2
-  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 636
-  store i32 %341, ptr %342, align 4, !tbaa !4
+  %348 = load i32, ptr %gep.2.i.31, align 2
+  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 636
+  store i32 %348, ptr %349, align 4, !tbaa !4
   %gep.2.i.32 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
-  %343 = load i32, ptr %gep.2.i.32, align 2
-  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 640
-  store i32 %343, ptr %344, align 4, !tbaa !4
+  %350 = load i32, ptr %gep.2.i.32, align 2
+  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 640
+  store i32 %350, ptr %351, align 4, !tbaa !4
   %gep.2.i.33 = getelementptr i8, ptr %invariant.gep.2.i, i64 132
-  %345 = load i32, ptr %gep.2.i.33, align 2
-  %346 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 644
-  store i32 %345, ptr %346, align 4, !tbaa !4
+  %352 = load i32, ptr %gep.2.i.33, align 2
+  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 644
+  store i32 %352, ptr %353, align 4, !tbaa !4
   %gep.2.i.34 = getelementptr i8, ptr %invariant.gep.2.i, i64 136
-  %347 = load i32, ptr %gep.2.i.34, align 2
-  %348 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 648
-  store i32 %347, ptr %348, align 4, !tbaa !4
+  %354 = load i32, ptr %gep.2.i.34, align 2
+  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 648
+  store i32 %354, ptr %355, align 4, !tbaa !4
   %gep.2.i.35 = getelementptr i8, ptr %invariant.gep.2.i, i64 140
-  %349 = load i32, ptr %gep.2.i.35, align 2
-  %350 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 652
-  store i32 %349, ptr %350, align 4, !tbaa !4
+  %356 = load i32, ptr %gep.2.i.35, align 2
+  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 652
+  store i32 %356, ptr %357, align 4, !tbaa !4
   %gep.2.i.36 = getelementptr i8, ptr %invariant.gep.2.i, i64 144
-  %351 = load i32, ptr %gep.2.i.36, align 2
-  %352 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 656
-  store i32 %351, ptr %352, align 4, !tbaa !4
+  %358 = load i32, ptr %gep.2.i.36, align 2
+  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 656
+  store i32 %358, ptr %359, align 4, !tbaa !4
   %gep.2.i.37 = getelementptr i8, ptr %invariant.gep.2.i, i64 148
-  %353 = load i32, ptr %gep.2.i.37, align 2
-  %354 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 660
-  store i32 %353, ptr %354, align 4, !tbaa !4
+  %360 = load i32, ptr %gep.2.i.37, align 2
+  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 660
+  store i32 %360, ptr %361, align 4, !tbaa !4
   %gep.2.i.38 = getelementptr i8, ptr %invariant.gep.2.i, i64 152
-  %355 = load i32, ptr %gep.2.i.38, align 2
-  %356 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 664
-  store i32 %355, ptr %356, align 4, !tbaa !4
+  %362 = load i32, ptr %gep.2.i.38, align 2
+  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 664
+  store i32 %362, ptr %363, align 4, !tbaa !4
   %gep.2.i.39 = getelementptr i8, ptr %invariant.gep.2.i, i64 156
-  %357 = load i32, ptr %gep.2.i.39, align 2
-  %358 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 668
-  store i32 %357, ptr %358, align 4, !tbaa !4
+  %364 = load i32, ptr %gep.2.i.39, align 2
+  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 668
+  store i32 %364, ptr %365, align 4, !tbaa !4
   %gep.2.i.40 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
-  %359 = load i32, ptr %gep.2.i.40, align 2
-  %360 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 672
-  store i32 %359, ptr %360, align 4, !tbaa !4
+  %366 = load i32, ptr %gep.2.i.40, align 2
+  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 672
+  store i32 %366, ptr %367, align 4, !tbaa !4
   %gep.2.i.41 = getelementptr i8, ptr %invariant.gep.2.i, i64 164
-  %361 = load i32, ptr %gep.2.i.41, align 2
-  %362 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 676
-  store i32 %361, ptr %362, align 4, !tbaa !4
+  %368 = load i32, ptr %gep.2.i.41, align 2
+  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 676
+  store i32 %368, ptr %369, align 4, !tbaa !4
   %gep.2.i.42 = getelementptr i8, ptr %invariant.gep.2.i, i64 168
-  %363 = load i32, ptr %gep.2.i.42, align 2
-  %364 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 680
-  store i32 %363, ptr %364, align 4, !tbaa !4
+  %370 = load i32, ptr %gep.2.i.42, align 2
+  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 680
+  store i32 %370, ptr %371, align 4, !tbaa !4
   %gep.2.i.43 = getelementptr i8, ptr %invariant.gep.2.i, i64 172
-  %365 = load i32, ptr %gep.2.i.43, align 2
-  %366 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 684
-  store i32 %365, ptr %366, align 4, !tbaa !4
+  %372 = load i32, ptr %gep.2.i.43, align 2
+  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 684
+  store i32 %372, ptr %373, align 4, !tbaa !4
   %gep.2.i.44 = getelementptr i8, ptr %invariant.gep.2.i, i64 176
-  %367 = load i32, ptr %gep.2.i.44, align 2
-  %368 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 688
-  store i32 %367, ptr %368, align 4, !tbaa !4
+  %374 = load i32, ptr %gep.2.i.44, align 2
+  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 688
+  store i32 %374, ptr %375, align 4, !tbaa !4
   %gep.2.i.45 = getelementptr i8, ptr %invariant.gep.2.i, i64 180
-  %369 = load i32, ptr %gep.2.i.45, align 2
-  %370 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 692
-  store i32 %369, ptr %370, align 4, !tbaa !4
+  %376 = load i32, ptr %gep.2.i.45, align 2
+  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 692
+  store i32 %376, ptr %377, align 4, !tbaa !4
   %gep.2.i.46 = getelementptr i8, ptr %invariant.gep.2.i, i64 184
-  %371 = load i32, ptr %gep.2.i.46, align 2
-  %372 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 696
-  store i32 %371, ptr %372, align 4, !tbaa !4
+  %378 = load i32, ptr %gep.2.i.46, align 2
+  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 696
+  store i32 %378, ptr %379, align 4, !tbaa !4
   %gep.2.i.47 = getelementptr i8, ptr %invariant.gep.2.i, i64 188
-  %373 = load i32, ptr %gep.2.i.47, align 2
-  %374 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 700
-  store i32 %373, ptr %374, align 4, !tbaa !4
+  %380 = load i32, ptr %gep.2.i.47, align 2
+  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 700
+  store i32 %380, ptr %381, align 4, !tbaa !4
   %gep.2.i.48 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
-  %375 = load i32, ptr %gep.2.i.48, align 2
-  %376 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 704
-  store i32 %375, ptr %376, align 4, !tbaa !4
+  %382 = load i32, ptr %gep.2.i.48, align 2
+  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 704
+  store i32 %382, ptr %383, align 4, !tbaa !4
   %gep.2.i.49 = getelementptr i8, ptr %invariant.gep.2.i, i64 196
-  %377 = load i32, ptr %gep.2.i.49, align 2
-  %378 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 708
-  store i32 %377, ptr %378, align 4, !tbaa !4
+  %384 = load i32, ptr %gep.2.i.49, align 2
+  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 708
+  store i32 %384, ptr %385, align 4, !tbaa !4
   %gep.2.i.50 = getelementptr i8, ptr %invariant.gep.2.i, i64 200
-  %379 = load i32, ptr %gep.2.i.50, align 2
-  %380 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 712
-  store i32 %379, ptr %380, align 4, !tbaa !4
+  %386 = load i32, ptr %gep.2.i.50, align 2
+  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 712
+  store i32 %386, ptr %387, align 4, !tbaa !4
   %gep.2.i.51 = getelementptr i8, ptr %invariant.gep.2.i, i64 204
-  %381 = load i32, ptr %gep.2.i.51, align 2
-  %382 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 716
-  store i32 %381, ptr %382, align 4, !tbaa !4
+  %388 = load i32, ptr %gep.2.i.51, align 2
+  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 716
+  store i32 %388, ptr %389, align 4, !tbaa !4
   %gep.2.i.52 = getelementptr i8, ptr %invariant.gep.2.i, i64 208
-  %383 = load i32, ptr %gep.2.i.52, align 2
-  %384 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 720
-  store i32 %383, ptr %384, align 4, !tbaa !4
+  %390 = load i32, ptr %gep.2.i.52, align 2
+  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 720
+  store i32 %390, ptr %391, align 4, !tbaa !4
   %gep.2.i.53 = getelementptr i8, ptr %invariant.gep.2.i, i64 212
-  %385 = load i32, ptr %gep.2.i.53, align 2
-  %386 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 724
-  store i32 %385, ptr %386, align 4, !tbaa !4
+  %392 = load i32, ptr %gep.2.i.53, align 2
+  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 724
+  store i32 %392, ptr %393, align 4, !tbaa !4
   %gep.2.i.54 = getelementptr i8, ptr %invariant.gep.2.i, i64 216
-  %387 = load i32, ptr %gep.2.i.54, align 2
-  %388 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 728
-  store i32 %387, ptr %388, align 4, !tbaa !4
+  %394 = load i32, ptr %gep.2.i.54, align 2
+  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 728
+  store i32 %394, ptr %395, align 4, !tbaa !4
   %gep.2.i.55 = getelementptr i8, ptr %invariant.gep.2.i, i64 220
-  %389 = load i32, ptr %gep.2.i.55, align 2
-  %390 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 732
-  store i32 %389, ptr %390, align 4, !tbaa !4
+  %396 = load i32, ptr %gep.2.i.55, align 2
+  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 732
+  store i32 %396, ptr %397, align 4, !tbaa !4
   %gep.2.i.56 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %391 = load i32, ptr %gep.2.i.56, align 2
-  %392 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 736
-  store i32 %391, ptr %392, align 4, !tbaa !4
+  %398 = load i32, ptr %gep.2.i.56, align 2
+  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 736
+  store i32 %398, ptr %399, align 4, !tbaa !4
   %gep.2.i.57 = getelementptr i8, ptr %invariant.gep.2.i, i64 228
-  %393 = load i32, ptr %gep.2.i.57, align 2
-  %394 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 740
-  store i32 %393, ptr %394, align 4, !tbaa !4
+  %400 = load i32, ptr %gep.2.i.57, align 2
+  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 740
+  store i32 %400, ptr %401, align 4, !tbaa !4
   %gep.2.i.58 = getelementptr i8, ptr %invariant.gep.2.i, i64 232
-  %395 = load i32, ptr %gep.2.i.58, align 2
-  %396 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 744
-  store i32 %395, ptr %396, align 4, !tbaa !4
+  %402 = load i32, ptr %gep.2.i.58, align 2
+  %403 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 744
+  store i32 %402, ptr %403, align 4, !tbaa !4
   %gep.2.i.59 = getelementptr i8, ptr %invariant.gep.2.i, i64 236
-  %397 = load i32, ptr %gep.2.i.59, align 2
-  %398 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 748
-  store i32 %397, ptr %398, align 4, !tbaa !4
+  %404 = load i32, ptr %gep.2.i.59, align 2
+  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 748
+  store i32 %404, ptr %405, align 4, !tbaa !4
   %gep.2.i.60 = getelementptr i8, ptr %invariant.gep.2.i, i64 240
-  %399 = load i32, ptr %gep.2.i.60, align 2
-  %400 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 752
-  store i32 %399, ptr %400, align 4, !tbaa !4
+  %406 = load i32, ptr %gep.2.i.60, align 2
+  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 752
+  store i32 %406, ptr %407, align 4, !tbaa !4
   %gep.2.i.61 = getelementptr i8, ptr %invariant.gep.2.i, i64 244
-  %401 = load i32, ptr %gep.2.i.61, align 2
-  %402 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 756
-  store i32 %401, ptr %402, align 4, !tbaa !4
+  %408 = load i32, ptr %gep.2.i.61, align 2
+  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 756
+  store i32 %408, ptr %409, align 4, !tbaa !4
   %gep.2.i.62 = getelementptr i8, ptr %invariant.gep.2.i, i64 248
-  %403 = load i32, ptr %gep.2.i.62, align 2
-  %404 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 760
-  store i32 %403, ptr %404, align 4, !tbaa !4
+  %410 = load i32, ptr %gep.2.i.62, align 2
+  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 760
+  store i32 %410, ptr %411, align 4, !tbaa !4
   %gep.2.i.63 = getelementptr i8, ptr %invariant.gep.2.i, i64 252
-  %405 = load i32, ptr %gep.2.i.63, align 2
-  %406 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 764
-  store i32 %405, ptr %406, align 4, !tbaa !4
-  %407 = or disjoint i64 %114, 3
-  %408 = mul nsw i64 %407, %q_head
-  %invariant.gep.3.i = getelementptr i16, ptr %112, i64 %408
-  %409 = load i32, ptr %invariant.gep.3.i, align 2
-  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 768
-  store i32 %409, ptr %410, align 4, !tbaa !4
+  %412 = load i32, ptr %gep.2.i.63, align 2
+  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 764
+  store i32 %412, ptr %413, align 4, !tbaa !4
+  %414 = or disjoint i64 %121, 3
+  %415 = mul nsw i64 %414, %q_head
+  %invariant.gep.3.i = getelementptr i16, ptr %119, i64 %415
+  %416 = load i32, ptr %invariant.gep.3.i, align 2
+  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 768
+  store i32 %416, ptr %417, align 4, !tbaa !4
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 4
-  %411 = load i32, ptr %gep.3.i.1, align 2
-  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 772
-  store i32 %411, ptr %412, align 4, !tbaa !4
+  %418 = load i32, ptr %gep.3.i.1, align 2
+  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 772
+  store i32 %418, ptr %419, align 4, !tbaa !4
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 8
-  %413 = load i32, ptr %gep.3.i.2, align 2
-  %414 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 776
-  store i32 %413, ptr %414, align 4, !tbaa !4
+  %420 = load i32, ptr %gep.3.i.2, align 2
+  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 776
+  store i32 %420, ptr %421, align 4, !tbaa !4
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 12
-  %415 = load i32, ptr %gep.3.i.3, align 2
-  %416 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 780
-  store i32 %415, ptr %416, align 4, !tbaa !4
+  %422 = load i32, ptr %gep.3.i.3, align 2
+  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 780
+  store i32 %422, ptr %423, align 4, !tbaa !4
   %gep.3.i.4 = getelementptr i8, ptr %invariant.gep.3.i, i64 16
-  %417 = load i32, ptr %gep.3.i.4, align 2
-  %418 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 784
-  store i32 %417, ptr %418, align 4, !tbaa !4
+  %424 = load i32, ptr %gep.3.i.4, align 2
+  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 784
+  store i32 %424, ptr %425, align 4, !tbaa !4
   %gep.3.i.5 = getelementptr i8, ptr %invariant.gep.3.i, i64 20
-  %419 = load i32, ptr %gep.3.i.5, align 2
-  %420 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 788
-  store i32 %419, ptr %420, align 4, !tbaa !4
+  %426 = load i32, ptr %gep.3.i.5, align 2
+  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 788
+  store i32 %426, ptr %427, align 4, !tbaa !4
   %gep.3.i.6 = getelementptr i8, ptr %invariant.gep.3.i, i64 24
-  %421 = load i32, ptr %gep.3.i.6, align 2
-  %422 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 792
-  store i32 %421, ptr %422, align 4, !tbaa !4
+  %428 = load i32, ptr %gep.3.i.6, align 2
+  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 792
+  store i32 %428, ptr %429, align 4, !tbaa !4
   %gep.3.i.7 = getelementptr i8, ptr %invariant.gep.3.i, i64 28
-  %423 = load i32, ptr %gep.3.i.7, align 2
-  %424 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 796
-  store i32 %423, ptr %424, align 4, !tbaa !4
+  %430 = load i32, ptr %gep.3.i.7, align 2
+  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 796
+  store i32 %430, ptr %431, align 4, !tbaa !4
   %gep.3.i.8 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
-  %425 = load i32, ptr %gep.3.i.8, align 2
-  %426 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 800
-  store i32 %425, ptr %426, align 4, !tbaa !4
+  %432 = load i32, ptr %gep.3.i.8, align 2
+  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 800
+  store i32 %432, ptr %433, align 4, !tbaa !4
   %gep.3.i.9 = getelementptr i8, ptr %invariant.gep.3.i, i64 36
-  %427 = load i32, ptr %gep.3.i.9, align 2
-  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 804
-  store i32 %427, ptr %428, align 4, !tbaa !4
+  %434 = load i32, ptr %gep.3.i.9, align 2
+  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 804
+  store i32 %434, ptr %435, align 4, !tbaa !4
   %gep.3.i.10 = getelementptr i8, ptr %invariant.gep.3.i, i64 40
-  %429 = load i32, ptr %gep.3.i.10, align 2
-  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 808
-  store i32 %429, ptr %430, align 4, !tbaa !4
+  %436 = load i32, ptr %gep.3.i.10, align 2
+  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 808
+  store i32 %436, ptr %437, align 4, !tbaa !4
   %gep.3.i.11 = getelementptr i8, ptr %invariant.gep.3.i, i64 44
-  %431 = load i32, ptr %gep.3.i.11, align 2
-  %432 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 812
-  store i32 %431, ptr %432, align 4, !tbaa !4
+  %438 = load i32, ptr %gep.3.i.11, align 2
+  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 812
+  store i32 %438, ptr %439, align 4, !tbaa !4
   %gep.3.i.12 = getelementptr i8, ptr %invariant.gep.3.i, i64 48
-  %433 = load i32, ptr %gep.3.i.12, align 2
-  %434 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 816
-  store i32 %433, ptr %434, align 4, !tbaa !4
+  %440 = load i32, ptr %gep.3.i.12, align 2
+  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 816
+  store i32 %440, ptr %441, align 4, !tbaa !4
   %gep.3.i.13 = getelementptr i8, ptr %invariant.gep.3.i, i64 52
-  %435 = load i32, ptr %gep.3.i.13, align 2
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 820
-  store i32 %435, ptr %436, align 4, !tbaa !4
+  %442 = load i32, ptr %gep.3.i.13, align 2
+  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 820
+  store i32 %442, ptr %443, align 4, !tbaa !4
   %gep.3.i.14 = getelementptr i8, ptr %invariant.gep.3.i, i64 56
-  %437 = load i32, ptr %gep.3.i.14, align 2
-  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 824
-  store i32 %437, ptr %438, align 4, !tbaa !4
+  %444 = load i32, ptr %gep.3.i.14, align 2
+  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 824
+  store i32 %444, ptr %445, align 4, !tbaa !4
   %gep.3.i.15 = getelementptr i8, ptr %invariant.gep.3.i, i64 60
-  %439 = load i32, ptr %gep.3.i.15, align 2
-  %440 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 828
-  store i32 %439, ptr %440, align 4, !tbaa !4
+  %446 = load i32, ptr %gep.3.i.15, align 2
+  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 828
+  store i32 %446, ptr %447, align 4, !tbaa !4
   %gep.3.i.16 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
-  %441 = load i32, ptr %gep.3.i.16, align 2
-  %442 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 832
-  store i32 %441, ptr %442, align 4, !tbaa !4
+  %448 = load i32, ptr %gep.3.i.16, align 2
+  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 832
+  store i32 %448, ptr %449, align 4, !tbaa !4
   %gep.3.i.17 = getelementptr i8, ptr %invariant.gep.3.i, i64 68
-  %443 = load i32, ptr %gep.3.i.17, align 2
-  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 836
-  store i32 %443, ptr %444, align 4, !tbaa !4
+  %450 = load i32, ptr %gep.3.i.17, align 2
+  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 836
+  store i32 %450, ptr %451, align 4, !tbaa !4
   %gep.3.i.18 = getelementptr i8, ptr %invariant.gep.3.i, i64 72
-  %445 = load i32, ptr %gep.3.i.18, align 2
-  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 840
-  store i32 %445, ptr %446, align 4, !tbaa !4
+  %452 = load i32, ptr %gep.3.i.18, align 2
+  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 840
+  store i32 %452, ptr %453, align 4, !tbaa !4
   %gep.3.i.19 = getelementptr i8, ptr %invariant.gep.3.i, i64 76
-  %447 = load i32, ptr %gep.3.i.19, align 2
-  %448 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 844
-  store i32 %447, ptr %448, align 4, !tbaa !4
+  %454 = load i32, ptr %gep.3.i.19, align 2
+  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 844
+  store i32 %454, ptr %455, align 4, !tbaa !4
   %gep.3.i.20 = getelementptr i8, ptr %invariant.gep.3.i, i64 80
-  %449 = load i32, ptr %gep.3.i.20, align 2
-  %450 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 848
-  store i32 %449, ptr %450, align 4, !tbaa !4
+  %456 = load i32, ptr %gep.3.i.20, align 2
+  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 848
+  store i32 %456, ptr %457, align 4, !tbaa !4
   %gep.3.i.21 = getelementptr i8, ptr %invariant.gep.3.i, i64 84
-  %451 = load i32, ptr %gep.3.i.21, align 2
-  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 852
-  store i32 %451, ptr %452, align 4, !tbaa !4
+  %458 = load i32, ptr %gep.3.i.21, align 2
+  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 852
+  store i32 %458, ptr %459, align 4, !tbaa !4
   %gep.3.i.22 = getelementptr i8, ptr %invariant.gep.3.i, i64 88
-  %453 = load i32, ptr %gep.3.i.22, align 2
-  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 856
-  store i32 %453, ptr %454, align 4, !tbaa !4
+  %460 = load i32, ptr %gep.3.i.22, align 2
+  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 856
+  store i32 %460, ptr %461, align 4, !tbaa !4
   %gep.3.i.23 = getelementptr i8, ptr %invariant.gep.3.i, i64 92
-  %455 = load i32, ptr %gep.3.i.23, align 2
-  %456 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 860
-  store i32 %455, ptr %456, align 4, !tbaa !4
+  %462 = load i32, ptr %gep.3.i.23, align 2
+  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 860
+  store i32 %462, ptr %463, align 4, !tbaa !4
   %gep.3.i.24 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %457 = load i32, ptr %gep.3.i.24, align 2
-  %458 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 864
-  store i32 %457, ptr %458, align 4, !tbaa !4
+  %464 = load i32, ptr %gep.3.i.24, align 2
+  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 864
+  store i32 %464, ptr %465, align 4, !tbaa !4
   %gep.3.i.25 = getelementptr i8, ptr %invariant.gep.3.i, i64 100
-  %459 = load i32, ptr %gep.3.i.25, align 2
-  %460 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 868
-  store i32 %459, ptr %460, align 4, !tbaa !4
+  %466 = load i32, ptr %gep.3.i.25, align 2
+  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 868
+  store i32 %466, ptr %467, align 4, !tbaa !4
   %gep.3.i.26 = getelementptr i8, ptr %invariant.gep.3.i, i64 104
-  %461 = load i32, ptr %gep.3.i.26, align 2
-  %462 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 872
-  store i32 %461, ptr %462, align 4, !tbaa !4
+  %468 = load i32, ptr %gep.3.i.26, align 2
+  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 872
+  store i32 %468, ptr %469, align 4, !tbaa !4
   %gep.3.i.27 = getelementptr i8, ptr %invariant.gep.3.i, i64 108
-  %463 = load i32, ptr %gep.3.i.27, align 2
-  %464 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 876
-  store i32 %463, ptr %464, align 4, !tbaa !4
+  %470 = load i32, ptr %gep.3.i.27, align 2
+  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 876
+  store i32 %470, ptr %471, align 4, !tbaa !4
   %gep.3.i.28 = getelementptr i8, ptr %invariant.gep.3.i, i64 112
-  %465 = load i32, ptr %gep.3.i.28, align 2
-  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 880
-  store i32 %465, ptr %466, align 4, !tbaa !4
+  %472 = load i32, ptr %gep.3.i.28, align 2
+  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 880
+  store i32 %472, ptr %473, align 4, !tbaa !4
   %gep.3.i.29 = getelementptr i8, ptr %invariant.gep.3.i, i64 116
-  %467 = load i32, ptr %gep.3.i.29, align 2
-  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 884
-  store i32 %467, ptr %468, align 4, !tbaa !4
+  %474 = load i32, ptr %gep.3.i.29, align 2
+  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 884
+  store i32 %474, ptr %475, align 4, !tbaa !4
   %gep.3.i.30 = getelementptr i8, ptr %invariant.gep.3.i, i64 120
-  %469 = load i32, ptr %gep.3.i.30, align 2
-  %470 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 888
-  store i32 %469, ptr %470, align 4, !tbaa !4
+  %476 = load i32, ptr %gep.3.i.30, align 2
+  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 888
+  store i32 %476, ptr %477, align 4, !tbaa !4
   %gep.3.i.31 = getelementptr i8, ptr %invariant.gep.3.i, i64 124
-  %471 = load i32, ptr %gep.3.i.31, align 2
-  %472 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 892
-  store i32 %471, ptr %472, align 4, !tbaa !4
+  %478 = load i32, ptr %gep.3.i.31, align 2
+  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 892
+  store i32 %478, ptr %479, align 4, !tbaa !4
   %gep.3.i.32 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
-  %473 = load i32, ptr %gep.3.i.32, align 2
-  %474 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 896
-  store i32 %473, ptr %474, align 4, !tbaa !4
+  %480 = load i32, ptr %gep.3.i.32, align 2
+  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 896
+  store i32 %480, ptr %481, align 4, !tbaa !4
   %gep.3.i.33 = getelementptr i8, ptr %invariant.gep.3.i, i64 132
-  %475 = load i32, ptr %gep.3.i.33, align 2
-  %476 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 900
-  store i32 %475, ptr %476, align 4, !tbaa !4
+  %482 = load i32, ptr %gep.3.i.33, align 2
+  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 900
+  store i32 %482, ptr %483, align 4, !tbaa !4
   %gep.3.i.34 = getelementptr i8, ptr %invariant.gep.3.i, i64 136
-  %477 = load i32, ptr %gep.3.i.34, align 2
-  %478 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 904
-  store i32 %477, ptr %478, align 4, !tbaa !4
+  %484 = load i32, ptr %gep.3.i.34, align 2
+  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 904
+  store i32 %484, ptr %485, align 4, !tbaa !4
   %gep.3.i.35 = getelementptr i8, ptr %invariant.gep.3.i, i64 140
-  %479 = load i32, ptr %gep.3.i.35, align 2
-  %480 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 908
-  store i32 %479, ptr %480, align 4, !tbaa !4
+  %486 = load i32, ptr %gep.3.i.35, align 2
+  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 908
+  store i32 %486, ptr %487, align 4, !tbaa !4
   %gep.3.i.36 = getelementptr i8, ptr %invariant.gep.3.i, i64 144
-  %481 = load i32, ptr %gep.3.i.36, align 2
-  %482 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 912
-  store i32 %481, ptr %482, align 4, !tbaa !4
+  %488 = load i32, ptr %gep.3.i.36, align 2
+  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 912
+  store i32 %488, ptr %489, align 4, !tbaa !4
   %gep.3.i.37 = getelementptr i8, ptr %invariant.gep.3.i, i64 148
-  %483 = load i32, ptr %gep.3.i.37, align 2
-  %484 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 916
-  store i32 %483, ptr %484, align 4, !tbaa !4
+  %490 = load i32, ptr %gep.3.i.37, align 2
+  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 916
+  store i32 %490, ptr %491, align 4, !tbaa !4
   %gep.3.i.38 = getelementptr i8, ptr %invariant.gep.3.i, i64 152
-  %485 = load i32, ptr %gep.3.i.38, align 2
-  %486 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 920
-  store i32 %485, ptr %486, align 4, !tbaa !4
+  %492 = load i32, ptr %gep.3.i.38, align 2
+  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 920
+  store i32 %492, ptr %493, align 4, !tbaa !4
   %gep.3.i.39 = getelementptr i8, ptr %invariant.gep.3.i, i64 156
-  %487 = load i32, ptr %gep.3.i.39, align 2
-  %488 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 924
-  store i32 %487, ptr %488, align 4, !tbaa !4
+  %494 = load i32, ptr %gep.3.i.39, align 2
+  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 924
+  store i32 %494, ptr %495, align 4, !tbaa !4
   %gep.3.i.40 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
-  %489 = load i32, ptr %gep.3.i.40, align 2
-  %490 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 928
-  store i32 %489, ptr %490, align 4, !tbaa !4
+  %496 = load i32, ptr %gep.3.i.40, align 2
+  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 928
+  store i32 %496, ptr %497, align 4, !tbaa !4
   %gep.3.i.41 = getelementptr i8, ptr %invariant.gep.3.i, i64 164
-  %491 = load i32, ptr %gep.3.i.41, align 2
-  %492 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 932
-  store i32 %491, ptr %492, align 4, !tbaa !4
+  %498 = load i32, ptr %gep.3.i.41, align 2
+  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 932
+  store i32 %498, ptr %499, align 4, !tbaa !4
   %gep.3.i.42 = getelementptr i8, ptr %invariant.gep.3.i, i64 168
-  %493 = load i32, ptr %gep.3.i.42, align 2
-  %494 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 936
-  store i32 %493, ptr %494, align 4, !tbaa !4
+  %500 = load i32, ptr %gep.3.i.42, align 2
+  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 936
+  store i32 %500, ptr %501, align 4, !tbaa !4
   %gep.3.i.43 = getelementptr i8, ptr %invariant.gep.3.i, i64 172
-  %495 = load i32, ptr %gep.3.i.43, align 2
-  %496 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 940
-  store i32 %495, ptr %496, align 4, !tbaa !4
+  %502 = load i32, ptr %gep.3.i.43, align 2
+  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 940
+  store i32 %502, ptr %503, align 4, !tbaa !4
   %gep.3.i.44 = getelementptr i8, ptr %invariant.gep.3.i, i64 176
-  %497 = load i32, ptr %gep.3.i.44, align 2
-  %498 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 944
-  store i32 %497, ptr %498, align 4, !tbaa !4
+  %504 = load i32, ptr %gep.3.i.44, align 2
+  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 944
+  store i32 %504, ptr %505, align 4, !tbaa !4
   %gep.3.i.45 = getelementptr i8, ptr %invariant.gep.3.i, i64 180
-  %499 = load i32, ptr %gep.3.i.45, align 2
-  %500 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 948
-  store i32 %499, ptr %500, align 4, !tbaa !4
+  %506 = load i32, ptr %gep.3.i.45, align 2
+  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 948
+  store i32 %506, ptr %507, align 4, !tbaa !4
   %gep.3.i.46 = getelementptr i8, ptr %invariant.gep.3.i, i64 184
-  %501 = load i32, ptr %gep.3.i.46, align 2
-  %502 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 952
-  store i32 %501, ptr %502, align 4, !tbaa !4
+  %508 = load i32, ptr %gep.3.i.46, align 2
+  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 952
+  store i32 %508, ptr %509, align 4, !tbaa !4
   %gep.3.i.47 = getelementptr i8, ptr %invariant.gep.3.i, i64 188
-  %503 = load i32, ptr %gep.3.i.47, align 2
-  %504 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 956
-  store i32 %503, ptr %504, align 4, !tbaa !4
+  %510 = load i32, ptr %gep.3.i.47, align 2
+  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 956
+  store i32 %510, ptr %511, align 4, !tbaa !4
   %gep.3.i.48 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
-  %505 = load i32, ptr %gep.3.i.48, align 2
-  %506 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 960
-  store i32 %505, ptr %506, align 4, !tbaa !4
+  %512 = load i32, ptr %gep.3.i.48, align 2
+  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 960
+  store i32 %512, ptr %513, align 4, !tbaa !4
   %gep.3.i.49 = getelementptr i8, ptr %invariant.gep.3.i, i64 196
-  %507 = load i32, ptr %gep.3.i.49, align 2
-  %508 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 964
-  store i32 %507, ptr %508, align 4, !tbaa !4
+  %514 = load i32, ptr %gep.3.i.49, align 2
+  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 964
+  store i32 %514, ptr %515, align 4, !tbaa !4
   %gep.3.i.50 = getelementptr i8, ptr %invariant.gep.3.i, i64 200
-  %509 = load i32, ptr %gep.3.i.50, align 2
-  %510 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 968
-  store i32 %509, ptr %510, align 4, !tbaa !4
+  %516 = load i32, ptr %gep.3.i.50, align 2
+  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 968
+  store i32 %516, ptr %517, align 4, !tbaa !4
   %gep.3.i.51 = getelementptr i8, ptr %invariant.gep.3.i, i64 204
-  %511 = load i32, ptr %gep.3.i.51, align 2
-  %512 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 972
-  store i32 %511, ptr %512, align 4, !tbaa !4
+  %518 = load i32, ptr %gep.3.i.51, align 2
+  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 972
+  store i32 %518, ptr %519, align 4, !tbaa !4
   %gep.3.i.52 = getelementptr i8, ptr %invariant.gep.3.i, i64 208
-  %513 = load i32, ptr %gep.3.i.52, align 2
-  %514 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 976
-  store i32 %513, ptr %514, align 4, !tbaa !4
+  %520 = load i32, ptr %gep.3.i.52, align 2
+  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 976
+  store i32 %520, ptr %521, align 4, !tbaa !4
   %gep.3.i.53 = getelementptr i8, ptr %invariant.gep.3.i, i64 212
-  %515 = load i32, ptr %gep.3.i.53, align 2
-  %516 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 980
-  store i32 %515, ptr %516, align 4, !tbaa !4
+  %522 = load i32, ptr %gep.3.i.53, align 2
+  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 980
+  store i32 %522, ptr %523, align 4, !tbaa !4
   %gep.3.i.54 = getelementptr i8, ptr %invariant.gep.3.i, i64 216
-  %517 = load i32, ptr %gep.3.i.54, align 2
-  %518 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 984
-  store i32 %517, ptr %518, align 4, !tbaa !4
+  %524 = load i32, ptr %gep.3.i.54, align 2
+  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 984
+  store i32 %524, ptr %525, align 4, !tbaa !4
   %gep.3.i.55 = getelementptr i8, ptr %invariant.gep.3.i, i64 220
-  %519 = load i32, ptr %gep.3.i.55, align 2
-  %520 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 988
-  store i32 %519, ptr %520, align 4, !tbaa !4
+  %526 = load i32, ptr %gep.3.i.55, align 2
+  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 988
+  store i32 %526, ptr %527, align 4, !tbaa !4
   %gep.3.i.56 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %521 = load i32, ptr %gep.3.i.56, align 2
-  %522 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 992
-  store i32 %521, ptr %522, align 4, !tbaa !4
+  %528 = load i32, ptr %gep.3.i.56, align 2
+  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 992
+  store i32 %528, ptr %529, align 4, !tbaa !4
   %gep.3.i.57 = getelementptr i8, ptr %invariant.gep.3.i, i64 228
-  %523 = load i32, ptr %gep.3.i.57, align 2
-  %524 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 996
-  store i32 %523, ptr %524, align 4, !tbaa !4
+  %530 = load i32, ptr %gep.3.i.57, align 2
+  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 996
+  store i32 %530, ptr %531, align 4, !tbaa !4
   %gep.3.i.58 = getelementptr i8, ptr %invariant.gep.3.i, i64 232
-  %525 = load i32, ptr %gep.3.i.58, align 2
-  %526 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1000
-  store i32 %525, ptr %526, align 4, !tbaa !4
+  %532 = load i32, ptr %gep.3.i.58, align 2
+  %533 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1000
+  store i32 %532, ptr %533, align 4, !tbaa !4
   %gep.3.i.59 = getelementptr i8, ptr %invariant.gep.3.i, i64 236
-  %527 = load i32, ptr %gep.3.i.59, align 2
-  %528 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1004
-  store i32 %527, ptr %528, align 4, !tbaa !4
+  %534 = load i32, ptr %gep.3.i.59, align 2
+  %535 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1004
+  store i32 %534, ptr %535, align 4, !tbaa !4
   %gep.3.i.60 = getelementptr i8, ptr %invariant.gep.3.i, i64 240
-  %529 = load i32, ptr %gep.3.i.60, align 2
-  %530 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1008
-  store i32 %529, ptr %530, align 4, !tbaa !4
+  %536 = load i32, ptr %gep.3.i.60, align 2
+  %537 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1008
+  store i32 %536, ptr %537, align 4, !tbaa !4
   %gep.3.i.61 = getelementptr i8, ptr %invariant.gep.3.i, i64 244
-  %531 = load i32, ptr %gep.3.i.61, align 2
-  %532 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1012
-  store i32 %531, ptr %532, align 4, !tbaa !4
+  %538 = load i32, ptr %gep.3.i.61, align 2
+  %539 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1012
+  store i32 %538, ptr %539, align 4, !tbaa !4
   %gep.3.i.62 = getelementptr i8, ptr %invariant.gep.3.i, i64 248
-  %533 = load i32, ptr %gep.3.i.62, align 2
-  %534 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1016
-  store i32 %533, ptr %534, align 4, !tbaa !4
+  %540 = load i32, ptr %gep.3.i.62, align 2
+  %541 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1016
+  store i32 %540, ptr %541, align 4, !tbaa !4
   %gep.3.i.63 = getelementptr i8, ptr %invariant.gep.3.i, i64 252
-  %535 = load i32, ptr %gep.3.i.63, align 2
-  %536 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1020
-  store i32 %535, ptr %536, align 4, !tbaa !4
-  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
-  %exitcond1103.not.i = icmp eq i64 %indvars.iv.next1101.i, 8
-  br i1 %exitcond1103.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !21
+  %542 = load i32, ptr %gep.3.i.63, align 2
+  %543 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1020
+  store i32 %542, ptr %543, align 4, !tbaa !4
+  %indvars.iv.next1098.i = add nuw nsw i64 %indvars.iv1097.i, 1
+  %exitcond1100.not.i = icmp eq i64 %indvars.iv.next1098.i, 8
+  br i1 %exitcond1100.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !21
 
-for_begin_step.i:                                 ; preds = %if_end164.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end164.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv1204.i = phi i64 [ %indvars.iv.next1205.i, %if_end164.i ], [ 0, %for_end_tile.i ]
+for_begin_step.i:                                 ; preds = %if_end162.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end162.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv1204.i = phi i64 [ %indvars.iv.next1205.i, %if_end162.i ], [ 0, %for_end_tile.i ]
   %smin177 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %537 = and i32 %smin177, 31
-  %narrow = add nuw nsw i32 %537, 1
-  %538 = lshr i32 %narrow, 1
-  %539 = zext nneg i32 %538 to i64
+  %544 = and i32 %smin177, 31
+  %narrow = add nuw nsw i32 %544, 1
+  %545 = lshr i32 %narrow, 1
+  %546 = zext nneg i32 %545 to i64
   %exitcond1208.not.i = icmp eq i64 %indvars.iv1204.i, %wide.trip.count1207.i
-  br i1 %exitcond1208.not.i, label %for_begin_tile169.preheader.i, label %for_body_step.i, !prof !22
+  br i1 %exitcond1208.not.i, label %for_begin_tile167.preheader.i, label %for_body_step.i, !prof !22
 
-for_begin_tile169.preheader.i:                    ; preds = %for_begin_step.i
-  %540 = add nuw nsw i64 %indvars.iv1244.i, %94
-  %541 = shl nuw nsw i64 %540, 5
-  %.idx.i = shl nuw nsw i64 %540, 14
-  %542 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %543 = mul nsw i64 %108, %out_batch
-  %544 = getelementptr i16, ptr %out, i64 %543
-  %545 = mul nsw i64 %108, %lse_batch
-  %546 = getelementptr float, ptr %lse, i64 %545
-  br i1 %.not, label %for_body_tile170.i, label %for_body_tile170.us.i
+for_begin_tile167.preheader.i:                    ; preds = %for_begin_step.i
+  %547 = add nuw nsw i64 %indvars.iv1244.i, %94
+  %548 = shl nuw nsw i64 %547, 5
+  %.idx.i = shl nuw nsw i64 %547, 14
+  %549 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %550 = mul nsw i64 %115, %out_batch
+  %551 = getelementptr i16, ptr %out, i64 %550
+  %552 = mul nsw i64 %115, %lse_batch
+  %553 = getelementptr float, ptr %lse, i64 %552
+  br i1 %.not, label %for_body_tile168.i, label %for_body_tile168.us.i
 
-for_body_tile170.us.i:                            ; preds = %if_end189.us.3.i, %for_begin_tile169.preheader.i
-  %indvars.iv1240.i = phi i64 [ %indvars.iv.next1241.i, %if_end189.us.3.i ], [ 0, %for_begin_tile169.preheader.i ]
-  %547 = shl nuw nsw i64 %indvars.iv1240.i, 2
-  %548 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %547
-  %total.us.i = load <4 x float>, ptr %548, align 16, !tbaa !23
-  %549 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
-  %550 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
-  %551 = select <4 x i1> %550, <4 x float> zeroinitializer, <4 x float> %549
+for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %for_begin_tile167.preheader.i
+  %indvars.iv1240.i = phi i64 [ %indvars.iv.next1241.i, %if_end187.us.3.i ], [ 0, %for_begin_tile167.preheader.i ]
+  %554 = shl nuw nsw i64 %indvars.iv1240.i, 2
+  %555 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %554
+  %total.us.i = load <4 x float>, ptr %555, align 16, !tbaa !23
+  %556 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %557 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %558 = select <4 x i1> %557, <4 x float> zeroinitializer, <4 x float> %556
   %.idx59 = shl nuw nsw i64 %indvars.iv1240.i, 11
   %invariant.gep64 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx59
-  %552 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> zeroinitializer
-  %553 = mul nsw i64 %547, %out_head
-  %invariant.gep1058.us.i = getelementptr i16, ptr %544, i64 %553
-  %554 = load <16 x float>, ptr %invariant.gep64, align 4, !tbaa !4
-  %555 = fmul <16 x float> %554, %552
-  %556 = bitcast <16 x float> %555 to <16 x i32>
-  %557 = lshr <16 x i32> %556, splat (i32 16)
-  %558 = and <16 x i32> %557, splat (i32 1)
-  %559 = add nuw <16 x i32> %556, splat (i32 32767)
-  %560 = add nuw <16 x i32> %559, %558
-  %561 = lshr <16 x i32> %560, splat (i32 16)
-  %562 = trunc nuw <16 x i32> %561 to <16 x i16>
-  store <16 x i16> %562, ptr %invariant.gep1058.us.i, align 2, !tbaa !4
-  %563 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 64
-  %564 = load <16 x float>, ptr %563, align 4, !tbaa !4
-  %565 = fmul <16 x float> %552, %564
-  %566 = bitcast <16 x float> %565 to <16 x i32>
-  %567 = lshr <16 x i32> %566, splat (i32 16)
-  %568 = and <16 x i32> %567, splat (i32 1)
-  %569 = add nuw <16 x i32> %566, splat (i32 32767)
-  %570 = add nuw <16 x i32> %569, %568
-  %571 = lshr <16 x i32> %570, splat (i32 16)
-  %572 = trunc nuw <16 x i32> %571 to <16 x i16>
-  %gep1059.us.1.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 32
-  store <16 x i16> %572, ptr %gep1059.us.1.i, align 2, !tbaa !4
-  %573 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 128
-  %574 = load <16 x float>, ptr %573, align 4, !tbaa !4
-  %575 = fmul <16 x float> %552, %574
-  %576 = bitcast <16 x float> %575 to <16 x i32>
-  %577 = lshr <16 x i32> %576, splat (i32 16)
-  %578 = and <16 x i32> %577, splat (i32 1)
-  %579 = add nuw <16 x i32> %576, splat (i32 32767)
-  %580 = add nuw <16 x i32> %579, %578
-  %581 = lshr <16 x i32> %580, splat (i32 16)
-  %582 = trunc nuw <16 x i32> %581 to <16 x i16>
-  %gep1059.us.2.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 64
-  store <16 x i16> %582, ptr %gep1059.us.2.i, align 2, !tbaa !4
-  %583 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 192
-  %584 = load <16 x float>, ptr %583, align 4, !tbaa !4
-  %585 = fmul <16 x float> %552, %584
-  %586 = bitcast <16 x float> %585 to <16 x i32>
-  %587 = lshr <16 x i32> %586, splat (i32 16)
-  %588 = and <16 x i32> %587, splat (i32 1)
-  %589 = add nuw <16 x i32> %586, splat (i32 32767)
-  %590 = add nuw <16 x i32> %589, %588
-  %591 = lshr <16 x i32> %590, splat (i32 16)
-  %592 = trunc nuw <16 x i32> %591 to <16 x i16>
-  %gep1059.us.3.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 96
-  store <16 x i16> %592, ptr %gep1059.us.3.i, align 2, !tbaa !4
-  %593 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 256
-  %594 = load <16 x float>, ptr %593, align 4, !tbaa !4
-  %595 = fmul <16 x float> %552, %594
-  %596 = bitcast <16 x float> %595 to <16 x i32>
-  %597 = lshr <16 x i32> %596, splat (i32 16)
-  %598 = and <16 x i32> %597, splat (i32 1)
-  %599 = add nuw <16 x i32> %596, splat (i32 32767)
-  %600 = add nuw <16 x i32> %599, %598
-  %601 = lshr <16 x i32> %600, splat (i32 16)
-  %602 = trunc nuw <16 x i32> %601 to <16 x i16>
-  %gep1059.us.4.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 128
-  store <16 x i16> %602, ptr %gep1059.us.4.i, align 2, !tbaa !4
-  %603 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 320
-  %604 = load <16 x float>, ptr %603, align 4, !tbaa !4
-  %605 = fmul <16 x float> %552, %604
-  %606 = bitcast <16 x float> %605 to <16 x i32>
-  %607 = lshr <16 x i32> %606, splat (i32 16)
-  %608 = and <16 x i32> %607, splat (i32 1)
-  %609 = add nuw <16 x i32> %606, splat (i32 32767)
-  %610 = add nuw <16 x i32> %609, %608
-  %611 = lshr <16 x i32> %610, splat (i32 16)
-  %612 = trunc nuw <16 x i32> %611 to <16 x i16>
-  %gep1059.us.5.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 160
-  store <16 x i16> %612, ptr %gep1059.us.5.i, align 2, !tbaa !4
-  %613 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 384
-  %614 = load <16 x float>, ptr %613, align 4, !tbaa !4
-  %615 = fmul <16 x float> %552, %614
-  %616 = bitcast <16 x float> %615 to <16 x i32>
-  %617 = lshr <16 x i32> %616, splat (i32 16)
-  %618 = and <16 x i32> %617, splat (i32 1)
-  %619 = add nuw <16 x i32> %616, splat (i32 32767)
-  %620 = add nuw <16 x i32> %619, %618
-  %621 = lshr <16 x i32> %620, splat (i32 16)
-  %622 = trunc nuw <16 x i32> %621 to <16 x i16>
-  %gep1059.us.6.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 192
-  store <16 x i16> %622, ptr %gep1059.us.6.i, align 2, !tbaa !4
-  %623 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 448
-  %624 = load <16 x float>, ptr %623, align 4, !tbaa !4
-  %625 = fmul <16 x float> %552, %624
-  %626 = bitcast <16 x float> %625 to <16 x i32>
-  %627 = lshr <16 x i32> %626, splat (i32 16)
-  %628 = and <16 x i32> %627, splat (i32 1)
-  %629 = add nuw <16 x i32> %626, splat (i32 32767)
-  %630 = add nuw <16 x i32> %629, %628
-  %631 = lshr <16 x i32> %630, splat (i32 16)
-  %632 = trunc nuw <16 x i32> %631 to <16 x i16>
-  %gep1059.us.7.i = getelementptr i8, ptr %invariant.gep1058.us.i, i64 224
-  store <16 x i16> %632, ptr %gep1059.us.7.i, align 2, !tbaa !4
-  %633 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %634 = or disjoint i64 %547, 1
-  %635 = mul nsw i64 %634, %out_head
-  %invariant.gep1058.us.i.1 = getelementptr i16, ptr %544, i64 %635
+  %559 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> zeroinitializer
+  %560 = mul nsw i64 %554, %out_head
+  %invariant.gep1055.us.i = getelementptr i16, ptr %551, i64 %560
+  %561 = load <16 x float>, ptr %invariant.gep64, align 4, !tbaa !4
+  %562 = fmul <16 x float> %561, %559
+  %563 = bitcast <16 x float> %562 to <16 x i32>
+  %564 = lshr <16 x i32> %563, splat (i32 16)
+  %565 = and <16 x i32> %564, splat (i32 1)
+  %566 = add nuw <16 x i32> %563, splat (i32 32767)
+  %567 = add nuw <16 x i32> %566, %565
+  %568 = lshr <16 x i32> %567, splat (i32 16)
+  %569 = trunc nuw <16 x i32> %568 to <16 x i16>
+  store <16 x i16> %569, ptr %invariant.gep1055.us.i, align 2, !tbaa !4
+  %570 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 64
+  %571 = load <16 x float>, ptr %570, align 4, !tbaa !4
+  %572 = fmul <16 x float> %559, %571
+  %573 = bitcast <16 x float> %572 to <16 x i32>
+  %574 = lshr <16 x i32> %573, splat (i32 16)
+  %575 = and <16 x i32> %574, splat (i32 1)
+  %576 = add nuw <16 x i32> %573, splat (i32 32767)
+  %577 = add nuw <16 x i32> %576, %575
+  %578 = lshr <16 x i32> %577, splat (i32 16)
+  %579 = trunc nuw <16 x i32> %578 to <16 x i16>
+  %gep1056.us.1.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 32
+  store <16 x i16> %579, ptr %gep1056.us.1.i, align 2, !tbaa !4
+  %580 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 128
+  %581 = load <16 x float>, ptr %580, align 4, !tbaa !4
+  %582 = fmul <16 x float> %559, %581
+  %583 = bitcast <16 x float> %582 to <16 x i32>
+  %584 = lshr <16 x i32> %583, splat (i32 16)
+  %585 = and <16 x i32> %584, splat (i32 1)
+  %586 = add nuw <16 x i32> %583, splat (i32 32767)
+  %587 = add nuw <16 x i32> %586, %585
+  %588 = lshr <16 x i32> %587, splat (i32 16)
+  %589 = trunc nuw <16 x i32> %588 to <16 x i16>
+  %gep1056.us.2.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 64
+  store <16 x i16> %589, ptr %gep1056.us.2.i, align 2, !tbaa !4
+  %590 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 192
+  %591 = load <16 x float>, ptr %590, align 4, !tbaa !4
+  %592 = fmul <16 x float> %559, %591
+  %593 = bitcast <16 x float> %592 to <16 x i32>
+  %594 = lshr <16 x i32> %593, splat (i32 16)
+  %595 = and <16 x i32> %594, splat (i32 1)
+  %596 = add nuw <16 x i32> %593, splat (i32 32767)
+  %597 = add nuw <16 x i32> %596, %595
+  %598 = lshr <16 x i32> %597, splat (i32 16)
+  %599 = trunc nuw <16 x i32> %598 to <16 x i16>
+  %gep1056.us.3.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 96
+  store <16 x i16> %599, ptr %gep1056.us.3.i, align 2, !tbaa !4
+  %600 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 256
+  %601 = load <16 x float>, ptr %600, align 4, !tbaa !4
+  %602 = fmul <16 x float> %559, %601
+  %603 = bitcast <16 x float> %602 to <16 x i32>
+  %604 = lshr <16 x i32> %603, splat (i32 16)
+  %605 = and <16 x i32> %604, splat (i32 1)
+  %606 = add nuw <16 x i32> %603, splat (i32 32767)
+  %607 = add nuw <16 x i32> %606, %605
+  %608 = lshr <16 x i32> %607, splat (i32 16)
+  %609 = trunc nuw <16 x i32> %608 to <16 x i16>
+  %gep1056.us.4.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 128
+  store <16 x i16> %609, ptr %gep1056.us.4.i, align 2, !tbaa !4
+  %610 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 320
+  %611 = load <16 x float>, ptr %610, align 4, !tbaa !4
+  %612 = fmul <16 x float> %559, %611
+  %613 = bitcast <16 x float> %612 to <16 x i32>
+  %614 = lshr <16 x i32> %613, splat (i32 16)
+  %615 = and <16 x i32> %614, splat (i32 1)
+  %616 = add nuw <16 x i32> %613, splat (i32 32767)
+  %617 = add nuw <16 x i32> %616, %615
+  %618 = lshr <16 x i32> %617, splat (i32 16)
+  %619 = trunc nuw <16 x i32> %618 to <16 x i16>
+  %gep1056.us.5.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 160
+  store <16 x i16> %619, ptr %gep1056.us.5.i, align 2, !tbaa !4
+  %620 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 384
+  %621 = load <16 x float>, ptr %620, align 4, !tbaa !4
+  %622 = fmul <16 x float> %559, %621
+  %623 = bitcast <16 x float> %622 to <16 x i32>
+  %624 = lshr <16 x i32> %623, splat (i32 16)
+  %625 = and <16 x i32> %624, splat (i32 1)
+  %626 = add nuw <16 x i32> %623, splat (i32 32767)
+  %627 = add nuw <16 x i32> %626, %625
+  %628 = lshr <16 x i32> %627, splat (i32 16)
+  %629 = trunc nuw <16 x i32> %628 to <16 x i16>
+  %gep1056.us.6.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 192
+  store <16 x i16> %629, ptr %gep1056.us.6.i, align 2, !tbaa !4
+  %630 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 448
+  %631 = load <16 x float>, ptr %630, align 4, !tbaa !4
+  %632 = fmul <16 x float> %559, %631
+  %633 = bitcast <16 x float> %632 to <16 x i32>
+  %634 = lshr <16 x i32> %633, splat (i32 16)
+  %635 = and <16 x i32> %634, splat (i32 1)
+  %636 = add nuw <16 x i32> %633, splat (i32 32767)
+  %637 = add nuw <16 x i32> %636, %635
+  %638 = lshr <16 x i32> %637, splat (i32 16)
+  %639 = trunc nuw <16 x i32> %638 to <16 x i16>
+  %gep1056.us.7.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 224
+  store <16 x i16> %639, ptr %gep1056.us.7.i, align 2, !tbaa !4
+  %640 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %641 = or disjoint i64 %554, 1
+  %642 = mul nsw i64 %641, %out_head
+  %invariant.gep1055.us.i.1 = getelementptr i16, ptr %551, i64 %642
   %gep65.1 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 512
-  %636 = load <16 x float>, ptr %gep65.1, align 4, !tbaa !4
-  %637 = fmul <16 x float> %636, %633
-  %638 = bitcast <16 x float> %637 to <16 x i32>
-  %639 = lshr <16 x i32> %638, splat (i32 16)
-  %640 = and <16 x i32> %639, splat (i32 1)
-  %641 = add nuw <16 x i32> %638, splat (i32 32767)
-  %642 = add nuw <16 x i32> %641, %640
-  %643 = lshr <16 x i32> %642, splat (i32 16)
-  %644 = trunc nuw <16 x i32> %643 to <16 x i16>
-  store <16 x i16> %644, ptr %invariant.gep1058.us.i.1, align 2, !tbaa !4
-  %645 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 576
-  %646 = load <16 x float>, ptr %645, align 4, !tbaa !4
-  %647 = fmul <16 x float> %633, %646
-  %648 = bitcast <16 x float> %647 to <16 x i32>
-  %649 = lshr <16 x i32> %648, splat (i32 16)
-  %650 = and <16 x i32> %649, splat (i32 1)
-  %651 = add nuw <16 x i32> %648, splat (i32 32767)
-  %652 = add nuw <16 x i32> %651, %650
-  %653 = lshr <16 x i32> %652, splat (i32 16)
-  %654 = trunc nuw <16 x i32> %653 to <16 x i16>
-  %gep1059.us.1.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 32
-  store <16 x i16> %654, ptr %gep1059.us.1.i.1, align 2, !tbaa !4
-  %655 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 640
-  %656 = load <16 x float>, ptr %655, align 4, !tbaa !4
-  %657 = fmul <16 x float> %633, %656
-  %658 = bitcast <16 x float> %657 to <16 x i32>
-  %659 = lshr <16 x i32> %658, splat (i32 16)
-  %660 = and <16 x i32> %659, splat (i32 1)
-  %661 = add nuw <16 x i32> %658, splat (i32 32767)
-  %662 = add nuw <16 x i32> %661, %660
-  %663 = lshr <16 x i32> %662, splat (i32 16)
-  %664 = trunc nuw <16 x i32> %663 to <16 x i16>
-  %gep1059.us.2.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 64
-  store <16 x i16> %664, ptr %gep1059.us.2.i.1, align 2, !tbaa !4
-  %665 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 704
-  %666 = load <16 x float>, ptr %665, align 4, !tbaa !4
-  %667 = fmul <16 x float> %633, %666
-  %668 = bitcast <16 x float> %667 to <16 x i32>
-  %669 = lshr <16 x i32> %668, splat (i32 16)
-  %670 = and <16 x i32> %669, splat (i32 1)
-  %671 = add nuw <16 x i32> %668, splat (i32 32767)
-  %672 = add nuw <16 x i32> %671, %670
-  %673 = lshr <16 x i32> %672, splat (i32 16)
-  %674 = trunc nuw <16 x i32> %673 to <16 x i16>
-  %gep1059.us.3.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 96
-  store <16 x i16> %674, ptr %gep1059.us.3.i.1, align 2, !tbaa !4
-  %675 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 768
-  %676 = load <16 x float>, ptr %675, align 4, !tbaa !4
-  %677 = fmul <16 x float> %633, %676
-  %678 = bitcast <16 x float> %677 to <16 x i32>
-  %679 = lshr <16 x i32> %678, splat (i32 16)
-  %680 = and <16 x i32> %679, splat (i32 1)
-  %681 = add nuw <16 x i32> %678, splat (i32 32767)
-  %682 = add nuw <16 x i32> %681, %680
-  %683 = lshr <16 x i32> %682, splat (i32 16)
-  %684 = trunc nuw <16 x i32> %683 to <16 x i16>
-  %gep1059.us.4.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 128
-  store <16 x i16> %684, ptr %gep1059.us.4.i.1, align 2, !tbaa !4
-  %685 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 832
-  %686 = load <16 x float>, ptr %685, align 4, !tbaa !4
-  %687 = fmul <16 x float> %633, %686
-  %688 = bitcast <16 x float> %687 to <16 x i32>
-  %689 = lshr <16 x i32> %688, splat (i32 16)
-  %690 = and <16 x i32> %689, splat (i32 1)
-  %691 = add nuw <16 x i32> %688, splat (i32 32767)
-  %692 = add nuw <16 x i32> %691, %690
-  %693 = lshr <16 x i32> %692, splat (i32 16)
-  %694 = trunc nuw <16 x i32> %693 to <16 x i16>
-  %gep1059.us.5.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 160
-  store <16 x i16> %694, ptr %gep1059.us.5.i.1, align 2, !tbaa !4
-  %695 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 896
-  %696 = load <16 x float>, ptr %695, align 4, !tbaa !4
-  %697 = fmul <16 x float> %633, %696
-  %698 = bitcast <16 x float> %697 to <16 x i32>
-  %699 = lshr <16 x i32> %698, splat (i32 16)
-  %700 = and <16 x i32> %699, splat (i32 1)
-  %701 = add nuw <16 x i32> %698, splat (i32 32767)
-  %702 = add nuw <16 x i32> %701, %700
-  %703 = lshr <16 x i32> %702, splat (i32 16)
-  %704 = trunc nuw <16 x i32> %703 to <16 x i16>
-  %gep1059.us.6.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 192
-  store <16 x i16> %704, ptr %gep1059.us.6.i.1, align 2, !tbaa !4
-  %705 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 960
-  %706 = load <16 x float>, ptr %705, align 4, !tbaa !4
-  %707 = fmul <16 x float> %633, %706
-  %708 = bitcast <16 x float> %707 to <16 x i32>
-  %709 = lshr <16 x i32> %708, splat (i32 16)
-  %710 = and <16 x i32> %709, splat (i32 1)
-  %711 = add nuw <16 x i32> %708, splat (i32 32767)
-  %712 = add nuw <16 x i32> %711, %710
-  %713 = lshr <16 x i32> %712, splat (i32 16)
-  %714 = trunc nuw <16 x i32> %713 to <16 x i16>
-  %gep1059.us.7.i.1 = getelementptr i8, ptr %invariant.gep1058.us.i.1, i64 224
-  store <16 x i16> %714, ptr %gep1059.us.7.i.1, align 2, !tbaa !4
-  %715 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %716 = or disjoint i64 %547, 2
-  %717 = mul nsw i64 %716, %out_head
-  %invariant.gep1058.us.i.2 = getelementptr i16, ptr %544, i64 %717
+  %643 = load <16 x float>, ptr %gep65.1, align 4, !tbaa !4
+  %644 = fmul <16 x float> %643, %640
+  %645 = bitcast <16 x float> %644 to <16 x i32>
+  %646 = lshr <16 x i32> %645, splat (i32 16)
+  %647 = and <16 x i32> %646, splat (i32 1)
+  %648 = add nuw <16 x i32> %645, splat (i32 32767)
+  %649 = add nuw <16 x i32> %648, %647
+  %650 = lshr <16 x i32> %649, splat (i32 16)
+  %651 = trunc nuw <16 x i32> %650 to <16 x i16>
+  store <16 x i16> %651, ptr %invariant.gep1055.us.i.1, align 2, !tbaa !4
+  %652 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 576
+  %653 = load <16 x float>, ptr %652, align 4, !tbaa !4
+  %654 = fmul <16 x float> %640, %653
+  %655 = bitcast <16 x float> %654 to <16 x i32>
+  %656 = lshr <16 x i32> %655, splat (i32 16)
+  %657 = and <16 x i32> %656, splat (i32 1)
+  %658 = add nuw <16 x i32> %655, splat (i32 32767)
+  %659 = add nuw <16 x i32> %658, %657
+  %660 = lshr <16 x i32> %659, splat (i32 16)
+  %661 = trunc nuw <16 x i32> %660 to <16 x i16>
+  %gep1056.us.1.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 32
+  store <16 x i16> %661, ptr %gep1056.us.1.i.1, align 2, !tbaa !4
+  %662 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 640
+  %663 = load <16 x float>, ptr %662, align 4, !tbaa !4
+  %664 = fmul <16 x float> %640, %663
+  %665 = bitcast <16 x float> %664 to <16 x i32>
+  %666 = lshr <16 x i32> %665, splat (i32 16)
+  %667 = and <16 x i32> %666, splat (i32 1)
+  %668 = add nuw <16 x i32> %665, splat (i32 32767)
+  %669 = add nuw <16 x i32> %668, %667
+  %670 = lshr <16 x i32> %669, splat (i32 16)
+  %671 = trunc nuw <16 x i32> %670 to <16 x i16>
+  %gep1056.us.2.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 64
+  store <16 x i16> %671, ptr %gep1056.us.2.i.1, align 2, !tbaa !4
+  %672 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 704
+  %673 = load <16 x float>, ptr %672, align 4, !tbaa !4
+  %674 = fmul <16 x float> %640, %673
+  %675 = bitcast <16 x float> %674 to <16 x i32>
+  %676 = lshr <16 x i32> %675, splat (i32 16)
+  %677 = and <16 x i32> %676, splat (i32 1)
+  %678 = add nuw <16 x i32> %675, splat (i32 32767)
+  %679 = add nuw <16 x i32> %678, %677
+  %680 = lshr <16 x i32> %679, splat (i32 16)
+  %681 = trunc nuw <16 x i32> %680 to <16 x i16>
+  %gep1056.us.3.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 96
+  store <16 x i16> %681, ptr %gep1056.us.3.i.1, align 2, !tbaa !4
+  %682 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 768
+  %683 = load <16 x float>, ptr %682, align 4, !tbaa !4
+  %684 = fmul <16 x float> %640, %683
+  %685 = bitcast <16 x float> %684 to <16 x i32>
+  %686 = lshr <16 x i32> %685, splat (i32 16)
+  %687 = and <16 x i32> %686, splat (i32 1)
+  %688 = add nuw <16 x i32> %685, splat (i32 32767)
+  %689 = add nuw <16 x i32> %688, %687
+  %690 = lshr <16 x i32> %689, splat (i32 16)
+  %691 = trunc nuw <16 x i32> %690 to <16 x i16>
+  %gep1056.us.4.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 128
+  store <16 x i16> %691, ptr %gep1056.us.4.i.1, align 2, !tbaa !4
+  %692 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 832
+  %693 = load <16 x float>, ptr %692, align 4, !tbaa !4
+  %694 = fmul <16 x float> %640, %693
+  %695 = bitcast <16 x float> %694 to <16 x i32>
+  %696 = lshr <16 x i32> %695, splat (i32 16)
+  %697 = and <16 x i32> %696, splat (i32 1)
+  %698 = add nuw <16 x i32> %695, splat (i32 32767)
+  %699 = add nuw <16 x i32> %698, %697
+  %700 = lshr <16 x i32> %699, splat (i32 16)
+  %701 = trunc nuw <16 x i32> %700 to <16 x i16>
+  %gep1056.us.5.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 160
+  store <16 x i16> %701, ptr %gep1056.us.5.i.1, align 2, !tbaa !4
+  %702 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 896
+  %703 = load <16 x float>, ptr %702, align 4, !tbaa !4
+  %704 = fmul <16 x float> %640, %703
+  %705 = bitcast <16 x float> %704 to <16 x i32>
+  %706 = lshr <16 x i32> %705, splat (i32 16)
+  %707 = and <16 x i32> %706, splat (i32 1)
+  %708 = add nuw <16 x i32> %705, splat (i32 32767)
+  %709 = add nuw <16 x i32> %708, %707
+  %710 = lshr <16 x i32> %709, splat (i32 16)
+  %711 = trunc nuw <16 x i32> %710 to <16 x i16>
+  %gep1056.us.6.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 192
+  store <16 x i16> %711, ptr %gep1056.us.6.i.1, align 2, !tbaa !4
+  %712 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 960
+  %713 = load <16 x float>, ptr %712, align 4, !tbaa !4
+  %714 = fmul <16 x float> %640, %713
+  %715 = bitcast <16 x float> %714 to <16 x i32>
+  %716 = lshr <16 x i32> %715, splat (i32 16)
+  %717 = and <16 x i32> %716, splat (i32 1)
+  %718 = add nuw <16 x i32> %715, splat (i32 32767)
+  %719 = add nuw <16 x i32> %718, %717
+  %720 = lshr <16 x i32> %719, splat (i32 16)
+  %721 = trunc nuw <16 x i32> %720 to <16 x i16>
+  %gep1056.us.7.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 224
+  store <16 x i16> %721, ptr %gep1056.us.7.i.1, align 2, !tbaa !4
+  %722 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %723 = or disjoint i64 %554, 2
+  %724 = mul nsw i64 %723, %out_head
+  %invariant.gep1055.us.i.2 = getelementptr i16, ptr %551, i64 %724
   %gep65.2 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1024
-  %718 = load <16 x float>, ptr %gep65.2, align 4, !tbaa !4
-  %719 = fmul <16 x float> %718, %715
-  %720 = bitcast <16 x float> %719 to <16 x i32>
-  %721 = lshr <16 x i32> %720, splat (i32 16)
-  %722 = and <16 x i32> %721, splat (i32 1)
-  %723 = add nuw <16 x i32> %720, splat (i32 32767)
-  %724 = add nuw <16 x i32> %723, %722
-  %725 = lshr <16 x i32> %724, splat (i32 16)
-  %726 = trunc nuw <16 x i32> %725 to <16 x i16>
-  store <16 x i16> %726, ptr %invariant.gep1058.us.i.2, align 2, !tbaa !4
-  %727 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1088
-  %728 = load <16 x float>, ptr %727, align 4, !tbaa !4
-  %729 = fmul <16 x float> %715, %728
-  %730 = bitcast <16 x float> %729 to <16 x i32>
-  %731 = lshr <16 x i32> %730, splat (i32 16)
-  %732 = and <16 x i32> %731, splat (i32 1)
-  %733 = add nuw <16 x i32> %730, splat (i32 32767)
-  %734 = add nuw <16 x i32> %733, %732
-  %735 = lshr <16 x i32> %734, splat (i32 16)
-  %736 = trunc nuw <16 x i32> %735 to <16 x i16>
-  %gep1059.us.1.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 32
-  store <16 x i16> %736, ptr %gep1059.us.1.i.2, align 2, !tbaa !4
-  %737 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1152
-  %738 = load <16 x float>, ptr %737, align 4, !tbaa !4
-  %739 = fmul <16 x float> %715, %738
-  %740 = bitcast <16 x float> %739 to <16 x i32>
-  %741 = lshr <16 x i32> %740, splat (i32 16)
-  %742 = and <16 x i32> %741, splat (i32 1)
-  %743 = add nuw <16 x i32> %740, splat (i32 32767)
-  %744 = add nuw <16 x i32> %743, %742
-  %745 = lshr <16 x i32> %744, splat (i32 16)
-  %746 = trunc nuw <16 x i32> %745 to <16 x i16>
-  %gep1059.us.2.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 64
-  store <16 x i16> %746, ptr %gep1059.us.2.i.2, align 2, !tbaa !4
-  %747 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1216
-  %748 = load <16 x float>, ptr %747, align 4, !tbaa !4
-  %749 = fmul <16 x float> %715, %748
-  %750 = bitcast <16 x float> %749 to <16 x i32>
-  %751 = lshr <16 x i32> %750, splat (i32 16)
-  %752 = and <16 x i32> %751, splat (i32 1)
-  %753 = add nuw <16 x i32> %750, splat (i32 32767)
-  %754 = add nuw <16 x i32> %753, %752
-  %755 = lshr <16 x i32> %754, splat (i32 16)
-  %756 = trunc nuw <16 x i32> %755 to <16 x i16>
-  %gep1059.us.3.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 96
-  store <16 x i16> %756, ptr %gep1059.us.3.i.2, align 2, !tbaa !4
-  %757 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1280
-  %758 = load <16 x float>, ptr %757, align 4, !tbaa !4
-  %759 = fmul <16 x float> %715, %758
-  %760 = bitcast <16 x float> %759 to <16 x i32>
-  %761 = lshr <16 x i32> %760, splat (i32 16)
-  %762 = and <16 x i32> %761, splat (i32 1)
-  %763 = add nuw <16 x i32> %760, splat (i32 32767)
-  %764 = add nuw <16 x i32> %763, %762
-  %765 = lshr <16 x i32> %764, splat (i32 16)
-  %766 = trunc nuw <16 x i32> %765 to <16 x i16>
-  %gep1059.us.4.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 128
-  store <16 x i16> %766, ptr %gep1059.us.4.i.2, align 2, !tbaa !4
-  %767 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1344
-  %768 = load <16 x float>, ptr %767, align 4, !tbaa !4
-  %769 = fmul <16 x float> %715, %768
-  %770 = bitcast <16 x float> %769 to <16 x i32>
-  %771 = lshr <16 x i32> %770, splat (i32 16)
-  %772 = and <16 x i32> %771, splat (i32 1)
-  %773 = add nuw <16 x i32> %770, splat (i32 32767)
-  %774 = add nuw <16 x i32> %773, %772
-  %775 = lshr <16 x i32> %774, splat (i32 16)
-  %776 = trunc nuw <16 x i32> %775 to <16 x i16>
-  %gep1059.us.5.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 160
-  store <16 x i16> %776, ptr %gep1059.us.5.i.2, align 2, !tbaa !4
-  %777 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1408
-  %778 = load <16 x float>, ptr %777, align 4, !tbaa !4
-  %779 = fmul <16 x float> %715, %778
-  %780 = bitcast <16 x float> %779 to <16 x i32>
-  %781 = lshr <16 x i32> %780, splat (i32 16)
-  %782 = and <16 x i32> %781, splat (i32 1)
-  %783 = add nuw <16 x i32> %780, splat (i32 32767)
-  %784 = add nuw <16 x i32> %783, %782
-  %785 = lshr <16 x i32> %784, splat (i32 16)
-  %786 = trunc nuw <16 x i32> %785 to <16 x i16>
-  %gep1059.us.6.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 192
-  store <16 x i16> %786, ptr %gep1059.us.6.i.2, align 2, !tbaa !4
-  %787 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1472
-  %788 = load <16 x float>, ptr %787, align 4, !tbaa !4
-  %789 = fmul <16 x float> %715, %788
-  %790 = bitcast <16 x float> %789 to <16 x i32>
-  %791 = lshr <16 x i32> %790, splat (i32 16)
-  %792 = and <16 x i32> %791, splat (i32 1)
-  %793 = add nuw <16 x i32> %790, splat (i32 32767)
-  %794 = add nuw <16 x i32> %793, %792
-  %795 = lshr <16 x i32> %794, splat (i32 16)
-  %796 = trunc nuw <16 x i32> %795 to <16 x i16>
-  %gep1059.us.7.i.2 = getelementptr i8, ptr %invariant.gep1058.us.i.2, i64 224
-  store <16 x i16> %796, ptr %gep1059.us.7.i.2, align 2, !tbaa !4
-  %797 = shufflevector <4 x float> %551, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %798 = or disjoint i64 %547, 3
-  %799 = mul nsw i64 %798, %out_head
-  %invariant.gep1058.us.i.3 = getelementptr i16, ptr %544, i64 %799
+  %725 = load <16 x float>, ptr %gep65.2, align 4, !tbaa !4
+  %726 = fmul <16 x float> %725, %722
+  %727 = bitcast <16 x float> %726 to <16 x i32>
+  %728 = lshr <16 x i32> %727, splat (i32 16)
+  %729 = and <16 x i32> %728, splat (i32 1)
+  %730 = add nuw <16 x i32> %727, splat (i32 32767)
+  %731 = add nuw <16 x i32> %730, %729
+  %732 = lshr <16 x i32> %731, splat (i32 16)
+  %733 = trunc nuw <16 x i32> %732 to <16 x i16>
+  store <16 x i16> %733, ptr %invariant.gep1055.us.i.2, align 2, !tbaa !4
+  %734 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1088
+  %735 = load <16 x float>, ptr %734, align 4, !tbaa !4
+  %736 = fmul <16 x float> %722, %735
+  %737 = bitcast <16 x float> %736 to <16 x i32>
+  %738 = lshr <16 x i32> %737, splat (i32 16)
+  %739 = and <16 x i32> %738, splat (i32 1)
+  %740 = add nuw <16 x i32> %737, splat (i32 32767)
+  %741 = add nuw <16 x i32> %740, %739
+  %742 = lshr <16 x i32> %741, splat (i32 16)
+  %743 = trunc nuw <16 x i32> %742 to <16 x i16>
+  %gep1056.us.1.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 32
+  store <16 x i16> %743, ptr %gep1056.us.1.i.2, align 2, !tbaa !4
+  %744 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1152
+  %745 = load <16 x float>, ptr %744, align 4, !tbaa !4
+  %746 = fmul <16 x float> %722, %745
+  %747 = bitcast <16 x float> %746 to <16 x i32>
+  %748 = lshr <16 x i32> %747, splat (i32 16)
+  %749 = and <16 x i32> %748, splat (i32 1)
+  %750 = add nuw <16 x i32> %747, splat (i32 32767)
+  %751 = add nuw <16 x i32> %750, %749
+  %752 = lshr <16 x i32> %751, splat (i32 16)
+  %753 = trunc nuw <16 x i32> %752 to <16 x i16>
+  %gep1056.us.2.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 64
+  store <16 x i16> %753, ptr %gep1056.us.2.i.2, align 2, !tbaa !4
+  %754 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1216
+  %755 = load <16 x float>, ptr %754, align 4, !tbaa !4
+  %756 = fmul <16 x float> %722, %755
+  %757 = bitcast <16 x float> %756 to <16 x i32>
+  %758 = lshr <16 x i32> %757, splat (i32 16)
+  %759 = and <16 x i32> %758, splat (i32 1)
+  %760 = add nuw <16 x i32> %757, splat (i32 32767)
+  %761 = add nuw <16 x i32> %760, %759
+  %762 = lshr <16 x i32> %761, splat (i32 16)
+  %763 = trunc nuw <16 x i32> %762 to <16 x i16>
+  %gep1056.us.3.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 96
+  store <16 x i16> %763, ptr %gep1056.us.3.i.2, align 2, !tbaa !4
+  %764 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1280
+  %765 = load <16 x float>, ptr %764, align 4, !tbaa !4
+  %766 = fmul <16 x float> %722, %765
+  %767 = bitcast <16 x float> %766 to <16 x i32>
+  %768 = lshr <16 x i32> %767, splat (i32 16)
+  %769 = and <16 x i32> %768, splat (i32 1)
+  %770 = add nuw <16 x i32> %767, splat (i32 32767)
+  %771 = add nuw <16 x i32> %770, %769
+  %772 = lshr <16 x i32> %771, splat (i32 16)
+  %773 = trunc nuw <16 x i32> %772 to <16 x i16>
+  %gep1056.us.4.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 128
+  store <16 x i16> %773, ptr %gep1056.us.4.i.2, align 2, !tbaa !4
+  %774 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1344
+  %775 = load <16 x float>, ptr %774, align 4, !tbaa !4
+  %776 = fmul <16 x float> %722, %775
+  %777 = bitcast <16 x float> %776 to <16 x i32>
+  %778 = lshr <16 x i32> %777, splat (i32 16)
+  %779 = and <16 x i32> %778, splat (i32 1)
+  %780 = add nuw <16 x i32> %777, splat (i32 32767)
+  %781 = add nuw <16 x i32> %780, %779
+  %782 = lshr <16 x i32> %781, splat (i32 16)
+  %783 = trunc nuw <16 x i32> %782 to <16 x i16>
+  %gep1056.us.5.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 160
+  store <16 x i16> %783, ptr %gep1056.us.5.i.2, align 2, !tbaa !4
+  %784 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1408
+  %785 = load <16 x float>, ptr %784, align 4, !tbaa !4
+  %786 = fmul <16 x float> %722, %785
+  %787 = bitcast <16 x float> %786 to <16 x i32>
+  %788 = lshr <16 x i32> %787, splat (i32 16)
+  %789 = and <16 x i32> %788, splat (i32 1)
+  %790 = add nuw <16 x i32> %787, splat (i32 32767)
+  %791 = add nuw <16 x i32> %790, %789
+  %792 = lshr <16 x i32> %791, splat (i32 16)
+  %793 = trunc nuw <16 x i32> %792 to <16 x i16>
+  %gep1056.us.6.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 192
+  store <16 x i16> %793, ptr %gep1056.us.6.i.2, align 2, !tbaa !4
+  %794 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1472
+  %795 = load <16 x float>, ptr %794, align 4, !tbaa !4
+  %796 = fmul <16 x float> %722, %795
+  %797 = bitcast <16 x float> %796 to <16 x i32>
+  %798 = lshr <16 x i32> %797, splat (i32 16)
+  %799 = and <16 x i32> %798, splat (i32 1)
+  %800 = add nuw <16 x i32> %797, splat (i32 32767)
+  %801 = add nuw <16 x i32> %800, %799
+  %802 = lshr <16 x i32> %801, splat (i32 16)
+  %803 = trunc nuw <16 x i32> %802 to <16 x i16>
+  %gep1056.us.7.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 224
+  store <16 x i16> %803, ptr %gep1056.us.7.i.2, align 2, !tbaa !4
+  %804 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %805 = or disjoint i64 %554, 3
+  %806 = mul nsw i64 %805, %out_head
+  %invariant.gep1055.us.i.3 = getelementptr i16, ptr %551, i64 %806
   %gep65.3 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1536
-  %800 = load <16 x float>, ptr %gep65.3, align 4, !tbaa !4
-  %801 = fmul <16 x float> %800, %797
-  %802 = bitcast <16 x float> %801 to <16 x i32>
-  %803 = lshr <16 x i32> %802, splat (i32 16)
-  %804 = and <16 x i32> %803, splat (i32 1)
-  %805 = add nuw <16 x i32> %802, splat (i32 32767)
-  %806 = add nuw <16 x i32> %805, %804
-  %807 = lshr <16 x i32> %806, splat (i32 16)
-  %808 = trunc nuw <16 x i32> %807 to <16 x i16>
-  store <16 x i16> %808, ptr %invariant.gep1058.us.i.3, align 2, !tbaa !4
-  %809 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1600
-  %810 = load <16 x float>, ptr %809, align 4, !tbaa !4
-  %811 = fmul <16 x float> %797, %810
-  %812 = bitcast <16 x float> %811 to <16 x i32>
-  %813 = lshr <16 x i32> %812, splat (i32 16)
-  %814 = and <16 x i32> %813, splat (i32 1)
-  %815 = add nuw <16 x i32> %812, splat (i32 32767)
-  %816 = add nuw <16 x i32> %815, %814
-  %817 = lshr <16 x i32> %816, splat (i32 16)
-  %818 = trunc nuw <16 x i32> %817 to <16 x i16>
-  %gep1059.us.1.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 32
-  store <16 x i16> %818, ptr %gep1059.us.1.i.3, align 2, !tbaa !4
-  %819 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1664
-  %820 = load <16 x float>, ptr %819, align 4, !tbaa !4
-  %821 = fmul <16 x float> %797, %820
-  %822 = bitcast <16 x float> %821 to <16 x i32>
-  %823 = lshr <16 x i32> %822, splat (i32 16)
-  %824 = and <16 x i32> %823, splat (i32 1)
-  %825 = add nuw <16 x i32> %822, splat (i32 32767)
-  %826 = add nuw <16 x i32> %825, %824
-  %827 = lshr <16 x i32> %826, splat (i32 16)
-  %828 = trunc nuw <16 x i32> %827 to <16 x i16>
-  %gep1059.us.2.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 64
-  store <16 x i16> %828, ptr %gep1059.us.2.i.3, align 2, !tbaa !4
-  %829 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1728
-  %830 = load <16 x float>, ptr %829, align 4, !tbaa !4
-  %831 = fmul <16 x float> %797, %830
-  %832 = bitcast <16 x float> %831 to <16 x i32>
-  %833 = lshr <16 x i32> %832, splat (i32 16)
-  %834 = and <16 x i32> %833, splat (i32 1)
-  %835 = add nuw <16 x i32> %832, splat (i32 32767)
-  %836 = add nuw <16 x i32> %835, %834
-  %837 = lshr <16 x i32> %836, splat (i32 16)
-  %838 = trunc nuw <16 x i32> %837 to <16 x i16>
-  %gep1059.us.3.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 96
-  store <16 x i16> %838, ptr %gep1059.us.3.i.3, align 2, !tbaa !4
-  %839 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1792
-  %840 = load <16 x float>, ptr %839, align 4, !tbaa !4
-  %841 = fmul <16 x float> %797, %840
-  %842 = bitcast <16 x float> %841 to <16 x i32>
-  %843 = lshr <16 x i32> %842, splat (i32 16)
-  %844 = and <16 x i32> %843, splat (i32 1)
-  %845 = add nuw <16 x i32> %842, splat (i32 32767)
-  %846 = add nuw <16 x i32> %845, %844
-  %847 = lshr <16 x i32> %846, splat (i32 16)
-  %848 = trunc nuw <16 x i32> %847 to <16 x i16>
-  %gep1059.us.4.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 128
-  store <16 x i16> %848, ptr %gep1059.us.4.i.3, align 2, !tbaa !4
-  %849 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1856
-  %850 = load <16 x float>, ptr %849, align 4, !tbaa !4
-  %851 = fmul <16 x float> %797, %850
-  %852 = bitcast <16 x float> %851 to <16 x i32>
-  %853 = lshr <16 x i32> %852, splat (i32 16)
-  %854 = and <16 x i32> %853, splat (i32 1)
-  %855 = add nuw <16 x i32> %852, splat (i32 32767)
-  %856 = add nuw <16 x i32> %855, %854
-  %857 = lshr <16 x i32> %856, splat (i32 16)
-  %858 = trunc nuw <16 x i32> %857 to <16 x i16>
-  %gep1059.us.5.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 160
-  store <16 x i16> %858, ptr %gep1059.us.5.i.3, align 2, !tbaa !4
-  %859 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1920
-  %860 = load <16 x float>, ptr %859, align 4, !tbaa !4
-  %861 = fmul <16 x float> %797, %860
-  %862 = bitcast <16 x float> %861 to <16 x i32>
-  %863 = lshr <16 x i32> %862, splat (i32 16)
-  %864 = and <16 x i32> %863, splat (i32 1)
-  %865 = add nuw <16 x i32> %862, splat (i32 32767)
-  %866 = add nuw <16 x i32> %865, %864
-  %867 = lshr <16 x i32> %866, splat (i32 16)
-  %868 = trunc nuw <16 x i32> %867 to <16 x i16>
-  %gep1059.us.6.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 192
-  store <16 x i16> %868, ptr %gep1059.us.6.i.3, align 2, !tbaa !4
-  %869 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1984
-  %870 = load <16 x float>, ptr %869, align 4, !tbaa !4
-  %871 = fmul <16 x float> %797, %870
-  %872 = bitcast <16 x float> %871 to <16 x i32>
-  %873 = lshr <16 x i32> %872, splat (i32 16)
-  %874 = and <16 x i32> %873, splat (i32 1)
-  %875 = add nuw <16 x i32> %872, splat (i32 32767)
-  %876 = add nuw <16 x i32> %875, %874
-  %877 = lshr <16 x i32> %876, splat (i32 16)
-  %878 = trunc nuw <16 x i32> %877 to <16 x i16>
-  %gep1059.us.7.i.3 = getelementptr i8, ptr %invariant.gep1058.us.i.3, i64 224
-  store <16 x i16> %878, ptr %gep1059.us.7.i.3, align 2, !tbaa !4
-  %879 = getelementptr float, ptr %546, i64 %547
-  %880 = load float, ptr %548, align 16, !tbaa !23
-  %881 = fcmp oeq float %880, 0.000000e+00
-  br i1 %881, label %if_end189.us.i, label %if_else188.us.i
+  %807 = load <16 x float>, ptr %gep65.3, align 4, !tbaa !4
+  %808 = fmul <16 x float> %807, %804
+  %809 = bitcast <16 x float> %808 to <16 x i32>
+  %810 = lshr <16 x i32> %809, splat (i32 16)
+  %811 = and <16 x i32> %810, splat (i32 1)
+  %812 = add nuw <16 x i32> %809, splat (i32 32767)
+  %813 = add nuw <16 x i32> %812, %811
+  %814 = lshr <16 x i32> %813, splat (i32 16)
+  %815 = trunc nuw <16 x i32> %814 to <16 x i16>
+  store <16 x i16> %815, ptr %invariant.gep1055.us.i.3, align 2, !tbaa !4
+  %816 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1600
+  %817 = load <16 x float>, ptr %816, align 4, !tbaa !4
+  %818 = fmul <16 x float> %804, %817
+  %819 = bitcast <16 x float> %818 to <16 x i32>
+  %820 = lshr <16 x i32> %819, splat (i32 16)
+  %821 = and <16 x i32> %820, splat (i32 1)
+  %822 = add nuw <16 x i32> %819, splat (i32 32767)
+  %823 = add nuw <16 x i32> %822, %821
+  %824 = lshr <16 x i32> %823, splat (i32 16)
+  %825 = trunc nuw <16 x i32> %824 to <16 x i16>
+  %gep1056.us.1.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 32
+  store <16 x i16> %825, ptr %gep1056.us.1.i.3, align 2, !tbaa !4
+  %826 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1664
+  %827 = load <16 x float>, ptr %826, align 4, !tbaa !4
+  %828 = fmul <16 x float> %804, %827
+  %829 = bitcast <16 x float> %828 to <16 x i32>
+  %830 = lshr <16 x i32> %829, splat (i32 16)
+  %831 = and <16 x i32> %830, splat (i32 1)
+  %832 = add nuw <16 x i32> %829, splat (i32 32767)
+  %833 = add nuw <16 x i32> %832, %831
+  %834 = lshr <16 x i32> %833, splat (i32 16)
+  %835 = trunc nuw <16 x i32> %834 to <16 x i16>
+  %gep1056.us.2.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 64
+  store <16 x i16> %835, ptr %gep1056.us.2.i.3, align 2, !tbaa !4
+  %836 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1728
+  %837 = load <16 x float>, ptr %836, align 4, !tbaa !4
+  %838 = fmul <16 x float> %804, %837
+  %839 = bitcast <16 x float> %838 to <16 x i32>
+  %840 = lshr <16 x i32> %839, splat (i32 16)
+  %841 = and <16 x i32> %840, splat (i32 1)
+  %842 = add nuw <16 x i32> %839, splat (i32 32767)
+  %843 = add nuw <16 x i32> %842, %841
+  %844 = lshr <16 x i32> %843, splat (i32 16)
+  %845 = trunc nuw <16 x i32> %844 to <16 x i16>
+  %gep1056.us.3.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 96
+  store <16 x i16> %845, ptr %gep1056.us.3.i.3, align 2, !tbaa !4
+  %846 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1792
+  %847 = load <16 x float>, ptr %846, align 4, !tbaa !4
+  %848 = fmul <16 x float> %804, %847
+  %849 = bitcast <16 x float> %848 to <16 x i32>
+  %850 = lshr <16 x i32> %849, splat (i32 16)
+  %851 = and <16 x i32> %850, splat (i32 1)
+  %852 = add nuw <16 x i32> %849, splat (i32 32767)
+  %853 = add nuw <16 x i32> %852, %851
+  %854 = lshr <16 x i32> %853, splat (i32 16)
+  %855 = trunc nuw <16 x i32> %854 to <16 x i16>
+  %gep1056.us.4.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 128
+  store <16 x i16> %855, ptr %gep1056.us.4.i.3, align 2, !tbaa !4
+  %856 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1856
+  %857 = load <16 x float>, ptr %856, align 4, !tbaa !4
+  %858 = fmul <16 x float> %804, %857
+  %859 = bitcast <16 x float> %858 to <16 x i32>
+  %860 = lshr <16 x i32> %859, splat (i32 16)
+  %861 = and <16 x i32> %860, splat (i32 1)
+  %862 = add nuw <16 x i32> %859, splat (i32 32767)
+  %863 = add nuw <16 x i32> %862, %861
+  %864 = lshr <16 x i32> %863, splat (i32 16)
+  %865 = trunc nuw <16 x i32> %864 to <16 x i16>
+  %gep1056.us.5.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 160
+  store <16 x i16> %865, ptr %gep1056.us.5.i.3, align 2, !tbaa !4
+  %866 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1920
+  %867 = load <16 x float>, ptr %866, align 4, !tbaa !4
+  %868 = fmul <16 x float> %804, %867
+  %869 = bitcast <16 x float> %868 to <16 x i32>
+  %870 = lshr <16 x i32> %869, splat (i32 16)
+  %871 = and <16 x i32> %870, splat (i32 1)
+  %872 = add nuw <16 x i32> %869, splat (i32 32767)
+  %873 = add nuw <16 x i32> %872, %871
+  %874 = lshr <16 x i32> %873, splat (i32 16)
+  %875 = trunc nuw <16 x i32> %874 to <16 x i16>
+  %gep1056.us.6.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 192
+  store <16 x i16> %875, ptr %gep1056.us.6.i.3, align 2, !tbaa !4
+  %876 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1984
+  %877 = load <16 x float>, ptr %876, align 4, !tbaa !4
+  %878 = fmul <16 x float> %804, %877
+  %879 = bitcast <16 x float> %878 to <16 x i32>
+  %880 = lshr <16 x i32> %879, splat (i32 16)
+  %881 = and <16 x i32> %880, splat (i32 1)
+  %882 = add nuw <16 x i32> %879, splat (i32 32767)
+  %883 = add nuw <16 x i32> %882, %881
+  %884 = lshr <16 x i32> %883, splat (i32 16)
+  %885 = trunc nuw <16 x i32> %884 to <16 x i16>
+  %gep1056.us.7.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 224
+  store <16 x i16> %885, ptr %gep1056.us.7.i.3, align 2, !tbaa !4
+  %886 = getelementptr float, ptr %553, i64 %554
+  %887 = load float, ptr %555, align 16, !tbaa !23
+  %888 = fcmp oeq float %887, 0.000000e+00
+  br i1 %888, label %if_end187.us.i, label %if_else186.us.i
 
-if_else188.us.i:                                  ; preds = %for_body_tile170.us.i
-  %882 = tail call float @llvm.log.f32(float %880)
-  %883 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %547
-  %884 = load float, ptr %883, align 16, !tbaa !25
-  %885 = fadd float %882, %884
-  br label %if_end189.us.i
+if_else186.us.i:                                  ; preds = %for_body_tile168.us.i
+  %889 = tail call float @llvm.log.f32(float %887)
+  %890 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %554
+  %891 = load float, ptr %890, align 16, !tbaa !25
+  %892 = fadd float %889, %891
+  br label %if_end187.us.i
 
-if_end189.us.i:                                   ; preds = %if_else188.us.i, %for_body_tile170.us.i
-  %886 = phi float [ %885, %if_else188.us.i ], [ 0xFFF0000000000000, %for_body_tile170.us.i ]
-  store float %886, ptr %879, align 4, !tbaa !4
-  %887 = or disjoint i64 %547, 1
-  %888 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %887
-  %889 = load float, ptr %888, align 4, !tbaa !23
-  %890 = fcmp oeq float %889, 0.000000e+00
-  br i1 %890, label %if_end189.us.1.i, label %if_else188.us.1.i
+if_end187.us.i:                                   ; preds = %if_else186.us.i, %for_body_tile168.us.i
+  %893 = phi float [ %892, %if_else186.us.i ], [ 0xFFF0000000000000, %for_body_tile168.us.i ]
+  store float %893, ptr %886, align 4, !tbaa !4
+  %894 = or disjoint i64 %554, 1
+  %895 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %894
+  %896 = load float, ptr %895, align 4, !tbaa !23
+  %897 = fcmp oeq float %896, 0.000000e+00
+  br i1 %897, label %if_end187.us.1.i, label %if_else186.us.1.i
 
-if_else188.us.1.i:                                ; preds = %if_end189.us.i
-  %891 = tail call float @llvm.log.f32(float %889)
-  %892 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %887
-  %893 = load float, ptr %892, align 4, !tbaa !25
-  %894 = fadd float %891, %893
-  br label %if_end189.us.1.i
+if_else186.us.1.i:                                ; preds = %if_end187.us.i
+  %898 = tail call float @llvm.log.f32(float %896)
+  %899 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %894
+  %900 = load float, ptr %899, align 4, !tbaa !25
+  %901 = fadd float %898, %900
+  br label %if_end187.us.1.i
 
-if_end189.us.1.i:                                 ; preds = %if_else188.us.1.i, %if_end189.us.i
-  %895 = phi float [ %894, %if_else188.us.1.i ], [ 0xFFF0000000000000, %if_end189.us.i ]
-  %896 = getelementptr i8, ptr %879, i64 4
-  store float %895, ptr %896, align 4, !tbaa !4
-  %897 = or disjoint i64 %547, 2
-  %898 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %897
-  %899 = load float, ptr %898, align 8, !tbaa !23
-  %900 = fcmp oeq float %899, 0.000000e+00
-  br i1 %900, label %if_end189.us.2.i, label %if_else188.us.2.i
+if_end187.us.1.i:                                 ; preds = %if_else186.us.1.i, %if_end187.us.i
+  %902 = phi float [ %901, %if_else186.us.1.i ], [ 0xFFF0000000000000, %if_end187.us.i ]
+  %903 = getelementptr i8, ptr %886, i64 4
+  store float %902, ptr %903, align 4, !tbaa !4
+  %904 = or disjoint i64 %554, 2
+  %905 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %904
+  %906 = load float, ptr %905, align 8, !tbaa !23
+  %907 = fcmp oeq float %906, 0.000000e+00
+  br i1 %907, label %if_end187.us.2.i, label %if_else186.us.2.i
 
-if_else188.us.2.i:                                ; preds = %if_end189.us.1.i
-  %901 = tail call float @llvm.log.f32(float %899)
-  %902 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %897
-  %903 = load float, ptr %902, align 8, !tbaa !25
-  %904 = fadd float %901, %903
-  br label %if_end189.us.2.i
+if_else186.us.2.i:                                ; preds = %if_end187.us.1.i
+  %908 = tail call float @llvm.log.f32(float %906)
+  %909 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %904
+  %910 = load float, ptr %909, align 8, !tbaa !25
+  %911 = fadd float %908, %910
+  br label %if_end187.us.2.i
 
-if_end189.us.2.i:                                 ; preds = %if_else188.us.2.i, %if_end189.us.1.i
-  %905 = phi float [ %904, %if_else188.us.2.i ], [ 0xFFF0000000000000, %if_end189.us.1.i ]
-  %906 = getelementptr i8, ptr %879, i64 8
-  store float %905, ptr %906, align 4, !tbaa !4
-  %907 = or disjoint i64 %547, 3
-  %908 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %907
-  %909 = load float, ptr %908, align 4, !tbaa !23
-  %910 = fcmp oeq float %909, 0.000000e+00
-  br i1 %910, label %if_end189.us.3.i, label %if_else188.us.3.i
+if_end187.us.2.i:                                 ; preds = %if_else186.us.2.i, %if_end187.us.1.i
+  %912 = phi float [ %911, %if_else186.us.2.i ], [ 0xFFF0000000000000, %if_end187.us.1.i ]
+  %913 = getelementptr i8, ptr %886, i64 8
+  store float %912, ptr %913, align 4, !tbaa !4
+  %914 = or disjoint i64 %554, 3
+  %915 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %914
+  %916 = load float, ptr %915, align 4, !tbaa !23
+  %917 = fcmp oeq float %916, 0.000000e+00
+  br i1 %917, label %if_end187.us.3.i, label %if_else186.us.3.i
 
-if_else188.us.3.i:                                ; preds = %if_end189.us.2.i
-  %911 = tail call float @llvm.log.f32(float %909)
-  %912 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %907
-  %913 = load float, ptr %912, align 4, !tbaa !25
-  %914 = fadd float %911, %913
-  br label %if_end189.us.3.i
+if_else186.us.3.i:                                ; preds = %if_end187.us.2.i
+  %918 = tail call float @llvm.log.f32(float %916)
+  %919 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %914
+  %920 = load float, ptr %919, align 4, !tbaa !25
+  %921 = fadd float %918, %920
+  br label %if_end187.us.3.i
 
-if_end189.us.3.i:                                 ; preds = %if_else188.us.3.i, %if_end189.us.2.i
-  %915 = phi float [ %914, %if_else188.us.3.i ], [ 0xFFF0000000000000, %if_end189.us.2.i ]
-  %916 = getelementptr i8, ptr %879, i64 12
-  store float %915, ptr %916, align 4, !tbaa !4
+if_end187.us.3.i:                                 ; preds = %if_else186.us.3.i, %if_end187.us.2.i
+  %922 = phi float [ %921, %if_else186.us.3.i ], [ 0xFFF0000000000000, %if_end187.us.2.i ]
+  %923 = getelementptr i8, ptr %886, i64 12
+  store float %922, ptr %923, align 4, !tbaa !4
   %indvars.iv.next1241.i = add nuw nsw i64 %indvars.iv1240.i, 1
   %exitcond1243.not.i = icmp eq i64 %indvars.iv.next1241.i, 8
-  br i1 %exitcond1243.not.i, label %for_end_tile171.i, label %for_body_tile170.us.i, !prof !21
+  br i1 %exitcond1243.not.i, label %for_end_tile169.i, label %for_body_tile168.us.i, !prof !21
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %917 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %917(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %918 = icmp eq ptr %key_offsets.i, null
-  br i1 %918, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
+  %924 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %924(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %925 = icmp eq ptr %key_offsets.i, null
+  br i1 %925, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %919 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %919(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %920 = icmp eq ptr %value_offsets.i, null
-  br i1 %920, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
+  %926 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %926(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %927 = icmp eq ptr %value_offsets.i, null
+  br i1 %927, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %921 = shl nsw i64 %indvars.iv1204.i, 7
-  %922 = sub nsw i64 %138, %921
-  %923 = trunc nsw i64 %922 to i32
-  %924 = tail call i32 @llvm.smin.i32(i32 %923, i32 128)
-  %925 = add nsw i32 %924, 31
+  %928 = shl nsw i64 %indvars.iv1204.i, 7
+  %929 = sub nsw i64 %145, %928
+  %930 = trunc nsw i64 %929 to i32
+  %931 = tail call i32 @llvm.smin.i32(i32 %930, i32 128)
+  %932 = add nsw i32 %931, 31
   %indvars.iv.next1205.i = add nuw nsw i64 %indvars.iv1204.i, 1
-  %926 = ashr i32 %925, 5
-  %927 = and i32 %925, -32
-  %928 = icmp samesign ult i64 %indvars.iv.next1205.i, %137
-  %929 = select i1 %928, i32 256, i32 %927
-  %930 = icmp sgt i32 %929, 0
-  br i1 %930, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %933 = ashr i32 %932, 5
+  %934 = and i32 %932, -32
+  %935 = icmp samesign ult i64 %indvars.iv.next1205.i, %144
+  %936 = select i1 %935, i32 256, i32 %934
+  %937 = icmp sgt i32 %936, 0
+  br i1 %937, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end8.i
-  %931 = add nuw nsw i64 %921, %93
-  %wide.trip.count.i = zext nneg i32 %929 to i64
+  %938 = add nuw nsw i64 %928, %93
+  %wide.trip.count.i = zext nneg i32 %936 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv1104.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1105.i.3, %for_body_t.i ]
-  %932 = add nuw nsw i64 %indvars.iv1104.i, %931
-  %933 = trunc i64 %932 to i32
-  %934 = tail call i32 @llvm.smin.i32(i32 %933, i32 %.reass.i)
-  %935 = ashr i32 %934, 4
-  %936 = sext i32 %935 to i64
-  %937 = getelementptr i32, ptr %136, i64 %936
-  %938 = load i32, ptr %937, align 4, !tbaa !4
-  %block.i = sext i32 %938 to i64
-  %939 = mul nsw i64 %k_block, %block.i
-  %940 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1104.i
-  store i64 %939, ptr %940, align 8, !tbaa !4
-  %indvars.iv.next1105.i = or disjoint i64 %indvars.iv1104.i, 1
-  %941 = add nuw nsw i64 %indvars.iv.next1105.i, %931
-  %942 = trunc i64 %941 to i32
-  %943 = tail call i32 @llvm.smin.i32(i32 %942, i32 %.reass.i)
-  %944 = ashr i32 %943, 4
-  %945 = sext i32 %944 to i64
-  %946 = getelementptr i32, ptr %136, i64 %945
-  %947 = load i32, ptr %946, align 4, !tbaa !4
-  %block.i.1 = sext i32 %947 to i64
-  %948 = mul nsw i64 %k_block, %block.i.1
-  %949 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1105.i
-  store i64 %948, ptr %949, align 8, !tbaa !4
-  %indvars.iv.next1105.i.1 = or disjoint i64 %indvars.iv1104.i, 2
-  %950 = add nuw nsw i64 %indvars.iv.next1105.i.1, %931
-  %951 = trunc i64 %950 to i32
-  %952 = tail call i32 @llvm.smin.i32(i32 %951, i32 %.reass.i)
-  %953 = ashr i32 %952, 4
-  %954 = sext i32 %953 to i64
-  %955 = getelementptr i32, ptr %136, i64 %954
-  %956 = load i32, ptr %955, align 4, !tbaa !4
-  %block.i.2 = sext i32 %956 to i64
-  %957 = mul nsw i64 %k_block, %block.i.2
-  %958 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1105.i.1
-  store i64 %957, ptr %958, align 8, !tbaa !4
-  %indvars.iv.next1105.i.2 = or disjoint i64 %indvars.iv1104.i, 3
-  %959 = add nuw nsw i64 %indvars.iv.next1105.i.2, %931
-  %960 = trunc i64 %959 to i32
-  %961 = tail call i32 @llvm.smin.i32(i32 %960, i32 %.reass.i)
-  %962 = ashr i32 %961, 4
-  %963 = sext i32 %962 to i64
-  %964 = getelementptr i32, ptr %136, i64 %963
-  %965 = load i32, ptr %964, align 4, !tbaa !4
-  %block.i.3 = sext i32 %965 to i64
-  %966 = mul nsw i64 %k_block, %block.i.3
-  %967 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1105.i.2
-  store i64 %966, ptr %967, align 8, !tbaa !4
-  %indvars.iv.next1105.i.3 = add nuw nsw i64 %indvars.iv1104.i, 4
-  %exitcond1107.not.i.3 = icmp eq i64 %indvars.iv.next1105.i.3, %wide.trip.count.i
-  br i1 %exitcond1107.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !27
+  %indvars.iv1101.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1102.i.3, %for_body_t.i ]
+  %939 = add nuw nsw i64 %indvars.iv1101.i, %938
+  %940 = trunc i64 %939 to i32
+  %941 = tail call i32 @llvm.smin.i32(i32 %940, i32 %.reass.i)
+  %942 = ashr i32 %941, 4
+  %943 = sext i32 %942 to i64
+  %944 = getelementptr i32, ptr %143, i64 %943
+  %945 = load i32, ptr %944, align 4, !tbaa !4
+  %block.i = sext i32 %945 to i64
+  %946 = mul nsw i64 %k_block, %block.i
+  %947 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1101.i
+  store i64 %946, ptr %947, align 8, !tbaa !4
+  %indvars.iv.next1102.i = or disjoint i64 %indvars.iv1101.i, 1
+  %948 = add nuw nsw i64 %indvars.iv.next1102.i, %938
+  %949 = trunc i64 %948 to i32
+  %950 = tail call i32 @llvm.smin.i32(i32 %949, i32 %.reass.i)
+  %951 = ashr i32 %950, 4
+  %952 = sext i32 %951 to i64
+  %953 = getelementptr i32, ptr %143, i64 %952
+  %954 = load i32, ptr %953, align 4, !tbaa !4
+  %block.i.1 = sext i32 %954 to i64
+  %955 = mul nsw i64 %k_block, %block.i.1
+  %956 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1102.i
+  store i64 %955, ptr %956, align 8, !tbaa !4
+  %indvars.iv.next1102.i.1 = or disjoint i64 %indvars.iv1101.i, 2
+  %957 = add nuw nsw i64 %indvars.iv.next1102.i.1, %938
+  %958 = trunc i64 %957 to i32
+  %959 = tail call i32 @llvm.smin.i32(i32 %958, i32 %.reass.i)
+  %960 = ashr i32 %959, 4
+  %961 = sext i32 %960 to i64
+  %962 = getelementptr i32, ptr %143, i64 %961
+  %963 = load i32, ptr %962, align 4, !tbaa !4
+  %block.i.2 = sext i32 %963 to i64
+  %964 = mul nsw i64 %k_block, %block.i.2
+  %965 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1102.i.1
+  store i64 %964, ptr %965, align 8, !tbaa !4
+  %indvars.iv.next1102.i.2 = or disjoint i64 %indvars.iv1101.i, 3
+  %966 = add nuw nsw i64 %indvars.iv.next1102.i.2, %938
+  %967 = trunc i64 %966 to i32
+  %968 = tail call i32 @llvm.smin.i32(i32 %967, i32 %.reass.i)
+  %969 = ashr i32 %968, 4
+  %970 = sext i32 %969 to i64
+  %971 = getelementptr i32, ptr %143, i64 %970
+  %972 = load i32, ptr %971, align 4, !tbaa !4
+  %block.i.3 = sext i32 %972 to i64
+  %973 = mul nsw i64 %k_block, %block.i.3
+  %974 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1102.i.2
+  store i64 %973, ptr %974, align 8, !tbaa !4
+  %indvars.iv.next1102.i.3 = add nuw nsw i64 %indvars.iv1101.i, 4
+  %exitcond1104.not.i.3 = icmp eq i64 %indvars.iv.next1102.i.3, %wide.trip.count.i
+  br i1 %exitcond1104.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !27
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %968 = icmp sgt i32 %926, 0
-  %969 = icmp sgt i64 %922, 0
-  %970 = icmp eq i64 %indvars.iv1204.i, 0
-  %971 = insertelement <4 x i1> poison, i1 %970, i64 0
-  %972 = shufflevector <4 x i1> %971, <4 x i1> poison, <4 x i32> zeroinitializer
-  %973 = ashr i32 %924, 5
-  %974 = icmp sgt i32 %973, 0
-  %975 = and i32 %924, 31
-  %.not1070.i = icmp eq i32 %975, 0
-  %976 = shl nsw i32 %973, 4
-  %977 = and i32 %924, -32
-  %978 = sext i32 %977 to i64
-  %979 = sext i32 %976 to i64
-  %980 = zext i32 %973 to i64
-  %wide.trip.count1127.i = zext i32 %926 to i64
-  %xtraiter = and i64 %wide.trip.count1127.i, 3
-  %981 = icmp ult i32 %926, 4
-  %unroll_iter = and i64 %wide.trip.count1127.i, 2147483644
+  %975 = icmp sgt i32 %933, 0
+  %976 = icmp sgt i64 %929, 0
+  %977 = icmp eq i64 %indvars.iv1204.i, 0
+  %978 = insertelement <4 x i1> poison, i1 %977, i64 0
+  %979 = shufflevector <4 x i1> %978, <4 x i1> poison, <4 x i32> zeroinitializer
+  %980 = ashr i32 %931, 5
+  %981 = icmp sgt i32 %980, 0
+  %982 = and i32 %931, 31
+  %.not1067.i = icmp eq i32 %982, 0
+  %983 = shl nsw i32 %980, 4
+  %984 = and i32 %931, -32
+  %985 = sext i32 %984 to i64
+  %986 = sext i32 %983 to i64
+  %987 = zext i32 %980 to i64
+  %wide.trip.count1124.i = zext i32 %933 to i64
+  %xtraiter = and i64 %wide.trip.count1124.i, 3
+  %988 = icmp ult i32 %933, 4
+  %unroll_iter = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod96 = icmp ne i64 %xtraiter, 0
-  %xtraiter97 = and i64 %wide.trip.count1127.i, 3
-  %982 = icmp ult i32 %926, 4
-  %unroll_iter101 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter97 = and i64 %wide.trip.count1124.i, 3
+  %989 = icmp ult i32 %933, 4
+  %unroll_iter101 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod99.not = icmp eq i64 %xtraiter97, 0
   %lcmp.mod100 = icmp ne i64 %xtraiter97, 0
-  %xtraiter103 = and i64 %wide.trip.count1127.i, 3
-  %983 = icmp ult i32 %926, 4
-  %unroll_iter107 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter103 = and i64 %wide.trip.count1124.i, 3
+  %990 = icmp ult i32 %933, 4
+  %unroll_iter107 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod105.not = icmp eq i64 %xtraiter103, 0
   %lcmp.mod106 = icmp ne i64 %xtraiter103, 0
-  %xtraiter109 = and i64 %wide.trip.count1127.i, 3
-  %984 = icmp ult i32 %926, 4
-  %unroll_iter113 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter109 = and i64 %wide.trip.count1124.i, 3
+  %991 = icmp ult i32 %933, 4
+  %unroll_iter113 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod111.not = icmp eq i64 %xtraiter109, 0
   %lcmp.mod112 = icmp ne i64 %xtraiter109, 0
-  %xtraiter115 = and i64 %wide.trip.count1127.i, 7
-  %985 = icmp ult i32 %926, 8
-  %unroll_iter120 = and i64 %wide.trip.count1127.i, 2147483640
+  %xtraiter115 = and i64 %wide.trip.count1124.i, 7
+  %992 = icmp ult i32 %933, 8
+  %unroll_iter120 = and i64 %wide.trip.count1124.i, 2147483640
   %lcmp.mod117.not = icmp eq i64 %xtraiter115, 0
   %lcmp.mod119 = icmp ne i64 %xtraiter115, 0
-  %xtraiter122 = and i64 %wide.trip.count1127.i, 3
-  %986 = icmp ult i32 %926, 4
-  %unroll_iter126 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter122 = and i64 %wide.trip.count1124.i, 3
+  %993 = icmp ult i32 %933, 4
+  %unroll_iter126 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod124.not = icmp eq i64 %xtraiter122, 0
   %lcmp.mod125 = icmp ne i64 %xtraiter122, 0
-  %xtraiter128 = and i64 %wide.trip.count1127.i, 3
-  %987 = icmp ult i32 %926, 4
-  %unroll_iter132 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter128 = and i64 %wide.trip.count1124.i, 3
+  %994 = icmp ult i32 %933, 4
+  %unroll_iter132 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod130.not = icmp eq i64 %xtraiter128, 0
   %lcmp.mod131 = icmp ne i64 %xtraiter128, 0
-  %xtraiter134 = and i64 %wide.trip.count1127.i, 3
-  %988 = icmp ult i32 %926, 4
-  %unroll_iter138 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter134 = and i64 %wide.trip.count1124.i, 3
+  %995 = icmp ult i32 %933, 4
+  %unroll_iter138 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod136.not = icmp eq i64 %xtraiter134, 0
   %lcmp.mod137 = icmp ne i64 %xtraiter134, 0
-  %xtraiter140 = and i64 %wide.trip.count1127.i, 3
-  %989 = icmp ult i32 %926, 4
-  %unroll_iter144 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter140 = and i64 %wide.trip.count1124.i, 3
+  %996 = icmp ult i32 %933, 4
+  %unroll_iter144 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod142.not = icmp eq i64 %xtraiter140, 0
   %lcmp.mod143 = icmp ne i64 %xtraiter140, 0
-  %xtraiter146 = and i64 %wide.trip.count1127.i, 7
-  %990 = icmp ult i32 %926, 8
-  %unroll_iter151 = and i64 %wide.trip.count1127.i, 2147483640
+  %xtraiter146 = and i64 %wide.trip.count1124.i, 7
+  %997 = icmp ult i32 %933, 8
+  %unroll_iter151 = and i64 %wide.trip.count1124.i, 2147483640
   %lcmp.mod148.not = icmp eq i64 %xtraiter146, 0
   %lcmp.mod150 = icmp ne i64 %xtraiter146, 0
-  %xtraiter153 = and i64 %wide.trip.count1127.i, 3
-  %991 = icmp ult i32 %926, 4
-  %unroll_iter157 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter153 = and i64 %wide.trip.count1124.i, 3
+  %998 = icmp ult i32 %933, 4
+  %unroll_iter157 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod155.not = icmp eq i64 %xtraiter153, 0
   %lcmp.mod156 = icmp ne i64 %xtraiter153, 0
-  %xtraiter159 = and i64 %wide.trip.count1127.i, 3
-  %992 = icmp ult i32 %926, 4
-  %unroll_iter163 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter159 = and i64 %wide.trip.count1124.i, 3
+  %999 = icmp ult i32 %933, 4
+  %unroll_iter163 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod161.not = icmp eq i64 %xtraiter159, 0
   %lcmp.mod162 = icmp ne i64 %xtraiter159, 0
-  %xtraiter165 = and i64 %wide.trip.count1127.i, 3
-  %993 = icmp ult i32 %926, 4
-  %unroll_iter169 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter165 = and i64 %wide.trip.count1124.i, 3
+  %1000 = icmp ult i32 %933, 4
+  %unroll_iter169 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod167.not = icmp eq i64 %xtraiter165, 0
   %lcmp.mod168 = icmp ne i64 %xtraiter165, 0
-  %xtraiter171 = and i64 %wide.trip.count1127.i, 3
-  %994 = icmp ult i32 %926, 4
-  %unroll_iter175 = and i64 %wide.trip.count1127.i, 2147483644
+  %xtraiter171 = and i64 %wide.trip.count1124.i, 3
+  %1001 = icmp ult i32 %933, 4
+  %unroll_iter175 = and i64 %wide.trip.count1124.i, 2147483644
   %lcmp.mod173.not = icmp eq i64 %xtraiter171, 0
   %lcmp.mod174 = icmp ne i64 %xtraiter171, 0
-  %xtraiter178 = and i64 %539, 1
-  %995 = icmp eq i32 %538, 1
-  %unroll_iter190 = and i64 %539, 30
+  %xtraiter178 = and i64 %546, 1
+  %1002 = icmp eq i32 %545, 1
+  %unroll_iter190 = and i64 %546, 30
   %lcmp.mod180.not = icmp eq i64 %xtraiter178, 0
   %lcmp.mod189 = icmp ne i64 %xtraiter178, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1108.i = phi i64 [ %indvars.iv.next1109.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %996 = add nuw nsw i64 %indvars.iv1108.i, %931
-  %997 = trunc i64 %996 to i32
-  %998 = tail call i32 @llvm.smin.i32(i32 %997, i32 %.reass.i)
-  %999 = sext i32 %998 to i64
-  %1000 = ashr i64 %999, 4
-  %gep873.i = getelementptr i32, ptr %136, i64 %1000
-  %1001 = load i32, ptr %gep873.i, align 4, !tbaa !4
-  %block18.i = sext i32 %1001 to i64
-  %1002 = lshr i64 %999, 1
-  %1003 = and i64 %1002, 7
-  %1004 = mul nsw i64 %1003, %v_row
-  %1005 = mul nsw i64 %v_block, %block18.i
-  %1006 = add nsw i64 %1004, %1005
-  %1007 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1108.i
-  store i64 %1006, ptr %1007, align 8, !tbaa !4
-  %indvars.iv.next1109.i = or disjoint i64 %indvars.iv1108.i, 1
-  %1008 = add nuw nsw i64 %indvars.iv.next1109.i, %931
-  %1009 = trunc i64 %1008 to i32
-  %1010 = tail call i32 @llvm.smin.i32(i32 %1009, i32 %.reass.i)
-  %1011 = sext i32 %1010 to i64
-  %1012 = ashr i64 %1011, 4
-  %gep873.i.1 = getelementptr i32, ptr %136, i64 %1012
-  %1013 = load i32, ptr %gep873.i.1, align 4, !tbaa !4
-  %block18.i.1 = sext i32 %1013 to i64
-  %1014 = lshr i64 %1011, 1
-  %1015 = and i64 %1014, 7
-  %1016 = mul nsw i64 %1015, %v_row
-  %1017 = mul nsw i64 %v_block, %block18.i.1
-  %1018 = add nsw i64 %1016, %1017
-  %1019 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1109.i
-  store i64 %1018, ptr %1019, align 8, !tbaa !4
-  %indvars.iv.next1109.i.1 = or disjoint i64 %indvars.iv1108.i, 2
-  %1020 = add nuw nsw i64 %indvars.iv.next1109.i.1, %931
-  %1021 = trunc i64 %1020 to i32
-  %1022 = tail call i32 @llvm.smin.i32(i32 %1021, i32 %.reass.i)
-  %1023 = sext i32 %1022 to i64
-  %1024 = ashr i64 %1023, 4
-  %gep873.i.2 = getelementptr i32, ptr %136, i64 %1024
-  %1025 = load i32, ptr %gep873.i.2, align 4, !tbaa !4
-  %block18.i.2 = sext i32 %1025 to i64
-  %1026 = lshr i64 %1023, 1
-  %1027 = and i64 %1026, 7
-  %1028 = mul nsw i64 %1027, %v_row
-  %1029 = mul nsw i64 %v_block, %block18.i.2
-  %1030 = add nsw i64 %1028, %1029
-  %1031 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1109.i.1
-  store i64 %1030, ptr %1031, align 8, !tbaa !4
-  %indvars.iv.next1109.i.2 = or disjoint i64 %indvars.iv1108.i, 3
-  %1032 = add nuw nsw i64 %indvars.iv.next1109.i.2, %931
-  %1033 = trunc i64 %1032 to i32
-  %1034 = tail call i32 @llvm.smin.i32(i32 %1033, i32 %.reass.i)
-  %1035 = sext i32 %1034 to i64
-  %1036 = ashr i64 %1035, 4
-  %gep873.i.3 = getelementptr i32, ptr %136, i64 %1036
-  %1037 = load i32, ptr %gep873.i.3, align 4, !tbaa !4
-  %block18.i.3 = sext i32 %1037 to i64
-  %1038 = lshr i64 %1035, 1
-  %1039 = and i64 %1038, 7
-  %1040 = mul nsw i64 %1039, %v_row
-  %1041 = mul nsw i64 %v_block, %block18.i.3
-  %1042 = add nsw i64 %1040, %1041
-  %1043 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1109.i.2
-  store i64 %1042, ptr %1043, align 8, !tbaa !4
-  %indvars.iv.next1109.i.3 = add nuw nsw i64 %indvars.iv1108.i, 4
-  %exitcond1112.not.i.3 = icmp eq i64 %indvars.iv.next1109.i.3, %wide.trip.count.i
-  br i1 %exitcond1112.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !29
+  %indvars.iv1105.i = phi i64 [ %indvars.iv.next1106.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %1003 = add nuw nsw i64 %indvars.iv1105.i, %938
+  %1004 = trunc i64 %1003 to i32
+  %1005 = tail call i32 @llvm.smin.i32(i32 %1004, i32 %.reass.i)
+  %1006 = sext i32 %1005 to i64
+  %1007 = ashr i64 %1006, 4
+  %gep870.i = getelementptr i32, ptr %143, i64 %1007
+  %1008 = load i32, ptr %gep870.i, align 4, !tbaa !4
+  %block18.i = sext i32 %1008 to i64
+  %1009 = lshr i64 %1006, 1
+  %1010 = and i64 %1009, 7
+  %1011 = mul nsw i64 %1010, %v_row
+  %1012 = mul nsw i64 %v_block, %block18.i
+  %1013 = add nsw i64 %1011, %1012
+  %1014 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1105.i
+  store i64 %1013, ptr %1014, align 8, !tbaa !4
+  %indvars.iv.next1106.i = or disjoint i64 %indvars.iv1105.i, 1
+  %1015 = add nuw nsw i64 %indvars.iv.next1106.i, %938
+  %1016 = trunc i64 %1015 to i32
+  %1017 = tail call i32 @llvm.smin.i32(i32 %1016, i32 %.reass.i)
+  %1018 = sext i32 %1017 to i64
+  %1019 = ashr i64 %1018, 4
+  %gep870.i.1 = getelementptr i32, ptr %143, i64 %1019
+  %1020 = load i32, ptr %gep870.i.1, align 4, !tbaa !4
+  %block18.i.1 = sext i32 %1020 to i64
+  %1021 = lshr i64 %1018, 1
+  %1022 = and i64 %1021, 7
+  %1023 = mul nsw i64 %1022, %v_row
+  %1024 = mul nsw i64 %v_block, %block18.i.1
+  %1025 = add nsw i64 %1023, %1024
+  %1026 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1106.i
+  store i64 %1025, ptr %1026, align 8, !tbaa !4
+  %indvars.iv.next1106.i.1 = or disjoint i64 %indvars.iv1105.i, 2
+  %1027 = add nuw nsw i64 %indvars.iv.next1106.i.1, %938
+  %1028 = trunc i64 %1027 to i32
+  %1029 = tail call i32 @llvm.smin.i32(i32 %1028, i32 %.reass.i)
+  %1030 = sext i32 %1029 to i64
+  %1031 = ashr i64 %1030, 4
+  %gep870.i.2 = getelementptr i32, ptr %143, i64 %1031
+  %1032 = load i32, ptr %gep870.i.2, align 4, !tbaa !4
+  %block18.i.2 = sext i32 %1032 to i64
+  %1033 = lshr i64 %1030, 1
+  %1034 = and i64 %1033, 7
+  %1035 = mul nsw i64 %1034, %v_row
+  %1036 = mul nsw i64 %v_block, %block18.i.2
+  %1037 = add nsw i64 %1035, %1036
+  %1038 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1106.i.1
+  store i64 %1037, ptr %1038, align 8, !tbaa !4
+  %indvars.iv.next1106.i.2 = or disjoint i64 %indvars.iv1105.i, 3
+  %1039 = add nuw nsw i64 %indvars.iv.next1106.i.2, %938
+  %1040 = trunc i64 %1039 to i32
+  %1041 = tail call i32 @llvm.smin.i32(i32 %1040, i32 %.reass.i)
+  %1042 = sext i32 %1041 to i64
+  %1043 = ashr i64 %1042, 4
+  %gep870.i.3 = getelementptr i32, ptr %143, i64 %1043
+  %1044 = load i32, ptr %gep870.i.3, align 4, !tbaa !4
+  %block18.i.3 = sext i32 %1044 to i64
+  %1045 = lshr i64 %1042, 1
+  %1046 = and i64 %1045, 7
+  %1047 = mul nsw i64 %1046, %v_row
+  %1048 = mul nsw i64 %v_block, %block18.i.3
+  %1049 = add nsw i64 %1047, %1048
+  %1050 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1106.i.2
+  store i64 %1049, ptr %1050, align 8, !tbaa !4
+  %indvars.iv.next1106.i.3 = add nuw nsw i64 %indvars.iv1105.i, 4
+  %exitcond1109.not.i.3 = icmp eq i64 %indvars.iv.next1106.i.3, %wide.trip.count.i
+  br i1 %exitcond1109.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !29
 
-for_begin_kv_head.i:                              ; preds = %if_end158.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1200.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1201.i, %if_end158.i ]
+for_begin_kv_head.i:                              ; preds = %if_end156.i, %for_begin_kv_head.preheader.i
+  %indvars.iv1200.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1201.i, %if_end156.i ]
   %exitcond1203.not.i = icmp eq i64 %indvars.iv1200.i, 8
   br i1 %exitcond1203.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %1044 = icmp eq i64 %indvars.iv1200.i, 7
-  %1045 = and i1 %928, %1044
+  %1051 = icmp eq i64 %indvars.iv1200.i, 7
+  %1052 = and i1 %935, %1051
   %indvars.iv.next1201.i = add nuw nsw i64 %indvars.iv1200.i, 1
-  %1046 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.i = tail call ptr %1046(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1047 = icmp eq ptr %scores.i, null
-  br i1 %1047, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
+  %1053 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.i = tail call ptr %1053(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1054 = icmp eq ptr %scores.i, null
+  br i1 %1054, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %1048 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1049 = tail call i32 %1048(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not232.i = icmp eq i32 %1049, 0
-  br i1 %.not232.i, label %if_end164.i, label %fused_decode_compute_.exit, !prof !22
+  %1055 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1056 = tail call i32 %1055(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not230.i = icmp eq i32 %1056, 0
+  br i1 %.not230.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %1050 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.i = tail call ptr %1050(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
-  %1051 = icmp eq ptr %prob_pairs.i, null
-  br i1 %1051, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
+  %1057 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.i = tail call ptr %1057(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
+  %1058 = icmp eq ptr %prob_pairs.i, null
+  br i1 %1058, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
 
 for_begin___m.preheader.i:                        ; preds = %if_end22.i
-  %1052 = select i1 %1045, i32 128, i32 0
-  %1053 = select i1 %1044, i64 0, i64 %indvars.iv.next1201.i
-  %1054 = mul nsw i64 %1053, %k_head
-  %invariant.gep884.i = getelementptr i32, ptr %key_cache, i64 %1054
-  %1055 = mul nsw i64 %indvars.iv1200.i, %k_head
-  %invariant.gep896.i = getelementptr i32, ptr %key_cache, i64 %1055
-  br i1 %968, label %for_begin_n_1_m.preheader.us.i.preheader, label %for_end___m.i, !prof !3
+  %1059 = select i1 %1052, i32 128, i32 0
+  %1060 = select i1 %1051, i64 0, i64 %indvars.iv.next1201.i
+  %1061 = mul nsw i64 %1060, %k_head
+  %invariant.gep881.i = getelementptr i32, ptr %key_cache, i64 %1061
+  %1062 = mul nsw i64 %indvars.iv1200.i, %k_head
+  %invariant.gep893.i = getelementptr i32, ptr %key_cache, i64 %1062
+  br i1 %975, label %for_begin_n_1_m.preheader.us.i.preheader, label %for_end___m.i, !prof !3
 
 for_begin_n_1_m.preheader.us.i.preheader:         ; preds = %for_begin___m.preheader.i
   %.idx = shl nuw nsw i64 %indvars.iv1200.i, 10
@@ -3076,309 +3083,309 @@ for_begin_n_1_m.preheader.us.i.preheader:         ; preds = %for_begin___m.prehe
   br label %for_begin_n_1_m.preheader.us.i
 
 for_end_n_1_m.us.i:                               ; preds = %for_begin_n_2.preheader.us.i
-  %1056 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1180
-  store <16 x float> %r.i263.us.1.i, ptr %1056, align 4, !tbaa !4
-  %1057 = getelementptr inbounds nuw i8, ptr %1056, i64 64
-  store <16 x float> %r.i266.us.1.i, ptr %1057, align 4, !tbaa !4
-  %1058 = getelementptr inbounds nuw i8, ptr %1056, i64 512
-  store <16 x float> %r.i269.us.1.i, ptr %1058, align 4, !tbaa !4
-  %1059 = getelementptr inbounds nuw i8, ptr %1056, i64 576
-  store <16 x float> %r.i272.us.1.i, ptr %1059, align 4, !tbaa !4
-  %1060 = getelementptr inbounds nuw i8, ptr %1056, i64 1024
-  store <16 x float> %r.i275.us.1.i, ptr %1060, align 4, !tbaa !4
-  %1061 = getelementptr inbounds nuw i8, ptr %1056, i64 1088
-  store <16 x float> %r.i278.us.1.i, ptr %1061, align 4, !tbaa !4
-  %1062 = getelementptr inbounds nuw i8, ptr %1056, i64 1536
-  store <16 x float> %r.i281.us.1.i, ptr %1062, align 4, !tbaa !4
-  %1063 = getelementptr inbounds nuw i8, ptr %1056, i64 1600
-  store <16 x float> %r.i284.us.1.i, ptr %1063, align 4, !tbaa !4
-  %indvars.iv.next1125.i = add nuw nsw i64 %indvars.iv1124.i, 1
-  %exitcond1128.not.i = icmp eq i64 %indvars.iv.next1125.i, %wide.trip.count1127.i
-  br i1 %exitcond1128.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
+  %1063 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1189
+  store <16 x float> %r.i260.us.1.i, ptr %1063, align 4, !tbaa !4
+  %1064 = getelementptr inbounds nuw i8, ptr %1063, i64 64
+  store <16 x float> %r.i263.us.1.i, ptr %1064, align 4, !tbaa !4
+  %1065 = getelementptr inbounds nuw i8, ptr %1063, i64 512
+  store <16 x float> %r.i266.us.1.i, ptr %1065, align 4, !tbaa !4
+  %1066 = getelementptr inbounds nuw i8, ptr %1063, i64 576
+  store <16 x float> %r.i269.us.1.i, ptr %1066, align 4, !tbaa !4
+  %1067 = getelementptr inbounds nuw i8, ptr %1063, i64 1024
+  store <16 x float> %r.i272.us.1.i, ptr %1067, align 4, !tbaa !4
+  %1068 = getelementptr inbounds nuw i8, ptr %1063, i64 1088
+  store <16 x float> %r.i275.us.1.i, ptr %1068, align 4, !tbaa !4
+  %1069 = getelementptr inbounds nuw i8, ptr %1063, i64 1536
+  store <16 x float> %r.i278.us.1.i, ptr %1069, align 4, !tbaa !4
+  %1070 = getelementptr inbounds nuw i8, ptr %1063, i64 1600
+  store <16 x float> %r.i281.us.1.i, ptr %1070, align 4, !tbaa !4
+  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
+  %exitcond1125.not.i = icmp eq i64 %indvars.iv.next1122.i, %wide.trip.count1124.i
+  br i1 %exitcond1125.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
 
 for_begin_n_2.preheader.us.i:                     ; preds = %for_begin_n_1_m.preheader.us.i, %for_begin_n_2.preheader.us.i
-  %indvars.iv1120.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1121.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.0.0893.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i263.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.6.0892.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i266.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.12.0891.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i269.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.18.0890.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i272.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.24.0889.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i275.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.30.0888.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i278.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.36.0887.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i281.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global225.sroa.42.0886.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i284.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %1064 = shl i64 %indvars.iv1120.i, 3
-  %.masked.us.i = and i64 %1064, 56
-  %indvars.iv1120.tr1276.i = trunc i64 %indvars.iv1120.i to i32
-  %1065 = shl i32 %indvars.iv1120.tr1276.i, 1
-  %.masked239.us.i = and i32 %1065, 16
-  %1066 = or disjoint i32 %.masked239.us.i, %1186
-  %1067 = zext nneg i32 %1066 to i64
-  %1068 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1067
-  %1069 = load i64, ptr %1068, align 8, !tbaa !4
-  %gep885.us.i = getelementptr i32, ptr %invariant.gep884.i, i64 %1069
-  %1070 = mul nsw i64 %.masked.us.i, %k_row
-  %1071 = getelementptr i32, ptr %gep885.us.i, i64 %1070
-  tail call void @llvm.prefetch.p0(ptr readonly %1071, i32 0, i32 2, i32 1)
-  %1072 = or disjoint i64 %.masked.us.i, 1
-  %1073 = mul nsw i64 %1072, %k_row
-  %1074 = getelementptr i32, ptr %gep885.us.i, i64 %1073
-  tail call void @llvm.prefetch.p0(ptr readonly %1074, i32 0, i32 2, i32 1)
-  %1075 = or disjoint i64 %.masked.us.i, 2
-  %1076 = mul nsw i64 %1075, %k_row
-  %1077 = getelementptr i32, ptr %gep885.us.i, i64 %1076
-  tail call void @llvm.prefetch.p0(ptr readonly %1077, i32 0, i32 2, i32 1)
-  %1078 = or disjoint i64 %.masked.us.i, 3
-  %1079 = mul nsw i64 %1078, %k_row
-  %1080 = getelementptr i32, ptr %gep885.us.i, i64 %1079
+  %indvars.iv1117.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1118.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.0.0890.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i260.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.6.0889.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i263.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.12.0888.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i266.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.18.0887.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i269.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.24.0886.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i272.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.30.0885.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i275.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.36.0884.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i278.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %scores_global223.sroa.42.0883.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i281.us.1.i, %for_begin_n_2.preheader.us.i ]
+  %1071 = shl i64 %indvars.iv1117.i, 3
+  %1072 = and i64 %1071, 56
+  %indvars.iv1117.tr1276.i = trunc i64 %indvars.iv1117.i to i32
+  %1073 = shl i32 %indvars.iv1117.tr1276.i, 1
+  %1074 = and i32 %1073, 16
+  %1075 = or disjoint i32 %1074, %1195
+  %1076 = zext nneg i32 %1075 to i64
+  %1077 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1076
+  %1078 = load i64, ptr %1077, align 8, !tbaa !4
+  %gep882.us.i = getelementptr i32, ptr %invariant.gep881.i, i64 %1078
+  %1079 = mul nsw i64 %1072, %k_row
+  %1080 = getelementptr i32, ptr %gep882.us.i, i64 %1079
   tail call void @llvm.prefetch.p0(ptr readonly %1080, i32 0, i32 2, i32 1)
-  %1081 = or disjoint i64 %.masked.us.i, 4
+  %1081 = or disjoint i64 %1072, 1
   %1082 = mul nsw i64 %1081, %k_row
-  %1083 = getelementptr i32, ptr %gep885.us.i, i64 %1082
+  %1083 = getelementptr i32, ptr %gep882.us.i, i64 %1082
   tail call void @llvm.prefetch.p0(ptr readonly %1083, i32 0, i32 2, i32 1)
-  %1084 = or disjoint i64 %.masked.us.i, 5
+  %1084 = or disjoint i64 %1072, 2
   %1085 = mul nsw i64 %1084, %k_row
-  %1086 = getelementptr i32, ptr %gep885.us.i, i64 %1085
+  %1086 = getelementptr i32, ptr %gep882.us.i, i64 %1085
   tail call void @llvm.prefetch.p0(ptr readonly %1086, i32 0, i32 2, i32 1)
-  %1087 = or disjoint i64 %.masked.us.i, 6
+  %1087 = or disjoint i64 %1072, 3
   %1088 = mul nsw i64 %1087, %k_row
-  %1089 = getelementptr i32, ptr %gep885.us.i, i64 %1088
+  %1089 = getelementptr i32, ptr %gep882.us.i, i64 %1088
   tail call void @llvm.prefetch.p0(ptr readonly %1089, i32 0, i32 2, i32 1)
-  %1090 = or disjoint i64 %.masked.us.i, 7
+  %1090 = or disjoint i64 %1072, 4
   %1091 = mul nsw i64 %1090, %k_row
-  %1092 = getelementptr i32, ptr %gep885.us.i, i64 %1091
+  %1092 = getelementptr i32, ptr %gep882.us.i, i64 %1091
   tail call void @llvm.prefetch.p0(ptr readonly %1092, i32 0, i32 2, i32 1)
-  %1093 = shl nuw nsw i64 %indvars.iv1120.i, 2
-  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %1093
-  %1094 = load i32, ptr %gep, align 4, !tbaa !4
-  %1095 = insertelement <16 x i32> poison, i32 %1094, i64 0
-  %1096 = shufflevector <16 x i32> %1095, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1097 = mul nsw i64 %1093, %k_row
-  %1098 = getelementptr i32, ptr %gep897.us.i, i64 %1097
-  %1099 = load <32 x bfloat>, ptr %1098, align 4, !tbaa !4
-  %x.i.us.i = bitcast <16 x i32> %1096 to <32 x bfloat>
-  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.0.0893.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1099)
-  %1100 = getelementptr i32, ptr %gep899.us.i, i64 %1097
-  %1101 = load <32 x bfloat>, ptr %1100, align 4, !tbaa !4
-  %r.i242.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.6.0892.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1101)
-  %1102 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %1103 = load i32, ptr %1102, align 4, !tbaa !4
+  %1093 = or disjoint i64 %1072, 5
+  %1094 = mul nsw i64 %1093, %k_row
+  %1095 = getelementptr i32, ptr %gep882.us.i, i64 %1094
+  tail call void @llvm.prefetch.p0(ptr readonly %1095, i32 0, i32 2, i32 1)
+  %1096 = or disjoint i64 %1072, 6
+  %1097 = mul nsw i64 %1096, %k_row
+  %1098 = getelementptr i32, ptr %gep882.us.i, i64 %1097
+  tail call void @llvm.prefetch.p0(ptr readonly %1098, i32 0, i32 2, i32 1)
+  %1099 = or disjoint i64 %1072, 7
+  %1100 = mul nsw i64 %1099, %k_row
+  %1101 = getelementptr i32, ptr %gep882.us.i, i64 %1100
+  tail call void @llvm.prefetch.p0(ptr readonly %1101, i32 0, i32 2, i32 1)
+  %1102 = shl nuw nsw i64 %indvars.iv1117.i, 2
+  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %1102
+  %1103 = load i32, ptr %gep, align 4, !tbaa !4
   %1104 = insertelement <16 x i32> poison, i32 %1103, i64 0
   %1105 = shufflevector <16 x i32> %1104, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i243.us.i = bitcast <16 x i32> %1105 to <32 x bfloat>
-  %r.i245.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.12.0891.us.i, <32 x bfloat> %x.i243.us.i, <32 x bfloat> %1099)
-  %r.i248.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.18.0890.us.i, <32 x bfloat> %x.i243.us.i, <32 x bfloat> %1101)
-  %1106 = getelementptr inbounds nuw i8, ptr %gep, i64 512
-  %1107 = load i32, ptr %1106, align 4, !tbaa !4
-  %1108 = insertelement <16 x i32> poison, i32 %1107, i64 0
-  %1109 = shufflevector <16 x i32> %1108, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i249.us.i = bitcast <16 x i32> %1109 to <32 x bfloat>
-  %r.i251.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.24.0889.us.i, <32 x bfloat> %x.i249.us.i, <32 x bfloat> %1099)
-  %r.i254.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.30.0888.us.i, <32 x bfloat> %x.i249.us.i, <32 x bfloat> %1101)
-  %1110 = getelementptr inbounds nuw i8, ptr %gep, i64 768
-  %1111 = load i32, ptr %1110, align 4, !tbaa !4
-  %1112 = insertelement <16 x i32> poison, i32 %1111, i64 0
-  %1113 = shufflevector <16 x i32> %1112, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i255.us.i = bitcast <16 x i32> %1113 to <32 x bfloat>
-  %r.i257.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.36.0887.us.i, <32 x bfloat> %x.i255.us.i, <32 x bfloat> %1099)
-  %r.i260.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global225.sroa.42.0886.us.i, <32 x bfloat> %x.i255.us.i, <32 x bfloat> %1101)
-  %1114 = getelementptr inbounds nuw i8, ptr %gep, i64 4
-  %1115 = load i32, ptr %1114, align 4, !tbaa !4
-  %1116 = insertelement <16 x i32> poison, i32 %1115, i64 0
-  %1117 = shufflevector <16 x i32> %1116, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1118 = or disjoint i64 %1093, 1
-  %1119 = mul nsw i64 %1118, %k_row
-  %1120 = getelementptr i32, ptr %gep897.us.i, i64 %1119
-  %1121 = load <32 x bfloat>, ptr %1120, align 4, !tbaa !4
-  %x.i261.us.i = bitcast <16 x i32> %1117 to <32 x bfloat>
-  %r.i263.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i261.us.i, <32 x bfloat> %1121)
-  %1122 = getelementptr i32, ptr %gep899.us.i, i64 %1119
-  %1123 = load <32 x bfloat>, ptr %1122, align 4, !tbaa !4
-  %r.i266.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.i, <32 x bfloat> %x.i261.us.i, <32 x bfloat> %1123)
-  %1124 = getelementptr inbounds nuw i8, ptr %gep, i64 260
-  %1125 = load i32, ptr %1124, align 4, !tbaa !4
-  %1126 = insertelement <16 x i32> poison, i32 %1125, i64 0
-  %1127 = shufflevector <16 x i32> %1126, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i267.us.i = bitcast <16 x i32> %1127 to <32 x bfloat>
-  %r.i269.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.i, <32 x bfloat> %x.i267.us.i, <32 x bfloat> %1121)
-  %r.i272.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.i, <32 x bfloat> %x.i267.us.i, <32 x bfloat> %1123)
-  %1128 = getelementptr inbounds nuw i8, ptr %gep, i64 516
-  %1129 = load i32, ptr %1128, align 4, !tbaa !4
-  %1130 = insertelement <16 x i32> poison, i32 %1129, i64 0
-  %1131 = shufflevector <16 x i32> %1130, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i273.us.i = bitcast <16 x i32> %1131 to <32 x bfloat>
-  %r.i275.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.i, <32 x bfloat> %x.i273.us.i, <32 x bfloat> %1121)
-  %r.i278.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.i, <32 x bfloat> %x.i273.us.i, <32 x bfloat> %1123)
-  %1132 = getelementptr inbounds nuw i8, ptr %gep, i64 772
-  %1133 = load i32, ptr %1132, align 4, !tbaa !4
-  %1134 = insertelement <16 x i32> poison, i32 %1133, i64 0
-  %1135 = shufflevector <16 x i32> %1134, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i279.us.i = bitcast <16 x i32> %1135 to <32 x bfloat>
-  %r.i281.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.i, <32 x bfloat> %x.i279.us.i, <32 x bfloat> %1121)
-  %r.i284.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.i, <32 x bfloat> %x.i279.us.i, <32 x bfloat> %1123)
-  %1136 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %1137 = load i32, ptr %1136, align 4, !tbaa !4
-  %1138 = insertelement <16 x i32> poison, i32 %1137, i64 0
-  %1139 = shufflevector <16 x i32> %1138, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1140 = or disjoint i64 %1093, 2
-  %1141 = mul nsw i64 %1140, %k_row
-  %1142 = getelementptr i32, ptr %gep897.us.i, i64 %1141
-  %1143 = load <32 x bfloat>, ptr %1142, align 4, !tbaa !4
-  %x.i.us.1.i = bitcast <16 x i32> %1139 to <32 x bfloat>
-  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1143)
-  %1144 = getelementptr i32, ptr %gep899.us.i, i64 %1141
-  %1145 = load <32 x bfloat>, ptr %1144, align 4, !tbaa !4
-  %r.i242.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1145)
-  %1146 = getelementptr inbounds nuw i8, ptr %gep, i64 264
-  %1147 = load i32, ptr %1146, align 4, !tbaa !4
-  %1148 = insertelement <16 x i32> poison, i32 %1147, i64 0
-  %1149 = shufflevector <16 x i32> %1148, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i243.us.1.i = bitcast <16 x i32> %1149 to <32 x bfloat>
-  %r.i245.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.i, <32 x bfloat> %x.i243.us.1.i, <32 x bfloat> %1143)
-  %r.i248.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.i, <32 x bfloat> %x.i243.us.1.i, <32 x bfloat> %1145)
-  %1150 = getelementptr inbounds nuw i8, ptr %gep, i64 520
-  %1151 = load i32, ptr %1150, align 4, !tbaa !4
-  %1152 = insertelement <16 x i32> poison, i32 %1151, i64 0
-  %1153 = shufflevector <16 x i32> %1152, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i249.us.1.i = bitcast <16 x i32> %1153 to <32 x bfloat>
-  %r.i251.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.us.i, <32 x bfloat> %x.i249.us.1.i, <32 x bfloat> %1143)
-  %r.i254.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.us.i, <32 x bfloat> %x.i249.us.1.i, <32 x bfloat> %1145)
-  %1154 = getelementptr inbounds nuw i8, ptr %gep, i64 776
-  %1155 = load i32, ptr %1154, align 4, !tbaa !4
-  %1156 = insertelement <16 x i32> poison, i32 %1155, i64 0
-  %1157 = shufflevector <16 x i32> %1156, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i255.us.1.i = bitcast <16 x i32> %1157 to <32 x bfloat>
-  %r.i257.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.us.i, <32 x bfloat> %x.i255.us.1.i, <32 x bfloat> %1143)
-  %r.i260.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.us.i, <32 x bfloat> %x.i255.us.1.i, <32 x bfloat> %1145)
-  %1158 = getelementptr inbounds nuw i8, ptr %gep, i64 12
-  %1159 = load i32, ptr %1158, align 4, !tbaa !4
-  %1160 = insertelement <16 x i32> poison, i32 %1159, i64 0
-  %1161 = shufflevector <16 x i32> %1160, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1162 = or disjoint i64 %1093, 3
-  %1163 = mul nsw i64 %1162, %k_row
-  %1164 = getelementptr i32, ptr %gep897.us.i, i64 %1163
-  %1165 = load <32 x bfloat>, ptr %1164, align 4, !tbaa !4
-  %x.i261.us.1.i = bitcast <16 x i32> %1161 to <32 x bfloat>
-  %r.i263.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i261.us.1.i, <32 x bfloat> %1165)
-  %1166 = getelementptr i32, ptr %gep899.us.i, i64 %1163
-  %1167 = load <32 x bfloat>, ptr %1166, align 4, !tbaa !4
-  %r.i266.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.1.i, <32 x bfloat> %x.i261.us.1.i, <32 x bfloat> %1167)
-  %1168 = getelementptr inbounds nuw i8, ptr %gep, i64 268
-  %1169 = load i32, ptr %1168, align 4, !tbaa !4
-  %1170 = insertelement <16 x i32> poison, i32 %1169, i64 0
-  %1171 = shufflevector <16 x i32> %1170, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i267.us.1.i = bitcast <16 x i32> %1171 to <32 x bfloat>
-  %r.i269.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.1.i, <32 x bfloat> %x.i267.us.1.i, <32 x bfloat> %1165)
-  %r.i272.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.1.i, <32 x bfloat> %x.i267.us.1.i, <32 x bfloat> %1167)
-  %1172 = getelementptr inbounds nuw i8, ptr %gep, i64 524
-  %1173 = load i32, ptr %1172, align 4, !tbaa !4
-  %1174 = insertelement <16 x i32> poison, i32 %1173, i64 0
-  %1175 = shufflevector <16 x i32> %1174, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i273.us.1.i = bitcast <16 x i32> %1175 to <32 x bfloat>
-  %r.i275.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.1.i, <32 x bfloat> %x.i273.us.1.i, <32 x bfloat> %1165)
-  %r.i278.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.1.i, <32 x bfloat> %x.i273.us.1.i, <32 x bfloat> %1167)
-  %1176 = getelementptr inbounds nuw i8, ptr %gep, i64 780
-  %1177 = load i32, ptr %1176, align 4, !tbaa !4
-  %1178 = insertelement <16 x i32> poison, i32 %1177, i64 0
-  %1179 = shufflevector <16 x i32> %1178, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i279.us.1.i = bitcast <16 x i32> %1179 to <32 x bfloat>
-  %r.i281.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.1.i, <32 x bfloat> %x.i279.us.1.i, <32 x bfloat> %1165)
-  %r.i284.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.1.i, <32 x bfloat> %x.i279.us.1.i, <32 x bfloat> %1167)
-  %indvars.iv.next1121.i = add nuw nsw i64 %indvars.iv1120.i, 1
-  %exitcond1123.not.i = icmp eq i64 %indvars.iv.next1121.i, 16
-  br i1 %exitcond1123.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !21
+  %1106 = mul nsw i64 %1102, %k_row
+  %1107 = getelementptr i32, ptr %gep894.us.i, i64 %1106
+  %1108 = load <32 x bfloat>, ptr %1107, align 4, !tbaa !4
+  %x.i.us.i = bitcast <16 x i32> %1105 to <32 x bfloat>
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.0.0890.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1108)
+  %1109 = getelementptr i32, ptr %gep896.us.i, i64 %1106
+  %1110 = load <32 x bfloat>, ptr %1109, align 4, !tbaa !4
+  %r.i239.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.6.0889.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1110)
+  %1111 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %1112 = load i32, ptr %1111, align 4, !tbaa !4
+  %1113 = insertelement <16 x i32> poison, i32 %1112, i64 0
+  %1114 = shufflevector <16 x i32> %1113, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i240.us.i = bitcast <16 x i32> %1114 to <32 x bfloat>
+  %r.i242.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.12.0888.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1108)
+  %r.i245.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.18.0887.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1110)
+  %1115 = getelementptr inbounds nuw i8, ptr %gep, i64 512
+  %1116 = load i32, ptr %1115, align 4, !tbaa !4
+  %1117 = insertelement <16 x i32> poison, i32 %1116, i64 0
+  %1118 = shufflevector <16 x i32> %1117, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i246.us.i = bitcast <16 x i32> %1118 to <32 x bfloat>
+  %r.i248.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.24.0886.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1108)
+  %r.i251.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.30.0885.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1110)
+  %1119 = getelementptr inbounds nuw i8, ptr %gep, i64 768
+  %1120 = load i32, ptr %1119, align 4, !tbaa !4
+  %1121 = insertelement <16 x i32> poison, i32 %1120, i64 0
+  %1122 = shufflevector <16 x i32> %1121, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i252.us.i = bitcast <16 x i32> %1122 to <32 x bfloat>
+  %r.i254.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.36.0884.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1108)
+  %r.i257.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.42.0883.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1110)
+  %1123 = getelementptr inbounds nuw i8, ptr %gep, i64 4
+  %1124 = load i32, ptr %1123, align 4, !tbaa !4
+  %1125 = insertelement <16 x i32> poison, i32 %1124, i64 0
+  %1126 = shufflevector <16 x i32> %1125, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1127 = or disjoint i64 %1102, 1
+  %1128 = mul nsw i64 %1127, %k_row
+  %1129 = getelementptr i32, ptr %gep894.us.i, i64 %1128
+  %1130 = load <32 x bfloat>, ptr %1129, align 4, !tbaa !4
+  %x.i258.us.i = bitcast <16 x i32> %1126 to <32 x bfloat>
+  %r.i260.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1130)
+  %1131 = getelementptr i32, ptr %gep896.us.i, i64 %1128
+  %1132 = load <32 x bfloat>, ptr %1131, align 4, !tbaa !4
+  %r.i263.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1132)
+  %1133 = getelementptr inbounds nuw i8, ptr %gep, i64 260
+  %1134 = load i32, ptr %1133, align 4, !tbaa !4
+  %1135 = insertelement <16 x i32> poison, i32 %1134, i64 0
+  %1136 = shufflevector <16 x i32> %1135, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i264.us.i = bitcast <16 x i32> %1136 to <32 x bfloat>
+  %r.i266.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1130)
+  %r.i269.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1132)
+  %1137 = getelementptr inbounds nuw i8, ptr %gep, i64 516
+  %1138 = load i32, ptr %1137, align 4, !tbaa !4
+  %1139 = insertelement <16 x i32> poison, i32 %1138, i64 0
+  %1140 = shufflevector <16 x i32> %1139, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i270.us.i = bitcast <16 x i32> %1140 to <32 x bfloat>
+  %r.i272.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1130)
+  %r.i275.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1132)
+  %1141 = getelementptr inbounds nuw i8, ptr %gep, i64 772
+  %1142 = load i32, ptr %1141, align 4, !tbaa !4
+  %1143 = insertelement <16 x i32> poison, i32 %1142, i64 0
+  %1144 = shufflevector <16 x i32> %1143, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i276.us.i = bitcast <16 x i32> %1144 to <32 x bfloat>
+  %r.i278.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1130)
+  %r.i281.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1132)
+  %1145 = getelementptr inbounds nuw i8, ptr %gep, i64 8
+  %1146 = load i32, ptr %1145, align 4, !tbaa !4
+  %1147 = insertelement <16 x i32> poison, i32 %1146, i64 0
+  %1148 = shufflevector <16 x i32> %1147, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1149 = or disjoint i64 %1102, 2
+  %1150 = mul nsw i64 %1149, %k_row
+  %1151 = getelementptr i32, ptr %gep894.us.i, i64 %1150
+  %1152 = load <32 x bfloat>, ptr %1151, align 4, !tbaa !4
+  %x.i.us.1.i = bitcast <16 x i32> %1148 to <32 x bfloat>
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1152)
+  %1153 = getelementptr i32, ptr %gep896.us.i, i64 %1150
+  %1154 = load <32 x bfloat>, ptr %1153, align 4, !tbaa !4
+  %r.i239.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1154)
+  %1155 = getelementptr inbounds nuw i8, ptr %gep, i64 264
+  %1156 = load i32, ptr %1155, align 4, !tbaa !4
+  %1157 = insertelement <16 x i32> poison, i32 %1156, i64 0
+  %1158 = shufflevector <16 x i32> %1157, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i240.us.1.i = bitcast <16 x i32> %1158 to <32 x bfloat>
+  %r.i242.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1152)
+  %r.i245.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1154)
+  %1159 = getelementptr inbounds nuw i8, ptr %gep, i64 520
+  %1160 = load i32, ptr %1159, align 4, !tbaa !4
+  %1161 = insertelement <16 x i32> poison, i32 %1160, i64 0
+  %1162 = shufflevector <16 x i32> %1161, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i246.us.1.i = bitcast <16 x i32> %1162 to <32 x bfloat>
+  %r.i248.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1152)
+  %r.i251.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1154)
+  %1163 = getelementptr inbounds nuw i8, ptr %gep, i64 776
+  %1164 = load i32, ptr %1163, align 4, !tbaa !4
+  %1165 = insertelement <16 x i32> poison, i32 %1164, i64 0
+  %1166 = shufflevector <16 x i32> %1165, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i252.us.1.i = bitcast <16 x i32> %1166 to <32 x bfloat>
+  %r.i254.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1152)
+  %r.i257.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1154)
+  %1167 = getelementptr inbounds nuw i8, ptr %gep, i64 12
+  %1168 = load i32, ptr %1167, align 4, !tbaa !4
+  %1169 = insertelement <16 x i32> poison, i32 %1168, i64 0
+  %1170 = shufflevector <16 x i32> %1169, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1171 = or disjoint i64 %1102, 3
+  %1172 = mul nsw i64 %1171, %k_row
+  %1173 = getelementptr i32, ptr %gep894.us.i, i64 %1172
+  %1174 = load <32 x bfloat>, ptr %1173, align 4, !tbaa !4
+  %x.i258.us.1.i = bitcast <16 x i32> %1170 to <32 x bfloat>
+  %r.i260.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1174)
+  %1175 = getelementptr i32, ptr %gep896.us.i, i64 %1172
+  %1176 = load <32 x bfloat>, ptr %1175, align 4, !tbaa !4
+  %r.i263.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1176)
+  %1177 = getelementptr inbounds nuw i8, ptr %gep, i64 268
+  %1178 = load i32, ptr %1177, align 4, !tbaa !4
+  %1179 = insertelement <16 x i32> poison, i32 %1178, i64 0
+  %1180 = shufflevector <16 x i32> %1179, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i264.us.1.i = bitcast <16 x i32> %1180 to <32 x bfloat>
+  %r.i266.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1174)
+  %r.i269.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1176)
+  %1181 = getelementptr inbounds nuw i8, ptr %gep, i64 524
+  %1182 = load i32, ptr %1181, align 4, !tbaa !4
+  %1183 = insertelement <16 x i32> poison, i32 %1182, i64 0
+  %1184 = shufflevector <16 x i32> %1183, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i270.us.1.i = bitcast <16 x i32> %1184 to <32 x bfloat>
+  %r.i272.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1174)
+  %r.i275.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1176)
+  %1185 = getelementptr inbounds nuw i8, ptr %gep, i64 780
+  %1186 = load i32, ptr %1185, align 4, !tbaa !4
+  %1187 = insertelement <16 x i32> poison, i32 %1186, i64 0
+  %1188 = shufflevector <16 x i32> %1187, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i276.us.1.i = bitcast <16 x i32> %1188 to <32 x bfloat>
+  %r.i278.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1174)
+  %r.i281.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1176)
+  %indvars.iv.next1118.i = add nuw nsw i64 %indvars.iv1117.i, 1
+  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1118.i, 16
+  br i1 %exitcond1120.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !21
 
 for_begin_n_1_m.preheader.us.i:                   ; preds = %for_end_n_1_m.us.i, %for_begin_n_1_m.preheader.us.i.preheader
-  %indvars.iv1124.i = phi i64 [ %indvars.iv.next1125.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
-  %1180 = shl nsw i64 %indvars.iv1124.i, 5
-  %1181 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1180
-  %1182 = load i64, ptr %1181, align 8, !tbaa !4
-  %gep897.us.i = getelementptr i32, ptr %invariant.gep896.i, i64 %1182
-  %1183 = getelementptr inbounds nuw i8, ptr %1181, i64 128
-  %1184 = load i64, ptr %1183, align 8, !tbaa !4
-  %gep899.us.i = getelementptr i32, ptr %invariant.gep896.i, i64 %1184
-  %1185 = trunc i64 %1180 to i32
-  %1186 = add i32 %1052, %1185
+  %indvars.iv1121.i = phi i64 [ %indvars.iv.next1122.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
+  %1189 = shl nsw i64 %indvars.iv1121.i, 5
+  %1190 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1189
+  %1191 = load i64, ptr %1190, align 8, !tbaa !4
+  %gep894.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1191
+  %1192 = getelementptr inbounds nuw i8, ptr %1190, i64 128
+  %1193 = load i64, ptr %1192, align 8, !tbaa !4
+  %gep896.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1193
+  %1194 = trunc i64 %1189 to i32
+  %1195 = add i32 %1059, %1194
   br label %for_begin_n_2.preheader.us.i
 
 for_end___m.i:                                    ; preds = %for_end_n_1_m.us.i, %for_begin___m.preheader.i
-  %1187 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %1187(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1188 = icmp eq ptr %probs.i, null
-  br i1 %1188, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
+  %1196 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.i = tail call ptr %1196(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1197 = icmp eq ptr %probs.i, null
+  br i1 %1197, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
 
 if_end28.i:                                       ; preds = %for_end___m.i
-  %1189 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.i = tail call ptr %1189(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1190 = icmp eq ptr %scaled.i, null
-  br i1 %1190, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
+  %1198 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.i = tail call ptr %1198(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1199 = icmp eq ptr %scaled.i, null
+  br i1 %1199, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
 
 if_end31.i:                                       ; preds = %if_end28.i
-  %1191 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %exact.i = tail call ptr %1191(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1192 = icmp eq ptr %exact.i, null
-  br i1 %1192, label %fused_decode_compute_.exit, label %for_begin_r36.preheader.i, !prof !7
+  %1200 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %exact.i = tail call ptr %1200(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1201 = icmp eq ptr %exact.i, null
+  br i1 %1201, label %fused_decode_compute_.exit, label %for_begin_r36.preheader.i, !prof !7
 
 for_begin_r36.preheader.i:                        ; preds = %if_end31.i
-  br i1 %968, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
+  br i1 %975, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to.us.i.preheader:                       ; preds = %for_begin_r36.preheader.i
-  br i1 %981, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !30
+  br i1 %988, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !30
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv1129.i = phi i64 [ %indvars.iv.next1130.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv1126.i = phi i64 [ %indvars.iv.next1127.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %1193 = shl nsw i64 %indvars.iv1129.i, 5
-  %1194 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1193
-  %1195 = load <32 x float>, ptr %1194, align 4, !tbaa !4
-  %1196 = fmul <32 x float> %91, %1195
-  %1197 = trunc i64 %1193 to i32
-  %1198 = sub i32 %924, %1197
-  %1199 = insertelement <32 x i32> poison, i32 %1198, i64 0
-  %1200 = shufflevector <32 x i32> %1199, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1201 = icmp sgt <32 x i32> %1200, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1202 = select <32 x i1> %1201, <32 x float> %1196, <32 x float> splat (float 0xFFF0000000000000)
-  %1203 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1193
-  store <32 x float> %1202, ptr %1203, align 4, !tbaa !4
-  %indvars.iv.next1130.i = shl i64 %indvars.iv1129.i, 5
-  %1204 = or disjoint i64 %indvars.iv.next1130.i, 32
-  %1205 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1204
-  %1206 = load <32 x float>, ptr %1205, align 4, !tbaa !4
-  %1207 = fmul <32 x float> %91, %1206
-  %1208 = trunc i64 %1204 to i32
-  %1209 = sub i32 %924, %1208
-  %1210 = insertelement <32 x i32> poison, i32 %1209, i64 0
-  %1211 = shufflevector <32 x i32> %1210, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1212 = icmp sgt <32 x i32> %1211, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1213 = select <32 x i1> %1212, <32 x float> %1207, <32 x float> splat (float 0xFFF0000000000000)
-  %1214 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1204
-  store <32 x float> %1213, ptr %1214, align 4, !tbaa !4
-  %indvars.iv.next1130.i.1 = shl i64 %indvars.iv1129.i, 5
-  %1215 = or disjoint i64 %indvars.iv.next1130.i.1, 64
-  %1216 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1215
-  %1217 = load <32 x float>, ptr %1216, align 4, !tbaa !4
-  %1218 = fmul <32 x float> %91, %1217
-  %1219 = trunc i64 %1215 to i32
-  %1220 = sub i32 %924, %1219
-  %1221 = insertelement <32 x i32> poison, i32 %1220, i64 0
-  %1222 = shufflevector <32 x i32> %1221, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1223 = icmp sgt <32 x i32> %1222, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1224 = select <32 x i1> %1223, <32 x float> %1218, <32 x float> splat (float 0xFFF0000000000000)
-  %1225 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1215
-  store <32 x float> %1224, ptr %1225, align 4, !tbaa !4
-  %indvars.iv.next1130.i.2 = shl i64 %indvars.iv1129.i, 5
-  %1226 = or disjoint i64 %indvars.iv.next1130.i.2, 96
-  %1227 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1226
-  %1228 = load <32 x float>, ptr %1227, align 4, !tbaa !4
-  %1229 = fmul <32 x float> %91, %1228
-  %1230 = trunc i64 %1226 to i32
-  %1231 = sub i32 %924, %1230
-  %1232 = insertelement <32 x i32> poison, i32 %1231, i64 0
-  %1233 = shufflevector <32 x i32> %1232, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1234 = icmp sgt <32 x i32> %1233, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1235 = select <32 x i1> %1234, <32 x float> %1229, <32 x float> splat (float 0xFFF0000000000000)
-  %1236 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1226
-  store <32 x float> %1235, ptr %1236, align 4, !tbaa !4
-  %indvars.iv.next1130.i.3 = add nuw nsw i64 %indvars.iv1129.i, 4
+  %1202 = shl nsw i64 %indvars.iv1126.i, 5
+  %1203 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1202
+  %1204 = load <32 x float>, ptr %1203, align 4, !tbaa !4
+  %1205 = fmul <32 x float> %91, %1204
+  %1206 = trunc i64 %1202 to i32
+  %1207 = sub i32 %931, %1206
+  %1208 = insertelement <32 x i32> poison, i32 %1207, i64 0
+  %1209 = shufflevector <32 x i32> %1208, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1210 = icmp sgt <32 x i32> %1209, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1211 = select <32 x i1> %1210, <32 x float> %1205, <32 x float> splat (float 0xFFF0000000000000)
+  %1212 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1202
+  store <32 x float> %1211, ptr %1212, align 4, !tbaa !4
+  %indvars.iv.next1127.i = shl i64 %indvars.iv1126.i, 5
+  %1213 = or disjoint i64 %indvars.iv.next1127.i, 32
+  %1214 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1213
+  %1215 = load <32 x float>, ptr %1214, align 4, !tbaa !4
+  %1216 = fmul <32 x float> %91, %1215
+  %1217 = trunc i64 %1213 to i32
+  %1218 = sub i32 %931, %1217
+  %1219 = insertelement <32 x i32> poison, i32 %1218, i64 0
+  %1220 = shufflevector <32 x i32> %1219, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1221 = icmp sgt <32 x i32> %1220, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1222 = select <32 x i1> %1221, <32 x float> %1216, <32 x float> splat (float 0xFFF0000000000000)
+  %1223 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1213
+  store <32 x float> %1222, ptr %1223, align 4, !tbaa !4
+  %indvars.iv.next1127.i.1 = shl i64 %indvars.iv1126.i, 5
+  %1224 = or disjoint i64 %indvars.iv.next1127.i.1, 64
+  %1225 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1224
+  %1226 = load <32 x float>, ptr %1225, align 4, !tbaa !4
+  %1227 = fmul <32 x float> %91, %1226
+  %1228 = trunc i64 %1224 to i32
+  %1229 = sub i32 %931, %1228
+  %1230 = insertelement <32 x i32> poison, i32 %1229, i64 0
+  %1231 = shufflevector <32 x i32> %1230, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1232 = icmp sgt <32 x i32> %1231, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1233 = select <32 x i1> %1232, <32 x float> %1227, <32 x float> splat (float 0xFFF0000000000000)
+  %1234 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1224
+  store <32 x float> %1233, ptr %1234, align 4, !tbaa !4
+  %indvars.iv.next1127.i.2 = shl i64 %indvars.iv1126.i, 5
+  %1235 = or disjoint i64 %indvars.iv.next1127.i.2, 96
+  %1236 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1235
+  %1237 = load <32 x float>, ptr %1236, align 4, !tbaa !4
+  %1238 = fmul <32 x float> %91, %1237
+  %1239 = trunc i64 %1235 to i32
+  %1240 = sub i32 %931, %1239
+  %1241 = insertelement <32 x i32> poison, i32 %1240, i64 0
+  %1242 = shufflevector <32 x i32> %1241, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1243 = icmp sgt <32 x i32> %1242, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1244 = select <32 x i1> %1243, <32 x float> %1238, <32 x float> splat (float 0xFFF0000000000000)
+  %1245 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1235
+  store <32 x float> %1244, ptr %1245, align 4, !tbaa !4
+  %indvars.iv.next1127.i.3 = add nuw nsw i64 %indvars.iv1126.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !31, !llvm.loop !32
@@ -3387,92 +3394,92 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !34
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv1129.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1130.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  %indvars.iv1126.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1127.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod96)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv1129.i.epil = phi i64 [ %indvars.iv.next1130.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1129.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv1126.i.epil = phi i64 [ %indvars.iv.next1127.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1126.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %1237 = shl nsw i64 %indvars.iv1129.i.epil, 5
-  %1238 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1237
-  %1239 = load <32 x float>, ptr %1238, align 4, !tbaa !4
-  %1240 = fmul <32 x float> %91, %1239
-  %1241 = trunc i64 %1237 to i32
-  %1242 = sub i32 %924, %1241
-  %1243 = insertelement <32 x i32> poison, i32 %1242, i64 0
-  %1244 = shufflevector <32 x i32> %1243, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1245 = icmp sgt <32 x i32> %1244, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1246 = select <32 x i1> %1245, <32 x float> %1240, <32 x float> splat (float 0xFFF0000000000000)
-  %1247 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1237
-  store <32 x float> %1246, ptr %1247, align 4, !tbaa !4
-  %indvars.iv.next1130.i.epil = add nuw nsw i64 %indvars.iv1129.i.epil, 1
+  %1246 = shl nsw i64 %indvars.iv1126.i.epil, 5
+  %1247 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1246
+  %1248 = load <32 x float>, ptr %1247, align 4, !tbaa !4
+  %1249 = fmul <32 x float> %91, %1248
+  %1250 = trunc i64 %1246 to i32
+  %1251 = sub i32 %931, %1250
+  %1252 = insertelement <32 x i32> poison, i32 %1251, i64 0
+  %1253 = shufflevector <32 x i32> %1252, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1254 = icmp sgt <32 x i32> %1253, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1255 = select <32 x i1> %1254, <32 x float> %1249, <32 x float> splat (float 0xFFF0000000000000)
+  %1256 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1246
+  store <32 x float> %1255, ptr %1256, align 4, !tbaa !4
+  %indvars.iv.next1127.i.epil = add nuw nsw i64 %indvars.iv1126.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !35, !llvm.loop !36
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %982, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !30
+  br i1 %989, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !30
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv1129.1.i = phi i64 [ %indvars.iv.next1130.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %indvars.iv1126.1.i = phi i64 [ %indvars.iv.next1127.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
   %niter102 = phi i64 [ %niter102.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %1248 = shl nsw i64 %indvars.iv1129.1.i, 5
-  %1249 = add nuw nsw i64 %1248, 128
-  %1250 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1249
-  %1251 = load <32 x float>, ptr %1250, align 4, !tbaa !4
-  %1252 = fmul <32 x float> %91, %1251
-  %1253 = trunc i64 %1248 to i32
-  %1254 = sub i32 %924, %1253
-  %1255 = insertelement <32 x i32> poison, i32 %1254, i64 0
-  %1256 = shufflevector <32 x i32> %1255, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1257 = icmp sgt <32 x i32> %1256, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1258 = select <32 x i1> %1257, <32 x float> %1252, <32 x float> splat (float 0xFFF0000000000000)
-  %1259 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1249
-  store <32 x float> %1258, ptr %1259, align 4, !tbaa !4
-  %indvars.iv.next1130.1.i = shl i64 %indvars.iv1129.1.i, 5
-  %1260 = add nuw nsw i64 %indvars.iv.next1130.1.i, 160
-  %1261 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1260
-  %1262 = load <32 x float>, ptr %1261, align 4, !tbaa !4
-  %1263 = fmul <32 x float> %91, %1262
-  %1264 = trunc i64 %indvars.iv.next1130.1.i to i32
-  %1265 = or disjoint i32 %1264, 32
-  %1266 = sub i32 %924, %1265
-  %1267 = insertelement <32 x i32> poison, i32 %1266, i64 0
-  %1268 = shufflevector <32 x i32> %1267, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1269 = icmp sgt <32 x i32> %1268, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1270 = select <32 x i1> %1269, <32 x float> %1263, <32 x float> splat (float 0xFFF0000000000000)
-  %1271 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1260
-  store <32 x float> %1270, ptr %1271, align 4, !tbaa !4
-  %indvars.iv.next1130.1.i.1 = shl i64 %indvars.iv1129.1.i, 5
-  %1272 = add nuw nsw i64 %indvars.iv.next1130.1.i.1, 192
-  %1273 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1272
-  %1274 = load <32 x float>, ptr %1273, align 4, !tbaa !4
-  %1275 = fmul <32 x float> %91, %1274
-  %1276 = trunc i64 %indvars.iv.next1130.1.i.1 to i32
-  %1277 = or disjoint i32 %1276, 64
-  %1278 = sub i32 %924, %1277
-  %1279 = insertelement <32 x i32> poison, i32 %1278, i64 0
-  %1280 = shufflevector <32 x i32> %1279, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1281 = icmp sgt <32 x i32> %1280, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1282 = select <32 x i1> %1281, <32 x float> %1275, <32 x float> splat (float 0xFFF0000000000000)
-  %1283 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1272
-  store <32 x float> %1282, ptr %1283, align 4, !tbaa !4
-  %indvars.iv.next1130.1.i.2 = shl i64 %indvars.iv1129.1.i, 5
-  %1284 = add nuw nsw i64 %indvars.iv.next1130.1.i.2, 224
-  %1285 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1284
-  %1286 = load <32 x float>, ptr %1285, align 4, !tbaa !4
-  %1287 = fmul <32 x float> %91, %1286
-  %1288 = trunc i64 %indvars.iv.next1130.1.i.2 to i32
-  %1289 = or disjoint i32 %1288, 96
-  %1290 = sub i32 %924, %1289
-  %1291 = insertelement <32 x i32> poison, i32 %1290, i64 0
-  %1292 = shufflevector <32 x i32> %1291, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1293 = icmp sgt <32 x i32> %1292, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1294 = select <32 x i1> %1293, <32 x float> %1287, <32 x float> splat (float 0xFFF0000000000000)
-  %1295 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1284
-  store <32 x float> %1294, ptr %1295, align 4, !tbaa !4
-  %indvars.iv.next1130.1.i.3 = add nuw nsw i64 %indvars.iv1129.1.i, 4
+  %1257 = shl nsw i64 %indvars.iv1126.1.i, 5
+  %1258 = add nuw nsw i64 %1257, 128
+  %1259 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1258
+  %1260 = load <32 x float>, ptr %1259, align 4, !tbaa !4
+  %1261 = fmul <32 x float> %91, %1260
+  %1262 = trunc i64 %1257 to i32
+  %1263 = sub i32 %931, %1262
+  %1264 = insertelement <32 x i32> poison, i32 %1263, i64 0
+  %1265 = shufflevector <32 x i32> %1264, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1266 = icmp sgt <32 x i32> %1265, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1267 = select <32 x i1> %1266, <32 x float> %1261, <32 x float> splat (float 0xFFF0000000000000)
+  %1268 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1258
+  store <32 x float> %1267, ptr %1268, align 4, !tbaa !4
+  %indvars.iv.next1127.1.i = shl i64 %indvars.iv1126.1.i, 5
+  %1269 = add nuw nsw i64 %indvars.iv.next1127.1.i, 160
+  %1270 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1269
+  %1271 = load <32 x float>, ptr %1270, align 4, !tbaa !4
+  %1272 = fmul <32 x float> %91, %1271
+  %1273 = trunc i64 %indvars.iv.next1127.1.i to i32
+  %1274 = or disjoint i32 %1273, 32
+  %1275 = sub i32 %931, %1274
+  %1276 = insertelement <32 x i32> poison, i32 %1275, i64 0
+  %1277 = shufflevector <32 x i32> %1276, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1278 = icmp sgt <32 x i32> %1277, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1279 = select <32 x i1> %1278, <32 x float> %1272, <32 x float> splat (float 0xFFF0000000000000)
+  %1280 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1269
+  store <32 x float> %1279, ptr %1280, align 4, !tbaa !4
+  %indvars.iv.next1127.1.i.1 = shl i64 %indvars.iv1126.1.i, 5
+  %1281 = add nuw nsw i64 %indvars.iv.next1127.1.i.1, 192
+  %1282 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1281
+  %1283 = load <32 x float>, ptr %1282, align 4, !tbaa !4
+  %1284 = fmul <32 x float> %91, %1283
+  %1285 = trunc i64 %indvars.iv.next1127.1.i.1 to i32
+  %1286 = or disjoint i32 %1285, 64
+  %1287 = sub i32 %931, %1286
+  %1288 = insertelement <32 x i32> poison, i32 %1287, i64 0
+  %1289 = shufflevector <32 x i32> %1288, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1290 = icmp sgt <32 x i32> %1289, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1291 = select <32 x i1> %1290, <32 x float> %1284, <32 x float> splat (float 0xFFF0000000000000)
+  %1292 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1281
+  store <32 x float> %1291, ptr %1292, align 4, !tbaa !4
+  %indvars.iv.next1127.1.i.2 = shl i64 %indvars.iv1126.1.i, 5
+  %1293 = add nuw nsw i64 %indvars.iv.next1127.1.i.2, 224
+  %1294 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1293
+  %1295 = load <32 x float>, ptr %1294, align 4, !tbaa !4
+  %1296 = fmul <32 x float> %91, %1295
+  %1297 = trunc i64 %indvars.iv.next1127.1.i.2 to i32
+  %1298 = or disjoint i32 %1297, 96
+  %1299 = sub i32 %931, %1298
+  %1300 = insertelement <32 x i32> poison, i32 %1299, i64 0
+  %1301 = shufflevector <32 x i32> %1300, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1302 = icmp sgt <32 x i32> %1301, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1303 = select <32 x i1> %1302, <32 x float> %1296, <32 x float> splat (float 0xFFF0000000000000)
+  %1304 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1293
+  store <32 x float> %1303, ptr %1304, align 4, !tbaa !4
+  %indvars.iv.next1127.1.i.3 = add nuw nsw i64 %indvars.iv1126.1.i, 4
   %niter102.next.3 = add i64 %niter102, 4
   %niter102.ncmp.3 = icmp eq i64 %niter102.next.3, %unroll_iter101
   br i1 %niter102.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !31, !llvm.loop !39
@@ -3481,93 +3488,93 @@ for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
   br i1 %lcmp.mod99.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !34
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv1129.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1130.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  %indvars.iv1126.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1127.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod100)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv1129.1.i.epil = phi i64 [ %indvars.iv.next1130.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1129.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %indvars.iv1126.1.i.epil = phi i64 [ %indvars.iv.next1127.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1126.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
   %epil.iter98 = phi i64 [ %epil.iter98.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %1296 = shl nsw i64 %indvars.iv1129.1.i.epil, 5
-  %1297 = add nuw nsw i64 %1296, 128
-  %1298 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1297
-  %1299 = load <32 x float>, ptr %1298, align 4, !tbaa !4
-  %1300 = fmul <32 x float> %91, %1299
-  %1301 = trunc i64 %1296 to i32
-  %1302 = sub i32 %924, %1301
-  %1303 = insertelement <32 x i32> poison, i32 %1302, i64 0
-  %1304 = shufflevector <32 x i32> %1303, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1305 = icmp sgt <32 x i32> %1304, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1306 = select <32 x i1> %1305, <32 x float> %1300, <32 x float> splat (float 0xFFF0000000000000)
-  %1307 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1297
-  store <32 x float> %1306, ptr %1307, align 4, !tbaa !4
-  %indvars.iv.next1130.1.i.epil = add nuw nsw i64 %indvars.iv1129.1.i.epil, 1
+  %1305 = shl nsw i64 %indvars.iv1126.1.i.epil, 5
+  %1306 = add nuw nsw i64 %1305, 128
+  %1307 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1306
+  %1308 = load <32 x float>, ptr %1307, align 4, !tbaa !4
+  %1309 = fmul <32 x float> %91, %1308
+  %1310 = trunc i64 %1305 to i32
+  %1311 = sub i32 %931, %1310
+  %1312 = insertelement <32 x i32> poison, i32 %1311, i64 0
+  %1313 = shufflevector <32 x i32> %1312, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1314 = icmp sgt <32 x i32> %1313, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1315 = select <32 x i1> %1314, <32 x float> %1309, <32 x float> splat (float 0xFFF0000000000000)
+  %1316 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1306
+  store <32 x float> %1315, ptr %1316, align 4, !tbaa !4
+  %indvars.iv.next1127.1.i.epil = add nuw nsw i64 %indvars.iv1126.1.i.epil, 1
   %epil.iter98.next = add i64 %epil.iter98, 1
   %epil.iter98.cmp.not = icmp eq i64 %epil.iter98.next, %xtraiter97
   br i1 %epil.iter98.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !35, !llvm.loop !40
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %983, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !30
+  br i1 %990, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !30
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv1129.2.i = phi i64 [ %indvars.iv.next1130.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %indvars.iv1126.2.i = phi i64 [ %indvars.iv.next1127.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
   %niter108 = phi i64 [ %niter108.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %1308 = shl nsw i64 %indvars.iv1129.2.i, 5
-  %1309 = add nuw nsw i64 %1308, 256
-  %1310 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1309
-  %1311 = load <32 x float>, ptr %1310, align 4, !tbaa !4
-  %1312 = fmul <32 x float> %91, %1311
-  %1313 = trunc i64 %1308 to i32
-  %1314 = sub i32 %924, %1313
-  %1315 = insertelement <32 x i32> poison, i32 %1314, i64 0
-  %1316 = shufflevector <32 x i32> %1315, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1317 = icmp sgt <32 x i32> %1316, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1318 = select <32 x i1> %1317, <32 x float> %1312, <32 x float> splat (float 0xFFF0000000000000)
-  %1319 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1309
-  store <32 x float> %1318, ptr %1319, align 4, !tbaa !4
-  %indvars.iv.next1130.2.i = shl i64 %indvars.iv1129.2.i, 5
-  %1320 = add nuw nsw i64 %indvars.iv.next1130.2.i, 288
-  %1321 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1320
-  %1322 = load <32 x float>, ptr %1321, align 4, !tbaa !4
-  %1323 = fmul <32 x float> %91, %1322
-  %1324 = trunc i64 %indvars.iv.next1130.2.i to i32
-  %1325 = or disjoint i32 %1324, 32
-  %1326 = sub i32 %924, %1325
-  %1327 = insertelement <32 x i32> poison, i32 %1326, i64 0
-  %1328 = shufflevector <32 x i32> %1327, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1329 = icmp sgt <32 x i32> %1328, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1330 = select <32 x i1> %1329, <32 x float> %1323, <32 x float> splat (float 0xFFF0000000000000)
-  %1331 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1320
-  store <32 x float> %1330, ptr %1331, align 4, !tbaa !4
-  %indvars.iv.next1130.2.i.1 = shl i64 %indvars.iv1129.2.i, 5
-  %1332 = add nuw nsw i64 %indvars.iv.next1130.2.i.1, 320
-  %1333 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1332
-  %1334 = load <32 x float>, ptr %1333, align 4, !tbaa !4
-  %1335 = fmul <32 x float> %91, %1334
-  %1336 = trunc i64 %indvars.iv.next1130.2.i.1 to i32
-  %1337 = or disjoint i32 %1336, 64
-  %1338 = sub i32 %924, %1337
-  %1339 = insertelement <32 x i32> poison, i32 %1338, i64 0
-  %1340 = shufflevector <32 x i32> %1339, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1341 = icmp sgt <32 x i32> %1340, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1342 = select <32 x i1> %1341, <32 x float> %1335, <32 x float> splat (float 0xFFF0000000000000)
-  %1343 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1332
-  store <32 x float> %1342, ptr %1343, align 4, !tbaa !4
-  %indvars.iv.next1130.2.i.2 = shl i64 %indvars.iv1129.2.i, 5
-  %1344 = add nuw nsw i64 %indvars.iv.next1130.2.i.2, 352
-  %1345 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1344
-  %1346 = load <32 x float>, ptr %1345, align 4, !tbaa !4
-  %1347 = fmul <32 x float> %91, %1346
-  %1348 = trunc i64 %indvars.iv.next1130.2.i.2 to i32
-  %1349 = or disjoint i32 %1348, 96
-  %1350 = sub i32 %924, %1349
-  %1351 = insertelement <32 x i32> poison, i32 %1350, i64 0
-  %1352 = shufflevector <32 x i32> %1351, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1353 = icmp sgt <32 x i32> %1352, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1354 = select <32 x i1> %1353, <32 x float> %1347, <32 x float> splat (float 0xFFF0000000000000)
-  %1355 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1344
-  store <32 x float> %1354, ptr %1355, align 4, !tbaa !4
-  %indvars.iv.next1130.2.i.3 = add nuw nsw i64 %indvars.iv1129.2.i, 4
+  %1317 = shl nsw i64 %indvars.iv1126.2.i, 5
+  %1318 = add nuw nsw i64 %1317, 256
+  %1319 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1318
+  %1320 = load <32 x float>, ptr %1319, align 4, !tbaa !4
+  %1321 = fmul <32 x float> %91, %1320
+  %1322 = trunc i64 %1317 to i32
+  %1323 = sub i32 %931, %1322
+  %1324 = insertelement <32 x i32> poison, i32 %1323, i64 0
+  %1325 = shufflevector <32 x i32> %1324, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1326 = icmp sgt <32 x i32> %1325, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1327 = select <32 x i1> %1326, <32 x float> %1321, <32 x float> splat (float 0xFFF0000000000000)
+  %1328 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1318
+  store <32 x float> %1327, ptr %1328, align 4, !tbaa !4
+  %indvars.iv.next1127.2.i = shl i64 %indvars.iv1126.2.i, 5
+  %1329 = add nuw nsw i64 %indvars.iv.next1127.2.i, 288
+  %1330 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1329
+  %1331 = load <32 x float>, ptr %1330, align 4, !tbaa !4
+  %1332 = fmul <32 x float> %91, %1331
+  %1333 = trunc i64 %indvars.iv.next1127.2.i to i32
+  %1334 = or disjoint i32 %1333, 32
+  %1335 = sub i32 %931, %1334
+  %1336 = insertelement <32 x i32> poison, i32 %1335, i64 0
+  %1337 = shufflevector <32 x i32> %1336, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1338 = icmp sgt <32 x i32> %1337, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1339 = select <32 x i1> %1338, <32 x float> %1332, <32 x float> splat (float 0xFFF0000000000000)
+  %1340 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1329
+  store <32 x float> %1339, ptr %1340, align 4, !tbaa !4
+  %indvars.iv.next1127.2.i.1 = shl i64 %indvars.iv1126.2.i, 5
+  %1341 = add nuw nsw i64 %indvars.iv.next1127.2.i.1, 320
+  %1342 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1341
+  %1343 = load <32 x float>, ptr %1342, align 4, !tbaa !4
+  %1344 = fmul <32 x float> %91, %1343
+  %1345 = trunc i64 %indvars.iv.next1127.2.i.1 to i32
+  %1346 = or disjoint i32 %1345, 64
+  %1347 = sub i32 %931, %1346
+  %1348 = insertelement <32 x i32> poison, i32 %1347, i64 0
+  %1349 = shufflevector <32 x i32> %1348, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1350 = icmp sgt <32 x i32> %1349, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1351 = select <32 x i1> %1350, <32 x float> %1344, <32 x float> splat (float 0xFFF0000000000000)
+  %1352 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1341
+  store <32 x float> %1351, ptr %1352, align 4, !tbaa !4
+  %indvars.iv.next1127.2.i.2 = shl i64 %indvars.iv1126.2.i, 5
+  %1353 = add nuw nsw i64 %indvars.iv.next1127.2.i.2, 352
+  %1354 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1353
+  %1355 = load <32 x float>, ptr %1354, align 4, !tbaa !4
+  %1356 = fmul <32 x float> %91, %1355
+  %1357 = trunc i64 %indvars.iv.next1127.2.i.2 to i32
+  %1358 = or disjoint i32 %1357, 96
+  %1359 = sub i32 %931, %1358
+  %1360 = insertelement <32 x i32> poison, i32 %1359, i64 0
+  %1361 = shufflevector <32 x i32> %1360, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1362 = icmp sgt <32 x i32> %1361, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1363 = select <32 x i1> %1362, <32 x float> %1356, <32 x float> splat (float 0xFFF0000000000000)
+  %1364 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1353
+  store <32 x float> %1363, ptr %1364, align 4, !tbaa !4
+  %indvars.iv.next1127.2.i.3 = add nuw nsw i64 %indvars.iv1126.2.i, 4
   %niter108.next.3 = add i64 %niter108, 4
   %niter108.ncmp.3 = icmp eq i64 %niter108.next.3, %unroll_iter107
   br i1 %niter108.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !31, !llvm.loop !41
@@ -3576,93 +3583,93 @@ for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
   br i1 %lcmp.mod105.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !34
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv1129.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1130.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  %indvars.iv1126.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1127.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod106)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv1129.2.i.epil = phi i64 [ %indvars.iv.next1130.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1129.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %indvars.iv1126.2.i.epil = phi i64 [ %indvars.iv.next1127.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1126.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
   %epil.iter104 = phi i64 [ %epil.iter104.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %1356 = shl nsw i64 %indvars.iv1129.2.i.epil, 5
-  %1357 = add nuw nsw i64 %1356, 256
-  %1358 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1357
-  %1359 = load <32 x float>, ptr %1358, align 4, !tbaa !4
-  %1360 = fmul <32 x float> %91, %1359
-  %1361 = trunc i64 %1356 to i32
-  %1362 = sub i32 %924, %1361
-  %1363 = insertelement <32 x i32> poison, i32 %1362, i64 0
-  %1364 = shufflevector <32 x i32> %1363, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1365 = icmp sgt <32 x i32> %1364, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1366 = select <32 x i1> %1365, <32 x float> %1360, <32 x float> splat (float 0xFFF0000000000000)
-  %1367 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1357
-  store <32 x float> %1366, ptr %1367, align 4, !tbaa !4
-  %indvars.iv.next1130.2.i.epil = add nuw nsw i64 %indvars.iv1129.2.i.epil, 1
+  %1365 = shl nsw i64 %indvars.iv1126.2.i.epil, 5
+  %1366 = add nuw nsw i64 %1365, 256
+  %1367 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1366
+  %1368 = load <32 x float>, ptr %1367, align 4, !tbaa !4
+  %1369 = fmul <32 x float> %91, %1368
+  %1370 = trunc i64 %1365 to i32
+  %1371 = sub i32 %931, %1370
+  %1372 = insertelement <32 x i32> poison, i32 %1371, i64 0
+  %1373 = shufflevector <32 x i32> %1372, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1374 = icmp sgt <32 x i32> %1373, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1375 = select <32 x i1> %1374, <32 x float> %1369, <32 x float> splat (float 0xFFF0000000000000)
+  %1376 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1366
+  store <32 x float> %1375, ptr %1376, align 4, !tbaa !4
+  %indvars.iv.next1127.2.i.epil = add nuw nsw i64 %indvars.iv1126.2.i.epil, 1
   %epil.iter104.next = add i64 %epil.iter104, 1
   %epil.iter104.cmp.not = icmp eq i64 %epil.iter104.next, %xtraiter103
   br i1 %epil.iter104.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !35, !llvm.loop !42
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %984, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !30
+  br i1 %991, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !30
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv1129.3.i = phi i64 [ %indvars.iv.next1130.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %indvars.iv1126.3.i = phi i64 [ %indvars.iv.next1127.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
   %niter114 = phi i64 [ %niter114.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %1368 = shl nsw i64 %indvars.iv1129.3.i, 5
-  %1369 = add nuw nsw i64 %1368, 384
-  %1370 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1369
-  %1371 = load <32 x float>, ptr %1370, align 4, !tbaa !4
-  %1372 = fmul <32 x float> %91, %1371
-  %1373 = trunc i64 %1368 to i32
-  %1374 = sub i32 %924, %1373
-  %1375 = insertelement <32 x i32> poison, i32 %1374, i64 0
-  %1376 = shufflevector <32 x i32> %1375, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1377 = icmp sgt <32 x i32> %1376, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1378 = select <32 x i1> %1377, <32 x float> %1372, <32 x float> splat (float 0xFFF0000000000000)
-  %1379 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1369
-  store <32 x float> %1378, ptr %1379, align 4, !tbaa !4
-  %indvars.iv.next1130.3.i = shl i64 %indvars.iv1129.3.i, 5
-  %1380 = add nuw nsw i64 %indvars.iv.next1130.3.i, 416
-  %1381 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1380
-  %1382 = load <32 x float>, ptr %1381, align 4, !tbaa !4
-  %1383 = fmul <32 x float> %91, %1382
-  %1384 = trunc i64 %indvars.iv.next1130.3.i to i32
-  %1385 = or disjoint i32 %1384, 32
-  %1386 = sub i32 %924, %1385
-  %1387 = insertelement <32 x i32> poison, i32 %1386, i64 0
-  %1388 = shufflevector <32 x i32> %1387, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1389 = icmp sgt <32 x i32> %1388, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1390 = select <32 x i1> %1389, <32 x float> %1383, <32 x float> splat (float 0xFFF0000000000000)
-  %1391 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1380
-  store <32 x float> %1390, ptr %1391, align 4, !tbaa !4
-  %indvars.iv.next1130.3.i.1 = shl i64 %indvars.iv1129.3.i, 5
-  %1392 = add nuw nsw i64 %indvars.iv.next1130.3.i.1, 448
-  %1393 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1392
-  %1394 = load <32 x float>, ptr %1393, align 4, !tbaa !4
-  %1395 = fmul <32 x float> %91, %1394
-  %1396 = trunc i64 %indvars.iv.next1130.3.i.1 to i32
-  %1397 = or disjoint i32 %1396, 64
-  %1398 = sub i32 %924, %1397
-  %1399 = insertelement <32 x i32> poison, i32 %1398, i64 0
-  %1400 = shufflevector <32 x i32> %1399, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1401 = icmp sgt <32 x i32> %1400, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1402 = select <32 x i1> %1401, <32 x float> %1395, <32 x float> splat (float 0xFFF0000000000000)
-  %1403 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1392
-  store <32 x float> %1402, ptr %1403, align 4, !tbaa !4
-  %indvars.iv.next1130.3.i.2 = shl i64 %indvars.iv1129.3.i, 5
-  %1404 = add nuw nsw i64 %indvars.iv.next1130.3.i.2, 480
-  %1405 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1404
-  %1406 = load <32 x float>, ptr %1405, align 4, !tbaa !4
-  %1407 = fmul <32 x float> %91, %1406
-  %1408 = trunc i64 %indvars.iv.next1130.3.i.2 to i32
-  %1409 = or disjoint i32 %1408, 96
-  %1410 = sub i32 %924, %1409
-  %1411 = insertelement <32 x i32> poison, i32 %1410, i64 0
-  %1412 = shufflevector <32 x i32> %1411, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1413 = icmp sgt <32 x i32> %1412, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1414 = select <32 x i1> %1413, <32 x float> %1407, <32 x float> splat (float 0xFFF0000000000000)
-  %1415 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1404
-  store <32 x float> %1414, ptr %1415, align 4, !tbaa !4
-  %indvars.iv.next1130.3.i.3 = add nuw nsw i64 %indvars.iv1129.3.i, 4
+  %1377 = shl nsw i64 %indvars.iv1126.3.i, 5
+  %1378 = add nuw nsw i64 %1377, 384
+  %1379 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1378
+  %1380 = load <32 x float>, ptr %1379, align 4, !tbaa !4
+  %1381 = fmul <32 x float> %91, %1380
+  %1382 = trunc i64 %1377 to i32
+  %1383 = sub i32 %931, %1382
+  %1384 = insertelement <32 x i32> poison, i32 %1383, i64 0
+  %1385 = shufflevector <32 x i32> %1384, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1386 = icmp sgt <32 x i32> %1385, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1387 = select <32 x i1> %1386, <32 x float> %1381, <32 x float> splat (float 0xFFF0000000000000)
+  %1388 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1378
+  store <32 x float> %1387, ptr %1388, align 4, !tbaa !4
+  %indvars.iv.next1127.3.i = shl i64 %indvars.iv1126.3.i, 5
+  %1389 = add nuw nsw i64 %indvars.iv.next1127.3.i, 416
+  %1390 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1389
+  %1391 = load <32 x float>, ptr %1390, align 4, !tbaa !4
+  %1392 = fmul <32 x float> %91, %1391
+  %1393 = trunc i64 %indvars.iv.next1127.3.i to i32
+  %1394 = or disjoint i32 %1393, 32
+  %1395 = sub i32 %931, %1394
+  %1396 = insertelement <32 x i32> poison, i32 %1395, i64 0
+  %1397 = shufflevector <32 x i32> %1396, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1398 = icmp sgt <32 x i32> %1397, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1399 = select <32 x i1> %1398, <32 x float> %1392, <32 x float> splat (float 0xFFF0000000000000)
+  %1400 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1389
+  store <32 x float> %1399, ptr %1400, align 4, !tbaa !4
+  %indvars.iv.next1127.3.i.1 = shl i64 %indvars.iv1126.3.i, 5
+  %1401 = add nuw nsw i64 %indvars.iv.next1127.3.i.1, 448
+  %1402 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1401
+  %1403 = load <32 x float>, ptr %1402, align 4, !tbaa !4
+  %1404 = fmul <32 x float> %91, %1403
+  %1405 = trunc i64 %indvars.iv.next1127.3.i.1 to i32
+  %1406 = or disjoint i32 %1405, 64
+  %1407 = sub i32 %931, %1406
+  %1408 = insertelement <32 x i32> poison, i32 %1407, i64 0
+  %1409 = shufflevector <32 x i32> %1408, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1410 = icmp sgt <32 x i32> %1409, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1411 = select <32 x i1> %1410, <32 x float> %1404, <32 x float> splat (float 0xFFF0000000000000)
+  %1412 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1401
+  store <32 x float> %1411, ptr %1412, align 4, !tbaa !4
+  %indvars.iv.next1127.3.i.2 = shl i64 %indvars.iv1126.3.i, 5
+  %1413 = add nuw nsw i64 %indvars.iv.next1127.3.i.2, 480
+  %1414 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1413
+  %1415 = load <32 x float>, ptr %1414, align 4, !tbaa !4
+  %1416 = fmul <32 x float> %91, %1415
+  %1417 = trunc i64 %indvars.iv.next1127.3.i.2 to i32
+  %1418 = or disjoint i32 %1417, 96
+  %1419 = sub i32 %931, %1418
+  %1420 = insertelement <32 x i32> poison, i32 %1419, i64 0
+  %1421 = shufflevector <32 x i32> %1420, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1422 = icmp sgt <32 x i32> %1421, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1423 = select <32 x i1> %1422, <32 x float> %1416, <32 x float> splat (float 0xFFF0000000000000)
+  %1424 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1413
+  store <32 x float> %1423, ptr %1424, align 4, !tbaa !4
+  %indvars.iv.next1127.3.i.3 = add nuw nsw i64 %indvars.iv1126.3.i, 4
   %niter114.next.3 = add i64 %niter114, 4
   %niter114.ncmp.3 = icmp eq i64 %niter114.next.3, %unroll_iter113
   br i1 %niter114.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !31, !llvm.loop !43
@@ -3671,27 +3678,27 @@ for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.u
   br i1 %lcmp.mod111.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !34
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv1129.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1130.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+  %indvars.iv1126.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1127.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod112)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv1129.3.i.epil = phi i64 [ %indvars.iv.next1130.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1129.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %indvars.iv1126.3.i.epil = phi i64 [ %indvars.iv.next1127.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1126.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
   %epil.iter110 = phi i64 [ %epil.iter110.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %1416 = shl nsw i64 %indvars.iv1129.3.i.epil, 5
-  %1417 = add nuw nsw i64 %1416, 384
-  %1418 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1417
-  %1419 = load <32 x float>, ptr %1418, align 4, !tbaa !4
-  %1420 = fmul <32 x float> %91, %1419
-  %1421 = trunc i64 %1416 to i32
-  %1422 = sub i32 %924, %1421
-  %1423 = insertelement <32 x i32> poison, i32 %1422, i64 0
-  %1424 = shufflevector <32 x i32> %1423, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1425 = icmp sgt <32 x i32> %1424, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1426 = select <32 x i1> %1425, <32 x float> %1420, <32 x float> splat (float 0xFFF0000000000000)
-  %1427 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1417
-  store <32 x float> %1426, ptr %1427, align 4, !tbaa !4
-  %indvars.iv.next1130.3.i.epil = add nuw nsw i64 %indvars.iv1129.3.i.epil, 1
+  %1425 = shl nsw i64 %indvars.iv1126.3.i.epil, 5
+  %1426 = add nuw nsw i64 %1425, 384
+  %1427 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1426
+  %1428 = load <32 x float>, ptr %1427, align 4, !tbaa !4
+  %1429 = fmul <32 x float> %91, %1428
+  %1430 = trunc i64 %1425 to i32
+  %1431 = sub i32 %931, %1430
+  %1432 = insertelement <32 x i32> poison, i32 %1431, i64 0
+  %1433 = shufflevector <32 x i32> %1432, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1434 = icmp sgt <32 x i32> %1433, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1435 = select <32 x i1> %1434, <32 x float> %1429, <32 x float> splat (float 0xFFF0000000000000)
+  %1436 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1426
+  store <32 x float> %1435, ptr %1436, align 4, !tbaa !4
+  %indvars.iv.next1127.3.i.epil = add nuw nsw i64 %indvars.iv1126.3.i.epil, 1
   %epil.iter110.next = add i64 %epil.iter110, 1
   %epil.iter110.cmp.not = icmp eq i64 %epil.iter110.next, %xtraiter109
   br i1 %epil.iter110.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !35, !llvm.loop !44
@@ -3700,66 +3707,66 @@ for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.us.3.i.
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1143.i = phi i64 [ %indvars.iv.next1144.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
-  br i1 %968, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
+  %indvars.iv1140.i = phi i64 [ %indvars.iv.next1141.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  br i1 %975, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1278.i = shl nuw nsw i64 %indvars.iv1143.i, 9
+  %.idx1278.i = shl nuw nsw i64 %indvars.iv1140.i, 9
   %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1278.i
-  br i1 %985, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !45
+  br i1 %992, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !45
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1138.i = phi i64 [ %indvars.iv.next1139.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global220.sroa.0.0902.i = phi <32 x float> [ %1458, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %indvars.iv1135.i = phi i64 [ %indvars.iv.next1136.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global218.sroa.0.0899.i = phi <32 x float> [ %1467, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
   %niter121 = phi i64 [ %niter121.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1277.i = shl nsw i64 %indvars.iv1138.i, 7
+  %.idx1277.i = shl nsw i64 %indvars.iv1135.i, 7
   %gep1318.i = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i
-  %1428 = load <32 x float>, ptr %gep1318.i, align 4, !tbaa !4
-  %1429 = fcmp ogt <32 x float> %peak.rf_global220.sroa.0.0902.i, %1428
-  %1430 = select <32 x i1> %1429, <32 x float> %peak.rf_global220.sroa.0.0902.i, <32 x float> %1428
-  %indvars.iv.next1139.i = shl i64 %indvars.iv1138.i, 7
-  %1431 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i
-  %gep1318.i.1 = getelementptr inbounds nuw i8, ptr %1431, i64 128
-  %1432 = load <32 x float>, ptr %gep1318.i.1, align 4, !tbaa !4
-  %1433 = fcmp ogt <32 x float> %1430, %1432
-  %1434 = select <32 x i1> %1433, <32 x float> %1430, <32 x float> %1432
-  %indvars.iv.next1139.i.1 = shl i64 %indvars.iv1138.i, 7
-  %1435 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.1
-  %gep1318.i.2 = getelementptr inbounds nuw i8, ptr %1435, i64 256
-  %1436 = load <32 x float>, ptr %gep1318.i.2, align 4, !tbaa !4
-  %1437 = fcmp ogt <32 x float> %1434, %1436
-  %1438 = select <32 x i1> %1437, <32 x float> %1434, <32 x float> %1436
-  %indvars.iv.next1139.i.2 = shl i64 %indvars.iv1138.i, 7
-  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.2
-  %gep1318.i.3 = getelementptr inbounds nuw i8, ptr %1439, i64 384
-  %1440 = load <32 x float>, ptr %gep1318.i.3, align 4, !tbaa !4
-  %1441 = fcmp ogt <32 x float> %1438, %1440
-  %1442 = select <32 x i1> %1441, <32 x float> %1438, <32 x float> %1440
-  %indvars.iv.next1139.i.3 = shl i64 %indvars.iv1138.i, 7
-  %1443 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.3
-  %gep1318.i.4 = getelementptr inbounds nuw i8, ptr %1443, i64 512
-  %1444 = load <32 x float>, ptr %gep1318.i.4, align 4, !tbaa !4
-  %1445 = fcmp ogt <32 x float> %1442, %1444
-  %1446 = select <32 x i1> %1445, <32 x float> %1442, <32 x float> %1444
-  %indvars.iv.next1139.i.4 = shl i64 %indvars.iv1138.i, 7
-  %1447 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.4
-  %gep1318.i.5 = getelementptr inbounds nuw i8, ptr %1447, i64 640
-  %1448 = load <32 x float>, ptr %gep1318.i.5, align 4, !tbaa !4
-  %1449 = fcmp ogt <32 x float> %1446, %1448
-  %1450 = select <32 x i1> %1449, <32 x float> %1446, <32 x float> %1448
-  %indvars.iv.next1139.i.5 = shl i64 %indvars.iv1138.i, 7
-  %1451 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.5
-  %gep1318.i.6 = getelementptr inbounds nuw i8, ptr %1451, i64 768
-  %1452 = load <32 x float>, ptr %gep1318.i.6, align 4, !tbaa !4
-  %1453 = fcmp ogt <32 x float> %1450, %1452
-  %1454 = select <32 x i1> %1453, <32 x float> %1450, <32 x float> %1452
-  %indvars.iv.next1139.i.6 = shl i64 %indvars.iv1138.i, 7
-  %1455 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1139.i.6
-  %gep1318.i.7 = getelementptr inbounds nuw i8, ptr %1455, i64 896
-  %1456 = load <32 x float>, ptr %gep1318.i.7, align 4, !tbaa !4
-  %1457 = fcmp ogt <32 x float> %1454, %1456
-  %1458 = select <32 x i1> %1457, <32 x float> %1454, <32 x float> %1456
-  %indvars.iv.next1139.i.7 = add nuw nsw i64 %indvars.iv1138.i, 8
+  %1437 = load <32 x float>, ptr %gep1318.i, align 4, !tbaa !4
+  %1438 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i, %1437
+  %1439 = select <32 x i1> %1438, <32 x float> %peak.rf_global218.sroa.0.0899.i, <32 x float> %1437
+  %indvars.iv.next1136.i = shl i64 %indvars.iv1135.i, 7
+  %1440 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i
+  %gep1318.i.1 = getelementptr inbounds nuw i8, ptr %1440, i64 128
+  %1441 = load <32 x float>, ptr %gep1318.i.1, align 4, !tbaa !4
+  %1442 = fcmp ogt <32 x float> %1439, %1441
+  %1443 = select <32 x i1> %1442, <32 x float> %1439, <32 x float> %1441
+  %indvars.iv.next1136.i.1 = shl i64 %indvars.iv1135.i, 7
+  %1444 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.1
+  %gep1318.i.2 = getelementptr inbounds nuw i8, ptr %1444, i64 256
+  %1445 = load <32 x float>, ptr %gep1318.i.2, align 4, !tbaa !4
+  %1446 = fcmp ogt <32 x float> %1443, %1445
+  %1447 = select <32 x i1> %1446, <32 x float> %1443, <32 x float> %1445
+  %indvars.iv.next1136.i.2 = shl i64 %indvars.iv1135.i, 7
+  %1448 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.2
+  %gep1318.i.3 = getelementptr inbounds nuw i8, ptr %1448, i64 384
+  %1449 = load <32 x float>, ptr %gep1318.i.3, align 4, !tbaa !4
+  %1450 = fcmp ogt <32 x float> %1447, %1449
+  %1451 = select <32 x i1> %1450, <32 x float> %1447, <32 x float> %1449
+  %indvars.iv.next1136.i.3 = shl i64 %indvars.iv1135.i, 7
+  %1452 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.3
+  %gep1318.i.4 = getelementptr inbounds nuw i8, ptr %1452, i64 512
+  %1453 = load <32 x float>, ptr %gep1318.i.4, align 4, !tbaa !4
+  %1454 = fcmp ogt <32 x float> %1451, %1453
+  %1455 = select <32 x i1> %1454, <32 x float> %1451, <32 x float> %1453
+  %indvars.iv.next1136.i.4 = shl i64 %indvars.iv1135.i, 7
+  %1456 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.4
+  %gep1318.i.5 = getelementptr inbounds nuw i8, ptr %1456, i64 640
+  %1457 = load <32 x float>, ptr %gep1318.i.5, align 4, !tbaa !4
+  %1458 = fcmp ogt <32 x float> %1455, %1457
+  %1459 = select <32 x i1> %1458, <32 x float> %1455, <32 x float> %1457
+  %indvars.iv.next1136.i.5 = shl i64 %indvars.iv1135.i, 7
+  %1460 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.5
+  %gep1318.i.6 = getelementptr inbounds nuw i8, ptr %1460, i64 768
+  %1461 = load <32 x float>, ptr %gep1318.i.6, align 4, !tbaa !4
+  %1462 = fcmp ogt <32 x float> %1459, %1461
+  %1463 = select <32 x i1> %1462, <32 x float> %1459, <32 x float> %1461
+  %indvars.iv.next1136.i.6 = shl i64 %indvars.iv1135.i, 7
+  %1464 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.6
+  %gep1318.i.7 = getelementptr inbounds nuw i8, ptr %1464, i64 896
+  %1465 = load <32 x float>, ptr %gep1318.i.7, align 4, !tbaa !4
+  %1466 = fcmp ogt <32 x float> %1463, %1465
+  %1467 = select <32 x i1> %1466, <32 x float> %1463, <32 x float> %1465
+  %indvars.iv.next1136.i.7 = add nuw nsw i64 %indvars.iv1135.i, 8
   %niter121.next.7 = add i64 %niter121, 8
   %niter121.ncmp.7 = icmp eq i64 %niter121.next.7, %unroll_iter120
   br i1 %niter121.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !46, !llvm.loop !47
@@ -3768,297 +3775,286 @@ for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
   br i1 %lcmp.mod117.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !49
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1138.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1139.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global220.sroa.0.0902.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %indvars.iv1135.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1136.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global218.sroa.0.0899.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1467, %for_end_ax1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod119)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1138.i.epil = phi i64 [ %indvars.iv1138.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1139.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global220.sroa.0.0902.i.epil = phi <32 x float> [ %peak.rf_global220.sroa.0.0902.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1461, %for_body_ax1.i.epil ]
+  %indvars.iv1135.i.epil = phi i64 [ %indvars.iv1135.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1136.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global218.sroa.0.0899.i.epil = phi <32 x float> [ %peak.rf_global218.sroa.0.0899.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1470, %for_body_ax1.i.epil ]
   %epil.iter116 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter116.next, %for_body_ax1.i.epil ]
-  %.idx1277.i.epil = shl nsw i64 %indvars.iv1138.i.epil, 7
+  %.idx1277.i.epil = shl nsw i64 %indvars.iv1135.i.epil, 7
   %gep1318.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i.epil
-  %1459 = load <32 x float>, ptr %gep1318.i.epil, align 4, !tbaa !4
-  %1460 = fcmp ogt <32 x float> %peak.rf_global220.sroa.0.0902.i.epil, %1459
-  %1461 = select <32 x i1> %1460, <32 x float> %peak.rf_global220.sroa.0.0902.i.epil, <32 x float> %1459
-  %indvars.iv.next1139.i.epil = add nuw nsw i64 %indvars.iv1138.i.epil, 1
+  %1468 = load <32 x float>, ptr %gep1318.i.epil, align 4, !tbaa !4
+  %1469 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, %1468
+  %1470 = select <32 x i1> %1469, <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, <32 x float> %1468
+  %indvars.iv.next1136.i.epil = add nuw nsw i64 %indvars.iv1135.i.epil, 1
   %epil.iter116.next = add i64 %epil.iter116, 1
   %epil.iter116.cmp.not = icmp eq i64 %epil.iter116.next, %xtraiter115
   br i1 %epil.iter116.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !34, !llvm.loop !50
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global220.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1458, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1461, %for_body_ax1.i.epil ]
-  %1462 = getelementptr inbounds nuw float, ptr %peak222.i, i64 %indvars.iv1143.i
-  %peak.rf221.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 0
-  %1463 = fcmp olt float %peak.rf221.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1464 = select i1 %1463, float 0xC7EFFFFFE0000000, float %peak.rf221.sroa.0.0.vec.extract.i
-  %peak.rf221.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 1
-  %1465 = fcmp ogt float %1464, %peak.rf221.sroa.0.4.vec.extract.i
-  %1466 = select i1 %1465, float %1464, float %peak.rf221.sroa.0.4.vec.extract.i
-  %peak.rf221.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 2
-  %1467 = fcmp ogt float %1466, %peak.rf221.sroa.0.8.vec.extract.i
-  %1468 = select i1 %1467, float %1466, float %peak.rf221.sroa.0.8.vec.extract.i
-  %peak.rf221.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 3
-  %1469 = fcmp ogt float %1468, %peak.rf221.sroa.0.12.vec.extract.i
-  %1470 = select i1 %1469, float %1468, float %peak.rf221.sroa.0.12.vec.extract.i
-  %peak.rf221.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 4
-  %1471 = fcmp ogt float %1470, %peak.rf221.sroa.0.16.vec.extract.i
-  %1472 = select i1 %1471, float %1470, float %peak.rf221.sroa.0.16.vec.extract.i
-  %peak.rf221.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 5
-  %1473 = fcmp ogt float %1472, %peak.rf221.sroa.0.20.vec.extract.i
-  %1474 = select i1 %1473, float %1472, float %peak.rf221.sroa.0.20.vec.extract.i
-  %peak.rf221.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 6
-  %1475 = fcmp ogt float %1474, %peak.rf221.sroa.0.24.vec.extract.i
-  %1476 = select i1 %1475, float %1474, float %peak.rf221.sroa.0.24.vec.extract.i
-  %peak.rf221.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 7
-  %1477 = fcmp ogt float %1476, %peak.rf221.sroa.0.28.vec.extract.i
-  %1478 = select i1 %1477, float %1476, float %peak.rf221.sroa.0.28.vec.extract.i
-  %peak.rf221.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 8
-  %1479 = fcmp ogt float %1478, %peak.rf221.sroa.0.32.vec.extract.i
-  %1480 = select i1 %1479, float %1478, float %peak.rf221.sroa.0.32.vec.extract.i
-  %peak.rf221.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 9
-  %1481 = fcmp ogt float %1480, %peak.rf221.sroa.0.36.vec.extract.i
-  %1482 = select i1 %1481, float %1480, float %peak.rf221.sroa.0.36.vec.extract.i
-  %peak.rf221.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 10
-  %1483 = fcmp ogt float %1482, %peak.rf221.sroa.0.40.vec.extract.i
-  %1484 = select i1 %1483, float %1482, float %peak.rf221.sroa.0.40.vec.extract.i
-  %peak.rf221.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 11
-  %1485 = fcmp ogt float %1484, %peak.rf221.sroa.0.44.vec.extract.i
-  %1486 = select i1 %1485, float %1484, float %peak.rf221.sroa.0.44.vec.extract.i
-  %peak.rf221.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 12
-  %1487 = fcmp ogt float %1486, %peak.rf221.sroa.0.48.vec.extract.i
-  %1488 = select i1 %1487, float %1486, float %peak.rf221.sroa.0.48.vec.extract.i
-  %peak.rf221.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 13
-  %1489 = fcmp ogt float %1488, %peak.rf221.sroa.0.52.vec.extract.i
-  %1490 = select i1 %1489, float %1488, float %peak.rf221.sroa.0.52.vec.extract.i
-  %peak.rf221.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 14
-  %1491 = fcmp ogt float %1490, %peak.rf221.sroa.0.56.vec.extract.i
-  %1492 = select i1 %1491, float %1490, float %peak.rf221.sroa.0.56.vec.extract.i
-  %peak.rf221.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 15
-  %1493 = fcmp ogt float %1492, %peak.rf221.sroa.0.60.vec.extract.i
-  %1494 = select i1 %1493, float %1492, float %peak.rf221.sroa.0.60.vec.extract.i
-  %peak.rf221.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 16
-  %1495 = fcmp ogt float %1494, %peak.rf221.sroa.0.64.vec.extract.i
-  %1496 = select i1 %1495, float %1494, float %peak.rf221.sroa.0.64.vec.extract.i
-  %peak.rf221.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 17
-  %1497 = fcmp ogt float %1496, %peak.rf221.sroa.0.68.vec.extract.i
-  %1498 = select i1 %1497, float %1496, float %peak.rf221.sroa.0.68.vec.extract.i
-  %peak.rf221.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 18
-  %1499 = fcmp ogt float %1498, %peak.rf221.sroa.0.72.vec.extract.i
-  %1500 = select i1 %1499, float %1498, float %peak.rf221.sroa.0.72.vec.extract.i
-  %peak.rf221.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 19
-  %1501 = fcmp ogt float %1500, %peak.rf221.sroa.0.76.vec.extract.i
-  %1502 = select i1 %1501, float %1500, float %peak.rf221.sroa.0.76.vec.extract.i
-  %peak.rf221.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 20
-  %1503 = fcmp ogt float %1502, %peak.rf221.sroa.0.80.vec.extract.i
-  %1504 = select i1 %1503, float %1502, float %peak.rf221.sroa.0.80.vec.extract.i
-  %peak.rf221.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 21
-  %1505 = fcmp ogt float %1504, %peak.rf221.sroa.0.84.vec.extract.i
-  %1506 = select i1 %1505, float %1504, float %peak.rf221.sroa.0.84.vec.extract.i
-  %peak.rf221.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 22
-  %1507 = fcmp ogt float %1506, %peak.rf221.sroa.0.88.vec.extract.i
-  %1508 = select i1 %1507, float %1506, float %peak.rf221.sroa.0.88.vec.extract.i
-  %peak.rf221.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 23
-  %1509 = fcmp ogt float %1508, %peak.rf221.sroa.0.92.vec.extract.i
-  %1510 = select i1 %1509, float %1508, float %peak.rf221.sroa.0.92.vec.extract.i
-  %peak.rf221.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 24
-  %1511 = fcmp ogt float %1510, %peak.rf221.sroa.0.96.vec.extract.i
-  %1512 = select i1 %1511, float %1510, float %peak.rf221.sroa.0.96.vec.extract.i
-  %peak.rf221.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 25
-  %1513 = fcmp ogt float %1512, %peak.rf221.sroa.0.100.vec.extract.i
-  %1514 = select i1 %1513, float %1512, float %peak.rf221.sroa.0.100.vec.extract.i
-  %peak.rf221.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 26
-  %1515 = fcmp ogt float %1514, %peak.rf221.sroa.0.104.vec.extract.i
-  %1516 = select i1 %1515, float %1514, float %peak.rf221.sroa.0.104.vec.extract.i
-  %peak.rf221.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 27
-  %1517 = fcmp ogt float %1516, %peak.rf221.sroa.0.108.vec.extract.i
-  %1518 = select i1 %1517, float %1516, float %peak.rf221.sroa.0.108.vec.extract.i
-  %peak.rf221.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 28
-  %1519 = fcmp ogt float %1518, %peak.rf221.sroa.0.112.vec.extract.i
-  %1520 = select i1 %1519, float %1518, float %peak.rf221.sroa.0.112.vec.extract.i
-  %peak.rf221.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 29
-  %1521 = fcmp ogt float %1520, %peak.rf221.sroa.0.116.vec.extract.i
-  %1522 = select i1 %1521, float %1520, float %peak.rf221.sroa.0.116.vec.extract.i
-  %peak.rf221.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 30
-  %1523 = fcmp ogt float %1522, %peak.rf221.sroa.0.120.vec.extract.i
-  %1524 = select i1 %1523, float %1522, float %peak.rf221.sroa.0.120.vec.extract.i
-  %peak.rf221.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global220.sroa.0.0.lcssa.i, i64 31
-  %1525 = fcmp ogt float %1524, %peak.rf221.sroa.0.124.vec.extract.i
-  %1526 = select i1 %1525, float %1524, float %peak.rf221.sroa.0.124.vec.extract.i
-  store float %1526, ptr %1462, align 4, !tbaa !51
-  %indvars.iv.next1144.i = add nuw nsw i64 %indvars.iv1143.i, 1
-  %exitcond1146.not.i = icmp eq i64 %indvars.iv.next1144.i, 4
-  br i1 %exitcond1146.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
+  %peak.rf_global218.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1467, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1470, %for_body_ax1.i.epil ]
+  %1471 = getelementptr inbounds nuw float, ptr %peak220.i, i64 %indvars.iv1140.i
+  %peak.rf219.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 0
+  %1472 = fcmp olt float %peak.rf219.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1473 = select i1 %1472, float 0xC7EFFFFFE0000000, float %peak.rf219.sroa.0.0.vec.extract.i
+  %peak.rf219.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 1
+  %1474 = fcmp ogt float %1473, %peak.rf219.sroa.0.4.vec.extract.i
+  %1475 = select i1 %1474, float %1473, float %peak.rf219.sroa.0.4.vec.extract.i
+  %peak.rf219.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 2
+  %1476 = fcmp ogt float %1475, %peak.rf219.sroa.0.8.vec.extract.i
+  %1477 = select i1 %1476, float %1475, float %peak.rf219.sroa.0.8.vec.extract.i
+  %peak.rf219.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 3
+  %1478 = fcmp ogt float %1477, %peak.rf219.sroa.0.12.vec.extract.i
+  %1479 = select i1 %1478, float %1477, float %peak.rf219.sroa.0.12.vec.extract.i
+  %peak.rf219.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 4
+  %1480 = fcmp ogt float %1479, %peak.rf219.sroa.0.16.vec.extract.i
+  %1481 = select i1 %1480, float %1479, float %peak.rf219.sroa.0.16.vec.extract.i
+  %peak.rf219.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 5
+  %1482 = fcmp ogt float %1481, %peak.rf219.sroa.0.20.vec.extract.i
+  %1483 = select i1 %1482, float %1481, float %peak.rf219.sroa.0.20.vec.extract.i
+  %peak.rf219.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 6
+  %1484 = fcmp ogt float %1483, %peak.rf219.sroa.0.24.vec.extract.i
+  %1485 = select i1 %1484, float %1483, float %peak.rf219.sroa.0.24.vec.extract.i
+  %peak.rf219.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 7
+  %1486 = fcmp ogt float %1485, %peak.rf219.sroa.0.28.vec.extract.i
+  %1487 = select i1 %1486, float %1485, float %peak.rf219.sroa.0.28.vec.extract.i
+  %peak.rf219.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 8
+  %1488 = fcmp ogt float %1487, %peak.rf219.sroa.0.32.vec.extract.i
+  %1489 = select i1 %1488, float %1487, float %peak.rf219.sroa.0.32.vec.extract.i
+  %peak.rf219.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 9
+  %1490 = fcmp ogt float %1489, %peak.rf219.sroa.0.36.vec.extract.i
+  %1491 = select i1 %1490, float %1489, float %peak.rf219.sroa.0.36.vec.extract.i
+  %peak.rf219.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 10
+  %1492 = fcmp ogt float %1491, %peak.rf219.sroa.0.40.vec.extract.i
+  %1493 = select i1 %1492, float %1491, float %peak.rf219.sroa.0.40.vec.extract.i
+  %peak.rf219.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 11
+  %1494 = fcmp ogt float %1493, %peak.rf219.sroa.0.44.vec.extract.i
+  %1495 = select i1 %1494, float %1493, float %peak.rf219.sroa.0.44.vec.extract.i
+  %peak.rf219.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 12
+  %1496 = fcmp ogt float %1495, %peak.rf219.sroa.0.48.vec.extract.i
+  %1497 = select i1 %1496, float %1495, float %peak.rf219.sroa.0.48.vec.extract.i
+  %peak.rf219.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 13
+  %1498 = fcmp ogt float %1497, %peak.rf219.sroa.0.52.vec.extract.i
+  %1499 = select i1 %1498, float %1497, float %peak.rf219.sroa.0.52.vec.extract.i
+  %peak.rf219.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 14
+  %1500 = fcmp ogt float %1499, %peak.rf219.sroa.0.56.vec.extract.i
+  %1501 = select i1 %1500, float %1499, float %peak.rf219.sroa.0.56.vec.extract.i
+  %peak.rf219.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 15
+  %1502 = fcmp ogt float %1501, %peak.rf219.sroa.0.60.vec.extract.i
+  %1503 = select i1 %1502, float %1501, float %peak.rf219.sroa.0.60.vec.extract.i
+  %peak.rf219.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 16
+  %1504 = fcmp ogt float %1503, %peak.rf219.sroa.0.64.vec.extract.i
+  %1505 = select i1 %1504, float %1503, float %peak.rf219.sroa.0.64.vec.extract.i
+  %peak.rf219.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 17
+  %1506 = fcmp ogt float %1505, %peak.rf219.sroa.0.68.vec.extract.i
+  %1507 = select i1 %1506, float %1505, float %peak.rf219.sroa.0.68.vec.extract.i
+  %peak.rf219.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 18
+  %1508 = fcmp ogt float %1507, %peak.rf219.sroa.0.72.vec.extract.i
+  %1509 = select i1 %1508, float %1507, float %peak.rf219.sroa.0.72.vec.extract.i
+  %peak.rf219.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 19
+  %1510 = fcmp ogt float %1509, %peak.rf219.sroa.0.76.vec.extract.i
+  %1511 = select i1 %1510, float %1509, float %peak.rf219.sroa.0.76.vec.extract.i
+  %peak.rf219.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 20
+  %1512 = fcmp ogt float %1511, %peak.rf219.sroa.0.80.vec.extract.i
+  %1513 = select i1 %1512, float %1511, float %peak.rf219.sroa.0.80.vec.extract.i
+  %peak.rf219.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 21
+  %1514 = fcmp ogt float %1513, %peak.rf219.sroa.0.84.vec.extract.i
+  %1515 = select i1 %1514, float %1513, float %peak.rf219.sroa.0.84.vec.extract.i
+  %peak.rf219.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 22
+  %1516 = fcmp ogt float %1515, %peak.rf219.sroa.0.88.vec.extract.i
+  %1517 = select i1 %1516, float %1515, float %peak.rf219.sroa.0.88.vec.extract.i
+  %peak.rf219.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 23
+  %1518 = fcmp ogt float %1517, %peak.rf219.sroa.0.92.vec.extract.i
+  %1519 = select i1 %1518, float %1517, float %peak.rf219.sroa.0.92.vec.extract.i
+  %peak.rf219.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 24
+  %1520 = fcmp ogt float %1519, %peak.rf219.sroa.0.96.vec.extract.i
+  %1521 = select i1 %1520, float %1519, float %peak.rf219.sroa.0.96.vec.extract.i
+  %peak.rf219.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 25
+  %1522 = fcmp ogt float %1521, %peak.rf219.sroa.0.100.vec.extract.i
+  %1523 = select i1 %1522, float %1521, float %peak.rf219.sroa.0.100.vec.extract.i
+  %peak.rf219.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 26
+  %1524 = fcmp ogt float %1523, %peak.rf219.sroa.0.104.vec.extract.i
+  %1525 = select i1 %1524, float %1523, float %peak.rf219.sroa.0.104.vec.extract.i
+  %peak.rf219.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 27
+  %1526 = fcmp ogt float %1525, %peak.rf219.sroa.0.108.vec.extract.i
+  %1527 = select i1 %1526, float %1525, float %peak.rf219.sroa.0.108.vec.extract.i
+  %peak.rf219.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 28
+  %1528 = fcmp ogt float %1527, %peak.rf219.sroa.0.112.vec.extract.i
+  %1529 = select i1 %1528, float %1527, float %peak.rf219.sroa.0.112.vec.extract.i
+  %peak.rf219.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 29
+  %1530 = fcmp ogt float %1529, %peak.rf219.sroa.0.116.vec.extract.i
+  %1531 = select i1 %1530, float %1529, float %peak.rf219.sroa.0.116.vec.extract.i
+  %peak.rf219.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 30
+  %1532 = fcmp ogt float %1531, %peak.rf219.sroa.0.120.vec.extract.i
+  %1533 = select i1 %1532, float %1531, float %peak.rf219.sroa.0.120.vec.extract.i
+  %peak.rf219.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 31
+  %1534 = fcmp ogt float %1533, %peak.rf219.sroa.0.124.vec.extract.i
+  %1535 = select i1 %1534, float %1533, float %peak.rf219.sroa.0.124.vec.extract.i
+  store float %1535, ptr %1471, align 4, !tbaa !51
+  %indvars.iv.next1141.i = add nuw nsw i64 %indvars.iv1140.i, 1
+  %exitcond1143.not.i = icmp eq i64 %indvars.iv.next1141.i, 4
+  br i1 %exitcond1143.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
 
 for_body_r47.preheader.i:                         ; preds = %for_end_ax1.i
-  %1527 = load <4 x float>, ptr %peak222.i, align 16
-  %spec.select = select i1 %969, <4 x float> %1527, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
-  %spec.select196 = select i1 %969, <4 x float> %1527, <4 x float> splat (float 0xC6293E5940000000)
-  %1528 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select196, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
-  br i1 %968, label %for_begin_to58.preheader.us.preheader.i, label %for_begin_ax178.preheader.i.preheader, !prof !3
+  %1536 = load <4 x float>, ptr %peak220.i, align 16
+  %spec.select = select i1 %976, <4 x float> %1536, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
+  %spec.select196 = select i1 %976, <4 x float> %1536, <4 x float> splat (float 0xC6293E5940000000)
+  %1537 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select196, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
+  br i1 %975, label %for_begin_to58.preheader.us.preheader.i, label %for_begin_ax178.preheader.i.preheader, !prof !3
 
 for_begin_to58.preheader.us.preheader.i:          ; preds = %for_body_r47.preheader.i
-  %1529 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> zeroinitializer
+  %1538 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> zeroinitializer
   br label %for_body_to59.us.i
 
 for_body_to59.us.i:                               ; preds = %for_body_to59.us.i, %for_begin_to58.preheader.us.preheader.i
-  %indvars.iv1151.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1152.i, %for_body_to59.us.i ]
-  %1530 = shl nsw i64 %indvars.iv1151.i, 5
-  %1531 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1530
-  %1532 = load <32 x float>, ptr %1531, align 4, !tbaa !4
-  %arg.us.i = fsub <32 x float> %1532, %1529
-  %1533 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1534 = bitcast <32 x float> %1533 to <32 x i32>
-  %1535 = fadd <32 x float> %1533, splat (float 0xC168000FE0000000)
-  %1536 = fmul <32 x float> %1535, splat (float 0x3F2BD01060000000)
-  %1537 = fmul <32 x float> %1535, splat (float 0x3FE6300000000000)
-  %1538 = fsub <32 x float> %arg.us.i, %1537
-  %1539 = fadd <32 x float> %1536, %1538
-  %1540 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1539, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1541 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1540, <32 x float> %1539, <32 x float> splat (float 0x3FA5558F20000000))
-  %1542 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1541, <32 x float> %1539, <32 x float> splat (float 0x3FC5554920000000))
-  %1543 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1542, <32 x float> %1539, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1544 = fmul <32 x float> %1539, %1539
-  %1545 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1543, <32 x float> %1544, <32 x float> %1539)
-  %1546 = shl <32 x i32> %1534, splat (i32 23)
-  %1547 = bitcast <32 x i32> %1546 to <32 x float>
-  %1548 = fadd <32 x float> %1545, splat (float 1.000000e+00)
-  %1549 = fmul <32 x float> %1548, %1547
-  %1550 = fcmp olt <32 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1551 = select <32 x i1> %1550, <32 x float> zeroinitializer, <32 x float> %1549
-  %1552 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1530
-  store <32 x float> %1551, ptr %1552, align 4, !tbaa !4
-  %indvars.iv.next1152.i = add nuw nsw i64 %indvars.iv1151.i, 1
-  %exitcond1155.not.i = icmp eq i64 %indvars.iv.next1152.i, %wide.trip.count1127.i
-  br i1 %exitcond1155.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
+  %indvars.iv1148.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1149.i, %for_body_to59.us.i ]
+  %1539 = shl nsw i64 %indvars.iv1148.i, 5
+  %1540 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1539
+  %1541 = load <32 x float>, ptr %1540, align 4, !tbaa !4
+  %arg.us.i = fsub <32 x float> %1541, %1538
+  %1542 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1543 = bitcast <32 x float> %1542 to <32 x i32>
+  %1544 = fadd <32 x float> %1542, splat (float 0xC168000FE0000000)
+  %1545 = fmul <32 x float> %1544, splat (float 0x3F2BD01060000000)
+  %1546 = fmul <32 x float> %1544, splat (float 0x3FE6300000000000)
+  %1547 = fsub <32 x float> %arg.us.i, %1546
+  %1548 = fadd <32 x float> %1545, %1547
+  %1549 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1548, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1550 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1549, <32 x float> %1548, <32 x float> splat (float 0x3FA5558F20000000))
+  %1551 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1550, <32 x float> %1548, <32 x float> splat (float 0x3FC5554920000000))
+  %1552 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1551, <32 x float> %1548, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1553 = fmul <32 x float> %1548, %1548
+  %1554 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1552, <32 x float> %1553, <32 x float> %1548)
+  %1555 = shl <32 x i32> %1543, splat (i32 23)
+  %1556 = bitcast <32 x i32> %1555 to <32 x float>
+  %1557 = fadd <32 x float> %1554, splat (float 1.000000e+00)
+  %1558 = fmul <32 x float> %1557, %1556
+  %1559 = fcmp olt <32 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1560 = select <32 x i1> %1559, <32 x float> zeroinitializer, <32 x float> %1558
+  %1561 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1539
+  store <32 x float> %1560, ptr %1561, align 4, !tbaa !4
+  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
+  %exitcond1152.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1124.i
+  br i1 %exitcond1152.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.i:       ; preds = %for_body_to59.us.i
-  %1553 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1562 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   br label %for_body_to59.us.1.i
 
 for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.i, %for_begin_to58.for_end_to60_crit_edge.us.i
-  %indvars.iv1151.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1152.1.i, %for_body_to59.us.1.i ]
-  %1554 = shl nsw i64 %indvars.iv1151.1.i, 5
-  %1555 = add nuw nsw i64 %1554, 128
-  %1556 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1555
-  %1557 = load <32 x float>, ptr %1556, align 4, !tbaa !4
-  %arg.us.1.i = fsub <32 x float> %1557, %1553
-  %1558 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1559 = bitcast <32 x float> %1558 to <32 x i32>
-  %1560 = fadd <32 x float> %1558, splat (float 0xC168000FE0000000)
-  %1561 = fmul <32 x float> %1560, splat (float 0x3F2BD01060000000)
-  %1562 = fmul <32 x float> %1560, splat (float 0x3FE6300000000000)
-  %1563 = fsub <32 x float> %arg.us.1.i, %1562
-  %1564 = fadd <32 x float> %1561, %1563
-  %1565 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1564, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1566 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1565, <32 x float> %1564, <32 x float> splat (float 0x3FA5558F20000000))
-  %1567 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1566, <32 x float> %1564, <32 x float> splat (float 0x3FC5554920000000))
-  %1568 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1567, <32 x float> %1564, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1569 = fmul <32 x float> %1564, %1564
-  %1570 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1568, <32 x float> %1569, <32 x float> %1564)
-  %1571 = shl <32 x i32> %1559, splat (i32 23)
-  %1572 = bitcast <32 x i32> %1571 to <32 x float>
-  %1573 = fadd <32 x float> %1570, splat (float 1.000000e+00)
-  %1574 = fmul <32 x float> %1573, %1572
-  %1575 = fcmp olt <32 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1576 = select <32 x i1> %1575, <32 x float> zeroinitializer, <32 x float> %1574
-  %1577 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1555
-  store <32 x float> %1576, ptr %1577, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i = add nuw nsw i64 %indvars.iv1151.1.i, 1
-  %exitcond1155.1.not.i = icmp eq i64 %indvars.iv.next1152.1.i, %wide.trip.count1127.i
-  br i1 %exitcond1155.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
+  %indvars.iv1148.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1149.1.i, %for_body_to59.us.1.i ]
+  %1563 = shl nsw i64 %indvars.iv1148.1.i, 5
+  %1564 = add nuw nsw i64 %1563, 128
+  %1565 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1564
+  %1566 = load <32 x float>, ptr %1565, align 4, !tbaa !4
+  %arg.us.1.i = fsub <32 x float> %1566, %1562
+  %1567 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1568 = bitcast <32 x float> %1567 to <32 x i32>
+  %1569 = fadd <32 x float> %1567, splat (float 0xC168000FE0000000)
+  %1570 = fmul <32 x float> %1569, splat (float 0x3F2BD01060000000)
+  %1571 = fmul <32 x float> %1569, splat (float 0x3FE6300000000000)
+  %1572 = fsub <32 x float> %arg.us.1.i, %1571
+  %1573 = fadd <32 x float> %1570, %1572
+  %1574 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1573, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1575 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1574, <32 x float> %1573, <32 x float> splat (float 0x3FA5558F20000000))
+  %1576 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1575, <32 x float> %1573, <32 x float> splat (float 0x3FC5554920000000))
+  %1577 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1576, <32 x float> %1573, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1578 = fmul <32 x float> %1573, %1573
+  %1579 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1577, <32 x float> %1578, <32 x float> %1573)
+  %1580 = shl <32 x i32> %1568, splat (i32 23)
+  %1581 = bitcast <32 x i32> %1580 to <32 x float>
+  %1582 = fadd <32 x float> %1579, splat (float 1.000000e+00)
+  %1583 = fmul <32 x float> %1582, %1581
+  %1584 = fcmp olt <32 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1585 = select <32 x i1> %1584, <32 x float> zeroinitializer, <32 x float> %1583
+  %1586 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1564
+  store <32 x float> %1585, ptr %1586, align 4, !tbaa !4
+  %indvars.iv.next1149.1.i = add nuw nsw i64 %indvars.iv1148.1.i, 1
+  %exitcond1152.1.not.i = icmp eq i64 %indvars.iv.next1149.1.i, %wide.trip.count1124.i
+  br i1 %exitcond1152.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.1.i:     ; preds = %for_body_to59.us.1.i
-  %1578 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1587 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   br label %for_body_to59.us.2.i
 
 for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.i, %for_begin_to58.for_end_to60_crit_edge.us.1.i
-  %indvars.iv1151.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1152.2.i, %for_body_to59.us.2.i ]
-  %1579 = shl nsw i64 %indvars.iv1151.2.i, 5
-  %1580 = add nuw nsw i64 %1579, 256
-  %1581 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1580
-  %1582 = load <32 x float>, ptr %1581, align 4, !tbaa !4
-  %arg.us.2.i = fsub <32 x float> %1582, %1578
-  %1583 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1584 = bitcast <32 x float> %1583 to <32 x i32>
-  %1585 = fadd <32 x float> %1583, splat (float 0xC168000FE0000000)
-  %1586 = fmul <32 x float> %1585, splat (float 0x3F2BD01060000000)
-  %1587 = fmul <32 x float> %1585, splat (float 0x3FE6300000000000)
-  %1588 = fsub <32 x float> %arg.us.2.i, %1587
-  %1589 = fadd <32 x float> %1586, %1588
-  %1590 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1589, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1591 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1590, <32 x float> %1589, <32 x float> splat (float 0x3FA5558F20000000))
-  %1592 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1591, <32 x float> %1589, <32 x float> splat (float 0x3FC5554920000000))
-  %1593 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1592, <32 x float> %1589, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1594 = fmul <32 x float> %1589, %1589
-  %1595 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1593, <32 x float> %1594, <32 x float> %1589)
-  %1596 = shl <32 x i32> %1584, splat (i32 23)
-  %1597 = bitcast <32 x i32> %1596 to <32 x float>
-  %1598 = fadd <32 x float> %1595, splat (float 1.000000e+00)
-  %1599 = fmul <32 x float> %1598, %1597
-  %1600 = fcmp olt <32 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1601 = select <32 x i1> %1600, <32 x float> zeroinitializer, <32 x float> %1599
-  %1602 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1580
-  store <32 x float> %1601, ptr %1602, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i = add nuw nsw i64 %indvars.iv1151.2.i, 1
-  %exitcond1155.2.not.i = icmp eq i64 %indvars.iv.next1152.2.i, %wide.trip.count1127.i
-  br i1 %exitcond1155.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
+  %indvars.iv1148.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1149.2.i, %for_body_to59.us.2.i ]
+  %1588 = shl nsw i64 %indvars.iv1148.2.i, 5
+  %1589 = add nuw nsw i64 %1588, 256
+  %1590 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1589
+  %1591 = load <32 x float>, ptr %1590, align 4, !tbaa !4
+  %arg.us.2.i = fsub <32 x float> %1591, %1587
+  %1592 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1593 = bitcast <32 x float> %1592 to <32 x i32>
+  %1594 = fadd <32 x float> %1592, splat (float 0xC168000FE0000000)
+  %1595 = fmul <32 x float> %1594, splat (float 0x3F2BD01060000000)
+  %1596 = fmul <32 x float> %1594, splat (float 0x3FE6300000000000)
+  %1597 = fsub <32 x float> %arg.us.2.i, %1596
+  %1598 = fadd <32 x float> %1595, %1597
+  %1599 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1598, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1600 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1599, <32 x float> %1598, <32 x float> splat (float 0x3FA5558F20000000))
+  %1601 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1600, <32 x float> %1598, <32 x float> splat (float 0x3FC5554920000000))
+  %1602 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1601, <32 x float> %1598, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1603 = fmul <32 x float> %1598, %1598
+  %1604 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1602, <32 x float> %1603, <32 x float> %1598)
+  %1605 = shl <32 x i32> %1593, splat (i32 23)
+  %1606 = bitcast <32 x i32> %1605 to <32 x float>
+  %1607 = fadd <32 x float> %1604, splat (float 1.000000e+00)
+  %1608 = fmul <32 x float> %1607, %1606
+  %1609 = fcmp olt <32 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1610 = select <32 x i1> %1609, <32 x float> zeroinitializer, <32 x float> %1608
+  %1611 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1589
+  store <32 x float> %1610, ptr %1611, align 4, !tbaa !4
+  %indvars.iv.next1149.2.i = add nuw nsw i64 %indvars.iv1148.2.i, 1
+  %exitcond1152.2.not.i = icmp eq i64 %indvars.iv.next1149.2.i, %wide.trip.count1124.i
+  br i1 %exitcond1152.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.2.i:     ; preds = %for_body_to59.us.2.i
-  %1603 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1612 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   br label %for_body_to59.us.3.i
 
 for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.i, %for_begin_to58.for_end_to60_crit_edge.us.2.i
-  %indvars.iv1151.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1152.3.i, %for_body_to59.us.3.i ]
-  %1604 = shl nsw i64 %indvars.iv1151.3.i, 5
-  %1605 = add nuw nsw i64 %1604, 384
-  %1606 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1605
-  %1607 = load <32 x float>, ptr %1606, align 4, !tbaa !4
-  %arg.us.3.i = fsub <32 x float> %1607, %1603
-  %1608 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1609 = bitcast <32 x float> %1608 to <32 x i32>
-  %1610 = fadd <32 x float> %1608, splat (float 0xC168000FE0000000)
-  %1611 = fmul <32 x float> %1610, splat (float 0x3F2BD01060000000)
-  %1612 = fmul <32 x float> %1610, splat (float 0x3FE6300000000000)
-  %1613 = fsub <32 x float> %arg.us.3.i, %1612
-  %1614 = fadd <32 x float> %1611, %1613
-  %1615 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1614, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1616 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1615, <32 x float> %1614, <32 x float> splat (float 0x3FA5558F20000000))
-  %1617 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1616, <32 x float> %1614, <32 x float> splat (float 0x3FC5554920000000))
-  %1618 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1617, <32 x float> %1614, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1619 = fmul <32 x float> %1614, %1614
-  %1620 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1618, <32 x float> %1619, <32 x float> %1614)
-  %1621 = shl <32 x i32> %1609, splat (i32 23)
-  %1622 = bitcast <32 x i32> %1621 to <32 x float>
-  %1623 = fadd <32 x float> %1620, splat (float 1.000000e+00)
-  %1624 = fmul <32 x float> %1623, %1622
-  %1625 = fcmp olt <32 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1626 = select <32 x i1> %1625, <32 x float> zeroinitializer, <32 x float> %1624
-  %1627 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1605
-  store <32 x float> %1626, ptr %1627, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i = add nuw nsw i64 %indvars.iv1151.3.i, 1
-  %exitcond1155.3.not.i = icmp eq i64 %indvars.iv.next1152.3.i, %wide.trip.count1127.i
-  br i1 %exitcond1155.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
+  %indvars.iv1148.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1149.3.i, %for_body_to59.us.3.i ]
+  %1613 = shl nsw i64 %indvars.iv1148.3.i, 5
+  %1614 = add nuw nsw i64 %1613, 384
+  %1615 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1614
+  %1616 = load <32 x float>, ptr %1615, align 4, !tbaa !4
+  %arg.us.3.i = fsub <32 x float> %1616, %1612
+  %1617 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %1618 = bitcast <32 x float> %1617 to <32 x i32>
+  %1619 = fadd <32 x float> %1617, splat (float 0xC168000FE0000000)
+  %1620 = fmul <32 x float> %1619, splat (float 0x3F2BD01060000000)
+  %1621 = fmul <32 x float> %1619, splat (float 0x3FE6300000000000)
+  %1622 = fsub <32 x float> %arg.us.3.i, %1621
+  %1623 = fadd <32 x float> %1620, %1622
+  %1624 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1623, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1625 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1624, <32 x float> %1623, <32 x float> splat (float 0x3FA5558F20000000))
+  %1626 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1625, <32 x float> %1623, <32 x float> splat (float 0x3FC5554920000000))
+  %1627 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1626, <32 x float> %1623, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1628 = fmul <32 x float> %1623, %1623
+  %1629 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1627, <32 x float> %1628, <32 x float> %1623)
+  %1630 = shl <32 x i32> %1618, splat (i32 23)
+  %1631 = bitcast <32 x i32> %1630 to <32 x float>
+  %1632 = fadd <32 x float> %1629, splat (float 1.000000e+00)
+  %1633 = fmul <32 x float> %1632, %1631
+  %1634 = fcmp olt <32 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1635 = select <32 x i1> %1634, <32 x float> zeroinitializer, <32 x float> %1633
+  %1636 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1614
+  store <32 x float> %1635, ptr %1636, align 4, !tbaa !4
+  %indvars.iv.next1149.3.i = add nuw nsw i64 %indvars.iv1148.3.i, 1
+  %exitcond1152.3.not.i = icmp eq i64 %indvars.iv.next1149.3.i, %wide.trip.count1124.i
+  br i1 %exitcond1152.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
 
 for_body_to69.us.i.preheader:                     ; preds = %for_body_to59.us.3.i
-  br i1 %986, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !30
+  br i1 %993, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !30
 
 for_body_to69.us.i:                               ; preds = %for_body_to69.us.i, %for_body_to69.us.i.preheader
-  %indvars.iv1160.i = phi i64 [ %indvars.iv.next1161.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %indvars.iv1157.i = phi i64 [ %indvars.iv.next1158.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
   %niter127 = phi i64 [ %niter127.next.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
-  %1628 = shl nsw i64 %indvars.iv1160.i, 5
-  %1629 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1628
-  %1630 = load <32 x i32>, ptr %1629, align 4, !tbaa !4
-  %1631 = lshr <32 x i32> %1630, splat (i32 16)
-  %1632 = and <32 x i32> %1631, splat (i32 1)
-  %1633 = add nsw <32 x i32> %1630, splat (i32 32767)
-  %1634 = add nsw <32 x i32> %1633, %1632
-  %1635 = and <32 x i32> %1634, splat (i32 -65536)
-  %1636 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1628
-  store <32 x i32> %1635, ptr %1636, align 4, !tbaa !4
-  %indvars.iv.next1161.i = shl i64 %indvars.iv1160.i, 5
-  %1637 = or disjoint i64 %indvars.iv.next1161.i, 32
+  %1637 = shl nsw i64 %indvars.iv1157.i, 5
   %1638 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1637
   %1639 = load <32 x i32>, ptr %1638, align 4, !tbaa !4
   %1640 = lshr <32 x i32> %1639, splat (i32 16)
@@ -4068,8 +4064,8 @@ for_body_to69.us.i:                               ; preds = %for_body_to69.us.i,
   %1644 = and <32 x i32> %1643, splat (i32 -65536)
   %1645 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1637
   store <32 x i32> %1644, ptr %1645, align 4, !tbaa !4
-  %indvars.iv.next1161.i.1 = shl i64 %indvars.iv1160.i, 5
-  %1646 = or disjoint i64 %indvars.iv.next1161.i.1, 64
+  %indvars.iv.next1158.i = shl i64 %indvars.iv1157.i, 5
+  %1646 = or disjoint i64 %indvars.iv.next1158.i, 32
   %1647 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1646
   %1648 = load <32 x i32>, ptr %1647, align 4, !tbaa !4
   %1649 = lshr <32 x i32> %1648, splat (i32 16)
@@ -4079,8 +4075,8 @@ for_body_to69.us.i:                               ; preds = %for_body_to69.us.i,
   %1653 = and <32 x i32> %1652, splat (i32 -65536)
   %1654 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1646
   store <32 x i32> %1653, ptr %1654, align 4, !tbaa !4
-  %indvars.iv.next1161.i.2 = shl i64 %indvars.iv1160.i, 5
-  %1655 = or disjoint i64 %indvars.iv.next1161.i.2, 96
+  %indvars.iv.next1158.i.1 = shl i64 %indvars.iv1157.i, 5
+  %1655 = or disjoint i64 %indvars.iv.next1158.i.1, 64
   %1656 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1655
   %1657 = load <32 x i32>, ptr %1656, align 4, !tbaa !4
   %1658 = lshr <32 x i32> %1657, splat (i32 16)
@@ -4090,23 +4086,8 @@ for_body_to69.us.i:                               ; preds = %for_body_to69.us.i,
   %1662 = and <32 x i32> %1661, splat (i32 -65536)
   %1663 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1655
   store <32 x i32> %1662, ptr %1663, align 4, !tbaa !4
-  %indvars.iv.next1161.i.3 = add nuw nsw i64 %indvars.iv1160.i, 4
-  %niter127.next.3 = add i64 %niter127, 4
-  %niter127.ncmp.3 = icmp eq i64 %niter127.next.3, %unroll_iter126
-  br i1 %niter127.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !31, !llvm.loop !53
-
-for_body_to69.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.i
-  br i1 %lcmp.mod124.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !34
-
-for_body_to69.us.i.epil.preheader:                ; preds = %for_body_to69.us.1.i.preheader.unr-lcssa, %for_body_to69.us.i.preheader
-  %indvars.iv1160.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1161.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod125)
-  br label %for_body_to69.us.i.epil
-
-for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.i.epil.preheader
-  %indvars.iv1160.i.epil = phi i64 [ %indvars.iv.next1161.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1160.i.epil.init, %for_body_to69.us.i.epil.preheader ]
-  %epil.iter123 = phi i64 [ %epil.iter123.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
-  %1664 = shl nsw i64 %indvars.iv1160.i.epil, 5
+  %indvars.iv.next1158.i.2 = shl i64 %indvars.iv1157.i, 5
+  %1664 = or disjoint i64 %indvars.iv.next1158.i.2, 96
   %1665 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1664
   %1666 = load <32 x i32>, ptr %1665, align 4, !tbaa !4
   %1667 = lshr <32 x i32> %1666, splat (i32 16)
@@ -4116,30 +4097,45 @@ for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.
   %1671 = and <32 x i32> %1670, splat (i32 -65536)
   %1672 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1664
   store <32 x i32> %1671, ptr %1672, align 4, !tbaa !4
-  %indvars.iv.next1161.i.epil = add nuw nsw i64 %indvars.iv1160.i.epil, 1
+  %indvars.iv.next1158.i.3 = add nuw nsw i64 %indvars.iv1157.i, 4
+  %niter127.next.3 = add i64 %niter127, 4
+  %niter127.ncmp.3 = icmp eq i64 %niter127.next.3, %unroll_iter126
+  br i1 %niter127.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !31, !llvm.loop !53
+
+for_body_to69.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.i
+  br i1 %lcmp.mod124.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !34
+
+for_body_to69.us.i.epil.preheader:                ; preds = %for_body_to69.us.1.i.preheader.unr-lcssa, %for_body_to69.us.i.preheader
+  %indvars.iv1157.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1158.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod125)
+  br label %for_body_to69.us.i.epil
+
+for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.i.epil.preheader
+  %indvars.iv1157.i.epil = phi i64 [ %indvars.iv.next1158.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1157.i.epil.init, %for_body_to69.us.i.epil.preheader ]
+  %epil.iter123 = phi i64 [ %epil.iter123.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
+  %1673 = shl nsw i64 %indvars.iv1157.i.epil, 5
+  %1674 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1673
+  %1675 = load <32 x i32>, ptr %1674, align 4, !tbaa !4
+  %1676 = lshr <32 x i32> %1675, splat (i32 16)
+  %1677 = and <32 x i32> %1676, splat (i32 1)
+  %1678 = add nsw <32 x i32> %1675, splat (i32 32767)
+  %1679 = add nsw <32 x i32> %1678, %1677
+  %1680 = and <32 x i32> %1679, splat (i32 -65536)
+  %1681 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1673
+  store <32 x i32> %1680, ptr %1681, align 4, !tbaa !4
+  %indvars.iv.next1158.i.epil = add nuw nsw i64 %indvars.iv1157.i.epil, 1
   %epil.iter123.next = add i64 %epil.iter123, 1
   %epil.iter123.cmp.not = icmp eq i64 %epil.iter123.next, %xtraiter122
   br i1 %epil.iter123.cmp.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil, !prof !35, !llvm.loop !54
 
 for_body_to69.us.1.i.preheader:                   ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.1.i.preheader.unr-lcssa
-  br i1 %987, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !30
+  br i1 %994, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !30
 
 for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.i, %for_body_to69.us.1.i.preheader
-  %indvars.iv1160.1.i = phi i64 [ %indvars.iv.next1161.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %indvars.iv1157.1.i = phi i64 [ %indvars.iv.next1158.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
   %niter133 = phi i64 [ %niter133.next.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
-  %1673 = shl nsw i64 %indvars.iv1160.1.i, 5
-  %1674 = add nuw nsw i64 %1673, 128
-  %1675 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1674
-  %1676 = load <32 x i32>, ptr %1675, align 4, !tbaa !4
-  %1677 = lshr <32 x i32> %1676, splat (i32 16)
-  %1678 = and <32 x i32> %1677, splat (i32 1)
-  %1679 = add nsw <32 x i32> %1676, splat (i32 32767)
-  %1680 = add nsw <32 x i32> %1679, %1678
-  %1681 = and <32 x i32> %1680, splat (i32 -65536)
-  %1682 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1674
-  store <32 x i32> %1681, ptr %1682, align 4, !tbaa !4
-  %indvars.iv.next1161.1.i = shl i64 %indvars.iv1160.1.i, 5
-  %1683 = add nuw nsw i64 %indvars.iv.next1161.1.i, 160
+  %1682 = shl nsw i64 %indvars.iv1157.1.i, 5
+  %1683 = add nuw nsw i64 %1682, 128
   %1684 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1683
   %1685 = load <32 x i32>, ptr %1684, align 4, !tbaa !4
   %1686 = lshr <32 x i32> %1685, splat (i32 16)
@@ -4149,8 +4145,8 @@ for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.
   %1690 = and <32 x i32> %1689, splat (i32 -65536)
   %1691 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
   store <32 x i32> %1690, ptr %1691, align 4, !tbaa !4
-  %indvars.iv.next1161.1.i.1 = shl i64 %indvars.iv1160.1.i, 5
-  %1692 = add nuw nsw i64 %indvars.iv.next1161.1.i.1, 192
+  %indvars.iv.next1158.1.i = shl i64 %indvars.iv1157.1.i, 5
+  %1692 = add nuw nsw i64 %indvars.iv.next1158.1.i, 160
   %1693 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1692
   %1694 = load <32 x i32>, ptr %1693, align 4, !tbaa !4
   %1695 = lshr <32 x i32> %1694, splat (i32 16)
@@ -4160,8 +4156,8 @@ for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.
   %1699 = and <32 x i32> %1698, splat (i32 -65536)
   %1700 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1692
   store <32 x i32> %1699, ptr %1700, align 4, !tbaa !4
-  %indvars.iv.next1161.1.i.2 = shl i64 %indvars.iv1160.1.i, 5
-  %1701 = add nuw nsw i64 %indvars.iv.next1161.1.i.2, 224
+  %indvars.iv.next1158.1.i.1 = shl i64 %indvars.iv1157.1.i, 5
+  %1701 = add nuw nsw i64 %indvars.iv.next1158.1.i.1, 192
   %1702 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1701
   %1703 = load <32 x i32>, ptr %1702, align 4, !tbaa !4
   %1704 = lshr <32 x i32> %1703, splat (i32 16)
@@ -4171,7 +4167,18 @@ for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.
   %1708 = and <32 x i32> %1707, splat (i32 -65536)
   %1709 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1701
   store <32 x i32> %1708, ptr %1709, align 4, !tbaa !4
-  %indvars.iv.next1161.1.i.3 = add nuw nsw i64 %indvars.iv1160.1.i, 4
+  %indvars.iv.next1158.1.i.2 = shl i64 %indvars.iv1157.1.i, 5
+  %1710 = add nuw nsw i64 %indvars.iv.next1158.1.i.2, 224
+  %1711 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1710
+  %1712 = load <32 x i32>, ptr %1711, align 4, !tbaa !4
+  %1713 = lshr <32 x i32> %1712, splat (i32 16)
+  %1714 = and <32 x i32> %1713, splat (i32 1)
+  %1715 = add nsw <32 x i32> %1712, splat (i32 32767)
+  %1716 = add nsw <32 x i32> %1715, %1714
+  %1717 = and <32 x i32> %1716, splat (i32 -65536)
+  %1718 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1710
+  store <32 x i32> %1717, ptr %1718, align 4, !tbaa !4
+  %indvars.iv.next1158.1.i.3 = add nuw nsw i64 %indvars.iv1157.1.i, 4
   %niter133.next.3 = add i64 %niter133, 4
   %niter133.ncmp.3 = icmp eq i64 %niter133.next.3, %unroll_iter132
   br i1 %niter133.ncmp.3, label %for_body_to69.us.2.i.preheader.unr-lcssa, label %for_body_to69.us.1.i, !prof !31, !llvm.loop !55
@@ -4180,48 +4187,37 @@ for_body_to69.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.1.
   br i1 %lcmp.mod130.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil.preheader, !prof !34
 
 for_body_to69.us.1.i.epil.preheader:              ; preds = %for_body_to69.us.2.i.preheader.unr-lcssa, %for_body_to69.us.1.i.preheader
-  %indvars.iv1160.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1161.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
+  %indvars.iv1157.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1158.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod131)
   br label %for_body_to69.us.1.i.epil
 
 for_body_to69.us.1.i.epil:                        ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.1.i.epil.preheader
-  %indvars.iv1160.1.i.epil = phi i64 [ %indvars.iv.next1161.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1160.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
+  %indvars.iv1157.1.i.epil = phi i64 [ %indvars.iv.next1158.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1157.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
   %epil.iter129 = phi i64 [ %epil.iter129.next, %for_body_to69.us.1.i.epil ], [ 0, %for_body_to69.us.1.i.epil.preheader ]
-  %1710 = shl nsw i64 %indvars.iv1160.1.i.epil, 5
-  %1711 = add nuw nsw i64 %1710, 128
-  %1712 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1711
-  %1713 = load <32 x i32>, ptr %1712, align 4, !tbaa !4
-  %1714 = lshr <32 x i32> %1713, splat (i32 16)
-  %1715 = and <32 x i32> %1714, splat (i32 1)
-  %1716 = add nsw <32 x i32> %1713, splat (i32 32767)
-  %1717 = add nsw <32 x i32> %1716, %1715
-  %1718 = and <32 x i32> %1717, splat (i32 -65536)
-  %1719 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1711
-  store <32 x i32> %1718, ptr %1719, align 4, !tbaa !4
-  %indvars.iv.next1161.1.i.epil = add nuw nsw i64 %indvars.iv1160.1.i.epil, 1
+  %1719 = shl nsw i64 %indvars.iv1157.1.i.epil, 5
+  %1720 = add nuw nsw i64 %1719, 128
+  %1721 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1720
+  %1722 = load <32 x i32>, ptr %1721, align 4, !tbaa !4
+  %1723 = lshr <32 x i32> %1722, splat (i32 16)
+  %1724 = and <32 x i32> %1723, splat (i32 1)
+  %1725 = add nsw <32 x i32> %1722, splat (i32 32767)
+  %1726 = add nsw <32 x i32> %1725, %1724
+  %1727 = and <32 x i32> %1726, splat (i32 -65536)
+  %1728 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1720
+  store <32 x i32> %1727, ptr %1728, align 4, !tbaa !4
+  %indvars.iv.next1158.1.i.epil = add nuw nsw i64 %indvars.iv1157.1.i.epil, 1
   %epil.iter129.next = add i64 %epil.iter129, 1
   %epil.iter129.cmp.not = icmp eq i64 %epil.iter129.next, %xtraiter128
   br i1 %epil.iter129.cmp.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil, !prof !35, !llvm.loop !56
 
 for_body_to69.us.2.i.preheader:                   ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.2.i.preheader.unr-lcssa
-  br i1 %988, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !30
+  br i1 %995, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !30
 
 for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.i, %for_body_to69.us.2.i.preheader
-  %indvars.iv1160.2.i = phi i64 [ %indvars.iv.next1161.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %indvars.iv1157.2.i = phi i64 [ %indvars.iv.next1158.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
   %niter139 = phi i64 [ %niter139.next.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
-  %1720 = shl nsw i64 %indvars.iv1160.2.i, 5
-  %1721 = add nuw nsw i64 %1720, 256
-  %1722 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1721
-  %1723 = load <32 x i32>, ptr %1722, align 4, !tbaa !4
-  %1724 = lshr <32 x i32> %1723, splat (i32 16)
-  %1725 = and <32 x i32> %1724, splat (i32 1)
-  %1726 = add nsw <32 x i32> %1723, splat (i32 32767)
-  %1727 = add nsw <32 x i32> %1726, %1725
-  %1728 = and <32 x i32> %1727, splat (i32 -65536)
-  %1729 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1721
-  store <32 x i32> %1728, ptr %1729, align 4, !tbaa !4
-  %indvars.iv.next1161.2.i = shl i64 %indvars.iv1160.2.i, 5
-  %1730 = add nuw nsw i64 %indvars.iv.next1161.2.i, 288
+  %1729 = shl nsw i64 %indvars.iv1157.2.i, 5
+  %1730 = add nuw nsw i64 %1729, 256
   %1731 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1730
   %1732 = load <32 x i32>, ptr %1731, align 4, !tbaa !4
   %1733 = lshr <32 x i32> %1732, splat (i32 16)
@@ -4231,8 +4227,8 @@ for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.
   %1737 = and <32 x i32> %1736, splat (i32 -65536)
   %1738 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1730
   store <32 x i32> %1737, ptr %1738, align 4, !tbaa !4
-  %indvars.iv.next1161.2.i.1 = shl i64 %indvars.iv1160.2.i, 5
-  %1739 = add nuw nsw i64 %indvars.iv.next1161.2.i.1, 320
+  %indvars.iv.next1158.2.i = shl i64 %indvars.iv1157.2.i, 5
+  %1739 = add nuw nsw i64 %indvars.iv.next1158.2.i, 288
   %1740 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1739
   %1741 = load <32 x i32>, ptr %1740, align 4, !tbaa !4
   %1742 = lshr <32 x i32> %1741, splat (i32 16)
@@ -4242,8 +4238,8 @@ for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.
   %1746 = and <32 x i32> %1745, splat (i32 -65536)
   %1747 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1739
   store <32 x i32> %1746, ptr %1747, align 4, !tbaa !4
-  %indvars.iv.next1161.2.i.2 = shl i64 %indvars.iv1160.2.i, 5
-  %1748 = add nuw nsw i64 %indvars.iv.next1161.2.i.2, 352
+  %indvars.iv.next1158.2.i.1 = shl i64 %indvars.iv1157.2.i, 5
+  %1748 = add nuw nsw i64 %indvars.iv.next1158.2.i.1, 320
   %1749 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1748
   %1750 = load <32 x i32>, ptr %1749, align 4, !tbaa !4
   %1751 = lshr <32 x i32> %1750, splat (i32 16)
@@ -4253,7 +4249,18 @@ for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.
   %1755 = and <32 x i32> %1754, splat (i32 -65536)
   %1756 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1748
   store <32 x i32> %1755, ptr %1756, align 4, !tbaa !4
-  %indvars.iv.next1161.2.i.3 = add nuw nsw i64 %indvars.iv1160.2.i, 4
+  %indvars.iv.next1158.2.i.2 = shl i64 %indvars.iv1157.2.i, 5
+  %1757 = add nuw nsw i64 %indvars.iv.next1158.2.i.2, 352
+  %1758 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1757
+  %1759 = load <32 x i32>, ptr %1758, align 4, !tbaa !4
+  %1760 = lshr <32 x i32> %1759, splat (i32 16)
+  %1761 = and <32 x i32> %1760, splat (i32 1)
+  %1762 = add nsw <32 x i32> %1759, splat (i32 32767)
+  %1763 = add nsw <32 x i32> %1762, %1761
+  %1764 = and <32 x i32> %1763, splat (i32 -65536)
+  %1765 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1757
+  store <32 x i32> %1764, ptr %1765, align 4, !tbaa !4
+  %indvars.iv.next1158.2.i.3 = add nuw nsw i64 %indvars.iv1157.2.i, 4
   %niter139.next.3 = add i64 %niter139, 4
   %niter139.ncmp.3 = icmp eq i64 %niter139.next.3, %unroll_iter138
   br i1 %niter139.ncmp.3, label %for_body_to69.us.3.i.preheader.unr-lcssa, label %for_body_to69.us.2.i, !prof !31, !llvm.loop !57
@@ -4262,48 +4269,37 @@ for_body_to69.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.2.
   br i1 %lcmp.mod136.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil.preheader, !prof !34
 
 for_body_to69.us.2.i.epil.preheader:              ; preds = %for_body_to69.us.3.i.preheader.unr-lcssa, %for_body_to69.us.2.i.preheader
-  %indvars.iv1160.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1161.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
+  %indvars.iv1157.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1158.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod137)
   br label %for_body_to69.us.2.i.epil
 
 for_body_to69.us.2.i.epil:                        ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.2.i.epil.preheader
-  %indvars.iv1160.2.i.epil = phi i64 [ %indvars.iv.next1161.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1160.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
+  %indvars.iv1157.2.i.epil = phi i64 [ %indvars.iv.next1158.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1157.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
   %epil.iter135 = phi i64 [ %epil.iter135.next, %for_body_to69.us.2.i.epil ], [ 0, %for_body_to69.us.2.i.epil.preheader ]
-  %1757 = shl nsw i64 %indvars.iv1160.2.i.epil, 5
-  %1758 = add nuw nsw i64 %1757, 256
-  %1759 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1758
-  %1760 = load <32 x i32>, ptr %1759, align 4, !tbaa !4
-  %1761 = lshr <32 x i32> %1760, splat (i32 16)
-  %1762 = and <32 x i32> %1761, splat (i32 1)
-  %1763 = add nsw <32 x i32> %1760, splat (i32 32767)
-  %1764 = add nsw <32 x i32> %1763, %1762
-  %1765 = and <32 x i32> %1764, splat (i32 -65536)
-  %1766 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1758
-  store <32 x i32> %1765, ptr %1766, align 4, !tbaa !4
-  %indvars.iv.next1161.2.i.epil = add nuw nsw i64 %indvars.iv1160.2.i.epil, 1
+  %1766 = shl nsw i64 %indvars.iv1157.2.i.epil, 5
+  %1767 = add nuw nsw i64 %1766, 256
+  %1768 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1767
+  %1769 = load <32 x i32>, ptr %1768, align 4, !tbaa !4
+  %1770 = lshr <32 x i32> %1769, splat (i32 16)
+  %1771 = and <32 x i32> %1770, splat (i32 1)
+  %1772 = add nsw <32 x i32> %1769, splat (i32 32767)
+  %1773 = add nsw <32 x i32> %1772, %1771
+  %1774 = and <32 x i32> %1773, splat (i32 -65536)
+  %1775 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1767
+  store <32 x i32> %1774, ptr %1775, align 4, !tbaa !4
+  %indvars.iv.next1158.2.i.epil = add nuw nsw i64 %indvars.iv1157.2.i.epil, 1
   %epil.iter135.next = add i64 %epil.iter135, 1
   %epil.iter135.cmp.not = icmp eq i64 %epil.iter135.next, %xtraiter134
   br i1 %epil.iter135.cmp.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil, !prof !35, !llvm.loop !58
 
 for_body_to69.us.3.i.preheader:                   ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.3.i.preheader.unr-lcssa
-  br i1 %989, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !30
+  br i1 %996, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !30
 
 for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.i, %for_body_to69.us.3.i.preheader
-  %indvars.iv1160.3.i = phi i64 [ %indvars.iv.next1161.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %indvars.iv1157.3.i = phi i64 [ %indvars.iv.next1158.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
   %niter145 = phi i64 [ %niter145.next.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
-  %1767 = shl nsw i64 %indvars.iv1160.3.i, 5
-  %1768 = add nuw nsw i64 %1767, 384
-  %1769 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1768
-  %1770 = load <32 x i32>, ptr %1769, align 4, !tbaa !4
-  %1771 = lshr <32 x i32> %1770, splat (i32 16)
-  %1772 = and <32 x i32> %1771, splat (i32 1)
-  %1773 = add nsw <32 x i32> %1770, splat (i32 32767)
-  %1774 = add nsw <32 x i32> %1773, %1772
-  %1775 = and <32 x i32> %1774, splat (i32 -65536)
-  %1776 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1768
-  store <32 x i32> %1775, ptr %1776, align 4, !tbaa !4
-  %indvars.iv.next1161.3.i = shl i64 %indvars.iv1160.3.i, 5
-  %1777 = add nuw nsw i64 %indvars.iv.next1161.3.i, 416
+  %1776 = shl nsw i64 %indvars.iv1157.3.i, 5
+  %1777 = add nuw nsw i64 %1776, 384
   %1778 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1777
   %1779 = load <32 x i32>, ptr %1778, align 4, !tbaa !4
   %1780 = lshr <32 x i32> %1779, splat (i32 16)
@@ -4313,8 +4309,8 @@ for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.
   %1784 = and <32 x i32> %1783, splat (i32 -65536)
   %1785 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1777
   store <32 x i32> %1784, ptr %1785, align 4, !tbaa !4
-  %indvars.iv.next1161.3.i.1 = shl i64 %indvars.iv1160.3.i, 5
-  %1786 = add nuw nsw i64 %indvars.iv.next1161.3.i.1, 448
+  %indvars.iv.next1158.3.i = shl i64 %indvars.iv1157.3.i, 5
+  %1786 = add nuw nsw i64 %indvars.iv.next1158.3.i, 416
   %1787 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1786
   %1788 = load <32 x i32>, ptr %1787, align 4, !tbaa !4
   %1789 = lshr <32 x i32> %1788, splat (i32 16)
@@ -4324,8 +4320,8 @@ for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.
   %1793 = and <32 x i32> %1792, splat (i32 -65536)
   %1794 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1786
   store <32 x i32> %1793, ptr %1794, align 4, !tbaa !4
-  %indvars.iv.next1161.3.i.2 = shl i64 %indvars.iv1160.3.i, 5
-  %1795 = add nuw nsw i64 %indvars.iv.next1161.3.i.2, 480
+  %indvars.iv.next1158.3.i.1 = shl i64 %indvars.iv1157.3.i, 5
+  %1795 = add nuw nsw i64 %indvars.iv.next1158.3.i.1, 448
   %1796 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1795
   %1797 = load <32 x i32>, ptr %1796, align 4, !tbaa !4
   %1798 = lshr <32 x i32> %1797, splat (i32 16)
@@ -4335,7 +4331,18 @@ for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.
   %1802 = and <32 x i32> %1801, splat (i32 -65536)
   %1803 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1795
   store <32 x i32> %1802, ptr %1803, align 4, !tbaa !4
-  %indvars.iv.next1161.3.i.3 = add nuw nsw i64 %indvars.iv1160.3.i, 4
+  %indvars.iv.next1158.3.i.2 = shl i64 %indvars.iv1157.3.i, 5
+  %1804 = add nuw nsw i64 %indvars.iv.next1158.3.i.2, 480
+  %1805 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1804
+  %1806 = load <32 x i32>, ptr %1805, align 4, !tbaa !4
+  %1807 = lshr <32 x i32> %1806, splat (i32 16)
+  %1808 = and <32 x i32> %1807, splat (i32 1)
+  %1809 = add nsw <32 x i32> %1806, splat (i32 32767)
+  %1810 = add nsw <32 x i32> %1809, %1808
+  %1811 = and <32 x i32> %1810, splat (i32 -65536)
+  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1804
+  store <32 x i32> %1811, ptr %1812, align 4, !tbaa !4
+  %indvars.iv.next1158.3.i.3 = add nuw nsw i64 %indvars.iv1157.3.i, 4
   %niter145.next.3 = add i64 %niter145, 4
   %niter145.ncmp.3 = icmp eq i64 %niter145.next.3, %unroll_iter144
   br i1 %niter145.ncmp.3, label %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to69.us.3.i, !prof !31, !llvm.loop !59
@@ -4344,25 +4351,25 @@ for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to
   br i1 %lcmp.mod142.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil.preheader, !prof !34
 
 for_body_to69.us.3.i.epil.preheader:              ; preds = %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to69.us.3.i.preheader
-  %indvars.iv1160.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1161.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
+  %indvars.iv1157.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1158.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod143)
   br label %for_body_to69.us.3.i.epil
 
 for_body_to69.us.3.i.epil:                        ; preds = %for_body_to69.us.3.i.epil, %for_body_to69.us.3.i.epil.preheader
-  %indvars.iv1160.3.i.epil = phi i64 [ %indvars.iv.next1161.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1160.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
+  %indvars.iv1157.3.i.epil = phi i64 [ %indvars.iv.next1158.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1157.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
   %epil.iter141 = phi i64 [ %epil.iter141.next, %for_body_to69.us.3.i.epil ], [ 0, %for_body_to69.us.3.i.epil.preheader ]
-  %1804 = shl nsw i64 %indvars.iv1160.3.i.epil, 5
-  %1805 = add nuw nsw i64 %1804, 384
-  %1806 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1805
-  %1807 = load <32 x i32>, ptr %1806, align 4, !tbaa !4
-  %1808 = lshr <32 x i32> %1807, splat (i32 16)
-  %1809 = and <32 x i32> %1808, splat (i32 1)
-  %1810 = add nsw <32 x i32> %1807, splat (i32 32767)
-  %1811 = add nsw <32 x i32> %1810, %1809
-  %1812 = and <32 x i32> %1811, splat (i32 -65536)
-  %1813 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1805
-  store <32 x i32> %1812, ptr %1813, align 4, !tbaa !4
-  %indvars.iv.next1161.3.i.epil = add nuw nsw i64 %indvars.iv1160.3.i.epil, 1
+  %1813 = shl nsw i64 %indvars.iv1157.3.i.epil, 5
+  %1814 = add nuw nsw i64 %1813, 384
+  %1815 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1814
+  %1816 = load <32 x i32>, ptr %1815, align 4, !tbaa !4
+  %1817 = lshr <32 x i32> %1816, splat (i32 16)
+  %1818 = and <32 x i32> %1817, splat (i32 1)
+  %1819 = add nsw <32 x i32> %1816, splat (i32 32767)
+  %1820 = add nsw <32 x i32> %1819, %1818
+  %1821 = and <32 x i32> %1820, splat (i32 -65536)
+  %1822 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1814
+  store <32 x i32> %1821, ptr %1822, align 4, !tbaa !4
+  %indvars.iv.next1158.3.i.epil = add nuw nsw i64 %indvars.iv1157.3.i.epil, 1
   %epil.iter141.next = add i64 %epil.iter141, 1
   %epil.iter141.cmp.not = icmp eq i64 %epil.iter141.next, %xtraiter140
   br i1 %epil.iter141.cmp.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil, !prof !35, !llvm.loop !60
@@ -4371,58 +4378,58 @@ for_begin_ax178.preheader.i.preheader:            ; preds = %for_body_to69.us.3.
   br label %for_begin_ax178.preheader.i
 
 for_begin_ax178.preheader.i:                      ; preds = %for_end_ax180.i, %for_begin_ax178.preheader.i.preheader
-  %indvars.iv1174.i = phi i64 [ %indvars.iv.next1175.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
-  br i1 %968, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
+  %indvars.iv1171.i = phi i64 [ %indvars.iv.next1172.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
+  br i1 %975, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
 
 for_body_ax179.lr.ph.i:                           ; preds = %for_begin_ax178.preheader.i
-  %.idx1280.i = shl nuw nsw i64 %indvars.iv1174.i, 9
+  %.idx1280.i = shl nuw nsw i64 %indvars.iv1171.i, 9
   %invariant.gep1319.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1280.i
-  br i1 %990, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !45
+  br i1 %997, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !45
 
 for_body_ax179.i:                                 ; preds = %for_body_ax179.i, %for_body_ax179.lr.ph.i
-  %indvars.iv1169.i = phi i64 [ %indvars.iv.next1170.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %tile_sum.rf_global218.sroa.0.0911.i = phi <32 x float> [ %1836, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
+  %indvars.iv1166.i = phi i64 [ %indvars.iv.next1167.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %tile_sum.rf_global216.sroa.0.0908.i = phi <32 x float> [ %1845, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
   %niter152 = phi i64 [ %niter152.next.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %.idx1279.i = shl nsw i64 %indvars.iv1169.i, 7
+  %.idx1279.i = shl nsw i64 %indvars.iv1166.i, 7
   %gep1320.i = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %.idx1279.i
-  %1814 = load <32 x float>, ptr %gep1320.i, align 4, !tbaa !4
-  %1815 = fadd <32 x float> %tile_sum.rf_global218.sroa.0.0911.i, %1814
-  %indvars.iv.next1170.i = shl i64 %indvars.iv1169.i, 7
-  %1816 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i
-  %gep1320.i.1 = getelementptr inbounds nuw i8, ptr %1816, i64 128
-  %1817 = load <32 x float>, ptr %gep1320.i.1, align 4, !tbaa !4
-  %1818 = fadd <32 x float> %1815, %1817
-  %indvars.iv.next1170.i.1 = shl i64 %indvars.iv1169.i, 7
-  %1819 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.1
-  %gep1320.i.2 = getelementptr inbounds nuw i8, ptr %1819, i64 256
-  %1820 = load <32 x float>, ptr %gep1320.i.2, align 4, !tbaa !4
-  %1821 = fadd <32 x float> %1818, %1820
-  %indvars.iv.next1170.i.2 = shl i64 %indvars.iv1169.i, 7
-  %1822 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.2
-  %gep1320.i.3 = getelementptr inbounds nuw i8, ptr %1822, i64 384
-  %1823 = load <32 x float>, ptr %gep1320.i.3, align 4, !tbaa !4
-  %1824 = fadd <32 x float> %1821, %1823
-  %indvars.iv.next1170.i.3 = shl i64 %indvars.iv1169.i, 7
-  %1825 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.3
-  %gep1320.i.4 = getelementptr inbounds nuw i8, ptr %1825, i64 512
-  %1826 = load <32 x float>, ptr %gep1320.i.4, align 4, !tbaa !4
+  %1823 = load <32 x float>, ptr %gep1320.i, align 4, !tbaa !4
+  %1824 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i, %1823
+  %indvars.iv.next1167.i = shl i64 %indvars.iv1166.i, 7
+  %1825 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i
+  %gep1320.i.1 = getelementptr inbounds nuw i8, ptr %1825, i64 128
+  %1826 = load <32 x float>, ptr %gep1320.i.1, align 4, !tbaa !4
   %1827 = fadd <32 x float> %1824, %1826
-  %indvars.iv.next1170.i.4 = shl i64 %indvars.iv1169.i, 7
-  %1828 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.4
-  %gep1320.i.5 = getelementptr inbounds nuw i8, ptr %1828, i64 640
-  %1829 = load <32 x float>, ptr %gep1320.i.5, align 4, !tbaa !4
+  %indvars.iv.next1167.i.1 = shl i64 %indvars.iv1166.i, 7
+  %1828 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.1
+  %gep1320.i.2 = getelementptr inbounds nuw i8, ptr %1828, i64 256
+  %1829 = load <32 x float>, ptr %gep1320.i.2, align 4, !tbaa !4
   %1830 = fadd <32 x float> %1827, %1829
-  %indvars.iv.next1170.i.5 = shl i64 %indvars.iv1169.i, 7
-  %1831 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.5
-  %gep1320.i.6 = getelementptr inbounds nuw i8, ptr %1831, i64 768
-  %1832 = load <32 x float>, ptr %gep1320.i.6, align 4, !tbaa !4
+  %indvars.iv.next1167.i.2 = shl i64 %indvars.iv1166.i, 7
+  %1831 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.2
+  %gep1320.i.3 = getelementptr inbounds nuw i8, ptr %1831, i64 384
+  %1832 = load <32 x float>, ptr %gep1320.i.3, align 4, !tbaa !4
   %1833 = fadd <32 x float> %1830, %1832
-  %indvars.iv.next1170.i.6 = shl i64 %indvars.iv1169.i, 7
-  %1834 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1170.i.6
-  %gep1320.i.7 = getelementptr inbounds nuw i8, ptr %1834, i64 896
-  %1835 = load <32 x float>, ptr %gep1320.i.7, align 4, !tbaa !4
+  %indvars.iv.next1167.i.3 = shl i64 %indvars.iv1166.i, 7
+  %1834 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.3
+  %gep1320.i.4 = getelementptr inbounds nuw i8, ptr %1834, i64 512
+  %1835 = load <32 x float>, ptr %gep1320.i.4, align 4, !tbaa !4
   %1836 = fadd <32 x float> %1833, %1835
-  %indvars.iv.next1170.i.7 = add nuw nsw i64 %indvars.iv1169.i, 8
+  %indvars.iv.next1167.i.4 = shl i64 %indvars.iv1166.i, 7
+  %1837 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.4
+  %gep1320.i.5 = getelementptr inbounds nuw i8, ptr %1837, i64 640
+  %1838 = load <32 x float>, ptr %gep1320.i.5, align 4, !tbaa !4
+  %1839 = fadd <32 x float> %1836, %1838
+  %indvars.iv.next1167.i.5 = shl i64 %indvars.iv1166.i, 7
+  %1840 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.5
+  %gep1320.i.6 = getelementptr inbounds nuw i8, ptr %1840, i64 768
+  %1841 = load <32 x float>, ptr %gep1320.i.6, align 4, !tbaa !4
+  %1842 = fadd <32 x float> %1839, %1841
+  %indvars.iv.next1167.i.6 = shl i64 %indvars.iv1166.i, 7
+  %1843 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.6
+  %gep1320.i.7 = getelementptr inbounds nuw i8, ptr %1843, i64 896
+  %1844 = load <32 x float>, ptr %gep1320.i.7, align 4, !tbaa !4
+  %1845 = fadd <32 x float> %1842, %1844
+  %indvars.iv.next1167.i.7 = add nuw nsw i64 %indvars.iv1166.i, 8
   %niter152.next.7 = add i64 %niter152, 8
   %niter152.ncmp.7 = icmp eq i64 %niter152.next.7, %unroll_iter151
   br i1 %niter152.ncmp.7, label %for_end_ax180.i.loopexit.unr-lcssa, label %for_body_ax179.i, !prof !46, !llvm.loop !61
@@ -4431,120 +4438,107 @@ for_end_ax180.i.loopexit.unr-lcssa:               ; preds = %for_body_ax179.i
   br i1 %lcmp.mod148.not, label %for_end_ax180.i, label %for_body_ax179.i.epil.preheader, !prof !49
 
 for_body_ax179.i.epil.preheader:                  ; preds = %for_end_ax180.i.loopexit.unr-lcssa, %for_body_ax179.lr.ph.i
-  %indvars.iv1169.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1170.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global218.sroa.0.0911.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %1836, %for_end_ax180.i.loopexit.unr-lcssa ]
+  %indvars.iv1166.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1167.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global216.sroa.0.0908.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %1845, %for_end_ax180.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod150)
   br label %for_body_ax179.i.epil
 
 for_body_ax179.i.epil:                            ; preds = %for_body_ax179.i.epil, %for_body_ax179.i.epil.preheader
-  %indvars.iv1169.i.epil = phi i64 [ %indvars.iv1169.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1170.i.epil, %for_body_ax179.i.epil ]
-  %tile_sum.rf_global218.sroa.0.0911.i.epil = phi <32 x float> [ %tile_sum.rf_global218.sroa.0.0911.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %1838, %for_body_ax179.i.epil ]
+  %indvars.iv1166.i.epil = phi i64 [ %indvars.iv1166.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1167.i.epil, %for_body_ax179.i.epil ]
+  %tile_sum.rf_global216.sroa.0.0908.i.epil = phi <32 x float> [ %tile_sum.rf_global216.sroa.0.0908.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %1847, %for_body_ax179.i.epil ]
   %epil.iter147 = phi i64 [ 0, %for_body_ax179.i.epil.preheader ], [ %epil.iter147.next, %for_body_ax179.i.epil ]
-  %.idx1279.i.epil = shl nsw i64 %indvars.iv1169.i.epil, 7
+  %.idx1279.i.epil = shl nsw i64 %indvars.iv1166.i.epil, 7
   %gep1320.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %.idx1279.i.epil
-  %1837 = load <32 x float>, ptr %gep1320.i.epil, align 4, !tbaa !4
-  %1838 = fadd <32 x float> %tile_sum.rf_global218.sroa.0.0911.i.epil, %1837
-  %indvars.iv.next1170.i.epil = add nuw nsw i64 %indvars.iv1169.i.epil, 1
+  %1846 = load <32 x float>, ptr %gep1320.i.epil, align 4, !tbaa !4
+  %1847 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i.epil, %1846
+  %indvars.iv.next1167.i.epil = add nuw nsw i64 %indvars.iv1166.i.epil, 1
   %epil.iter147.next = add i64 %epil.iter147, 1
   %epil.iter147.cmp.not = icmp eq i64 %epil.iter147.next, %xtraiter146
   br i1 %epil.iter147.cmp.not, label %for_end_ax180.i, label %for_body_ax179.i.epil, !prof !34, !llvm.loop !62
 
 for_end_ax180.i:                                  ; preds = %for_body_ax179.i.epil, %for_end_ax180.i.loopexit.unr-lcssa, %for_begin_ax178.preheader.i
-  %tile_sum.rf_global218.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %1836, %for_end_ax180.i.loopexit.unr-lcssa ], [ %1838, %for_body_ax179.i.epil ]
-  %1839 = getelementptr inbounds nuw float, ptr %tile_sum223.i, i64 %indvars.iv1174.i
-  %tile_sum.rf219.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 0
-  %1840 = fadd float %tile_sum.rf219.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf219.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 1
-  %1841 = fadd float %tile_sum.rf219.sroa.0.4.vec.extract.i, %1840
-  %tile_sum.rf219.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 2
-  %1842 = fadd float %tile_sum.rf219.sroa.0.8.vec.extract.i, %1841
-  %tile_sum.rf219.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 3
-  %1843 = fadd float %tile_sum.rf219.sroa.0.12.vec.extract.i, %1842
-  %tile_sum.rf219.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 4
-  %1844 = fadd float %tile_sum.rf219.sroa.0.16.vec.extract.i, %1843
-  %tile_sum.rf219.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 5
-  %1845 = fadd float %tile_sum.rf219.sroa.0.20.vec.extract.i, %1844
-  %tile_sum.rf219.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 6
-  %1846 = fadd float %tile_sum.rf219.sroa.0.24.vec.extract.i, %1845
-  %tile_sum.rf219.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 7
-  %1847 = fadd float %tile_sum.rf219.sroa.0.28.vec.extract.i, %1846
-  %tile_sum.rf219.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 8
-  %1848 = fadd float %tile_sum.rf219.sroa.0.32.vec.extract.i, %1847
-  %tile_sum.rf219.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 9
-  %1849 = fadd float %tile_sum.rf219.sroa.0.36.vec.extract.i, %1848
-  %tile_sum.rf219.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 10
-  %1850 = fadd float %tile_sum.rf219.sroa.0.40.vec.extract.i, %1849
-  %tile_sum.rf219.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 11
-  %1851 = fadd float %tile_sum.rf219.sroa.0.44.vec.extract.i, %1850
-  %tile_sum.rf219.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 12
-  %1852 = fadd float %tile_sum.rf219.sroa.0.48.vec.extract.i, %1851
-  %tile_sum.rf219.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 13
-  %1853 = fadd float %tile_sum.rf219.sroa.0.52.vec.extract.i, %1852
-  %tile_sum.rf219.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 14
-  %1854 = fadd float %tile_sum.rf219.sroa.0.56.vec.extract.i, %1853
-  %tile_sum.rf219.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 15
-  %1855 = fadd float %tile_sum.rf219.sroa.0.60.vec.extract.i, %1854
-  %tile_sum.rf219.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 16
-  %1856 = fadd float %tile_sum.rf219.sroa.0.64.vec.extract.i, %1855
-  %tile_sum.rf219.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 17
-  %1857 = fadd float %tile_sum.rf219.sroa.0.68.vec.extract.i, %1856
-  %tile_sum.rf219.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 18
-  %1858 = fadd float %tile_sum.rf219.sroa.0.72.vec.extract.i, %1857
-  %tile_sum.rf219.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 19
-  %1859 = fadd float %tile_sum.rf219.sroa.0.76.vec.extract.i, %1858
-  %tile_sum.rf219.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 20
-  %1860 = fadd float %tile_sum.rf219.sroa.0.80.vec.extract.i, %1859
-  %tile_sum.rf219.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 21
-  %1861 = fadd float %tile_sum.rf219.sroa.0.84.vec.extract.i, %1860
-  %tile_sum.rf219.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 22
-  %1862 = fadd float %tile_sum.rf219.sroa.0.88.vec.extract.i, %1861
-  %tile_sum.rf219.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 23
-  %1863 = fadd float %tile_sum.rf219.sroa.0.92.vec.extract.i, %1862
-  %tile_sum.rf219.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 24
-  %1864 = fadd float %tile_sum.rf219.sroa.0.96.vec.extract.i, %1863
-  %tile_sum.rf219.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 25
-  %1865 = fadd float %tile_sum.rf219.sroa.0.100.vec.extract.i, %1864
-  %tile_sum.rf219.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 26
-  %1866 = fadd float %tile_sum.rf219.sroa.0.104.vec.extract.i, %1865
-  %tile_sum.rf219.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 27
-  %1867 = fadd float %tile_sum.rf219.sroa.0.108.vec.extract.i, %1866
-  %tile_sum.rf219.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 28
-  %1868 = fadd float %tile_sum.rf219.sroa.0.112.vec.extract.i, %1867
-  %tile_sum.rf219.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 29
-  %1869 = fadd float %tile_sum.rf219.sroa.0.116.vec.extract.i, %1868
-  %tile_sum.rf219.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 30
-  %1870 = fadd float %tile_sum.rf219.sroa.0.120.vec.extract.i, %1869
-  %tile_sum.rf219.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global218.sroa.0.0.lcssa.i, i64 31
-  %1871 = fadd float %tile_sum.rf219.sroa.0.124.vec.extract.i, %1870
-  store float %1871, ptr %1839, align 4, !tbaa !63
-  %indvars.iv.next1175.i = add nuw nsw i64 %indvars.iv1174.i, 1
-  %exitcond1177.not.i = icmp eq i64 %indvars.iv.next1175.i, 4
-  br i1 %exitcond1177.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !21
+  %tile_sum.rf_global216.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %1845, %for_end_ax180.i.loopexit.unr-lcssa ], [ %1847, %for_body_ax179.i.epil ]
+  %1848 = getelementptr inbounds nuw float, ptr %tile_sum221.i, i64 %indvars.iv1171.i
+  %tile_sum.rf217.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 0
+  %1849 = fadd float %tile_sum.rf217.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf217.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 1
+  %1850 = fadd float %tile_sum.rf217.sroa.0.4.vec.extract.i, %1849
+  %tile_sum.rf217.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 2
+  %1851 = fadd float %tile_sum.rf217.sroa.0.8.vec.extract.i, %1850
+  %tile_sum.rf217.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 3
+  %1852 = fadd float %tile_sum.rf217.sroa.0.12.vec.extract.i, %1851
+  %tile_sum.rf217.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 4
+  %1853 = fadd float %tile_sum.rf217.sroa.0.16.vec.extract.i, %1852
+  %tile_sum.rf217.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 5
+  %1854 = fadd float %tile_sum.rf217.sroa.0.20.vec.extract.i, %1853
+  %tile_sum.rf217.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 6
+  %1855 = fadd float %tile_sum.rf217.sroa.0.24.vec.extract.i, %1854
+  %tile_sum.rf217.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 7
+  %1856 = fadd float %tile_sum.rf217.sroa.0.28.vec.extract.i, %1855
+  %tile_sum.rf217.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 8
+  %1857 = fadd float %tile_sum.rf217.sroa.0.32.vec.extract.i, %1856
+  %tile_sum.rf217.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 9
+  %1858 = fadd float %tile_sum.rf217.sroa.0.36.vec.extract.i, %1857
+  %tile_sum.rf217.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 10
+  %1859 = fadd float %tile_sum.rf217.sroa.0.40.vec.extract.i, %1858
+  %tile_sum.rf217.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 11
+  %1860 = fadd float %tile_sum.rf217.sroa.0.44.vec.extract.i, %1859
+  %tile_sum.rf217.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 12
+  %1861 = fadd float %tile_sum.rf217.sroa.0.48.vec.extract.i, %1860
+  %tile_sum.rf217.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 13
+  %1862 = fadd float %tile_sum.rf217.sroa.0.52.vec.extract.i, %1861
+  %tile_sum.rf217.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 14
+  %1863 = fadd float %tile_sum.rf217.sroa.0.56.vec.extract.i, %1862
+  %tile_sum.rf217.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 15
+  %1864 = fadd float %tile_sum.rf217.sroa.0.60.vec.extract.i, %1863
+  %tile_sum.rf217.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 16
+  %1865 = fadd float %tile_sum.rf217.sroa.0.64.vec.extract.i, %1864
+  %tile_sum.rf217.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 17
+  %1866 = fadd float %tile_sum.rf217.sroa.0.68.vec.extract.i, %1865
+  %tile_sum.rf217.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 18
+  %1867 = fadd float %tile_sum.rf217.sroa.0.72.vec.extract.i, %1866
+  %tile_sum.rf217.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 19
+  %1868 = fadd float %tile_sum.rf217.sroa.0.76.vec.extract.i, %1867
+  %tile_sum.rf217.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 20
+  %1869 = fadd float %tile_sum.rf217.sroa.0.80.vec.extract.i, %1868
+  %tile_sum.rf217.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 21
+  %1870 = fadd float %tile_sum.rf217.sroa.0.84.vec.extract.i, %1869
+  %tile_sum.rf217.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 22
+  %1871 = fadd float %tile_sum.rf217.sroa.0.88.vec.extract.i, %1870
+  %tile_sum.rf217.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 23
+  %1872 = fadd float %tile_sum.rf217.sroa.0.92.vec.extract.i, %1871
+  %tile_sum.rf217.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 24
+  %1873 = fadd float %tile_sum.rf217.sroa.0.96.vec.extract.i, %1872
+  %tile_sum.rf217.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 25
+  %1874 = fadd float %tile_sum.rf217.sroa.0.100.vec.extract.i, %1873
+  %tile_sum.rf217.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 26
+  %1875 = fadd float %tile_sum.rf217.sroa.0.104.vec.extract.i, %1874
+  %tile_sum.rf217.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 27
+  %1876 = fadd float %tile_sum.rf217.sroa.0.108.vec.extract.i, %1875
+  %tile_sum.rf217.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 28
+  %1877 = fadd float %tile_sum.rf217.sroa.0.112.vec.extract.i, %1876
+  %tile_sum.rf217.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 29
+  %1878 = fadd float %tile_sum.rf217.sroa.0.116.vec.extract.i, %1877
+  %tile_sum.rf217.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 30
+  %1879 = fadd float %tile_sum.rf217.sroa.0.120.vec.extract.i, %1878
+  %tile_sum.rf217.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 31
+  %1880 = fadd float %tile_sum.rf217.sroa.0.124.vec.extract.i, %1879
+  store float %1880, ptr %1848, align 4, !tbaa !63
+  %indvars.iv.next1172.i = add nuw nsw i64 %indvars.iv1171.i, 1
+  %exitcond1174.not.i = icmp eq i64 %indvars.iv.next1172.i, 4
+  br i1 %exitcond1174.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !21
 
 for_begin_to88.preheader.preheader.i:             ; preds = %for_end_ax180.i
-  br i1 %968, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
+  br i1 %975, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
 
 for_body_to89.i.preheader:                        ; preds = %for_begin_to88.preheader.preheader.i
-  br i1 %991, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !30
+  br i1 %998, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !30
 
 for_body_to89.i:                                  ; preds = %for_body_to89.i, %for_body_to89.i.preheader
-  %indvars.iv1178.i = phi i64 [ %indvars.iv.next1179.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %indvars.iv1175.i = phi i64 [ %indvars.iv.next1176.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
   %niter158 = phi i64 [ %niter158.next.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
-  %.idx1281.i = shl nsw i64 %indvars.iv1178.i, 7
-  %1872 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i
-  %1873 = load <32 x float>, ptr %1872, align 4, !tbaa !4
-  %1874 = bitcast <32 x float> %1873 to <32 x i32>
-  %1875 = shufflevector <32 x i32> %1874, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1876 = lshr <16 x i32> %1875, splat (i32 16)
-  %1877 = bitcast <32 x float> %1873 to <32 x i32>
-  %1878 = shufflevector <32 x i32> %1877, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1879 = or <16 x i32> %1876, %1878
-  %.idx1282.i = shl nsw i64 %indvars.iv1178.i, 6
-  %1880 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i
-  store <16 x i32> %1879, ptr %1880, align 4, !tbaa !4
-  %indvars.iv.next1179.i = or disjoint i64 %indvars.iv1178.i, 1
-  %.idx1281.i.1 = shl nsw i64 %indvars.iv.next1179.i, 7
-  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.1
+  %.idx1281.i = shl nsw i64 %indvars.iv1175.i, 7
+  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i
   %1882 = load <32 x float>, ptr %1881, align 4, !tbaa !4
   %1883 = bitcast <32 x float> %1882 to <32 x i32>
   %1884 = shufflevector <32 x i32> %1883, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4552,12 +4546,12 @@ for_body_to89.i:                                  ; preds = %for_body_to89.i, %f
   %1886 = bitcast <32 x float> %1882 to <32 x i32>
   %1887 = shufflevector <32 x i32> %1886, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %1888 = or <16 x i32> %1885, %1887
-  %.idx1282.i.1 = shl nsw i64 %indvars.iv.next1179.i, 6
-  %1889 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.1
+  %.idx1282.i = shl nsw i64 %indvars.iv1175.i, 6
+  %1889 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i
   store <16 x i32> %1888, ptr %1889, align 4, !tbaa !4
-  %indvars.iv.next1179.i.1 = or disjoint i64 %indvars.iv1178.i, 2
-  %.idx1281.i.2 = shl nsw i64 %indvars.iv.next1179.i.1, 7
-  %1890 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.2
+  %indvars.iv.next1176.i = or disjoint i64 %indvars.iv1175.i, 1
+  %.idx1281.i.1 = shl nsw i64 %indvars.iv.next1176.i, 7
+  %1890 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.1
   %1891 = load <32 x float>, ptr %1890, align 4, !tbaa !4
   %1892 = bitcast <32 x float> %1891 to <32 x i32>
   %1893 = shufflevector <32 x i32> %1892, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4565,12 +4559,12 @@ for_body_to89.i:                                  ; preds = %for_body_to89.i, %f
   %1895 = bitcast <32 x float> %1891 to <32 x i32>
   %1896 = shufflevector <32 x i32> %1895, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %1897 = or <16 x i32> %1894, %1896
-  %.idx1282.i.2 = shl nsw i64 %indvars.iv.next1179.i.1, 6
-  %1898 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.2
+  %.idx1282.i.1 = shl nsw i64 %indvars.iv.next1176.i, 6
+  %1898 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.1
   store <16 x i32> %1897, ptr %1898, align 4, !tbaa !4
-  %indvars.iv.next1179.i.2 = or disjoint i64 %indvars.iv1178.i, 3
-  %.idx1281.i.3 = shl nsw i64 %indvars.iv.next1179.i.2, 7
-  %1899 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.3
+  %indvars.iv.next1176.i.1 = or disjoint i64 %indvars.iv1175.i, 2
+  %.idx1281.i.2 = shl nsw i64 %indvars.iv.next1176.i.1, 7
+  %1899 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.2
   %1900 = load <32 x float>, ptr %1899, align 4, !tbaa !4
   %1901 = bitcast <32 x float> %1900 to <32 x i32>
   %1902 = shufflevector <32 x i32> %1901, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4578,10 +4572,23 @@ for_body_to89.i:                                  ; preds = %for_body_to89.i, %f
   %1904 = bitcast <32 x float> %1900 to <32 x i32>
   %1905 = shufflevector <32 x i32> %1904, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %1906 = or <16 x i32> %1903, %1905
-  %.idx1282.i.3 = shl nsw i64 %indvars.iv.next1179.i.2, 6
-  %1907 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.3
+  %.idx1282.i.2 = shl nsw i64 %indvars.iv.next1176.i.1, 6
+  %1907 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.2
   store <16 x i32> %1906, ptr %1907, align 4, !tbaa !4
-  %indvars.iv.next1179.i.3 = add nuw nsw i64 %indvars.iv1178.i, 4
+  %indvars.iv.next1176.i.2 = or disjoint i64 %indvars.iv1175.i, 3
+  %.idx1281.i.3 = shl nsw i64 %indvars.iv.next1176.i.2, 7
+  %1908 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.3
+  %1909 = load <32 x float>, ptr %1908, align 4, !tbaa !4
+  %1910 = bitcast <32 x float> %1909 to <32 x i32>
+  %1911 = shufflevector <32 x i32> %1910, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1912 = lshr <16 x i32> %1911, splat (i32 16)
+  %1913 = bitcast <32 x float> %1909 to <32 x i32>
+  %1914 = shufflevector <32 x i32> %1913, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1915 = or <16 x i32> %1912, %1914
+  %.idx1282.i.3 = shl nsw i64 %indvars.iv.next1176.i.2, 6
+  %1916 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.3
+  store <16 x i32> %1915, ptr %1916, align 4, !tbaa !4
+  %indvars.iv.next1176.i.3 = add nuw nsw i64 %indvars.iv1175.i, 4
   %niter158.next.3 = add i64 %niter158, 4
   %niter158.ncmp.3 = icmp eq i64 %niter158.next.3, %unroll_iter157
   br i1 %niter158.ncmp.3, label %for_body_to89.1.i.preheader.unr-lcssa, label %for_body_to89.i, !prof !31, !llvm.loop !65
@@ -4590,96 +4597,96 @@ for_body_to89.1.i.preheader.unr-lcssa:            ; preds = %for_body_to89.i
   br i1 %lcmp.mod155.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil.preheader, !prof !34
 
 for_body_to89.i.epil.preheader:                   ; preds = %for_body_to89.1.i.preheader.unr-lcssa, %for_body_to89.i.preheader
-  %indvars.iv1178.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1179.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
+  %indvars.iv1175.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1176.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod156)
   br label %for_body_to89.i.epil
 
 for_body_to89.i.epil:                             ; preds = %for_body_to89.i.epil, %for_body_to89.i.epil.preheader
-  %indvars.iv1178.i.epil = phi i64 [ %indvars.iv.next1179.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1178.i.epil.init, %for_body_to89.i.epil.preheader ]
+  %indvars.iv1175.i.epil = phi i64 [ %indvars.iv.next1176.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1175.i.epil.init, %for_body_to89.i.epil.preheader ]
   %epil.iter154 = phi i64 [ %epil.iter154.next, %for_body_to89.i.epil ], [ 0, %for_body_to89.i.epil.preheader ]
-  %.idx1281.i.epil = shl nsw i64 %indvars.iv1178.i.epil, 7
-  %1908 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.epil
-  %1909 = load <32 x float>, ptr %1908, align 4, !tbaa !4
-  %1910 = bitcast <32 x float> %1909 to <32 x i32>
-  %1911 = shufflevector <32 x i32> %1910, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1912 = lshr <16 x i32> %1911, splat (i32 16)
-  %1913 = bitcast <32 x float> %1909 to <32 x i32>
-  %1914 = shufflevector <32 x i32> %1913, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1915 = or <16 x i32> %1912, %1914
-  %.idx1282.i.epil = shl nsw i64 %indvars.iv1178.i.epil, 6
-  %1916 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.epil
-  store <16 x i32> %1915, ptr %1916, align 4, !tbaa !4
-  %indvars.iv.next1179.i.epil = add nuw nsw i64 %indvars.iv1178.i.epil, 1
+  %.idx1281.i.epil = shl nsw i64 %indvars.iv1175.i.epil, 7
+  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.epil
+  %1918 = load <32 x float>, ptr %1917, align 4, !tbaa !4
+  %1919 = bitcast <32 x float> %1918 to <32 x i32>
+  %1920 = shufflevector <32 x i32> %1919, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1921 = lshr <16 x i32> %1920, splat (i32 16)
+  %1922 = bitcast <32 x float> %1918 to <32 x i32>
+  %1923 = shufflevector <32 x i32> %1922, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1924 = or <16 x i32> %1921, %1923
+  %.idx1282.i.epil = shl nsw i64 %indvars.iv1175.i.epil, 6
+  %1925 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.epil
+  store <16 x i32> %1924, ptr %1925, align 4, !tbaa !4
+  %indvars.iv.next1176.i.epil = add nuw nsw i64 %indvars.iv1175.i.epil, 1
   %epil.iter154.next = add i64 %epil.iter154, 1
   %epil.iter154.cmp.not = icmp eq i64 %epil.iter154.next, %xtraiter153
   br i1 %epil.iter154.cmp.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil, !prof !35, !llvm.loop !66
 
 for_body_to89.1.i.preheader:                      ; preds = %for_body_to89.i.epil, %for_body_to89.1.i.preheader.unr-lcssa
-  br i1 %992, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !30
+  br i1 %999, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !30
 
 for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, %for_body_to89.1.i.preheader
-  %indvars.iv1178.1.i = phi i64 [ %indvars.iv.next1179.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %indvars.iv1175.1.i = phi i64 [ %indvars.iv.next1176.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
   %niter164 = phi i64 [ %niter164.next.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
-  %.idx1283.i = shl nsw i64 %indvars.iv1178.1.i, 7
-  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i
-  %1918 = getelementptr inbounds nuw i8, ptr %1917, i64 512
-  %1919 = load <32 x float>, ptr %1918, align 4, !tbaa !4
-  %1920 = bitcast <32 x float> %1919 to <32 x i32>
-  %1921 = shufflevector <32 x i32> %1920, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1922 = lshr <16 x i32> %1921, splat (i32 16)
-  %1923 = bitcast <32 x float> %1919 to <32 x i32>
-  %1924 = shufflevector <32 x i32> %1923, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1925 = or <16 x i32> %1922, %1924
-  %.idx1284.i = shl nsw i64 %indvars.iv1178.1.i, 6
-  %1926 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i
-  %1927 = getelementptr inbounds nuw i8, ptr %1926, i64 256
-  store <16 x i32> %1925, ptr %1927, align 4, !tbaa !4
-  %indvars.iv.next1179.1.i = or disjoint i64 %indvars.iv1178.1.i, 1
-  %.idx1283.i.1 = shl nsw i64 %indvars.iv.next1179.1.i, 7
-  %1928 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.1
-  %1929 = getelementptr inbounds nuw i8, ptr %1928, i64 512
-  %1930 = load <32 x float>, ptr %1929, align 4, !tbaa !4
-  %1931 = bitcast <32 x float> %1930 to <32 x i32>
-  %1932 = shufflevector <32 x i32> %1931, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1933 = lshr <16 x i32> %1932, splat (i32 16)
-  %1934 = bitcast <32 x float> %1930 to <32 x i32>
-  %1935 = shufflevector <32 x i32> %1934, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1936 = or <16 x i32> %1933, %1935
-  %.idx1284.i.1 = shl nsw i64 %indvars.iv.next1179.1.i, 6
-  %1937 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.1
-  %1938 = getelementptr inbounds nuw i8, ptr %1937, i64 256
-  store <16 x i32> %1936, ptr %1938, align 4, !tbaa !4
-  %indvars.iv.next1179.1.i.1 = or disjoint i64 %indvars.iv1178.1.i, 2
-  %.idx1283.i.2 = shl nsw i64 %indvars.iv.next1179.1.i.1, 7
-  %1939 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.2
-  %1940 = getelementptr inbounds nuw i8, ptr %1939, i64 512
-  %1941 = load <32 x float>, ptr %1940, align 4, !tbaa !4
-  %1942 = bitcast <32 x float> %1941 to <32 x i32>
-  %1943 = shufflevector <32 x i32> %1942, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1944 = lshr <16 x i32> %1943, splat (i32 16)
-  %1945 = bitcast <32 x float> %1941 to <32 x i32>
-  %1946 = shufflevector <32 x i32> %1945, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1947 = or <16 x i32> %1944, %1946
-  %.idx1284.i.2 = shl nsw i64 %indvars.iv.next1179.1.i.1, 6
-  %1948 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.2
-  %1949 = getelementptr inbounds nuw i8, ptr %1948, i64 256
-  store <16 x i32> %1947, ptr %1949, align 4, !tbaa !4
-  %indvars.iv.next1179.1.i.2 = or disjoint i64 %indvars.iv1178.1.i, 3
-  %.idx1283.i.3 = shl nsw i64 %indvars.iv.next1179.1.i.2, 7
-  %1950 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.3
-  %1951 = getelementptr inbounds nuw i8, ptr %1950, i64 512
-  %1952 = load <32 x float>, ptr %1951, align 4, !tbaa !4
-  %1953 = bitcast <32 x float> %1952 to <32 x i32>
-  %1954 = shufflevector <32 x i32> %1953, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1955 = lshr <16 x i32> %1954, splat (i32 16)
-  %1956 = bitcast <32 x float> %1952 to <32 x i32>
-  %1957 = shufflevector <32 x i32> %1956, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1958 = or <16 x i32> %1955, %1957
-  %.idx1284.i.3 = shl nsw i64 %indvars.iv.next1179.1.i.2, 6
-  %1959 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.3
-  %1960 = getelementptr inbounds nuw i8, ptr %1959, i64 256
-  store <16 x i32> %1958, ptr %1960, align 4, !tbaa !4
-  %indvars.iv.next1179.1.i.3 = add nuw nsw i64 %indvars.iv1178.1.i, 4
+  %.idx1283.i = shl nsw i64 %indvars.iv1175.1.i, 7
+  %1926 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i
+  %1927 = getelementptr inbounds nuw i8, ptr %1926, i64 512
+  %1928 = load <32 x float>, ptr %1927, align 4, !tbaa !4
+  %1929 = bitcast <32 x float> %1928 to <32 x i32>
+  %1930 = shufflevector <32 x i32> %1929, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1931 = lshr <16 x i32> %1930, splat (i32 16)
+  %1932 = bitcast <32 x float> %1928 to <32 x i32>
+  %1933 = shufflevector <32 x i32> %1932, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1934 = or <16 x i32> %1931, %1933
+  %.idx1284.i = shl nsw i64 %indvars.iv1175.1.i, 6
+  %1935 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i
+  %1936 = getelementptr inbounds nuw i8, ptr %1935, i64 256
+  store <16 x i32> %1934, ptr %1936, align 4, !tbaa !4
+  %indvars.iv.next1176.1.i = or disjoint i64 %indvars.iv1175.1.i, 1
+  %.idx1283.i.1 = shl nsw i64 %indvars.iv.next1176.1.i, 7
+  %1937 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.1
+  %1938 = getelementptr inbounds nuw i8, ptr %1937, i64 512
+  %1939 = load <32 x float>, ptr %1938, align 4, !tbaa !4
+  %1940 = bitcast <32 x float> %1939 to <32 x i32>
+  %1941 = shufflevector <32 x i32> %1940, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1942 = lshr <16 x i32> %1941, splat (i32 16)
+  %1943 = bitcast <32 x float> %1939 to <32 x i32>
+  %1944 = shufflevector <32 x i32> %1943, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1945 = or <16 x i32> %1942, %1944
+  %.idx1284.i.1 = shl nsw i64 %indvars.iv.next1176.1.i, 6
+  %1946 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.1
+  %1947 = getelementptr inbounds nuw i8, ptr %1946, i64 256
+  store <16 x i32> %1945, ptr %1947, align 4, !tbaa !4
+  %indvars.iv.next1176.1.i.1 = or disjoint i64 %indvars.iv1175.1.i, 2
+  %.idx1283.i.2 = shl nsw i64 %indvars.iv.next1176.1.i.1, 7
+  %1948 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.2
+  %1949 = getelementptr inbounds nuw i8, ptr %1948, i64 512
+  %1950 = load <32 x float>, ptr %1949, align 4, !tbaa !4
+  %1951 = bitcast <32 x float> %1950 to <32 x i32>
+  %1952 = shufflevector <32 x i32> %1951, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1953 = lshr <16 x i32> %1952, splat (i32 16)
+  %1954 = bitcast <32 x float> %1950 to <32 x i32>
+  %1955 = shufflevector <32 x i32> %1954, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1956 = or <16 x i32> %1953, %1955
+  %.idx1284.i.2 = shl nsw i64 %indvars.iv.next1176.1.i.1, 6
+  %1957 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.2
+  %1958 = getelementptr inbounds nuw i8, ptr %1957, i64 256
+  store <16 x i32> %1956, ptr %1958, align 4, !tbaa !4
+  %indvars.iv.next1176.1.i.2 = or disjoint i64 %indvars.iv1175.1.i, 3
+  %.idx1283.i.3 = shl nsw i64 %indvars.iv.next1176.1.i.2, 7
+  %1959 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.3
+  %1960 = getelementptr inbounds nuw i8, ptr %1959, i64 512
+  %1961 = load <32 x float>, ptr %1960, align 4, !tbaa !4
+  %1962 = bitcast <32 x float> %1961 to <32 x i32>
+  %1963 = shufflevector <32 x i32> %1962, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1964 = lshr <16 x i32> %1963, splat (i32 16)
+  %1965 = bitcast <32 x float> %1961 to <32 x i32>
+  %1966 = shufflevector <32 x i32> %1965, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1967 = or <16 x i32> %1964, %1966
+  %.idx1284.i.3 = shl nsw i64 %indvars.iv.next1176.1.i.2, 6
+  %1968 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.3
+  %1969 = getelementptr inbounds nuw i8, ptr %1968, i64 256
+  store <16 x i32> %1967, ptr %1969, align 4, !tbaa !4
+  %indvars.iv.next1176.1.i.3 = add nuw nsw i64 %indvars.iv1175.1.i, 4
   %niter164.next.3 = add i64 %niter164, 4
   %niter164.ncmp.3 = icmp eq i64 %niter164.next.3, %unroll_iter163
   br i1 %niter164.ncmp.3, label %for_body_to89.2.i.preheader.unr-lcssa, label %for_body_to89.1.i, !prof !31, !llvm.loop !67
@@ -4688,98 +4695,98 @@ for_body_to89.2.i.preheader.unr-lcssa:            ; preds = %for_body_to89.1.i
   br i1 %lcmp.mod161.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil.preheader, !prof !34
 
 for_body_to89.1.i.epil.preheader:                 ; preds = %for_body_to89.2.i.preheader.unr-lcssa, %for_body_to89.1.i.preheader
-  %indvars.iv1178.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1179.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
+  %indvars.iv1175.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1176.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod162)
   br label %for_body_to89.1.i.epil
 
 for_body_to89.1.i.epil:                           ; preds = %for_body_to89.1.i.epil, %for_body_to89.1.i.epil.preheader
-  %indvars.iv1178.1.i.epil = phi i64 [ %indvars.iv.next1179.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1178.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
+  %indvars.iv1175.1.i.epil = phi i64 [ %indvars.iv.next1176.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1175.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
   %epil.iter160 = phi i64 [ %epil.iter160.next, %for_body_to89.1.i.epil ], [ 0, %for_body_to89.1.i.epil.preheader ]
-  %.idx1283.i.epil = shl nsw i64 %indvars.iv1178.1.i.epil, 7
-  %1961 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.epil
-  %1962 = getelementptr inbounds nuw i8, ptr %1961, i64 512
-  %1963 = load <32 x float>, ptr %1962, align 4, !tbaa !4
-  %1964 = bitcast <32 x float> %1963 to <32 x i32>
-  %1965 = shufflevector <32 x i32> %1964, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1966 = lshr <16 x i32> %1965, splat (i32 16)
-  %1967 = bitcast <32 x float> %1963 to <32 x i32>
-  %1968 = shufflevector <32 x i32> %1967, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1969 = or <16 x i32> %1966, %1968
-  %.idx1284.i.epil = shl nsw i64 %indvars.iv1178.1.i.epil, 6
-  %1970 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.epil
-  %1971 = getelementptr inbounds nuw i8, ptr %1970, i64 256
-  store <16 x i32> %1969, ptr %1971, align 4, !tbaa !4
-  %indvars.iv.next1179.1.i.epil = add nuw nsw i64 %indvars.iv1178.1.i.epil, 1
+  %.idx1283.i.epil = shl nsw i64 %indvars.iv1175.1.i.epil, 7
+  %1970 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.epil
+  %1971 = getelementptr inbounds nuw i8, ptr %1970, i64 512
+  %1972 = load <32 x float>, ptr %1971, align 4, !tbaa !4
+  %1973 = bitcast <32 x float> %1972 to <32 x i32>
+  %1974 = shufflevector <32 x i32> %1973, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1975 = lshr <16 x i32> %1974, splat (i32 16)
+  %1976 = bitcast <32 x float> %1972 to <32 x i32>
+  %1977 = shufflevector <32 x i32> %1976, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1978 = or <16 x i32> %1975, %1977
+  %.idx1284.i.epil = shl nsw i64 %indvars.iv1175.1.i.epil, 6
+  %1979 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.epil
+  %1980 = getelementptr inbounds nuw i8, ptr %1979, i64 256
+  store <16 x i32> %1978, ptr %1980, align 4, !tbaa !4
+  %indvars.iv.next1176.1.i.epil = add nuw nsw i64 %indvars.iv1175.1.i.epil, 1
   %epil.iter160.next = add i64 %epil.iter160, 1
   %epil.iter160.cmp.not = icmp eq i64 %epil.iter160.next, %xtraiter159
   br i1 %epil.iter160.cmp.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil, !prof !35, !llvm.loop !68
 
 for_body_to89.2.i.preheader:                      ; preds = %for_body_to89.1.i.epil, %for_body_to89.2.i.preheader.unr-lcssa
-  br i1 %993, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !30
+  br i1 %1000, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !30
 
 for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, %for_body_to89.2.i.preheader
-  %indvars.iv1178.2.i = phi i64 [ %indvars.iv.next1179.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %indvars.iv1175.2.i = phi i64 [ %indvars.iv.next1176.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
   %niter170 = phi i64 [ %niter170.next.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
-  %.idx1285.i = shl nsw i64 %indvars.iv1178.2.i, 7
-  %1972 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i
-  %1973 = getelementptr inbounds nuw i8, ptr %1972, i64 1024
-  %1974 = load <32 x float>, ptr %1973, align 4, !tbaa !4
-  %1975 = bitcast <32 x float> %1974 to <32 x i32>
-  %1976 = shufflevector <32 x i32> %1975, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1977 = lshr <16 x i32> %1976, splat (i32 16)
-  %1978 = bitcast <32 x float> %1974 to <32 x i32>
-  %1979 = shufflevector <32 x i32> %1978, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1980 = or <16 x i32> %1977, %1979
-  %.idx1286.i = shl nsw i64 %indvars.iv1178.2.i, 6
-  %1981 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i
-  %1982 = getelementptr inbounds nuw i8, ptr %1981, i64 512
-  store <16 x i32> %1980, ptr %1982, align 4, !tbaa !4
-  %indvars.iv.next1179.2.i = or disjoint i64 %indvars.iv1178.2.i, 1
-  %.idx1285.i.1 = shl nsw i64 %indvars.iv.next1179.2.i, 7
-  %1983 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.1
-  %1984 = getelementptr inbounds nuw i8, ptr %1983, i64 1024
-  %1985 = load <32 x float>, ptr %1984, align 4, !tbaa !4
-  %1986 = bitcast <32 x float> %1985 to <32 x i32>
-  %1987 = shufflevector <32 x i32> %1986, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1988 = lshr <16 x i32> %1987, splat (i32 16)
-  %1989 = bitcast <32 x float> %1985 to <32 x i32>
-  %1990 = shufflevector <32 x i32> %1989, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1991 = or <16 x i32> %1988, %1990
-  %.idx1286.i.1 = shl nsw i64 %indvars.iv.next1179.2.i, 6
-  %1992 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.1
-  %1993 = getelementptr inbounds nuw i8, ptr %1992, i64 512
-  store <16 x i32> %1991, ptr %1993, align 4, !tbaa !4
-  %indvars.iv.next1179.2.i.1 = or disjoint i64 %indvars.iv1178.2.i, 2
-  %.idx1285.i.2 = shl nsw i64 %indvars.iv.next1179.2.i.1, 7
-  %1994 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.2
-  %1995 = getelementptr inbounds nuw i8, ptr %1994, i64 1024
-  %1996 = load <32 x float>, ptr %1995, align 4, !tbaa !4
-  %1997 = bitcast <32 x float> %1996 to <32 x i32>
-  %1998 = shufflevector <32 x i32> %1997, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1999 = lshr <16 x i32> %1998, splat (i32 16)
-  %2000 = bitcast <32 x float> %1996 to <32 x i32>
-  %2001 = shufflevector <32 x i32> %2000, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2002 = or <16 x i32> %1999, %2001
-  %.idx1286.i.2 = shl nsw i64 %indvars.iv.next1179.2.i.1, 6
-  %2003 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.2
-  %2004 = getelementptr inbounds nuw i8, ptr %2003, i64 512
-  store <16 x i32> %2002, ptr %2004, align 4, !tbaa !4
-  %indvars.iv.next1179.2.i.2 = or disjoint i64 %indvars.iv1178.2.i, 3
-  %.idx1285.i.3 = shl nsw i64 %indvars.iv.next1179.2.i.2, 7
-  %2005 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.3
-  %2006 = getelementptr inbounds nuw i8, ptr %2005, i64 1024
-  %2007 = load <32 x float>, ptr %2006, align 4, !tbaa !4
-  %2008 = bitcast <32 x float> %2007 to <32 x i32>
-  %2009 = shufflevector <32 x i32> %2008, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2010 = lshr <16 x i32> %2009, splat (i32 16)
-  %2011 = bitcast <32 x float> %2007 to <32 x i32>
-  %2012 = shufflevector <32 x i32> %2011, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2013 = or <16 x i32> %2010, %2012
-  %.idx1286.i.3 = shl nsw i64 %indvars.iv.next1179.2.i.2, 6
-  %2014 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.3
-  %2015 = getelementptr inbounds nuw i8, ptr %2014, i64 512
-  store <16 x i32> %2013, ptr %2015, align 4, !tbaa !4
-  %indvars.iv.next1179.2.i.3 = add nuw nsw i64 %indvars.iv1178.2.i, 4
+  %.idx1285.i = shl nsw i64 %indvars.iv1175.2.i, 7
+  %1981 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i
+  %1982 = getelementptr inbounds nuw i8, ptr %1981, i64 1024
+  %1983 = load <32 x float>, ptr %1982, align 4, !tbaa !4
+  %1984 = bitcast <32 x float> %1983 to <32 x i32>
+  %1985 = shufflevector <32 x i32> %1984, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1986 = lshr <16 x i32> %1985, splat (i32 16)
+  %1987 = bitcast <32 x float> %1983 to <32 x i32>
+  %1988 = shufflevector <32 x i32> %1987, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1989 = or <16 x i32> %1986, %1988
+  %.idx1286.i = shl nsw i64 %indvars.iv1175.2.i, 6
+  %1990 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i
+  %1991 = getelementptr inbounds nuw i8, ptr %1990, i64 512
+  store <16 x i32> %1989, ptr %1991, align 4, !tbaa !4
+  %indvars.iv.next1176.2.i = or disjoint i64 %indvars.iv1175.2.i, 1
+  %.idx1285.i.1 = shl nsw i64 %indvars.iv.next1176.2.i, 7
+  %1992 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.1
+  %1993 = getelementptr inbounds nuw i8, ptr %1992, i64 1024
+  %1994 = load <32 x float>, ptr %1993, align 4, !tbaa !4
+  %1995 = bitcast <32 x float> %1994 to <32 x i32>
+  %1996 = shufflevector <32 x i32> %1995, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1997 = lshr <16 x i32> %1996, splat (i32 16)
+  %1998 = bitcast <32 x float> %1994 to <32 x i32>
+  %1999 = shufflevector <32 x i32> %1998, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2000 = or <16 x i32> %1997, %1999
+  %.idx1286.i.1 = shl nsw i64 %indvars.iv.next1176.2.i, 6
+  %2001 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.1
+  %2002 = getelementptr inbounds nuw i8, ptr %2001, i64 512
+  store <16 x i32> %2000, ptr %2002, align 4, !tbaa !4
+  %indvars.iv.next1176.2.i.1 = or disjoint i64 %indvars.iv1175.2.i, 2
+  %.idx1285.i.2 = shl nsw i64 %indvars.iv.next1176.2.i.1, 7
+  %2003 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.2
+  %2004 = getelementptr inbounds nuw i8, ptr %2003, i64 1024
+  %2005 = load <32 x float>, ptr %2004, align 4, !tbaa !4
+  %2006 = bitcast <32 x float> %2005 to <32 x i32>
+  %2007 = shufflevector <32 x i32> %2006, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2008 = lshr <16 x i32> %2007, splat (i32 16)
+  %2009 = bitcast <32 x float> %2005 to <32 x i32>
+  %2010 = shufflevector <32 x i32> %2009, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2011 = or <16 x i32> %2008, %2010
+  %.idx1286.i.2 = shl nsw i64 %indvars.iv.next1176.2.i.1, 6
+  %2012 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.2
+  %2013 = getelementptr inbounds nuw i8, ptr %2012, i64 512
+  store <16 x i32> %2011, ptr %2013, align 4, !tbaa !4
+  %indvars.iv.next1176.2.i.2 = or disjoint i64 %indvars.iv1175.2.i, 3
+  %.idx1285.i.3 = shl nsw i64 %indvars.iv.next1176.2.i.2, 7
+  %2014 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.3
+  %2015 = getelementptr inbounds nuw i8, ptr %2014, i64 1024
+  %2016 = load <32 x float>, ptr %2015, align 4, !tbaa !4
+  %2017 = bitcast <32 x float> %2016 to <32 x i32>
+  %2018 = shufflevector <32 x i32> %2017, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2019 = lshr <16 x i32> %2018, splat (i32 16)
+  %2020 = bitcast <32 x float> %2016 to <32 x i32>
+  %2021 = shufflevector <32 x i32> %2020, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2022 = or <16 x i32> %2019, %2021
+  %.idx1286.i.3 = shl nsw i64 %indvars.iv.next1176.2.i.2, 6
+  %2023 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.3
+  %2024 = getelementptr inbounds nuw i8, ptr %2023, i64 512
+  store <16 x i32> %2022, ptr %2024, align 4, !tbaa !4
+  %indvars.iv.next1176.2.i.3 = add nuw nsw i64 %indvars.iv1175.2.i, 4
   %niter170.next.3 = add i64 %niter170, 4
   %niter170.ncmp.3 = icmp eq i64 %niter170.next.3, %unroll_iter169
   br i1 %niter170.ncmp.3, label %for_body_to89.3.i.preheader.unr-lcssa, label %for_body_to89.2.i, !prof !31, !llvm.loop !69
@@ -4788,98 +4795,98 @@ for_body_to89.3.i.preheader.unr-lcssa:            ; preds = %for_body_to89.2.i
   br i1 %lcmp.mod167.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil.preheader, !prof !34
 
 for_body_to89.2.i.epil.preheader:                 ; preds = %for_body_to89.3.i.preheader.unr-lcssa, %for_body_to89.2.i.preheader
-  %indvars.iv1178.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1179.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
+  %indvars.iv1175.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1176.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod168)
   br label %for_body_to89.2.i.epil
 
 for_body_to89.2.i.epil:                           ; preds = %for_body_to89.2.i.epil, %for_body_to89.2.i.epil.preheader
-  %indvars.iv1178.2.i.epil = phi i64 [ %indvars.iv.next1179.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1178.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
+  %indvars.iv1175.2.i.epil = phi i64 [ %indvars.iv.next1176.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1175.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
   %epil.iter166 = phi i64 [ %epil.iter166.next, %for_body_to89.2.i.epil ], [ 0, %for_body_to89.2.i.epil.preheader ]
-  %.idx1285.i.epil = shl nsw i64 %indvars.iv1178.2.i.epil, 7
-  %2016 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.epil
-  %2017 = getelementptr inbounds nuw i8, ptr %2016, i64 1024
-  %2018 = load <32 x float>, ptr %2017, align 4, !tbaa !4
-  %2019 = bitcast <32 x float> %2018 to <32 x i32>
-  %2020 = shufflevector <32 x i32> %2019, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2021 = lshr <16 x i32> %2020, splat (i32 16)
-  %2022 = bitcast <32 x float> %2018 to <32 x i32>
-  %2023 = shufflevector <32 x i32> %2022, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2024 = or <16 x i32> %2021, %2023
-  %.idx1286.i.epil = shl nsw i64 %indvars.iv1178.2.i.epil, 6
-  %2025 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.epil
-  %2026 = getelementptr inbounds nuw i8, ptr %2025, i64 512
-  store <16 x i32> %2024, ptr %2026, align 4, !tbaa !4
-  %indvars.iv.next1179.2.i.epil = add nuw nsw i64 %indvars.iv1178.2.i.epil, 1
+  %.idx1285.i.epil = shl nsw i64 %indvars.iv1175.2.i.epil, 7
+  %2025 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.epil
+  %2026 = getelementptr inbounds nuw i8, ptr %2025, i64 1024
+  %2027 = load <32 x float>, ptr %2026, align 4, !tbaa !4
+  %2028 = bitcast <32 x float> %2027 to <32 x i32>
+  %2029 = shufflevector <32 x i32> %2028, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2030 = lshr <16 x i32> %2029, splat (i32 16)
+  %2031 = bitcast <32 x float> %2027 to <32 x i32>
+  %2032 = shufflevector <32 x i32> %2031, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2033 = or <16 x i32> %2030, %2032
+  %.idx1286.i.epil = shl nsw i64 %indvars.iv1175.2.i.epil, 6
+  %2034 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.epil
+  %2035 = getelementptr inbounds nuw i8, ptr %2034, i64 512
+  store <16 x i32> %2033, ptr %2035, align 4, !tbaa !4
+  %indvars.iv.next1176.2.i.epil = add nuw nsw i64 %indvars.iv1175.2.i.epil, 1
   %epil.iter166.next = add i64 %epil.iter166, 1
   %epil.iter166.cmp.not = icmp eq i64 %epil.iter166.next, %xtraiter165
   br i1 %epil.iter166.cmp.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil, !prof !35, !llvm.loop !70
 
 for_body_to89.3.i.preheader:                      ; preds = %for_body_to89.2.i.epil, %for_body_to89.3.i.preheader.unr-lcssa
-  br i1 %994, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !30
+  br i1 %1001, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !30
 
 for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, %for_body_to89.3.i.preheader
-  %indvars.iv1178.3.i = phi i64 [ %indvars.iv.next1179.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %indvars.iv1175.3.i = phi i64 [ %indvars.iv.next1176.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
   %niter176 = phi i64 [ %niter176.next.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
-  %.idx1287.i = shl nsw i64 %indvars.iv1178.3.i, 7
-  %2027 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i
-  %2028 = getelementptr inbounds nuw i8, ptr %2027, i64 1536
-  %2029 = load <32 x float>, ptr %2028, align 4, !tbaa !4
-  %2030 = bitcast <32 x float> %2029 to <32 x i32>
-  %2031 = shufflevector <32 x i32> %2030, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2032 = lshr <16 x i32> %2031, splat (i32 16)
-  %2033 = bitcast <32 x float> %2029 to <32 x i32>
-  %2034 = shufflevector <32 x i32> %2033, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2035 = or <16 x i32> %2032, %2034
-  %.idx1288.i = shl nsw i64 %indvars.iv1178.3.i, 6
-  %2036 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i
-  %2037 = getelementptr inbounds nuw i8, ptr %2036, i64 768
-  store <16 x i32> %2035, ptr %2037, align 4, !tbaa !4
-  %indvars.iv.next1179.3.i = or disjoint i64 %indvars.iv1178.3.i, 1
-  %.idx1287.i.1 = shl nsw i64 %indvars.iv.next1179.3.i, 7
-  %2038 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.1
-  %2039 = getelementptr inbounds nuw i8, ptr %2038, i64 1536
-  %2040 = load <32 x float>, ptr %2039, align 4, !tbaa !4
-  %2041 = bitcast <32 x float> %2040 to <32 x i32>
-  %2042 = shufflevector <32 x i32> %2041, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2043 = lshr <16 x i32> %2042, splat (i32 16)
-  %2044 = bitcast <32 x float> %2040 to <32 x i32>
-  %2045 = shufflevector <32 x i32> %2044, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2046 = or <16 x i32> %2043, %2045
-  %.idx1288.i.1 = shl nsw i64 %indvars.iv.next1179.3.i, 6
-  %2047 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.1
-  %2048 = getelementptr inbounds nuw i8, ptr %2047, i64 768
-  store <16 x i32> %2046, ptr %2048, align 4, !tbaa !4
-  %indvars.iv.next1179.3.i.1 = or disjoint i64 %indvars.iv1178.3.i, 2
-  %.idx1287.i.2 = shl nsw i64 %indvars.iv.next1179.3.i.1, 7
-  %2049 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.2
-  %2050 = getelementptr inbounds nuw i8, ptr %2049, i64 1536
-  %2051 = load <32 x float>, ptr %2050, align 4, !tbaa !4
-  %2052 = bitcast <32 x float> %2051 to <32 x i32>
-  %2053 = shufflevector <32 x i32> %2052, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2054 = lshr <16 x i32> %2053, splat (i32 16)
-  %2055 = bitcast <32 x float> %2051 to <32 x i32>
-  %2056 = shufflevector <32 x i32> %2055, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2057 = or <16 x i32> %2054, %2056
-  %.idx1288.i.2 = shl nsw i64 %indvars.iv.next1179.3.i.1, 6
-  %2058 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.2
-  %2059 = getelementptr inbounds nuw i8, ptr %2058, i64 768
-  store <16 x i32> %2057, ptr %2059, align 4, !tbaa !4
-  %indvars.iv.next1179.3.i.2 = or disjoint i64 %indvars.iv1178.3.i, 3
-  %.idx1287.i.3 = shl nsw i64 %indvars.iv.next1179.3.i.2, 7
-  %2060 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.3
-  %2061 = getelementptr inbounds nuw i8, ptr %2060, i64 1536
-  %2062 = load <32 x float>, ptr %2061, align 4, !tbaa !4
-  %2063 = bitcast <32 x float> %2062 to <32 x i32>
-  %2064 = shufflevector <32 x i32> %2063, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2065 = lshr <16 x i32> %2064, splat (i32 16)
-  %2066 = bitcast <32 x float> %2062 to <32 x i32>
-  %2067 = shufflevector <32 x i32> %2066, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2068 = or <16 x i32> %2065, %2067
-  %.idx1288.i.3 = shl nsw i64 %indvars.iv.next1179.3.i.2, 6
-  %2069 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.3
-  %2070 = getelementptr inbounds nuw i8, ptr %2069, i64 768
-  store <16 x i32> %2068, ptr %2070, align 4, !tbaa !4
-  %indvars.iv.next1179.3.i.3 = add nuw nsw i64 %indvars.iv1178.3.i, 4
+  %.idx1287.i = shl nsw i64 %indvars.iv1175.3.i, 7
+  %2036 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i
+  %2037 = getelementptr inbounds nuw i8, ptr %2036, i64 1536
+  %2038 = load <32 x float>, ptr %2037, align 4, !tbaa !4
+  %2039 = bitcast <32 x float> %2038 to <32 x i32>
+  %2040 = shufflevector <32 x i32> %2039, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2041 = lshr <16 x i32> %2040, splat (i32 16)
+  %2042 = bitcast <32 x float> %2038 to <32 x i32>
+  %2043 = shufflevector <32 x i32> %2042, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2044 = or <16 x i32> %2041, %2043
+  %.idx1288.i = shl nsw i64 %indvars.iv1175.3.i, 6
+  %2045 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i
+  %2046 = getelementptr inbounds nuw i8, ptr %2045, i64 768
+  store <16 x i32> %2044, ptr %2046, align 4, !tbaa !4
+  %indvars.iv.next1176.3.i = or disjoint i64 %indvars.iv1175.3.i, 1
+  %.idx1287.i.1 = shl nsw i64 %indvars.iv.next1176.3.i, 7
+  %2047 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.1
+  %2048 = getelementptr inbounds nuw i8, ptr %2047, i64 1536
+  %2049 = load <32 x float>, ptr %2048, align 4, !tbaa !4
+  %2050 = bitcast <32 x float> %2049 to <32 x i32>
+  %2051 = shufflevector <32 x i32> %2050, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2052 = lshr <16 x i32> %2051, splat (i32 16)
+  %2053 = bitcast <32 x float> %2049 to <32 x i32>
+  %2054 = shufflevector <32 x i32> %2053, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2055 = or <16 x i32> %2052, %2054
+  %.idx1288.i.1 = shl nsw i64 %indvars.iv.next1176.3.i, 6
+  %2056 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.1
+  %2057 = getelementptr inbounds nuw i8, ptr %2056, i64 768
+  store <16 x i32> %2055, ptr %2057, align 4, !tbaa !4
+  %indvars.iv.next1176.3.i.1 = or disjoint i64 %indvars.iv1175.3.i, 2
+  %.idx1287.i.2 = shl nsw i64 %indvars.iv.next1176.3.i.1, 7
+  %2058 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.2
+  %2059 = getelementptr inbounds nuw i8, ptr %2058, i64 1536
+  %2060 = load <32 x float>, ptr %2059, align 4, !tbaa !4
+  %2061 = bitcast <32 x float> %2060 to <32 x i32>
+  %2062 = shufflevector <32 x i32> %2061, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2063 = lshr <16 x i32> %2062, splat (i32 16)
+  %2064 = bitcast <32 x float> %2060 to <32 x i32>
+  %2065 = shufflevector <32 x i32> %2064, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2066 = or <16 x i32> %2063, %2065
+  %.idx1288.i.2 = shl nsw i64 %indvars.iv.next1176.3.i.1, 6
+  %2067 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.2
+  %2068 = getelementptr inbounds nuw i8, ptr %2067, i64 768
+  store <16 x i32> %2066, ptr %2068, align 4, !tbaa !4
+  %indvars.iv.next1176.3.i.2 = or disjoint i64 %indvars.iv1175.3.i, 3
+  %.idx1287.i.3 = shl nsw i64 %indvars.iv.next1176.3.i.2, 7
+  %2069 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.3
+  %2070 = getelementptr inbounds nuw i8, ptr %2069, i64 1536
+  %2071 = load <32 x float>, ptr %2070, align 4, !tbaa !4
+  %2072 = bitcast <32 x float> %2071 to <32 x i32>
+  %2073 = shufflevector <32 x i32> %2072, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2074 = lshr <16 x i32> %2073, splat (i32 16)
+  %2075 = bitcast <32 x float> %2071 to <32 x i32>
+  %2076 = shufflevector <32 x i32> %2075, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2077 = or <16 x i32> %2074, %2076
+  %.idx1288.i.3 = shl nsw i64 %indvars.iv.next1176.3.i.2, 6
+  %2078 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.3
+  %2079 = getelementptr inbounds nuw i8, ptr %2078, i64 768
+  store <16 x i32> %2077, ptr %2079, align 4, !tbaa !4
+  %indvars.iv.next1176.3.i.3 = add nuw nsw i64 %indvars.iv1175.3.i, 4
   %niter176.next.3 = add i64 %niter176, 4
   %niter176.ncmp.3 = icmp eq i64 %niter176.next.3, %unroll_iter175
   br i1 %niter176.ncmp.3, label %for_end_to90.3.i.loopexit.unr-lcssa, label %for_body_to89.3.i, !prof !31, !llvm.loop !71
@@ -4888,933 +4895,905 @@ for_end_to90.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to89.3.i
   br i1 %lcmp.mod173.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil.preheader, !prof !34
 
 for_body_to89.3.i.epil.preheader:                 ; preds = %for_end_to90.3.i.loopexit.unr-lcssa, %for_body_to89.3.i.preheader
-  %indvars.iv1178.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1179.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
+  %indvars.iv1175.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1176.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod174)
   br label %for_body_to89.3.i.epil
 
 for_body_to89.3.i.epil:                           ; preds = %for_body_to89.3.i.epil, %for_body_to89.3.i.epil.preheader
-  %indvars.iv1178.3.i.epil = phi i64 [ %indvars.iv.next1179.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1178.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
+  %indvars.iv1175.3.i.epil = phi i64 [ %indvars.iv.next1176.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1175.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
   %epil.iter172 = phi i64 [ %epil.iter172.next, %for_body_to89.3.i.epil ], [ 0, %for_body_to89.3.i.epil.preheader ]
-  %.idx1287.i.epil = shl nsw i64 %indvars.iv1178.3.i.epil, 7
-  %2071 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.epil
-  %2072 = getelementptr inbounds nuw i8, ptr %2071, i64 1536
-  %2073 = load <32 x float>, ptr %2072, align 4, !tbaa !4
-  %2074 = bitcast <32 x float> %2073 to <32 x i32>
-  %2075 = shufflevector <32 x i32> %2074, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2076 = lshr <16 x i32> %2075, splat (i32 16)
-  %2077 = bitcast <32 x float> %2073 to <32 x i32>
-  %2078 = shufflevector <32 x i32> %2077, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2079 = or <16 x i32> %2076, %2078
-  %.idx1288.i.epil = shl nsw i64 %indvars.iv1178.3.i.epil, 6
-  %2080 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.epil
-  %2081 = getelementptr inbounds nuw i8, ptr %2080, i64 768
-  store <16 x i32> %2079, ptr %2081, align 4, !tbaa !4
-  %indvars.iv.next1179.3.i.epil = add nuw nsw i64 %indvars.iv1178.3.i.epil, 1
+  %.idx1287.i.epil = shl nsw i64 %indvars.iv1175.3.i.epil, 7
+  %2080 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.epil
+  %2081 = getelementptr inbounds nuw i8, ptr %2080, i64 1536
+  %2082 = load <32 x float>, ptr %2081, align 4, !tbaa !4
+  %2083 = bitcast <32 x float> %2082 to <32 x i32>
+  %2084 = shufflevector <32 x i32> %2083, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2085 = lshr <16 x i32> %2084, splat (i32 16)
+  %2086 = bitcast <32 x float> %2082 to <32 x i32>
+  %2087 = shufflevector <32 x i32> %2086, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2088 = or <16 x i32> %2085, %2087
+  %.idx1288.i.epil = shl nsw i64 %indvars.iv1175.3.i.epil, 6
+  %2089 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.epil
+  %2090 = getelementptr inbounds nuw i8, ptr %2089, i64 768
+  store <16 x i32> %2088, ptr %2090, align 4, !tbaa !4
+  %indvars.iv.next1176.3.i.epil = add nuw nsw i64 %indvars.iv1175.3.i.epil, 1
   %epil.iter172.next = add i64 %epil.iter172, 1
   %epil.iter172.cmp.not = icmp eq i64 %epil.iter172.next, %xtraiter171
   br i1 %epil.iter172.cmp.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil, !prof !35, !llvm.loop !72
 
 for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.epil, %for_end_to90.3.i.loopexit.unr-lcssa, %for_begin_to88.preheader.preheader.i
-  %2082 = shl nuw nsw i64 %indvars.iv1200.i, 2
-  %2083 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2082
-  %2084 = load <4 x float>, ptr %2083, align 16, !tbaa !25
-  %old_max.i = select <4 x i1> %972, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2084
-  %2085 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2082
-  %2086 = load <4 x float>, ptr %2085, align 16, !tbaa !23
-  %old_sum.i = select <4 x i1> %972, <4 x float> zeroinitializer, <4 x float> %2086
-  %2087 = fcmp ogt <4 x float> %old_max.i, %1528
-  %2088 = load <4 x float>, ptr %tile_sum223.i, align 16, !tbaa !73
-  %2089 = fcmp oeq <4 x float> %2088, zeroinitializer
-  %2090 = select <4 x i1> %2089, <4 x i1> splat (i1 true), <4 x i1> %2087
-  %old_or_both.i = select <4 x i1> %2090, <4 x float> %old_max.i, <4 x float> %1528
-  %2091 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2091, <4 x float> %1528, <4 x float> %old_or_both.i
-  %2092 = fsub <4 x float> %old_max.i, %m.i
-  %2093 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2092, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %2094 = bitcast <4 x float> %2093 to <4 x i32>
-  %2095 = fadd <4 x float> %2093, splat (float 0xC168000FE0000000)
-  %2096 = fmul <4 x float> %2095, splat (float 0x3F2BD01060000000)
-  %2097 = fmul <4 x float> %2095, splat (float 0x3FE6300000000000)
-  %2098 = fsub <4 x float> %2092, %2097
-  %2099 = fadd <4 x float> %2096, %2098
-  %2100 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2099, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %2101 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2100, <4 x float> %2099, <4 x float> splat (float 0x3FA5558F20000000))
-  %2102 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2101, <4 x float> %2099, <4 x float> splat (float 0x3FC5554920000000))
-  %2103 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2102, <4 x float> %2099, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %2104 = fmul <4 x float> %2099, %2099
-  %2105 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2103, <4 x float> %2104, <4 x float> %2099)
-  %2106 = shl <4 x i32> %2094, splat (i32 23)
-  %2107 = bitcast <4 x i32> %2106 to <4 x float>
-  %2108 = fadd <4 x float> %2105, splat (float 1.000000e+00)
-  %2109 = fmul <4 x float> %2108, %2107
-  %2110 = fcmp olt <4 x float> %2092, splat (float -8.700000e+01)
-  %2111 = select <4 x i1> %2110, <4 x float> zeroinitializer, <4 x float> %2109
-  %2112 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2113 = select <4 x i1> %2112, <4 x float> %2111, <4 x float> zeroinitializer
-  %arg110.i = fsub <4 x float> %1528, %m.i
-  %2114 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg110.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %2115 = bitcast <4 x float> %2114 to <4 x i32>
-  %2116 = fadd <4 x float> %2114, splat (float 0xC168000FE0000000)
-  %2117 = fmul <4 x float> %2116, splat (float 0x3F2BD01060000000)
-  %2118 = fmul <4 x float> %2116, splat (float 0x3FE6300000000000)
-  %2119 = fsub <4 x float> %arg110.i, %2118
-  %2120 = fadd <4 x float> %2117, %2119
-  %2121 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2120, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %2122 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2121, <4 x float> %2120, <4 x float> splat (float 0x3FA5558F20000000))
-  %2123 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2122, <4 x float> %2120, <4 x float> splat (float 0x3FC5554920000000))
-  %2124 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2123, <4 x float> %2120, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %2125 = fmul <4 x float> %2120, %2120
-  %2126 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2124, <4 x float> %2125, <4 x float> %2120)
-  %2127 = shl <4 x i32> %2115, splat (i32 23)
-  %2128 = bitcast <4 x i32> %2127 to <4 x float>
-  %2129 = fadd <4 x float> %2126, splat (float 1.000000e+00)
-  %2130 = fmul <4 x float> %2129, %2128
-  %2131 = fcmp olt <4 x float> %arg110.i, splat (float -8.700000e+01)
-  %2132 = select <4 x i1> %2131, <4 x float> zeroinitializer, <4 x float> %2130
-  %2133 = fcmp one <4 x float> %2088, zeroinitializer
-  %2134 = select <4 x i1> %2133, <4 x float> %2132, <4 x float> zeroinitializer
-  %2135 = fmul <4 x float> %old_sum.i, %2113
-  %2136 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2134, <4 x float> %2088, <4 x float> %2135)
-  store <4 x float> %m.i, ptr %2083, align 16, !tbaa !25
-  store <4 x float> %2136, ptr %2085, align 16, !tbaa !23
-  %2137 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> zeroinitializer
-  %2138 = shl nuw nsw i64 %indvars.iv1200.i, 9
-  %2139 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> zeroinitializer
-  %2140 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2141 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2142 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2143 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2144 = shufflevector <4 x float> %2134, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2145 = shufflevector <4 x float> %2113, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2146 = mul nsw i64 %1053, %v_head
-  %2147 = mul nsw i64 %indvars.iv1200.i, %v_head
-  %invariant.gep1021.i = getelementptr i32, ptr %value_cache, i64 %2147
-  %2148 = fmul <16 x float> %2139, zeroinitializer
-  %2149 = fmul <16 x float> %2141, zeroinitializer
-  %2150 = fmul <16 x float> %2143, zeroinitializer
-  %invariant.gep1321.i = getelementptr i32, ptr %prob_pairs.i, i64 %979
-  %2151 = fmul <16 x float> %2145, zeroinitializer
+  %2091 = shl nuw nsw i64 %indvars.iv1200.i, 2
+  %2092 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2091
+  %2093 = load <4 x float>, ptr %2092, align 16, !tbaa !25
+  %old_max.i = select <4 x i1> %979, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2093
+  %2094 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2091
+  %2095 = load <4 x float>, ptr %2094, align 16, !tbaa !23
+  %old_sum.i = select <4 x i1> %979, <4 x float> zeroinitializer, <4 x float> %2095
+  %2096 = fcmp ogt <4 x float> %old_max.i, %1537
+  %2097 = load <4 x float>, ptr %tile_sum221.i, align 16, !tbaa !73
+  %2098 = fcmp oeq <4 x float> %2097, zeroinitializer
+  %2099 = select <4 x i1> %2098, <4 x i1> splat (i1 true), <4 x i1> %2096
+  %old_or_both.i = select <4 x i1> %2099, <4 x float> %old_max.i, <4 x float> %1537
+  %2100 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2100, <4 x float> %1537, <4 x float> %old_or_both.i
+  %2101 = fsub <4 x float> %old_max.i, %m.i
+  %2102 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2101, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2103 = bitcast <4 x float> %2102 to <4 x i32>
+  %2104 = fadd <4 x float> %2102, splat (float 0xC168000FE0000000)
+  %2105 = fmul <4 x float> %2104, splat (float 0x3F2BD01060000000)
+  %2106 = fmul <4 x float> %2104, splat (float 0x3FE6300000000000)
+  %2107 = fsub <4 x float> %2101, %2106
+  %2108 = fadd <4 x float> %2105, %2107
+  %2109 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2108, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2110 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2109, <4 x float> %2108, <4 x float> splat (float 0x3FA5558F20000000))
+  %2111 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2110, <4 x float> %2108, <4 x float> splat (float 0x3FC5554920000000))
+  %2112 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2111, <4 x float> %2108, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2113 = fmul <4 x float> %2108, %2108
+  %2114 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2112, <4 x float> %2113, <4 x float> %2108)
+  %2115 = shl <4 x i32> %2103, splat (i32 23)
+  %2116 = bitcast <4 x i32> %2115 to <4 x float>
+  %2117 = fadd <4 x float> %2114, splat (float 1.000000e+00)
+  %2118 = fmul <4 x float> %2117, %2116
+  %2119 = fcmp olt <4 x float> %2101, splat (float -8.700000e+01)
+  %2120 = select <4 x i1> %2119, <4 x float> zeroinitializer, <4 x float> %2118
+  %2121 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2122 = select <4 x i1> %2121, <4 x float> %2120, <4 x float> zeroinitializer
+  %arg110.i = fsub <4 x float> %1537, %m.i
+  %2123 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg110.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2124 = bitcast <4 x float> %2123 to <4 x i32>
+  %2125 = fadd <4 x float> %2123, splat (float 0xC168000FE0000000)
+  %2126 = fmul <4 x float> %2125, splat (float 0x3F2BD01060000000)
+  %2127 = fmul <4 x float> %2125, splat (float 0x3FE6300000000000)
+  %2128 = fsub <4 x float> %arg110.i, %2127
+  %2129 = fadd <4 x float> %2126, %2128
+  %2130 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2129, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2131 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2130, <4 x float> %2129, <4 x float> splat (float 0x3FA5558F20000000))
+  %2132 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2131, <4 x float> %2129, <4 x float> splat (float 0x3FC5554920000000))
+  %2133 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2132, <4 x float> %2129, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2134 = fmul <4 x float> %2129, %2129
+  %2135 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2133, <4 x float> %2134, <4 x float> %2129)
+  %2136 = shl <4 x i32> %2124, splat (i32 23)
+  %2137 = bitcast <4 x i32> %2136 to <4 x float>
+  %2138 = fadd <4 x float> %2135, splat (float 1.000000e+00)
+  %2139 = fmul <4 x float> %2138, %2137
+  %2140 = fcmp olt <4 x float> %arg110.i, splat (float -8.700000e+01)
+  %2141 = select <4 x i1> %2140, <4 x float> zeroinitializer, <4 x float> %2139
+  %2142 = fcmp one <4 x float> %2097, zeroinitializer
+  %2143 = select <4 x i1> %2142, <4 x float> %2141, <4 x float> zeroinitializer
+  %2144 = fmul <4 x float> %old_sum.i, %2122
+  %2145 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2143, <4 x float> %2097, <4 x float> %2144)
+  store <4 x float> %m.i, ptr %2092, align 16, !tbaa !25
+  store <4 x float> %2145, ptr %2094, align 16, !tbaa !23
+  %2146 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> zeroinitializer
+  %2147 = shl nuw nsw i64 %indvars.iv1200.i, 9
+  %2148 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> zeroinitializer
+  %2149 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2150 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2151 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2152 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2153 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2154 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2155 = mul nsw i64 %1060, %v_head
+  %2156 = mul nsw i64 %indvars.iv1200.i, %v_head
+  %invariant.gep1018.i = getelementptr i32, ptr %value_cache, i64 %2156
+  %2157 = fmul <16 x float> %2148, zeroinitializer
+  %2158 = fmul <16 x float> %2150, zeroinitializer
+  %2159 = fmul <16 x float> %2152, zeroinitializer
+  %invariant.gep1321.i = getelementptr i32, ptr %value_cache, i64 %2155
+  %invariant.gep1323.i = getelementptr i32, ptr %95, i64 %2155
+  %invariant.gep1325.i = getelementptr i32, ptr %96, i64 %2155
+  %invariant.gep1327.i = getelementptr i32, ptr %97, i64 %2155
+  %invariant.gep1329.i = getelementptr i32, ptr %98, i64 %2155
+  %invariant.gep1331.i = getelementptr i32, ptr %99, i64 %2155
+  %invariant.gep1333.i = getelementptr i32, ptr %100, i64 %2155
+  %invariant.gep1335.i = getelementptr i32, ptr %101, i64 %2155
+  %invariant.gep1385.i = getelementptr i32, ptr %prob_pairs.i, i64 %986
+  %2160 = fmul <16 x float> %2154, zeroinitializer
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end147.i, %for_end_to90.3.i
-  %indvars.iv1196.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1197.i, %if_end147.i ]
-  br i1 %974, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to127.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end145.i, %for_end_to90.3.i
+  %indvars.iv1196.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1197.i, %if_end145.i ]
+  br i1 %981, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to127.i, !prof !3
 
 for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %2152 = mul nuw nsw i64 %indvars.iv1196.i, %980
-  %gep1022.idx.i = shl i64 %indvars.iv1196.i, 7
-  %gep1022.i = getelementptr i8, ptr %invariant.gep1021.i, i64 %gep1022.idx.i
+  %2161 = mul nuw nsw i64 %indvars.iv1196.i, %987
+  %gep1019.idx.i = shl i64 %indvars.iv1196.i, 7
+  %gep1019.i = getelementptr i8, ptr %invariant.gep1018.i, i64 %gep1019.idx.i
   br label %for_begin_ax2.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end147.i
-  %2153 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2154 = tail call i32 %2153(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not234.i = icmp eq i32 %2154, 0
-  br i1 %.not234.i, label %if_end149.i, label %fused_decode_compute_.exit, !prof !22
+for_end_d_0_m.i:                                  ; preds = %if_end145.i
+  %2162 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2163 = tail call i32 %2162(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not232.i = icmp eq i32 %2163, 0
+  br i1 %.not232.i, label %if_end147.i, label %fused_decode_compute_.exit, !prof !22
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax2.preheader.lr.ph.i
   %indvars.iv1188.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next1189.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.238.0925.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i668.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.204.0924.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.170.0923.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.136.0922.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.102.0921.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.0.0920.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.34.0919.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.68.0918.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
-  %2155 = add nuw nsw i64 %indvars.iv1188.i, %2152
-  %2156 = trunc i64 %2155 to i32
-  %2157 = shl i32 %2156, 3
-  %2158 = add i32 %2157, %1052
-  %2159 = sext i32 %2158 to i64
-  %2160 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2159
-  %2161 = load i64, ptr %2160, align 8, !tbaa !4
-  %2162 = getelementptr i32, ptr %value_cache, i64 %2161
-  %2163 = getelementptr i32, ptr %2162, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2163, i32 0, i32 2, i32 1)
-  %2164 = getelementptr i8, ptr %2162, i64 64
-  %2165 = getelementptr i32, ptr %2164, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2165, i32 0, i32 2, i32 1)
-  %2166 = getelementptr i8, ptr %2162, i64 128
-  %2167 = getelementptr i32, ptr %2166, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2167, i32 0, i32 2, i32 1)
-  %2168 = getelementptr i8, ptr %2162, i64 192
-  %2169 = getelementptr i32, ptr %2168, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2169, i32 0, i32 2, i32 1)
-  %2170 = getelementptr i8, ptr %2160, i64 8
-  %2171 = load i64, ptr %2170, align 8, !tbaa !4
-  %2172 = getelementptr i32, ptr %value_cache, i64 %2171
-  %2173 = getelementptr i8, ptr %2172, i64 256
-  %2174 = getelementptr i32, ptr %2173, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2174, i32 0, i32 2, i32 1)
-  %2175 = getelementptr i8, ptr %2172, i64 320
-  %2176 = getelementptr i32, ptr %2175, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2176, i32 0, i32 2, i32 1)
-  %2177 = getelementptr i8, ptr %2172, i64 384
-  %2178 = getelementptr i32, ptr %2177, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2178, i32 0, i32 2, i32 1)
-  %2179 = getelementptr i8, ptr %2172, i64 448
-  %2180 = getelementptr i32, ptr %2179, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2180, i32 0, i32 2, i32 1)
-  %2181 = getelementptr i8, ptr %2160, i64 16
+  %full_acc212.sroa.238.0922.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.204.0921.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.170.0920.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.136.0919.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.102.0918.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.0.0917.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i644.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.34.0916.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.68.0915.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
+  %2164 = add nuw nsw i64 %indvars.iv1188.i, %2161
+  %2165 = trunc i64 %2164 to i32
+  %2166 = shl i32 %2165, 3
+  %2167 = add i32 %2166, %1059
+  %2168 = sext i32 %2167 to i64
+  %2169 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2168
+  %2170 = load i64, ptr %2169, align 8, !tbaa !4
+  %gep1322.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2170
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1322.i, i32 0, i32 2, i32 1)
+  %gep1324.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2170
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1324.i, i32 0, i32 2, i32 1)
+  %gep1326.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2170
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1326.i, i32 0, i32 2, i32 1)
+  %gep1328.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2170
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1328.i, i32 0, i32 2, i32 1)
+  %2171 = getelementptr i8, ptr %2169, i64 8
+  %2172 = load i64, ptr %2171, align 8, !tbaa !4
+  %gep1330.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2172
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1330.i, i32 0, i32 2, i32 1)
+  %gep1332.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2172
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1332.i, i32 0, i32 2, i32 1)
+  %gep1334.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2172
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1334.i, i32 0, i32 2, i32 1)
+  %gep1336.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2172
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1336.i, i32 0, i32 2, i32 1)
+  %2173 = getelementptr i8, ptr %2169, i64 16
+  %2174 = load i64, ptr %2173, align 8, !tbaa !4
+  %gep1338.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2174
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1338.i, i32 0, i32 2, i32 1)
+  %gep1340.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2174
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1340.i, i32 0, i32 2, i32 1)
+  %gep1342.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2174
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1342.i, i32 0, i32 2, i32 1)
+  %gep1344.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2174
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1344.i, i32 0, i32 2, i32 1)
+  %2175 = getelementptr i8, ptr %2169, i64 24
+  %2176 = load i64, ptr %2175, align 8, !tbaa !4
+  %gep1346.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2176
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1346.i, i32 0, i32 2, i32 1)
+  %gep1348.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2176
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1348.i, i32 0, i32 2, i32 1)
+  %gep1350.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2176
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1350.i, i32 0, i32 2, i32 1)
+  %gep1352.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2176
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1352.i, i32 0, i32 2, i32 1)
+  %2177 = getelementptr i8, ptr %2169, i64 32
+  %2178 = load i64, ptr %2177, align 8, !tbaa !4
+  %gep1354.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2178
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1354.i, i32 0, i32 2, i32 1)
+  %gep1356.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2178
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1356.i, i32 0, i32 2, i32 1)
+  %gep1358.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2178
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1358.i, i32 0, i32 2, i32 1)
+  %gep1360.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2178
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1360.i, i32 0, i32 2, i32 1)
+  %2179 = getelementptr i8, ptr %2169, i64 40
+  %2180 = load i64, ptr %2179, align 8, !tbaa !4
+  %gep1362.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2180
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1362.i, i32 0, i32 2, i32 1)
+  %gep1364.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2180
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1364.i, i32 0, i32 2, i32 1)
+  %gep1366.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2180
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1366.i, i32 0, i32 2, i32 1)
+  %gep1368.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2180
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1368.i, i32 0, i32 2, i32 1)
+  %2181 = getelementptr i8, ptr %2169, i64 48
   %2182 = load i64, ptr %2181, align 8, !tbaa !4
-  %2183 = getelementptr i32, ptr %value_cache, i64 %2182
-  %2184 = getelementptr i32, ptr %2183, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2184, i32 0, i32 2, i32 1)
-  %2185 = getelementptr i8, ptr %2183, i64 64
-  %2186 = getelementptr i32, ptr %2185, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2186, i32 0, i32 2, i32 1)
-  %2187 = getelementptr i8, ptr %2183, i64 128
-  %2188 = getelementptr i32, ptr %2187, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2188, i32 0, i32 2, i32 1)
-  %2189 = getelementptr i8, ptr %2183, i64 192
-  %2190 = getelementptr i32, ptr %2189, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2190, i32 0, i32 2, i32 1)
-  %2191 = getelementptr i8, ptr %2160, i64 24
-  %2192 = load i64, ptr %2191, align 8, !tbaa !4
-  %2193 = getelementptr i32, ptr %value_cache, i64 %2192
-  %2194 = getelementptr i8, ptr %2193, i64 256
-  %2195 = getelementptr i32, ptr %2194, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2195, i32 0, i32 2, i32 1)
-  %2196 = getelementptr i8, ptr %2193, i64 320
-  %2197 = getelementptr i32, ptr %2196, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2197, i32 0, i32 2, i32 1)
-  %2198 = getelementptr i8, ptr %2193, i64 384
-  %2199 = getelementptr i32, ptr %2198, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2199, i32 0, i32 2, i32 1)
-  %2200 = getelementptr i8, ptr %2193, i64 448
-  %2201 = getelementptr i32, ptr %2200, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2201, i32 0, i32 2, i32 1)
-  %2202 = getelementptr i8, ptr %2160, i64 32
-  %2203 = load i64, ptr %2202, align 8, !tbaa !4
-  %2204 = getelementptr i32, ptr %value_cache, i64 %2203
-  %2205 = getelementptr i32, ptr %2204, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2205, i32 0, i32 2, i32 1)
-  %2206 = getelementptr i8, ptr %2204, i64 64
-  %2207 = getelementptr i32, ptr %2206, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2207, i32 0, i32 2, i32 1)
-  %2208 = getelementptr i8, ptr %2204, i64 128
-  %2209 = getelementptr i32, ptr %2208, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2209, i32 0, i32 2, i32 1)
-  %2210 = getelementptr i8, ptr %2204, i64 192
-  %2211 = getelementptr i32, ptr %2210, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2211, i32 0, i32 2, i32 1)
-  %2212 = getelementptr i8, ptr %2160, i64 40
-  %2213 = load i64, ptr %2212, align 8, !tbaa !4
-  %2214 = getelementptr i32, ptr %value_cache, i64 %2213
-  %2215 = getelementptr i8, ptr %2214, i64 256
-  %2216 = getelementptr i32, ptr %2215, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2216, i32 0, i32 2, i32 1)
-  %2217 = getelementptr i8, ptr %2214, i64 320
-  %2218 = getelementptr i32, ptr %2217, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2218, i32 0, i32 2, i32 1)
-  %2219 = getelementptr i8, ptr %2214, i64 384
-  %2220 = getelementptr i32, ptr %2219, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2220, i32 0, i32 2, i32 1)
-  %2221 = getelementptr i8, ptr %2214, i64 448
-  %2222 = getelementptr i32, ptr %2221, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2222, i32 0, i32 2, i32 1)
-  %2223 = getelementptr i8, ptr %2160, i64 48
-  %2224 = load i64, ptr %2223, align 8, !tbaa !4
-  %2225 = getelementptr i32, ptr %value_cache, i64 %2224
-  %2226 = getelementptr i32, ptr %2225, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2226, i32 0, i32 2, i32 1)
-  %2227 = getelementptr i8, ptr %2225, i64 64
-  %2228 = getelementptr i32, ptr %2227, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2228, i32 0, i32 2, i32 1)
-  %2229 = getelementptr i8, ptr %2225, i64 128
-  %2230 = getelementptr i32, ptr %2229, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2230, i32 0, i32 2, i32 1)
-  %2231 = getelementptr i8, ptr %2225, i64 192
-  %2232 = getelementptr i32, ptr %2231, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2232, i32 0, i32 2, i32 1)
-  %2233 = getelementptr i8, ptr %2160, i64 56
-  %2234 = load i64, ptr %2233, align 8, !tbaa !4
-  %2235 = getelementptr i32, ptr %value_cache, i64 %2234
-  %2236 = getelementptr i8, ptr %2235, i64 256
-  %2237 = getelementptr i32, ptr %2236, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2237, i32 0, i32 2, i32 1)
-  %2238 = getelementptr i8, ptr %2235, i64 320
-  %2239 = getelementptr i32, ptr %2238, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2239, i32 0, i32 2, i32 1)
-  %2240 = getelementptr i8, ptr %2235, i64 384
-  %2241 = getelementptr i32, ptr %2240, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2241, i32 0, i32 2, i32 1)
-  %2242 = getelementptr i8, ptr %2235, i64 448
-  %2243 = getelementptr i32, ptr %2242, i64 %2146
-  tail call void @llvm.prefetch.p0(ptr readonly %2243, i32 0, i32 2, i32 1)
+  %gep1370.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2182
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1370.i, i32 0, i32 2, i32 1)
+  %gep1372.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2182
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1372.i, i32 0, i32 2, i32 1)
+  %gep1374.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2182
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1374.i, i32 0, i32 2, i32 1)
+  %gep1376.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2182
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1376.i, i32 0, i32 2, i32 1)
+  %2183 = getelementptr i8, ptr %2169, i64 56
+  %2184 = load i64, ptr %2183, align 8, !tbaa !4
+  %gep1378.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2184
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1378.i, i32 0, i32 2, i32 1)
+  %gep1380.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2184
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1380.i, i32 0, i32 2, i32 1)
+  %gep1382.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2184
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1382.i, i32 0, i32 2, i32 1)
+  %gep1384.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2184
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1384.i, i32 0, i32 2, i32 1)
   %.idx1289.i = shl nsw i64 %indvars.iv1188.i, 6
-  %2244 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i
+  %2185 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i
+  %2186 = load i32, ptr %2185, align 4, !tbaa !4
+  %2187 = insertelement <16 x i32> poison, i32 %2186, i64 0
+  %2188 = shufflevector <16 x i32> %2187, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1290.i = shl nsw i64 %indvars.iv1188.i, 8
+  %2189 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1290.i
+  %2190 = load i64, ptr %2189, align 8, !tbaa !4
+  %gep935.i = getelementptr i32, ptr %gep1019.i, i64 %2190
+  %2191 = load <32 x bfloat>, ptr %gep935.i, align 4, !tbaa !4
+  %x.i282.i = bitcast <16 x i32> %2188 to <32 x bfloat>
+  %r.i284.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.0.0917.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2191)
+  %2192 = getelementptr i8, ptr %gep935.i, i64 64
+  %2193 = load <32 x bfloat>, ptr %2192, align 4, !tbaa !4
+  %r.i287.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.34.0916.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2193)
+  %2194 = getelementptr inbounds nuw i8, ptr %2185, i64 256
+  %2195 = load i32, ptr %2194, align 4, !tbaa !4
+  %2196 = insertelement <16 x i32> poison, i32 %2195, i64 0
+  %2197 = shufflevector <16 x i32> %2196, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i288.i = bitcast <16 x i32> %2197 to <32 x bfloat>
+  %r.i290.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.68.0915.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2191)
+  %r.i293.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.102.0918.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2193)
+  %2198 = getelementptr inbounds nuw i8, ptr %2185, i64 512
+  %2199 = load i32, ptr %2198, align 4, !tbaa !4
+  %2200 = insertelement <16 x i32> poison, i32 %2199, i64 0
+  %2201 = shufflevector <16 x i32> %2200, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i294.i = bitcast <16 x i32> %2201 to <32 x bfloat>
+  %r.i296.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.136.0919.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2191)
+  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.170.0920.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2193)
+  %2202 = getelementptr inbounds nuw i8, ptr %2185, i64 768
+  %2203 = load i32, ptr %2202, align 4, !tbaa !4
+  %2204 = insertelement <16 x i32> poison, i32 %2203, i64 0
+  %2205 = shufflevector <16 x i32> %2204, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i300.i = bitcast <16 x i32> %2205 to <32 x bfloat>
+  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.204.0921.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2191)
+  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.238.0922.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2193)
+  %2206 = getelementptr inbounds nuw i8, ptr %2185, i64 4
+  %2207 = load i32, ptr %2206, align 4, !tbaa !4
+  %2208 = insertelement <16 x i32> poison, i32 %2207, i64 0
+  %2209 = shufflevector <16 x i32> %2208, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2210 = getelementptr inbounds nuw i8, ptr %2189, i64 16
+  %2211 = load i64, ptr %2210, align 8, !tbaa !4
+  %gep939.i = getelementptr i32, ptr %gep1019.i, i64 %2211
+  %2212 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
+  %x.i306.i = bitcast <16 x i32> %2209 to <32 x bfloat>
+  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2212)
+  %2213 = getelementptr i8, ptr %gep939.i, i64 64
+  %2214 = load <32 x bfloat>, ptr %2213, align 4, !tbaa !4
+  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2214)
+  %2215 = getelementptr inbounds nuw i8, ptr %2185, i64 260
+  %2216 = load i32, ptr %2215, align 4, !tbaa !4
+  %2217 = insertelement <16 x i32> poison, i32 %2216, i64 0
+  %2218 = shufflevector <16 x i32> %2217, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i312.i = bitcast <16 x i32> %2218 to <32 x bfloat>
+  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2212)
+  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2214)
+  %2219 = getelementptr inbounds nuw i8, ptr %2185, i64 516
+  %2220 = load i32, ptr %2219, align 4, !tbaa !4
+  %2221 = insertelement <16 x i32> poison, i32 %2220, i64 0
+  %2222 = shufflevector <16 x i32> %2221, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i318.i = bitcast <16 x i32> %2222 to <32 x bfloat>
+  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2212)
+  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2214)
+  %2223 = getelementptr inbounds nuw i8, ptr %2185, i64 772
+  %2224 = load i32, ptr %2223, align 4, !tbaa !4
+  %2225 = insertelement <16 x i32> poison, i32 %2224, i64 0
+  %2226 = shufflevector <16 x i32> %2225, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i324.i = bitcast <16 x i32> %2226 to <32 x bfloat>
+  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2212)
+  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2214)
+  %2227 = getelementptr inbounds nuw i8, ptr %2185, i64 8
+  %2228 = load i32, ptr %2227, align 4, !tbaa !4
+  %2229 = insertelement <16 x i32> poison, i32 %2228, i64 0
+  %2230 = shufflevector <16 x i32> %2229, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2231 = getelementptr inbounds nuw i8, ptr %2189, i64 32
+  %2232 = load i64, ptr %2231, align 8, !tbaa !4
+  %gep943.i = getelementptr i32, ptr %gep1019.i, i64 %2232
+  %2233 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
+  %x.i330.i = bitcast <16 x i32> %2230 to <32 x bfloat>
+  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2233)
+  %2234 = getelementptr i8, ptr %gep943.i, i64 64
+  %2235 = load <32 x bfloat>, ptr %2234, align 4, !tbaa !4
+  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2235)
+  %2236 = getelementptr inbounds nuw i8, ptr %2185, i64 264
+  %2237 = load i32, ptr %2236, align 4, !tbaa !4
+  %2238 = insertelement <16 x i32> poison, i32 %2237, i64 0
+  %2239 = shufflevector <16 x i32> %2238, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i336.i = bitcast <16 x i32> %2239 to <32 x bfloat>
+  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2233)
+  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2235)
+  %2240 = getelementptr inbounds nuw i8, ptr %2185, i64 520
+  %2241 = load i32, ptr %2240, align 4, !tbaa !4
+  %2242 = insertelement <16 x i32> poison, i32 %2241, i64 0
+  %2243 = shufflevector <16 x i32> %2242, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i342.i = bitcast <16 x i32> %2243 to <32 x bfloat>
+  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2233)
+  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2235)
+  %2244 = getelementptr inbounds nuw i8, ptr %2185, i64 776
   %2245 = load i32, ptr %2244, align 4, !tbaa !4
   %2246 = insertelement <16 x i32> poison, i32 %2245, i64 0
   %2247 = shufflevector <16 x i32> %2246, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1290.i = shl nsw i64 %indvars.iv1188.i, 8
-  %2248 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1290.i
-  %2249 = load i64, ptr %2248, align 8, !tbaa !4
-  %gep938.i = getelementptr i32, ptr %gep1022.i, i64 %2249
-  %2250 = load <32 x bfloat>, ptr %gep938.i, align 4, !tbaa !4
-  %x.i285.i = bitcast <16 x i32> %2247 to <32 x bfloat>
-  %r.i287.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.0.0920.i, <32 x bfloat> %x.i285.i, <32 x bfloat> %2250)
-  %2251 = getelementptr i8, ptr %gep938.i, i64 64
-  %2252 = load <32 x bfloat>, ptr %2251, align 4, !tbaa !4
-  %r.i290.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.34.0919.i, <32 x bfloat> %x.i285.i, <32 x bfloat> %2252)
-  %2253 = getelementptr inbounds nuw i8, ptr %2244, i64 256
-  %2254 = load i32, ptr %2253, align 4, !tbaa !4
-  %2255 = insertelement <16 x i32> poison, i32 %2254, i64 0
-  %2256 = shufflevector <16 x i32> %2255, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i291.i = bitcast <16 x i32> %2256 to <32 x bfloat>
-  %r.i293.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.68.0918.i, <32 x bfloat> %x.i291.i, <32 x bfloat> %2250)
-  %r.i296.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.102.0921.i, <32 x bfloat> %x.i291.i, <32 x bfloat> %2252)
-  %2257 = getelementptr inbounds nuw i8, ptr %2244, i64 512
+  %x.i348.i = bitcast <16 x i32> %2247 to <32 x bfloat>
+  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2233)
+  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2235)
+  %2248 = getelementptr inbounds nuw i8, ptr %2185, i64 12
+  %2249 = load i32, ptr %2248, align 4, !tbaa !4
+  %2250 = insertelement <16 x i32> poison, i32 %2249, i64 0
+  %2251 = shufflevector <16 x i32> %2250, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2252 = getelementptr inbounds nuw i8, ptr %2189, i64 48
+  %2253 = load i64, ptr %2252, align 8, !tbaa !4
+  %gep947.i = getelementptr i32, ptr %gep1019.i, i64 %2253
+  %2254 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
+  %x.i354.i = bitcast <16 x i32> %2251 to <32 x bfloat>
+  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2254)
+  %2255 = getelementptr i8, ptr %gep947.i, i64 64
+  %2256 = load <32 x bfloat>, ptr %2255, align 4, !tbaa !4
+  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2256)
+  %2257 = getelementptr inbounds nuw i8, ptr %2185, i64 268
   %2258 = load i32, ptr %2257, align 4, !tbaa !4
   %2259 = insertelement <16 x i32> poison, i32 %2258, i64 0
   %2260 = shufflevector <16 x i32> %2259, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i297.i = bitcast <16 x i32> %2260 to <32 x bfloat>
-  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.136.0922.i, <32 x bfloat> %x.i297.i, <32 x bfloat> %2250)
-  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.170.0923.i, <32 x bfloat> %x.i297.i, <32 x bfloat> %2252)
-  %2261 = getelementptr inbounds nuw i8, ptr %2244, i64 768
+  %x.i360.i = bitcast <16 x i32> %2260 to <32 x bfloat>
+  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2254)
+  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2256)
+  %2261 = getelementptr inbounds nuw i8, ptr %2185, i64 524
   %2262 = load i32, ptr %2261, align 4, !tbaa !4
   %2263 = insertelement <16 x i32> poison, i32 %2262, i64 0
   %2264 = shufflevector <16 x i32> %2263, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i303.i = bitcast <16 x i32> %2264 to <32 x bfloat>
-  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.204.0924.i, <32 x bfloat> %x.i303.i, <32 x bfloat> %2250)
-  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc214.sroa.238.0925.i, <32 x bfloat> %x.i303.i, <32 x bfloat> %2252)
-  %2265 = getelementptr inbounds nuw i8, ptr %2244, i64 4
+  %x.i366.i = bitcast <16 x i32> %2264 to <32 x bfloat>
+  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2254)
+  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2256)
+  %2265 = getelementptr inbounds nuw i8, ptr %2185, i64 780
   %2266 = load i32, ptr %2265, align 4, !tbaa !4
   %2267 = insertelement <16 x i32> poison, i32 %2266, i64 0
   %2268 = shufflevector <16 x i32> %2267, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2269 = getelementptr inbounds nuw i8, ptr %2248, i64 16
-  %2270 = load i64, ptr %2269, align 8, !tbaa !4
-  %gep942.i = getelementptr i32, ptr %gep1022.i, i64 %2270
-  %2271 = load <32 x bfloat>, ptr %gep942.i, align 4, !tbaa !4
-  %x.i309.i = bitcast <16 x i32> %2268 to <32 x bfloat>
-  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %2271)
-  %2272 = getelementptr i8, ptr %gep942.i, i64 64
-  %2273 = load <32 x bfloat>, ptr %2272, align 4, !tbaa !4
-  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %2273)
-  %2274 = getelementptr inbounds nuw i8, ptr %2244, i64 260
-  %2275 = load i32, ptr %2274, align 4, !tbaa !4
-  %2276 = insertelement <16 x i32> poison, i32 %2275, i64 0
-  %2277 = shufflevector <16 x i32> %2276, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i315.i = bitcast <16 x i32> %2277 to <32 x bfloat>
-  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %2271)
-  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %2273)
-  %2278 = getelementptr inbounds nuw i8, ptr %2244, i64 516
+  %x.i372.i = bitcast <16 x i32> %2268 to <32 x bfloat>
+  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2254)
+  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2256)
+  %2269 = getelementptr inbounds nuw i8, ptr %2185, i64 16
+  %2270 = load i32, ptr %2269, align 4, !tbaa !4
+  %2271 = insertelement <16 x i32> poison, i32 %2270, i64 0
+  %2272 = shufflevector <16 x i32> %2271, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2273 = getelementptr inbounds nuw i8, ptr %2189, i64 64
+  %2274 = load i64, ptr %2273, align 8, !tbaa !4
+  %gep951.i = getelementptr i32, ptr %gep1019.i, i64 %2274
+  %2275 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
+  %x.i378.i = bitcast <16 x i32> %2272 to <32 x bfloat>
+  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2275)
+  %2276 = getelementptr i8, ptr %gep951.i, i64 64
+  %2277 = load <32 x bfloat>, ptr %2276, align 4, !tbaa !4
+  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2277)
+  %2278 = getelementptr inbounds nuw i8, ptr %2185, i64 272
   %2279 = load i32, ptr %2278, align 4, !tbaa !4
   %2280 = insertelement <16 x i32> poison, i32 %2279, i64 0
   %2281 = shufflevector <16 x i32> %2280, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i321.i = bitcast <16 x i32> %2281 to <32 x bfloat>
-  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i321.i, <32 x bfloat> %2271)
-  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i321.i, <32 x bfloat> %2273)
-  %2282 = getelementptr inbounds nuw i8, ptr %2244, i64 772
+  %x.i384.i = bitcast <16 x i32> %2281 to <32 x bfloat>
+  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2275)
+  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2277)
+  %2282 = getelementptr inbounds nuw i8, ptr %2185, i64 528
   %2283 = load i32, ptr %2282, align 4, !tbaa !4
   %2284 = insertelement <16 x i32> poison, i32 %2283, i64 0
   %2285 = shufflevector <16 x i32> %2284, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i327.i = bitcast <16 x i32> %2285 to <32 x bfloat>
-  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i327.i, <32 x bfloat> %2271)
-  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i327.i, <32 x bfloat> %2273)
-  %2286 = getelementptr inbounds nuw i8, ptr %2244, i64 8
+  %x.i390.i = bitcast <16 x i32> %2285 to <32 x bfloat>
+  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2275)
+  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2277)
+  %2286 = getelementptr inbounds nuw i8, ptr %2185, i64 784
   %2287 = load i32, ptr %2286, align 4, !tbaa !4
   %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
   %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2290 = getelementptr inbounds nuw i8, ptr %2248, i64 32
-  %2291 = load i64, ptr %2290, align 8, !tbaa !4
-  %gep946.i = getelementptr i32, ptr %gep1022.i, i64 %2291
-  %2292 = load <32 x bfloat>, ptr %gep946.i, align 4, !tbaa !4
-  %x.i333.i = bitcast <16 x i32> %2289 to <32 x bfloat>
-  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %2292)
-  %2293 = getelementptr i8, ptr %gep946.i, i64 64
-  %2294 = load <32 x bfloat>, ptr %2293, align 4, !tbaa !4
-  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %2294)
-  %2295 = getelementptr inbounds nuw i8, ptr %2244, i64 264
-  %2296 = load i32, ptr %2295, align 4, !tbaa !4
-  %2297 = insertelement <16 x i32> poison, i32 %2296, i64 0
-  %2298 = shufflevector <16 x i32> %2297, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i339.i = bitcast <16 x i32> %2298 to <32 x bfloat>
-  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %2292)
-  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %2294)
-  %2299 = getelementptr inbounds nuw i8, ptr %2244, i64 520
+  %x.i396.i = bitcast <16 x i32> %2289 to <32 x bfloat>
+  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2275)
+  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2277)
+  %2290 = getelementptr inbounds nuw i8, ptr %2185, i64 20
+  %2291 = load i32, ptr %2290, align 4, !tbaa !4
+  %2292 = insertelement <16 x i32> poison, i32 %2291, i64 0
+  %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2294 = getelementptr inbounds nuw i8, ptr %2189, i64 80
+  %2295 = load i64, ptr %2294, align 8, !tbaa !4
+  %gep955.i = getelementptr i32, ptr %gep1019.i, i64 %2295
+  %2296 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
+  %x.i402.i = bitcast <16 x i32> %2293 to <32 x bfloat>
+  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2296)
+  %2297 = getelementptr i8, ptr %gep955.i, i64 64
+  %2298 = load <32 x bfloat>, ptr %2297, align 4, !tbaa !4
+  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2298)
+  %2299 = getelementptr inbounds nuw i8, ptr %2185, i64 276
   %2300 = load i32, ptr %2299, align 4, !tbaa !4
   %2301 = insertelement <16 x i32> poison, i32 %2300, i64 0
   %2302 = shufflevector <16 x i32> %2301, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i345.i = bitcast <16 x i32> %2302 to <32 x bfloat>
-  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i345.i, <32 x bfloat> %2292)
-  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i345.i, <32 x bfloat> %2294)
-  %2303 = getelementptr inbounds nuw i8, ptr %2244, i64 776
+  %x.i408.i = bitcast <16 x i32> %2302 to <32 x bfloat>
+  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2296)
+  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2298)
+  %2303 = getelementptr inbounds nuw i8, ptr %2185, i64 532
   %2304 = load i32, ptr %2303, align 4, !tbaa !4
   %2305 = insertelement <16 x i32> poison, i32 %2304, i64 0
   %2306 = shufflevector <16 x i32> %2305, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i351.i = bitcast <16 x i32> %2306 to <32 x bfloat>
-  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i351.i, <32 x bfloat> %2292)
-  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i351.i, <32 x bfloat> %2294)
-  %2307 = getelementptr inbounds nuw i8, ptr %2244, i64 12
+  %x.i414.i = bitcast <16 x i32> %2306 to <32 x bfloat>
+  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2296)
+  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2298)
+  %2307 = getelementptr inbounds nuw i8, ptr %2185, i64 788
   %2308 = load i32, ptr %2307, align 4, !tbaa !4
   %2309 = insertelement <16 x i32> poison, i32 %2308, i64 0
   %2310 = shufflevector <16 x i32> %2309, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2311 = getelementptr inbounds nuw i8, ptr %2248, i64 48
-  %2312 = load i64, ptr %2311, align 8, !tbaa !4
-  %gep950.i = getelementptr i32, ptr %gep1022.i, i64 %2312
-  %2313 = load <32 x bfloat>, ptr %gep950.i, align 4, !tbaa !4
-  %x.i357.i = bitcast <16 x i32> %2310 to <32 x bfloat>
-  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %2313)
-  %2314 = getelementptr i8, ptr %gep950.i, i64 64
-  %2315 = load <32 x bfloat>, ptr %2314, align 4, !tbaa !4
-  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %2315)
-  %2316 = getelementptr inbounds nuw i8, ptr %2244, i64 268
-  %2317 = load i32, ptr %2316, align 4, !tbaa !4
-  %2318 = insertelement <16 x i32> poison, i32 %2317, i64 0
-  %2319 = shufflevector <16 x i32> %2318, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i363.i = bitcast <16 x i32> %2319 to <32 x bfloat>
-  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %2313)
-  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %2315)
-  %2320 = getelementptr inbounds nuw i8, ptr %2244, i64 524
+  %x.i420.i = bitcast <16 x i32> %2310 to <32 x bfloat>
+  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2296)
+  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2298)
+  %2311 = getelementptr inbounds nuw i8, ptr %2185, i64 24
+  %2312 = load i32, ptr %2311, align 4, !tbaa !4
+  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
+  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2315 = getelementptr inbounds nuw i8, ptr %2189, i64 96
+  %2316 = load i64, ptr %2315, align 8, !tbaa !4
+  %gep959.i = getelementptr i32, ptr %gep1019.i, i64 %2316
+  %2317 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
+  %x.i426.i = bitcast <16 x i32> %2314 to <32 x bfloat>
+  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2317)
+  %2318 = getelementptr i8, ptr %gep959.i, i64 64
+  %2319 = load <32 x bfloat>, ptr %2318, align 4, !tbaa !4
+  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2319)
+  %2320 = getelementptr inbounds nuw i8, ptr %2185, i64 280
   %2321 = load i32, ptr %2320, align 4, !tbaa !4
   %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
   %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i369.i = bitcast <16 x i32> %2323 to <32 x bfloat>
-  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i369.i, <32 x bfloat> %2313)
-  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i369.i, <32 x bfloat> %2315)
-  %2324 = getelementptr inbounds nuw i8, ptr %2244, i64 780
+  %x.i432.i = bitcast <16 x i32> %2323 to <32 x bfloat>
+  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2317)
+  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2319)
+  %2324 = getelementptr inbounds nuw i8, ptr %2185, i64 536
   %2325 = load i32, ptr %2324, align 4, !tbaa !4
   %2326 = insertelement <16 x i32> poison, i32 %2325, i64 0
   %2327 = shufflevector <16 x i32> %2326, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i375.i = bitcast <16 x i32> %2327 to <32 x bfloat>
-  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i375.i, <32 x bfloat> %2313)
-  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i375.i, <32 x bfloat> %2315)
-  %2328 = getelementptr inbounds nuw i8, ptr %2244, i64 16
+  %x.i438.i = bitcast <16 x i32> %2327 to <32 x bfloat>
+  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2317)
+  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2319)
+  %2328 = getelementptr inbounds nuw i8, ptr %2185, i64 792
   %2329 = load i32, ptr %2328, align 4, !tbaa !4
   %2330 = insertelement <16 x i32> poison, i32 %2329, i64 0
   %2331 = shufflevector <16 x i32> %2330, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2332 = getelementptr inbounds nuw i8, ptr %2248, i64 64
-  %2333 = load i64, ptr %2332, align 8, !tbaa !4
-  %gep954.i = getelementptr i32, ptr %gep1022.i, i64 %2333
-  %2334 = load <32 x bfloat>, ptr %gep954.i, align 4, !tbaa !4
-  %x.i381.i = bitcast <16 x i32> %2331 to <32 x bfloat>
-  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %2334)
-  %2335 = getelementptr i8, ptr %gep954.i, i64 64
-  %2336 = load <32 x bfloat>, ptr %2335, align 4, !tbaa !4
-  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %2336)
-  %2337 = getelementptr inbounds nuw i8, ptr %2244, i64 272
-  %2338 = load i32, ptr %2337, align 4, !tbaa !4
-  %2339 = insertelement <16 x i32> poison, i32 %2338, i64 0
-  %2340 = shufflevector <16 x i32> %2339, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i387.i = bitcast <16 x i32> %2340 to <32 x bfloat>
-  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %2334)
-  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %2336)
-  %2341 = getelementptr inbounds nuw i8, ptr %2244, i64 528
+  %x.i444.i = bitcast <16 x i32> %2331 to <32 x bfloat>
+  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2317)
+  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2319)
+  %2332 = getelementptr inbounds nuw i8, ptr %2185, i64 28
+  %2333 = load i32, ptr %2332, align 4, !tbaa !4
+  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
+  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2336 = getelementptr inbounds nuw i8, ptr %2189, i64 112
+  %2337 = load i64, ptr %2336, align 8, !tbaa !4
+  %gep963.i = getelementptr i32, ptr %gep1019.i, i64 %2337
+  %2338 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
+  %x.i450.i = bitcast <16 x i32> %2335 to <32 x bfloat>
+  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2338)
+  %2339 = getelementptr i8, ptr %gep963.i, i64 64
+  %2340 = load <32 x bfloat>, ptr %2339, align 4, !tbaa !4
+  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2340)
+  %2341 = getelementptr inbounds nuw i8, ptr %2185, i64 284
   %2342 = load i32, ptr %2341, align 4, !tbaa !4
   %2343 = insertelement <16 x i32> poison, i32 %2342, i64 0
   %2344 = shufflevector <16 x i32> %2343, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i393.i = bitcast <16 x i32> %2344 to <32 x bfloat>
-  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i393.i, <32 x bfloat> %2334)
-  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i393.i, <32 x bfloat> %2336)
-  %2345 = getelementptr inbounds nuw i8, ptr %2244, i64 784
+  %x.i456.i = bitcast <16 x i32> %2344 to <32 x bfloat>
+  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2338)
+  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2340)
+  %2345 = getelementptr inbounds nuw i8, ptr %2185, i64 540
   %2346 = load i32, ptr %2345, align 4, !tbaa !4
   %2347 = insertelement <16 x i32> poison, i32 %2346, i64 0
   %2348 = shufflevector <16 x i32> %2347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i399.i = bitcast <16 x i32> %2348 to <32 x bfloat>
-  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i399.i, <32 x bfloat> %2334)
-  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i399.i, <32 x bfloat> %2336)
-  %2349 = getelementptr inbounds nuw i8, ptr %2244, i64 20
+  %x.i462.i = bitcast <16 x i32> %2348 to <32 x bfloat>
+  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2338)
+  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2340)
+  %2349 = getelementptr inbounds nuw i8, ptr %2185, i64 796
   %2350 = load i32, ptr %2349, align 4, !tbaa !4
   %2351 = insertelement <16 x i32> poison, i32 %2350, i64 0
   %2352 = shufflevector <16 x i32> %2351, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2353 = getelementptr inbounds nuw i8, ptr %2248, i64 80
-  %2354 = load i64, ptr %2353, align 8, !tbaa !4
-  %gep958.i = getelementptr i32, ptr %gep1022.i, i64 %2354
-  %2355 = load <32 x bfloat>, ptr %gep958.i, align 4, !tbaa !4
-  %x.i405.i = bitcast <16 x i32> %2352 to <32 x bfloat>
-  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %2355)
-  %2356 = getelementptr i8, ptr %gep958.i, i64 64
-  %2357 = load <32 x bfloat>, ptr %2356, align 4, !tbaa !4
-  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %2357)
-  %2358 = getelementptr inbounds nuw i8, ptr %2244, i64 276
-  %2359 = load i32, ptr %2358, align 4, !tbaa !4
-  %2360 = insertelement <16 x i32> poison, i32 %2359, i64 0
-  %2361 = shufflevector <16 x i32> %2360, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i411.i = bitcast <16 x i32> %2361 to <32 x bfloat>
-  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %2355)
-  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %2357)
-  %2362 = getelementptr inbounds nuw i8, ptr %2244, i64 532
+  %x.i468.i = bitcast <16 x i32> %2352 to <32 x bfloat>
+  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2338)
+  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2340)
+  %2353 = getelementptr inbounds nuw i8, ptr %2185, i64 32
+  %2354 = load i32, ptr %2353, align 4, !tbaa !4
+  %2355 = insertelement <16 x i32> poison, i32 %2354, i64 0
+  %2356 = shufflevector <16 x i32> %2355, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2357 = getelementptr inbounds nuw i8, ptr %2189, i64 128
+  %2358 = load i64, ptr %2357, align 8, !tbaa !4
+  %gep967.i = getelementptr i32, ptr %gep1019.i, i64 %2358
+  %2359 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
+  %x.i474.i = bitcast <16 x i32> %2356 to <32 x bfloat>
+  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2359)
+  %2360 = getelementptr i8, ptr %gep967.i, i64 64
+  %2361 = load <32 x bfloat>, ptr %2360, align 4, !tbaa !4
+  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2361)
+  %2362 = getelementptr inbounds nuw i8, ptr %2185, i64 288
   %2363 = load i32, ptr %2362, align 4, !tbaa !4
   %2364 = insertelement <16 x i32> poison, i32 %2363, i64 0
   %2365 = shufflevector <16 x i32> %2364, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i417.i = bitcast <16 x i32> %2365 to <32 x bfloat>
-  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i417.i, <32 x bfloat> %2355)
-  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i417.i, <32 x bfloat> %2357)
-  %2366 = getelementptr inbounds nuw i8, ptr %2244, i64 788
+  %x.i480.i = bitcast <16 x i32> %2365 to <32 x bfloat>
+  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2359)
+  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2361)
+  %2366 = getelementptr inbounds nuw i8, ptr %2185, i64 544
   %2367 = load i32, ptr %2366, align 4, !tbaa !4
   %2368 = insertelement <16 x i32> poison, i32 %2367, i64 0
   %2369 = shufflevector <16 x i32> %2368, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i423.i = bitcast <16 x i32> %2369 to <32 x bfloat>
-  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i423.i, <32 x bfloat> %2355)
-  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i423.i, <32 x bfloat> %2357)
-  %2370 = getelementptr inbounds nuw i8, ptr %2244, i64 24
+  %x.i486.i = bitcast <16 x i32> %2369 to <32 x bfloat>
+  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2359)
+  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2361)
+  %2370 = getelementptr inbounds nuw i8, ptr %2185, i64 800
   %2371 = load i32, ptr %2370, align 4, !tbaa !4
   %2372 = insertelement <16 x i32> poison, i32 %2371, i64 0
   %2373 = shufflevector <16 x i32> %2372, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2374 = getelementptr inbounds nuw i8, ptr %2248, i64 96
-  %2375 = load i64, ptr %2374, align 8, !tbaa !4
-  %gep962.i = getelementptr i32, ptr %gep1022.i, i64 %2375
-  %2376 = load <32 x bfloat>, ptr %gep962.i, align 4, !tbaa !4
-  %x.i429.i = bitcast <16 x i32> %2373 to <32 x bfloat>
-  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %2376)
-  %2377 = getelementptr i8, ptr %gep962.i, i64 64
-  %2378 = load <32 x bfloat>, ptr %2377, align 4, !tbaa !4
-  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %2378)
-  %2379 = getelementptr inbounds nuw i8, ptr %2244, i64 280
-  %2380 = load i32, ptr %2379, align 4, !tbaa !4
-  %2381 = insertelement <16 x i32> poison, i32 %2380, i64 0
-  %2382 = shufflevector <16 x i32> %2381, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i435.i = bitcast <16 x i32> %2382 to <32 x bfloat>
-  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %2376)
-  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %2378)
-  %2383 = getelementptr inbounds nuw i8, ptr %2244, i64 536
+  %x.i492.i = bitcast <16 x i32> %2373 to <32 x bfloat>
+  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2359)
+  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2361)
+  %2374 = getelementptr inbounds nuw i8, ptr %2185, i64 36
+  %2375 = load i32, ptr %2374, align 4, !tbaa !4
+  %2376 = insertelement <16 x i32> poison, i32 %2375, i64 0
+  %2377 = shufflevector <16 x i32> %2376, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2378 = getelementptr inbounds nuw i8, ptr %2189, i64 144
+  %2379 = load i64, ptr %2378, align 8, !tbaa !4
+  %gep971.i = getelementptr i32, ptr %gep1019.i, i64 %2379
+  %2380 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
+  %x.i498.i = bitcast <16 x i32> %2377 to <32 x bfloat>
+  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2380)
+  %2381 = getelementptr i8, ptr %gep971.i, i64 64
+  %2382 = load <32 x bfloat>, ptr %2381, align 4, !tbaa !4
+  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2382)
+  %2383 = getelementptr inbounds nuw i8, ptr %2185, i64 292
   %2384 = load i32, ptr %2383, align 4, !tbaa !4
   %2385 = insertelement <16 x i32> poison, i32 %2384, i64 0
   %2386 = shufflevector <16 x i32> %2385, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i441.i = bitcast <16 x i32> %2386 to <32 x bfloat>
-  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i441.i, <32 x bfloat> %2376)
-  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i441.i, <32 x bfloat> %2378)
-  %2387 = getelementptr inbounds nuw i8, ptr %2244, i64 792
+  %x.i504.i = bitcast <16 x i32> %2386 to <32 x bfloat>
+  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2380)
+  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2382)
+  %2387 = getelementptr inbounds nuw i8, ptr %2185, i64 548
   %2388 = load i32, ptr %2387, align 4, !tbaa !4
   %2389 = insertelement <16 x i32> poison, i32 %2388, i64 0
   %2390 = shufflevector <16 x i32> %2389, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i447.i = bitcast <16 x i32> %2390 to <32 x bfloat>
-  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i447.i, <32 x bfloat> %2376)
-  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i447.i, <32 x bfloat> %2378)
-  %2391 = getelementptr inbounds nuw i8, ptr %2244, i64 28
+  %x.i510.i = bitcast <16 x i32> %2390 to <32 x bfloat>
+  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2380)
+  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2382)
+  %2391 = getelementptr inbounds nuw i8, ptr %2185, i64 804
   %2392 = load i32, ptr %2391, align 4, !tbaa !4
   %2393 = insertelement <16 x i32> poison, i32 %2392, i64 0
   %2394 = shufflevector <16 x i32> %2393, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2395 = getelementptr inbounds nuw i8, ptr %2248, i64 112
-  %2396 = load i64, ptr %2395, align 8, !tbaa !4
-  %gep966.i = getelementptr i32, ptr %gep1022.i, i64 %2396
-  %2397 = load <32 x bfloat>, ptr %gep966.i, align 4, !tbaa !4
-  %x.i453.i = bitcast <16 x i32> %2394 to <32 x bfloat>
-  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %2397)
-  %2398 = getelementptr i8, ptr %gep966.i, i64 64
-  %2399 = load <32 x bfloat>, ptr %2398, align 4, !tbaa !4
-  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %2399)
-  %2400 = getelementptr inbounds nuw i8, ptr %2244, i64 284
-  %2401 = load i32, ptr %2400, align 4, !tbaa !4
-  %2402 = insertelement <16 x i32> poison, i32 %2401, i64 0
-  %2403 = shufflevector <16 x i32> %2402, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i459.i = bitcast <16 x i32> %2403 to <32 x bfloat>
-  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %2397)
-  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %2399)
-  %2404 = getelementptr inbounds nuw i8, ptr %2244, i64 540
+  %x.i516.i = bitcast <16 x i32> %2394 to <32 x bfloat>
+  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2380)
+  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2382)
+  %2395 = getelementptr inbounds nuw i8, ptr %2185, i64 40
+  %2396 = load i32, ptr %2395, align 4, !tbaa !4
+  %2397 = insertelement <16 x i32> poison, i32 %2396, i64 0
+  %2398 = shufflevector <16 x i32> %2397, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2399 = getelementptr inbounds nuw i8, ptr %2189, i64 160
+  %2400 = load i64, ptr %2399, align 8, !tbaa !4
+  %gep975.i = getelementptr i32, ptr %gep1019.i, i64 %2400
+  %2401 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
+  %x.i522.i = bitcast <16 x i32> %2398 to <32 x bfloat>
+  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2401)
+  %2402 = getelementptr i8, ptr %gep975.i, i64 64
+  %2403 = load <32 x bfloat>, ptr %2402, align 4, !tbaa !4
+  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2403)
+  %2404 = getelementptr inbounds nuw i8, ptr %2185, i64 296
   %2405 = load i32, ptr %2404, align 4, !tbaa !4
   %2406 = insertelement <16 x i32> poison, i32 %2405, i64 0
   %2407 = shufflevector <16 x i32> %2406, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i465.i = bitcast <16 x i32> %2407 to <32 x bfloat>
-  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i465.i, <32 x bfloat> %2397)
-  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i465.i, <32 x bfloat> %2399)
-  %2408 = getelementptr inbounds nuw i8, ptr %2244, i64 796
+  %x.i528.i = bitcast <16 x i32> %2407 to <32 x bfloat>
+  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2401)
+  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2403)
+  %2408 = getelementptr inbounds nuw i8, ptr %2185, i64 552
   %2409 = load i32, ptr %2408, align 4, !tbaa !4
   %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
   %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i471.i = bitcast <16 x i32> %2411 to <32 x bfloat>
-  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i471.i, <32 x bfloat> %2397)
-  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i471.i, <32 x bfloat> %2399)
-  %2412 = getelementptr inbounds nuw i8, ptr %2244, i64 32
+  %x.i534.i = bitcast <16 x i32> %2411 to <32 x bfloat>
+  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2401)
+  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2403)
+  %2412 = getelementptr inbounds nuw i8, ptr %2185, i64 808
   %2413 = load i32, ptr %2412, align 4, !tbaa !4
   %2414 = insertelement <16 x i32> poison, i32 %2413, i64 0
   %2415 = shufflevector <16 x i32> %2414, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2416 = getelementptr inbounds nuw i8, ptr %2248, i64 128
-  %2417 = load i64, ptr %2416, align 8, !tbaa !4
-  %gep970.i = getelementptr i32, ptr %gep1022.i, i64 %2417
-  %2418 = load <32 x bfloat>, ptr %gep970.i, align 4, !tbaa !4
-  %x.i477.i = bitcast <16 x i32> %2415 to <32 x bfloat>
-  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %2418)
-  %2419 = getelementptr i8, ptr %gep970.i, i64 64
-  %2420 = load <32 x bfloat>, ptr %2419, align 4, !tbaa !4
-  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %2420)
-  %2421 = getelementptr inbounds nuw i8, ptr %2244, i64 288
-  %2422 = load i32, ptr %2421, align 4, !tbaa !4
-  %2423 = insertelement <16 x i32> poison, i32 %2422, i64 0
-  %2424 = shufflevector <16 x i32> %2423, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i483.i = bitcast <16 x i32> %2424 to <32 x bfloat>
-  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %2418)
-  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %2420)
-  %2425 = getelementptr inbounds nuw i8, ptr %2244, i64 544
+  %x.i540.i = bitcast <16 x i32> %2415 to <32 x bfloat>
+  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2401)
+  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2403)
+  %2416 = getelementptr inbounds nuw i8, ptr %2185, i64 44
+  %2417 = load i32, ptr %2416, align 4, !tbaa !4
+  %2418 = insertelement <16 x i32> poison, i32 %2417, i64 0
+  %2419 = shufflevector <16 x i32> %2418, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2420 = getelementptr inbounds nuw i8, ptr %2189, i64 176
+  %2421 = load i64, ptr %2420, align 8, !tbaa !4
+  %gep979.i = getelementptr i32, ptr %gep1019.i, i64 %2421
+  %2422 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
+  %x.i546.i = bitcast <16 x i32> %2419 to <32 x bfloat>
+  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2422)
+  %2423 = getelementptr i8, ptr %gep979.i, i64 64
+  %2424 = load <32 x bfloat>, ptr %2423, align 4, !tbaa !4
+  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2424)
+  %2425 = getelementptr inbounds nuw i8, ptr %2185, i64 300
   %2426 = load i32, ptr %2425, align 4, !tbaa !4
   %2427 = insertelement <16 x i32> poison, i32 %2426, i64 0
   %2428 = shufflevector <16 x i32> %2427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i489.i = bitcast <16 x i32> %2428 to <32 x bfloat>
-  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i489.i, <32 x bfloat> %2418)
-  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i489.i, <32 x bfloat> %2420)
-  %2429 = getelementptr inbounds nuw i8, ptr %2244, i64 800
+  %x.i552.i = bitcast <16 x i32> %2428 to <32 x bfloat>
+  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2422)
+  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2424)
+  %2429 = getelementptr inbounds nuw i8, ptr %2185, i64 556
   %2430 = load i32, ptr %2429, align 4, !tbaa !4
   %2431 = insertelement <16 x i32> poison, i32 %2430, i64 0
   %2432 = shufflevector <16 x i32> %2431, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i495.i = bitcast <16 x i32> %2432 to <32 x bfloat>
-  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i495.i, <32 x bfloat> %2418)
-  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i495.i, <32 x bfloat> %2420)
-  %2433 = getelementptr inbounds nuw i8, ptr %2244, i64 36
+  %x.i558.i = bitcast <16 x i32> %2432 to <32 x bfloat>
+  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2422)
+  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2424)
+  %2433 = getelementptr inbounds nuw i8, ptr %2185, i64 812
   %2434 = load i32, ptr %2433, align 4, !tbaa !4
   %2435 = insertelement <16 x i32> poison, i32 %2434, i64 0
   %2436 = shufflevector <16 x i32> %2435, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2437 = getelementptr inbounds nuw i8, ptr %2248, i64 144
-  %2438 = load i64, ptr %2437, align 8, !tbaa !4
-  %gep974.i = getelementptr i32, ptr %gep1022.i, i64 %2438
-  %2439 = load <32 x bfloat>, ptr %gep974.i, align 4, !tbaa !4
-  %x.i501.i = bitcast <16 x i32> %2436 to <32 x bfloat>
-  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %2439)
-  %2440 = getelementptr i8, ptr %gep974.i, i64 64
-  %2441 = load <32 x bfloat>, ptr %2440, align 4, !tbaa !4
-  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %2441)
-  %2442 = getelementptr inbounds nuw i8, ptr %2244, i64 292
-  %2443 = load i32, ptr %2442, align 4, !tbaa !4
-  %2444 = insertelement <16 x i32> poison, i32 %2443, i64 0
-  %2445 = shufflevector <16 x i32> %2444, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i507.i = bitcast <16 x i32> %2445 to <32 x bfloat>
-  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %2439)
-  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %2441)
-  %2446 = getelementptr inbounds nuw i8, ptr %2244, i64 548
+  %x.i564.i = bitcast <16 x i32> %2436 to <32 x bfloat>
+  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2422)
+  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2424)
+  %2437 = getelementptr inbounds nuw i8, ptr %2185, i64 48
+  %2438 = load i32, ptr %2437, align 4, !tbaa !4
+  %2439 = insertelement <16 x i32> poison, i32 %2438, i64 0
+  %2440 = shufflevector <16 x i32> %2439, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2441 = getelementptr inbounds nuw i8, ptr %2189, i64 192
+  %2442 = load i64, ptr %2441, align 8, !tbaa !4
+  %gep983.i = getelementptr i32, ptr %gep1019.i, i64 %2442
+  %2443 = load <32 x bfloat>, ptr %gep983.i, align 4, !tbaa !4
+  %x.i570.i = bitcast <16 x i32> %2440 to <32 x bfloat>
+  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2443)
+  %2444 = getelementptr i8, ptr %gep983.i, i64 64
+  %2445 = load <32 x bfloat>, ptr %2444, align 4, !tbaa !4
+  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2445)
+  %2446 = getelementptr inbounds nuw i8, ptr %2185, i64 304
   %2447 = load i32, ptr %2446, align 4, !tbaa !4
   %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
   %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i513.i = bitcast <16 x i32> %2449 to <32 x bfloat>
-  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i513.i, <32 x bfloat> %2439)
-  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i513.i, <32 x bfloat> %2441)
-  %2450 = getelementptr inbounds nuw i8, ptr %2244, i64 804
+  %x.i576.i = bitcast <16 x i32> %2449 to <32 x bfloat>
+  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2443)
+  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2445)
+  %2450 = getelementptr inbounds nuw i8, ptr %2185, i64 560
   %2451 = load i32, ptr %2450, align 4, !tbaa !4
   %2452 = insertelement <16 x i32> poison, i32 %2451, i64 0
   %2453 = shufflevector <16 x i32> %2452, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i519.i = bitcast <16 x i32> %2453 to <32 x bfloat>
-  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i519.i, <32 x bfloat> %2439)
-  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i519.i, <32 x bfloat> %2441)
-  %2454 = getelementptr inbounds nuw i8, ptr %2244, i64 40
+  %x.i582.i = bitcast <16 x i32> %2453 to <32 x bfloat>
+  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2443)
+  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2445)
+  %2454 = getelementptr inbounds nuw i8, ptr %2185, i64 816
   %2455 = load i32, ptr %2454, align 4, !tbaa !4
   %2456 = insertelement <16 x i32> poison, i32 %2455, i64 0
   %2457 = shufflevector <16 x i32> %2456, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2458 = getelementptr inbounds nuw i8, ptr %2248, i64 160
-  %2459 = load i64, ptr %2458, align 8, !tbaa !4
-  %gep978.i = getelementptr i32, ptr %gep1022.i, i64 %2459
-  %2460 = load <32 x bfloat>, ptr %gep978.i, align 4, !tbaa !4
-  %x.i525.i = bitcast <16 x i32> %2457 to <32 x bfloat>
-  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %2460)
-  %2461 = getelementptr i8, ptr %gep978.i, i64 64
-  %2462 = load <32 x bfloat>, ptr %2461, align 4, !tbaa !4
-  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %2462)
-  %2463 = getelementptr inbounds nuw i8, ptr %2244, i64 296
-  %2464 = load i32, ptr %2463, align 4, !tbaa !4
-  %2465 = insertelement <16 x i32> poison, i32 %2464, i64 0
-  %2466 = shufflevector <16 x i32> %2465, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i531.i = bitcast <16 x i32> %2466 to <32 x bfloat>
-  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %2460)
-  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %2462)
-  %2467 = getelementptr inbounds nuw i8, ptr %2244, i64 552
+  %x.i588.i = bitcast <16 x i32> %2457 to <32 x bfloat>
+  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2443)
+  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2445)
+  %2458 = getelementptr inbounds nuw i8, ptr %2185, i64 52
+  %2459 = load i32, ptr %2458, align 4, !tbaa !4
+  %2460 = insertelement <16 x i32> poison, i32 %2459, i64 0
+  %2461 = shufflevector <16 x i32> %2460, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2462 = getelementptr inbounds nuw i8, ptr %2189, i64 208
+  %2463 = load i64, ptr %2462, align 8, !tbaa !4
+  %gep987.i = getelementptr i32, ptr %gep1019.i, i64 %2463
+  %2464 = load <32 x bfloat>, ptr %gep987.i, align 4, !tbaa !4
+  %x.i594.i = bitcast <16 x i32> %2461 to <32 x bfloat>
+  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2464)
+  %2465 = getelementptr i8, ptr %gep987.i, i64 64
+  %2466 = load <32 x bfloat>, ptr %2465, align 4, !tbaa !4
+  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2466)
+  %2467 = getelementptr inbounds nuw i8, ptr %2185, i64 308
   %2468 = load i32, ptr %2467, align 4, !tbaa !4
   %2469 = insertelement <16 x i32> poison, i32 %2468, i64 0
   %2470 = shufflevector <16 x i32> %2469, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i537.i = bitcast <16 x i32> %2470 to <32 x bfloat>
-  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i537.i, <32 x bfloat> %2460)
-  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i537.i, <32 x bfloat> %2462)
-  %2471 = getelementptr inbounds nuw i8, ptr %2244, i64 808
+  %x.i600.i = bitcast <16 x i32> %2470 to <32 x bfloat>
+  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2464)
+  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2466)
+  %2471 = getelementptr inbounds nuw i8, ptr %2185, i64 564
   %2472 = load i32, ptr %2471, align 4, !tbaa !4
   %2473 = insertelement <16 x i32> poison, i32 %2472, i64 0
   %2474 = shufflevector <16 x i32> %2473, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i543.i = bitcast <16 x i32> %2474 to <32 x bfloat>
-  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i543.i, <32 x bfloat> %2460)
-  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i543.i, <32 x bfloat> %2462)
-  %2475 = getelementptr inbounds nuw i8, ptr %2244, i64 44
+  %x.i606.i = bitcast <16 x i32> %2474 to <32 x bfloat>
+  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2464)
+  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2466)
+  %2475 = getelementptr inbounds nuw i8, ptr %2185, i64 820
   %2476 = load i32, ptr %2475, align 4, !tbaa !4
   %2477 = insertelement <16 x i32> poison, i32 %2476, i64 0
   %2478 = shufflevector <16 x i32> %2477, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2479 = getelementptr inbounds nuw i8, ptr %2248, i64 176
-  %2480 = load i64, ptr %2479, align 8, !tbaa !4
-  %gep982.i = getelementptr i32, ptr %gep1022.i, i64 %2480
-  %2481 = load <32 x bfloat>, ptr %gep982.i, align 4, !tbaa !4
-  %x.i549.i = bitcast <16 x i32> %2478 to <32 x bfloat>
-  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %2481)
-  %2482 = getelementptr i8, ptr %gep982.i, i64 64
-  %2483 = load <32 x bfloat>, ptr %2482, align 4, !tbaa !4
-  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %2483)
-  %2484 = getelementptr inbounds nuw i8, ptr %2244, i64 300
-  %2485 = load i32, ptr %2484, align 4, !tbaa !4
-  %2486 = insertelement <16 x i32> poison, i32 %2485, i64 0
-  %2487 = shufflevector <16 x i32> %2486, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i555.i = bitcast <16 x i32> %2487 to <32 x bfloat>
-  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %2481)
-  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %2483)
-  %2488 = getelementptr inbounds nuw i8, ptr %2244, i64 556
+  %x.i612.i = bitcast <16 x i32> %2478 to <32 x bfloat>
+  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2464)
+  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2466)
+  %2479 = getelementptr inbounds nuw i8, ptr %2185, i64 56
+  %2480 = load i32, ptr %2479, align 4, !tbaa !4
+  %2481 = insertelement <16 x i32> poison, i32 %2480, i64 0
+  %2482 = shufflevector <16 x i32> %2481, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2483 = getelementptr inbounds nuw i8, ptr %2189, i64 224
+  %2484 = load i64, ptr %2483, align 8, !tbaa !4
+  %gep991.i = getelementptr i32, ptr %gep1019.i, i64 %2484
+  %2485 = load <32 x bfloat>, ptr %gep991.i, align 4, !tbaa !4
+  %x.i618.i = bitcast <16 x i32> %2482 to <32 x bfloat>
+  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2485)
+  %2486 = getelementptr i8, ptr %gep991.i, i64 64
+  %2487 = load <32 x bfloat>, ptr %2486, align 4, !tbaa !4
+  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2487)
+  %2488 = getelementptr inbounds nuw i8, ptr %2185, i64 312
   %2489 = load i32, ptr %2488, align 4, !tbaa !4
   %2490 = insertelement <16 x i32> poison, i32 %2489, i64 0
   %2491 = shufflevector <16 x i32> %2490, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i561.i = bitcast <16 x i32> %2491 to <32 x bfloat>
-  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i561.i, <32 x bfloat> %2481)
-  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i561.i, <32 x bfloat> %2483)
-  %2492 = getelementptr inbounds nuw i8, ptr %2244, i64 812
+  %x.i624.i = bitcast <16 x i32> %2491 to <32 x bfloat>
+  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2485)
+  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2487)
+  %2492 = getelementptr inbounds nuw i8, ptr %2185, i64 568
   %2493 = load i32, ptr %2492, align 4, !tbaa !4
   %2494 = insertelement <16 x i32> poison, i32 %2493, i64 0
   %2495 = shufflevector <16 x i32> %2494, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i567.i = bitcast <16 x i32> %2495 to <32 x bfloat>
-  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i567.i, <32 x bfloat> %2481)
-  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i567.i, <32 x bfloat> %2483)
-  %2496 = getelementptr inbounds nuw i8, ptr %2244, i64 48
+  %x.i630.i = bitcast <16 x i32> %2495 to <32 x bfloat>
+  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2485)
+  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2487)
+  %2496 = getelementptr inbounds nuw i8, ptr %2185, i64 824
   %2497 = load i32, ptr %2496, align 4, !tbaa !4
   %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
   %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2500 = getelementptr inbounds nuw i8, ptr %2248, i64 192
-  %2501 = load i64, ptr %2500, align 8, !tbaa !4
-  %gep986.i = getelementptr i32, ptr %gep1022.i, i64 %2501
-  %2502 = load <32 x bfloat>, ptr %gep986.i, align 4, !tbaa !4
-  %x.i573.i = bitcast <16 x i32> %2499 to <32 x bfloat>
-  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2502)
-  %2503 = getelementptr i8, ptr %gep986.i, i64 64
-  %2504 = load <32 x bfloat>, ptr %2503, align 4, !tbaa !4
-  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2504)
-  %2505 = getelementptr inbounds nuw i8, ptr %2244, i64 304
-  %2506 = load i32, ptr %2505, align 4, !tbaa !4
-  %2507 = insertelement <16 x i32> poison, i32 %2506, i64 0
-  %2508 = shufflevector <16 x i32> %2507, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i579.i = bitcast <16 x i32> %2508 to <32 x bfloat>
-  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2502)
-  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2504)
-  %2509 = getelementptr inbounds nuw i8, ptr %2244, i64 560
+  %x.i636.i = bitcast <16 x i32> %2499 to <32 x bfloat>
+  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2485)
+  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2487)
+  %2500 = getelementptr inbounds nuw i8, ptr %2185, i64 60
+  %2501 = load i32, ptr %2500, align 4, !tbaa !4
+  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
+  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2504 = getelementptr inbounds nuw i8, ptr %2189, i64 240
+  %2505 = load i64, ptr %2504, align 8, !tbaa !4
+  %gep995.i = getelementptr i32, ptr %gep1019.i, i64 %2505
+  %2506 = load <32 x bfloat>, ptr %gep995.i, align 4, !tbaa !4
+  %x.i642.i = bitcast <16 x i32> %2503 to <32 x bfloat>
+  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2506)
+  %2507 = getelementptr i8, ptr %gep995.i, i64 64
+  %2508 = load <32 x bfloat>, ptr %2507, align 4, !tbaa !4
+  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2508)
+  %2509 = getelementptr inbounds nuw i8, ptr %2185, i64 316
   %2510 = load i32, ptr %2509, align 4, !tbaa !4
   %2511 = insertelement <16 x i32> poison, i32 %2510, i64 0
   %2512 = shufflevector <16 x i32> %2511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i585.i = bitcast <16 x i32> %2512 to <32 x bfloat>
-  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i585.i, <32 x bfloat> %2502)
-  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i585.i, <32 x bfloat> %2504)
-  %2513 = getelementptr inbounds nuw i8, ptr %2244, i64 816
+  %x.i648.i = bitcast <16 x i32> %2512 to <32 x bfloat>
+  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2506)
+  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2508)
+  %2513 = getelementptr inbounds nuw i8, ptr %2185, i64 572
   %2514 = load i32, ptr %2513, align 4, !tbaa !4
   %2515 = insertelement <16 x i32> poison, i32 %2514, i64 0
   %2516 = shufflevector <16 x i32> %2515, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i591.i = bitcast <16 x i32> %2516 to <32 x bfloat>
-  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i591.i, <32 x bfloat> %2502)
-  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i591.i, <32 x bfloat> %2504)
-  %2517 = getelementptr inbounds nuw i8, ptr %2244, i64 52
+  %x.i654.i = bitcast <16 x i32> %2516 to <32 x bfloat>
+  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2506)
+  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2508)
+  %2517 = getelementptr inbounds nuw i8, ptr %2185, i64 828
   %2518 = load i32, ptr %2517, align 4, !tbaa !4
   %2519 = insertelement <16 x i32> poison, i32 %2518, i64 0
   %2520 = shufflevector <16 x i32> %2519, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2521 = getelementptr inbounds nuw i8, ptr %2248, i64 208
-  %2522 = load i64, ptr %2521, align 8, !tbaa !4
-  %gep990.i = getelementptr i32, ptr %gep1022.i, i64 %2522
-  %2523 = load <32 x bfloat>, ptr %gep990.i, align 4, !tbaa !4
-  %x.i597.i = bitcast <16 x i32> %2520 to <32 x bfloat>
-  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2523)
-  %2524 = getelementptr i8, ptr %gep990.i, i64 64
-  %2525 = load <32 x bfloat>, ptr %2524, align 4, !tbaa !4
-  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2525)
-  %2526 = getelementptr inbounds nuw i8, ptr %2244, i64 308
-  %2527 = load i32, ptr %2526, align 4, !tbaa !4
-  %2528 = insertelement <16 x i32> poison, i32 %2527, i64 0
-  %2529 = shufflevector <16 x i32> %2528, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i603.i = bitcast <16 x i32> %2529 to <32 x bfloat>
-  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2523)
-  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2525)
-  %2530 = getelementptr inbounds nuw i8, ptr %2244, i64 564
-  %2531 = load i32, ptr %2530, align 4, !tbaa !4
-  %2532 = insertelement <16 x i32> poison, i32 %2531, i64 0
-  %2533 = shufflevector <16 x i32> %2532, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i609.i = bitcast <16 x i32> %2533 to <32 x bfloat>
-  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i609.i, <32 x bfloat> %2523)
-  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i609.i, <32 x bfloat> %2525)
-  %2534 = getelementptr inbounds nuw i8, ptr %2244, i64 820
-  %2535 = load i32, ptr %2534, align 4, !tbaa !4
-  %2536 = insertelement <16 x i32> poison, i32 %2535, i64 0
-  %2537 = shufflevector <16 x i32> %2536, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i615.i = bitcast <16 x i32> %2537 to <32 x bfloat>
-  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i615.i, <32 x bfloat> %2523)
-  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i615.i, <32 x bfloat> %2525)
-  %2538 = getelementptr inbounds nuw i8, ptr %2244, i64 56
-  %2539 = load i32, ptr %2538, align 4, !tbaa !4
-  %2540 = insertelement <16 x i32> poison, i32 %2539, i64 0
-  %2541 = shufflevector <16 x i32> %2540, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2542 = getelementptr inbounds nuw i8, ptr %2248, i64 224
-  %2543 = load i64, ptr %2542, align 8, !tbaa !4
-  %gep994.i = getelementptr i32, ptr %gep1022.i, i64 %2543
-  %2544 = load <32 x bfloat>, ptr %gep994.i, align 4, !tbaa !4
-  %x.i621.i = bitcast <16 x i32> %2541 to <32 x bfloat>
-  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2544)
-  %2545 = getelementptr i8, ptr %gep994.i, i64 64
-  %2546 = load <32 x bfloat>, ptr %2545, align 4, !tbaa !4
-  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2546)
-  %2547 = getelementptr inbounds nuw i8, ptr %2244, i64 312
-  %2548 = load i32, ptr %2547, align 4, !tbaa !4
-  %2549 = insertelement <16 x i32> poison, i32 %2548, i64 0
-  %2550 = shufflevector <16 x i32> %2549, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i627.i = bitcast <16 x i32> %2550 to <32 x bfloat>
-  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2544)
-  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2546)
-  %2551 = getelementptr inbounds nuw i8, ptr %2244, i64 568
-  %2552 = load i32, ptr %2551, align 4, !tbaa !4
-  %2553 = insertelement <16 x i32> poison, i32 %2552, i64 0
-  %2554 = shufflevector <16 x i32> %2553, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i633.i = bitcast <16 x i32> %2554 to <32 x bfloat>
-  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i633.i, <32 x bfloat> %2544)
-  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i633.i, <32 x bfloat> %2546)
-  %2555 = getelementptr inbounds nuw i8, ptr %2244, i64 824
-  %2556 = load i32, ptr %2555, align 4, !tbaa !4
-  %2557 = insertelement <16 x i32> poison, i32 %2556, i64 0
-  %2558 = shufflevector <16 x i32> %2557, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i639.i = bitcast <16 x i32> %2558 to <32 x bfloat>
-  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i639.i, <32 x bfloat> %2544)
-  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i639.i, <32 x bfloat> %2546)
-  %2559 = getelementptr inbounds nuw i8, ptr %2244, i64 60
-  %2560 = load i32, ptr %2559, align 4, !tbaa !4
-  %2561 = insertelement <16 x i32> poison, i32 %2560, i64 0
-  %2562 = shufflevector <16 x i32> %2561, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2563 = getelementptr inbounds nuw i8, ptr %2248, i64 240
-  %2564 = load i64, ptr %2563, align 8, !tbaa !4
-  %gep998.i = getelementptr i32, ptr %gep1022.i, i64 %2564
-  %2565 = load <32 x bfloat>, ptr %gep998.i, align 4, !tbaa !4
-  %x.i645.i = bitcast <16 x i32> %2562 to <32 x bfloat>
-  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2565)
-  %2566 = getelementptr i8, ptr %gep998.i, i64 64
-  %2567 = load <32 x bfloat>, ptr %2566, align 4, !tbaa !4
-  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2567)
-  %2568 = getelementptr inbounds nuw i8, ptr %2244, i64 316
-  %2569 = load i32, ptr %2568, align 4, !tbaa !4
-  %2570 = insertelement <16 x i32> poison, i32 %2569, i64 0
-  %2571 = shufflevector <16 x i32> %2570, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i651.i = bitcast <16 x i32> %2571 to <32 x bfloat>
-  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2565)
-  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2567)
-  %2572 = getelementptr inbounds nuw i8, ptr %2244, i64 572
-  %2573 = load i32, ptr %2572, align 4, !tbaa !4
-  %2574 = insertelement <16 x i32> poison, i32 %2573, i64 0
-  %2575 = shufflevector <16 x i32> %2574, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i657.i = bitcast <16 x i32> %2575 to <32 x bfloat>
-  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i657.i, <32 x bfloat> %2565)
-  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i657.i, <32 x bfloat> %2567)
-  %2576 = getelementptr inbounds nuw i8, ptr %2244, i64 828
-  %2577 = load i32, ptr %2576, align 4, !tbaa !4
-  %2578 = insertelement <16 x i32> poison, i32 %2577, i64 0
-  %2579 = shufflevector <16 x i32> %2578, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i663.i = bitcast <16 x i32> %2579 to <32 x bfloat>
-  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i663.i, <32 x bfloat> %2565)
-  %r.i668.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.i, <32 x bfloat> %x.i663.i, <32 x bfloat> %2567)
+  %x.i660.i = bitcast <16 x i32> %2520 to <32 x bfloat>
+  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2506)
+  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2508)
   %indvars.iv.next1189.i = add nuw nsw i64 %indvars.iv1188.i, 1
-  %exitcond1192.not.i = icmp eq i64 %indvars.iv.next1189.i, %980
+  %exitcond1192.not.i = icmp eq i64 %indvars.iv.next1189.i, %987
   br i1 %exitcond1192.not.i, label %for_end_to127.i, label %for_begin_ax2.preheader.i, !prof !8
 
 for_end_to127.i:                                  ; preds = %for_begin_ax2.preheader.i, %for_body_d_0_m.i
-  %full_acc214.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
-  %full_acc214.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i668.i, %for_begin_ax2.preheader.i ]
-  br i1 %.not1070.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
+  %full_acc212.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i644.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
+  %full_acc212.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
+  br i1 %.not1067.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to127.i
-  %gep1054.idx.i = shl i64 %indvars.iv1196.i, 7
-  %gep1054.i = getelementptr i8, ptr %invariant.gep1021.i, i64 %gep1054.idx.i
-  br i1 %995, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !81
+  %gep1051.idx.i = shl i64 %indvars.iv1196.i, 7
+  %gep1051.i = getelementptr i8, ptr %invariant.gep1018.i, i64 %gep1051.idx.i
+  br i1 %1002, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !81
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv1193.i = phi i64 [ %indvars.iv.next1194.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.0.01006.i = phi <16 x float> [ %r.i671.i.1, %for_body_ti.i ], [ %full_acc214.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.4.01005.i = phi <16 x float> [ %r.i674.i.1, %for_body_ti.i ], [ %full_acc214.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.8.01004.i = phi <16 x float> [ %r.i677.i.1, %for_body_ti.i ], [ %full_acc214.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.12.01003.i = phi <16 x float> [ %r.i680.i.1, %for_body_ti.i ], [ %full_acc214.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.16.01002.i = phi <16 x float> [ %r.i683.i.1, %for_body_ti.i ], [ %full_acc214.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.20.01001.i = phi <16 x float> [ %r.i686.i.1, %for_body_ti.i ], [ %full_acc214.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.24.01000.i = phi <16 x float> [ %r.i689.i.1, %for_body_ti.i ], [ %full_acc214.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc215.sroa.28.0999.i = phi <16 x float> [ %r.i692.i.1, %for_body_ti.i ], [ %full_acc214.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.0.01003.i = phi <16 x float> [ %r.i668.i.1, %for_body_ti.i ], [ %full_acc212.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.4.01002.i = phi <16 x float> [ %r.i671.i.1, %for_body_ti.i ], [ %full_acc212.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.8.01001.i = phi <16 x float> [ %r.i674.i.1, %for_body_ti.i ], [ %full_acc212.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.12.01000.i = phi <16 x float> [ %r.i677.i.1, %for_body_ti.i ], [ %full_acc212.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.16.0999.i = phi <16 x float> [ %r.i680.i.1, %for_body_ti.i ], [ %full_acc212.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.20.0998.i = phi <16 x float> [ %r.i683.i.1, %for_body_ti.i ], [ %full_acc212.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.24.0997.i = phi <16 x float> [ %r.i686.i.1, %for_body_ti.i ], [ %full_acc212.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc213.sroa.28.0996.i = phi <16 x float> [ %r.i689.i.1, %for_body_ti.i ], [ %full_acc212.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %niter191 = phi i64 [ %niter191.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %gep1322.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %indvars.iv1193.i
-  %2580 = load i32, ptr %gep1322.i, align 4, !tbaa !4
+  %gep1386.i = getelementptr i32, ptr %invariant.gep1385.i, i64 %indvars.iv1193.i
+  %2521 = load i32, ptr %gep1386.i, align 4, !tbaa !4
+  %2522 = insertelement <16 x i32> poison, i32 %2521, i64 0
+  %2523 = shufflevector <16 x i32> %2522, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2524 = shl nuw nsw i64 %indvars.iv1193.i, 1
+  %2525 = add nuw nsw i64 %2524, %985
+  %2526 = icmp slt i64 %2525, 127
+  %2527 = or disjoint i64 %2525, 1
+  %2528 = icmp slt i64 %2527, %929
+  %2529 = and i1 %2526, %2528
+  %2530 = select i1 %2529, i32 -1, i32 65535
+  %2531 = insertelement <16 x i32> poison, i32 %2530, i64 0
+  %2532 = shufflevector <16 x i32> %2531, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2533 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2525
+  %2534 = load i64, ptr %2533, align 8, !tbaa !4
+  %gep1016.i = getelementptr i32, ptr %gep1051.i, i64 %2534
+  %2535 = load <16 x i32>, ptr %gep1016.i, align 4, !tbaa !4
+  %2536 = and <16 x i32> %2535, %2532
+  %x.i666.i = bitcast <16 x i32> %2523 to <32 x bfloat>
+  %y.i667.i = bitcast <16 x i32> %2536 to <32 x bfloat>
+  %r.i668.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.0.01003.i, <32 x bfloat> %x.i666.i, <32 x bfloat> %y.i667.i)
+  %2537 = getelementptr i8, ptr %gep1016.i, i64 64
+  %2538 = load <16 x i32>, ptr %2537, align 4, !tbaa !4
+  %2539 = and <16 x i32> %2538, %2532
+  %y.i670.i = bitcast <16 x i32> %2539 to <32 x bfloat>
+  %r.i671.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.4.01002.i, <32 x bfloat> %x.i666.i, <32 x bfloat> %y.i670.i)
+  %2540 = getelementptr i8, ptr %gep1386.i, i64 256
+  %2541 = load i32, ptr %2540, align 4, !tbaa !4
+  %2542 = insertelement <16 x i32> poison, i32 %2541, i64 0
+  %2543 = shufflevector <16 x i32> %2542, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i672.i = bitcast <16 x i32> %2543 to <32 x bfloat>
+  %r.i674.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.8.01001.i, <32 x bfloat> %x.i672.i, <32 x bfloat> %y.i667.i)
+  %r.i677.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.12.01000.i, <32 x bfloat> %x.i672.i, <32 x bfloat> %y.i670.i)
+  %2544 = getelementptr i8, ptr %gep1386.i, i64 512
+  %2545 = load i32, ptr %2544, align 4, !tbaa !4
+  %2546 = insertelement <16 x i32> poison, i32 %2545, i64 0
+  %2547 = shufflevector <16 x i32> %2546, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i678.i = bitcast <16 x i32> %2547 to <32 x bfloat>
+  %r.i680.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.16.0999.i, <32 x bfloat> %x.i678.i, <32 x bfloat> %y.i667.i)
+  %r.i683.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.20.0998.i, <32 x bfloat> %x.i678.i, <32 x bfloat> %y.i670.i)
+  %2548 = getelementptr i8, ptr %gep1386.i, i64 768
+  %2549 = load i32, ptr %2548, align 4, !tbaa !4
+  %2550 = insertelement <16 x i32> poison, i32 %2549, i64 0
+  %2551 = shufflevector <16 x i32> %2550, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i684.i = bitcast <16 x i32> %2551 to <32 x bfloat>
+  %r.i686.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.24.0997.i, <32 x bfloat> %x.i684.i, <32 x bfloat> %y.i667.i)
+  %r.i689.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.28.0996.i, <32 x bfloat> %x.i684.i, <32 x bfloat> %y.i670.i)
+  %indvars.iv.next1194.i = or disjoint i64 %indvars.iv1193.i, 1
+  %gep1386.i.1 = getelementptr i32, ptr %invariant.gep1385.i, i64 %indvars.iv.next1194.i
+  %2552 = load i32, ptr %gep1386.i.1, align 4, !tbaa !4
+  %2553 = insertelement <16 x i32> poison, i32 %2552, i64 0
+  %2554 = shufflevector <16 x i32> %2553, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2555 = shl nuw nsw i64 %indvars.iv.next1194.i, 1
+  %2556 = add nuw nsw i64 %2555, %985
+  %2557 = icmp slt i64 %2556, 127
+  %2558 = or disjoint i64 %2556, 1
+  %2559 = icmp slt i64 %2558, %929
+  %2560 = and i1 %2557, %2559
+  %2561 = select i1 %2560, i32 -1, i32 65535
+  %2562 = insertelement <16 x i32> poison, i32 %2561, i64 0
+  %2563 = shufflevector <16 x i32> %2562, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2564 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2556
+  %2565 = load i64, ptr %2564, align 8, !tbaa !4
+  %gep1016.i.1 = getelementptr i32, ptr %gep1051.i, i64 %2565
+  %2566 = load <16 x i32>, ptr %gep1016.i.1, align 4, !tbaa !4
+  %2567 = and <16 x i32> %2566, %2563
+  %x.i666.i.1 = bitcast <16 x i32> %2554 to <32 x bfloat>
+  %y.i667.i.1 = bitcast <16 x i32> %2567 to <32 x bfloat>
+  %r.i668.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i668.i, <32 x bfloat> %x.i666.i.1, <32 x bfloat> %y.i667.i.1)
+  %2568 = getelementptr i8, ptr %gep1016.i.1, i64 64
+  %2569 = load <16 x i32>, ptr %2568, align 4, !tbaa !4
+  %2570 = and <16 x i32> %2569, %2563
+  %y.i670.i.1 = bitcast <16 x i32> %2570 to <32 x bfloat>
+  %r.i671.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.i, <32 x bfloat> %x.i666.i.1, <32 x bfloat> %y.i670.i.1)
+  %2571 = getelementptr i8, ptr %gep1386.i.1, i64 256
+  %2572 = load i32, ptr %2571, align 4, !tbaa !4
+  %2573 = insertelement <16 x i32> poison, i32 %2572, i64 0
+  %2574 = shufflevector <16 x i32> %2573, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i672.i.1 = bitcast <16 x i32> %2574 to <32 x bfloat>
+  %r.i674.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.i, <32 x bfloat> %x.i672.i.1, <32 x bfloat> %y.i667.i.1)
+  %r.i677.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.i, <32 x bfloat> %x.i672.i.1, <32 x bfloat> %y.i670.i.1)
+  %2575 = getelementptr i8, ptr %gep1386.i.1, i64 512
+  %2576 = load i32, ptr %2575, align 4, !tbaa !4
+  %2577 = insertelement <16 x i32> poison, i32 %2576, i64 0
+  %2578 = shufflevector <16 x i32> %2577, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i678.i.1 = bitcast <16 x i32> %2578 to <32 x bfloat>
+  %r.i680.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.i, <32 x bfloat> %x.i678.i.1, <32 x bfloat> %y.i667.i.1)
+  %r.i683.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.i, <32 x bfloat> %x.i678.i.1, <32 x bfloat> %y.i670.i.1)
+  %2579 = getelementptr i8, ptr %gep1386.i.1, i64 768
+  %2580 = load i32, ptr %2579, align 4, !tbaa !4
   %2581 = insertelement <16 x i32> poison, i32 %2580, i64 0
   %2582 = shufflevector <16 x i32> %2581, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2583 = shl nuw nsw i64 %indvars.iv1193.i, 1
-  %2584 = add nuw nsw i64 %2583, %978
-  %2585 = icmp slt i64 %2584, 127
-  %2586 = or disjoint i64 %2584, 1
-  %2587 = icmp slt i64 %2586, %922
-  %2588 = and i1 %2585, %2587
-  %2589 = select i1 %2588, i32 -1, i32 65535
-  %2590 = insertelement <16 x i32> poison, i32 %2589, i64 0
-  %2591 = shufflevector <16 x i32> %2590, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2592 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2584
-  %2593 = load i64, ptr %2592, align 8, !tbaa !4
-  %gep1019.i = getelementptr i32, ptr %gep1054.i, i64 %2593
-  %2594 = load <16 x i32>, ptr %gep1019.i, align 4, !tbaa !4
-  %2595 = and <16 x i32> %2594, %2591
-  %x.i669.i = bitcast <16 x i32> %2582 to <32 x bfloat>
-  %y.i670.i = bitcast <16 x i32> %2595 to <32 x bfloat>
-  %r.i671.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.0.01006.i, <32 x bfloat> %x.i669.i, <32 x bfloat> %y.i670.i)
-  %2596 = getelementptr i8, ptr %gep1019.i, i64 64
-  %2597 = load <16 x i32>, ptr %2596, align 4, !tbaa !4
-  %2598 = and <16 x i32> %2597, %2591
-  %y.i673.i = bitcast <16 x i32> %2598 to <32 x bfloat>
-  %r.i674.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.4.01005.i, <32 x bfloat> %x.i669.i, <32 x bfloat> %y.i673.i)
-  %2599 = getelementptr i8, ptr %gep1322.i, i64 256
-  %2600 = load i32, ptr %2599, align 4, !tbaa !4
-  %2601 = insertelement <16 x i32> poison, i32 %2600, i64 0
-  %2602 = shufflevector <16 x i32> %2601, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i675.i = bitcast <16 x i32> %2602 to <32 x bfloat>
-  %r.i677.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.8.01004.i, <32 x bfloat> %x.i675.i, <32 x bfloat> %y.i670.i)
-  %r.i680.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.12.01003.i, <32 x bfloat> %x.i675.i, <32 x bfloat> %y.i673.i)
-  %2603 = getelementptr i8, ptr %gep1322.i, i64 512
-  %2604 = load i32, ptr %2603, align 4, !tbaa !4
-  %2605 = insertelement <16 x i32> poison, i32 %2604, i64 0
-  %2606 = shufflevector <16 x i32> %2605, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i681.i = bitcast <16 x i32> %2606 to <32 x bfloat>
-  %r.i683.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.16.01002.i, <32 x bfloat> %x.i681.i, <32 x bfloat> %y.i670.i)
-  %r.i686.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.20.01001.i, <32 x bfloat> %x.i681.i, <32 x bfloat> %y.i673.i)
-  %2607 = getelementptr i8, ptr %gep1322.i, i64 768
-  %2608 = load i32, ptr %2607, align 4, !tbaa !4
-  %2609 = insertelement <16 x i32> poison, i32 %2608, i64 0
-  %2610 = shufflevector <16 x i32> %2609, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i687.i = bitcast <16 x i32> %2610 to <32 x bfloat>
-  %r.i689.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.24.01000.i, <32 x bfloat> %x.i687.i, <32 x bfloat> %y.i670.i)
-  %r.i692.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.28.0999.i, <32 x bfloat> %x.i687.i, <32 x bfloat> %y.i673.i)
-  %indvars.iv.next1194.i = or disjoint i64 %indvars.iv1193.i, 1
-  %gep1322.i.1 = getelementptr i32, ptr %invariant.gep1321.i, i64 %indvars.iv.next1194.i
-  %2611 = load i32, ptr %gep1322.i.1, align 4, !tbaa !4
-  %2612 = insertelement <16 x i32> poison, i32 %2611, i64 0
-  %2613 = shufflevector <16 x i32> %2612, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2614 = shl nuw nsw i64 %indvars.iv.next1194.i, 1
-  %2615 = add nuw nsw i64 %2614, %978
-  %2616 = icmp slt i64 %2615, 127
-  %2617 = or disjoint i64 %2615, 1
-  %2618 = icmp slt i64 %2617, %922
-  %2619 = and i1 %2616, %2618
-  %2620 = select i1 %2619, i32 -1, i32 65535
-  %2621 = insertelement <16 x i32> poison, i32 %2620, i64 0
-  %2622 = shufflevector <16 x i32> %2621, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2623 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2615
-  %2624 = load i64, ptr %2623, align 8, !tbaa !4
-  %gep1019.i.1 = getelementptr i32, ptr %gep1054.i, i64 %2624
-  %2625 = load <16 x i32>, ptr %gep1019.i.1, align 4, !tbaa !4
-  %2626 = and <16 x i32> %2625, %2622
-  %x.i669.i.1 = bitcast <16 x i32> %2613 to <32 x bfloat>
-  %y.i670.i.1 = bitcast <16 x i32> %2626 to <32 x bfloat>
-  %r.i671.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.i, <32 x bfloat> %x.i669.i.1, <32 x bfloat> %y.i670.i.1)
-  %2627 = getelementptr i8, ptr %gep1019.i.1, i64 64
-  %2628 = load <16 x i32>, ptr %2627, align 4, !tbaa !4
-  %2629 = and <16 x i32> %2628, %2622
-  %y.i673.i.1 = bitcast <16 x i32> %2629 to <32 x bfloat>
-  %r.i674.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.i, <32 x bfloat> %x.i669.i.1, <32 x bfloat> %y.i673.i.1)
-  %2630 = getelementptr i8, ptr %gep1322.i.1, i64 256
-  %2631 = load i32, ptr %2630, align 4, !tbaa !4
-  %2632 = insertelement <16 x i32> poison, i32 %2631, i64 0
-  %2633 = shufflevector <16 x i32> %2632, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i675.i.1 = bitcast <16 x i32> %2633 to <32 x bfloat>
-  %r.i677.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.i, <32 x bfloat> %x.i675.i.1, <32 x bfloat> %y.i670.i.1)
-  %r.i680.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.i, <32 x bfloat> %x.i675.i.1, <32 x bfloat> %y.i673.i.1)
-  %2634 = getelementptr i8, ptr %gep1322.i.1, i64 512
-  %2635 = load i32, ptr %2634, align 4, !tbaa !4
-  %2636 = insertelement <16 x i32> poison, i32 %2635, i64 0
-  %2637 = shufflevector <16 x i32> %2636, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i681.i.1 = bitcast <16 x i32> %2637 to <32 x bfloat>
-  %r.i683.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.i, <32 x bfloat> %x.i681.i.1, <32 x bfloat> %y.i670.i.1)
-  %r.i686.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.i, <32 x bfloat> %x.i681.i.1, <32 x bfloat> %y.i673.i.1)
-  %2638 = getelementptr i8, ptr %gep1322.i.1, i64 768
-  %2639 = load i32, ptr %2638, align 4, !tbaa !4
-  %2640 = insertelement <16 x i32> poison, i32 %2639, i64 0
-  %2641 = shufflevector <16 x i32> %2640, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i687.i.1 = bitcast <16 x i32> %2641 to <32 x bfloat>
-  %r.i689.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.i, <32 x bfloat> %x.i687.i.1, <32 x bfloat> %y.i670.i.1)
-  %r.i692.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i692.i, <32 x bfloat> %x.i687.i.1, <32 x bfloat> %y.i673.i.1)
+  %x.i684.i.1 = bitcast <16 x i32> %2582 to <32 x bfloat>
+  %r.i686.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.i, <32 x bfloat> %x.i684.i.1, <32 x bfloat> %y.i667.i.1)
+  %r.i689.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.i, <32 x bfloat> %x.i684.i.1, <32 x bfloat> %y.i670.i.1)
   %indvars.iv.next1194.i.1 = add nuw nsw i64 %indvars.iv1193.i, 2
   %niter191.next.1 = add nuw i64 %niter191, 2
   %niter191.ncmp.1 = icmp eq i64 %niter191.next.1, %unroll_iter190
@@ -5825,375 +5804,375 @@ for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv1193.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1194.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.0.01006.i.epil.init = phi <16 x float> [ %full_acc214.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.4.01005.i.epil.init = phi <16 x float> [ %full_acc214.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.8.01004.i.epil.init = phi <16 x float> [ %full_acc214.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.12.01003.i.epil.init = phi <16 x float> [ %full_acc214.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.16.01002.i.epil.init = phi <16 x float> [ %full_acc214.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.20.01001.i.epil.init = phi <16 x float> [ %full_acc214.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.24.01000.i.epil.init = phi <16 x float> [ %full_acc214.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc215.sroa.28.0999.i.epil.init = phi <16 x float> [ %full_acc214.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i692.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.0.01003.i.epil.init = phi <16 x float> [ %full_acc212.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i668.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.4.01002.i.epil.init = phi <16 x float> [ %full_acc212.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.8.01001.i.epil.init = phi <16 x float> [ %full_acc212.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.12.01000.i.epil.init = phi <16 x float> [ %full_acc212.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.16.0999.i.epil.init = phi <16 x float> [ %full_acc212.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.20.0998.i.epil.init = phi <16 x float> [ %full_acc212.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.24.0997.i.epil.init = phi <16 x float> [ %full_acc212.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc213.sroa.28.0996.i.epil.init = phi <16 x float> [ %full_acc212.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod189)
-  %gep1322.i.epil = getelementptr i32, ptr %invariant.gep1321.i, i64 %indvars.iv1193.i.epil.init
-  %2642 = load i32, ptr %gep1322.i.epil, align 4, !tbaa !4
-  %2643 = insertelement <16 x i32> poison, i32 %2642, i64 0
-  %2644 = shufflevector <16 x i32> %2643, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2645 = shl nuw nsw i64 %indvars.iv1193.i.epil.init, 1
-  %2646 = add nuw nsw i64 %2645, %978
-  %2647 = icmp slt i64 %2646, 127
-  %2648 = or disjoint i64 %2646, 1
-  %2649 = icmp slt i64 %2648, %922
-  %2650 = and i1 %2647, %2649
-  %2651 = select i1 %2650, i32 -1, i32 65535
-  %2652 = insertelement <16 x i32> poison, i32 %2651, i64 0
-  %2653 = shufflevector <16 x i32> %2652, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2654 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2646
-  %2655 = load i64, ptr %2654, align 8, !tbaa !4
-  %gep1019.i.epil = getelementptr i32, ptr %gep1054.i, i64 %2655
-  %2656 = load <16 x i32>, ptr %gep1019.i.epil, align 4, !tbaa !4
-  %2657 = and <16 x i32> %2656, %2653
-  %x.i669.i.epil = bitcast <16 x i32> %2644 to <32 x bfloat>
-  %y.i670.i.epil = bitcast <16 x i32> %2657 to <32 x bfloat>
-  %r.i671.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.0.01006.i.epil.init, <32 x bfloat> %x.i669.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %2658 = getelementptr i8, ptr %gep1019.i.epil, i64 64
-  %2659 = load <16 x i32>, ptr %2658, align 4, !tbaa !4
-  %2660 = and <16 x i32> %2659, %2653
-  %y.i673.i.epil = bitcast <16 x i32> %2660 to <32 x bfloat>
-  %r.i674.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.4.01005.i.epil.init, <32 x bfloat> %x.i669.i.epil, <32 x bfloat> %y.i673.i.epil)
-  %2661 = getelementptr i8, ptr %gep1322.i.epil, i64 256
-  %2662 = load i32, ptr %2661, align 4, !tbaa !4
-  %2663 = insertelement <16 x i32> poison, i32 %2662, i64 0
-  %2664 = shufflevector <16 x i32> %2663, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i675.i.epil = bitcast <16 x i32> %2664 to <32 x bfloat>
-  %r.i677.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.8.01004.i.epil.init, <32 x bfloat> %x.i675.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %r.i680.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.12.01003.i.epil.init, <32 x bfloat> %x.i675.i.epil, <32 x bfloat> %y.i673.i.epil)
-  %2665 = getelementptr i8, ptr %gep1322.i.epil, i64 512
-  %2666 = load i32, ptr %2665, align 4, !tbaa !4
-  %2667 = insertelement <16 x i32> poison, i32 %2666, i64 0
-  %2668 = shufflevector <16 x i32> %2667, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i681.i.epil = bitcast <16 x i32> %2668 to <32 x bfloat>
-  %r.i683.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.16.01002.i.epil.init, <32 x bfloat> %x.i681.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %r.i686.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.20.01001.i.epil.init, <32 x bfloat> %x.i681.i.epil, <32 x bfloat> %y.i673.i.epil)
-  %2669 = getelementptr i8, ptr %gep1322.i.epil, i64 768
-  %2670 = load i32, ptr %2669, align 4, !tbaa !4
-  %2671 = insertelement <16 x i32> poison, i32 %2670, i64 0
-  %2672 = shufflevector <16 x i32> %2671, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i687.i.epil = bitcast <16 x i32> %2672 to <32 x bfloat>
-  %r.i689.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.24.01000.i.epil.init, <32 x bfloat> %x.i687.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %r.i692.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc215.sroa.28.0999.i.epil.init, <32 x bfloat> %x.i687.i.epil, <32 x bfloat> %y.i673.i.epil)
+  %gep1386.i.epil = getelementptr i32, ptr %invariant.gep1385.i, i64 %indvars.iv1193.i.epil.init
+  %2583 = load i32, ptr %gep1386.i.epil, align 4, !tbaa !4
+  %2584 = insertelement <16 x i32> poison, i32 %2583, i64 0
+  %2585 = shufflevector <16 x i32> %2584, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2586 = shl nuw nsw i64 %indvars.iv1193.i.epil.init, 1
+  %2587 = add nuw nsw i64 %2586, %985
+  %2588 = icmp slt i64 %2587, 127
+  %2589 = or disjoint i64 %2587, 1
+  %2590 = icmp slt i64 %2589, %929
+  %2591 = and i1 %2588, %2590
+  %2592 = select i1 %2591, i32 -1, i32 65535
+  %2593 = insertelement <16 x i32> poison, i32 %2592, i64 0
+  %2594 = shufflevector <16 x i32> %2593, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2595 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2587
+  %2596 = load i64, ptr %2595, align 8, !tbaa !4
+  %gep1016.i.epil = getelementptr i32, ptr %gep1051.i, i64 %2596
+  %2597 = load <16 x i32>, ptr %gep1016.i.epil, align 4, !tbaa !4
+  %2598 = and <16 x i32> %2597, %2594
+  %x.i666.i.epil = bitcast <16 x i32> %2585 to <32 x bfloat>
+  %y.i667.i.epil = bitcast <16 x i32> %2598 to <32 x bfloat>
+  %r.i668.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.0.01003.i.epil.init, <32 x bfloat> %x.i666.i.epil, <32 x bfloat> %y.i667.i.epil)
+  %2599 = getelementptr i8, ptr %gep1016.i.epil, i64 64
+  %2600 = load <16 x i32>, ptr %2599, align 4, !tbaa !4
+  %2601 = and <16 x i32> %2600, %2594
+  %y.i670.i.epil = bitcast <16 x i32> %2601 to <32 x bfloat>
+  %r.i671.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.4.01002.i.epil.init, <32 x bfloat> %x.i666.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %2602 = getelementptr i8, ptr %gep1386.i.epil, i64 256
+  %2603 = load i32, ptr %2602, align 4, !tbaa !4
+  %2604 = insertelement <16 x i32> poison, i32 %2603, i64 0
+  %2605 = shufflevector <16 x i32> %2604, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i672.i.epil = bitcast <16 x i32> %2605 to <32 x bfloat>
+  %r.i674.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.8.01001.i.epil.init, <32 x bfloat> %x.i672.i.epil, <32 x bfloat> %y.i667.i.epil)
+  %r.i677.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.12.01000.i.epil.init, <32 x bfloat> %x.i672.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %2606 = getelementptr i8, ptr %gep1386.i.epil, i64 512
+  %2607 = load i32, ptr %2606, align 4, !tbaa !4
+  %2608 = insertelement <16 x i32> poison, i32 %2607, i64 0
+  %2609 = shufflevector <16 x i32> %2608, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i678.i.epil = bitcast <16 x i32> %2609 to <32 x bfloat>
+  %r.i680.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.16.0999.i.epil.init, <32 x bfloat> %x.i678.i.epil, <32 x bfloat> %y.i667.i.epil)
+  %r.i683.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.20.0998.i.epil.init, <32 x bfloat> %x.i678.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %2610 = getelementptr i8, ptr %gep1386.i.epil, i64 768
+  %2611 = load i32, ptr %2610, align 4, !tbaa !4
+  %2612 = insertelement <16 x i32> poison, i32 %2611, i64 0
+  %2613 = shufflevector <16 x i32> %2612, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i684.i.epil = bitcast <16 x i32> %2613 to <32 x bfloat>
+  %r.i686.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.24.0997.i.epil.init, <32 x bfloat> %x.i684.i.epil, <32 x bfloat> %y.i667.i.epil)
+  %r.i689.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.28.0996.i.epil.init, <32 x bfloat> %x.i684.i.epil, <32 x bfloat> %y.i670.i.epil)
   br label %for_end_ti.i
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.preheader, %for_end_ti.i.loopexit.unr-lcssa, %for_end_to127.i
-  %tile_acc215.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.238.0.lcssa.i, %for_end_to127.i ], [ %r.i692.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i692.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc215.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.204.0.lcssa.i, %for_end_to127.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i689.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc215.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.170.0.lcssa.i, %for_end_to127.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i686.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc215.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.136.0.lcssa.i, %for_end_to127.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i683.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc215.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.102.0.lcssa.i, %for_end_to127.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i680.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc215.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.68.0.lcssa.i, %for_end_to127.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i677.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc215.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.34.0.lcssa.i, %for_end_to127.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i674.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc215.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc214.sroa.0.0.lcssa.i, %for_end_to127.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i671.i.epil, %for_body_ti.i.epil.preheader ]
-  %2673 = shl nuw nsw i64 %indvars.iv1196.i, 5
-  %2674 = add nuw nsw i64 %2673, %2138
-  %2675 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2674
-  br i1 %970, label %if_then146.i, label %if_end145.if_end147_crit_edge.i, !prof !7
+  %tile_acc213.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.238.0.lcssa.i, %for_end_to127.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i689.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc213.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.204.0.lcssa.i, %for_end_to127.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i686.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc213.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.170.0.lcssa.i, %for_end_to127.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i683.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc213.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.136.0.lcssa.i, %for_end_to127.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i680.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc213.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.102.0.lcssa.i, %for_end_to127.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i677.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc213.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.68.0.lcssa.i, %for_end_to127.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i674.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc213.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.34.0.lcssa.i, %for_end_to127.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i671.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc213.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.0.0.lcssa.i, %for_end_to127.i ], [ %r.i668.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i668.i.epil, %for_body_ti.i.epil.preheader ]
+  %2614 = shl nuw nsw i64 %indvars.iv1196.i, 5
+  %2615 = add nuw nsw i64 %2614, %2147
+  %2616 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2615
+  br i1 %977, label %if_then144.i, label %if_end143.if_end145_crit_edge.i, !prof !7
 
-if_end145.if_end147_crit_edge.i:                  ; preds = %for_end_ti.i
-  %2676 = load <16 x float>, ptr %2675, align 4, !tbaa !4
-  %2677 = fmul <16 x float> %2139, %2676
-  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.0.0.lcssa.i, <16 x float> %2677)
-  store <16 x float> %2678, ptr %2675, align 4, !tbaa !4
-  %2679 = getelementptr inbounds nuw i8, ptr %2675, i64 64
-  %2680 = load <16 x float>, ptr %2679, align 4, !tbaa !4
-  %2681 = fmul <16 x float> %2139, %2680
-  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.4.0.lcssa.i, <16 x float> %2681)
-  store <16 x float> %2682, ptr %2679, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2675, i64 512
+if_end143.if_end145_crit_edge.i:                  ; preds = %for_end_ti.i
+  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !4
+  %2618 = fmul <16 x float> %2148, %2617
+  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2618)
+  store <16 x float> %2619, ptr %2616, align 4, !tbaa !4
+  %2620 = getelementptr inbounds nuw i8, ptr %2616, i64 64
+  %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !4
+  %2622 = fmul <16 x float> %2148, %2621
+  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2622)
+  store <16 x float> %2623, ptr %2620, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2616, i64 512
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1262.i = fmul <16 x float> %2141, %.pre.i
-  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.8.0.lcssa.i, <16 x float> %.pre1262.i)
-  store <16 x float> %2683, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %2684 = getelementptr inbounds nuw i8, ptr %2675, i64 576
-  %2685 = load <16 x float>, ptr %2684, align 4, !tbaa !4
-  %2686 = fmul <16 x float> %2141, %2685
-  %2687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.12.0.lcssa.i, <16 x float> %2686)
-  store <16 x float> %2687, ptr %2684, align 4, !tbaa !4
-  %.phi.trans.insert1256.i = getelementptr inbounds nuw i8, ptr %2675, i64 1024
+  %.pre1262.i = fmul <16 x float> %2150, %.pre.i
+  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %.pre1262.i)
+  store <16 x float> %2624, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %2625 = getelementptr inbounds nuw i8, ptr %2616, i64 576
+  %2626 = load <16 x float>, ptr %2625, align 4, !tbaa !4
+  %2627 = fmul <16 x float> %2150, %2626
+  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2627)
+  store <16 x float> %2628, ptr %2625, align 4, !tbaa !4
+  %.phi.trans.insert1256.i = getelementptr inbounds nuw i8, ptr %2616, i64 1024
   %.pre1257.i = load <16 x float>, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
-  %.pre1263.i = fmul <16 x float> %2143, %.pre1257.i
-  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.16.0.lcssa.i, <16 x float> %.pre1263.i)
-  store <16 x float> %2688, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
-  %2689 = getelementptr inbounds nuw i8, ptr %2675, i64 1088
-  %2690 = load <16 x float>, ptr %2689, align 4, !tbaa !4
-  %2691 = fmul <16 x float> %2143, %2690
-  %2692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.20.0.lcssa.i, <16 x float> %2691)
-  store <16 x float> %2692, ptr %2689, align 4, !tbaa !4
-  %.phi.trans.insert1258.i = getelementptr inbounds nuw i8, ptr %2675, i64 1536
+  %.pre1263.i = fmul <16 x float> %2152, %.pre1257.i
+  %2629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %.pre1263.i)
+  store <16 x float> %2629, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
+  %2630 = getelementptr inbounds nuw i8, ptr %2616, i64 1088
+  %2631 = load <16 x float>, ptr %2630, align 4, !tbaa !4
+  %2632 = fmul <16 x float> %2152, %2631
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2632)
+  store <16 x float> %2633, ptr %2630, align 4, !tbaa !4
+  %.phi.trans.insert1258.i = getelementptr inbounds nuw i8, ptr %2616, i64 1536
   %.pre1259.i = load <16 x float>, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
-  %2693 = fmul <16 x float> %2145, %.pre1259.i
-  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %tile_acc215.sroa.24.0.lcssa.i, <16 x float> %2693)
-  store <16 x float> %2694, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
-  %.phi.trans.insert1260.i = getelementptr inbounds nuw i8, ptr %2675, i64 1600
+  %2634 = fmul <16 x float> %2154, %.pre1259.i
+  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2634)
+  store <16 x float> %2635, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
+  %.phi.trans.insert1260.i = getelementptr inbounds nuw i8, ptr %2616, i64 1600
   %.pre1261.i = load <16 x float>, ptr %.phi.trans.insert1260.i, align 4, !tbaa !4
-  %.pre = fmul <16 x float> %2145, %.pre1261.i
-  br label %if_end147.i
+  %.pre = fmul <16 x float> %2154, %.pre1261.i
+  br label %if_end145.i
 
-if_then146.i:                                     ; preds = %for_end_ti.i
-  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.0.0.lcssa.i, <16 x float> %2148)
-  store <16 x float> %2695, ptr %2675, align 4, !tbaa !4
-  %2696 = getelementptr inbounds nuw i8, ptr %2675, i64 64
-  %2697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %tile_acc215.sroa.4.0.lcssa.i, <16 x float> %2148)
-  store <16 x float> %2697, ptr %2696, align 4, !tbaa !4
-  %2698 = getelementptr inbounds nuw i8, ptr %2675, i64 512
-  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.8.0.lcssa.i, <16 x float> %2149)
-  store <16 x float> %2699, ptr %2698, align 4, !tbaa !4
-  %2700 = getelementptr inbounds nuw i8, ptr %2675, i64 576
-  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %tile_acc215.sroa.12.0.lcssa.i, <16 x float> %2149)
-  store <16 x float> %2701, ptr %2700, align 4, !tbaa !4
-  %2702 = getelementptr inbounds nuw i8, ptr %2675, i64 1024
-  %2703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.16.0.lcssa.i, <16 x float> %2150)
-  store <16 x float> %2703, ptr %2702, align 4, !tbaa !4
-  %2704 = getelementptr inbounds nuw i8, ptr %2675, i64 1088
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %tile_acc215.sroa.20.0.lcssa.i, <16 x float> %2150)
-  store <16 x float> %2705, ptr %2704, align 4, !tbaa !4
-  %2706 = getelementptr inbounds nuw i8, ptr %2675, i64 1536
-  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %tile_acc215.sroa.24.0.lcssa.i, <16 x float> %2151)
-  store <16 x float> %2707, ptr %2706, align 4, !tbaa !4
-  br label %if_end147.i
+if_then144.i:                                     ; preds = %for_end_ti.i
+  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2157)
+  store <16 x float> %2636, ptr %2616, align 4, !tbaa !4
+  %2637 = getelementptr inbounds nuw i8, ptr %2616, i64 64
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2157)
+  store <16 x float> %2638, ptr %2637, align 4, !tbaa !4
+  %2639 = getelementptr inbounds nuw i8, ptr %2616, i64 512
+  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %2158)
+  store <16 x float> %2640, ptr %2639, align 4, !tbaa !4
+  %2641 = getelementptr inbounds nuw i8, ptr %2616, i64 576
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2158)
+  store <16 x float> %2642, ptr %2641, align 4, !tbaa !4
+  %2643 = getelementptr inbounds nuw i8, ptr %2616, i64 1024
+  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %2159)
+  store <16 x float> %2644, ptr %2643, align 4, !tbaa !4
+  %2645 = getelementptr inbounds nuw i8, ptr %2616, i64 1088
+  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2159)
+  store <16 x float> %2646, ptr %2645, align 4, !tbaa !4
+  %2647 = getelementptr inbounds nuw i8, ptr %2616, i64 1536
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2160)
+  store <16 x float> %2648, ptr %2647, align 4, !tbaa !4
+  br label %if_end145.i
 
-if_end147.i:                                      ; preds = %if_then146.i, %if_end145.if_end147_crit_edge.i
-  %.pre-phi = phi <16 x float> [ %2151, %if_then146.i ], [ %.pre, %if_end145.if_end147_crit_edge.i ]
-  %2708 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2674
-  %2709 = getelementptr inbounds nuw i8, ptr %2708, i64 1600
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %tile_acc215.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
-  store <16 x float> %2710, ptr %2709, align 4, !tbaa !4
+if_end145.i:                                      ; preds = %if_then144.i, %if_end143.if_end145_crit_edge.i
+  %.pre-phi = phi <16 x float> [ %2160, %if_then144.i ], [ %.pre, %if_end143.if_end145_crit_edge.i ]
+  %2649 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2615
+  %2650 = getelementptr inbounds nuw i8, ptr %2649, i64 1600
+  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %tile_acc213.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
+  store <16 x float> %2651, ptr %2650, align 4, !tbaa !4
   %indvars.iv.next1197.i = add nuw nsw i64 %indvars.iv1196.i, 1
   %exitcond1199.not.i = icmp eq i64 %indvars.iv.next1197.i, 4
   br i1 %exitcond1199.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
 
-if_end149.i:                                      ; preds = %for_end_d_0_m.i
-  %2711 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2712 = tail call i32 %2711(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not235.i = icmp eq i32 %2712, 0
-  br i1 %.not235.i, label %if_end152.i, label %fused_decode_compute_.exit, !prof !22
+if_end147.i:                                      ; preds = %for_end_d_0_m.i
+  %2652 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2653 = tail call i32 %2652(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not233.i = icmp eq i32 %2653, 0
+  br i1 %.not233.i, label %if_end150.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end152.i:                                      ; preds = %if_end149.i
-  %2713 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2714 = tail call i32 %2713(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not236.i = icmp eq i32 %2714, 0
-  br i1 %.not236.i, label %if_end155.i, label %fused_decode_compute_.exit, !prof !22
+if_end150.i:                                      ; preds = %if_end147.i
+  %2654 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2655 = tail call i32 %2654(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not234.i = icmp eq i32 %2655, 0
+  br i1 %.not234.i, label %if_end153.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end155.i:                                      ; preds = %if_end152.i
-  %2715 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2716 = tail call i32 %2715(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not237.i = icmp eq i32 %2716, 0
-  br i1 %.not237.i, label %if_end158.i, label %fused_decode_compute_.exit, !prof !22
+if_end153.i:                                      ; preds = %if_end150.i
+  %2656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2657 = tail call i32 %2656(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not235.i = icmp eq i32 %2657, 0
+  br i1 %.not235.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end158.i:                                      ; preds = %if_end155.i
-  %2717 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2718 = tail call i32 %2717(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not238.i = icmp eq i32 %2718, 0
-  br i1 %.not238.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
+if_end156.i:                                      ; preds = %if_end153.i
+  %2658 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2659 = tail call i32 %2658(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not236.i = icmp eq i32 %2659, 0
+  br i1 %.not236.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end164.i:                                      ; preds = %for_end_kv_head.i
-  %2719 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2720 = tail call i32 %2719(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not233.i = icmp eq i32 %2720, 0
+if_end162.i:                                      ; preds = %for_end_kv_head.i
+  %2660 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2661 = tail call i32 %2660(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not231.i = icmp eq i32 %2661, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not233.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
+  br i1 %.not231.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
 
-for_body_tile170.i:                               ; preds = %for_body_tile170.i, %for_begin_tile169.preheader.i
-  %indvars.iv1224.i = phi i64 [ %indvars.iv.next1225.i, %for_body_tile170.i ], [ 0, %for_begin_tile169.preheader.i ]
-  %2721 = shl nuw nsw i64 %indvars.iv1224.i, 2
-  %2722 = add nuw nsw i64 %2721, %541
-  %2723 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2721
-  %2724 = load float, ptr %2723, align 16, !tbaa !25
-  %2725 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2722
-  store float %2724, ptr %2725, align 4, !tbaa !4
-  %2726 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2721
-  %2727 = load float, ptr %2726, align 16, !tbaa !23
-  %2728 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2722
-  store float %2727, ptr %2728, align 4, !tbaa !4
-  %2729 = or disjoint i64 %2721, 1
-  %2730 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2729
-  %2731 = load float, ptr %2730, align 4, !tbaa !25
-  %2732 = or disjoint i64 %2722, 1
-  %2733 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2732
-  store float %2731, ptr %2733, align 4, !tbaa !4
-  %2734 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2729
-  %2735 = load float, ptr %2734, align 4, !tbaa !23
-  %2736 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2732
-  store float %2735, ptr %2736, align 4, !tbaa !4
-  %2737 = or disjoint i64 %2721, 2
-  %2738 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2737
-  %2739 = load float, ptr %2738, align 8, !tbaa !25
-  %2740 = or disjoint i64 %2722, 2
-  %2741 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2740
-  store float %2739, ptr %2741, align 4, !tbaa !4
-  %2742 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2737
-  %2743 = load float, ptr %2742, align 8, !tbaa !23
-  %2744 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2740
-  store float %2743, ptr %2744, align 4, !tbaa !4
-  %2745 = or disjoint i64 %2721, 3
-  %2746 = getelementptr inbounds nuw float, ptr %row_max229.i, i64 %2745
-  %2747 = load float, ptr %2746, align 4, !tbaa !25
-  %2748 = or disjoint i64 %2722, 3
-  %2749 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
-  store float %2747, ptr %2749, align 4, !tbaa !4
-  %2750 = getelementptr inbounds nuw float, ptr %row_sum228.i, i64 %2745
-  %2751 = load float, ptr %2750, align 4, !tbaa !23
-  %2752 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
-  store float %2751, ptr %2752, align 4, !tbaa !4
-  %2753 = shl nuw nsw i64 %indvars.iv1224.i, 9
-  %2754 = getelementptr inbounds nuw float, ptr %542, i64 %2753
-  %2755 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2753
+for_body_tile168.i:                               ; preds = %for_body_tile168.i, %for_begin_tile167.preheader.i
+  %indvars.iv1224.i = phi i64 [ %indvars.iv.next1225.i, %for_body_tile168.i ], [ 0, %for_begin_tile167.preheader.i ]
+  %2662 = shl nuw nsw i64 %indvars.iv1224.i, 2
+  %2663 = add nuw nsw i64 %2662, %548
+  %2664 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2662
+  %2665 = load float, ptr %2664, align 16, !tbaa !25
+  %2666 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2663
+  store float %2665, ptr %2666, align 4, !tbaa !4
+  %2667 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2662
+  %2668 = load float, ptr %2667, align 16, !tbaa !23
+  %2669 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2663
+  store float %2668, ptr %2669, align 4, !tbaa !4
+  %2670 = or disjoint i64 %2662, 1
+  %2671 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2670
+  %2672 = load float, ptr %2671, align 4, !tbaa !25
+  %2673 = or disjoint i64 %2663, 1
+  %2674 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2673
+  store float %2672, ptr %2674, align 4, !tbaa !4
+  %2675 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2670
+  %2676 = load float, ptr %2675, align 4, !tbaa !23
+  %2677 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2673
+  store float %2676, ptr %2677, align 4, !tbaa !4
+  %2678 = or disjoint i64 %2662, 2
+  %2679 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2678
+  %2680 = load float, ptr %2679, align 8, !tbaa !25
+  %2681 = or disjoint i64 %2663, 2
+  %2682 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2681
+  store float %2680, ptr %2682, align 4, !tbaa !4
+  %2683 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2678
+  %2684 = load float, ptr %2683, align 8, !tbaa !23
+  %2685 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2681
+  store float %2684, ptr %2685, align 4, !tbaa !4
+  %2686 = or disjoint i64 %2662, 3
+  %2687 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2686
+  %2688 = load float, ptr %2687, align 4, !tbaa !25
+  %2689 = or disjoint i64 %2663, 3
+  %2690 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2689
+  store float %2688, ptr %2690, align 4, !tbaa !4
+  %2691 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2686
+  %2692 = load float, ptr %2691, align 4, !tbaa !23
+  %2693 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2689
+  store float %2692, ptr %2693, align 4, !tbaa !4
+  %2694 = shl nuw nsw i64 %indvars.iv1224.i, 9
+  %2695 = getelementptr inbounds nuw float, ptr %549, i64 %2694
+  %2696 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2694
+  %2697 = load <16 x float>, ptr %2696, align 4, !tbaa !4
+  store <16 x float> %2697, ptr %2695, align 4, !tbaa !4
+  %2698 = getelementptr inbounds nuw i8, ptr %2696, i64 64
+  %2699 = load <16 x float>, ptr %2698, align 4, !tbaa !4
+  %2700 = getelementptr inbounds nuw i8, ptr %2695, i64 64
+  store <16 x float> %2699, ptr %2700, align 4, !tbaa !4
+  %2701 = getelementptr inbounds nuw i8, ptr %2696, i64 128
+  %2702 = load <16 x float>, ptr %2701, align 4, !tbaa !4
+  %2703 = getelementptr inbounds nuw i8, ptr %2695, i64 128
+  store <16 x float> %2702, ptr %2703, align 4, !tbaa !4
+  %2704 = getelementptr inbounds nuw i8, ptr %2696, i64 192
+  %2705 = load <16 x float>, ptr %2704, align 4, !tbaa !4
+  %2706 = getelementptr inbounds nuw i8, ptr %2695, i64 192
+  store <16 x float> %2705, ptr %2706, align 4, !tbaa !4
+  %2707 = getelementptr inbounds nuw i8, ptr %2696, i64 256
+  %2708 = load <16 x float>, ptr %2707, align 4, !tbaa !4
+  %2709 = getelementptr inbounds nuw i8, ptr %2695, i64 256
+  store <16 x float> %2708, ptr %2709, align 4, !tbaa !4
+  %2710 = getelementptr inbounds nuw i8, ptr %2696, i64 320
+  %2711 = load <16 x float>, ptr %2710, align 4, !tbaa !4
+  %2712 = getelementptr inbounds nuw i8, ptr %2695, i64 320
+  store <16 x float> %2711, ptr %2712, align 4, !tbaa !4
+  %2713 = getelementptr inbounds nuw i8, ptr %2696, i64 384
+  %2714 = load <16 x float>, ptr %2713, align 4, !tbaa !4
+  %2715 = getelementptr inbounds nuw i8, ptr %2695, i64 384
+  store <16 x float> %2714, ptr %2715, align 4, !tbaa !4
+  %2716 = getelementptr inbounds nuw i8, ptr %2696, i64 448
+  %2717 = load <16 x float>, ptr %2716, align 4, !tbaa !4
+  %2718 = getelementptr inbounds nuw i8, ptr %2695, i64 448
+  store <16 x float> %2717, ptr %2718, align 4, !tbaa !4
+  %2719 = getelementptr inbounds nuw i8, ptr %2695, i64 512
+  %2720 = getelementptr inbounds nuw i8, ptr %2696, i64 512
+  %2721 = load <16 x float>, ptr %2720, align 4, !tbaa !4
+  store <16 x float> %2721, ptr %2719, align 4, !tbaa !4
+  %2722 = getelementptr inbounds nuw i8, ptr %2696, i64 576
+  %2723 = load <16 x float>, ptr %2722, align 4, !tbaa !4
+  %2724 = getelementptr inbounds nuw i8, ptr %2695, i64 576
+  store <16 x float> %2723, ptr %2724, align 4, !tbaa !4
+  %2725 = getelementptr inbounds nuw i8, ptr %2696, i64 640
+  %2726 = load <16 x float>, ptr %2725, align 4, !tbaa !4
+  %2727 = getelementptr inbounds nuw i8, ptr %2695, i64 640
+  store <16 x float> %2726, ptr %2727, align 4, !tbaa !4
+  %2728 = getelementptr inbounds nuw i8, ptr %2696, i64 704
+  %2729 = load <16 x float>, ptr %2728, align 4, !tbaa !4
+  %2730 = getelementptr inbounds nuw i8, ptr %2695, i64 704
+  store <16 x float> %2729, ptr %2730, align 4, !tbaa !4
+  %2731 = getelementptr inbounds nuw i8, ptr %2696, i64 768
+  %2732 = load <16 x float>, ptr %2731, align 4, !tbaa !4
+  %2733 = getelementptr inbounds nuw i8, ptr %2695, i64 768
+  store <16 x float> %2732, ptr %2733, align 4, !tbaa !4
+  %2734 = getelementptr inbounds nuw i8, ptr %2696, i64 832
+  %2735 = load <16 x float>, ptr %2734, align 4, !tbaa !4
+  %2736 = getelementptr inbounds nuw i8, ptr %2695, i64 832
+  store <16 x float> %2735, ptr %2736, align 4, !tbaa !4
+  %2737 = getelementptr inbounds nuw i8, ptr %2696, i64 896
+  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !4
+  %2739 = getelementptr inbounds nuw i8, ptr %2695, i64 896
+  store <16 x float> %2738, ptr %2739, align 4, !tbaa !4
+  %2740 = getelementptr inbounds nuw i8, ptr %2696, i64 960
+  %2741 = load <16 x float>, ptr %2740, align 4, !tbaa !4
+  %2742 = getelementptr inbounds nuw i8, ptr %2695, i64 960
+  store <16 x float> %2741, ptr %2742, align 4, !tbaa !4
+  %2743 = getelementptr inbounds nuw i8, ptr %2695, i64 1024
+  %2744 = getelementptr inbounds nuw i8, ptr %2696, i64 1024
+  %2745 = load <16 x float>, ptr %2744, align 4, !tbaa !4
+  store <16 x float> %2745, ptr %2743, align 4, !tbaa !4
+  %2746 = getelementptr inbounds nuw i8, ptr %2696, i64 1088
+  %2747 = load <16 x float>, ptr %2746, align 4, !tbaa !4
+  %2748 = getelementptr inbounds nuw i8, ptr %2695, i64 1088
+  store <16 x float> %2747, ptr %2748, align 4, !tbaa !4
+  %2749 = getelementptr inbounds nuw i8, ptr %2696, i64 1152
+  %2750 = load <16 x float>, ptr %2749, align 4, !tbaa !4
+  %2751 = getelementptr inbounds nuw i8, ptr %2695, i64 1152
+  store <16 x float> %2750, ptr %2751, align 4, !tbaa !4
+  %2752 = getelementptr inbounds nuw i8, ptr %2696, i64 1216
+  %2753 = load <16 x float>, ptr %2752, align 4, !tbaa !4
+  %2754 = getelementptr inbounds nuw i8, ptr %2695, i64 1216
+  store <16 x float> %2753, ptr %2754, align 4, !tbaa !4
+  %2755 = getelementptr inbounds nuw i8, ptr %2696, i64 1280
   %2756 = load <16 x float>, ptr %2755, align 4, !tbaa !4
-  store <16 x float> %2756, ptr %2754, align 4, !tbaa !4
-  %2757 = getelementptr inbounds nuw i8, ptr %2755, i64 64
-  %2758 = load <16 x float>, ptr %2757, align 4, !tbaa !4
-  %2759 = getelementptr inbounds nuw i8, ptr %2754, i64 64
-  store <16 x float> %2758, ptr %2759, align 4, !tbaa !4
-  %2760 = getelementptr inbounds nuw i8, ptr %2755, i64 128
-  %2761 = load <16 x float>, ptr %2760, align 4, !tbaa !4
-  %2762 = getelementptr inbounds nuw i8, ptr %2754, i64 128
-  store <16 x float> %2761, ptr %2762, align 4, !tbaa !4
-  %2763 = getelementptr inbounds nuw i8, ptr %2755, i64 192
-  %2764 = load <16 x float>, ptr %2763, align 4, !tbaa !4
-  %2765 = getelementptr inbounds nuw i8, ptr %2754, i64 192
-  store <16 x float> %2764, ptr %2765, align 4, !tbaa !4
-  %2766 = getelementptr inbounds nuw i8, ptr %2755, i64 256
-  %2767 = load <16 x float>, ptr %2766, align 4, !tbaa !4
-  %2768 = getelementptr inbounds nuw i8, ptr %2754, i64 256
-  store <16 x float> %2767, ptr %2768, align 4, !tbaa !4
-  %2769 = getelementptr inbounds nuw i8, ptr %2755, i64 320
-  %2770 = load <16 x float>, ptr %2769, align 4, !tbaa !4
-  %2771 = getelementptr inbounds nuw i8, ptr %2754, i64 320
-  store <16 x float> %2770, ptr %2771, align 4, !tbaa !4
-  %2772 = getelementptr inbounds nuw i8, ptr %2755, i64 384
-  %2773 = load <16 x float>, ptr %2772, align 4, !tbaa !4
-  %2774 = getelementptr inbounds nuw i8, ptr %2754, i64 384
-  store <16 x float> %2773, ptr %2774, align 4, !tbaa !4
-  %2775 = getelementptr inbounds nuw i8, ptr %2755, i64 448
-  %2776 = load <16 x float>, ptr %2775, align 4, !tbaa !4
-  %2777 = getelementptr inbounds nuw i8, ptr %2754, i64 448
-  store <16 x float> %2776, ptr %2777, align 4, !tbaa !4
-  %2778 = getelementptr inbounds nuw i8, ptr %2754, i64 512
-  %2779 = getelementptr inbounds nuw i8, ptr %2755, i64 512
+  %2757 = getelementptr inbounds nuw i8, ptr %2695, i64 1280
+  store <16 x float> %2756, ptr %2757, align 4, !tbaa !4
+  %2758 = getelementptr inbounds nuw i8, ptr %2696, i64 1344
+  %2759 = load <16 x float>, ptr %2758, align 4, !tbaa !4
+  %2760 = getelementptr inbounds nuw i8, ptr %2695, i64 1344
+  store <16 x float> %2759, ptr %2760, align 4, !tbaa !4
+  %2761 = getelementptr inbounds nuw i8, ptr %2696, i64 1408
+  %2762 = load <16 x float>, ptr %2761, align 4, !tbaa !4
+  %2763 = getelementptr inbounds nuw i8, ptr %2695, i64 1408
+  store <16 x float> %2762, ptr %2763, align 4, !tbaa !4
+  %2764 = getelementptr inbounds nuw i8, ptr %2696, i64 1472
+  %2765 = load <16 x float>, ptr %2764, align 4, !tbaa !4
+  %2766 = getelementptr inbounds nuw i8, ptr %2695, i64 1472
+  store <16 x float> %2765, ptr %2766, align 4, !tbaa !4
+  %2767 = getelementptr inbounds nuw i8, ptr %2695, i64 1536
+  %2768 = getelementptr inbounds nuw i8, ptr %2696, i64 1536
+  %2769 = load <16 x float>, ptr %2768, align 4, !tbaa !4
+  store <16 x float> %2769, ptr %2767, align 4, !tbaa !4
+  %2770 = getelementptr inbounds nuw i8, ptr %2696, i64 1600
+  %2771 = load <16 x float>, ptr %2770, align 4, !tbaa !4
+  %2772 = getelementptr inbounds nuw i8, ptr %2695, i64 1600
+  store <16 x float> %2771, ptr %2772, align 4, !tbaa !4
+  %2773 = getelementptr inbounds nuw i8, ptr %2696, i64 1664
+  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !4
+  %2775 = getelementptr inbounds nuw i8, ptr %2695, i64 1664
+  store <16 x float> %2774, ptr %2775, align 4, !tbaa !4
+  %2776 = getelementptr inbounds nuw i8, ptr %2696, i64 1728
+  %2777 = load <16 x float>, ptr %2776, align 4, !tbaa !4
+  %2778 = getelementptr inbounds nuw i8, ptr %2695, i64 1728
+  store <16 x float> %2777, ptr %2778, align 4, !tbaa !4
+  %2779 = getelementptr inbounds nuw i8, ptr %2696, i64 1792
   %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !4
-  store <16 x float> %2780, ptr %2778, align 4, !tbaa !4
-  %2781 = getelementptr inbounds nuw i8, ptr %2755, i64 576
-  %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !4
-  %2783 = getelementptr inbounds nuw i8, ptr %2754, i64 576
-  store <16 x float> %2782, ptr %2783, align 4, !tbaa !4
-  %2784 = getelementptr inbounds nuw i8, ptr %2755, i64 640
-  %2785 = load <16 x float>, ptr %2784, align 4, !tbaa !4
-  %2786 = getelementptr inbounds nuw i8, ptr %2754, i64 640
-  store <16 x float> %2785, ptr %2786, align 4, !tbaa !4
-  %2787 = getelementptr inbounds nuw i8, ptr %2755, i64 704
-  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !4
-  %2789 = getelementptr inbounds nuw i8, ptr %2754, i64 704
-  store <16 x float> %2788, ptr %2789, align 4, !tbaa !4
-  %2790 = getelementptr inbounds nuw i8, ptr %2755, i64 768
-  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
-  %2792 = getelementptr inbounds nuw i8, ptr %2754, i64 768
-  store <16 x float> %2791, ptr %2792, align 4, !tbaa !4
-  %2793 = getelementptr inbounds nuw i8, ptr %2755, i64 832
-  %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !4
-  %2795 = getelementptr inbounds nuw i8, ptr %2754, i64 832
-  store <16 x float> %2794, ptr %2795, align 4, !tbaa !4
-  %2796 = getelementptr inbounds nuw i8, ptr %2755, i64 896
-  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !4
-  %2798 = getelementptr inbounds nuw i8, ptr %2754, i64 896
-  store <16 x float> %2797, ptr %2798, align 4, !tbaa !4
-  %2799 = getelementptr inbounds nuw i8, ptr %2755, i64 960
-  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !4
-  %2801 = getelementptr inbounds nuw i8, ptr %2754, i64 960
-  store <16 x float> %2800, ptr %2801, align 4, !tbaa !4
-  %2802 = getelementptr inbounds nuw i8, ptr %2754, i64 1024
-  %2803 = getelementptr inbounds nuw i8, ptr %2755, i64 1024
-  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !4
-  store <16 x float> %2804, ptr %2802, align 4, !tbaa !4
-  %2805 = getelementptr inbounds nuw i8, ptr %2755, i64 1088
-  %2806 = load <16 x float>, ptr %2805, align 4, !tbaa !4
-  %2807 = getelementptr inbounds nuw i8, ptr %2754, i64 1088
-  store <16 x float> %2806, ptr %2807, align 4, !tbaa !4
-  %2808 = getelementptr inbounds nuw i8, ptr %2755, i64 1152
-  %2809 = load <16 x float>, ptr %2808, align 4, !tbaa !4
-  %2810 = getelementptr inbounds nuw i8, ptr %2754, i64 1152
-  store <16 x float> %2809, ptr %2810, align 4, !tbaa !4
-  %2811 = getelementptr inbounds nuw i8, ptr %2755, i64 1216
-  %2812 = load <16 x float>, ptr %2811, align 4, !tbaa !4
-  %2813 = getelementptr inbounds nuw i8, ptr %2754, i64 1216
-  store <16 x float> %2812, ptr %2813, align 4, !tbaa !4
-  %2814 = getelementptr inbounds nuw i8, ptr %2755, i64 1280
-  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !4
-  %2816 = getelementptr inbounds nuw i8, ptr %2754, i64 1280
-  store <16 x float> %2815, ptr %2816, align 4, !tbaa !4
-  %2817 = getelementptr inbounds nuw i8, ptr %2755, i64 1344
-  %2818 = load <16 x float>, ptr %2817, align 4, !tbaa !4
-  %2819 = getelementptr inbounds nuw i8, ptr %2754, i64 1344
-  store <16 x float> %2818, ptr %2819, align 4, !tbaa !4
-  %2820 = getelementptr inbounds nuw i8, ptr %2755, i64 1408
-  %2821 = load <16 x float>, ptr %2820, align 4, !tbaa !4
-  %2822 = getelementptr inbounds nuw i8, ptr %2754, i64 1408
-  store <16 x float> %2821, ptr %2822, align 4, !tbaa !4
-  %2823 = getelementptr inbounds nuw i8, ptr %2755, i64 1472
-  %2824 = load <16 x float>, ptr %2823, align 4, !tbaa !4
-  %2825 = getelementptr inbounds nuw i8, ptr %2754, i64 1472
-  store <16 x float> %2824, ptr %2825, align 4, !tbaa !4
-  %2826 = getelementptr inbounds nuw i8, ptr %2754, i64 1536
-  %2827 = getelementptr inbounds nuw i8, ptr %2755, i64 1536
-  %2828 = load <16 x float>, ptr %2827, align 4, !tbaa !4
-  store <16 x float> %2828, ptr %2826, align 4, !tbaa !4
-  %2829 = getelementptr inbounds nuw i8, ptr %2755, i64 1600
-  %2830 = load <16 x float>, ptr %2829, align 4, !tbaa !4
-  %2831 = getelementptr inbounds nuw i8, ptr %2754, i64 1600
-  store <16 x float> %2830, ptr %2831, align 4, !tbaa !4
-  %2832 = getelementptr inbounds nuw i8, ptr %2755, i64 1664
-  %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !4
-  %2834 = getelementptr inbounds nuw i8, ptr %2754, i64 1664
-  store <16 x float> %2833, ptr %2834, align 4, !tbaa !4
-  %2835 = getelementptr inbounds nuw i8, ptr %2755, i64 1728
-  %2836 = load <16 x float>, ptr %2835, align 4, !tbaa !4
-  %2837 = getelementptr inbounds nuw i8, ptr %2754, i64 1728
-  store <16 x float> %2836, ptr %2837, align 4, !tbaa !4
-  %2838 = getelementptr inbounds nuw i8, ptr %2755, i64 1792
-  %2839 = load <16 x float>, ptr %2838, align 4, !tbaa !4
-  %2840 = getelementptr inbounds nuw i8, ptr %2754, i64 1792
-  store <16 x float> %2839, ptr %2840, align 4, !tbaa !4
-  %2841 = getelementptr inbounds nuw i8, ptr %2755, i64 1856
-  %2842 = load <16 x float>, ptr %2841, align 4, !tbaa !4
-  %2843 = getelementptr inbounds nuw i8, ptr %2754, i64 1856
-  store <16 x float> %2842, ptr %2843, align 4, !tbaa !4
-  %2844 = getelementptr inbounds nuw i8, ptr %2755, i64 1920
-  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !4
-  %2846 = getelementptr inbounds nuw i8, ptr %2754, i64 1920
-  store <16 x float> %2845, ptr %2846, align 4, !tbaa !4
-  %2847 = getelementptr inbounds nuw i8, ptr %2755, i64 1984
-  %2848 = load <16 x float>, ptr %2847, align 4, !tbaa !4
-  %2849 = getelementptr inbounds nuw i8, ptr %2754, i64 1984
-  store <16 x float> %2848, ptr %2849, align 4, !tbaa !4
+  %2781 = getelementptr inbounds nuw i8, ptr %2695, i64 1792
+  store <16 x float> %2780, ptr %2781, align 4, !tbaa !4
+  %2782 = getelementptr inbounds nuw i8, ptr %2696, i64 1856
+  %2783 = load <16 x float>, ptr %2782, align 4, !tbaa !4
+  %2784 = getelementptr inbounds nuw i8, ptr %2695, i64 1856
+  store <16 x float> %2783, ptr %2784, align 4, !tbaa !4
+  %2785 = getelementptr inbounds nuw i8, ptr %2696, i64 1920
+  %2786 = load <16 x float>, ptr %2785, align 4, !tbaa !4
+  %2787 = getelementptr inbounds nuw i8, ptr %2695, i64 1920
+  store <16 x float> %2786, ptr %2787, align 4, !tbaa !4
+  %2788 = getelementptr inbounds nuw i8, ptr %2696, i64 1984
+  %2789 = load <16 x float>, ptr %2788, align 4, !tbaa !4
+  %2790 = getelementptr inbounds nuw i8, ptr %2695, i64 1984
+  store <16 x float> %2789, ptr %2790, align 4, !tbaa !4
   %indvars.iv.next1225.i = add nuw nsw i64 %indvars.iv1224.i, 1
   %exitcond1227.not.i = icmp eq i64 %indvars.iv.next1225.i, 8
-  br i1 %exitcond1227.not.i, label %for_end_tile171.i, label %for_body_tile170.i, !prof !21
+  br i1 %exitcond1227.not.i, label %for_end_tile169.i, label %for_body_tile168.i, !prof !21
 
-for_end_tile171.i:                                ; preds = %for_body_tile170.i, %if_end189.us.3.i
-  %2850 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2851 = tail call i32 %2850(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2851, 0
-  br i1 %.not.i, label %if_end206.i, label %fused_decode_compute_.exit, !prof !22
+for_end_tile169.i:                                ; preds = %for_body_tile168.i, %if_end187.us.3.i
+  %2791 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2792 = tail call i32 %2791(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2792, 0
+  br i1 %.not.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end206.i:                                      ; preds = %for_end_tile171.i
-  %2852 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2853 = tail call i32 %2852(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not230.i = icmp eq i32 %2853, 0
-  br i1 %.not230.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
+if_end204.i:                                      ; preds = %for_end_tile169.i
+  %2793 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2794 = tail call i32 %2793(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not228.i = icmp eq i32 %2794, 0
+  br i1 %.not228.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
 
-fused_decode_compute_.exit:                       ; preds = %if_end206.i, %for_end_tile171.i, %if_end164.i, %if_end158.i, %if_end155.i, %if_end152.i, %if_end149.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end158.i ], [ -1, %if_end155.i ], [ -1, %if_end152.i ], [ -1, %if_end149.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end164.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end206.i ], [ -1, %for_end_tile171.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak222.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum223.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum228.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max229.i)
+fused_decode_compute_.exit:                       ; preds = %if_end204.i, %for_end_tile169.i, %if_end162.i, %if_end156.i, %if_end153.i, %if_end150.i, %if_end147.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end156.i ], [ -1, %if_end153.i ], [ -1, %if_end150.i ], [ -1, %if_end147.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end162.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end204.i ], [ -1, %for_end_tile169.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak220.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum221.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum226.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max227.i)
   ret i32 %common.ret.op.i
 }
 

@@ -184,8 +184,8 @@ class Module:
                                                             vn = T.axis.spatial(128, n_0_m * 128 + n_1_m * 8 + n_2)
                                                             T.reads(key_offsets[0:256])
                                                             T.writes()
-                                                            number: T.let[T.int32] = ahead_t * 4 + vo * 128 + vn
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 64 * 16] + ahead_head * k_head + T.Cast("int64", T.min(number % 64, 63)) * k_row]), 0, 2, 1)
+                                                            first: T.let[T.int32] = ahead_t + vo * 32
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 64 * 16] + ahead_head * k_head + T.Cast("int64", T.min(vn % 64, 63)) * k_row]), 0, 2, 1)
                                                     for d_1 in range(2):
                                                         for d_2 in T.unroll(2):
                                                             for r_1 in T.unroll(4):
@@ -427,8 +427,8 @@ class Module:
                                                             T.reads(value_offsets[0:256])
                                                             T.writes(fetched[vo, vp, vn])
                                                             if T.EQ(0, 0) and vp < 4:
-                                                                number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 32 + vn
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", (number // 4 % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
+                                                                number: T.let[T.int32] = (vp * num_full + vo) * 32 + vn
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", ((ahead_t + number // 4) % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
                                                     for ti in T.unroll(16):
                                                         for r_1 in T.unroll(4):
                                                             for d_1 in T.unroll(2):

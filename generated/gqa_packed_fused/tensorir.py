@@ -168,8 +168,8 @@ class Module:
                                                     vn = T.axis.spatial(128, n)
                                                     T.reads(key_offsets[0:256])
                                                     T.writes()
-                                                    number: T.let[T.int32] = ahead_t * 4 + vo * 128 + vn
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 64 * 16] + ahead_head * k_head + T.Cast("int64", T.min(number % 64, 63)) * k_row]), 0, 2, 1)
+                                                    first: T.let[T.int32] = ahead_t + vo * 32
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 64 * 16] + ahead_head * k_head + T.Cast("int64", T.min(vn % 64, 63)) * k_row]), 0, 2, 1)
                                             for i, to, ti, r, d in T.grid(1, (valid_len + 32 - 1) // 32, 32, 4, 64):
                                                 with T.sblock("scores"):
                                                     vt = T.axis.spatial(128, to * 32 + ti)
@@ -315,8 +315,8 @@ class Module:
                                                     T.reads(value_offsets[0:256])
                                                     T.writes(fetched[vo, vp, vn])
                                                     if T.EQ(0, 0) and vp < 4:
-                                                        number: T.let[T.int32] = ahead_t * 4 + (vp * num_full + vo) * 32 + vn
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", (number // 4 % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
+                                                        number: T.let[T.int32] = (vp * num_full + vo) * 32 + vn
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", ((ahead_t + number // 4) % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
                                             for i, to, ti, r, d in T.grid(1, num_full, 16, 4, 128):
                                                 with T.sblock("full_groups"):
                                                     vt = T.axis.reduce(64, to * 16 + ti)

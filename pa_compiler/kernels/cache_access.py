@@ -31,8 +31,9 @@ class CacheAccess(NamedTuple):
         element: (cache, offsets, t, head_offset, row_stride, d) -> element d of token t as float32.
         pair: (cache, offsets, i, head_offset, row_stride, j) -> a word of two elements, where tiling.dot_pairs: of keys
             the elements 2j and 2j + 1 of token i, of values the element j of the tokens 2i and 2i + 1.
-        line: (offsets, number, head_offset, row_stride) -> the offset of cache line `number` of a tile, whose tokens
-            have num_lines lines each, one after another.
+        line: (offsets, token, number, head_offset, row_stride) -> the offset of cache line `number` from those of
+            `token` of a tile on, whose tokens have num_lines lines each, one after another. token is 0 modulo
+            PACKED_TOKENS where keys are packed.
         num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
     """
 
@@ -60,9 +61,9 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         first = T.floordiv(t, PACKED_TOKENS) * PACKED_TOKENS
         return cache[offsets[first] + head_offset + T.Cast("int64", row) * row_stride + T.Cast("int64", t - first)]
 
-    def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
+    def line(offsets: Buffer, token: Expr, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
         # a line holds one row of PACKED_TOKENS tokens; numbers past the last row name it again
-        first = T.floordiv(number, lines * PACKED_TOKENS) * PACKED_TOKENS
+        first = token + T.floordiv(number, lines * PACKED_TOKENS) * PACKED_TOKENS
         row = T.min(T.floormod(number, lines * PACKED_TOKENS), rows - 1)
         return offsets[first] + head_offset + T.Cast("int64", row) * row_stride
 
@@ -85,9 +86,9 @@ def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     def pair(cache: Buffer, offsets: Buffer, i: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
         return cache[offsets[2 * i] + head_offset + T.Cast("int64", d)]
 
-    def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
+    def line(offsets: Buffer, token: Expr, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
         # of the lines of a pair's row, its first token names the first half and its second one the other
-        token = T.floordiv(number, lines)
+        token = token + T.floordiv(number, lines)
         line_of_pair = T.floormod(token, elements) * lines + T.floormod(number, lines)
         return offsets[token] + head_offset + T.Cast("int64", line_of_pair * (tiling.line_elements // elements))
 
@@ -104,9 +105,9 @@ def _token_rows(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
         return _element(elements, _word(cache, offsets, t, head_offset, row_stride, T.floordiv(d, elements)), d)
 
-    def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
+    def line(offsets: Buffer, token: Expr, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
         start = T.Cast("int64", T.floormod(number, lines) * (tiling.line_elements // elements))
-        return offsets[T.floordiv(number, lines)] + head_offset + start
+        return offsets[token + T.floordiv(number, lines)] + head_offset + start
 
     return CacheAccess(slot_offset, element, _word, line, lines)
 

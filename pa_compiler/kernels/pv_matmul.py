@@ -71,8 +71,10 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     T.reads(value_offsets[0:offsets])
                     T.writes(fetched[vo, vp, vn])
                     if T.And(T.floormod(vp, every) == 0, vp < every * fetching):
-                        number: T.let = ahead_t * lines + (T.floordiv(vp, every) * num_full + vo) * fetches + vn
-                        T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
+                        number: T.let = (T.floordiv(vp, every) * num_full + vo) * fetches + vn
+                        T.evaluate(
+                            prefetch(value_cache, access.line(value_offsets, ahead_t, number, ahead_offset, row_stride))
+                        )
         for i, to, ti, r, d in T.grid(num_tiles, num_full, group // pair, rows, head_dim):
             with T.sblock("full_groups"):
                 vt = T.axis.reduce(tokens // pair, to * (group // pair) + ti)

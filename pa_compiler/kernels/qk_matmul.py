@@ -99,8 +99,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                         vn = T.axis.spatial(fetches, n)
                         T.reads(key_offsets[0:offsets])
                         T.writes()
-                        number: T.let = ahead_t * access.num_lines + vo * fetches + vn
-                        T.evaluate(prefetch(key_cache, access.line(key_offsets, number, ahead_offset, row_stride)))
+                        first: T.let = ahead_t + vo * group
+                        T.evaluate(prefetch(key_cache, access.line(key_offsets, first, vn, ahead_offset, row_stride)))
             for i, to, ti, r, d in T.grid(num_tiles, T.ceildiv(valid_len, group), group, rows, depth):
                 with T.sblock("scores"):
                     vt = T.axis.spatial(tokens, to * group + ti)
