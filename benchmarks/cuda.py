@@ -149,7 +149,7 @@ CONTENDERS: dict[str, Callable[[OnDevice], Run]] = {
 
 
 def errors_of(inputs: OnDevice, outs: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest error of each result against float64, as a fraction of its bound."""
+    """The largest error of each result against float64, as a fraction of its bound; infinite where one is NaN."""
     case, spec = inputs.call.case, inputs.call.case.spec
     of_out, of_magnitude = tolerance(spec, case.longest)
     worst = dict.fromkeys(outs, 0.0)
@@ -164,8 +164,8 @@ def errors_of(inputs: OnDevice, outs: dict[str, torch.Tensor]) -> dict[str, floa
         expected, magnitude = (torch.einsum("ht,thd->hd", probs, each) for each in (values, values.abs()))
         bound = of_out * expected.abs() + of_magnitude * magnitude
         for name, out in outs.items():
-            fraction = ((out[seq].double() - expected).abs() / bound).max().item()
-            worst[name] = fraction if not fraction <= worst[name] else worst[name]
+            fraction = ((out[seq].double() - expected).abs() / bound).nan_to_num(nan=float("inf"))
+            worst[name] = max(worst[name], fraction.max().item())
     return worst
 
 

@@ -169,15 +169,7 @@ def build_library(
             lowered = lower(spec, tiles, pipeline)
             compiled = build.compile_kernels(lowered.mod, cpu, scratch)
             library = build.link(compiling, compiled.asm, scratch)
-        about = manifest.Manifest(
-            spec=spec,
-            pipeline=pipeline,
-            target=json.loads(cpu.config),
-            machine=platform.machine(),
-            features=_target.instruction_sets(cpu),
-            kernels=hashlib.sha256(compiled.asm.encode()).hexdigest(),
-            versions=_versions(),
-        )
+        about = _about(spec, pipeline, json.loads(cpu.config), _target.instruction_sets(cpu), compiled.asm)
         _leave(directory, library, about, _texts(lowered, host_text, compiled))
 
 
@@ -185,16 +177,22 @@ def build_cuda_library(spec: PagedAttentionSpec, gpu: CudaTarget, pipeline: str,
     """As build_library, for the CUDA target."""
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as scratch:
         library, texts = cuda_compiler.build_library(spec, gpu, pipeline, Path(scratch))
-        about = manifest.Manifest(
-            spec=spec,
-            pipeline=pipeline,
-            target=gpu.config,
-            machine=platform.machine(),
-            features=(),
-            kernels=hashlib.sha256(texts["ptx"].encode()).hexdigest(),
-            versions=_versions(),
-        )
-        _leave(directory, library, about, texts)
+        _leave(directory, library, _about(spec, pipeline, gpu.config, (), texts["ptx"]), texts)
+
+
+def _about(
+    spec: PagedAttentionSpec, pipeline: str, config: dict[str, Any], features: tuple[str, ...], code: str
+) -> manifest.Manifest:
+    """What a library of this machine's says of itself; code is the kernels' assembly."""
+    return manifest.Manifest(
+        spec=spec,
+        pipeline=pipeline,
+        target=config,
+        machine=platform.machine(),
+        features=features,
+        kernels=hashlib.sha256(code.encode()).hexdigest(),
+        versions=_versions(),
+    )
 
 
 def _leave(directory: Path, library: Path, about: manifest.Manifest, texts: Mapping[str, str]) -> None:

@@ -98,6 +98,7 @@ class CudaModule(Module):
 
         Raises:
             ImportError: there is no torch.
+            RuntimeError: torch finds no GPU.
         """
         from pa_compiler import verify
 

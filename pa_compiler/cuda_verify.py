@@ -32,12 +32,17 @@ class TorchMemory:
 
     Raises:
         ImportError: there is no torch.
+        RuntimeError: torch finds no GPU.
     """
 
     def __init__(self, device: Any) -> None:
-        import torch
-
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError(f"torch, by which arrays are brought to a GPU, cannot be imported: {error}") from error
         self._torch, self._device = torch, torch.device(device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device: expected a GPU that torch can use for {device}, and there is none")
 
     def put(self, array: np.ndarray, pad: int) -> Any:
         """As Memory.put."""

@@ -172,7 +172,7 @@ def usage_errors() -> Iterator[None]:
             if param.name == name:
                 raise click.BadParameter(rest, ctx, param) from error
         raise
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         if type(error).__module__ != "builtins":  # TVM's own: a defect of the compiler, where the traceback helps
             raise
         raise click.ClickException(str(error)) from error

@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter, config):
     figures, failed = {}, set()
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, ()):
-            properties = report.user_properties if report.when == "call" or outcome != "passed" else []
+            properties = getattr(report, "user_properties", []) if report.when == "call" or outcome != "passed" else []
             for item in {value for name, value in properties if name == "scorecard"}:
                 numbers = figures.setdefault(item, {})
                 for what, number, worst in (value for name, value in properties if name == "figure"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from inputs import POISONS, make_inputs
@@ -77,6 +79,12 @@ def test_verify(memory, gpu_module, pipeline):
         result = verify.verify(cuda_verify.OnGpu(module, memory), seed=1, draw=number)
         assert result.failures == ()
         assert max(result.out.of_tolerance, result.lse.of_tolerance) <= 1
+
+
+def test_verify_without_torch(gpu_module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"^torch, by which arrays are brought to a GPU, cannot be imported: "):
+        gpu_module(STAGED).verify(0)
 
 
 def test_bad_indices(memory, gpu_module, lengths):
