@@ -1,8 +1,8 @@
 """The CUDA target's benchmark, on a GPU: decode by CUDA events, beside a device copy and other libraries.
 
-Run it by `make bench-cuda`. Contenders take turns, so that a change of the GPU's clocks meets them all. Between calls
-the second-level cache is overwritten, which also gives the CPU time to launch: times are the GPU's. Every result is
-compared with float64.
+Run it by `make bench-cuda`. Contenders take turns, so that a change of the GPU's clocks meets them all. Before a call
+the second-level cache is overwritten, and the GPU waits until the call has been launched: times are the GPU's. Every
+result is compared with float64.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pa_compiler.tolerances import tolerance
 
 _ROUNDS, _WARM_UP = 30, 3
 _COPY_BYTES, _FLUSH_BYTES = 1 << 30, 1 << 28
+_SLEEP_CYCLES = 2_000_000  # about a millisecond, in which a call is launched from Python
 
 
 def _case(heads: str, head_dim: int, dtype: str, batch: int, *seq_lens: int) -> Case:
@@ -135,6 +136,7 @@ def prepare_flex(inputs: OnDevice) -> Run:
     def is_valid(b: Any, h: Any, q: Any, kv: Any) -> Any:
         return kv < lens[b]
 
+    torch.compiler.reset()  # or from some case on it is not compiled any more
     mask = create_block_mask(is_valid, len(lens), None, 1, key.shape[2], device=DEVICE)
     attend = torch.compile(flex_attention, dynamic=False)
     return lambda: attend(query, key, value, block_mask=mask, enable_gqa=True).squeeze(2)
@@ -171,12 +173,14 @@ def errors_of(inputs: OnDevice, outs: dict[str, torch.Tensor]) -> dict[str, floa
 
 def time_in_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call."""
-    flushed = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+    written, read = (torch.zeros(_FLUSH_BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(_WARM_UP + rounds):
         for name, run in runs.items():
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flushed.zero_()
+            written.zero_()
+            read.max()  # what was written has left the cache
+            torch.cuda._sleep(_SLEEP_CYCLES)
             before.record()
             run()
             after.record()

@@ -69,8 +69,8 @@ def compile(  # noqa: A001  (the public name)
         spec: The attention's exact shape.
         target: "llvm" for this machine's CPU with all its features, or {"kind": "llvm", "mcpu": ..., "mattr": [...]};
             "cuda" for GPUs from sm_90 on, or {"kind": "cuda", "arch": "sm_80"}.
-        pipeline: "fused", one kernel for all stages, or "staged", the four kernels of the seed driven block by block:
-            slower, easier to follow, and a second opinion.
+        pipeline: "fused", one kernel for all stages, or "staged", a kernel for each stage, driven block by block as
+            in the seed: slower, easier to follow, and a second opinion.
         cache: Whether to look in the cache on disk, and to leave the result there.
         dump_dir: A directory that gets what each stage produced, numbered in order.
 

@@ -88,7 +88,7 @@ def explain(
     """
     chip = CudaTarget(_target.normalize(target)["arch"])
     if pipeline != "fused":
-        raise ValueError(f"pipeline: expected fused for target cuda, got {pipeline!r}")
+        raise ValueError(f"pipeline: expected fused, to explain target cuda, got {pipeline!r}")
     if gpu is not None and gpus.GPUS[gpu].arch != chip.arch:
         alike = [name for name, other in gpus.GPUS.items() if other.arch == chip.arch]
         raise ValueError(f"gpu: expected one of {chip.arch}, {', '.join(alike) or 'of which none is named'}, got {gpu}")

@@ -36,8 +36,8 @@ class CudaModule(Module):
       decode of the staged pipeline has no "device". Its default is "host", where it takes as many steps as the longest
       sequence has blocks; with "none", as many as block_table has.
 
-    Nothing is copied to the host, nor waited for, with "device" and "none", and a CUDA graph can capture both. It holds
-    the launches for any lengths: tensors may have other contents at each replay.
+    Nothing is copied to the host, nor waited for, with "device" and "none", and a CUDA graph can capture such calls. It
+    holds the launches for any lengths: tensors may have other contents at each replay.
 
     Errors of the driver are RuntimeErrors, among them that there is none.
     """
@@ -94,7 +94,7 @@ class CudaModule(Module):
         advance: Callable[[int], object] = lambda milliseconds: None,
         device: Any = "cuda",
     ) -> Verification:
-        """As Module.verify, on a device of torch's, with each way to check indices in turn.
+        """As Module.verify, on a device of torch's. Each call is made with every way to check indices.
 
         Raises:
             ImportError: there is no torch.

@@ -47,7 +47,7 @@ class Module:
         pipeline: "fused" or "staged".
         target: The TVM target dict that it was compiled for.
         sources: The text of each stage, in order: tensorir, scheduled, host, llvm, asm; for a GPU tensorir, cuda, host,
-            ptx, and sass where there was a disassembler. Empty for a loaded module.
+            ptx, and sass where there was a disassembler (staged, scheduled too). Empty for a loaded module.
         num_threads: Threads that a call uses at most. Results are bitwise the same for every value.
     """
 

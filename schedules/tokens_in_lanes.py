@@ -1,6 +1,6 @@
 """CPU strategy of the packed layout: tokens lie side by side in the lanes of a vector register, for any group.
 
-    qk_matmul    qk_rows x token_group scores in registers, one step for an element of head_dim (bfloat16: a pair of
+    qk_matmul    qk_rows x qk_tokens scores in registers, one step for an element of head_dim (bfloat16: a pair of
                  them, that one vector of the cache holds): no sum across lanes, whatever the group
     the rest     as where head_dim lies in the lanes: a row of packed values is a token's
 
@@ -29,7 +29,7 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     head_dim = int(sch.get(dim).extent)
     pair = _PAIR if head_dim % _PAIR == 0 else 1
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
-    if not tiling.sweep:  # as many fetches in each step, so that none is in question at run time
+    if not tiling.sweep:  # as many fetches in each step of a register tile, so that none is in question at run time
         fetches = int(sch.get(sch.get_loops("prefetch_keys")[-1]).extent)
         steps = largest_divisor(math.gcd(head_dim // pair, fetches), _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])

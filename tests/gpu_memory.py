@@ -27,6 +27,10 @@ class FakeMemory:
         """What is there."""
         return tensor.array.copy()
 
+    def set(self, tensor, array):
+        """Other contents."""
+        tensor.array[...] = array
+
     def synchronize(self):
         """Run what is on the streams; a kernel's fault is an error."""
         self._gpu.run()
@@ -61,6 +65,9 @@ def real_memory():
     class RealMemory(TorchMemory):
         def put(self, array, pad=0):
             return super().put(array, pad)
+
+        def set(self, tensor, array):
+            tensor.copy_(self.put(array))
 
         @contextlib.contextmanager
         def captured(self):

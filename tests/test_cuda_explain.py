@@ -72,7 +72,7 @@ def test_explain():
     [
         ("--gpu H100", "expected --target cuda with it, got 'llvm'"),
         ("--target sm_80 --gpu H100", "expected one of sm_80, A100, got H100"),
-        ("--target cuda --pipeline staged", "expected fused for target cuda, got 'staged'"),
+        ("--target cuda --pipeline staged", "expected fused, to explain target cuda, got 'staged'"),
         ("--target cuda --kv-layout packed", "expected NHD or HND for target cuda, got 'packed'"),
     ],
 )

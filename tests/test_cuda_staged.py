@@ -97,6 +97,17 @@ def test_graph(gpu, staged):
     assert_close_to_oracle(SPEC, inputs, *call.results)
 
 
+def test_no_host_check_in_a_graph(gpu, staged):
+    module, call = staged(SPEC), OnGpu(gpu, make_inputs(SPEC, LENGTHS))
+    with stream(5):
+        gpu.capture(5, True)
+        with pytest.raises(
+            ValueError, match=r"^check: expected 'none' while the stream is captured into a graph, got 'host'$"
+        ):
+            call.decode(module)
+        gpu.capture(5, False)
+
+
 def test_bad_indices(gpu, staged):
     call = OnGpu(gpu, make_inputs(SPEC, LENGTHS))
     call.tensors["context_lens"].array[2] = 129

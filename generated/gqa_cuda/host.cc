@@ -917,11 +917,12 @@ class HostCopy {
   void* memory_ = nullptr;
 };
 
-void CheckNotCapturing(const Call& call) {
+// For a call that waits for the stream. choices: the ways to check that do not.
+void CheckNotCapturing(const Call& call, const char* choices) {
   int status = 0;
   PA_DRIVER(cuStreamIsCapturing, call.stream, &status);
   if (status != 0) {
-    Raise("ValueError", "check: expected 'device' or 'none' while the stream is captured into a graph, got 'host'");
+    Raise("ValueError", "check: expected %s while the stream is captured into a graph, got 'host'", choices);
   }
 }
 
@@ -1012,7 +1013,7 @@ void Decode(const Inputs& in) {
   if (args.batch == 0) return;
   const Call call(device, id);
   if (check == kCheckHost) {
-    CheckNotCapturing(call);
+    CheckNotCapturing(call, "'device' or 'none'");
     const HostCopy block_table(call, args.block_table), context_lens(call, args.context_lens);
     PA_DRIVER(cuStreamSynchronize, call.stream);
     CheckIndices(block_table.array, context_lens.array, args.num_blocks);
@@ -1084,7 +1085,7 @@ void AppendKV(const Inputs& in) {
   if (args.key.shape[0] == 0) return;
   const Call call(device, id);
   if (check == kCheckHost) {
-    CheckNotCapturing(call);
+    CheckNotCapturing(call, "'device' or 'none'");
     const HostCopy slot_mapping(call, args.slot_mapping);
     PA_DRIVER(cuStreamSynchronize, call.stream);
     CheckSlots(slot_mapping.array, args.num_slots());
