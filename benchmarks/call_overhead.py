@@ -68,7 +68,7 @@ int main(int, char** arg) {
   Array query(dtype, {batch, heads, dim}), keys(dtype, {2, block, 1, dim}), values(dtype, {2, block, 1, dim});
   Array table(int32, {batch, 1}), lens(int32, {batch}), out(dtype, {batch, heads, dim});
   if (batch > 0) *reinterpret_cast<int32_t*>(lens.data.data()) = 1;
-  TVMFFIAny args[10] = {}, result{};
+  TVMFFIAny args[12] = {}, result{};
   int count = 0;
   for (Array* array : {&query, &keys, &values, &table, &lens, &out}) {
     args[count].type_index = kTVMFFIDLTensorPtr;
@@ -77,7 +77,7 @@ int main(int, char** arg) {
   args[count++].type_index = kTVMFFINone;  // lse
   args[count].type_index = kTVMFFIFloat;
   args[count++].v_float64 = 0.1;
-  for (int64_t number : {int64_t{std::atoi(arg[3])}, int64_t{0}}) {
+  for (int64_t number : {std::atoi(arg[3]), 0, 0, 0}) {  // threads, of whichever kind, on any CPU; no NumPy's bfloat16
     args[count].type_index = kTVMFFIInt;
     args[count++].v_int64 = number;
   }

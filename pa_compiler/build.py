@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
-ENTRY_POINTS = ("decode", "append_kv", "plan", "view_as_bfloat16")
+ENTRY_POINTS = ("decode", "append_kv", "plan", "cpu_set", "openmp", "view_as_bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

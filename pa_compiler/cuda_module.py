@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 CHECKS = ("host", "device", "none")
 """What decode and append_kv take for check, in the order of the library's numbers."""
 
-_NO_THREADS = "num_threads: a module for a GPU has none"
+
+def _not_of_a_gpu(name: str) -> Any:
+    """A property that modules for a CPU have: reading or setting it is an AttributeError."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise AttributeError(f"{name}: a module for a GPU has none")
+
+    return property(refuse, refuse)
 
 
 class CudaModule(Module):
@@ -42,14 +49,13 @@ class CudaModule(Module):
     Errors of the driver are RuntimeErrors, among them that there is none.
     """
 
-    @property
-    def num_threads(self) -> int:
-        """Not of a GPU: reading or setting it is an AttributeError."""
-        raise AttributeError(_NO_THREADS)
+    def _set_up(self) -> None:
+        """A GPU's threads are not a caller's to set."""
 
-    @num_threads.setter
-    def num_threads(self, value: int) -> None:
-        raise AttributeError(_NO_THREADS)
+    num_threads = _not_of_a_gpu("num_threads")
+    threading = _not_of_a_gpu("threading")
+    cpus = _not_of_a_gpu("cpus")
+    openmp = _not_of_a_gpu("openmp")
 
     def check_status(self) -> None:
         """Raise what a kernel has found wrong with an earlier call, on any device, and forget it.
@@ -109,13 +115,13 @@ class CudaModule(Module):
         """What "decode" or "append_kv" takes for check."""
         return ("host", "none") if (self.pipeline, of) == ("staged", "decode") else CHECKS
 
-    def _manner(self, check: str | None, of: str) -> int:
+    def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
         choices = self.checks(of)
         if check is None:
             check = "device" if "device" in choices else "host"
         if check not in choices:
             raise ValueError(f"check: expected one of {', '.join(choices)}, got {check!r}")
-        return CHECKS.index(check)
+        return (CHECKS.index(check),)
 
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
         if type(query).__module__.partition(".")[0] != "torch":

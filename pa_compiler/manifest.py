@@ -24,7 +24,7 @@ from typing import Any
 from pa_compiler import target as _target
 from pa_compiler.spec import PagedAttentionSpec
 
-FORMAT = 1
+FORMAT = 2
 """Of the manifest and of the library's entry points: load() refuses any other. Raised when either changes."""
 
 _FOOTER = struct.Struct("<QI32s12s")

@@ -7,14 +7,14 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import memory
+from pa_compiler import memory, threads
 from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
 from pa_compiler.manifest import Manifest
 
@@ -49,6 +49,8 @@ class Module:
         sources: The text of each stage, in order: tensorir, scheduled, host, llvm, asm; for a GPU tensorir, cuda, host,
             ptx, and sass where there was a disassembler (staged, scheduled too). Empty for a loaded module.
         num_threads: Threads that a call uses at most. Results are bitwise the same for every value.
+        threading: Whose threads they are: "auto", "own" or "openmp".
+        cpus: CPUs that the module's own threads run on.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Module:
         self.pipeline = self.manifest.pipeline
         self.target = self.manifest.target
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
-        self._num_threads = _default_num_threads()
+        self._set_up()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         cache_dtype = self.spec.dtype
         self._out_dtype = self.spec.out_dtype or cache_dtype
@@ -84,15 +86,67 @@ class Module:
         made_for = self.target.get("mcpu") or self.target.get("arch")
         return f"{type(self).__name__}({self.spec}, pipeline={self.pipeline!r}, target={made_for!r})"
 
+    def _set_up(self) -> None:
+        """Settings of a new module, from the environment."""
+        self._use(threads.from_environment())
+
+    def _use(self, settings: threads.Threads) -> None:
+        cpus = as_tensor("cpus", np.array(sorted(settings.usable_cpus), np.int32))
+        self._threads = settings
+        self._thread_numbers = (settings.limit, settings.number, self._functions["cpu_set"](cpus))
+
     @property
     def num_threads(self) -> int:
-        """Threads that a call uses at most; PA_NUM_THREADS, or else the CPUs that this process may use."""
-        return self._num_threads
+        """Threads that a call uses at most; PA_NUM_THREADS, or else as many as cpus."""
+        return self._threads.limit
 
     @num_threads.setter
     def num_threads(self, value: int) -> None:
         check_whole("num_threads", value, 1)
-        self._num_threads = value
+        settings = self._threads._replace(num_threads=value)
+        threads.warn_of_one_cpu(settings)
+        self._use(settings)
+
+    @property
+    def threading(self) -> str:
+        """Whose threads run a call beside the caller's; PA_THREADING, or else "auto".
+
+        "auto": the team of the OpenMP runtime (libgomp, libiomp5, libomp) that the process has loaded, as torch has.
+            Its threads go on spinning for a while after each of torch's operations, on the CPUs that others would
+            need. A call uses no more of them than the team has. Threads of the module's own run it where there is no
+            team of two at least: no runtime, within a parallel region, beside another call that is on the team, in a
+            child of fork(), and where cpus was set.
+        "own": the module's own threads.
+        "openmp": OpenMP's team, whatever its size; within a parallel region and beside another call, the module's own
+            threads. A call is a RuntimeError where no runtime is loaded, and in a child of a fork() that came after the
+            library was loaded. In one that was forked before, this says that it has begun a team of its own: a runtime
+            that still counts on its parent's threads waits for them for ever.
+        """
+        return self._threads.threading
+
+    @threading.setter
+    def threading(self, value: str) -> None:
+        self._use(self._threads._replace(threading=threads.checked_threading("threading", value)))
+
+    @property
+    def cpus(self) -> frozenset[int]:
+        """CPUs that the module's own threads run on; PA_CPUS ("0-3,8"), or else those of the process.
+
+        Those of the process are all that any of its threads might use when the module was made: engines bind the thread
+        that calls to one CPU. Setting them makes "auto" mean "own". OpenMP's threads stay where OpenMP has them.
+        """
+        return self._threads.usable_cpus
+
+    @cpus.setter
+    def cpus(self, value: Iterable[int]) -> None:
+        settings = self._threads._replace(cpus=threads.checked_cpus("cpus", value))
+        threads.warn_of_one_cpu(settings)
+        self._use(settings)
+
+    @property
+    def openmp(self) -> str | None:
+        """The path of the OpenMP runtime on whose team a call from this thread would run under "auto", or None."""
+        return self._functions["openmp"]() or None
 
     def decode(
         self,
@@ -149,7 +203,7 @@ class Module:
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
-        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._manner(check, "decode"))
+        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), *self._manner(check, "decode"))
         return out if lse is None else (out, lse)
 
     def append_kv(
@@ -186,14 +240,18 @@ class Module:
         """
         arrays = (key, value, key_cache, value_cache, slot_mapping)
         call(
-            self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._manner(check, "append_kv")
+            self._append_kv,
+            self._append_arrays,
+            arrays,
+            ("key_cache", "value_cache"),
+            *self._manner(check, "append_kv"),
         )
 
-    def _manner(self, check: str | None, of: str) -> int:
-        """The number that tells the library how to go about a call of decode or append_kv; for a CPU, the threads."""
+    def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
+        """The numbers that tell the library how to go about a call of decode or append_kv; for a CPU, the threads."""
         if check not in (None, "host"):
             raise ValueError(f"check: expected 'host' for a CPU module, got {check!r}")
-        return self._num_threads
+        return self._thread_numbers
 
     def empty_cache(self, num_blocks: int) -> tuple[Any, Any]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0, as NumPy arrays.
@@ -271,12 +329,3 @@ class Module:
         if dtype == "bfloat16":
             return self._functions["view_as_bfloat16"](tvm_ffi.from_dlpack(array.view(np.uint16)))
         return tvm_ffi.from_dlpack(array)
-
-
-def _default_num_threads() -> int:
-    text = os.environ.get("PA_NUM_THREADS")
-    if text is None:
-        return len(os.sched_getaffinity(0))
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"PA_NUM_THREADS: expected a whole number from 1 on, got {text!r}")
-    return int(text)

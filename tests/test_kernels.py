@@ -176,7 +176,7 @@ def test_only_the_entry_points_are_exported(compiled, tmp_path):
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", str(tmp_path / "pa.so")], capture_output=True, text=True, check=True
     ).stdout.split()[2::3]
-    names = ("append_kv", "decode", "plan", "view_as_bfloat16")
+    names = ("append_kv", "cpu_set", "decode", "openmp", "plan", "view_as_bfloat16")
     assert sorted(symbols) == [f"__tvm_ffi_{name}" for name in names]
 
 

@@ -112,9 +112,9 @@ def test_what_is_no_library_of_ours_is_named(library, refused):
 def test_another_format_is_named(library, refused):
     with pytest.MonkeyPatch.context() as patch:
         about = manifest.read(library, "it")
-        patch.setattr(manifest, "FORMAT", 2)
+        patch.setattr(manifest, "FORMAT", manifest.FORMAT + 1)
         newer = manifest.seal(body(library), about)
-    refused(newer, "expected a library of format 1, got format 2")
+    refused(newer, "expected a library of format 2, got format 3")
 
 
 @pytest.mark.parametrize(("field", "value"), [("lse", "logarithm to base 2"), ("empty_rows", "NaN")])
