@@ -63,10 +63,7 @@ class Contender:
         environment = os.environ | {"OMP_NUM_THREADS": threads, "PA_NUM_THREADS": threads}
         # Threads that wait for work give the CPU back before the next contender's turn.
         environment |= {"KMP_BLOCKTIME": "10", "KMP_AFFINITY": "disabled"}
-        if PEERS[self.name].preload:
-            library = Path(sysconfig.get_path("data")) / "lib" / PEERS[self.name].preload
-            if library.exists():
-                environment["LD_PRELOAD"] = str(library)
+        environment |= preloaded(PEERS[self.name].preload)
         command = [sys.executable, "-m", "benchmarks.worker", self.name]
         pipe = subprocess.PIPE
         with self._log.open("a") as log:
@@ -102,3 +99,9 @@ class Contender:
         process, self._process = self._process, None
         process.communicate()  # closes its standard input, which ends it
         return process.returncode
+
+
+def preloaded(name: str | None) -> dict[str, str]:
+    """What preloads a library of this Python's environment, for the environment of a process; empty without it."""
+    library = Path(sysconfig.get_path("data")) / "lib" / (name or "")
+    return {"LD_PRELOAD": str(library)} if library.is_file() else {}

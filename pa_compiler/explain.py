@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pa_compiler import compiler, report, tiling
+from pa_compiler import compiler, report, threads, tiling
 from pa_compiler import target as _target
 from pa_compiler.assembly import Counts, Loop, count, inner_loops
 from pa_compiler.cases import Case
@@ -97,6 +97,7 @@ def print_explanation(
     table.add_row("target", report.target_text(json.loads(cpu.config)))
     table.add_row("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes")
     table.add_row("pipeline", explanation.pipeline)
+    table.add_row("threads", threads.from_environment().description)
     table.add_row("strategy", f"{explanation.tiles.strategy}. {explanation.reason}")
     for label, text in (*_tile_rows(explanation), *_work_rows(explanation, flops, bandwidth)):
         table.add_row(label, text)

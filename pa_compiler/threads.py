@@ -41,6 +41,17 @@ class Threads(NamedTuple):
         return len(self.usable_cpus) if self.num_threads is None else self.num_threads
 
     @property
+    def description(self) -> str:
+        """Whose threads a call takes, and where they run, in one sentence."""
+        own = f"threads of the library's own on {'CPU' if len(self.usable_cpus) == 1 else 'CPUs'} {text(self.usable_cpus)}"
+        words = {
+            "auto": f"on OpenMP's team where the process has one, else {own}",
+            "own": own,
+            "openmp": "on OpenMP's team",
+        }
+        return f"{self.limit} at most, {words[THREADING[self.number]]}"
+
+    @property
     def number(self) -> int:
         """The library's number for threading. Whoever sets CPUs means threads that can be put there: the pool's own."""
         return THREADING.index("own" if self.threading == "auto" and self.cpus is not None else self.threading)
