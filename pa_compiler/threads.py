@@ -43,7 +43,7 @@ class Threads(NamedTuple):
     @property
     def description(self) -> str:
         """Whose threads a call takes, and where they run, in one sentence."""
-        own = f"threads of the library's own on {'CPU' if len(self.usable_cpus) == 1 else 'CPUs'} {text(self.usable_cpus)}"
+        own = f"threads of the library's own on CPU {text(self.usable_cpus)}"
         words = {
             "auto": f"on OpenMP's team where the process has one, else {own}",
             "own": own,
