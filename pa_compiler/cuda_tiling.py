@@ -276,13 +276,17 @@ def shared_limit(arch: str) -> int:
 
 
 def extra_items(head_tiles: int, resident_blocks: int) -> int:
-    """Work items more than sequences: with them, the blocks of a launch fill the GPU about WAVES times.
+    """Work items more than sequences: as many as have their thread blocks within WAVES times what the GPU runs at once.
+
+    Rounded down, but to one at least: a long sequence then takes WAVES rounds of the GPU, where the few blocks of one
+    item more would take a round of their own. The host computes the same when it sees a GPU (ExtraItems in
+    templates/cuda_device.cc.j2).
 
     Args:
         head_tiles: CudaTiling.head_tiles.
         resident_blocks: Thread blocks of cuda_decode that the GPU runs at once.
     """
-    return max(1, -(-WAVES * resident_blocks // head_tiles))
+    return max(1, WAVES * resident_blocks // head_tiles)
 
 
 def ranges(tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:

@@ -111,6 +111,10 @@ def test_refuses(spec, message):
         cuda_tiling.choose(spec, "sm_90")
 
 
-@pytest.mark.parametrize(("tiles", "resident", "extra"), [(8, 396, 99), (1, 264, 528), (1000, 264, 1)])
-def test_extra_items_fill_the_gpu_twice(tiles, resident, extra):
+@pytest.mark.parametrize(
+    ("tiles", "resident", "extra"),
+    [(8, 396, 99), (1, 264, 528), (5, 396, 158), (6, 264, 88), (7, 396, 113), (1000, 264, 1)],
+)
+def test_extra_items_fill_the_gpu_twice_and_no_more(tiles, resident, extra):
     assert cuda_tiling.extra_items(tiles, resident) == extra
+    assert extra == 1 or extra * tiles <= 2 * resident < (extra + 1) * tiles
