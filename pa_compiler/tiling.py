@@ -203,8 +203,13 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
         sweep=_sweep(spec, strategy, pipeline),
         word_elements=word_elements,
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
-        split_blocks=-(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
+        split_blocks=split_blocks(spec),
     )
+
+
+def split_blocks(spec: PagedAttentionSpec) -> int:
+    """Tiling.split_blocks, which is the same for every target."""
+    return -(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size)
 
 
 def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:

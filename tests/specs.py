@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pa_compiler import PagedAttentionSpec
+from pa_compiler import PagedAttentionSpec, target, tiling
 
 PIPELINES = ("fused", "staged")
 
@@ -39,3 +39,20 @@ def parametrize(specs):
 
 
 every_spec = parametrize(SPECS)
+
+
+def range_tokens(spec):
+    """Tokens after which decode cuts a sequence into ranges, the same for every target."""
+    tiles = tiling.choose(spec, target.CpuTarget('{"kind": "llvm"}', frozenset()), "fused")
+    return tiles.split_blocks * spec.block_size
+
+
+def lengths_around_the_splits(spec):
+    """A token and a block to either side of each length from which on the cut is another one, up to four ranges.
+
+    From n times range_tokens on there is a range more, and from n ranges of equally many blocks on a block more in each.
+    """
+    split, size = range_tokens(spec) // spec.block_size, spec.block_size
+    blocks = {ranges * split for ranges in (1, 2, 3)}
+    blocks |= {-(-((ranges - 1) * split + 1) // ranges) * ranges for ranges in (2, 3, 4)}
+    return sorted({count * size + offset for count in blocks for offset in (-size, -1, 0, 1, size)})

@@ -32,7 +32,7 @@ ARROWS = {
     "arguments": set(),
     "manifest": {"spec", "target"},
     "loader": {"manifest"},
-    "draws": {"spec"},
+    "draws": {"spec", "tiling"},
     "verify": {"spec", "arguments", "layout", "reference", "tolerances", "draws"},
     "module": {"spec", "arguments", "memory", "manifest", "loader", "verify"},
     "cuda_verify": {"arguments"},
