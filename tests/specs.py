@@ -50,7 +50,7 @@ def range_tokens(spec):
 def lengths_around_the_splits(spec):
     """A token and a block to either side of each length from which on the cut is another one, up to four ranges.
 
-    From n times range_tokens on there is a range more, and from n ranges of equally many blocks on a block more in each.
+    Past n times range_tokens there is a range more, and past n ranges of equally many blocks a block more in each.
     """
     split, size = range_tokens(spec) // spec.block_size, spec.block_size
     blocks = {ranges * split for ranges in (1, 2, 3)}
