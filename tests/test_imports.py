@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from package import python_files
 
-# Each part may import the parts named here, and no others. kernels and schedules are one part each.
+# Each part may import the parts named here, and no others. A folder, such as kernels and schedules, is one part.
 ARROWS = {
     "spec": set(),
     "reference": set(),
@@ -74,13 +75,14 @@ ARROWS = {
 }
 
 
+def part_of(name):
+    """The part that a module belongs to: the first name below pa_compiler's."""
+    return name.split(".")[1]
+
+
 def sources():
     """(part, path) of every Python file of the package."""
-    for package in ("pa_compiler", "pa_compiler.kernels", "pa_compiler.schedules", "pa_compiler.templates"):
-        for path in importlib.resources.files(package).iterdir():
-            if path.name.endswith(".py"):
-                part = path.stem if package == "pa_compiler" else package.rpartition(".")[2]
-                yield pytest.param(part, path, id=f"{package}.{path.stem}")
+    return [pytest.param(part_of(name), path, id=name) for name, path in python_files().items()]
 
 
 def imported_parts(tree):
@@ -98,10 +100,21 @@ def imported_parts(tree):
                 yield part.partition(".")[0] or "__init__"
 
 
-@pytest.mark.parametrize(("part", "path"), list(sources()))
+@pytest.mark.parametrize(("part", "path"), sources())
 def test_imports_follow_the_arrows(part, path):
     imported = set(imported_parts(ast.parse(path.read_text()))) - {part}
     assert imported <= ARROWS.get(part, set())
+
+
+def test_files_are_found_in_folders_of_any_depth(tmp_path, monkeypatch):
+    """Those of the tests that read the package's text: a new folder must not hide what is in it."""
+    (tmp_path / "made_up" / "kernels" / "deeper").mkdir(parents=True)
+    for file in ("__init__.py", "spec.py", "kernels/qk.py", "kernels/deeper/sums.py", "kernels/notes.txt"):
+        (tmp_path / "made_up" / file).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    names = sorted(python_files(["made_up"]))
+    assert names == ["made_up.__init__", "made_up.kernels.deeper.sums", "made_up.kernels.qk", "made_up.spec"]
+    assert [part_of(name) for name in names] == ["__init__", "kernels", "kernels", "spec"]
 
 
 def test_the_arrows_have_no_cycle():
