@@ -243,9 +243,14 @@ def _sweep(spec: PagedAttentionSpec, strategy: str, pipeline: str) -> str | None
     return "tokens" if spec.kv_layout == "NHD" else "heads"
 
 
+def equal_tile(group: int, limit: int) -> int:
+    """Rows of each tile when a group is taken in equal tiles of up to limit: 24 as twice 12."""
+    return -(-group // -(-group // limit))
+
+
 def _rows(spec: PagedAttentionSpec) -> int:
     """row_tile of a spec."""
-    return -(-spec.group // -(-spec.group // spec.head_tile))
+    return equal_tile(spec.group, spec.head_tile)
 
 
 def register_tile(

@@ -20,7 +20,8 @@ ARROWS = {
     "cache": set(),
     "tolerances": {"spec", "reference"},
     "tiling": {"spec", "target"},
-    "cuda_tiling": {"spec", "tiling"},
+    "gpus": {"cuda_target"},
+    "cuda_tiling": {"spec", "tiling", "gpus"},
     "kernels": {"spec", "tiling", "cuda_tiling"},
     "schedules": {"tiling", "cuda_tiling", "kernels"},
     "instructions": {"target", "kernels"},
@@ -50,7 +51,6 @@ ARROWS = {
     "report": {"spec", "cases", "tolerances", "manifest", "module", "verify"},
     "assembly": set(),
     "explain": {"spec", "target", "tiling", "compiler", "assembly", "cases", "report"},
-    "gpus": set(),
     "cuda_explain": {
         *("spec", "target", "cuda_target", "cuda_tiling", "cuda_build", "cuda_compiler", "gpus", "cases", "report"),
     },
