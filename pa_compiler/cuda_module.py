@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pa_compiler import cuda_verify
 from pa_compiler.arguments import check_whole
+from pa_compiler.interface import CHECKS
 from pa_compiler.module import Module
 
 if TYPE_CHECKING:
     import torch
 
     from pa_compiler.verify import Verification
-
-CHECKS = ("host", "device", "none")
-"""What decode and append_kv take for check, in the order of the library's numbers."""
 
 _NO_THREADS = "num_threads: a module for a GPU has none"
 
