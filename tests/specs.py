@@ -7,8 +7,7 @@ import itertools
 import pytest
 
 from pa_compiler import PagedAttentionSpec, target, tiling
-
-PIPELINES = ("fused", "staged")
+from pa_compiler.compiler import PIPELINES
 
 SPECS = {  # every strategy, layout and type
     "float32": PagedAttentionSpec(6, 2, 24, 5, "float32"),  # blocks that no tile is a multiple of

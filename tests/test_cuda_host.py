@@ -17,9 +17,6 @@ SPECS = {
 SPEC = SPECS["tensor_cores"]
 LENGTHS = [0, 1, 700, 33]
 
-RESIDENT_BLOCKS = 4 * 2
-"""Thread blocks that the fake GPU runs at once: two on each of its SMs."""
-
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("check", ["host", "device", "none"])
@@ -61,7 +58,7 @@ def test_a_launch_has_the_work_items_that_explain_counts(gpu, gpu_module, kv_hea
     call.decode(gpu_module(spec), check="none")
     gpu.run()
     (grid,) = (int(line.partition("grid=")[2].split()[0]) for line in gpu.log() if "cuda_decode_kernel" in line)
-    assert grid == (2 + cuda_tiling.extra_items(kv_heads, RESIDENT_BLOCKS)) * kv_heads
+    assert grid == (2 + cuda_tiling.extra_items(kv_heads, gpu.resident_blocks())) * kv_heads
     call.check(spec)
 
 

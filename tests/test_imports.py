@@ -57,7 +57,7 @@ ARROWS = {
     "cuda_explain": {
         *("spec", "target", "cuda_target", "cuda_tiling", "cuda_build", "cuda_compiler", "gpus", "cases", "report"),
     },
-    "options": {"spec", "target", "cases"},
+    "options": {"spec", "target", "compiler", "cases"},
     "cli": {
         *(
             "cuda_explain",

@@ -54,6 +54,10 @@ def refusals(worked_on):
             yield str(error)
 
 
+def test_every_pipeline_has_kernels():
+    assert tuple(kernels.PIPELINES) == PIPELINES
+
+
 def test_every_sblock_is_named(worked_on):
     assert list(refusals(worked_on)) == []
 
