@@ -1,4 +1,4 @@
-"""Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops, never the maths.
+"""Schedules: how the kernels run on a target. One file per strategy; it changes loops and the order of sums, no more.
 
 Each file has STAGES, which says for the name of an sblock what to do with it, and SCALAR, which says of the sblocks
 that run as they are written why they may. An sblock that is in neither must lie within a stage.
