@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.resources
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from package import python_files
@@ -118,6 +120,17 @@ def test_files_are_found_in_folders_of_any_depth(tmp_path, monkeypatch):
     names = sorted(python_files(["made_up"]))
     assert names == ["made_up.__init__", "made_up.kernels.deeper.sums", "made_up.kernels.qk", "made_up.spec"]
     assert [part_of(name) for name in names] == ["__init__", "kernels", "kernels", "spec"]
+
+
+def test_every_folder_of_the_package_is_installed():
+    """An editable install finds what pyproject.toml forgets; a wheel would lack it."""
+    setuptools = (Path(__file__).parent.parent / "pyproject.toml").read_text().partition("[tool.setuptools]")[2]
+    packages = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", setuptools, re.DOTALL | re.MULTILINE)[1])
+    assert {name.rpartition(".")[0] for name in python_files()} == set(packages)
+    patterns = re.search(r'^"pa_compiler\.templates" = \[(.*?)\]', setuptools, re.DOTALL | re.MULTILINE)[1]
+    folder = Path(str(importlib.resources.files("pa_compiler.templates")))
+    installed = {path for pattern in re.findall(r'"(.*?)"', patterns) for path in folder.glob(pattern)}
+    assert {path for path in folder.rglob("*.*") if path.suffix not in (".py", ".pyc")} == installed
 
 
 def test_the_arrows_have_no_cycle():
