@@ -260,10 +260,24 @@ def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> 
 def text_digest() -> str:
     """A digest of the text of the package: kernels, schedules, templates and everything between them."""
     digest = hashlib.sha256()
-    for package in ("pa_compiler", "pa_compiler.kernels", "pa_compiler.schedules", "pa_compiler.templates"):
-        found = importlib.util.find_spec(package)  # does not import it, and TVM with it
-        for folder in found.submodule_search_locations or () if found else ():
-            for file in sorted(Path(folder).iterdir()):
-                if file.suffix in (".py", ".j2"):
-                    digest.update(f"{package}/{file.name}\0".encode() + file.read_bytes() + b"\0")
+    for place, path in sorted(_package_files().items()):
+        with open(path, "rb") as file:
+            digest.update(f"{place}\0".encode() + file.read() + b"\0")
     return digest.hexdigest()
+
+
+def _package_files() -> dict[str, str]:
+    """Every file that a build can depend on: its place in the package, in folders of any depth, and its path.
+
+    Schedules and templates are asked for by name: in a checkout their folders lie beside the package's.
+    """
+    files = {}
+    for package in ("pa_compiler", "pa_compiler.schedules", "pa_compiler.templates"):
+        found = importlib.util.find_spec(package)  # does not import it, and TVM with it
+        for top in found.submodule_search_locations or () if found else ():
+            for folder, _, names in os.walk(top):
+                place = package.replace(".", "/") + folder[len(top) :]
+                files.update(
+                    {f"{place}/{name}": f"{folder}/{name}" for name in names if name.endswith((".py", ".j2", ".h"))}
+                )
+    return files

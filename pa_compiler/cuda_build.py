@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ _REPORT = re.compile(
     r"(\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
+
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,11 @@ def disassemble(cubin: Cubin, directory: Path) -> dict[str, str]:
     text = disassembly(cubin, directory)
     sections = re.split(r"^\s*\.section\s+\.text\.(\w+)_kernel\b.*$", text, flags=re.MULTILINE)
     return dict(zip(sections[1::2], sections[2::2], strict=True))
+
+
+def instructions(sass: str) -> Counter[str]:
+    """How often each instruction occurs in a kernel's SASS, by its name with all that follows a point: "LDG.E.128"."""
+    return Counter(_OPCODE.findall(sass))
 
 
 def _virtual(arch: str) -> str:

@@ -38,8 +38,6 @@ copy   asynchronous copies from the caches to shared memory, 16 bytes a lane
 ldsm   ldmatrix: fragments of keys and values from shared memory
 load   loads from memory; store: stores to it"""
 
-_OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
-
 
 @dataclasses.dataclass(frozen=True)
 class CudaExplanation:
@@ -100,7 +98,7 @@ def explain(
         instructions = None
         if cuda_build.find_tool("nvdisasm"):
             sass = cuda_build.disassemble(cubin, scratch)
-            instructions = {kernel: Counter(_OPCODE.findall(text)) for kernel, text in sass.items()}
+            instructions = {kernel: cuda_build.instructions(text) for kernel, text in sass.items()}
     return CudaExplanation(spec, chip, tiles, reason, cubin.resources, instructions, gpu)
 
 

@@ -9,6 +9,7 @@ from pa_compiler import host
 from pa_compiler.cuda_build import Parameter, parameters
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.cuda_tiling import CHUNK_BYTES, WAVES, CudaTiling
+from pa_compiler.interface import CHECKS, REPORT_CODES, REPORT_FIELDS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -87,6 +88,9 @@ def _render(
         kernels=kernels,
         decode_parameters=_together(decode),
         append_parameters=_together(append),
+        checks=[f"check_{name}" for name in CHECKS],
+        report_codes=REPORT_CODES,
+        report_fields=REPORT_FIELDS,
         word_elements=1,
         cache_alignment=CHUNK_BYTES,
         **values,

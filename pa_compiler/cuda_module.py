@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pa_compiler import cuda_verify
 from pa_compiler.arguments import check_whole
+from pa_compiler.interface import CHECKS
 from pa_compiler.module import Module
 
 if TYPE_CHECKING:
     import torch
 
     from pa_compiler.verify import Verification
-
-CHECKS = ("host", "device", "none")
-"""What decode and append_kv take for check, in the order of the library's numbers."""
-
 
 def _not_of_a_gpu(name: str) -> Any:
     """A property that modules for a CPU have: reading or setting it is an AttributeError."""

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from pa_compiler import gpus
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
-from pa_compiler.tiling import Tiling
+from pa_compiler.tiling import Tiling, equal_tile
 
 WARP = 32
 """Threads of a warp."""
@@ -59,11 +60,6 @@ MIN_RANGE_TOKENS = 256
 
 WAVES = 2
 """How often the blocks of a launch fill the GPU: more even out sequences of different lengths, and merge more."""
-
-SHARED_BYTES = {"sm_80": 166912, "sm_87": 166912, "sm_90": 232448, "sm_100": 232448}
-DEFAULT_SHARED_BYTES = 101376
-"""Dynamic shared memory of one thread block, at most (CUDA programming guide, compute capabilities): of the data
-center's GPUs, and of others from sm_80 on."""
 
 STAGED_THREADS = 128
 """Threads of a block of the staged pipeline's kernels."""
@@ -170,7 +166,7 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     """
     check(spec)
     strategy, _ = choose_strategy(spec)
-    rows, lanes = _equal_tile(spec.group, MAX_ROW_TILE), WARP
+    rows, lanes = equal_tile(spec.group, MAX_ROW_TILE), WARP
     if strategy == "fma":
         rows, lanes = fma_tiles(spec)[0]
     first = CudaTiling(
@@ -188,7 +184,7 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
         for stages in (4, 3, 2)
         if stages == 2 or 2 * warps * stages * first.tile_bytes(spec) <= RING_BYTES
     )
-    tiling = next(tiling for tiling in candidates if tiling.shared_bytes(spec) <= shared_limit(arch))
+    tiling = next(tiling for tiling in candidates if tiling.shared_bytes(spec) <= gpus.shared_limit(arch))
     return dataclasses.replace(tiling, min_range_steps=-(-MIN_RANGE_TOKENS // tiling.step_tokens))
 
 
@@ -201,7 +197,7 @@ def staged(spec: PagedAttentionSpec) -> Tiling:
     check(spec, "staged")
     return Tiling(
         strategy="cuda_threads",
-        row_tile=_equal_tile(spec.group, min(spec.head_tile, MAX_ROW_TILE)),
+        row_tile=equal_tile(spec.group, min(spec.head_tile, MAX_ROW_TILE)),
         kv_tile=spec.block_size,
         token_group=1,
         lanes=1,
@@ -259,7 +255,7 @@ def fma_tiles(spec: PagedAttentionSpec) -> list[tuple[int, int]]:
     limits = range(MAX_ROW_TILE, 0, -1) if spec.dtype == "float32" else (FMA_GROUP,)
     return [
         (rows, lanes)
-        for rows in dict.fromkeys(_equal_tile(spec.group, limit) for limit in limits)
+        for rows in dict.fromkeys(equal_tile(spec.group, limit) for limit in limits)
         for lanes in (copy_lanes(chunks), 16, 32)
         if chunks % lanes == 0 and rows * (2 * spec.head_dim + tokens * lanes * lanes // WARP) <= FMA_REGISTERS * lanes
     ]
@@ -270,19 +266,18 @@ def copy_lanes(chunks: int) -> int:
     return math.gcd(chunks, BANK_CHUNKS)
 
 
-def shared_limit(arch: str) -> int:
-    """Dynamic shared memory of a thread block on an architecture, in bytes."""
-    return SHARED_BYTES.get(arch.rstrip("a"), DEFAULT_SHARED_BYTES)
-
-
 def extra_items(head_tiles: int, resident_blocks: int) -> int:
-    """Work items more than sequences: with them, the blocks of a launch fill the GPU about WAVES times.
+    """Work items more than sequences: as many as have their thread blocks within WAVES times what the GPU runs at once.
+
+    Rounded down, but to one at least: a long sequence then takes WAVES rounds of the GPU, where the few blocks of one
+    item more would take a round of their own. The host computes the same when it sees a GPU (ExtraItems in
+    templates/cuda_device.cc.j2).
 
     Args:
         head_tiles: CudaTiling.head_tiles.
         resident_blocks: Thread blocks of cuda_decode that the GPU runs at once.
     """
-    return max(1, -(-WAVES * resident_blocks // head_tiles))
+    return max(1, WAVES * resident_blocks // head_tiles)
 
 
 def ranges(tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:
@@ -295,8 +290,3 @@ def ranges(tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[
 def _tile_tokens(spec: PagedAttentionSpec) -> int:
     """Of a warp: one mma, or as many bytes."""
     return MMA_TOKENS * 2 // ITEMSIZES[spec.dtype]
-
-
-def _equal_tile(group: int, limit: int) -> int:
-    """Rows of each tile when a group is taken in equal tiles of up to limit: 24 as twice 12."""
-    return -(-group // -(-group // limit))

@@ -11,6 +11,7 @@ import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiling import split_blocks
 
 _ELEMENTS = 1 << 20
 """Multiplications of a query with keys in an ordinary draw: it takes some milliseconds."""
@@ -18,8 +19,8 @@ _LONG_DRAW = 8
 """One draw in so many has this many times the tokens."""
 _MAX_SLOTS = 1 << 15
 _MAX_BATCH = 64
-_EDGES = (16, 128, 256, 2048)
-"""Multiples of these, and of the block's size, are where tiles, ranges and vectors end."""
+_EDGES = (16, 128, 256)
+"""Multiples of these, of the block's size and of the length of a range are where vectors, tiles and ranges end."""
 _GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 1 << 30, -7], np.int32)
 """What surplus entries of block_table hold: each of them reads far away if it is used."""
 
@@ -102,13 +103,13 @@ def inside(array: np.ndarray, filler: float, rng: np.random.Generator) -> tuple[
 
 
 def _context_lens(rng: np.random.Generator, spec: PagedAttentionSpec, elements: int) -> np.ndarray:
-    """Lengths of 0 and 1, around the ends of blocks and tiles, and long ones, whose blocks have room for elements."""
+    """Lengths of 0 and 1, around the ends of blocks, tiles and ranges, and long ones, in room for elements."""
     block, chunk = spec.block_size, spec.batch_chunk
     slots = max(min(elements // (spec.num_heads * spec.head_dim), _MAX_SLOTS), 4 * block)
     batch = min(int(rng.choice([0, 1, 2, 3, chunk - 1, chunk, chunk + 1, 2 * chunk + 1, 9])), _MAX_BATCH)
     lens = np.zeros(batch, np.int32)
     for sequence in range(batch):
-        edge = int(rng.choice([block, *_EDGES])) * int(rng.integers(1, 4))
+        edge = int(rng.choice([block, *_EDGES, split_blocks(spec) * block])) * int(rng.integers(1, 4))
         lens[sequence] = min(
             int(
                 rng.choice(

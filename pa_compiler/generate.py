@@ -38,23 +38,22 @@ ENTRIES = {
 
 class _File(NamedTuple):
     stage: str
-    name: str
     comment: str
     template: str
 
 
 _FILES = (
-    _File("tensorir", "tensorir.py", "#", "pa_compiler/kernels/"),
-    _File("scheduled", "scheduled.py", "#", "pa_compiler/kernels/, schedules/"),
-    _File("host", "host.cc", "//", "templates/host.cc.j2"),
-    _File("llvm", "kernels.ll", ";", "pa_compiler/kernels/, schedules/"),
+    _File("tensorir", "#", "pa_compiler/kernels/"),
+    _File("scheduled", "#", "pa_compiler/kernels/, schedules/"),
+    _File("host", "//", "templates/host.cc.j2"),
+    _File("llvm", ";", "pa_compiler/kernels/, schedules/"),
 )
 
 
 _CUDA_FILES = (
-    _File("tensorir", "tensorir.py", "#", "pa_compiler/kernels/"),
-    _File("cuda", "kernels.cu", "//", "pa_compiler/kernels/"),
-    _File("host", "host.cc", "//", "templates/cuda_host.cc.j2"),
+    _File("tensorir", "#", "pa_compiler/kernels/"),
+    _File("cuda", "//", "pa_compiler/kernels/"),
+    _File("host", "//", "templates/cuda_host.cc.j2"),
 )
 """Without what nvcc makes, which differs from version to version, and of which no check should need one."""
 
@@ -71,7 +70,9 @@ def emit() -> dict[str, str]:
             sources = compiler.emit(entry.spec, {"kind": "llvm", "mcpu": entry.target}, entry.pipeline)
         for file in _CUDA_FILES if entry.is_cuda else _FILES:
             header = "".join(f"{file.comment} {line}\n" for line in _header(file, entry))
-            files[f"{folder}/{file.name}"] = f"{header}\n{_without_addresses(sources[file.stage]).strip()}\n"
+            files[f"{folder}/{compiler.STAGE_FILES[file.stage]}"] = (
+                f"{header}\n{_without_addresses(sources[file.stage]).strip()}\n"
+            )
     return files
 
 

@@ -1,9 +1,10 @@
-"""GPUs by name, and how many thread blocks an SM runs at once, from NVIDIA's tables."""
+"""GPUs by name, what an SM has, and how many thread blocks it runs at once, from NVIDIA's tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+
+from pa_compiler.cuda_target import CudaTarget
 
 REGISTERS = 65536
 """Of an SM; a warp takes them for 8 registers of its threads at a time."""
@@ -12,11 +13,13 @@ RESERVED_BYTES = 1024
 """Shared memory that a thread block takes besides its own."""
 
 _LIMITS = {
-    80: (2048, 164), 86: (1536, 100), 87: (1536, 164), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228),
-    120: (1536, 100),
+    80: (2048, 164), 86: (1536, 100), 87: (1536, 164), 88: (1536, 100), 89: (1536, 100), 90: (2048, 228),
+    100: (2048, 228), 120: (1536, 100),
 }  # fmt: skip
-"""Threads, and KB of shared memory, of an SM, by compute capability times ten (CUDA programming guide). A capability
-that is not named has those of the one before it."""
+"""Threads, and KB of shared memory, of an SM, by compute capability times ten (CUDA programming guide).
+
+A capability that is not named has what the one before it has, or more; 8.8, which the guide lacks, this or more.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +72,19 @@ def residence(arch: str, threads: int, registers: int, shared_bytes: int) -> Res
         registers: Of a thread.
         shared_bytes: Of a block.
     """
-    capability = int(re.sub(r"\D", "", arch))
-    most_threads, shared_kb = _LIMITS[max(known for known in _LIMITS if known <= capability)]
+    most_threads, shared_kb = _limits(arch)
     return Residence(
         registers=REGISTERS // (-(-registers // 8) * 8 * threads),
         shared=shared_kb * 1024 // (shared_bytes + RESERVED_BYTES),
         threads=most_threads // threads,
     )
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of dynamic shared memory that a thread block may have, from sm_80 on: an SM's, but for what is reserved."""
+    return _limits(arch)[1] * 1024 - RESERVED_BYTES
+
+
+def _limits(arch: str) -> tuple[int, int]:
+    capability = CudaTarget(arch).capability
+    return _LIMITS[max(known for known in _LIMITS if known <= capability)]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import jinja2
 
+from pa_compiler.interface import THREADING, WorkItem
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.target import CpuTarget
+from pa_compiler.target import INSTRUCTION_SETS, CpuTarget, instruction_sets
 from pa_compiler.tiling import Tiling
 
 _DTYPES = {
@@ -20,12 +21,6 @@ _DTYPES = {
     "int32": "{kDLInt, 32, 1}",
     "int64": "{kDLInt, 64, 1}",
 }
-
-# The features whose instructions kernels use, by the names that LLVM and __builtin_cpu_supports share.
-_CHECKED_FEATURES = (
-    "sse4.2", "popcnt", "avx", "fma", "bmi", "bmi2", "avx2", "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl",
-    "avx512vnni", "avx512bf16",
-)  # fmt: skip
 
 _THREAD_FLOPS = 500_000
 """The work that is worth one more thread: 20 to 50 us, where waking a thread takes about ten. Short sequences share a
@@ -56,7 +51,9 @@ def render(
         word_elements=tiling.word_elements,
         cache_alignment=0,
         thread_tokens=thread_tokens,
-        checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
+        work_item_fields=WorkItem._fields,
+        threading=THREADING,
+        instruction_sets={name: INSTRUCTION_SETS[name] for name in instruction_sets(target)},
     )
 
 

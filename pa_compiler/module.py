@@ -9,30 +9,18 @@ import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm_ffi
 
 from pa_compiler import memory, threads
 from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
+from pa_compiler.interface import WorkItem
 from pa_compiler.manifest import Manifest
 
 if TYPE_CHECKING:
     from pa_compiler.verify import Verification
-
-
-class WorkItem(NamedTuple):
-    """What a thread computes at a time: all heads of sequences of a chunk, in the blocks [block_begin, block_end).
-
-    num_tokens counts the KV tokens that it reads.
-    """
-
-    batch_start: int
-    num_seqs: int
-    block_begin: int
-    block_end: int
-    num_tokens: int
 
 
 class Module:

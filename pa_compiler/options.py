@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from pa_compiler import cases
+from pa_compiler.compiler import PIPELINES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.target import KINDS, normalize
 
@@ -82,7 +83,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="llvm for this CPU, the name of a CPU such as x86-64-v3, cuda for a GPU, the name of a GPU's "
             "architecture such as sm_80, or a TVM target as JSON.",
         ),
-        click.option("--pipeline", type=click.Choice(["fused", "staged"]), default="fused"),
+        click.option("--pipeline", type=click.Choice(PIPELINES), default="fused"),
     ]
     for decorator in reversed(decorators):
         command = decorator(command)

@@ -19,8 +19,9 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tolerances import tolerance
 
 if TYPE_CHECKING:
+    from pa_compiler.interface import WorkItem
     from pa_compiler.manifest import Manifest
-    from pa_compiler.module import Module, WorkItem
+    from pa_compiler.module import Module
     from pa_compiler.verify import Verification
 
 _VECTOR_EXTENSIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse4.2": "SSE4.2"}

@@ -18,9 +18,7 @@ KINDS = ("llvm", "cuda")
 
 _KEYS = {"kind", "mcpu", "mattr"}
 
-# The instruction sets of x86 from which LLVM takes instructions unasked, by LLVM's names, with the names that Linux has
-# for them in /proc/cpuinfo. What else LLVM calls a feature is tuning, or is used by intrinsics alone.
-_INSTRUCTION_SETS = (
+INSTRUCTION_SETS = (
     {name: name for name in ("cmov", "sse", "sse2", "ssse3", "sse4a", "popcnt", "movbe", "tbm", "gfni")}
     | {"sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sahf": "lahf_lm", "prfchw": "3dnowprefetch"}
     | {"lzcnt": "abm", "bmi": "bmi1", "bmi2": "bmi2"}
@@ -32,6 +30,10 @@ _INSTRUCTION_SETS = (
     | {f"avx512{name}": f"avx512_{name}" for name in ("vbmi2", "vnni", "bitalg", "vpopcntdq", "bf16", "fp16")}
     | {f"amx-{name}": f"amx_{name}" for name in ("tile", "int8", "bf16", "fp16", "complex")}
 )
+"""The instruction sets of x86 from which LLVM takes instructions unasked: LLVM's names, and Linux's in /proc/cpuinfo.
+
+What else LLVM calls a feature is tuning, or is used by intrinsics alone.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def fingerprint(normalized: dict[str, Any]) -> dict[str, Any]:
 
 def instruction_sets(target: CpuTarget) -> tuple[str, ...]:
     """The instruction sets among a target's features, sorted: what a CPU must have to run its code."""
-    return tuple(sorted(target.features & _INSTRUCTION_SETS.keys()))
+    return tuple(sorted(target.features & INSTRUCTION_SETS.keys()))
 
 
 def missing_features(features: Iterable[str]) -> list[str]:
@@ -133,7 +135,7 @@ def missing_features(features: Iterable[str]) -> list[str]:
     it, and it then counts as missing.
     """
     present = set(_cpuinfo().get("flags", "").split())
-    return sorted(name for name in features if _INSTRUCTION_SETS.get(name, name) not in present)
+    return sorted(name for name in features if INSTRUCTION_SETS.get(name, name) not in present)
 
 
 def resolve(normalized: dict[str, Any]) -> CpuTarget:

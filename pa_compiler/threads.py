@@ -10,9 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from pa_compiler.arguments import check_whole
-
-THREADING = ("auto", "own", "openmp")
-"""What Module.threading takes, in the order of the library's numbers."""
+from pa_compiler.interface import THREADING
 
 
 class Threads(NamedTuple):

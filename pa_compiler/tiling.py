@@ -203,8 +203,13 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
         sweep=_sweep(spec, strategy, pipeline),
         word_elements=word_elements,
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
-        split_blocks=-(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
+        split_blocks=split_blocks(spec),
     )
+
+
+def split_blocks(spec: PagedAttentionSpec) -> int:
+    """Tiling.split_blocks, which is the same for every target."""
+    return -(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size)
 
 
 def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:
@@ -238,9 +243,14 @@ def _sweep(spec: PagedAttentionSpec, strategy: str, pipeline: str) -> str | None
     return "tokens" if spec.kv_layout == "NHD" else "heads"
 
 
+def equal_tile(group: int, limit: int) -> int:
+    """Rows of each tile when a group is taken in equal tiles of up to limit: 24 as twice 12."""
+    return -(-group // -(-group // limit))
+
+
 def _rows(spec: PagedAttentionSpec) -> int:
     """row_tile of a spec."""
-    return -(-spec.group // -(-spec.group // spec.head_tile))
+    return equal_tile(spec.group, spec.head_tile)
 
 
 def register_tile(

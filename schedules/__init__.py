@@ -1,12 +1,18 @@
-"""Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops, never the maths.
+"""Schedules: how the kernels run on a target. One file per strategy; it changes loops and the order of sums, no more.
 
-Each file has STAGES, which says for the name of an sblock what to do with it.
+Each file has STAGES, which says for the name of an sblock what to do with it, and SCALAR, which says of the sblocks
+that run as they are written why they may. An sblock that is in neither must lie within a stage.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable, Iterator, Set
+from typing import NamedTuple
 
 from tvm import IRModule
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
 
 from pa_compiler.schedules import append_kv, cuda_threads, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
 from pa_compiler.tiling import Tiling
@@ -22,28 +28,61 @@ _STRATEGIES = {
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled. The one given may be changed: use it no more.
 
-    Merging partial results is the same for every strategy: head_dim lies in order in them, and is gone through once.
+    Raises:
+        ValueError: an sblock that neither is a stage of the strategy, nor lies within one, nor is listed as scalar.
     """
     sch = Schedule(mod)
-    in_order = dataclasses.replace(
-        tiling, strategy="head_dim_in_lanes", word_elements=1, pv_rows=1, pv_dims=tiling.lanes
-    )
     for variable in mod.get_global_vars():
+        tiles = _tiling_of(variable.name_hint, tiling)
         sch.work_on(variable.name_hint)
-        tiles = in_order if variable.name_hint == "merge_partials" else tiling
-        stages = _STRATEGIES[tiles.strategy].STAGES | append_kv.STAGES
-        present = _sblock_names(sch)
-        for stage, apply in stages.items():
-            if stage in present:
-                apply(sch, tiles)
+        for apply in _stages(sch, variable.name_hint, tiles.strategy):
+            apply(sch, tiles)
     return sch.mod
 
 
-def _sblock_names(sch: Schedule) -> set[str]:
-    names = set()
-    pending = [sch.get_sblock("root")]
-    while pending:
-        for child in sch.get_child_blocks(pending.pop()):
-            names.add(sch.get(child).name_hint)
-            pending.append(child)
-    return names
+def _tiling_of(function: str, tiling: Tiling) -> Tiling:
+    """How a PrimFunc is scheduled.
+
+    Merging partial results is the same for every strategy: head_dim lies in order in them, and is gone through once.
+    """
+    if function != "merge_partials":
+        return tiling
+    return dataclasses.replace(tiling, strategy="head_dim_in_lanes", word_elements=1, pv_rows=1, pv_dims=tiling.lanes)
+
+
+def _stages(sch: Schedule, function: str, strategy: str) -> list[Callable[[Schedule, Tiling], None]]:
+    """What a strategy does to the PrimFunc that a schedule works on: for each stage that is there, in STAGES' order."""
+    stages, scalar = _STRATEGIES[strategy].STAGES | append_kv.STAGES, _STRATEGIES[strategy].SCALAR
+    sblocks = _within(sch, sch.get_sblock("root"))
+    if strays := list(_strays(sblocks, stages.keys() | scalar.keys())):
+        raise ValueError(
+            f"sblock: expected a stage of strategy {strategy}, one within a stage, or one that its SCALAR names, got "
+            f"{', '.join(strays)} of PrimFunc {function}"
+        )
+    present = _names(sblocks)
+    return [apply for stage, apply in stages.items() if stage in present]
+
+
+class _Sblock(NamedTuple):
+    name: str
+    within: list[_Sblock]
+
+
+def _within(sch: Schedule, sblock: SBlockRV) -> list[_Sblock]:
+    return [_Sblock(sch.get(child).name_hint, _within(sch, child)) for child in sch.get_child_blocks(sblock)]
+
+
+def _names(sblocks: list[_Sblock]) -> set[str]:
+    return {sblock.name for sblock in sblocks}.union(*(_names(sblock.within) for sblock in sblocks))
+
+
+def _strays(sblocks: list[_Sblock], listed: Set[str]) -> Iterator[str]:
+    """The names that neither are listed nor lie within a listed sblock as its own.
+
+    Its own are all that it has, none of them listed, and with none within. Otherwise it is a loop around stages.
+    """
+    for name, within in sblocks:
+        if name not in listed:
+            yield name
+        elif any(inner.within or inner.name in listed for inner in within):
+            yield from _strays(within, listed)

@@ -14,8 +14,8 @@ _VECTOR_ELEMENTS = 32
 _UNROLLED = 16  # vectors, or elements that lie apart: one address is computed for all of them
 
 
-def element(sch: Schedule, tiling: Tiling) -> None:
-    """One token in one head."""
+def token(sch: Schedule, tiling: Tiling) -> None:
+    """One token in one head; tokens are written in their order."""
     run, adjacent = sch.get_loops(sch.get_sblock("element"))[-2:]
     vector, lane = sch.split(adjacent, [None, _factor(sch, adjacent, _VECTOR_ELEMENTS)])
     moves = sch.fuse(run, vector)
@@ -24,7 +24,7 @@ def element(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(lane)
 
 
-STAGES = {"element": element}
+STAGES = {"token": token}
 """How the PrimFuncs of append_kv are scheduled, by the name of the sblock."""
 
 

@@ -106,6 +106,9 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
 }
 """How each stage is scheduled, by the name of its sblock."""
 
+SCALAR = {"online_update": "the stages rescale and fold, one after the other"}
+"""The sblocks that are not scheduled themselves, and why."""
+
 
 def _threads(sch: Schedule, *loops: LoopRV) -> LoopRV:
     """Deal the iterations of some loops out to the threads of a block; the loop of one thread's."""

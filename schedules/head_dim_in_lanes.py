@@ -17,7 +17,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from pa_compiler.schedules.pair_lanes import pair_lanes
 from pa_compiler.schedules.sum_lanes import sum_lanes
 from pa_compiler.schedules.transpose import turn
-from pa_compiler.tiling import Tiling, largest_divisor
+from pa_compiler.tiling import Tiling
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
@@ -37,16 +37,6 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(sch.get_loops("q_tile")[-1])
     sch.transform_layout("q_tile", ("write", 0), lambda *i: (*i[:-1], i[-1] // pair, i[-1] % pair))
     turn(sch, evens, 4, 2)
-
-
-def load_keys(sch: Schedule, tiling: Tiling) -> None:
-    """Convert whole rows of the cache."""
-    _load_rows(sch, tiling, "load_keys_element")
-
-
-def load_values(sch: Schedule, tiling: Tiling) -> None:
-    """Convert whole rows of the cache."""
-    _load_rows(sch, tiling, "load_values_element")
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -221,8 +211,6 @@ def normalize(sch: Schedule, tiling: Tiling) -> None:
 
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "load_query": load_query,
-    "load_keys": load_keys,
-    "load_values": load_values,
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
@@ -234,6 +222,21 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "normalize": normalize,
 }
 """How each stage is scheduled, by the name of its sblock."""
+
+_AROUND = "loops around stages"
+SCALAR = {
+    "sequence": _AROUND,
+    "query_tile": _AROUND,
+    "kv_tile": _AROUND,
+    "kv_head": _AROUND,
+    "head_tile": _AROUND,
+    "softmax": _AROUND,
+    "result": _AROUND,
+    "partial": _AROUND,
+    "online_update": _AROUND,
+    "token_offsets": "a look-up of block_table for each token, once for all heads",
+}
+"""The sblocks that run as they are written, and why."""
 
 
 def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
@@ -277,15 +280,3 @@ def unroll_tile(sch: Schedule, sums: SBlockRV, *tile: LoopRV) -> None:
         sch.unroll(loop)
     sch.vectorize(sch.get_loops(sums)[-1])
     sch.vectorize(tile[-1])
-
-
-def _load_rows(sch: Schedule, tiling: Tiling, sblock: str) -> None:
-    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
-    evens_first(sch, tiling, sblock)
-    dim = sch.get_loops(sblock)[-1]
-    words = int(sch.get(dim).extent) // (tiling.lanes * tiling.dim_pair)
-    _, vector, lane, half = sch.split(dim, [None, largest_divisor(words, 16), tiling.lanes, tiling.dim_pair])
-    sch.reorder(vector, half, lane)
-    sch.unroll(vector)
-    sch.unroll(half)
-    sch.vectorize(lane)

@@ -16,9 +16,9 @@ from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import IntImm
 
 from pa_compiler.schedules import head_dim_in_lanes
-from pa_compiler.schedules.head_dim_in_lanes import in_registers, vectorize_rows
+from pa_compiler.schedules.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.transpose import turn
-from pa_compiler.tiling import Tiling
+from pa_compiler.tiling import Tiling, largest_divisor
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
@@ -29,6 +29,16 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     row, dim = sch.get_loops("q_tile")[-2:]
     sch.unroll(row)
     sch.vectorize(dim)
+
+
+def load_keys(sch: Schedule, tiling: Tiling) -> None:
+    """Convert whole rows of the cache."""
+    _load_rows(sch, tiling, "load_keys_element")
+
+
+def load_values(sch: Schedule, tiling: Tiling) -> None:
+    """Convert whole rows of the cache."""
+    _load_rows(sch, tiling, "load_values_element")
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -103,8 +113,8 @@ def normalize(sch: Schedule, tiling: Tiling) -> None:
 
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "load_query": load_query,
-    "load_keys": head_dim_in_lanes.load_keys,
-    "load_values": head_dim_in_lanes.load_values,
+    "load_keys": load_keys,
+    "load_values": load_values,
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
@@ -114,8 +124,25 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
 }
 """How each stage is scheduled, by the name of its sblock."""
 
+SCALAR = head_dim_in_lanes.SCALAR | {
+    "store_partial": "acc is turned back element by element, once for a range of a long sequence"
+}
+"""The sblocks that run as they are written, and why."""
+
 
 def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
     """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
     for name in sblocks:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
+
+
+def _load_rows(sch: Schedule, tiling: Tiling, sblock: str) -> None:
+    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
+    evens_first(sch, tiling, sblock)
+    dim = sch.get_loops(sblock)[-1]
+    words = int(sch.get(dim).extent) // (tiling.lanes * tiling.dim_pair)
+    _, vector, lane, half = sch.split(dim, [None, largest_divisor(words, 16), tiling.lanes, tiling.dim_pair])
+    sch.reorder(vector, half, lane)
+    sch.unroll(vector)
+    sch.unroll(half)
+    sch.vectorize(lane)

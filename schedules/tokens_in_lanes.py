@@ -57,3 +57,6 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
 
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
 """How each stage is scheduled, by the name of its sblock."""
+
+SCALAR = head_dim_in_lanes.SCALAR
+"""The sblocks that run as they are written, and why."""

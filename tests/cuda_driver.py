@@ -77,6 +77,10 @@ class FakeDriver:
         """90 for sm_90."""
         self._functions.set_capability(device, capability)
 
+    def resident_blocks(self) -> int:
+        """Thread blocks that a GPU runs at once, of any kernel."""
+        return self._functions.resident_blocks()
+
     def contexts_pushed(self) -> int:
         """Contexts that this thread has not given back."""
         return self._functions.contexts_pushed()

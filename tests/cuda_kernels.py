@@ -36,10 +36,17 @@ class CudaKernels:
 
     def decode(self, inputs: Inputs, *, extra=8, scale=None, status=0, order="forward"):
         """(out, lse) of cuda_decode and cuda_merge, with extra work items more than sequences."""
+        arguments = self.arguments(inputs, extra, scale, status)
+        self.launch("cuda_decode", arguments, order)
+        self.launch("cuda_merge", arguments, order)
+        return arguments["out"], arguments["lse"]
+
+    def arguments(self, inputs: Inputs, extra: int, scale=None, status=0) -> dict[str, object]:
+        """What cuda_decode and cuda_merge take, by name; NaN in all partial results, of which an item has one."""
         spec, batch = self.spec, len(inputs.context_lens)
         items = batch + extra
         out, lse = inputs.out, inputs.lse
-        arguments = {
+        return {
             "query": read_only(inputs.query),
             "key_cache": read_only(inputs.key_cache),
             "value_cache": read_only(inputs.value_cache),
@@ -64,9 +71,6 @@ class CudaKernels:
             **strides(out, out_batch=0, out_head=1),
             **strides(lse, lse_batch=0),
         }
-        self.launch("cuda_decode", arguments, order)
-        self.launch("cuda_merge", arguments, order)
-        return out, lse
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

@@ -44,6 +44,8 @@ void capture(void* stream, int begin) {
 
 void replay() { Run(world.graph); }
 
+int resident_blocks() { return kMultiprocessors * kBlocksOfMultiprocessor; }
+
 int contexts_pushed() { return static_cast<int>(contexts.size()); }
 
 const char* take_log() {
@@ -89,7 +91,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   BEGIN("cuDeviceGetAttribute");
   switch (attribute) {
     case 16:
-      *value = 4;  // SMs
+      *value = kMultiprocessors;
       return kSuccess;
     case 75:
       *value = world.capability[device] / 10;
@@ -173,7 +175,7 @@ int cuFuncSetAttribute(Kernel* kernel, int attribute, int value) {
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int, size_t shared) {
   BEGIN("cuOccupancyMaxActiveBlocksPerMultiprocessor");
   if (static_cast<int>(shared) > kernel->shared_limit) return kInvalidValue;
-  *blocks = 2;
+  *blocks = kBlocksOfMultiprocessor;
   return kSuccess;
 }
 

@@ -65,6 +65,7 @@ struct Stream {
 };
 
 constexpr int kDevices = 2;
+constexpr int kMultiprocessors = 4, kBlocksOfMultiprocessor = 2;  // thread blocks that one runs at once
 
 struct World {
   std::mutex mutex;

@@ -160,6 +160,18 @@ FAULTS = {
     "all ranges write one partial result": Fault(
         "templates/plan.cc.j2", "-1 : num_partials + i, tokens", "-1 : num_partials, tokens", _DECODE
     ),
+    "a sequence cut a block too early": Fault(
+        "templates/plan.cc.j2",
+        "splits = (blocks - 1) / kSplitBlocks + 1",
+        "splits = blocks / kSplitBlocks + 1",
+        "test_plan.py::test_sequences_are_cut_into_the_fewest_equal_ranges",
+    ),
+    "the last range of a sequence dropped": Fault(
+        "templates/plan.cc.j2",
+        "num_ranges = (blocks - 1) / step + 1",
+        "num_ranges = blocks / step",
+        "test_decode.py::test_lengths_around_the_splits",
+    ),
     "work items across chunks": Fault("templates/plan.cc.j2", "seq % kBatchChunk != 0 && ", "", "test_plan.py"),
     "the pipeline missing from the cache key": Fault(
         "pa_compiler/compiler.py",

@@ -6,9 +6,8 @@ import itertools
 
 import pytest
 
-from pa_compiler import PagedAttentionSpec
-
-PIPELINES = ("fused", "staged")
+from pa_compiler import PagedAttentionSpec, target, tiling
+from pa_compiler.compiler import PIPELINES
 
 SPECS = {  # every strategy, layout and type
     "float32": PagedAttentionSpec(6, 2, 24, 5, "float32"),  # blocks that no tile is a multiple of
@@ -39,3 +38,20 @@ def parametrize(specs):
 
 
 every_spec = parametrize(SPECS)
+
+
+def range_tokens(spec):
+    """Tokens after which decode cuts a sequence into ranges, the same for every target."""
+    tiles = tiling.choose(spec, target.CpuTarget('{"kind": "llvm"}', frozenset()), "fused")
+    return tiles.split_blocks * spec.block_size
+
+
+def lengths_around_the_splits(spec):
+    """A token and a block to either side of each length from which on the cut is another one, up to four ranges.
+
+    Past n times range_tokens there is a range more, and past n ranges of equally many blocks a block more in each.
+    """
+    split, size = range_tokens(spec) // spec.block_size, spec.block_size
+    blocks = {ranges * split for ranges in (1, 2, 3)}
+    blocks |= {-(-((ranges - 1) * split + 1) // ranges) * ranges for ranges in (2, 3, 4)}
+    return sorted({count * size + offset for count in blocks for offset in (-size, -1, 0, 1, size)})

@@ -199,7 +199,7 @@ EVERY_FILE_COUNTS = """
 import pathlib, sys
 from pa_compiler.compiler import text_digest
 unchanged = text_digest()
-files = [path for path in pathlib.Path(sys.argv[1]).rglob("*") if path.suffix in (".py", ".j2")]
+files = [path for path in pathlib.Path(sys.argv[1]).rglob("*") if path.suffix in (".py", ".j2", ".h")]
 for path in files:
     text = path.read_bytes()
     path.write_bytes(text + b"\\n")
@@ -212,11 +212,15 @@ print(len(files))
 
 @pytest.mark.scorecard(23)
 def test_the_text_of_every_kernel_schedule_and_template_counts(tmp_path, figure):
-    """In a copy of the package, laid out as the wheel has it."""
+    """In a copy of the package, laid out as the wheel has it, and in folders below it that there may be one day."""
     for package in ("pa_compiler", "pa_compiler.schedules", "pa_compiler.templates"):
         copy = tmp_path / package.replace(".", "/")
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(importlib.resources.files(package), copy, ignore=ignored, dirs_exist_ok=True)
+    for name in ("new/part.py", "kernels/new/deeper/kernel.py", "schedules/new/strategy.py", "templates/new/pool.h"):
+        file = tmp_path / "pa_compiler" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("one\n")
     command = [sys.executable, "-c", EVERY_FILE_COUNTS, str(tmp_path / "pa_compiler")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     counted = subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout

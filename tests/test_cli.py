@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import pa_compiler
-from pa_compiler import cases, cli
+from pa_compiler import cases, cli, compiler
 
 # The spec of the seed's small cases, so that all tests share one compiled module.
 SMALL = "--case CaseVarSeq4 --repeat 2".split()
@@ -165,10 +166,14 @@ def test_build_to_a_folder_that_is_not_there(invoke, tmp_path):
     assert "No such file or directory" in result.stderr
 
 
-@pytest.mark.parametrize("stage", ["tensorir", "scheduled", "host", "llvm", "asm"])
-def test_inspect_prints_a_stage_as_it_is(invoke, monkeypatch, stage):
-    from pa_compiler import compiler
+def test_every_field_of_the_spec_is_an_option():
+    for command in ("run", "bench", "build", "inspect", "explain"):
+        options = {parameter.name for parameter in cli.main.commands[command].params}
+        assert options >= {field.name for field in dataclasses.fields(pa_compiler.PagedAttentionSpec)}, command
 
+
+@pytest.mark.parametrize("stage", compiler.STAGE_FILES)
+def test_inspect_prints_a_stage_as_it_is(invoke, monkeypatch, stage):
     emitted = {}
     monkeypatch.setattr(
         compiler, "emit", lambda *arguments: emitted.update(arguments=arguments) or {stage: "one\ntwo\n"}

@@ -10,7 +10,7 @@ from cuda_kernels import aligned, on_device
 from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec
+from pa_compiler import PagedAttentionSpec, cuda_tiling
 from pa_compiler.kernels.cuda_check import BAD_LENGTH, VIOLATION
 
 MAP_NORESERVE = 0x4000
@@ -51,6 +51,19 @@ def test_poison(cuda_decode, spec, poison):
 def test_any_number_of_work_items(cuda_decode, spec, extra):
     inputs = on_device(make_inputs(spec, [1000, 3, 0, 513, 256]))
     assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs, extra=extra))
+
+
+@one_of_each_strategy
+@pytest.mark.parametrize("extra", [1, 2, 3, 5, 7, 100])
+def test_sequences_are_cut_as_explain_counts(cuda_decode, spec, extra):
+    """cuda_tiling.ranges and the kernels: an item leaves a partial result where its sequence has several ranges."""
+    kernels, lengths = cuda_decode(spec), [1000, 3, 0, 513, 256, 257, 700]
+    arguments = kernels.arguments(on_device(make_inputs(spec, lengths)), extra)
+    kernels.launch("cuda_decode", arguments)
+    counts = np.array(cuda_tiling.ranges(kernels.tiling, lengths, extra))
+    expected = np.zeros(len(lengths) + extra, bool)
+    expected[: counts.sum()] = np.repeat(counts > 1, counts)
+    np.testing.assert_array_equal(~np.isnan(arguments["partial_max"]).any(axis=1), expected)
 
 
 @one_of_each_strategy

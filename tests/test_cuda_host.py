@@ -8,7 +8,7 @@ from cuda_driver import OnGpu, stream
 from inputs import make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec
+from pa_compiler import PagedAttentionSpec, cuda_tiling
 
 SPECS = {
     "tensor_cores": PagedAttentionSpec(8, 2, 64, 16, "bfloat16"),
@@ -48,6 +48,18 @@ def test_launches(gpu, gpu_module):
     assert seen["device"] == ["alloc", "memset", "cuda_check_kernel", *launches, "free"]
     assert seen[None] == seen["device"]
     assert seen["host"] == ["copy", "copy", "alloc", *launches, "free"]
+
+
+@pytest.mark.parametrize("kv_heads", [3, 5, 6, 7, 17])
+def test_a_launch_has_the_work_items_that_explain_counts(gpu, gpu_module, kv_heads):
+    """The host's formula and the policy's, also where the heads do not divide what the GPU runs at once."""
+    spec = PagedAttentionSpec(kv_heads, kv_heads, 16, 8, "float32")
+    call = OnGpu(gpu, make_inputs(spec, [700, 3]))
+    call.decode(gpu_module(spec), check="none")
+    gpu.run()
+    (grid,) = (int(line.partition("grid=")[2].split()[0]) for line in gpu.log() if "cuda_decode_kernel" in line)
+    assert grid == (2 + cuda_tiling.extra_items(kv_heads, gpu.resident_blocks())) * kv_heads
+    call.check(spec)
 
 
 def test_nothing_runs_before_its_turn(gpu, gpu_module):

@@ -6,20 +6,16 @@ Nothing here needs a GPU. Without NVIDIA's nvcc, or for instructions nvdisasm, t
 from __future__ import annotations
 
 import re
-from collections import Counter
 
 import pytest
 from cuda_emulator import PARTS
 from tvm import IRModule
 
-from pa_compiler import PagedAttentionSpec, cuda_build, cuda_compiler, cuda_tiling
+from pa_compiler import PagedAttentionSpec, cuda_build, cuda_compiler, cuda_tiling, gpus
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.kernels import cuda
 
 ARCHS = ("sm_80", "sm_90")
-REGISTERS = 65536
-"""Of an SM."""
-
 DECODE = {
     "group_4": (PagedAttentionSpec(32, 8, 128, 16, "bfloat16"), 3),
     "group_16_of_256": (PagedAttentionSpec(16, 1, 256, 16, "float16"), 2),
@@ -59,8 +55,7 @@ def instructions(cubin, tmp_path_factory):
     """How often each instruction occurs, by kernel."""
     tool_or_skip("nvdisasm")
     sass = cuda_build.disassemble(cubin[0], tmp_path_factory.mktemp("sass"))
-    opcode = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
-    return {kernel: Counter(opcode.findall(text)) for kernel, text in sass.items()}
+    return {kernel: cuda_build.instructions(text) for kernel, text in sass.items()}
 
 
 def count(instructions, pattern):
@@ -79,7 +74,7 @@ def test_nothing_spills(cubin):
 def test_registers(cubin, name):
     compiled, tilings = cubin
     registers = -(-compiled.resources[name].registers // 8) * 8  # as they are allotted
-    assert registers * tilings[name].threads * DECODE[name][1] <= REGISTERS
+    assert registers * tilings[name].threads * DECODE[name][1] <= gpus.REGISTERS
 
 
 @pytest.mark.parametrize("name", DECODE)

@@ -7,7 +7,7 @@ import re
 import pytest
 from tvm.script import tirx as T
 
-from pa_compiler import PagedAttentionSpec, cuda_tiling
+from pa_compiler import PagedAttentionSpec, cuda_tiling, gpus
 from pa_compiler.cuda_tiling import WARP
 from pa_compiler.kernels.cuda_ring import chunk_offset
 
@@ -25,7 +25,7 @@ def test_every_spec_has_a_tiling_that_fits(dtype, arch):
         for group in (*range(1, 40), 64, 128):
             spec = PagedAttentionSpec(group, 1, head_dim, 16, dtype)
             tiling = cuda_tiling.choose(spec, arch)
-            assert tiling.shared_bytes(spec) <= cuda_tiling.shared_limit(arch)
+            assert tiling.shared_bytes(spec) <= gpus.shared_limit(arch)
             assert 0 <= tiling.row_tile * tiling.row_tiles(spec) - group < tiling.row_tile
             assert tiling.tile_tokens % (WARP // cuda_tiling.copy_lanes(tiling.chunks(spec))) == 0
             assert tiling.min_range_steps * tiling.step_tokens >= cuda_tiling.MIN_RANGE_TOKENS
@@ -58,6 +58,31 @@ def test_a_group_of_16_bit_heads_is_one_tile():
             for group in range(1, 17):
                 spec = PagedAttentionSpec(group, 1, head_dim, 16, dtype)
                 assert cuda_tiling.choose(spec, "sm_80").row_tiles(spec) == 1
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "archs"),
+    [
+        (163, "sm_80 sm_80a sm_87"),
+        (99, "sm_86 sm_88 sm_89 sm_120 sm_120a sm_120f sm_121"),
+        (227, "sm_90 sm_90a sm_100 sm_100a sm_100f sm_103 sm_103f sm_110"),
+    ],
+)
+def test_shared_memory_of_a_thread_block(kilobytes, archs):
+    """As the CUDA programming guide has it, of an architecture's variants and of later ones of its generation too."""
+    assert {arch: gpus.shared_limit(arch) for arch in archs.split()} == dict.fromkeys(archs.split(), kilobytes * 1024)
+
+
+def test_up_to_192_elements_fit_on_every_later_gpu():
+    """Code for one architecture runs on later ones, of which some have less shared memory."""
+    least = min(gpus.shared_limit(arch) for arch in ARCHS)
+    for head_dim in HEAD_DIMS:
+        for dtype in ("float32", "float16", "bfloat16"):
+            for group in (1, 3, 4, 16):
+                spec = PagedAttentionSpec(group, 1, head_dim, 16, dtype)
+                for arch in ("sm_80", "sm_90"):
+                    fits = cuda_tiling.choose(spec, arch).shared_bytes(spec) <= least
+                    assert fits == (head_dim <= 192), (spec, arch)
 
 
 def place(spec, tiling, row, chunk):
@@ -111,6 +136,10 @@ def test_refuses(spec, message):
         cuda_tiling.choose(spec, "sm_90")
 
 
-@pytest.mark.parametrize(("tiles", "resident", "extra"), [(8, 396, 99), (1, 264, 528), (1000, 264, 1)])
-def test_extra_items_fill_the_gpu_twice(tiles, resident, extra):
+@pytest.mark.parametrize(
+    ("tiles", "resident", "extra"),
+    [(8, 396, 99), (1, 264, 528), (5, 396, 158), (6, 264, 88), (7, 396, 113), (1000, 264, 1)],
+)
+def test_extra_items_fill_the_gpu_twice_and_no_more(tiles, resident, extra):
     assert cuda_tiling.extra_items(tiles, resident) == extra
+    assert extra == 1 or extra * tiles <= 2 * resident < (extra + 1) * tiles

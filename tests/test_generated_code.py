@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import enum
-import importlib.resources
-from pathlib import Path
 
 import jinja2
 import pytest
+from package import python_files
 from specs import BASE
 
 from pa_compiler import PagedAttentionSpec, host, target, tiling
@@ -59,12 +58,7 @@ def test_fields_of_the_spec_are_plain_whatever_they_are_given_as():
 
 @pytest.mark.scorecard(24)
 def test_nothing_is_unpickled(figure):
-    files = [
-        Path(path)
-        for package in ("pa_compiler", "pa_compiler.kernels", "pa_compiler.schedules")
-        for path in importlib.resources.files(package).iterdir()
-        if path.name.endswith(".py")
-    ]
+    files = python_files().values()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib.resources
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from package import python_files
 
-# Each part may import the parts named here, and no others. kernels and schedules are one part each.
+# Each part may import the parts named here, and no others. A folder, such as kernels and schedules, is one part.
 ARROWS = {
     "spec": set(),
+    "interface": set(),
     "reference": set(),
     "layout": {"spec"},
     "cuda_target": set(),
@@ -19,25 +23,28 @@ ARROWS = {
     "cache": set(),
     "tolerances": {"spec", "reference"},
     "tiling": {"spec", "target"},
-    "cuda_tiling": {"spec", "tiling"},
-    "kernels": {"spec", "tiling", "cuda_tiling"},
+    "gpus": {"cuda_target"},
+    "cuda_tiling": {"spec", "tiling", "gpus"},
+    "kernels": {"spec", "interface", "tiling", "cuda_tiling"},
     "schedules": {"tiling", "cuda_tiling", "kernels"},
     "instructions": {"target", "kernels"},
-    "host": {"spec", "target", "tiling"},
+    "host": {"spec", "interface", "target", "tiling"},
     "build": {"target", "instructions"},
     "cuda_build": set(),
-    "cuda_host": {"spec", "cuda_target", "tiling", "cuda_tiling", "kernels", "host", "cuda_build"},
+    "cuda_host": {
+        *("spec", "interface", "cuda_target", "tiling", "cuda_tiling", "kernels", "host", "cuda_build"),
+    },
     "cuda_compiler": {"spec", "cuda_target", "cuda_tiling", "kernels", "schedules", "build", "cuda_build", "cuda_host"},
     "memory": set(),
     "arguments": set(),
-    "threads": {"arguments"},
+    "threads": {"interface", "arguments"},
     "manifest": {"spec", "target"},
     "loader": {"manifest"},
-    "draws": {"spec"},
+    "draws": {"spec", "tiling"},
     "verify": {"spec", "arguments", "layout", "reference", "tolerances", "draws"},
-    "module": {"spec", "arguments", "memory", "threads", "manifest", "loader", "verify"},
+    "module": {"spec", "interface", "arguments", "memory", "threads", "manifest", "loader", "verify"},
     "cuda_verify": {"arguments"},
-    "cuda_module": {"arguments", "module", "verify", "cuda_verify"},
+    "cuda_module": {"interface", "arguments", "module", "verify", "cuda_verify"},
     "modules": {"manifest", "loader", "module", "cuda_module"},
     "compiler": {
         *("spec", "target", "tiling", "kernels", "schedules", "host", "build"),
@@ -45,16 +52,15 @@ ARROWS = {
         *("manifest", "loader", "module", "modules", "cache"),
     },
     "cases": {"spec", "reference", "tolerances"},
-    "__init__": {"spec", "reference", "layout", "module", "cuda_module", "modules", "compiler"},
+    "__init__": {"spec", "interface", "reference", "layout", "module", "cuda_module", "modules", "compiler"},
     "generate": {"spec", "cuda_target", "cuda_compiler", "compiler", "host"},
-    "report": {"spec", "cases", "tolerances", "manifest", "module", "verify"},
+    "report": {"spec", "interface", "cases", "tolerances", "manifest", "module", "verify"},
     "assembly": set(),
     "explain": {"spec", "target", "tiling", "threads", "compiler", "assembly", "cases", "report"},
-    "gpus": set(),
     "cuda_explain": {
         *("spec", "target", "cuda_target", "cuda_tiling", "cuda_build", "cuda_compiler", "gpus", "cases", "report"),
     },
-    "options": {"spec", "target", "cases"},
+    "options": {"spec", "target", "compiler", "cases"},
     "cli": {
         *(
             "cuda_explain",
@@ -75,13 +81,14 @@ ARROWS = {
 }
 
 
+def part_of(name):
+    """The part that a module belongs to: the first name below pa_compiler's."""
+    return name.split(".")[1]
+
+
 def sources():
     """(part, path) of every Python file of the package."""
-    for package in ("pa_compiler", "pa_compiler.kernels", "pa_compiler.schedules", "pa_compiler.templates"):
-        for path in importlib.resources.files(package).iterdir():
-            if path.name.endswith(".py"):
-                part = path.stem if package == "pa_compiler" else package.rpartition(".")[2]
-                yield pytest.param(part, path, id=f"{package}.{path.stem}")
+    return [pytest.param(part_of(name), path, id=name) for name, path in python_files().items()]
 
 
 def imported_parts(tree):
@@ -99,10 +106,32 @@ def imported_parts(tree):
                 yield part.partition(".")[0] or "__init__"
 
 
-@pytest.mark.parametrize(("part", "path"), list(sources()))
+@pytest.mark.parametrize(("part", "path"), sources())
 def test_imports_follow_the_arrows(part, path):
     imported = set(imported_parts(ast.parse(path.read_text()))) - {part}
     assert imported <= ARROWS.get(part, set())
+
+
+def test_files_are_found_in_folders_of_any_depth(tmp_path, monkeypatch):
+    """Those of the tests that read the package's text: a new folder must not hide what is in it."""
+    (tmp_path / "made_up" / "kernels" / "deeper").mkdir(parents=True)
+    for file in ("__init__.py", "spec.py", "kernels/qk.py", "kernels/deeper/sums.py", "kernels/notes.txt"):
+        (tmp_path / "made_up" / file).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    names = sorted(python_files(["made_up"]))
+    assert names == ["made_up.__init__", "made_up.kernels.deeper.sums", "made_up.kernels.qk", "made_up.spec"]
+    assert [part_of(name) for name in names] == ["__init__", "kernels", "kernels", "spec"]
+
+
+def test_every_folder_of_the_package_is_installed():
+    """An editable install finds what pyproject.toml forgets; a wheel would lack it."""
+    setuptools = (Path(__file__).parent.parent / "pyproject.toml").read_text().partition("[tool.setuptools]")[2]
+    packages = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", setuptools, re.DOTALL | re.MULTILINE)[1])
+    assert {name.rpartition(".")[0] for name in python_files()} == set(packages)
+    patterns = re.search(r'^"pa_compiler\.templates" = \[(.*?)\]', setuptools, re.DOTALL | re.MULTILINE)[1]
+    folder = Path(str(importlib.resources.files("pa_compiler.templates")))
+    installed = {path for pattern in re.findall(r'"(.*?)"', patterns) for path in folder.glob(pattern)}
+    assert {path for path in folder.rglob("*.*") if path.suffix not in (".py", ".pyc")} == installed
 
 
 def test_the_arrows_have_no_cycle():

@@ -16,6 +16,8 @@ from tvm.script import tirx as T
 
 import pa_compiler
 from pa_compiler import assembly, compiler, kernels, schedules, target, tiling
+from pa_compiler.kernels import script
+from pa_compiler.kernels.cache_access import key_access, token_offsets
 from pa_compiler.kernels.exp import store_exp
 
 SPEC = pa_compiler.PagedAttentionSpec(16, 1, 32, 16, "float32")
@@ -183,3 +185,34 @@ def test_only_the_entry_points_are_exported(compiled, tmp_path):
 def test_a_stage_outside_of_a_prim_func_says_so():
     with pytest.raises(RuntimeError, match=r"store_exp: used outside of a T\.prim_func"):
         store_exp(None, (0,), 0.0, True)
+
+
+@pytest.mark.parametrize(("dtype", "streams"), [("float32", 8), ("bfloat16", 1)], ids=["sweep", "prefetches"])
+def test_the_token_of_each_column_of_a_tile(cpu, dtype, streams):
+    """As token_offsets has it in its docstring: in turn from several places in the whole tiles of a sweep alone."""
+    spec = pa_compiler.PagedAttentionSpec(8, 2, 32, 16, dtype)
+    tiles = tiling.choose(spec, cpu, "fused")
+    assert tiles.streams == streams
+    stage = token_offsets(spec, tiles, key_access(spec, tiles))
+    blocks, size, block_stride, row_stride = 40, tiles.num_offsets, 1000, 7
+
+    @script.prim_func(s_tir=True)
+    def look_up(table_handle: T.handle, offsets_handle: T.handle, tile_start: T.int32, last_token: T.int32):
+        table = T.match_buffer(table_handle, (1, blocks), "int32")
+        offsets = T.match_buffer(offsets_handle, (size,), "int64")
+        stage(
+            table, offsets, 0, tile_start, last_token, tiles.padded_kv_tile, T.int64(block_stride), T.int64(row_stride)
+        )
+
+    executable = tvm.compile(look_up, target=tvm.target.Target(json.loads(cpu.config)))
+    table = np.random.default_rng(0).permutation(blocks).astype(np.int32)
+    kv_tile, start = tiles.kv_tile, 48
+    column = np.arange(kv_tile)
+    in_turn = column % streams * (kv_tile // streams) + column // streams
+    assert sorted(in_turn) == list(column)
+    for valid_len in (1, kv_tile // 2, kv_tile - 1, kv_tile, kv_tile + 1):
+        offsets = tvm.runtime.tensor(np.full(size, -1, np.int64))
+        executable["look_up"](tvm.runtime.tensor(table[None]), offsets, start, start + valid_len - 1)
+        tokens = start + (in_turn if valid_len >= kv_tile else np.minimum(column, valid_len - 1))
+        expected = table[tokens // spec.block_size] * block_stride + tokens % spec.block_size * row_stride
+        np.testing.assert_array_equal(offsets.numpy()[:kv_tile], expected)

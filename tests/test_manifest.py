@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from specs import BASE, SPECS, every_spec
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import cli, manifest, target
+from pa_compiler import cache, cli, compiler, manifest, target, tiling
 
 V3 = ("avx", "avx2", "bmi", "bmi2", "cmov", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sahf", "sse", "sse2", "sse3")
 V3 += ("sse4.1", "sse4.2", "ssse3")
@@ -145,12 +147,58 @@ def test_another_cpu_is_refused_with_the_features_it_lacks(compiled, tmp_path, r
     refused((tmp_path / "pa.so").read_bytes(), f"lacks: {' '.join(sorted(V3))}$")
 
 
+@pytest.mark.scorecard(13)
+def test_calls_of_a_module_for_another_cpu_name_every_feature_it_lacks(tmp_path, figure):
+    """One that was compiled here, and so never loaded from a file: decode and append_kv know as much as load does."""
+    cpu, lacks = target.resolve(target.normalize("llvm")), target.missing_features(target.INSTRUCTION_SETS)
+    assert lacks  # no CPU has both AMD's old and Intel's new ones
+    tiles = tiling.choose(BASE, cpu, "fused")
+    other = dataclasses.replace(cpu, features=cpu.features | set(lacks))
+    compiler.build_library(BASE, other, tiles, "fused", tmp_path)
+    module, inputs = compiler._loaded(cache.contents(tmp_path)), make_inputs(BASE, [3, 9])
+    assert module.manifest.unfit().endswith(f"what it lacks: {' '.join(lacks)}")
+    key = np.zeros((1, BASE.num_kv_heads, BASE.head_dim), BASE.dtype)
+    for call in (
+        lambda: module.decode(*inputs.arguments),
+        lambda: module.append_kv(key, key, inputs.key_cache, inputs.value_cache, np.zeros(1, np.int64)),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^target: .* features that this one lacks: {' '.join(lacks)}$"):
+            call()
+        figure("kinds", 1)
+
+
+UNREADABLE = """
+import resource, sys
+import numpy as np, pa_compiler
+module = pa_compiler.load(sys.argv[1])
+caches, one = np.zeros((2, 1, 5, 2, 24), np.float32), np.ones(1, np.int32)
+arguments = (np.zeros((1, 6, 24), np.float32), *caches, np.zeros((1, 1), np.int32), one)
+module.num_threads = 1
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+try:
+    module.decode(*arguments)
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+print(module.decode(*arguments).shape)
+"""
+
+
+def test_a_call_that_cannot_read_what_the_cpu_has_says_so(library, tmp_path):
+    """Here because no file can be opened; the next call looks again."""
+    (tmp_path / "pa.so").write_bytes(library)
+    command = [sys.executable, "-c", UNREADABLE, str(tmp_path / "pa.so")]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert said == ["target: expected to read in /proc/cpuinfo what this CPU has, and could not", "(1, 6, 24)"]
+
+
 def test_linux_and_llvm_agree_on_this_cpu():
     """A name of Linux's that is wrong in the table would be missing here, or on the machine that has the feature."""
     host = {
         str(name): bool(has) for name, has in tvm_ffi.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")().items()
     }
-    names = target._INSTRUCTION_SETS.keys() & host.keys()
+    names = target.INSTRUCTION_SETS.keys() & host.keys()
     assert names > set(V3) - {"sse"}
     assert sorted(name for name in names if not host[name]) == target.missing_features(names)
 

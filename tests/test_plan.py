@@ -6,14 +6,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from specs import BASE, SPECS, every_pipeline, every_spec
+from specs import BASE, SPECS, every_pipeline, every_spec, lengths_around_the_splits, range_tokens
 
 BATCHES = {
     "none": [],
     "empty": [0, 0, 0],
     "one_token": [1],
     "chunk_and_a_half": list(range(24)),
-    "around_a_split": [2047, 2048, 2049, 0, 4095, 4096, 4097],
+    "around_the_splits": sorted({length for spec in SPECS.values() for length in lengths_around_the_splits(spec)}),
     "long_and_short": [20000, 1, 1, 1, 8192, 5, 0, 16001] * 3,
     "random": np.random.default_rng(0).integers(0, 9000, 49).tolist(),
 }
@@ -79,6 +79,21 @@ def test_a_sequence_is_cut_by_its_own_length_alone(compiled, lengths):
     for sequence, length in enumerate(lengths):
         alone = ranges_of(BASE, plan(module, [length]), [length], 0)
         assert ranges_of(BASE, items, lengths, sequence) == alone
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_sequences_are_cut_into_the_fewest_equal_ranges(compiled, spec):
+    """None longer than range_tokens; the last one may be shorter than the others, and is not empty."""
+    module = compiled(spec)
+    for length in lengths_around_the_splits(spec):
+        blocks = blocks_of(spec, length)
+        ranges = ranges_of(spec, plan(module, [length]), [length], 0)
+        assert len(ranges) == -(-length // range_tokens(spec)), length
+        assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])], length
+        assert ranges[-1][1] == blocks, length
+        sizes = [end - begin for begin, end in ranges]
+        assert sizes[:-1] == [-(-blocks // len(ranges))] * (len(ranges) - 1), length
+        assert 0 < sizes[-1] <= sizes[0], length
 
 
 @pytest.mark.parametrize(("kv_heads", "tokens"), [(1, 2048), (4, 512), (32, 256)])

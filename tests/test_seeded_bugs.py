@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -15,8 +14,8 @@ from seeded_bugs import FAULTS, Fault
 
 ROOT = Path(__file__).parents[1]
 
-_SAMPLE = sorted(FAULTS)
-random.Random(27).shuffle(_SAMPLE)  # the first, which `make test` seeds, is one whose tests take seconds
+_SAMPLE = sorted(FAULTS, key=lambda name: name != "work items across chunks")
+"""The first, which `make test` seeds, is one whose tests take seconds."""
 
 
 def package(directory: Path) -> dict[str, Path]:

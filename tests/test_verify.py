@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tvm
 from click.testing import CliRunner
-from specs import BASE, SPECS, every_spec
+from specs import BASE, SPECS, every_spec, range_tokens
 
 import pa_compiler
 from pa_compiler import cli, compiler, draws, target, tiling, verify
@@ -47,7 +47,9 @@ def test_draws_reach_what_is_hard(name):
     lens = np.concatenate([call.context_lens for call in calls])
     for length in (0, 1, spec.block_size - 1, spec.block_size, spec.block_size + 1):
         assert length in lens
-    assert lens.max() > 2048  # a sequence that is split
+    cut_at = range_tokens(spec) * np.array([1, 2, 3])
+    assert lens.max() > cut_at[0]
+    assert (np.abs(lens[:, None] - cut_at) <= 1).any()
     assert {0, 1, 2, 15, 16, 17, 33} <= {len(call.context_lens) for call in calls}
     assert any(call.scale is None for call in calls)
     assert max(call.scale or 0 for call in calls) > 1e25

@@ -1,6 +1,8 @@
-"""TensorIR: what is computed, for no target. One file per operation; the stages are written once for both pipelines.
+"""TensorIR: what is computed. One file per operation; the stages are written once for both pipelines.
 
-The files cuda_* are the CUDA target's: TensorIR with explicit threads, which no schedule follows.
+Of a target the stages know the sizes of a Tiling. Those of a CPU have two intrinsics of LLVM that compute nothing: the
+prefetches of cache_access and the fence of pairs. The files cuda_* are the CUDA target's alone: TensorIR with explicit
+threads, which no schedule follows.
 """
 
 from collections.abc import Callable

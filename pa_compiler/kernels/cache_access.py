@@ -135,12 +135,21 @@ def cache_dtype(spec: PagedAttentionSpec, tiling: Tiling) -> str:
 
 
 def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
-    """offsets[t] = words from the start of a cache to token tile_start + t of a sequence, in kv head 0; int64.
+    """offsets[t] = words from the start of a cache to the token of column t of a tile, in kv head 0; int64.
 
-    For t < num_offsets. In a sweep the tokens of a whole tile come from `streams` places in turn: nothing that follows
-    depends on their order. Past last_token the last valid token is named again: an offset is always that of a token
-    within the sequence's length, so that whatever is read through the table may be read. Products with a stride are
-    int64: caches of more than 2**31 elements are ordinary.
+    For t < num_offsets. The token of column t is tile_start + t, but in a whole tile of kv_tile tokens, where
+    tiling.streams is more than 1, as in the sweeps of head_dim_in_lanes:
+
+        tile_start + t % streams * (kv_tile // streams) + t // streams
+
+    so that a tile is read from `streams` places in turn. Scores, probabilities and values of a tile then stand in this
+    order, in which the whole tiles of a sequence differ from its last one. A maximum and a sum over a tile do not
+    depend on it. What goes by a token's position does: nothing may be masked or added by its column t, as causality,
+    a window or ALiBi would be in softmax_prepare, but the valid_len of a tile that is not whole.
+
+    Past last_token the last valid token is named again: an offset is always that of a token within the sequence's
+    length, so that whatever is read through the table may be read. Products with a stride are int64: caches of more
+    than 2**31 elements are ordinary.
     """
     block_size, size = spec.block_size, tiling.num_offsets
     kv_tile, streams = tiling.kv_tile, tiling.streams

@@ -2,11 +2,9 @@
 
 The word belongs to one call and is 0 where all is well. Otherwise it is VIOLATION - (2 * position + kind), of the
 lowest position that is wrong: kernels that find a word other than 0 leave everything as it is. The last kernel of the
-call then writes a report, int64 [5], to memory that the host reads when it likes:
-
-    code | sequence or token | position in the sequence's row of block_table | the value found | the limit it broke
-
-The code, LENGTH_CODE, BLOCK_CODE or SLOT_CODE, is written last, with all before it in place for whoever sees it.
+call then writes a report, int64 with the REPORT_FIELDS of interface.py, to memory that the host reads when it likes:
+the sequence or token, the position in the sequence's row of block_table, the value found, and the limit that it broke.
+The code, one of REPORT_CODES, is written last, with all the others in place for whoever sees it.
 """
 
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda_tiling import CHECK_THREADS, WARP
+from pa_compiler.interface import REPORT_CODES, REPORT_FIELDS
 from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -27,8 +26,11 @@ outside [0, num_blocks) for one of its tokens."""
 BAD_SLOT = 0
 """Kind, where the position is a token: its slot is neither -1 nor in [0, num_blocks * block_size)."""
 
-LENGTH_CODE, BLOCK_CODE, SLOT_CODE = 1, 2, 3
+LENGTH_CODE, BLOCK_CODE, SLOT_CODE = map(REPORT_CODES.index, ("context_len", "block_id", "slot"))
 """Codes of a report."""
+
+CODE, INDEX, POSITION, VALUE, LIMIT = map(REPORT_FIELDS.index, ("code", "index", "position", "value", "limit"))
+"""Where its fields are."""
 
 _RAISE = "red.relaxed.gpu.global.max.s32"
 _PUBLISH = "st.release.sys.global.b64"
@@ -115,10 +117,10 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
         seq: T.int64 = T.Cast("int64", T.truncdiv(found, 2))
         length: T.int64 = T.Cast("int64", context_lens[seq])
         code: T.int64 = T.int64(LENGTH_CODE)
-        report[1] = seq
+        report[INDEX] = seq
         if T.truncmod(found, 2) == BAD_LENGTH:
-            report[3] = length
-            report[4] = T.Cast("int64", max_blocks) * T.int64(block_size)
+            report[VALUE] = length
+            report[LIMIT] = T.Cast("int64", max_blocks) * T.int64(block_size)
         else:
             code = T.int64(BLOCK_CODE)
             i: T.int64 = T.int64(0)
@@ -126,10 +128,10 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
             while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(block_size) < length):
                 i = i + T.int64(1)
                 block = T.Cast("int64", block_table[seq * table_seq + i])
-            report[2] = i
-            report[3] = block
-            report[4] = num_blocks
-        T.ptx[_PUBLISH](report.ptr_to([0]), code)
+            report[POSITION] = i
+            report[VALUE] = block
+            report[LIMIT] = num_blocks
+        T.ptx[_PUBLISH](report.ptr_to([CODE]), code)
 
     return stage
 
@@ -142,9 +144,9 @@ def report_slots(spec: PagedAttentionSpec) -> Callable[..., None]:
     def stage(status, slot_mapping, num_blocks, report):
         token: T.int64 = T.Cast("int64", T.truncdiv(VIOLATION - status[0], 2))
         code: T.int64 = T.int64(SLOT_CODE)
-        report[1] = token
-        report[3] = slot_mapping[token]
-        report[4] = num_blocks * T.int64(block_size)
-        T.ptx[_PUBLISH](report.ptr_to([0]), code)
+        report[INDEX] = token
+        report[VALUE] = slot_mapping[token]
+        report[LIMIT] = num_blocks * T.int64(block_size)
+        T.ptx[_PUBLISH](report.ptr_to([CODE]), code)
 
     return stage

@@ -1,4 +1,4 @@
-"""Words of two bfloat16 numbers, as the dot product of AVX512_BF16 takes them. In plain operations, for no target.
+"""Words of two bfloat16 numbers, as the dot product of AVX512_BF16 takes them, in operations that every CPU has.
 
 A word is an int32: the first number in its low half, the second in its high half.
 """

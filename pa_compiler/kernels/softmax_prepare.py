@@ -23,6 +23,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     included. With valid_len == 0: tile_max = -1e30, tile_sum = 0, probs = 0. Products of -inf get probs of 0, and a row
     of nothing else is as an empty one, whose sum is 0; with one of +inf or NaN tile_sum is NaN.
     The sum is over what pv_matmul multiplies: float32 as it is, or, where that takes pairs, rounded to bfloat16.
+    A column is not always the token of its number: token_offsets says which it is.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
