@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pa_compiler.verify import Verification
 
+
 def _not_of_a_gpu(name: str) -> Any:
     """A property that modules for a CPU have: reading or setting it is an AttributeError."""
 
