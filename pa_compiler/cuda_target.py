@@ -19,7 +19,8 @@ class CudaTarget:
     """A CUDA target.
 
     Attributes:
-        arch: As nvcc names it, such as "sm_90". Later GPUs run its code too, unless a letter follows the number.
+        arch: As nvcc names it, such as "sm_90". Later GPUs run its code too, unless a letter follows the number or
+            they have less shared memory than a spec takes.
     """
 
     arch: str
