@@ -13,14 +13,20 @@ from pa_compiler.tiling import Tiling
 
 
 def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """q_tile[tile, r, :] = float32(query[seq, head_start + r, :]) for r < num_rows, 0 in the rows that pad the tile.
+    """q_tile[tile, r, :] = query_scale * query[seq, head_start + r, :] for r < num_rows, 0 in the rows that pad the tile.
+
+    In float32. query_scale is a power of two up to 1, so the product is exact wherever it is a normal number. float16
+    is taken as it is: its products are far from the ends of float32.
 
     Where pairs are multiplied, q_tile[tile, r, d] is the word of the elements 2d and 2d + 1 instead.
     """
     rows, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.dot_elements
 
+    def element(x, query_scale):
+        return T.Cast("float32", x) * query_scale if spec.wide_range else T.Cast("float32", x)
+
     @inline
-    def stage(query, q_tile, seq, tile, head_start, num_rows):
+    def stage(query, q_tile, seq, tile, head_start, num_rows, query_scale):
         with T.sblock("load_query"):
             T.reads(query[seq, head_start : head_start + num_rows, 0:head_dim])
             T.writes(q_tile[tile, 0:rows, 0:depth])
@@ -31,8 +37,8 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                         q_tile[tile, vr, vd] = T.if_then_else(
                             vr < num_rows,
                             pair_floats(
-                                T.Cast("float32", query[seq, head_start + vr, 2 * vd]),
-                                T.Cast("float32", query[seq, head_start + vr, 2 * vd + 1]),
+                                element(query[seq, head_start + vr, 2 * vd], query_scale),
+                                element(query[seq, head_start + vr, 2 * vd + 1], query_scale),
                             ),
                             0,
                         )
@@ -41,7 +47,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     with T.sblock("q_tile"):
                         vr, vd = T.axis.remap("SS", [r, d])
                         q_tile[tile, vr, vd] = T.if_then_else(
-                            vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0)
+                            vr < num_rows, element(query[seq, head_start + vr, vd], query_scale), T.float32(0)
                         )
 
     return stage
