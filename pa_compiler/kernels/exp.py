@@ -21,10 +21,10 @@ _ROUND = 12583039.0  # 1.5 * 2**23 + 127: adding it leaves round(t) + 127 in the
 
 @inline
 def store_exp(buffer, indices, x, valid, headroom=None):
-    """buffer[indices] = exp(x) * 2**-headroom where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
+    """buffer[indices] = exp(x) / 2**headroom where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
 
-    Exactly 2**-headroom at 0, exactly 0 below -87 + headroom * ln 2, NaN for NaN. headroom, 0 unless given and up to 32,
-    takes no operation: it is in the exponent that the power of two gets.
+    Exactly 2**-headroom at 0, exactly 0 below -87 + headroom * ln 2, NaN for NaN. headroom is 0 unless given, and up to
+    32. It takes no operation: it goes into the exponent that the power of two gets.
     """
     arg: T.let = x
     places = T.meta_var(T.float32(0) if headroom is None else T.Cast("float32", headroom))

@@ -126,9 +126,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         T.writes()
                         row_start: T.let = T.floormod(vtile, group_tiles) * rows
                         head_start: T.let = T.floordiv(vtile, group_tiles) * group + row_start
-                        load_query_stage(
-                            query, q_tile, seq, vtile, head_start, rows_of_tile(row_start), query_scale
-                        )
+                        load_query_stage(query, q_tile, seq, vtile, head_start, rows_of_tile(row_start), query_scale)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)

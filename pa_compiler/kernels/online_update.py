@@ -171,7 +171,7 @@ def normalize(spec: PagedAttentionSpec, rows: int) -> Callable[..., None]:
                     lse[seq, head_start + vr] = T.Select(
                         row_sum[slot, vr] == T.float32(0),
                         T.float32("-inf"),
-                        row_max[slot, vr] + T.log(lifted(row_sum[slot, vr], headroom)),
+                        row_max[slot, vr] + T.log(lifted(spec, row_sum[slot, vr], headroom)),
                     )
 
     return stage

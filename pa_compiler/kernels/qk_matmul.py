@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.cache_access import key_access, load, load_copied, prefetch, whole
+from pa_compiler.kernels.headroom import scaled
 from pa_compiler.kernels.pairs import dot_pairs, pair_floats
 from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
@@ -13,17 +14,16 @@ from pa_compiler.tiling import Tiling
 
 
 def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """q_tile[tile, r, :] = query_scale * query[seq, head_start + r, :] for r < num_rows, 0 in the rows that pad the tile.
+    """q_tile[tile, r, :] = query_scale * query[seq, head_start + r, :] for r < num_rows, 0 in rows that pad the tile.
 
-    In float32. query_scale is a power of two up to 1, so the product is exact wherever it is a normal number. float16
-    is taken as it is: its products are far from the ends of float32.
+    In float32, and of float16 without query_scale (headroom.scaled).
 
     Where pairs are multiplied, q_tile[tile, r, d] is the word of the elements 2d and 2d + 1 instead.
     """
     rows, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.dot_elements
 
     def element(x, query_scale):
-        return T.Cast("float32", x) * query_scale if spec.wide_range else T.Cast("float32", x)
+        return scaled(spec, T.Cast("float32", x), query_scale)
 
     @inline
     def stage(query, q_tile, seq, tile, head_start, num_rows, query_scale):

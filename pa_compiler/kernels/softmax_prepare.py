@@ -15,12 +15,11 @@ EMPTY_ROW_MAX = -1e30
 
 
 def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """tile_max = max over t of scale * scores; probs = exp(scale * scores - tile_max) / 2**headroom; tile_sum = their sum.
+    """tile_max = max over t of scale * scores; probs = exp(scale * scores - tile_max) / 2**headroom; tile_sum: theirs.
 
-    headroom is the sequence's (kernels/headroom.py).
-
-    scale * scores is rounded once and kept: a fused multiply-add with -tile_max would leave the product's rounding
-    error in the exponent of the maximum, which shows from scores of 1e5 on. Over the first num_groups * token_group
+    headroom is the sequence's (kernels/headroom.py). scale * scores is rounded once and kept: a fused multiply-add with
+    -tile_max would leave the product's rounding error in the exponent of the maximum, which shows from scores of 1e5
+    on. Over the first num_groups * token_group
     columns; columns at or past valid_len count as -inf and get probs of exactly 0 whatever their scores hold, NaN
     included. With valid_len == 0: tile_max = -1e30, tile_sum = 0, probs = 0. Products of -inf get probs of 0, and a row
     of nothing else is as an empty one, whose sum is 0; with one of +inf or NaN tile_sum is NaN.
