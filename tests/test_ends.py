@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from inputs import DTYPES, lay_out, make_inputs
+from inputs import lay_out, make_inputs
 from specs import DTYPE_SPECS, OUT_DTYPE_SPECS, PIPELINES, SPECS, parametrize
 from tolerances import assert_close_to_oracle, assert_same_bits
 
@@ -128,7 +128,7 @@ def test_powers_of_two_go_from_queries_and_keys_to_the_scale(module, negative, f
     ],
 )  # fmt: skip
 def test_products_beyond_the_scores(module, query, key, scale, figure):
-    """Queries times keys are far above the scores, or far below: what counts is that the scores are ordinary numbers."""
+    """Queries times keys are far above the scores, or far below: what counts is that scores are ordinary numbers."""
     if not module.spec.wide_range:
         query, key, scale = 60000.0, 60000.0, scale * (query / 60000) * (key / 60000)
     rng = np.random.default_rng(0)
@@ -211,7 +211,6 @@ def test_subnormal_queries_are_not_flushed(module, scale, figure):
     query, key = (2.0**-24, 60000.0) if module.spec.dtype == "float16" else (1.1e-38, 3e38)
     inputs = first_elements(module, [2, 5, 40], query, lambda length: key * (np.arange(length) % 3 == 0))
     if multiplies_pairs(module):
-        assert (0 < np.abs(inputs.query[..., 0].astype(np.float64))).all()
         out, lse = decode(module, inputs, scale)
         assert_close_to_oracle(module.spec, inputs.replace(query=np.zeros_like(inputs.query)), out, lse, scale)
     else:
