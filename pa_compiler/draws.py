@@ -23,6 +23,12 @@ _EDGES = (16, 128, 256)
 """Multiples of these, of the block's size and of the length of a range are where vectors, tiles and ranges end."""
 _GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 1 << 30, -7], np.int32)
 """What surplus entries of block_table hold: each of them reads far away if it is used."""
+_LARGEST = {"float32": 3.4e38, "float16": 65280.0, "bfloat16": 2.0**128 - 2.0**120}
+"""Values up to which averages are promised; of float16, up to the largest that bfloat16 has too."""
+_POWERS = {"query": (-30, 91), "keys": (-30, 91), "values": (-60, 1)}
+"""Powers of two that ordinary numbers are multiplied by, from and to. Results are then as exact as without."""
+_POWERS_OF_FLOAT16 = {"query": (-6, 13), "keys": (-6, 16), "values": (-6, 1)}
+"""The same where float16 is among the types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +73,8 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int) -> Draw:
     rng = np.random.default_rng((seed, number))
     context_lens = _context_lens(rng, spec, _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW == _LONG_DRAW - 1 else 1))
     block_table, is_used = _place(rng, spec, context_lens)
-    huge = rng.random() < 0.25
-    query, keys, values, scale = (_huge_scores if huge else _ordinary)(rng, spec, len(context_lens), len(is_used))
+    kind = (_ordinary, _huge_scores, _ends)[rng.choice(3, p=[0.5, 0.25, 0.25])]
+    query, keys, values, scale = kind(rng, spec, len(context_lens), len(is_used))
     poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
     keys[~is_used] = poison
     values[~is_used] = poison
@@ -165,6 +171,31 @@ def _huge_scores(
     keys = rng.integers(-8, 9, (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)).astype(spec.dtype)
     values = _uniform(rng, keys.shape, 1, spec.dtype)
     return query.astype(spec.dtype), keys, values, float(2.0 ** rng.integers(0, 105))
+
+
+def _ends(
+    rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
+    """The same with numbers towards the ends of their types, and ordinary scores.
+
+    Queries and keys are small or large, and the scale takes it back: their products overflow, or vanish, if it comes
+    after them. Values are small, or as large as averages may be. In some draws many scores are -inf, or all.
+    """
+    query, keys, values, _ = _ordinary(rng, spec, batch, num_blocks)
+    powers = _POWERS if spec.wide_range else _POWERS_OF_FLOAT16
+    of_query, of_keys = (int(rng.integers(*powers[name])) for name in ("query", "keys"))
+    scale = float(rng.choice([-1, 1]) * 2.0 ** -(of_query + of_keys) / np.sqrt(spec.head_dim))
+    query, keys = query * query.dtype.type(2.0**of_query), keys * keys.dtype.type(2.0**of_keys)
+    if rng.random() < 0.5:
+        query[..., 0], scale = 2.0**of_query, abs(scale)
+        keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), 0] = -np.inf
+    types = {spec.dtype, spec.out_dtype or spec.dtype}
+    if rng.random() < 0.5:
+        size = min(_LARGEST[name] for name in types)
+        values = np.where(rng.random(values.shape) < 0.5, values, np.sign(values))
+    else:
+        size = 2.0 ** int(rng.integers(*(_POWERS_OF_FLOAT16 if "float16" in types else _POWERS)["values"]))
+    return query, keys, (values.astype(np.float32) * np.float32(size)).astype(spec.dtype), scale
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: str) -> np.ndarray:

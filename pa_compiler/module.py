@@ -165,14 +165,17 @@ class Module:
             block_table: [batch, max_blocks], int32: the block ids of each sequence's context in order. Entries past
                 those that its length needs may hold anything.
             context_lens: [batch], int32: tokens of each sequence, 0 to max_blocks * block_size.
-            scale: Factor on the scores; by default 1 / sqrt(head_dim).
+            scale: Factor on the scores, finite as a float32; by default 1 / sqrt(head_dim). Products of queries with
+                keys may be beyond float32 where the scores are not.
             out: [batch, num_heads, head_dim], out_dtype, written and returned; by default a new array of query's kind.
             lse: [batch, num_heads], float32, written like out. Giving it implies return_lse.
             return_lse: Whether to return lse as well: the logarithm (natural) of the sum of exp(scale * score).
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
 
         Returns:
-            out, or (out, lse). A sequence of length 0 gives out 0 and lse -inf.
+            out, or (out, lse). A sequence of length 0, and a head of which every score is -inf, gives out 0 and lse
+            -inf. Averages of float32 values up to 3.4e38 in magnitude, and of all other types', are finite unless
+            out_dtype ends before.
 
         Raises:
             TypeError: an argument is not an array, or has another dtype.

@@ -27,6 +27,8 @@ def decode(
     For each query head h, with kv head g = h // (num_heads // num_kv_heads) and tokens t < context_len:
     out[h] = sum_t softmax_t(scale * query[h] . key[t, g]) * value[t, g].
 
+    A score of -inf has a weight of 0, and a head that has no other score is as in an empty sequence: out 0, lse -inf.
+
     One sequence is in float64 at a time, and only slots in use are read: a cache of any size, with anything in its
     other slots, and a block table with anything in its surplus entries, will do. Block ids are trusted.
 
@@ -46,9 +48,9 @@ def decode(
         return_lse: Return lse too.
 
     Returns:
-        out: [batch, num_heads, head_dim], float64; 0 for a sequence of length 0.
+        out: [batch, num_heads, head_dim], float64; 0 where there is no token, or no score but -inf.
         lse: [batch, num_heads], float64, with return_lse: the natural logarithm of the softmax's denominator,
-            log sum_t exp(score_t); -inf for a sequence of length 0.
+            log sum_t exp(score_t); -inf where there is no token, or no score but -inf.
     """
     if kv_layout not in ("NHD", "HND", "packed"):
         raise ValueError(f"kv_layout: expected NHD, HND or packed, got {kv_layout!r}")
@@ -82,8 +84,9 @@ def decode(
 
         scores = scale * (grouped @ key)  # [num_kv_heads, group, tokens]
         row_max = scores.max(axis=-1, keepdims=True)
-        weights = np.exp(scores - row_max)
-        row_sum = weights.sum(axis=-1, keepdims=True)
-        out[sequence] = (weights @ value / row_sum).reshape(num_heads, value_dim)
+        has_weight = row_max != -np.inf
+        weights = np.exp(scores - np.where(has_weight, row_max, 0))
+        row_sum = np.where(has_weight, weights.sum(axis=-1, keepdims=True), 1)
+        out[sequence] = (weights / row_sum @ value).reshape(num_heads, value_dim)
         lse[sequence] = (row_max + np.log(row_sum)).reshape(num_heads)
     return (out, lse) if return_lse else out

@@ -135,7 +135,7 @@ def print_verification(console: Console, module: Module, verification: Verificat
     draws = counted(verification.draws, "draw")
     table.add_row("draws", f"{verification.draws:,} in {verification.seconds:.1f} s, seed {verification.seed}")
     of_out, of_lse = verification.out.of_tolerance, verification.lse.of_tolerance
-    table.add_row("error", f"{verification.out.absolute:.2e} at most, against NumPy in float64")
+    table.add_row("error", f"{verification.out.absolute:.2e} of the largest value at most, against NumPy in float64")
     table.add_row("bounds", f"{of_out:.2g} of out's is used, {of_lse:.2g} of lse's")
     for failure in verification.failures[:_SHOWN_FAILURES]:
         table.add_row(f"draw {failure.draw}", failure.message)

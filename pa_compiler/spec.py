@@ -92,6 +92,11 @@ class PagedAttentionSpec:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def wide_range(self) -> bool:
+        """Whether elements reach as far as float32 does, so that products and sums of a few may leave its range."""
+        return self.dtype != "float16"
+
+    @property
     def packed_pair(self) -> int:
         """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as its dot product takes them, else 1."""
         return 2 if self.dtype == "bfloat16" else 1

@@ -85,6 +85,6 @@ def out_bound(
 
 
 def lse_bound(spec: PagedAttentionSpec, expected: np.ndarray) -> np.ndarray:
-    """The bound on each element of lse, from the oracle's; 0 where that is -inf, an empty sequence."""
+    """The bound on each element of lse, from the oracle's; 0 where that is -inf, where nothing weighs anything."""
     bound = LSE_TOLERANCES[spec.dtype] + 1e-5 * (1 + np.abs(expected))
     return np.where(np.isneginf(expected), 0.0, bound)

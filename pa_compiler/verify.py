@@ -70,6 +70,7 @@ class Errors(NamedTuple):
     """The largest errors of one result against the reference; infinite where the result is NaN and should not be."""
 
     absolute: float
+    """Of out in units of the call's largest value, of lse as it is."""
     of_tolerance: float
     """As a fraction of the bound: a result is right up to 1."""
 
@@ -172,8 +173,10 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
     errors = {}
     expected = oracle(spec, call.query, call.keys, call.values, call.block_table, call.context_lens, call.scale)
+    largest = float(np.abs(call.values[call.is_used].astype(np.float64)).max(initial=0)) or 1.0
     for name, result in results.items():
-        errors[name], message = _compare(name, result, *expected[name], call.context_lens)
+        unit = largest if name == "out" else 1.0
+        errors[name], message = _compare(name, result, *expected[name], call.context_lens, unit)
         wrong += message
     wrong += _differences("after decode", arguments, before, ("query", *_CACHES, "block_table", "context_lens"))
     for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
@@ -201,7 +204,7 @@ def _append(module: Verifiable, call: Draw, key_cache: np.ndarray, value_cache: 
 
 
 def _compare(
-    name: str, actual: np.ndarray, expected: np.ndarray, bound: np.ndarray, context_lens: np.ndarray
+    name: str, actual: np.ndarray, expected: np.ndarray, bound: np.ndarray, context_lens: np.ndarray, unit: float
 ) -> tuple[Errors, list[str]]:
     """The errors of a result, and what is wrong with it."""
     if actual.shape != expected.shape:
@@ -212,7 +215,7 @@ def _compare(
     error = np.abs(np.subtract(exact, expected, out=np.zeros(exact.shape), where=exact != expected))
     error[np.isnan(error)] = np.inf
     fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
-    errors = Errors(float(error.max()), float(fraction.max()))
+    errors = Errors(float(error.max()) / unit, float(fraction.max()))
     if errors.of_tolerance <= 1:
         return errors, []
     at = tuple(int(i) for i in np.unravel_index(fraction.argmax(), fraction.shape))

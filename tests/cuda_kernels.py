@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import cuda_emulator
 import numpy as np
@@ -64,13 +65,21 @@ class CudaKernels:
             "num_blocks": len(inputs.key_cache),
             "batch": batch,
             "items": items,
-            "scale": spec.head_dim**-0.5 if scale is None else scale,
+            **split_scale(spec, spec.head_dim**-0.5 if scale is None else scale),
             **strides(inputs.query, q_batch=0, q_head=1),
             **cache_strides(spec, "k", inputs.key_cache),
             **cache_strides(spec, "v", inputs.value_cache),
             **strides(out, out_batch=0, out_head=1),
             **strides(lse, lse_batch=0),
         }
+
+
+def split_scale(spec: PagedAttentionSpec, scale: float) -> dict[str, float]:
+    """The two factors of a scale that kernels take, as the host makes them."""
+    if not spec.wide_range:
+        return {"query_scale": 1.0, "score_scale": scale}
+    power = 2.0 ** min(max(math.frexp(scale)[1] - 1, -126), 0) if scale else 0.0
+    return {"query_scale": power, "score_scale": scale / power if scale else 0.0}
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

@@ -147,19 +147,16 @@ def rows_of(inputs, sequence, tokens):
 
 @one_of_each_strategy
 def test_scores_of_minus_infinity_weigh_nothing(cuda_decode, spec):
-    """A sequence of 257 such scores and 43 others has the softmax of the 43, and one of nothing else is empty."""
-    inputs = on_device(make_inputs(spec, [300, 20]))
-    inputs.query[...] = 1
+    """Before and after others, in whole ranges of a sequence too; a sequence of nothing else is as an empty one."""
+    inputs = on_device(make_inputs(spec, [300, 20, 300, 700]))
+    inputs.query[...] = np.abs(inputs.query) + 1
     inputs.key_cache[...] = np.abs(inputs.key_cache)
-    inputs.key_cache[rows_of(inputs, 0, np.arange(257))] = -np.inf
-    inputs.key_cache[rows_of(inputs, 1, np.arange(20))] = -np.inf
-    last = inputs.replace(query=inputs.query[:1], block_table=inputs.block_table[:1, 16:])
-    last = last.replace(context_lens=np.array([44], np.int32))  # from token 256 on, of which the first is -inf
-    out, lse = cuda_decode(spec).decode(inputs)
-    assert not out[1].any()
-    assert np.isneginf(lse[1]).all()
-    for actual, expected in zip((out[0], lse[0]), cuda_decode(spec).decode(last), strict=True):
-        np.testing.assert_allclose(actual.astype(np.float32), expected[0].astype(np.float32), rtol=0.02, atol=1e-5)
+    for sequence, tokens in enumerate((np.arange(257), np.arange(20), np.arange(30, 300), np.arange(700))):
+        inputs.key_cache[rows_of(inputs, sequence, tokens)] = -np.inf
+    out, lse = cuda_decode(spec).decode(inputs, scale=0.1)
+    assert not out[[1, 3]].any()
+    assert np.isneginf(lse[[1, 3]]).all()
+    assert_close_to_oracle(spec, inputs, out, lse, scale=0.1)
 
 
 @one_of_each_strategy
@@ -191,4 +188,43 @@ def test_scores_at_both_ends_of_float32(cuda_decode, scale):
     inputs.query[..., 0] = 1e19
     inputs.key_cache[rows_of(inputs, 0, np.arange(70))] = -3e19
     inputs.key_cache[rows_of(inputs, 0, np.array([40]))] = 3e19
+    assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs, scale=scale), scale=scale)
+
+
+@every_spec
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_the_largest_values(cuda_decode, spec, scale):
+    """An average of them is one of the numbers between them, in ranges that are joined too."""
+    largest = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
+    inputs = on_device(make_inputs(spec, [0, 1, 2, 17, 300, 1000]))
+    values = inputs.value_cache
+    held = np.isfinite(values)
+    values[held] = np.random.default_rng(0).choice([-1, 1, 1, 1], held.sum()) * largest[spec.dtype]
+    if spec.dtype != spec.out_dtype == "bfloat16":
+        values[held] *= 0.99
+    out, lse = cuda_decode(spec).decode(inputs, scale=scale)
+    assert np.isfinite(out.astype(np.float32)).all()
+    assert_close_to_oracle(spec, inputs, out, lse, scale=scale)
+
+
+@one_of_each_strategy
+@pytest.mark.parametrize(("query", "key"), [(66, 63), (120, -100), (-30, 90), (100, 20), (-60, -15)])
+def test_powers_of_two_go_from_queries_and_keys_to_the_scale(cuda_decode, spec, query, key):
+    """So that products would overflow, or vanish, if the scale came after them: the same bits."""
+    inputs = on_device(make_inputs(spec, [90, 1, 600]))
+    moved = inputs.replace(query=inputs.query * inputs.query.dtype.type(2.0**query))
+    moved = on_device(moved.replace(key_cache=inputs.key_cache * inputs.key_cache.dtype.type(2.0**key)))
+    expected = cuda_decode(spec).decode(inputs, scale=-0.3)
+    actual = cuda_decode(spec).decode(moved, scale=-0.3 * 2.0 ** -(query + key))
+    for one, same in zip(actual, expected, strict=True):
+        assert_same_bits(one, same)
+
+
+@one_of_each_strategy
+@pytest.mark.parametrize("scale", [0.0, 1e-38, -1e-38])
+def test_products_beyond_the_scores(cuda_decode, spec, scale):
+    inputs = on_device(make_inputs(spec, [1, 70, 600]))
+    inputs.query[...] = 0
+    inputs.query[..., 0] = 3e38
+    inputs.key_cache[..., 0] *= 1e7 if scale else 1e38
     assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs, scale=scale), scale=scale)

@@ -78,11 +78,19 @@ def test_without_lse(gpu, gpu_module):
     assert np.isnan(call.results[1]).all()
 
 
-def test_scale(gpu, gpu_module):
-    call = OnGpu(gpu, make_inputs(SPEC, LENGTHS))
-    call.decode(gpu_module(SPEC), scale=0.5)
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("query", "key", "scale"),
+    [(1, 1, 0.5), (2.0**66, 2.0**63, -0.3 * 2.0**-129), (2.0**-60, 2.0**-15, 0.3 * 2.0**75), (2.0**100, 2.0**100, 0)],
+)
+def test_scale(gpu, gpu_module, name, query, key, scale):
+    """Queries and keys are small or large, and the scores are not."""
+    inputs = make_inputs(SPECS[name], LENGTHS)
+    inputs = inputs.replace(query=inputs.query * inputs.query.dtype.type(query))
+    call = OnGpu(gpu, inputs.replace(key_cache=inputs.key_cache * inputs.key_cache.dtype.type(key)))
+    call.decode(gpu_module(SPECS[name]), scale=scale)
     gpu.run()
-    assert_close_to_oracle(SPEC, call.inputs, *call.results, scale=0.5)
+    assert_close_to_oracle(SPECS[name], call.inputs, *call.results, scale=scale)
 
 
 def test_streams_and_devices(gpu, gpu_module):

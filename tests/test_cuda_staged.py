@@ -47,6 +47,19 @@ def test_poison(gpu, staged, poison):
     call.check(SPEC)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_ends_of_the_types(gpu, staged, name):
+    """Products of queries and keys that float32 has not, of scores that it has, and the largest values."""
+    spec, scale = SPECS[name], 0.3 * 2.0**-129
+    inputs = make_inputs(spec, LENGTHS)
+    inputs.value_cache[np.isfinite(inputs.value_cache)] = -3.38e38
+    inputs = inputs.replace(query=inputs.query * inputs.query.dtype.type(2.0**66))
+    call = OnGpu(gpu, inputs.replace(key_cache=inputs.key_cache * inputs.key_cache.dtype.type(2.0**63)))
+    call.decode(staged(spec), scale=scale)
+    gpu.run()
+    assert_close_to_oracle(spec, call.inputs, *call.results, scale=scale)
+
+
 @pytest.mark.parametrize("batch", [15, 16, 17, 33])
 def test_chunks(gpu, staged, batch):
     spec = SPECS["float32"]

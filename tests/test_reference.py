@@ -75,6 +75,30 @@ def test_empty_sequences_are_zero():
     assert np.isneginf(lse).all()
 
 
+def test_scores_of_minus_infinity_weigh_nothing():
+    """A head of nothing else is as in an empty sequence, beside others that are not."""
+    spec = SPECS["groups_of_3"]
+    inputs = make_inputs(spec, [4, 7])
+    inputs.query[...] = np.abs(inputs.query) + 1
+    inputs.key_cache[inputs.block_table[0, :2], :, 0] = -np.inf
+    inputs.key_cache[inputs.block_table[1, :2], :, 0] = -np.inf
+    out, lse = reference.decode(*inputs.arguments, return_lse=True)
+    assert not out[0, :3].any()
+    assert np.isneginf(lse[0, :3]).all()
+    last = inputs.take([1]).replace(block_table=inputs.block_table[1:, 2:], context_lens=np.array([1]))
+    expected = reference.decode(*last.arguments, return_lse=True)
+    np.testing.assert_array_equal(out[1, :3], expected[0][0, :3])
+    np.testing.assert_array_equal(lse[1, :3], expected[1][0, :3])
+    assert np.isfinite(lse[:, 3:]).all()
+
+
+def test_an_average_is_no_sum():
+    spec = SPECS["one_head"]
+    inputs = make_inputs(spec, [5])
+    values = np.full(inputs.value_cache.shape, 1e308)
+    np.testing.assert_allclose(reference.decode(*inputs.replace(value_cache=values).arguments), 1e308)
+
+
 def test_no_sequences():
     spec = SPECS["one_head"]
     assert reference.decode(*make_inputs(spec, []).arguments).shape == (0, 1, 3)

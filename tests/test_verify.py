@@ -53,11 +53,26 @@ def test_draws_reach_what_is_hard(name):
     assert {0, 1, 2, 15, 16, 17, 33} <= {len(call.context_lens) for call in calls}
     assert any(call.scale is None for call in calls)
     assert max(call.scale or 0 for call in calls) > 1e25
+    largest = [largest_of(call.values[call.is_used]) for call in calls]
+    assert max(largest) == pytest.approx(min(draws._LARGEST[spec.dtype], draws._LARGEST[spec.out_dtype]), rel=1e-3)
+    assert 0 < min(size for size in largest if size) < 0.1
+    unseen = [call.keys[call.is_used][..., 0] == -np.inf for call in calls]
+    assert {bool(each.all()) for each in unseen if each.any()} == {False, True}
+    if spec.wide_range:
+        products = [largest_of(call.query) * largest_of(call.keys[call.is_used]) for call in calls]
+        assert max(products) > 2**130  # which float32 has not
     for what in ("append", "one_buffer", "give_out", "num_threads", "lse"):
         assert len({getattr(call, what) for call in calls}) >= 2, what
     for call in calls:
         assert not np.isfinite(call.keys[~call.is_used].astype(np.float32)).any()
-        assert np.isfinite(call.keys[call.is_used].astype(np.float32)).all()
+        assert np.isfinite(call.values[call.is_used].astype(np.float32)).all()
+        assert np.isfinite(call.keys[call.is_used].astype(np.float32)[..., 1:]).all()
+
+
+def largest_of(array):
+    """The largest magnitude of the finite elements."""
+    numbers = np.abs(array.astype(np.float64))
+    return float(numbers[np.isfinite(numbers)].max(initial=0))
 
 
 def test_a_draw_is_a_function_of_seed_and_number():
@@ -144,7 +159,7 @@ def expect_failures(module, says):
 
 
 FAULTS = {  # a stage, a piece of its text, and what is there instead
-    "scale": ("kernels", "vo * 8 + vi] * scale,", "vo * 8 + vi] * (scale * T.float32(1.02)),"),
+    "scale": ("kernels", "vo * 8 + vi] * score_scale,", "vo * 8 + vi] * (score_scale * T.float32(1.02)),"),
     "tail": ("kernels", "vi < valid_len - vo * 8", "vi <= valid_len - vo * 8"),
     "merge": ("host", "plan.partial_begin(seq), plan.partials_of(seq));", "plan.partial_begin(seq), int64_t{1});"),
 }

@@ -9,6 +9,7 @@ from pa_compiler.kernels.cuda_join import join_warps
 from pa_compiler.kernels.cuda_plan import find_item
 from pa_compiler.kernels.cuda_ring import copy_tile, look_up
 from pa_compiler.kernels.cuda_strategy import NEGATIVE_INFINITY
+from pa_compiler.kernels.headroom import headroom
 from pa_compiler.spec import PagedAttentionSpec
 
 STRATEGIES = {"tensor_cores": cuda_tensor_core.strategy, "fma": cuda_fma.strategy}
@@ -59,7 +60,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         lse_batch: T.int64,
         batch: T.int32,
         items: T.int32,
-        scale: T.float32,
+        query_scale: T.float32,
+        score_scale: T.float32,
     ):
         q_span, k_span, v_span, table_span, length_span = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         status_span, max_span, sum_span, acc_span = T.int64(), T.int64(), T.int64(), T.int64()
@@ -85,7 +87,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         warp_acc = T.decl_buffer(
             (results * tiling.acc_pitch(spec),), "float32", data=ring.data, scope="shared.dyn", elem_offset=2 * results
         )
-        found = T.alloc_buffer((4,), "int32", scope="local")
+        found = T.alloc_buffer((5,), "int32", scope="local")
         block = T.alloc_buffer((1,), "int32", scope="local")
         q = T.alloc_buffer((strategy.query[0],), strategy.query[1], scope="local")
         row_max = T.alloc_buffer((strategy.row_max,), "float32", scope="local")
@@ -102,11 +104,13 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             seq: T.int64 = T.Cast("int64", found[0])
             rows: T.int32 = T.min(group - first_row, tiling.row_tile)
             end: T.int32 = found[2]
+            places: T.int32 = headroom(spec, found[4])
             own: T.int32 = found[1] + warp * tokens
             num_tiles: T.int32 = T.truncdiv(T.max(end - own, 0) + (tiling.step_tokens - 1), tiling.step_tokens)
             strategy.load_query(
-                query, seq * q_batch + T.Cast("int64", kv_head * group + first_row) * q_head, q_head, rows, lane, q
-            )
+                query, seq * q_batch + T.Cast("int64", kv_head * group + first_row) * q_head, q_head, rows,
+                query_scale, lane, q,
+            )  # fmt: skip
             for i in T.unroll(strategy.row_max):
                 row_max[i] = T.float32(NEGATIVE_INFINITY)
             for i in T.unroll(strategy.row_sum):
@@ -131,8 +135,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                     ready: T.int32 = step - (stages - 1)
                     keys: T.int32 = (warp * stages + T.truncmod(ready, stages)) * 2 * tile
                     strategy.attend(
-                        ring, keys, keys + tile, scale, end - own - ready * tiling.step_tokens,
-                        lane, q, row_max, row_sum, acc,
+                        ring, keys, keys + tile, score_scale, T.Cast("float32", places),
+                        end - own - ready * tiling.step_tokens, lane, q, row_max, row_sum, acc,
                     )  # fmt: skip
                     T.cuda.warp_sync()
             T.ptx["cp.async.wait_group"](0)
@@ -141,7 +145,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             T.cuda.cta_sync()
             join_stage(
                 warp_max, warp_sum, warp_acc, warp * WARP + lane, found[3] == 1, item, kv_head * group + first_row,
-                rows, partial_max, partial_sum, partial_acc, out, seq * out_batch, out_head, lse, seq * lse_batch,
+                rows, places, partial_max, partial_sum, partial_acc, out, seq * out_batch, out_head, lse,
+                seq * lse_batch,
             )  # fmt: skip
 
     return cuda_decode

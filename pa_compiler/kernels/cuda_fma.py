@@ -15,7 +15,8 @@ from tvm.script import tirx as T
 from pa_compiler.cuda_tiling import CHUNK_WORDS, WARP, CudaTiling
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.cuda_ring import chunk_offset
-from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy
+from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy, exponent
+from pa_compiler.kernels.headroom import scaled
 from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -35,21 +36,20 @@ def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
 
 
 def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """q[row, elements of this lane] as float32; rows past `rows` are 0."""
+    """q[row, elements of this lane] as float32, times query_scale; rows past `rows` are 0."""
     width, lanes = tiling.chunk_elements(spec), tiling.lanes
     elements = spec.head_dim // lanes
 
     @inline
-    def stage(query, query_offset, head_stride, rows, lane, q):
+    def stage(query, query_offset, head_stride, rows, query_scale, lane, q):
         for r in T.unroll(tiling.row_tile):
             for i in T.unroll(elements):
                 q[r * elements + i] = T.float32(0)
             if r < rows:
                 for i in T.unroll(elements):
                     d = T.meta_var((i // width * lanes + T.truncmod(lane, lanes)) * width + i % width)
-                    q[r * elements + i] = T.Cast(
-                        "float32", query[query_offset + T.int64(r) * head_stride + T.Cast("int64", d)]
-                    )
+                    element = T.meta_var(query[query_offset + T.int64(r) * head_stride + T.Cast("int64", d)])
+                    q[r * elements + i] = scaled(spec, T.Cast("float32", element), query_scale)
 
     return stage
 
@@ -62,7 +62,7 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     elements = own_chunks * width
 
     @inline
-    def stage(ring, keys, values, scale, valid_len, lane, q, row_max, row_sum, acc):
+    def stage(ring, keys, values, score_scale, headroom, valid_len, lane, q, row_max, row_sum, acc):
         words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
         scores = T.alloc_buffer((tokens * rows,), "float32", scope="local")
         for i in T.unroll(tokens * rows):
@@ -85,7 +85,7 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
                     )
                 scores[t * rows + r] = T.Select(
                     t * teams + T.truncdiv(lane, lanes) < valid_len,
-                    scores[t * rows + r] * scale,
+                    scores[t * rows + r] * score_scale,
                     T.float32(NEGATIVE_INFINITY),
                 )
                 highest = T.max(highest, scores[t * rows + r])
@@ -97,7 +97,9 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
             for i in T.unroll(elements):
                 acc[r * elements + i] = acc[r * elements + i] * alpha
             for t in T.unroll(tokens):
-                T.ptx["ex2.approx.ftz.f32"](scores[t * rows + r], (scores[t * rows + r] - shift) * T.float32(LOG2_E))
+                T.ptx["ex2.approx.ftz.f32"](
+                    scores[t * rows + r], exponent(spec, scores[t * rows + r] - shift, headroom)
+                )
                 row_sum[r] = row_sum[r] + scores[t * rows + r]
         for t in T.unroll(tokens):
             for c in T.unroll(own_chunks):

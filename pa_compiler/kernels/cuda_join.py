@@ -8,6 +8,7 @@ from tvm.script import tirx as T
 
 from pa_compiler.cuda_tiling import CudaTiling
 from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY
+from pa_compiler.kernels.headroom import lifted
 from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -17,14 +18,14 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
 
     Where the sequence has one range, writes out[seq] and lse[seq]; otherwise the partial result of the item:
     partial_max, partial_sum and partial_acc at [item, head] and [item, head, head_dim].
-    A row whose sum is 0 has nothing in it, and gives 0 and -inf.
+    A row whose sum is 0 has no score but -inf, and gives 0 and -inf.
     """
     head_dim, heads, warps, rows = spec.head_dim, spec.num_heads, tiling.warps, tiling.row_tile
     pitch, threads = tiling.acc_pitch(spec), tiling.threads
 
     @inline
-    def stage(warp_max, warp_sum, warp_acc, thread, whole, item, first_head, num_rows, partial_max, partial_sum,
-              partial_acc, out, out_offset, out_head, lse, lse_offset):  # fmt: skip
+    def stage(warp_max, warp_sum, warp_acc, thread, whole, item, first_head, num_rows, headroom, partial_max,
+              partial_sum, partial_acc, out, out_offset, out_head, lse, lse_offset):  # fmt: skip
         weight = T.alloc_buffer((warps,), "float32", scope="local")
         for step in range(T.truncdiv(num_rows * head_dim + (threads - 1), threads)):
             row: T.let = T.truncdiv(step * threads + thread, head_dim)
@@ -43,13 +44,13 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                 head: T.let = T.Cast("int64", first_head + row)
                 if whole:
                     out[out_offset + head * out_head + T.Cast("int64", d)] = T.Cast(
-                        spec.out_dtype, T.Select(total == T.float32(0), T.float32(0), value / total)
+                        spec.out_dtype, T.Select(total == T.float32(0), value, value / total)
                     )
                     if d == 0:
                         lse[lse_offset + head] = T.Select(
                             total == T.float32(0),
                             T.float32(NEGATIVE_INFINITY),
-                            shift + T.log(total),
+                            shift + T.log(lifted(spec, total, headroom)),
                         )
                 else:
                     slot: T.let = T.Cast("int64", item) * T.int64(heads) + head

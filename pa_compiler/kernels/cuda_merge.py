@@ -7,6 +7,7 @@ from pa_compiler.cuda_tiling import WARP, CudaTiling
 from pa_compiler.kernels.cuda_check import report_indices
 from pa_compiler.kernels.cuda_plan import find_partials
 from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY
+from pa_compiler.kernels.headroom import headroom, lifted
 from pa_compiler.spec import PagedAttentionSpec
 
 
@@ -84,13 +85,13 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                         value = value + weight * partial_acc[slot * T.int64(head_dim) + T.Cast("int64", d)]
                     where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
                     out[where + T.Cast("int64", d)] = T.Cast(
-                        spec.out_dtype, T.Select(total == T.float32(0), T.float32(0), value / total)
+                        spec.out_dtype, T.Select(total == T.float32(0), value, value / total)
                     )
                     if d == 0:
                         lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(
                             total == T.float32(0),
                             T.float32(NEGATIVE_INFINITY),
-                            shift + T.log(total),
+                            shift + T.log(lifted(spec, total, headroom(spec, context_lens[seq]))),
                         )
 
     return cuda_merge

@@ -38,7 +38,7 @@ def range_length(tiling: CudaTiling) -> Callable[..., None]:
 
 
 def find_item(tiling: CudaTiling) -> Callable[..., None]:
-    """found = [sequence, first token, one past the last token, ranges of the sequence] of a work item, int32.
+    """found = [sequence, first token, one past the last token, ranges of the sequence, its length], int32, of an item.
 
     The sequence is -1 if there are fewer items. Warp-wide: all lanes of a warp call it and get the same.
     """
@@ -71,7 +71,8 @@ def find_item(tiling: CudaTiling) -> Callable[..., None]:
                 length: T.let = T.truncdiv(owned_steps + owned - 1, owned)
                 found[0] = first + owner
                 found[1] = number * length * step
-                found[2] = T.min(context_lens[first + owner], (number + 1) * length * step)
+                found[4] = context_lens[first + owner]
+                found[2] = T.min(found[4], (number + 1) * length * step)
                 found[3] = owned
             before = before + T.cuda.__shfl_sync(T.uint32(ALL_LANES), end, WARP - 1, WARP)
             first = first + WARP

@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 from pa_compiler.cuda_tiling import MMA_HEADS, MMA_TOKENS, WARP, CudaTiling
 from pa_compiler.kernels.cuda_plan import ALL_LANES
 from pa_compiler.kernels.cuda_ring import chunk_offset
-from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy
+from pa_compiler.kernels.cuda_strategy import LOG2_E, NEGATIVE_INFINITY, Strategy, exponent
 from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -42,11 +42,14 @@ def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
 
 
 def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """q_frag[tile, k, 2] = the query heads of a row tile as the second operands of QK; heads past `rows` are 0."""
+    """q_frag[tile, k, 2] = the query heads of a row tile as the second operands of QK; heads past `rows` are 0.
+
+    Times query_scale, as in headroom.scaled.
+    """
     depth = spec.head_dim // 16
 
     @inline
-    def stage(query, query_offset, head_stride, rows, lane, q_frag):
+    def stage(query, query_offset, head_stride, rows, query_scale, lane, q_frag):
         for i in T.unroll(tiling.mma_tiles * depth * 2):
             q_frag[i] = T.uint32(0)
         for n in T.unroll(tiling.mma_tiles):
@@ -59,6 +62,14 @@ def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                             q_frag[(n * depth + k) * 2 + half],
                             query.ptr_to([query_offset + T.Cast("int64", head) * head_stride + T.Cast("int64", d)]),
                         )
+        if spec.wide_range:  # once all loads are on their way
+            for i in T.unroll(tiling.mma_tiles * depth * 2):
+                word: T.uint32 = q_frag[i]
+                T.ptx["cvt.rn.bf16x2.f32"](
+                    q_frag[i],
+                    T.cuda.uint_as_float(T.bitwise_and(word, T.uint32(0xFFFF0000))) * query_scale,
+                    T.cuda.uint_as_float(T.shift_left(word, T.uint32(16))) * query_scale,
+                )
 
     return stage
 
@@ -69,11 +80,11 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
 
     @inline
-    def stage(ring, keys, values, scale, valid_len, lane, q_frag, row_max, row_sum, acc):
+    def stage(ring, keys, values, score_scale, headroom, valid_len, lane, q_frag, row_max, row_sum, acc):
         scores = T.alloc_buffer((operands * 4,), "float32", scope="local")
         p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
         qk_stage(ring, keys, q_frag, lane, scores)
-        softmax_stage(scores, scale, valid_len, lane, row_max, row_sum, acc, p_frag)
+        softmax_stage(scores, score_scale, headroom, valid_len, lane, row_max, row_sum, acc, p_frag)
         pv_stage(ring, values, p_frag, lane, row_sum, acc)
 
     return stage
@@ -120,7 +131,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
-    def stage(scores, scale, valid_len, lane, row_max, row_sum, acc, p_frag):
+    def stage(scores, score_scale, headroom, valid_len, lane, row_max, row_sum, acc, p_frag):
         alpha = T.alloc_buffer((2,), "float32", scope="local")
         shift = T.alloc_buffer((2,), "float32", scope="local")
         pair = T.alloc_buffer((2,), "uint32", scope="local")
@@ -129,7 +140,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                 for i in T.unroll(4):
                     token = T.meta_var(m * MMA_TOKENS + i // 2 * 8 + T.truncdiv(lane, 4))
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    scores[s] = T.Select(token < valid_len, scores[s] * scale, T.float32(NEGATIVE_INFINITY))
+                    scores[s] = T.Select(token < valid_len, scores[s] * score_scale, T.float32(NEGATIVE_INFINITY))
         for n in T.unroll(tiles):
             for h in T.unroll(2):
                 highest: T.float32 = row_max[n * 2 + h]
@@ -148,7 +159,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
             for m in T.unroll(blocks):
                 for i in T.unroll(4):
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    T.ptx["ex2.approx.ftz.f32"](scores[s], (scores[s] - shift[i % 2]) * T.float32(LOG2_E))
+                    T.ptx["ex2.approx.ftz.f32"](scores[s], exponent(spec, scores[s] - shift[i % 2], headroom))
                 for i in T.unroll(2):  # [token, head] -> [head, token], as the second operand has it
                     s = T.meta_var((m * tiles + n) * 4 + 2 * i)
                     T.ptx[pack](pair[i], scores[s + 1], scores[s])

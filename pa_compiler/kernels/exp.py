@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 from pa_compiler.kernels.script import inline
 
 _LOG2_E = 1.4426950408889634
+_LN2 = 0.6931471805599453
 _LN2_HIGH = 0.693359375  # ten bits: n * _LN2_HIGH is exact for every n that occurs
 _LN2_LOW = -2.12194440e-4
 _P0, _P1, _P2, _P3, _P4 = 0.49999994, 0.16666521, 0.041668389, 0.0083687156, 0.0013814602
@@ -19,17 +20,21 @@ _ROUND = 12583039.0  # 1.5 * 2**23 + 127: adding it leaves round(t) + 127 in the
 
 
 @inline
-def store_exp(buffer, indices, x, valid):
-    """buffer[indices] = exp(x) where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
+def store_exp(buffer, indices, x, valid, headroom=None):
+    """buffer[indices] = exp(x) / 2**headroom where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
 
-    Exactly 1 at 0, exactly 0 below -87, NaN for NaN.
+    Exactly 2**-headroom at 0, exactly 0 below -87 + headroom * ln 2, NaN for NaN. headroom is 0 unless given, and up to
+    32. It takes no operation: it goes into the exponent that the power of two gets.
     """
     arg: T.let = x
-    bits: T.let = T.reinterpret("int32", arg * T.float32(_LOG2_E) + T.float32(_ROUND))  # anything below _SMALLEST
-    n: T.let = T.reinterpret("float32", bits) - T.float32(_ROUND)  # from bits: TVM folds (t + c) - c
+    places = T.meta_var(T.float32(0) if headroom is None else T.Cast("float32", headroom))
+    rounding = T.meta_var(T.float32(_ROUND) - places)
+    smallest = T.meta_var(T.float32(_SMALLEST) + places * T.float32(_LN2))
+    bits: T.let = T.reinterpret("int32", arg * T.float32(_LOG2_E) + rounding)  # anything below the smallest
+    n: T.let = T.reinterpret("float32", bits) - rounding  # from bits: TVM folds (t + c) - c
     f: T.let = arg - n * T.float32(_LN2_HIGH) - n * T.float32(_LN2_LOW)
     high: T.let = (T.float32(_P4) * f + T.float32(_P3)) * f + T.float32(_P2)
     p: T.let = (high * f + T.float32(_P1)) * f + T.float32(_P0)
     series: T.let = p * (f * f) + f + T.float32(1)
     power: T.let = T.reinterpret("float32", T.shift_left(bits, 23))
-    buffer[indices] = T.Select(valid, T.Select(arg < T.float32(_SMALLEST), T.float32(0), series * power), T.float32(0))
+    buffer[indices] = T.Select(valid, T.Select(arg < smallest, T.float32(0), series * power), T.float32(0))

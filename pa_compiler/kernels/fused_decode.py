@@ -6,6 +6,7 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler.kernels import script
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, load_tile, token_offsets, value_access
+from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.online_update import fold, normalize, rescale, store_partial
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
@@ -20,7 +21,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     With partial_start < 0 the range is all that the sequences have: writes their out and lse. Otherwise writes the
     partial result of sequence batch_start + i to slot partial_start + i of partial_max, partial_sum (float32
     [slots, num_heads]) and partial_acc (float32 [slots, num_heads, head_dim]). A sequence with no tokens in the range
-    gives the empty result. The caller has checked shapes, lengths and block ids.
+    gives the empty result. The scale of scores is query_scale, a power of two up to 1, times score_scale. The caller
+    has checked shapes, lengths and block ids.
 
     A tile of tokens is taken through all kv heads, and for each through all tiles of its query heads, before the next:
     the caches are read once, in the order in which a block lies in memory. In a sweep all of them go through each stage
@@ -49,7 +51,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     pv_stage = pv_matmul(spec, tiling)
     rescale_stage, fold_stage = rescale(rows), fold(pass_tiles, rows, spec.head_dim)
     store_stage = store_partial(rows, spec.head_dim)
-    normalize_stage = normalize(rows, spec.head_dim, out_dtype)
+    normalize_stage = normalize(spec, rows)
 
     def rows_of_tile(row_start: Expr) -> Expr | int:
         """Query heads in the tile that begins at this row of its group."""
@@ -78,7 +80,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         block_begin: T.int32,
         block_end: T.int32,
         partial_start: T.int32,
-        scale: T.float32,
+        query_scale: T.float32,
+        score_scale: T.float32,
     ):
         batch, max_blocks, slots, k_span, v_span = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         q_batch, q_head, table_seq = T.int64(), T.int64(), T.int64()
@@ -111,6 +114,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, spec.head_dim), "float32")
                 seq: T.let = batch_start + vs
+                places: T.let = headroom(spec, context_lens[seq])
                 range_begin: T.let = block_begin * spec.block_size
                 range_len: T.let = T.max(T.min(block_end * spec.block_size, context_lens[seq]) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
@@ -122,7 +126,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         T.writes()
                         row_start: T.let = T.floormod(vtile, group_tiles) * rows
                         head_start: T.let = T.floordiv(vtile, group_tiles) * group + row_start
-                        load_query_stage(query, q_tile, seq, vtile, head_start, rows_of_tile(row_start))
+                        load_query_stage(query, q_tile, seq, vtile, head_start, rows_of_tile(row_start), query_scale)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -185,8 +189,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                                 T.reads()
                                                 T.writes()
                                                 softmax_stage(
-                                                    scores, probs, tile_max, tile_sum, vslot, scale, valid_len,
-                                                    num_groups,
+                                                    scores, probs, tile_max, tile_sum, vslot, score_scale, places,
+                                                    valid_len, num_groups,
                                                 )  # fmt: skip
                                                 if tiling.dot_pairs:
                                                     pairs_stage(probs, prob_pairs, vslot, num_groups)
@@ -216,7 +220,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         first_head: T.let = T.floordiv(vtile, group_tiles) * group + first_row
                         num_rows = T.meta_var(rows_of_tile(first_row))
                         if partial_start < 0:
-                            normalize_stage(row_max, row_sum, acc, vtile, out, lse, seq, first_head, num_rows)
+                            normalize_stage(row_max, row_sum, acc, vtile, out, lse, seq, first_head, num_rows, places)
                         else:
                             store_stage(
                                 row_max, row_sum, acc, vtile, partial_max, partial_sum, partial_acc,

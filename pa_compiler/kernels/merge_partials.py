@@ -4,6 +4,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.kernels import script
+from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.online_update import normalize, online_update
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -19,10 +20,11 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     num_heads, out_dtype = spec.num_heads, spec.out_dtype or spec.dtype
     itemsize = ITEMSIZES[out_dtype]
     update_stage = online_update(num_heads, spec.head_dim)
-    normalize_stage = normalize(num_heads, spec.head_dim, out_dtype)
+    normalize_stage = normalize(spec, num_heads)
 
     @script.prim_func(s_tir=True)
     def merge_partials(
+        context_lens_handle: T.handle,
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
         partial_acc_handle: T.handle,
@@ -34,6 +36,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     ):
         batch, slots = T.int64(), T.int64()
         out_batch, out_head, lse_batch = T.int64(), T.int64(), T.int64()
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
         partial_max = T.match_buffer(partial_max_handle, (slots, heads), "float32", align=4)
         partial_sum = T.match_buffer(partial_sum_handle, (slots, heads), "float32", align=4)
         partial_acc = T.match_buffer(partial_acc_handle, (slots, heads, head_dim), "float32", align=4)
@@ -55,6 +58,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     update_stage(
                         partial_max, partial_sum, partial_acc, slot, row_max, row_sum, acc, 0, vstep, num_partials
                     )
-            normalize_stage(row_max, row_sum, acc, 0, out, lse, seq, 0, num_heads)
+            places: T.let = headroom(spec, context_lens[seq])
+            normalize_stage(row_max, row_sum, acc, 0, out, lse, seq, 0, num_heads, places)
 
     return merge_partials

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.headroom import lifted
 from pa_compiler.kernels.script import inline
 from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
+from pa_compiler.spec import PagedAttentionSpec
 
 
 def online_update(rows: int, head_dim: int) -> Callable[..., None]:
@@ -136,14 +138,16 @@ def store_partial(rows: int, head_dim: int) -> Callable[..., None]:
     return stage
 
 
-def normalize(rows: int, head_dim: int, out_dtype: str) -> Callable[..., None]:
+def normalize(spec: PagedAttentionSpec, rows: int) -> Callable[..., None]:
     """out = acc / row_sum and lse = row_max + ln(row_sum) of the first num_rows rows, for the heads from head_start on.
 
-    A row whose sum is 0 gives out = 0 and lse = -inf.
+    ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
+    lse = -inf.
     """
+    head_dim, out_dtype = spec.head_dim, spec.out_dtype or spec.dtype
 
     @inline
-    def stage(row_max, row_sum, acc, slot, out, lse, seq, head_start, num_rows):
+    def stage(row_max, row_sum, acc, slot, out, lse, seq, head_start, num_rows, headroom):
         with T.sblock("normalize"):
             T.reads(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:rows, 0:head_dim])
             T.writes(
@@ -167,7 +171,7 @@ def normalize(rows: int, head_dim: int, out_dtype: str) -> Callable[..., None]:
                     lse[seq, head_start + vr] = T.Select(
                         row_sum[slot, vr] == T.float32(0),
                         T.float32("-inf"),
-                        row_max[slot, vr] + T.log(row_sum[slot, vr]),
+                        row_max[slot, vr] + T.log(lifted(spec, row_sum[slot, vr], headroom)),
                     )
 
     return stage

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.cache_access import key_access, load, load_copied, prefetch, whole
+from pa_compiler.kernels.headroom import scaled
 from pa_compiler.kernels.pairs import dot_pairs, pair_floats
 from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
@@ -13,14 +14,19 @@ from pa_compiler.tiling import Tiling
 
 
 def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """q_tile[tile, r, :] = float32(query[seq, head_start + r, :]) for r < num_rows, 0 in the rows that pad the tile.
+    """q_tile[tile, r, :] = query_scale * query[seq, head_start + r, :] for r < num_rows, 0 in rows that pad the tile.
+
+    In float32, and of float16 without query_scale (headroom.scaled).
 
     Where pairs are multiplied, q_tile[tile, r, d] is the word of the elements 2d and 2d + 1 instead.
     """
     rows, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.dot_elements
 
+    def element(x, query_scale):
+        return scaled(spec, T.Cast("float32", x), query_scale)
+
     @inline
-    def stage(query, q_tile, seq, tile, head_start, num_rows):
+    def stage(query, q_tile, seq, tile, head_start, num_rows, query_scale):
         with T.sblock("load_query"):
             T.reads(query[seq, head_start : head_start + num_rows, 0:head_dim])
             T.writes(q_tile[tile, 0:rows, 0:depth])
@@ -31,8 +37,8 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                         q_tile[tile, vr, vd] = T.if_then_else(
                             vr < num_rows,
                             pair_floats(
-                                T.Cast("float32", query[seq, head_start + vr, 2 * vd]),
-                                T.Cast("float32", query[seq, head_start + vr, 2 * vd + 1]),
+                                element(query[seq, head_start + vr, 2 * vd], query_scale),
+                                element(query[seq, head_start + vr, 2 * vd + 1], query_scale),
                             ),
                             0,
                         )
@@ -41,7 +47,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     with T.sblock("q_tile"):
                         vr, vd = T.axis.remap("SS", [r, d])
                         q_tile[tile, vr, vd] = T.if_then_else(
-                            vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0)
+                            vr < num_rows, element(query[seq, head_start + vr, vd], query_scale), T.float32(0)
                         )
 
     return stage

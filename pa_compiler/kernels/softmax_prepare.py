@@ -15,10 +15,11 @@ EMPTY_ROW_MAX = -1e30
 
 
 def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """tile_max = max over t of scale * scores; probs = exp(scale * scores - tile_max); tile_sum = sum over t of probs.
+    """tile_max = max over t of scale * scores; probs = exp(scale * scores - tile_max) / 2**headroom; tile_sum: theirs.
 
-    scale * scores is rounded once and kept: a fused multiply-add with -tile_max would leave the product's rounding
-    error in the exponent of the maximum, which shows from scores of 1e5 on. Over the first num_groups * token_group
+    headroom is the sequence's (kernels/headroom.py). scale * scores is rounded once and kept: a fused multiply-add with
+    -tile_max would leave the product's rounding error in the exponent of the maximum, which shows from scores of 1e5
+    on. Over the first num_groups * token_group
     columns; columns at or past valid_len count as -inf and get probs of exactly 0 whatever their scores hold, NaN
     included. With valid_len == 0: tile_max = -1e30, tile_sum = 0, probs = 0. Products of -inf get probs of 0, and a row
     of nothing else is as an empty one, whose sum is 0; with one of +inf or NaN tile_sum is NaN.
@@ -28,7 +29,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
     @inline
-    def stage(scores, probs, tile_max, tile_sum, slot, scale, valid_len, num_groups):
+    def stage(scores, probs, tile_max, tile_sum, slot, scale, headroom, valid_len, num_groups):
         with T.sblock("softmax_prepare"):
             T.reads(scores[slot, 0:rows, 0:tokens])
             T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
@@ -59,7 +60,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("exact"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True)
+                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, headroom)
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
@@ -70,7 +71,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True)
+                        store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, headroom)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("tile_sum"):
                     vt = T.axis.reduce(tokens, to * group + ti)

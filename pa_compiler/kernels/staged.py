@@ -15,12 +15,16 @@ from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import script
 from pa_compiler.kernels import softmax_prepare as softmax
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, token_offsets, value_access
+from pa_compiler.kernels.headroom import headroom
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """scores of block block_idx of every sequence of the chunk, for the heads [head_start, head_start + num_rows)."""
+    """scores of block block_idx of every sequence of the chunk, for the heads [head_start, head_start + num_rows).
+
+    As the queries are with query_scale (qk_matmul.load_query).
+    """
     heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
     block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
     itemsize = ITEMSIZES[dtype]
@@ -45,6 +49,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         head_start: T.int32,
         num_rows: T.int32,
         block_idx: T.int32,
+        query_scale: T.float32,
     ):
         batch, max_blocks, k_span = T.int64(), T.int64(), T.int64()
         q_batch, q_head, table_seq = T.int64(), T.int64(), T.int64()
@@ -70,7 +75,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
                 num_offsets: T.let = T.ceildiv(valid_len, tiling.token_group) * tiling.token_group
-                load_query_stage(query, q_tile, seq, 0, head_start, num_rows)
+                load_query_stage(query, q_tile, seq, 0, head_start, num_rows, query_scale)
                 offsets_stage(
                     block_table, key_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, k_block, k_row
                 )
@@ -83,7 +88,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
 
 def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """probs, tile_max and tile_sum of block block_idx, every column of probs written; scale as in decode."""
+    """probs, tile_max and tile_sum of block block_idx, every column of probs written."""
     chunk, block_size = spec.batch_chunk, spec.block_size
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
     softmax_stage = softmax.softmax_prepare(spec, tiling)
@@ -98,7 +103,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         batch_start: T.int32,
         num_seqs: T.int32,
         block_idx: T.int32,
-        scale: T.float32,
+        score_scale: T.float32,
     ):
         batch = T.int64()
         context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
@@ -111,9 +116,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                valid_len: T.let = T.max(T.min(context_lens[batch_start + vs] - block_idx * block_size, block_size), 0)
+                context_len: T.let = context_lens[batch_start + vs]
+                valid_len: T.let = T.max(T.min(context_len - block_idx * block_size, block_size), 0)
                 softmax_stage(
-                    scores, probs, tile_max, tile_sum, vs, scale, valid_len, tokens // tiling.token_group
+                    scores, probs, tile_max, tile_sum, vs, score_scale, headroom(spec, context_len), valid_len,
+                    tokens // tiling.token_group,
                 )  # fmt: skip
 
     return softmax_prepare
@@ -221,10 +228,11 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
     chunk, rows, out_dtype = spec.batch_chunk, tiling.row_tile, spec.out_dtype or spec.dtype
     itemsize = ITEMSIZES[out_dtype]
-    normalize_stage = update.normalize(rows, spec.head_dim, out_dtype)
+    normalize_stage = update.normalize(spec, rows)
 
     @script.prim_func(s_tir=True)
     def normalize(
+        context_lens_handle: T.handle,
         row_max_handle: T.handle,
         row_sum_handle: T.handle,
         acc_handle: T.handle,
@@ -236,6 +244,7 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         num_rows: T.int32,
     ):
         batch, out_batch, out_head, lse_batch = T.int64(), T.int64(), T.int64(), T.int64()
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
         row_max = T.match_buffer(row_max_handle, (chunk, rows), "float32")
         row_sum = T.match_buffer(row_sum_handle, (chunk, rows), "float32")
         acc = T.match_buffer(acc_handle, (chunk, rows, spec.head_dim), "float32")
@@ -249,6 +258,8 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                normalize_stage(row_max, row_sum, acc, vs, out, lse, batch_start + vs, head_start, num_rows)
+                seq: T.let = batch_start + vs
+                places: T.let = headroom(spec, context_lens[seq])
+                normalize_stage(row_max, row_sum, acc, vs, out, lse, seq, head_start, num_rows, places)
 
     return normalize
