@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,16 @@ from runtime_calls import LENGTHS
 from specs import BASE, SPECS
 
 import pa_compiler
-from pa_compiler import compiler, cuda_compiler, cuda_target, library_cli, manifest, target, versions
+from pa_compiler import (
+    PagedAttentionSpec,
+    compiler,
+    cuda_compiler,
+    cuda_target,
+    library_cli,
+    manifest,
+    target,
+    versions,
+)
 
 BASE_PACKAGES = {"apache-tvm-ffi", "ml-dtypes", "numpy", "pa-compiler", "typing-extensions"}
 """Those of the base dependencies, and what tvm-ffi needs."""
@@ -33,14 +43,15 @@ runpy.run_path(script, run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def libraries(compiled, tmp_path_factory):
-    """A folder of libraries for runtime_calls.py: every type and layout, both pipelines."""
+def libraries(compiled, gpu_module, tmp_path_factory):
+    """A folder of libraries for runtime_calls.py: every type and layout, both pipelines, and one for a GPU."""
     folder = tmp_path_factory.mktemp("libraries")
     for name, pipeline in (*((name, "fused") for name in SPECS), ("float16", "staged")):
         module = compiled(SPECS[name], pipeline)
         out, lse = module.decode(*make_inputs(SPECS[name], LENGTHS).arguments, return_lse=True)
         module.save(folder / f"{name}_{pipeline}.so")
         (folder / f"{name}_{pipeline}.bits").write_bytes(out.tobytes() + lse.tobytes())
+    gpu_module(PagedAttentionSpec(2, 1, 16, 16, "float32")).save(folder / "cuda.so")
     return folder
 
 
@@ -85,7 +96,7 @@ def built_environment(name):
 
 def test_runs_where_nothing_else_can_be_imported(libraries):
     command = [sys.executable, "-c", BLOCKING, TESTS / "runtime_calls.py", ",".join(BASE_PACKAGES)]
-    assert "6 libraries" in run(*command, libraries, *versions.COMPILES_WITH, PYTHONPATH=str(TESTS))
+    assert "7 libraries" in run(*command, libraries, *versions.COMPILES_WITH, PYTHONPATH=str(TESTS))
 
 
 @pytest.mark.parametrize("name", ["oldest", "newest"])
@@ -96,22 +107,26 @@ def test_runs_in_an_environment_of_the_base_dependencies(libraries, name):
     assert BASE_PACKAGES - installed == set()
     assert installed - BASE_PACKAGES <= {"pip", "setuptools"}
     printed = run(python, TESTS / "runtime_calls.py", libraries, *versions.COMPILES_WITH)
-    assert "6 libraries" in printed
-    oldest = ".".join(map(str, versions.RUNS_WITH[0]))
-    assert (f"tvm-ffi {oldest}:" in printed) == (name == "oldest"), printed
+    assert "7 libraries" in printed
+    assert (f"tvm-ffi {dotted(versions.RUNS_WITH[0])}:" in printed) == (name == "oldest"), printed
     assert "Usage: pa-compiler" not in run(python.with_name("pa-compiler"), "--help")
 
 
 def test_the_dependencies_are_the_versions_that_are_checked():
-    requirements = importlib.metadata.requires("pa-compiler")
-    base = {text.replace(" ", "") for text in requirements if "extra" not in text}
-    assert {text.partition("<")[0].partition(">")[0] for text in base} == {"apache-tvm-ffi", "ml_dtypes", "numpy"}
-    first, end = versions.runs_with().split(",")
-    assert f"apache-tvm-ffi{end},{first}" in base or f"apache-tvm-ffi{first},{end}" in base
-    extra = [text.partition(";")[0].strip() for text in requirements if text.endswith('extra == "compiler"')]
+    requirements = [text.replace(" ", "") for text in importlib.metadata.requires("pa-compiler")]
+    extra = [text.partition(";")[0] for text in requirements if text.endswith('extra=="compiler"')]
     assert {text for text in extra if "==" in text} == {f"{name}=={pin}" for name, pin in versions.PINNED.items()}
-    names = {text.partition("=")[0].partition(">")[0] for text in extra}
-    assert names == {*versions.COMPILES_WITH, *versions.PINNED}
+    assert {re.match(r"[\w-]+", text)[0] for text in extra} == {*versions.COMPILES_WITH, *versions.PINNED}
+    base = {re.match(r"[\w-]+", text)[0]: text for text in requirements if "extra" not in text}
+    assert base.keys() == {"apache-tvm-ffi", "ml_dtypes", "numpy"}
+    assert set(re.findall("[<>=]+[^,]+", base["apache-tvm-ffi"])) == set(versions.runs_with().split(","))
+    oldest, (*of_end, last) = versions.RUNS_WITH
+    stated = f"apache-tvm-ffi {dotted(oldest)} to {dotted((*of_end, last - 1))}, NumPy and ml_dtypes"
+    assert stated in (TESTS.parent / "README.md").read_text()
+
+
+def dotted(release):
+    return ".".join(map(str, release))
 
 
 @pytest.mark.parametrize(
