@@ -200,7 +200,8 @@ def _print_kernels(console: Console, explanation: CudaExplanation) -> None:
     report.print_text(console, f"\n{text.table(heads, rows)}\n")
     report.print_facts(console, [(head, said) for head, said in _LEGEND.items() if head in heads])
     if not counts:
-        report.print_text(console, "Instructions are counted where there is nvdisasm, NVIDIA's disassembler.")
+        said = "Instructions are counted where there is nvdisasm, NVIDIA's disassembler."
+        report.print_text(console, text.wrapped(said, console.width, 0))
 
 
 def _count(instructions: Counter[str], pattern: str) -> int:
