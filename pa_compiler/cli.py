@@ -167,7 +167,7 @@ def explain_command(
 )
 def generate_command(check: bool, directory: Path) -> None:
     """Write generated/ again: what the compiler emits for a few named specs."""
-    with _step("Compiling"):
+    with _step("Compiling"), usage_errors():
         diff = generate.check(directory) if check else ""
         changed = [] if check else generate.write(directory)
     report.print_code(_STDOUT, diff, "diff")

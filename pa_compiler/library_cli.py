@@ -43,6 +43,8 @@ def main(words: Sequence[str]) -> None:
         parsers[name].error(f"argument --{argument}: {rest}")
     except (ImportError, OSError, RuntimeError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted")
 
 
 def fail(message: str) -> NoReturn:
@@ -56,7 +58,7 @@ def show(library: Path) -> None:
     contents = library.read_bytes()
     about = manifest.read(contents, library)
     unfit = about.unfit() or _unfit_runtime()
-    rows = [
+    _print(
         *text.spec_rows(about.spec),
         ("pipeline", about.pipeline),
         ("lse", about.lse),
@@ -68,8 +70,7 @@ def show(library: Path) -> None:
         ("kernels", f"SHA-256 {about.kernels}"),
         ("library", f"SHA-256, as it should be, {manifest.checksum(contents)}"),
         ("loads", f"no: {unfit}" if unfit else "yes"),
-    ]
-    _print(rows)
+    )
 
 
 def _unfit_runtime() -> str:
@@ -89,7 +90,7 @@ def verify(library: Path, seconds: float, seed: int | None, draw: int | None) ->
     module = modules.load(library)
     with _progress("Verifying", seconds) as advance:
         found = module.verify(seconds, seed=seed, draw=draw, advance=advance)
-    _print(_verification_rows(module, found))
+    _print(*_verification_rows(module, found))
     for failure in found.failures[:_SHOWN_FAILURES]:  # in whole lines, to be copied
         print(f"pa-compiler verify {shlex.quote(str(library))} --seed {failure.seed} --draw {failure.draw}")
     if not found.passed:
@@ -123,11 +124,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     version = importlib.metadata.version("pa-compiler")
     parser.add_argument("--version", action="version", version=f"%(prog)s, version {version}")
-    adder = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     parsers = {}
     for name, function in COMMANDS.items():
         said = function.__doc__ or ""
-        parsers[name] = adder.add_parser(name, help=said.partition("\n")[0], description=said, allow_abbrev=False)
+        parsers[name] = commands.add_parser(name, help=said.partition("\n")[0], description=said, allow_abbrev=False)
         parsers[name].add_argument("library", type=Path, help="What Module.save or pa-compiler build wrote.")
     option = parsers["verify"].add_argument
     option("--seconds", type=float, default=10, help="Time to spend on draws; one is made at least. [default: 10]")
@@ -136,7 +137,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, parsers
 
 
-def _print(rows: Sequence[tuple[str, str]]) -> None:
+def _print(*rows: tuple[str, str]) -> None:
     print(text.facts(rows, shutil.get_terminal_size().columns))
 
 

@@ -147,6 +147,18 @@ def test_importing_does_not_import_tvm(module):
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_compile_is_a_public_name_that_is_imported_when_it_is_asked_for():
+    code = """
+import sys
+import pa_compiler
+assert "compile" in dir(pa_compiler) and "pa_compiler.compiler" not in sys.modules
+from pa_compiler import *
+assert compile is pa_compiler.compile is sys.modules["pa_compiler.compiler"].compile
+assert "tvm" not in sys.modules and not hasattr(pa_compiler, "compiles")
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 @pytest.mark.parametrize("part", ["spec", "reference"])
 def test_needs_nothing_but_numpy(part):
     """The spec and the oracle stand on their own."""
