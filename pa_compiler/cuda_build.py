@@ -192,7 +192,7 @@ def tool(name: str) -> str:
     if path is None:
         raise RuntimeError(
             f"{name} is neither in CUDA_HOME/bin nor on PATH; target cuda needs NVIDIA's CUDA toolkit, 12.8 or later, "
-            "or its packages from PyPI: pip install pa-compiler[cuda]"
+            "or its packages from PyPI: pip install 'pa-compiler[compiler,cuda]'"
         )
     return path
 

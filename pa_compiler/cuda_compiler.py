@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from pa_compiler import cuda_build, cuda_host, cuda_tiling
+from pa_compiler import cuda_build, cuda_host, cuda_tiling, versions
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -40,7 +40,9 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused")
 
     Raises:
         ValueError: the target has no kernel for the spec.
+        ImportError, RuntimeError: there is no TVM, or one of another version.
     """
+    versions.check_compiler()
     from pa_compiler import build
     from pa_compiler.kernels import cuda
 

@@ -6,17 +6,18 @@ import dataclasses
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from pa_compiler import cuda_build, cuda_compiler, cuda_tiling, gpus, report
+from pa_compiler import cuda_build, cuda_compiler, cuda_tiling, gpus, report, text
 from pa_compiler import target as _target
 from pa_compiler.cases import Case
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.spec import PagedAttentionSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BATCH, TOKENS = 64, 4096
 """Sequences, and tokens of each, of the call that the predicted time is of."""
@@ -33,10 +34,16 @@ _COLUMNS = {
 }
 """Instructions of SASS, by the title of their column."""
 
-_LEGEND = """\
-copy   asynchronous copies from the caches to shared memory, 16 bytes a lane
-ldsm   ldmatrix: fragments of keys and values from shared memory
-load   loads from memory; store: stores to it"""
+_LEGEND = {
+    "regs": "registers of a thread",
+    "spill": "bytes of them that are spilled to memory",
+    "all": "instructions",
+    "copy": "asynchronous copies from the caches to shared memory, 16 bytes a lane",
+    "ldsm": "ldmatrix: fragments of keys and values from shared memory",
+    "mma": "products of fragments by tensor cores",
+    "shfl": "exchanges between the lanes of a warp",
+    "load": "loads from memory; store: stores to it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,34 +111,36 @@ def explain(
 
 def print_explanation(console: Console, explanation: CudaExplanation) -> None:
     """Print all of it."""
-    table, spec = report.facts(), explanation.spec
-    for label, text in report.spec_rows(spec)[:2]:
-        table.add_row(label, text)
-    table.add_row("target", report.target_text(explanation.target.config))
-    table.add_row("strategy", f"{explanation.tiles.strategy}. {explanation.reason}")
-    for label, text in (*_tile_rows(explanation), *_work_rows(explanation)):
-        table.add_row(label, text)
-    console.print(table)
+    report.print_facts(
+        console,
+        [
+            *text.spec_rows(explanation.spec)[:2],
+            ("target", text.target_text(explanation.target.config)),
+            ("strategy", f"{explanation.tiles.strategy}. {explanation.reason}"),
+            *_tile_rows(explanation),
+            *_work_rows(explanation),
+        ],
+    )
     _print_kernels(console, explanation)
 
 
 def _tile_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
     """The tiles, and what a thread block takes of an SM."""
     spec, tiles, fits = explanation.spec, explanation.tiles, explanation.residence
-    row_tiles = report.counted(tiles.row_tiles(spec), "tile")
-    of_group = report.counted(spec.group, "row")
-    width = f"{report.counted(tiles.lanes, 'lane')} a token" if tiles.strategy == "fma" else "mma.m16n8k16"
+    row_tiles = text.counted(tiles.row_tiles(spec), "tile")
+    of_group = text.counted(spec.group, "row")
+    width = f"{text.counted(tiles.lanes, 'lane')} a token" if tiles.strategy == "fma" else "mma.m16n8k16"
     in_flight = (tiles.stages - 1) * tiles.warps * 2 * tiles.tile_bytes(spec) * fits.blocks
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {of_group} of a kv head, {width}"),
         (
             "rings",
-            f"{report.counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys and "
+            f"{text.counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys and "
             f"values: {tiles.shared_bytes(spec):,} bytes of shared memory a thread block",
         ),
         (
             "resident",
-            f"{report.counted(fits.blocks, 'thread block')} on an SM: {fits.registers} by registers, {fits.shared} by "
+            f"{text.counted(fits.blocks, 'thread block')} on an SM: {fits.registers} by registers, {fits.shared} by "
             f"shared memory, {fits.threads} by threads",
         ),
         ("in flight", f"{in_flight:,} bytes an SM, while as many warps compute"),
@@ -163,7 +172,7 @@ def _work_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
         *rows,
         (
             "plan",
-            f"{BATCH} sequences of {TOKENS:,} tokens: {report.counted(ranges[0], 'range')} each, {blocks:,} thread "
+            f"{BATCH} sequences of {TOKENS:,} tokens: {text.counted(ranges[0], 'range')} each, {blocks:,} thread "
             f"blocks, {blocks / resident:.1f} times what the {gpu} runs at once",
         ),
         ("partials", f"{partial_bytes:,} bytes written and read, {partial_bytes / total.kv_bytes:.1%} of the caches'"),
@@ -178,20 +187,19 @@ def _work_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
 def _print_kernels(console: Console, explanation: CudaExplanation) -> None:
     """Print what each kernel takes, and what its machine code consists of."""
     counts = explanation.instructions
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    table.add_column("kernel", overflow="fold")
-    for title in ("registers", "spilled", *(["instr.", *_COLUMNS] if counts else [])):
-        table.add_column(title, justify="right", overflow="fold")
+    heads = ["regs", "spill", *(["all", *_COLUMNS] if counts else [])]
+    rows: list[Sequence[str] | str] = []
     for kernel, resources in sorted(explanation.resources.items()):
-        cells = [str(resources.registers), str(resources.spill_bytes)]
+        numbers = [resources.registers, resources.spill_bytes]
         if counts:
             of_kernel = counts[kernel]
-            cells += [str(of_kernel.total()), *(str(_count(of_kernel, pattern)) for pattern in _COLUMNS.values())]
-        table.add_row(kernel.removeprefix("cuda_"), *cells)
-    console.print()
-    console.print(table)
-    console.print()
-    console.print(_LEGEND if counts else "Instructions are counted where there is nvdisasm, NVIDIA's disassembler.")
+            numbers += [of_kernel.total(), *(_count(of_kernel, pattern) for pattern in _COLUMNS.values())]
+        rows += [kernel.removeprefix("cuda_"), [str(number) for number in numbers]]
+    report.print_text(console, f"\n{text.table(heads, rows)}\n")
+    report.print_facts(console, [(head, said) for head, said in _LEGEND.items() if head in heads])
+    if not counts:
+        said = "Instructions are counted where there is nvdisasm, NVIDIA's disassembler."
+        report.print_text(console, text.wrapped(said, console.width, 0))
 
 
 def _count(instructions: Counter[str], pattern: str) -> int:

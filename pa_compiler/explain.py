@@ -5,43 +5,49 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from pa_compiler import compiler, report, threads, tiling
+from pa_compiler import compiler, report, text, threads, tiling
 from pa_compiler import target as _target
 from pa_compiler.assembly import Counts, Loop, count, inner_loops
 from pa_compiler.cases import Case
 from pa_compiler.spec import PagedAttentionSpec
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 PREDICTED_TOKENS = 1000
 """Tokens of context that the predicted time is of."""
 
 _COLUMNS = {
-    "instructions": "instr.",
-    "fmas": "FMAs",
-    "dots": "dots",
-    "arithmetic": "float",
-    "loads": "loads",
+    "instructions": "all",
+    "fmas": "FMA",
+    "dots": "dot",
+    "arithmetic": "math",
+    "loads": "load",
     "broadcasts": "bcast",
-    "embedded": "embed",
-    "conversions": "conv.",
-    "prefetches": "pref.",
+    "embedded": "emb",
+    "conversions": "conv",
+    "prefetches": "pref",
     "stack_stores": "stack",
 }
-_LEGEND = """\
-line   where the first of the loops begins in inspect --stage asm
-dots   dot products of pairs of bfloat16, two FMAs each
-float  other float32 arithmetic
-bcast  broadcasts; embed: those that are an operand of another instruction
-conv.  conversions of the cache's elements to float32; or what pairs those of two tokens
-pref.  prefetches
-stack  stores to the stack: registers that are spilled, and small buffers"""
+"""The fields of Counts, and the heads of their columns."""
 
+_LEGEND = {
+    "line": "where the first of the loops begins in inspect --stage asm",
+    "n": "loops that are alike; the other numbers are of one pass through one of them",
+    "all": "instructions",
+    "FMA": "fused multiply-adds",
+    "dot": "dot products of pairs of bfloat16, two FMAs each",
+    "math": "other float32 arithmetic",
+    "load": "vectors read from memory",
+    "bcast": "broadcasts",
+    "emb": "broadcasts that are an operand of another instruction",
+    "conv": "conversions of the cache's elements to float32; or what pairs those of two tokens",
+    "pref": "prefetches",
+    "stack": "stores to the stack: registers that are spilled, and small buffers",
+}
 
 _ORDERS = {
     None: "head tile after head tile, from scores to outputs; instructions prefetch what the next one reads",
@@ -91,17 +97,20 @@ def print_explanation(
         flops: GFLOP/s of one core in float32; dot products of pairs of bfloat16 count as twice that.
         bandwidth: GB/s of one core. Without both the predicted time is left out.
     """
-    table, cpu = report.facts(), explanation.target
-    for label, text in report.spec_rows(explanation.spec):
-        table.add_row(label, text)
-    table.add_row("target", report.target_text(json.loads(cpu.config)))
-    table.add_row("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes")
-    table.add_row("pipeline", explanation.pipeline)
-    table.add_row("threads", threads.from_environment().description)
-    table.add_row("strategy", f"{explanation.tiles.strategy}. {explanation.reason}")
-    for label, text in (*_tile_rows(explanation), *_work_rows(explanation, flops, bandwidth)):
-        table.add_row(label, text)
-    console.print(table)
+    cpu = explanation.target
+    report.print_facts(
+        console,
+        [
+            *text.spec_rows(explanation.spec),
+            ("target", text.target_text(json.loads(cpu.config))),
+            ("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes"),
+            ("pipeline", explanation.pipeline),
+            ("threads", threads.from_environment().description),
+            ("strategy", f"{explanation.tiles.strategy}. {explanation.reason}"),
+            *_tile_rows(explanation),
+            *_work_rows(explanation, flops, bandwidth),
+        ],
+    )
     _print_loops(console, explanation.loops)
 
 
@@ -117,13 +126,13 @@ def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
         read = "read in place"
     else:
         read = "read in place, converted in registers"
-    row_tiles = report.counted(tiles.row_tiles(spec), "tile")
+    row_tiles = text.counted(tiles.row_tiles(spec), "tile")
     qk, pv = tiles.qk_sums(cpu.vector_lanes), tiles.pv_sums(cpu.vector_lanes)
     of_all = f"in {{}} of {cpu.vector_registers} registers".format
     return [
-        ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {report.counted(spec.group, 'row')} of a kv head"),
+        ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {text.counted(spec.group, 'row')} of a kv head"),
         ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
-        ("KV", f"{read}, {report.counted(tiles.word_elements, 'element')} a word"),
+        ("KV", f"{read}, {text.counted(tiles.word_elements, 'element')} a word"),
         ("order", _ORDERS[tiles.sweep] + _in_turn(tiles)),
         ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
         ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of head_dim, {of_all(pv)}"),
@@ -161,20 +170,20 @@ def _work_rows(explanation: Explanation, flops: float | None, bandwidth: float |
 
 def _print_loops(console: Console, loops: list[Loop]) -> None:
     """Print what the loops that compute consist of, those of the same make in one line, and how many others."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    table.add_column("inner loops of", overflow="fold")
-    for title in ("line", "loops", *_COLUMNS.values()):
-        table.add_column(title, justify="right", overflow="fold")
+    rows: list[Sequence[str] | str] = []
     others = len(loops)
     for function, of_function in itertools.groupby(loops, lambda loop: loop.function):
-        name = function.removeprefix("__tvm_ffi_")
-        for counts, lines in _alike(of_function).items():
-            others -= len(lines)
-            table.add_row(name, str(lines[0]), str(len(lines)), *(str(getattr(counts, field)) for field in _COLUMNS))
-            name = ""
-    console.print()
-    console.print(table)
-    console.print(Text(f"... and {report.counted(others, 'inner loop')} without float32 arithmetic.\n{_LEGEND}"))
+        alike = _alike(of_function)
+        others -= sum(map(len, alike.values()))
+        if alike:
+            rows.append(f"inner loops of {function.removeprefix('__tvm_ffi_')}")
+        for counts, lines in alike.items():
+            numbers = (lines[0], len(lines), *(getattr(counts, name) for name in _COLUMNS))
+            rows.append([str(number) for number in numbers])
+    table = text.table(("line", "n", *_COLUMNS.values()), rows)
+    rest = f"... and {text.counted(others, 'inner loop')} without float32 arithmetic."
+    report.print_text(console, f"\n{table}\n{rest}\n")
+    report.print_facts(console, list(_LEGEND.items()))
 
 
 def _alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:

@@ -6,13 +6,15 @@ import dataclasses
 import importlib.resources
 import re
 from collections.abc import Sequence
-
-import jinja2
+from typing import TYPE_CHECKING
 
 from pa_compiler.interface import THREADING, WorkItem
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.target import INSTRUCTION_SETS, CpuTarget, instruction_sets
 from pa_compiler.tiling import Tiling
+
+if TYPE_CHECKING:
+    import jinja2
 
 _DTYPES = {
     "float32": "{kDLFloat, 32, 1}",
@@ -75,6 +77,8 @@ def render_template(name: str, spec: PagedAttentionSpec, description: str, **val
 
 
 def _environment() -> jinja2.Environment:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(importlib.resources.files("pa_compiler.templates"))),
         undefined=jinja2.StrictUndefined,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pa_compiler import cuda_target
+from pa_compiler import cuda_target, versions
 
 TargetLike = str | Mapping[str, Any]
 
@@ -143,7 +143,9 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
 
     Raises:
         ValueError: LLVM does not know the mcpu.
+        ImportError, RuntimeError: there is no TVM, or one of another version.
     """
+    versions.check_compiler()
     import tvm_ffi
     from tvm.target import Target, codegen
 

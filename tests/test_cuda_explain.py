@@ -60,7 +60,7 @@ def test_explain():
     assert "13,400 GFLOP/s, min(989,400, 3350 x 4): bound by memory" in text
     assert "320.5 us" in text  # 64 * 4096 * 4096 bytes at 3350 GB/s
     if cuda_build.find_tool("nvdisasm"):
-        row = re.search(r"^decode +(.*)$", done.output, re.MULTILINE)[1].split()
+        row = re.search(r"^decode\n *(.*)$", done.output, re.MULTILINE)[1].split()
         assert row[1] == "0"
         assert row[3:6] == ["16", "16", "17"]
     else:

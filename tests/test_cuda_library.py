@@ -165,7 +165,8 @@ def test_from_the_cache(module, monkeypatch):
 def test_without_nvcc(own_cache, monkeypatch):
     monkeypatch.setattr(cuda_build, "find_tool", lambda name: None)
     with pytest.raises(
-        RuntimeError, match=r"^nvcc is neither in CUDA_HOME/bin nor on PATH; .* pip install pa-compiler\[cuda\]$"
+        RuntimeError,
+        match=r"^nvcc is neither in CUDA_HOME/bin nor on PATH; .* pip install 'pa-compiler\[compiler,cuda\]'$",
     ):
         pa_compiler.compile(SPEC, target="cuda")
 

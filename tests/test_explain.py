@@ -44,7 +44,7 @@ def invoke(*words):
 
 def printed_loops(text):
     """{line of the assembly: the numbers beside it}, from the table that explain prints."""
-    rows = (re.fullmatch(r"\s*(?:[a-z]\w+)?((?:\s+\d+){12})\s*", line) for line in text.splitlines())
+    rows = (re.fullmatch(r"\s*(\d+(?:\s+\d+){11})", line) for line in text.splitlines())
     numbers = [list(map(int, row[1].split())) for row in rows if row]
     return {line: rest for line, *rest in numbers}
 

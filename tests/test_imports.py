@@ -18,8 +18,10 @@ ARROWS = {
     "interface": set(),
     "reference": set(),
     "layout": {"spec"},
+    "versions": set(),
+    "text": {"spec"},
     "cuda_target": set(),
-    "target": {"cuda_target"},
+    "target": {"cuda_target", "versions"},
     "cache": set(),
     "tolerances": {"spec", "reference"},
     "tiling": {"spec", "target"},
@@ -34,12 +36,14 @@ ARROWS = {
     "cuda_host": {
         *("spec", "interface", "cuda_target", "tiling", "cuda_tiling", "kernels", "host", "cuda_build"),
     },
-    "cuda_compiler": {"spec", "cuda_target", "cuda_tiling", "kernels", "schedules", "build", "cuda_build", "cuda_host"},
+    "cuda_compiler": {
+        *("spec", "versions", "cuda_target", "cuda_tiling", "kernels", "schedules", "build", "cuda_build", "cuda_host"),
+    },
     "memory": set(),
     "arguments": set(),
     "threads": {"interface", "arguments"},
     "manifest": {"spec", "target"},
-    "loader": {"manifest"},
+    "loader": {"versions", "manifest"},
     "draws": {"spec", "tiling"},
     "verify": {"spec", "arguments", "layout", "reference", "tolerances", "draws"},
     "module": {"spec", "interface", "arguments", "memory", "threads", "manifest", "loader", "verify"},
@@ -47,38 +51,40 @@ ARROWS = {
     "cuda_module": {"interface", "arguments", "module", "verify", "cuda_verify"},
     "modules": {"manifest", "loader", "module", "cuda_module"},
     "compiler": {
-        *("spec", "target", "tiling", "kernels", "schedules", "host", "build"),
+        *("spec", "versions", "target", "tiling", "kernels", "schedules", "host", "build"),
         *("cuda_target", "cuda_tiling", "cuda_compiler"),
         *("manifest", "loader", "module", "modules", "cache"),
     },
     "cases": {"spec", "reference", "tolerances"},
     "__init__": {"spec", "interface", "reference", "layout", "module", "cuda_module", "modules", "compiler"},
     "generate": {"spec", "cuda_target", "cuda_compiler", "compiler", "host"},
-    "report": {"spec", "interface", "cases", "tolerances", "manifest", "module", "verify"},
+    "report": {"text", "interface", "cases", "tolerances", "module"},
     "assembly": set(),
-    "explain": {"spec", "target", "tiling", "threads", "compiler", "assembly", "cases", "report"},
+    "explain": {"spec", "text", "target", "tiling", "threads", "compiler", "assembly", "cases", "report"},
     "cuda_explain": {
-        *("spec", "target", "cuda_target", "cuda_tiling", "cuda_build", "cuda_compiler", "gpus", "cases", "report"),
+        *("spec", "text", "target", "cuda_target", "cuda_tiling", "cuda_build", "cuda_compiler", "gpus", "cases"),
+        "report",
     },
     "options": {"spec", "target", "compiler", "cases"},
+    "library_cli": {"text", "versions", "manifest", "module", "modules", "verify"},
     "cli": {
-        *(
-            "cuda_explain",
-            "gpus",
-            "__init__",
-            "spec",
-            "cases",
-            "cache",
-            "generate",
-            "report",
-            "explain",
-            "options",
-            "manifest",
-            "module",
-        ),
-        "compiler",
+        *("__init__", "spec", "cases", "cache", "compiler", "generate", "report", "explain", "cuda_explain", "gpus"),
+        *("options", "module", "library_cli"),
     },
+    "__main__": {"versions", "library_cli", "cli"},
 }
+
+RUNTIME = {"__init__", "__main__"}
+"""What a program that runs libraries imports, and with it all that these import but for what compiles."""
+COMPILER = {"compiler", "cli"}
+BASE_PACKAGES = {"pa_compiler", "tvm_ffi", "numpy", "ml_dtypes"}
+OTHERS = {
+    "module": {"torch"},  # of callers with torch's tensors
+    "cuda_module": {"torch"},
+    "cuda_verify": {"torch"},
+    "target": {"tvm"},  # in resolve, for the compiler
+}
+"""By the part that imports it, inside a function that not all programs call."""
 
 
 def part_of(name):
@@ -91,19 +97,36 @@ def sources():
     return [pytest.param(part_of(name), path, id=name) for name, path in python_files().items()]
 
 
-def imported_parts(tree):
-    """Parts of pa_compiler that a file imports anywhere in it, inside functions and for type checks too."""
+def imported_names(tree):
+    """What a file imports anywhere in it, inside functions and for type checks too, with the names inside of it."""
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"line {node.lineno}: imports are absolute here"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            package, _, part = name.partition(".")
-            if package == "pa_compiler":
-                yield part.partition(".")[0] or "__init__"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_parts(tree):
+    """Parts of pa_compiler among them."""
+    for name in imported_names(tree):
+        package, _, part = name.partition(".")
+        if package == "pa_compiler":
+            yield part.partition(".")[0] or "__init__"
+
+
+def runtime_parts():
+    """The parts that a program which runs libraries may import."""
+    found, waiting = set(), set(RUNTIME)
+    while waiting:
+        part = waiting.pop()
+        found.add(part)
+        waiting |= set(imported_parts(parsed(part))) - found - COMPILER
+    return found
+
+
+def parsed(part):
+    return ast.parse(importlib.resources.files("pa_compiler").joinpath(f"{part}.py").read_text())
 
 
 @pytest.mark.parametrize(("part", "path"), sources())
@@ -140,16 +163,34 @@ def test_the_arrows_have_no_cycle():
         assert all(order.index(name) < order.index(part) for name in imported), part
 
 
+def test_what_runs_a_library_imports_three_packages():
+    parts = runtime_parts()
+    assert {"module", "verify", "modules", "library_cli"} <= parts
+    for part in sorted(parts):
+        names = {name.partition(".")[0] for name in imported_names(parsed(part))}
+        assert names <= {*sys.stdlib_module_names, *BASE_PACKAGES, *OTHERS.get(part, ())}, part
+
+
 @pytest.mark.parametrize("module", ["pa_compiler", "pa_compiler.cases", "pa_compiler.cli", "pa_compiler.cache"])
 def test_importing_does_not_import_tvm(module):
     code = f"import sys, {module}; assert 'tvm' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_compile_is_a_public_name_that_is_imported_when_it_is_asked_for():
+    code = """
+import sys
+import pa_compiler
+assert "compile" in dir(pa_compiler) and "pa_compiler.compiler" not in sys.modules
+from pa_compiler import *
+assert compile is pa_compiler.compile is sys.modules["pa_compiler.compiler"].compile
+assert "tvm" not in sys.modules and not hasattr(pa_compiler, "compiles")
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 @pytest.mark.parametrize("part", ["spec", "reference"])
 def test_needs_nothing_but_numpy(part):
     """The spec and the oracle stand on their own."""
-    tree = ast.parse(importlib.resources.files("pa_compiler").joinpath(f"{part}.py").read_text())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = {name.partition(".")[0] for name in imported_names(parsed(part))}
     assert names <= {"__future__", "dataclasses", "math", "numpy"}

@@ -45,7 +45,7 @@ def test_command_prints_what_is_shown(build_cache, monkeypatch, example):
 
 
 def test_verify_prints_what_is_shown(compiled, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_STDOUT", Console(width=80))
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     compiled(pa_compiler.PagedAttentionSpec(32, 8, 128, 16, "bfloat16")).save("pa.so")
     (shown,) = (text for _, text in BLOCKS if text.startswith("$ pa-compiler verify pa.so\n"))

@@ -211,7 +211,7 @@ def test_the_command_passes_a_right_library(compiled, tmp_path):
         assert expected in result.stdout
     result = CliRunner().invoke(cli.main, ["verify", str(tmp_path / "pa.so"), "--draw", "7"])
     assert result.exit_code == 2
-    assert "'--seed': expected the seed of draw 7, got None" in result.stderr
+    assert "argument --seed: expected the seed of draw 7, got None" in result.stderr
 
 
 @pytest.mark.scorecard(13)

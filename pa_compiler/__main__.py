@@ -1,0 +1,30 @@
+"""The pa-compiler command: all of it where the compiler is installed, and elsewhere what a library needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pa_compiler import library_cli, versions
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command with these words, or with those of the process. It may end by SystemExit."""
+    words = list(sys.argv[1:] if words is None else words)
+    if words and words[0] in library_cli.COMMANDS:
+        library_cli.main(words)
+    elif not (absent := versions.absent()):
+        from pa_compiler import cli
+
+        cli.main(words, prog_name="pa-compiler")
+    elif words and not words[0].startswith("-"):
+        library_cli.fail(
+            f"{words[0]}: expected one of {', '.join(library_cli.COMMANDS)} in an environment without "
+            f"{', '.join(absent)}; for the other commands: {versions.INSTALL}"
+        )
+    else:
+        library_cli.main(words)  # its help
+
+
+if __name__ == "__main__":
+    main()

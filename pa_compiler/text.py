@@ -1,0 +1,67 @@
+"""What is said of specs, targets and numbers, and how it stands in columns: plain text, by the standard library."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pa_compiler.spec import PagedAttentionSpec
+
+_VECTOR_EXTENSIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse4.2": "SSE4.2"}
+_LABEL_WIDTH = 8
+
+
+def facts(rows: Sequence[tuple[str, str]], width: int) -> str:
+    """Labels, and beside each its text, wrapped to width columns in all."""
+    indent = 2 + max(_LABEL_WIDTH, *(len(label) for label, _ in rows))
+    return "\n".join(f"{label:{indent}}{wrapped(said, width, indent)}" for label, said in rows)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str] | str], gap: int = 1) -> str:
+    """Cells below their heads, at the right of columns; a row that is one text stands as it is, as a heading.
+
+    The columns are as wide as what is in them, however wide the terminal is, so that nothing is cut.
+    """
+    cells = [heads, *(row for row in rows if not isinstance(row, str))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        return (" " * gap).join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+
+    rule = "-" * len(line(heads))
+    return "\n".join([line(heads), rule, *(row if isinstance(row, str) else line(row) for row in rows)])
+
+
+def wrapped(said: str, width: int, indent: int) -> str:
+    """A paragraph that begins at a column, its further lines below that. Words are never broken, however long."""
+    lines = textwrap.wrap(said, max(width - indent, 1), break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines)
+
+
+def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
+    """What is said of a spec: rows of facts()."""
+    heads = f"{counted(spec.num_heads, 'query head')} on {counted(spec.num_kv_heads, 'kv head')} of {spec.head_dim}"
+    return [
+        ("spec", f"{heads}, {spec.dtype} in, {spec.out_dtype} out"),
+        ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}"),
+        ("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}"),
+    ]
+
+
+def target_text(target: Mapping[str, Any]) -> str:
+    """What is said of a TVM target."""
+    if target["kind"] == "cuda":
+        return f"cuda, {target['arch']}"
+    return ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)])
+
+
+def _vector_extension(target: Mapping[str, Any]) -> list[str]:
+    """The widest vector extension that a target states; none where its mcpu implies it."""
+    stated = target.get("mattr", ())
+    return [name for feature, name in _VECTOR_EXTENSIONS.items() if f"+{feature}" in stated][:1]
+
+
+def counted(number: int, noun: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
