@@ -20,7 +20,7 @@ class Fault:
 
 _DECODE = (
     "test_decode.py::test_every_length_to_three_blocks test_decode.py::test_lengths_around_the_tiles "
-    "test_poison.py test_decode.py test_invariance.py"
+    "test_poison.py test_ends.py test_decode.py test_invariance.py"
 )
 _KERNELS = "pa_compiler/kernels/"
 
