@@ -99,8 +99,9 @@ def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
     try:
         module.save(output)
     except OSError as error:
-        raise click.FileError(str(output), error.strerror or str(error)) from error
-    click.echo(f"{output}: {output.stat().st_size:,} bytes")
+        raise click.FileError(click.format_filename(output), error.strerror or str(error)) from error
+    if output.is_file():  # and no pipe, which may be what stdout is
+        click.echo(f"{click.format_filename(output)}: {output.stat().st_size:,} bytes")
 
 
 @main.command()
@@ -182,7 +183,7 @@ def explain_command(
 )
 def generate_command(check: bool, directory: Path) -> None:
     """Write generated/ again: what the compiler emits for a few named specs."""
-    with _step("Compiling"):
+    with _step("Compiling"), usage_errors():
         diff = generate.check(directory) if check else ""
         changed = [] if check else generate.write(directory)
     report.print_code(_STDOUT, diff, "diff")

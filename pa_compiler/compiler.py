@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pa_compiler import cache as _cache
 from pa_compiler import cuda_compiler, cuda_tiling, host, manifest, modules, tiling
+from pa_compiler import files as _files
 from pa_compiler import target as _target
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.loader import open_library
@@ -93,7 +94,7 @@ def compile(  # noqa: A001  (the public name)
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
-            (Path(dump_dir) / f"{number}_{STAGE_FILES[stage]}").write_text(text)
+            _files.write(Path(dump_dir) / f"{number}_{STAGE_FILES[stage]}", text.encode())
     return module
 
 

@@ -8,13 +8,12 @@ import numbers
 import os
 import types
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import memory
+from pa_compiler import files, memory
 from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
 from pa_compiler.manifest import Manifest
 
@@ -219,14 +218,15 @@ class Module:
         return [WorkItem(*map(int, line.split())) for line in lines]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            partial.write_bytes(self._library)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM.
+
+        A file that is there is replaced by one rename and keeps its permissions; a symbolic link stays, and what it
+        leads to is written; into a pipe or a character device, such as /dev/null, the bytes are written.
+
+        Raises:
+            OSError: path is a directory, a block device or a socket, or the file system refuses something.
+        """
+        files.write(path, self._library)
 
     def verify(
         self,
