@@ -90,7 +90,7 @@ def compile(  # noqa: A001  (the public name)
         with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
             _build(spec, config, pipeline, Path(directory))
             files = _cache.contents(Path(directory))
-    module = _loaded(files)
+    module = _loaded(files, spec)
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
@@ -216,10 +216,13 @@ def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str
     }
 
 
-def _loaded(files: Mapping[str, bytes]) -> Module:
+def _loaded(files: Mapping[str, bytes], spec: PagedAttentionSpec) -> Module:
     library = files["pa.so"]
     sources = {stage: files[file].decode() for stage, file in STAGE_FILES.items() if file in files}
-    return modules.make(library, manifest.read(library, "pa.so"), open_library(library, "pa.so"), sources)
+    about = manifest.read(library, "pa.so")
+    if about.spec == spec:  # where the library states the type of out, the spec may leave it to follow dtype
+        about = dataclasses.replace(about, spec=spec)
+    return modules.make(library, about, open_library(library, "pa.so"), sources)
 
 
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
@@ -246,7 +249,7 @@ def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> 
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     status = os.stat(compiler) if compiler else None
     return {
-        "spec": dataclasses.asdict(spec),
+        "spec": spec.stated(),
         "target": _target.fingerprint(config),
         "pipeline": pipeline,
         "versions": _versions(),

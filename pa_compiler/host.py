@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import re
 from collections.abc import Sequence
@@ -105,5 +104,5 @@ def _extents(shape: Sequence[str | int]) -> str:
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:
     """One line that says what a library is for."""
-    fields = ", ".join(f"{field.name}={getattr(spec, field.name)}" for field in dataclasses.fields(spec))
+    fields = ", ".join(f"{name}={value}" for name, value in spec.stated().items())
     return f"{pipeline} pipeline; {fields}"

@@ -65,7 +65,7 @@ class Module:
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         cache_dtype = self.spec.dtype
-        self._out_dtype = self.spec.out_dtype or cache_dtype
+        self._out_dtype = self.spec.result_dtype
         self._decode_arrays = expected_arrays(
             query=cache_dtype,
             key_cache=cache_dtype,
