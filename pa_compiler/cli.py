@@ -95,7 +95,11 @@ def bench(
 )
 def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
-    module = _compile(replace(cases.DEFAULT.spec), target, pipeline)
+    spec = replace(cases.DEFAULT.spec)
+    with _step("Compiling"), usage_errors():
+        from pa_compiler import compiler
+
+        module = compiler.compile_to_save(spec, target, pipeline)
     try:
         module.save(output)
     except OSError as error:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pa_compiler import cuda_compiler, files
+from pa_compiler import cuda_compiler, files, installation, interrupts
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.host import BANNER
 from pa_compiler.spec import PagedAttentionSpec
@@ -62,12 +62,18 @@ _CUDA_FILES = (
 
 def emit() -> dict[str, str]:
     """Emit every file of generated/: its path below generated/ -> its text."""
+    return interrupts.shielded(_emitted)
+
+
+def _emitted() -> dict[str, str]:
+    installation.check()
     from pa_compiler import compiler
 
     texts = {}
     for folder, entry in ENTRIES.items():
         if entry.is_cuda:
-            sources = cuda_compiler.lower(entry.spec, CudaTarget(entry.target)).texts
+            with compiler.using_tvm():
+                sources = cuda_compiler.lower(entry.spec, CudaTarget(entry.target)).texts
         else:
             sources = compiler.emit(entry.spec, {"kind": "llvm", "mcpu": entry.target}, entry.pipeline)
         for file in _CUDA_FILES if entry.is_cuda else _FILES:

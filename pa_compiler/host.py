@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from collections.abc import Sequence
 
 import jinja2
 
+from pa_compiler import installation
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.target import CpuTarget
 from pa_compiler.tiling import Tiling
@@ -78,7 +78,7 @@ def render_template(name: str, spec: PagedAttentionSpec, description: str, **val
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(str(importlib.resources.files("pa_compiler.templates"))),
+        loader=jinja2.DictLoader(installation.templates()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

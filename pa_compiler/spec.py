@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The element types, with their bytes."""
@@ -91,7 +90,7 @@ class PagedAttentionSpec:
         """Element type of out: out_dtype, or else dtype, whatever dataclasses.replace makes of that."""
         return self.out_dtype or self.dtype
 
-    def stated(self) -> dict[str, Any]:
+    def stated(self) -> dict[str, int | str]:
         """Every field by its name, with result_dtype for out_dtype: the same for specs that mean the same."""
         return dataclasses.asdict(self) | {"out_dtype": self.result_dtype}
 

@@ -16,7 +16,7 @@ import pytest
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, cache, compiler, target
+from pa_compiler import PagedAttentionSpec, cache, compiler, installation, target
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 
@@ -190,14 +190,14 @@ def test_another_python_misses(builds, monkeypatch, figure):
 
 def test_other_text_misses(builds, monkeypatch):
     pa_compiler.compile(BASE)
-    monkeypatch.setattr(compiler, "text_digest", lambda: "other")
+    monkeypatch.setattr(installation, "text_digest", lambda: "other")
     pa_compiler.compile(BASE)
     assert len(builds) == 2
 
 
 EVERY_FILE_COUNTS = """
 import pathlib, sys
-from pa_compiler.compiler import text_digest
+from pa_compiler.installation import text_digest
 unchanged = text_digest()
 files = [path for path in pathlib.Path(sys.argv[1]).rglob("*") if path.suffix in (".py", ".j2")]
 for path in files:
