@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -46,7 +47,7 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
 
     Raises:
         OSError: the intermediate file cannot be written.
-        RuntimeError: it cannot be read back.
+        RuntimeError: it cannot be read back, as from a directory whose name is not UTF-8.
     """
     import tvm
     from tvm.target import Target
@@ -69,6 +70,11 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
     try:
         module = tvm.runtime.load_module(str(text))
+    except UnicodeEncodeError as error:
+        raise RuntimeError(
+            f"{os.fsencode(directory)!r}: expected a directory whose name is UTF-8, for TVM to read from; PA_CACHE_DIR "
+            "names another one, and TMPDIR where there is no cache"
+        ) from error
     except RuntimeError as error:  # which may say no more than "Input/output error"
         raise RuntimeError(f"{text}: LLVM cannot read what it has written: {error}") from error
     llvm = module.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")

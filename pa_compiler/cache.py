@@ -51,13 +51,16 @@ def directory() -> Path:
 
 @contextlib.contextmanager
 def _saying_where(root: Path | None = None) -> Iterator[None]:
-    """What the file system refuses, below root if that is given, is an error that names PA_CACHE_DIR if that is set."""
+    """What the file system refuses, below root if that is given, is an error that says what else there is to do."""
     try:
         yield
     except OSError as error:
-        if not is_chosen() or (root and error.filename and not str(error.filename).startswith(str(root))):
+        if root and error.filename and not str(error.filename).startswith(str(root)):
             raise
-        says = "PA_CACHE_DIR: expected a directory to keep libraries in, or compile(cache=False)"
+        if is_chosen():
+            says = "PA_CACHE_DIR: expected a directory to keep libraries in, or compile(cache=False)"
+        else:
+            says = "the user's cache directory: expected one to keep libraries in, or PA_CACHE_DIR to name another"
         if error.errno:
             raise OSError(error.errno, f"{says}, got: {error.strerror}", error.filename) from error
         raise type(error)(f"{says}, got: {error}") from error

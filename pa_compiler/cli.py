@@ -208,7 +208,8 @@ def cache_dir() -> None:
     """Print where compiled modules are kept: PA_CACHE_DIR, else the user's cache directory."""
     from pa_compiler import cache
 
-    click.echo(cache.directory())
+    with usage_errors():
+        click.echo(click.format_filename(cache.directory()))
 
 
 @cache_command.command("clear")
@@ -216,7 +217,8 @@ def cache_clear() -> None:
     """Delete all compiled modules."""
     from pa_compiler import cache
 
-    cache.clear()
+    with usage_errors():
+        cache.clear()
 
 
 @contextlib.contextmanager

@@ -304,6 +304,8 @@ def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str
     config = _target.normalize(target)
     if config["kind"] == "cuda":
         cuda_tiling.check(spec, pipeline)
+    else:
+        tiling.check(spec, pipeline)
     return config
 
 

@@ -12,6 +12,9 @@ KV_LAYOUTS = ("NHD", "HND", "packed")
 
 PACKED_TOKENS = 16
 
+MAX_QUERY = 1 << 24
+"""Elements of all heads of a query, at most: kernels hold some copies of them in float32, 64 MB each."""
+
 _INTEGER_RANGES = {
     "num_heads": (1, 65536),
     "num_kv_heads": (1, 65536),
@@ -26,11 +29,13 @@ _INTEGER_RANGES = {
 class PagedAttentionSpec:
     """What is known about the attention at compile time. Two that mean the same are equal.
 
+    All that it takes is compiled, by the targets and pipelines that say nothing else, in up to 10 seconds of a CPU.
+
     Attributes:
-        num_heads: Query heads; a multiple of num_kv_heads.
-        num_kv_heads: Heads of the key and value caches.
-        head_dim: Elements of one head.
-        block_size: Tokens in one block of the cache.
+        num_heads: Query heads; a multiple of num_kv_heads, up to 65536, and with head_dim up to 2**24 elements.
+        num_kv_heads: Heads of the key and value caches, up to 65536.
+        head_dim: Elements of one head, up to 8192.
+        block_size: Tokens in one block of the cache, up to 65536.
         dtype: Element type of query, key_cache and value_cache: "float32", "float16" or "bfloat16".
         out_dtype: Element type of out as it was given; None where it was not, and is dtype: see result_dtype.
         kv_layout: "NHD", caches [num_blocks, block_size, num_kv_heads, head_dim], or
@@ -38,7 +43,7 @@ class PagedAttentionSpec:
             "packed", as the kernels read them best: see key_cache_shape and value_cache_shape. It needs a block_size
             that is a multiple of 16 and, for bfloat16, an even head_dim.
         head_tile: Query heads of one kv head that a kernel takes at a time; a power of two up to 64.
-        batch_chunk: Sequences of one chunk, the unit that batch_start steps by.
+        batch_chunk: Sequences of one chunk, the unit that batch_start steps by; up to 1024.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -74,6 +79,11 @@ class PagedAttentionSpec:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
+            )
+        if self.num_heads * self.head_dim > MAX_QUERY:
+            raise ValueError(
+                f"num_heads: expected 1 to {MAX_QUERY // self.head_dim} with head_dim = {self.head_dim}, "
+                f"got {self.num_heads}"
             )
         if self.head_tile & (self.head_tile - 1):
             raise ValueError(f"head_tile: expected a power of two, got {self.head_tile}")

@@ -69,11 +69,15 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session", autouse=True)
 def build_cache(tmp_path_factory):
-    """One build cache for all of this run's processes and none of the user's, so that nothing old is tested."""
+    """One build cache for all of this run's processes and none of the user's, so that nothing old is tested.
+
+    What the C++ compiler warns of in a host is an error here, and nowhere else.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PA_CACHE_DIR", str(shared / "build-cache"))
+        patch.setenv("CXX", f"{os.environ.get('CXX', '').strip() or 'g++'} -Wall -Wextra -Werror")
         patch.delenv("PA_NUM_THREADS", raising=False)
         yield shared / "build-cache"
 

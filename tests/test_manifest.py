@@ -16,7 +16,7 @@ from specs import BASE, SPECS, every_spec
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import cli, manifest, target
+from pa_compiler import cli, loader, manifest, target
 
 V3 = ("avx", "avx2", "bmi", "bmi2", "cmov", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sahf", "sse", "sse2", "sse3")
 V3 += ("sse4.1", "sse4.2", "ssse3")
@@ -39,7 +39,7 @@ def refused(tmp_path, monkeypatch):
         path = tmp_path / "refused.so"
         path.write_bytes(contents)
         with monkeypatch.context() as patch:
-            patch.setattr(tvm_ffi, "load_module", lambda _: pytest.fail("it was loaded"))
+            patch.setattr(loader, "_opened", lambda *_: pytest.fail("it was loaded"))
             with pytest.raises(RuntimeError, match=rf"(?s)^{path}: .*{match}"):
                 pa_compiler.load(path)
 
@@ -179,7 +179,7 @@ def test_one_library_in_a_process_however_often_it_is_loaded(compiled, tmp_path,
     compiled(BASE).save(tmp_path / "one.so")
     compiled(BASE).save(tmp_path / "two.so")
     pa_compiler.load(tmp_path / "one.so")
-    monkeypatch.setattr(tvm_ffi, "load_module", lambda _: pytest.fail("it was loaded again"))
+    monkeypatch.setattr(loader, "_opened", lambda *_: pytest.fail("it was loaded again"))
     assert pa_compiler.load(tmp_path / "two.so").spec == BASE
 
 
