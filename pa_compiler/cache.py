@@ -67,10 +67,7 @@ def _saying_where(root: Path | None = None) -> Iterator[None]:
 
 
 def _directory() -> Path:
-    path = Path(os.environ.get("PA_CACHE_DIR") or platformdirs.user_cache_path("pa_compiler"))
-    if not is_chosen() and not path.is_absolute():  # "~/.cache", of a user who has neither HOME nor a name
-        raise FileNotFoundError(f"{path}: expected the path of a cache directory, from XDG_CACHE_HOME, HOME or passwd")
-    path = path.absolute()  # a compiler would take a relative one for an option if it begins with a dash
+    path = Path(os.environ["PA_CACHE_DIR"]).absolute() if is_chosen() else _of_the_user()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.lstat()
     if path.is_symlink():
@@ -80,6 +77,16 @@ def _directory() -> Path:
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise PermissionError(f"{path}: expected a cache directory of mode 0700, got {mode:04o}; chmod 700 closes it")
+    return path
+
+
+def _of_the_user() -> Path:
+    try:
+        path = platformdirs.user_cache_path("pa_compiler")
+    except RuntimeError:  # as of newer versions where ~ stands for nothing
+        path = Path("~/.cache/pa_compiler")
+    if not path.is_absolute():
+        raise FileNotFoundError(f"{path}: expected an absolute path, by XDG_CACHE_HOME, by HOME or by the user's name")
     return path
 
 

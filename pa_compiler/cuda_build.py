@@ -116,8 +116,13 @@ def assemble(source: str, arch: str, directory: Path) -> Cubin:
     """Compile CUDA C to machine code for one architecture, such as "sm_90", in a directory for scratch.
 
     Raises:
-        RuntimeError: there is no nvcc, or it refuses the code.
+        RuntimeError: there is no nvcc, or it refuses the code; or the path of the directory has a $ or a ` in it.
     """
+    if {"$", "`"} & set(os.path.abspath(directory)):
+        raise RuntimeError(
+            f"{directory}: expected a directory without $ and `, since nvcc gives its path to a shell; PA_CACHE_DIR "
+            "names another one, and TMPDIR where there is no cache"
+        )
     text, ptx, image = directory / "kernels.cu", directory / "kernels.ptx", directory / "kernels.cubin"
     text.write_text(source)
     _run([*nvcc(), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", text.name, "-o", ptx.name], ptx)
@@ -226,7 +231,7 @@ def find_tool(name: str) -> str | None:
 def _run(command: list[str], made: Path) -> str:
     """Run one of the toolkit's programs, which must succeed and leave a file; return what it printed.
 
-    In that file's folder and with names alone: nvcc gives paths to a shell, which takes some of them for commands.
+    In that file's folder and with names alone, since nvcc gives paths to a shell.
     """
     with commands.start(command, made.parent, {"TMPDIR": "."}) as process:
         return commands.finish(process, command[0], made)

@@ -11,8 +11,10 @@ import cuda_emulator
 import gpu_memory
 import pytest
 import scorecard
+from specs import BASE
 
 import pa_compiler
+from pa_compiler import compiler
 
 
 def pytest_addoption(parser):
@@ -154,6 +156,21 @@ def memory(request):
     if request.config.getoption("--gpu"):
         return gpu_memory.real_memory()
     return gpu_memory.FakeMemory(request.getfixturevalue("gpu"))
+
+
+@pytest.fixture
+def faked_builds(compiled, monkeypatch):
+    """The builds that compile() asks for, which give it a library that is there already."""
+    module, asked = compiled(BASE), []
+
+    def build(spec, config, pipeline, directory):
+        asked.append((spec, config, pipeline))
+        module.save(directory / "pa.so")
+        for stage, text in module.sources.items():
+            (directory / compiler.STAGE_FILES[stage]).write_text(text)
+
+    monkeypatch.setattr(compiler, "_build", build)
+    return asked
 
 
 @pytest.fixture

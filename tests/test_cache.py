@@ -24,18 +24,9 @@ COMPILE = "import sys, pa_compiler; pa_compiler.compile(pa_compiler.PagedAttenti
 
 
 @pytest.fixture
-def builds(compiled, own_cache, monkeypatch):
-    """The builds that compile() asks for, which give it a library that is there already."""
-    module, asked = compiled(BASE), []
-
-    def build(spec, config, pipeline, directory):
-        asked.append((spec, config, pipeline))
-        module.save(directory / "pa.so")
-        for stage, text in module.sources.items():
-            (directory / compiler.STAGE_FILES[stage]).write_text(text)
-
-    monkeypatch.setattr(compiler, "_build", build)
-    return asked
+def builds(faked_builds, own_cache):
+    """Builds for a cache of the test's own."""
+    return faked_builds
 
 
 def entries(own_cache):
@@ -148,6 +139,30 @@ def test_another_cxx_compiler_misses(builds, tmp_path, monkeypatch, figure):
     pa_compiler.compile(BASE)
     assert len(builds) == 4
     figure("changed inputs", 3)
+
+
+@pytest.mark.scorecard(26)
+def test_without_a_compiler_what_another_has_built_is_taken(builds, own_cache, monkeypatch, figure):
+    """The newest entry that is whole; what was never built is an error that names the compiler."""
+    first = shutil.which("g++")
+    for cxx in (first, f"{first} -m64"):
+        monkeypatch.setenv("CXX", cxx)
+        built = pa_compiler.compile(BASE)
+    for missing in ("no-such-compiler", "no-such-launcher g++"):
+        monkeypatch.setenv("CXX", missing)
+        taken = pa_compiler.compile(BASE)
+        assert (taken._library, taken.sources, len(builds)) == (built._library, built.sources, 2)
+        for others in ({"spec": dataclasses.replace(BASE, num_heads=8)}, {"spec": BASE, "pipeline": "staged"}):
+            with pytest.raises(RuntimeError, match=r"the C\+\+ compiler 'no-such-.*' is not on PATH"):
+                pa_compiler.compile(**others)
+        figure("compilers", 1)
+    older, newer = sorted(entries(own_cache), key=lambda entry: entry.stat().st_mtime)
+    (newer / "pa.so").write_bytes(b"damaged")
+    assert pa_compiler.compile(BASE)._library == built._library
+    (older / "pa.so").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match="is not on PATH"):
+        pa_compiler.compile(BASE)
+    assert len(builds) == 2
 
 
 @pytest.mark.scorecard(23)

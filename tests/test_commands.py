@@ -1,4 +1,4 @@
-"""Compilers as commands: what CXX and NVCC may hold, and what arrives of what a compiler says. Nothing real is built."""
+"""Compilers as commands: what CXX and NVCC may hold, and what arrives of what a compiler says."""
 
 from __future__ import annotations
 
