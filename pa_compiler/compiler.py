@@ -119,14 +119,16 @@ def _compiled(
     def build(directory: Path) -> None:
         _build(spec, config, pipeline, directory)
 
+    entry = None
     if cache:
+        key = _cache.key(_inputs(spec, config, pipeline))
         try:
-            return _loaded(_cached(_cache.key(_inputs(spec, config, pipeline)), config, build), spec)
+            entry = _cached(key, config, build)
         except OSError as error:
             if needs_cache:
                 raise
             _warn_of_no_cache(str(error))
-    return _loaded(interrupts.shielded(lambda: _built_aside(build)), spec)
+    return _loaded(entry or interrupts.shielded(lambda: _built_aside(build)), spec)
 
 
 def _cached(key: str, config: dict[str, Any], build: Callable[[Path], None]) -> dict[str, bytes]:
@@ -222,9 +224,23 @@ def using_tvm() -> Iterator[None]:
     while not lock.acquire(timeout=0.1):
         interrupts.check()
     try:
+        _import_tvm()
         yield
     finally:
         lock.release()
+
+
+def _import_tvm() -> None:
+    """Import TVM, which asks on the way where the user's cache is: one without a home has none, and needs none."""
+    lacks_home = "XDG_CACHE_HOME" not in os.environ and os.path.expanduser("~") == "~"
+    if lacks_home:
+        os.environ["XDG_CACHE_HOME"] = "/"
+    try:
+        import tvm  # noqa: F401
+    finally:
+        if lacks_home:
+            del os.environ["XDG_CACHE_HOME"]
+    interrupts.check()
 
 
 def build_library(
