@@ -24,7 +24,7 @@ from rich.table import Table
 import pa_compiler
 from benchmarks.inputs import Call, make_call
 from benchmarks.peers import Unsupported
-from pa_compiler import PagedAttentionSpec
+from pa_compiler import PagedAttentionSpec, files
 from pa_compiler.cases import Case
 from pa_compiler.tolerances import tolerance
 
@@ -267,7 +267,8 @@ def main(names: tuple[str, ...], chosen: tuple[str, ...], rounds: int, json_path
             results[name] = measure(CASES[name], rounds, contenders)
         print_case(console, name, CASES[name], results[name])
     if json_path is not None:
-        json_path.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "cases": results}) + "\n")
+        measured = {"gpu": torch.cuda.get_device_name(), "cases": results}
+        files.write(json_path, f"{json.dumps(measured)}\n".encode())
     wrong = [name for name, result in results.items() if not result["rows"]["pa_compiler"]["error"] <= 1]
     if wrong:
         raise click.ClickException(f"wrong results of pa_compiler: {', '.join(wrong)}")

@@ -5,6 +5,7 @@ python -m benchmarks.plot benchmarks/results.json docs/roofline.svg
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.peers import PEERS
+from pa_compiler import files
 
 _OURS = {"ours": ("o", "#0b6e99"), "ours-packed": ("D", "#0b9972")}
 _PEER = "#c44e00"
@@ -53,7 +55,9 @@ def plot(measured: dict[str, Any], path: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(unique.values(), unique.keys(), loc="lower right", frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="svg", metadata={"Date": None})
+    files.write(path, image.getvalue())
     plt.close(figure)
 
 

@@ -34,7 +34,7 @@ class Probe:
             library = Path(directory) / "probe.so"
             source = Path(__file__).with_name("probe.cc")
             options = ["-O2", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
-            subprocess.run([build.cxx(), *options, "-o", library, source], check=True)
+            subprocess.run([*build.cxx(), *options, "-o", library, source], check=True)
             self._functions = ctypes.CDLL(str(library))
         for name in ("fma_rate", "bf16_rate", "read_rate"):
             getattr(self._functions, name).restype = ctypes.c_double

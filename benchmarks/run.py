@@ -17,6 +17,7 @@ from benchmarks.contender import Contender
 from benchmarks.measure import CaseResult, measure
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Probe
+from pa_compiler import files
 
 _QUICK_CASES = ("16/1-bf16", "16/1-f32", "32/8-bf16", "32/32-f32")
 _ROUNDS, _QUICK_ROUNDS = 15, 7
@@ -85,7 +86,7 @@ def main(
 
 def _write(measured: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> None:
     if json_path is not None:
-        json_path.write_text(json.dumps(measured) + "\n")
+        files.write(json_path, f"{json.dumps(measured)}\n".encode())
     if plot_path is not None:
         from benchmarks.plot import plot  # matplotlib is not needed otherwise
 

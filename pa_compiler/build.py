@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import tvm_ffi.libinfo
 
-from pa_compiler import instructions
+from pa_compiler import commands, instructions, interrupts
 from pa_compiler.target import CpuTarget
 
 if TYPE_CHECKING:
     from tvm import IRModule
 
-_COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+_COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden")
 
 ENTRY_POINTS = ("decode", "append_kv", "plan", "cpu_set", "openmp", "view_as_bfloat16")
 
@@ -46,7 +47,7 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
 
     Raises:
         OSError: the intermediate file cannot be written.
-        RuntimeError: it cannot be read back.
+        RuntimeError: it cannot be read back, as from a directory whose name is not UTF-8.
     """
     import tvm
     from tvm.target import Target
@@ -64,13 +65,20 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     ]
     with tvm.transform.PassContext(config=config, disabled_pass=needless):
         executable = tvm.compile(instructions.select(mod, target), target=Target(json.loads(target.config)))
+    interrupts.check()
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
     try:
         module = tvm.runtime.load_module(str(text))
+    except UnicodeEncodeError as error:
+        raise RuntimeError(
+            f"{os.fsencode(directory)!r}: expected a directory whose name is UTF-8, for TVM to read from; PA_CACHE_DIR "
+            "names another one, and TMPDIR where there is no cache"
+        ) from error
     except RuntimeError as error:  # which may say no more than "Input/output error"
         raise RuntimeError(f"{text}: LLVM cannot read what it has written: {error}") from error
     llvm = module.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
+    interrupts.check()
     return Kernels(llvm=llvm, asm=module.inspect_source("asm"))
 
 
@@ -85,12 +93,15 @@ def compiling_host(host: str, directory: Path) -> Iterator[subprocess.Popen[str]
     """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
 
     Yields the compiler's process, which link() waits for; it ends with the context.
+
+    Raises:
+        RuntimeError: there is no compiler, or the system cannot run it.
     """
     source = directory / "host.cc"
     source.write_text(host)
     includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
     command = [
-        cxx(),
+        *cxx(),
         *_COMPILE_FLAGS,
         *(flag for path in dict.fromkeys(includes) for flag in ("-isystem", path)),
         "-c",
@@ -98,11 +109,8 @@ def compiling_host(host: str, directory: Path) -> Iterator[subprocess.Popen[str]
         "-o",
         str(directory / "host.o"),
     ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with commands.start(command, environment=_temporaries(directory)) as process:
+        yield process
 
 
 def link(
@@ -115,17 +123,18 @@ def link(
     Raises:
         RuntimeError: the compiler refuses the code.
     """
-    _finish(compiling)
+    what = f"the C++ compiler {shlex.join(cxx())}"
+    commands.finish(compiling, what, directory / "host.o")
     assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
     assembly.write_text(kernels)
     exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
     command = [
-        cxx(),
+        *cxx(),
         str(directory / "host.o"),
         str(assembly),
         "-shared",
         "-pthread",
-        f"-Wl,--version-script={exports}",
+        *("-Xlinker", f"--version-script={exports}"),  # -Wl would take the path apart at a comma
         "-Wl,--no-undefined",
         "-Wl,-z,now",  # a function that another libtvm_ffi lacks is an error of load(), not the end of the process
         "-Wl,-z,nodelete",  # its threads outlive the module that loaded it, and so does what a driver keeps for it
@@ -136,29 +145,27 @@ def link(
         "-o",
         str(library),
     ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        _finish(process)
+    with commands.start(command, environment=_temporaries(directory)) as process:
+        commands.finish(process, what, library)
     return library
 
 
-def _finish(process: subprocess.Popen[str]) -> None:
-    """Wait for a command, which must succeed."""
-    _, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"the C++ compiler {cxx()} failed with status {process.returncode}:\n{errors}")
+def _temporaries(directory: Path) -> dict[str, str]:
+    """Compilers write files of their own where this says; elsewhere they may not, or leave them if they are killed."""
+    return {"TMPDIR": str(directory)}
 
 
-def cxx() -> str:
-    """The path of the C++ compiler.
+def cxx() -> list[str]:
+    """The command of the C++ compiler: what CXX names, or else g++.
 
     Raises:
         RuntimeError: there is none.
     """
-    name = os.environ.get("CXX", "g++")
-    path = shutil.which(name)
+    program, *words = commands.words("CXX", "g++")
+    path = shutil.which(program)
     if path is None:
         raise RuntimeError(
-            f"the C++ compiler {name!r} is not on PATH; pa_compiler needs g++ to build the host code "
+            f"the C++ compiler {program!r} is not on PATH; pa_compiler needs g++ to build the host code "
             "(Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++), or another by the variable CXX"
         )
-    return path
+    return [path, *words]

@@ -93,12 +93,17 @@ def bench(
 )
 def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
-    module = _compile(replace(cases.DEFAULT.spec), target, pipeline)
+    spec = replace(cases.DEFAULT.spec)
+    with _step("Compiling"), usage_errors():
+        from pa_compiler import compiler
+
+        module = compiler.compile_to_save(spec, target, pipeline)
     try:
         module.save(output)
     except OSError as error:
-        raise click.FileError(str(output), error.strerror or str(error)) from error
-    click.echo(f"{output}: {output.stat().st_size:,} bytes")
+        raise click.FileError(click.format_filename(output), error.strerror or str(error)) from error
+    if output.is_file():  # and no pipe, which may be what stdout is
+        click.echo(f"{click.format_filename(output)}: {output.stat().st_size:,} bytes")
 
 
 def _add_without_compiler(name: str) -> None:
@@ -188,7 +193,8 @@ def cache_dir() -> None:
     """Print where compiled modules are kept: PA_CACHE_DIR, else the user's cache directory."""
     from pa_compiler import cache
 
-    click.echo(cache.directory())
+    with usage_errors():
+        click.echo(click.format_filename(cache.directory()))
 
 
 @cache_command.command("clear")
@@ -196,7 +202,8 @@ def cache_clear() -> None:
     """Delete all compiled modules."""
     from pa_compiler import cache
 
-    cache.clear()
+    with usage_errors():
+        cache.clear()
 
 
 @contextlib.contextmanager

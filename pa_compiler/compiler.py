@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import cache as _cache
-from pa_compiler import cuda_compiler, cuda_tiling, host, manifest, modules, tiling, versions
+from pa_compiler import (
+    commands,
+    cuda_compiler,
+    cuda_tiling,
+    files,
+    host,
+    installation,
+    interrupts,
+    manifest,
+    modules,
+    tiling,
+    versions,
+)
 from pa_compiler import target as _target
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.loader import open_library
@@ -79,32 +92,80 @@ def compile(  # noqa: A001  (the public name)
 
     Raises:
         TypeError, ValueError: a bad argument.
-        ImportError: packages of the extra `compiler` are missing.
         RuntimeError: TVM or tvm-ffi is of another version than the one that compiles; there is no C++ compiler, or for
-            "cuda" no nvcc, or it failed.
+            "cuda" no nvcc, and the cache has no library of the spec that another one has built; or it failed.
+        OSError: the directory that PA_CACHE_DIR names cannot be used. Where it is not set, and the user's cache
+            directory cannot be used, there is a warning instead, and no cache.
+        ImportError: packages of the extra `compiler` are missing; or this package is not installed, and there are no
+            templates or no sources.
+        KeyboardInterrupt: by Ctrl-C. What was begun is removed, and the next call works.
     """
-    config = _checked(spec, target, pipeline)
-    if cache:
-        name = _cache.key(_inputs(spec, config, pipeline))
-        files = _cache.get_or_build(name, lambda directory: _build(spec, config, pipeline, directory))
-    else:
-        with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
-            _build(spec, config, pipeline, Path(directory))
-            files = _cache.contents(Path(directory))
-    module = _loaded(files)
+    module = _compiled(spec, target, pipeline, cache=cache, needs_cache=_cache.is_chosen())
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
-            (Path(dump_dir) / f"{number}_{STAGE_FILES[stage]}").write_text(text)
+            files.write(Path(dump_dir) / f"{number}_{STAGE_FILES[stage]}", text.encode())
     return module
+
+
+def compile_to_save(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> Module:
+    """As compile, for a module that is saved: where the cache cannot be used, PA_CACHE_DIR or not, it needs none."""
+    return _compiled(spec, target, pipeline, cache=True, needs_cache=False)
+
+
+def _compiled(
+    spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str, *, cache: bool, needs_cache: bool
+) -> Module:
+    config = _checked(spec, target, pipeline)
+
+    def build(directory: Path) -> None:
+        _build(spec, config, pipeline, directory)
+
+    entry = None
+    if cache:
+        key = _cache.key(_inputs(spec, config, pipeline))
+        try:
+            entry = _cached(key, config, build)
+        except OSError as error:
+            if needs_cache:
+                raise
+            _warn_of_no_cache(str(error))
+    return _loaded(entry or interrupts.shielded(lambda: _built_aside(build)), spec)
+
+
+def _cached(key: str, config: dict[str, Any], build: Callable[[Path], None]) -> dict[str, bytes]:
+    """What build leaves in a directory, from the cache or by way of it. Without a compiler, what another has built."""
+    try:
+        tools = _tools(config)
+    except RuntimeError:
+        if found := _cache.find(key):
+            return found
+        raise
+    return _cache.get_or_build(f"{key}-{_cache.key(tools)}", build)
+
+
+def _built_aside(build: Callable[[Path], None]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+        build(Path(directory))
+        return _cache.contents(Path(directory))
+
+
+@functools.cache
+def _warn_of_no_cache(reason: str) -> None:
+    """Once in a process, for the line that calls compile."""
+    warnings.warn(f"libraries are compiled without a cache: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
+    config = _checked(spec, target, pipeline)
+    return interrupts.shielded(lambda: _emitted(spec, config, pipeline))
+
+
+def _emitted(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, str]:
     from pa_compiler import build
 
-    config = _checked(spec, target, pipeline)
-    with _turn(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+    with using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
         if config["kind"] == "cuda":
             gpu = CudaTarget(config["arch"])
             kernels = cuda_compiler.lower(spec, gpu, pipeline)
@@ -123,7 +184,9 @@ def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowe
 
     unscheduled = kernels.build(spec, tiles, pipeline)
     tensorir = build.script(unscheduled)  # now: what follows may change the PrimFuncs that it is given
+    interrupts.check()
     scheduled = schedule(unscheduled, tiles)
+    interrupts.check()
     return Lowered(tensorir, build.script(scheduled), scheduled)
 
 
@@ -136,10 +199,8 @@ def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
     """Fill an empty directory with pa.so and the texts of the stages."""
-    from pa_compiler import build
-
-    build.cxx()  # a missing compiler is said before a second is spent on TVM
-    with _turn():
+    _tools(config)  # a missing compiler is said before a second is spent on TVM
+    with using_tvm():
         if config["kind"] == "cuda":
             build_cuda_library(spec, CudaTarget(config["arch"]), pipeline, directory)
         else:
@@ -156,6 +217,32 @@ def _turn() -> threading.Lock:
     One for each process: a child of fork() must not wait for a thread that only its parent has.
     """
     return _turns.setdefault(os.getpid(), threading.Lock())
+
+
+@contextlib.contextmanager
+def using_tvm() -> Iterator[None]:
+    """A turn with TVM. Work that is told to stop waits for none."""
+    lock = _turn()
+    while not lock.acquire(timeout=0.1):
+        interrupts.check()
+    try:
+        _import_tvm()
+        yield
+    finally:
+        lock.release()
+
+
+def _import_tvm() -> None:
+    """Import TVM, which asks on the way where the user's cache is: one without a home has none, and needs none."""
+    lacks_home = "XDG_CACHE_HOME" not in os.environ and os.path.expanduser("~") == "~"
+    if lacks_home:
+        os.environ["XDG_CACHE_HOME"] = "/"
+    try:
+        import tvm  # noqa: F401
+    finally:
+        if lacks_home:
+            del os.environ["XDG_CACHE_HOME"]
+    interrupts.check()
 
 
 def build_library(
@@ -217,14 +304,18 @@ def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str
     }
 
 
-def _loaded(files: Mapping[str, bytes]) -> Module:
-    library = files["pa.so"]
-    sources = {stage: files[file].decode() for stage, file in STAGE_FILES.items() if file in files}
-    return modules.make(library, manifest.read(library, "pa.so"), open_library(library, "pa.so"), sources)
+def _loaded(entry: Mapping[str, bytes], spec: PagedAttentionSpec) -> Module:
+    library = entry["pa.so"]
+    sources = {stage: entry[file].decode() for stage, file in STAGE_FILES.items() if file in entry}
+    about = manifest.read(library, "pa.so")
+    if about.spec == spec:  # where the library states the type of out, the spec may leave it to follow dtype
+        about = dataclasses.replace(about, spec=spec)
+    return modules.make(library, about, open_library(library, "pa.so"), sources)
 
 
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
     versions.check_compiler()
+    installation.check()
     if not isinstance(spec, PagedAttentionSpec):
         raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
     if pipeline not in PIPELINES:
@@ -232,6 +323,8 @@ def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str
     config = _target.normalize(target)
     if config["kind"] == "cuda":
         cuda_tiling.check(spec, pipeline)
+    else:
+        tiling.check(spec, pipeline)
     return config
 
 
@@ -244,43 +337,27 @@ _CXX_VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH"
 
 
 def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, object]:
-    """All that a build depends on."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    status = os.stat(compiler) if compiler else None
+    """All that a build depends on but the programs that it runs."""
     return {
-        "spec": dataclasses.asdict(spec),
+        "spec": spec.stated(),
         "target": _target.fingerprint(config),
         "pipeline": pipeline,
         "versions": _versions(),
         "languages": [platform.python_version_tuple()[:2], importlib.metadata.version("jinja2")],
-        "text": text_digest(),
-        "compiler": [compiler, status.st_size, status.st_mtime_ns] if status else None,
-        "environment": {name: os.environ[name] for name in _CXX_VARIABLES if name in os.environ},
-        **(cuda_compiler.inputs() if config["kind"] == "cuda" else {}),
+        "text": installation.text_digest(),
     }
 
 
-def text_digest() -> str:
-    """A digest of the text of the package: kernels, schedules, templates and everything between them."""
-    digest = hashlib.sha256()
-    for place, path in sorted(_package_files().items()):
-        with open(path, "rb") as file:
-            digest.update(f"{place}\0".encode() + file.read() + b"\0")
-    return digest.hexdigest()
+def _tools(config: dict[str, Any]) -> dict[str, object]:
+    """The programs that a build runs, and the variables that change what they make of their arguments.
 
-
-def _package_files() -> dict[str, str]:
-    """Every file that a build can depend on: its place in the package, in folders of any depth, and its path.
-
-    Schedules and templates are asked for by name: in a checkout their folders lie beside the package's.
+    Raises:
+        RuntimeError: one of them is missing.
     """
-    files = {}
-    for package in ("pa_compiler", "pa_compiler.schedules", "pa_compiler.templates"):
-        found = importlib.util.find_spec(package)  # does not import it, and TVM with it
-        for top in found.submodule_search_locations or () if found else ():
-            for folder, _, names in os.walk(top):
-                place = package.replace(".", "/") + folder[len(top) :]
-                files.update(
-                    {f"{place}/{name}": f"{folder}/{name}" for name in names if name.endswith((".py", ".j2", ".h"))}
-                )
-    return files
+    from pa_compiler import build
+
+    return {
+        "compiler": commands.identity(build.cxx()),
+        "environment": {name: os.environ[name] for name in _CXX_VARIABLES if name in os.environ},
+        **(cuda_compiler.inputs() if config["kind"] == "cuda" else {}),
+    }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pa_compiler import commands
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -119,15 +119,20 @@ def assemble(source: str, arch: str, directory: Path) -> Cubin:
     """Compile CUDA C to machine code for one architecture, such as "sm_90", in a directory for scratch.
 
     Raises:
-        RuntimeError: there is no nvcc, or it refuses the code.
+        RuntimeError: there is no nvcc, or it refuses the code; or the path of the directory has a $ or a ` in it.
     """
+    if {"$", "`"} & set(os.path.abspath(directory)):
+        raise RuntimeError(
+            f"{directory}: expected a directory without $ and `, since nvcc gives its path to a shell; PA_CACHE_DIR "
+            "names another one, and TMPDIR where there is no cache"
+        )
     text, ptx, image = directory / "kernels.cu", directory / "kernels.ptx", directory / "kernels.cubin"
     text.write_text(source)
-    _run([tool("nvcc"), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", str(text), "-o", str(ptx)])
-    report = _run([tool("nvcc"), "-Xptxas=-v", f"-arch={arch}", "-cubin", str(ptx), "-o", str(image)])
+    _run([*nvcc(), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", text.name, "-o", ptx.name], ptx)
+    report = _run([*nvcc(), "-Xptxas=-v", f"-arch={arch}", "-cubin", ptx.name, "-o", image.name], image)
     resources = {
         name: Resources(int(registers), int(stack), int(stores) + int(loads))
-        for name, stack, stores, loads, registers in _REPORT.findall(report.stderr)
+        for name, stack, stores, loads, registers in _REPORT.findall(report)
     }
     return Cubin(ptx.read_text(), image.read_bytes(), resources)
 
@@ -142,8 +147,8 @@ def fatbin(cubin: Cubin, arch: str, directory: Path) -> bytes:
     image.write_bytes(cubin.image)
     ptx.write_text(cubin.ptx)
     number = arch.removeprefix("sm_")
-    parts = [f"--image3=kind=elf,sm={number},file={image}", f"--image3=kind=ptx,sm={number},file={ptx}"]
-    _run([tool("fatbinary"), f"--create={both}", "-64", *parts])
+    parts = [f"--image3=kind=elf,sm={number},file={image.name}", f"--image3=kind=ptx,sm={number},file={ptx.name}"]
+    _run([tool("fatbinary"), f"--create={both.name}", "-64", *parts], both)
     return both.read_bytes()
 
 
@@ -151,7 +156,9 @@ def embed(image: bytes, directory: Path) -> str:
     """Assembly for this machine of an image, under the name pa_kernels_image. It names a file in the directory."""
     path = directory / "embedded.fatbin"
     path.write_bytes(image)
-    return _EMBEDDED.format(path=json.dumps(str(path), ensure_ascii=False))
+    plain = re.compile(rb"[\w /.,+-]", re.ASCII)  # what stands for itself between the assembler's quotes
+    name = "".join(chr(byte) if plain.match(bytes([byte])) else f"\\{byte:03o}" for byte in os.fsencode(path))
+    return _EMBEDDED.format(path=f'"{name}"')
 
 
 def disassembly(cubin: Cubin, directory: Path) -> str:
@@ -162,7 +169,7 @@ def disassembly(cubin: Cubin, directory: Path) -> str:
     """
     image = directory / "disassembled.cubin"
     image.write_bytes(cubin.image)
-    return _run([tool("nvdisasm"), "-c", str(image)]).stdout
+    return _run([tool("nvdisasm"), "-c", image.name], image)
 
 
 def disassemble(cubin: Cubin, directory: Path) -> dict[str, str]:
@@ -182,6 +189,21 @@ def _virtual(arch: str) -> str:
     return arch.replace("sm_", "compute_")
 
 
+def nvcc() -> list[str]:
+    """The command of NVIDIA's compiler: what NVCC names, or else the one that is found.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    program, *words = commands.words("NVCC", "nvcc")
+    if (program, *words) == ("nvcc",):
+        return [tool("nvcc")]
+    path = shutil.which(program)
+    if path is None:
+        raise RuntimeError(f"NVCC: expected NVIDIA's compiler, got {program!r}, which is not on PATH")
+    return [os.path.abspath(path), *words]
+
+
 def tool(name: str) -> str:
     """As find_tool.
 
@@ -198,19 +220,26 @@ def tool(name: str) -> str:
 
 
 def find_tool(name: str) -> str | None:
-    """The path of one of the CUDA toolkit's programs: below CUDA_HOME, on PATH, or of NVIDIA's packages for Python."""
+    """The path of one of the CUDA toolkit's programs: below CUDA_HOME, on PATH, or of NVIDIA's packages for Python.
+
+    Where NVCC names a compiler, the programs beside it come first.
+    """
     home = os.environ.get("CUDA_HOME")
     packages = importlib.util.find_spec("nvidia")
-    folders = [Path(home, "bin")] if home else []
+    given = commands.words("NVCC", "nvcc") if os.environ.get("NVCC", "").strip() else []
+    folders = [Path(path).parent for path in map(shutil.which, given) if path]
+    folders += [Path(home, "bin")] if home else []
     folders += [Path(folder) for folder in os.get_exec_path()]
     for place in (packages.submodule_search_locations or ()) if packages else ():
         folders += sorted(Path(place).glob("cu*/bin"))
-    return shutil.which(name, path=os.pathsep.join(str(folder) for folder in folders))
+    path = shutil.which(name, path=os.pathsep.join(str(folder) for folder in folders))
+    return path and os.path.abspath(path)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of the toolkit's programs, which must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done
+def _run(command: list[str], made: Path) -> str:
+    """Run one of the toolkit's programs, which must succeed and leave a file; return what it printed.
+
+    In that file's folder and with names alone, since nvcc gives paths to a shell.
+    """
+    with commands.start(command, made.parent, {"TMPDIR": "."}) as process:
+        return commands.finish(process, command[0], made)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from pa_compiler import cuda_build, cuda_host, cuda_tiling, versions
+from pa_compiler import commands, cuda_build, cuda_host, cuda_tiling, interrupts, versions
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -89,8 +89,8 @@ def build_library(
     """
     from pa_compiler import build
 
-    cuda_build.tool("nvcc")  # a missing compiler is said before a second is spent on TVM
     lowered = lower(spec, target, pipeline)
+    interrupts.check()
     with build.compiling_host(lowered.host, scratch) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, scratch)
         image = cuda_build.fatbin(cubin, target.arch, scratch)
@@ -99,9 +99,15 @@ def build_library(
 
 
 def inputs() -> dict[str, object]:
-    """What a build depends on besides the spec, the target, and what a build for a CPU depends on."""
+    """What a build depends on besides the spec, the target, and what a build for a CPU depends on.
+
+    Raises:
+        RuntimeError: there is no nvcc.
+    """
+    programs = (cuda_build.find_tool(name) for name in ("ptxas", "nvdisasm"))
     return {
-        "toolkit": {name: _identity(name) for name in ("nvcc", "ptxas", "nvdisasm")},
+        "nvcc": commands.identity(cuda_build.nvcc()),
+        "toolkit": [commands.identity([path]) if path else None for path in programs],
         "nvcc variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
@@ -111,12 +117,3 @@ def _machine_texts(cubin: cuda_build.Cubin, directory: Path) -> dict[str, str]:
     if cuda_build.find_tool("nvdisasm"):
         texts["sass"] = cuda_build.disassembly(cubin, directory)
     return texts
-
-
-def _identity(tool: str) -> list[object] | None:
-    """Which of the toolkit's programs would be run: another version is another file."""
-    path = cuda_build.find_tool(tool)
-    if path is None:
-        return None
-    status = os.stat(path)
-    return [path, status.st_size, status.st_mtime_ns]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pa_compiler import cuda_build, cuda_compiler, cuda_tiling, gpus, report, text
+from pa_compiler import compiler, cuda_build, cuda_compiler, cuda_tiling, gpus, installation, interrupts, report, text
 from pa_compiler import target as _target
 from pa_compiler.cases import Case
 from pa_compiler.cuda_target import CudaTarget
@@ -91,6 +91,7 @@ def explain(
         ValueError: the target has no kernel for the spec, or the GPU is of another architecture.
         RuntimeError: there is no nvcc, or it refuses the code.
     """
+    installation.check()
     chip = CudaTarget(_target.normalize(target)["arch"])
     if pipeline != "fused":
         raise ValueError(f"pipeline: expected fused, to explain target cuda, got {pipeline!r}")
@@ -99,14 +100,21 @@ def explain(
         raise ValueError(f"gpu: expected one of {chip.arch}, {', '.join(alike) or 'of which none is named'}, got {gpu}")
     tiles = cuda_tiling.choose(spec, chip.arch)
     _, reason = cuda_tiling.choose_strategy(spec)
-    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
+    resources, instructions = interrupts.shielded(lambda: _machine_code(spec, chip))
+    return CudaExplanation(spec, chip, tiles, reason, resources, instructions, gpu)
+
+
+def _machine_code(
+    spec: PagedAttentionSpec, chip: CudaTarget
+) -> tuple[dict[str, cuda_build.Resources], dict[str, Counter[str]] | None]:
+    """What each kernel takes, and its instructions where there is a disassembler."""
+    with compiler.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
         scratch = Path(name)
         cubin = cuda_build.assemble(cuda_compiler.lower(spec, chip).cuda, chip.arch, scratch)
-        instructions = None
-        if cuda_build.find_tool("nvdisasm"):
-            sass = cuda_build.disassemble(cubin, scratch)
-            instructions = {kernel: cuda_build.instructions(text) for kernel, text in sass.items()}
-    return CudaExplanation(spec, chip, tiles, reason, cubin.resources, instructions, gpu)
+        if not cuda_build.find_tool("nvdisasm"):
+            return cubin.resources, None
+        sass = cuda_build.disassemble(cubin, scratch)
+        return cubin.resources, {kernel: cuda_build.instructions(code) for kernel, code in sass.items()}
 
 
 def print_explanation(console: Console, explanation: CudaExplanation) -> None:

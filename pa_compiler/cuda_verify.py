@@ -83,7 +83,7 @@ class OnGpu:
         """As Module.decode, with NumPy arrays."""
         arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
         arrays |= {"context_lens": context_lens}
-        arrays["out"] = np.full(query.shape, np.nan, NUMPY_DTYPES[self.spec.out_dtype or ""]) if out is None else out
+        arrays["out"] = np.full(query.shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype]) if out is None else out
         if return_lse and lse is None:
             lse = np.full(query.shape[:2], np.nan, np.float32)
         if lse is not None:

@@ -189,7 +189,7 @@ def _ends(
     if rng.random() < 0.5:
         query[..., 0], scale = 2.0**of_query, abs(scale)
         keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), 0] = -np.inf
-    types = {spec.dtype, spec.out_dtype or spec.dtype}
+    types = {spec.dtype, spec.result_dtype}
     if rng.random() < 0.5:
         size = min(_LARGEST[name] for name in types)
         values = np.where(rng.random(values.shape) < 0.5, values, np.sign(values))

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from pa_compiler import compiler, report, text, threads, tiling
+from pa_compiler import compiler, interrupts, report, text, threads, tiling
 from pa_compiler import target as _target
 from pa_compiler.assembly import Counts, Loop, count, inner_loops
 from pa_compiler.cases import Case
@@ -80,6 +80,10 @@ class Explanation:
 
 def explain(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> Explanation:
     """Compile as far as to assembly, and read it. Arguments and errors as for pa_compiler.compile."""
+    return interrupts.shielded(lambda: _explained(spec, target, pipeline))
+
+
+def _explained(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> Explanation:
     asm = compiler.emit(spec, target, pipeline)["asm"]
     cpu = _target.resolve(_target.normalize(target))
     _, reason = tiling.choose_strategy(spec, cpu, pipeline)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.resources
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pa_compiler import installation
 from pa_compiler.interface import THREADING, WorkItem
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.target import INSTRUCTION_SETS, CpuTarget, instruction_sets
@@ -80,7 +79,7 @@ def _environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(str(importlib.resources.files("pa_compiler.templates"))),
+        loader=jinja2.DictLoader(installation.templates()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -106,5 +105,5 @@ def _extents(shape: Sequence[str | int]) -> str:
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:
     """One line that says what a library is for."""
-    fields = ", ".join(f"{field.name}={getattr(spec, field.name)}" for field in dataclasses.fields(spec))
+    fields = ", ".join(f"{name}={value}" for name, value in spec.stated().items())
     return f"{pipeline} pipeline; {fields}"

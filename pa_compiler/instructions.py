@@ -7,6 +7,8 @@ Here sums of that form become calls of an operation of our own, which TVM vector
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pa_compiler.target import CpuTarget
@@ -38,7 +40,8 @@ def select(mod: IRModule, target: CpuTarget) -> IRModule:
         sch.work_on(variable.name_hint)
         sums = [sblock for sblock in _sblocks(sch) if _replace_sum(sch, sblock)]
         if sums:
-            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions())
+            lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | _BITS.keys()
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes))
     return sch.mod
 
 
@@ -48,6 +51,14 @@ def _sblocks(sch: Schedule) -> list[SBlockRV]:
     for sblock in found:
         found += sch.get_child_blocks(sblock)
     return found
+
+
+def _vectorized(sch: Schedule, sblock: SBlockRV) -> set[int]:
+    """The extents of vectorized loops around an sblock."""
+    from tvm.tirx import ForKind
+
+    loops = [sch.get(loop) for loop in sch.get_loops(sblock)]
+    return {int(loop.extent) for loop in loops if loop.kind == ForKind.VECTORIZED}
 
 
 def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
@@ -92,20 +103,24 @@ def _register() -> None:
 
 
 def _lower(call: Expr) -> Expr:
-    """The instruction for whole vectors, plain operations for single lanes and the like."""
+    """The instruction for whole vectors, plain operations for single lanes."""
     from tvm.tirx import call_pure_extern
 
     from pa_compiler.kernels.pairs import dot_pairs
 
     total, a, b = call.args
     lanes = total.ty.dtype.lanes
-    if lanes not in _BITS:
+    if lanes == 1:
         return total + dot_pairs(a, b)
     return call_pure_extern(f"float32x{lanes}", _name(lanes), total, a, b)
 
 
-def _definitions() -> str:
+def _definitions(lanes: Iterable[int]) -> str:
     """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
+    return " ".join([_instructions(), *map(_in_parts, sorted(set(lanes) - _BITS.keys()))])
+
+
+def _instructions() -> str:
     return " ".join(
         f"declare <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}"
         f"(<{lanes} x float>, <{2 * lanes} x bfloat>, <{2 * lanes} x bfloat>) "
@@ -117,6 +132,31 @@ def _definitions() -> str:
         f"(<{lanes} x float> %sum, <{2 * lanes} x bfloat> %x, <{2 * lanes} x bfloat> %y) "
         f"ret <{lanes} x float> %r }}"
         for lanes, bits in _BITS.items()
+    )
+
+
+def _in_parts(lanes: int) -> str:
+    """The function for longer vectors, which takes them apart into the longest that there is an instruction for."""
+    part = math.gcd(lanes, max(_BITS))
+    floats, words = f"<{lanes} x float>", f"<{lanes} x i32>"
+    of_floats, of_words = f"<{part} x float>", f"<{part} x i32>"
+    insert = f"@llvm.vector.insert.v{lanes}f32.v{part}f32"
+    extract = {name: f"@llvm.vector.extract.v{part}{name}.v{lanes}{name}" for name in ("f32", "i32")}
+    steps, result = "", "poison"
+    for at in range(0, lanes, part):
+        steps += (
+            f"%s{at} = call {of_floats} {extract['f32']}({floats} %sum, i64 {at}) "
+            f"%a{at} = call {of_words} {extract['i32']}({words} %a, i64 {at}) "
+            f"%b{at} = call {of_words} {extract['i32']}({words} %b, i64 {at}) "
+            f"%p{at} = call {of_floats} @{_name(part)}({of_floats} %s{at}, {of_words} %a{at}, {of_words} %b{at}) "
+            f"%r{at} = call {floats} {insert}({floats} {result}, {of_floats} %p{at}, i64 {at}) "
+        )
+        result = f"%r{at}"
+    return (
+        f"declare {of_floats} {extract['f32']}({floats}, i64) declare {of_words} {extract['i32']}({words}, i64) "
+        f"declare {floats} {insert}({floats}, {of_floats}, i64) "
+        f"define {floats} @{_name(lanes)}({floats} %sum, {words} %a, {words} %b) alwaysinline nounwind "
+        f"{{ {steps}ret {floats} {result} }}"
     )
 
 

@@ -73,7 +73,7 @@ class Manifest:
 
 def seal(library: bytes, manifest: Manifest) -> bytes:
     """An ELF file's bytes with the trailer behind them."""
-    text = json.dumps(dataclasses.asdict(manifest), sort_keys=True).encode()
+    text = json.dumps(dataclasses.asdict(manifest) | {"spec": manifest.spec.stated()}, sort_keys=True).encode()
     body = library + text + struct.pack("<QI", len(text), FORMAT)
     return body + hashlib.sha256(body).digest() + _MAGIC
 

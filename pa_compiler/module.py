@@ -8,13 +8,12 @@ import numbers
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import memory, threads
+from pa_compiler import files, memory, threads
 from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
 from pa_compiler.interface import WorkItem
 from pa_compiler.manifest import Manifest
@@ -56,7 +55,7 @@ class Module:
         self._set_up()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         cache_dtype = self.spec.dtype
-        self._out_dtype = self.spec.out_dtype or cache_dtype
+        self._out_dtype = self.spec.result_dtype
         self._decode_arrays = expected_arrays(
             query=cache_dtype,
             key_cache=cache_dtype,
@@ -268,14 +267,15 @@ class Module:
         return [WorkItem(*map(int, line.split())) for line in lines]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            partial.write_bytes(self._library)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM.
+
+        A file that is there is replaced by one rename and keeps its permissions; a symbolic link stays, and what it
+        leads to is written; into a pipe or a character device, such as /dev/null, the bytes are written.
+
+        Raises:
+            OSError: path is a directory, a block device or a socket, or the file system refuses something.
+        """
+        files.write(path, self._library)
 
     def verify(
         self,

@@ -12,6 +12,9 @@ KV_LAYOUTS = ("NHD", "HND", "packed")
 
 PACKED_TOKENS = 16
 
+MAX_QUERY = 1 << 24
+"""Elements of all heads of a query, at most: kernels hold some copies of them in float32, 64 MB each."""
+
 _INTEGER_RANGES = {
     "num_heads": (1, 65536),
     "num_kv_heads": (1, 65536),
@@ -22,23 +25,25 @@ _INTEGER_RANGES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PagedAttentionSpec:
-    """What is known about the attention at compile time.
+    """What is known about the attention at compile time. Two that mean the same are equal.
+
+    All that it takes is compiled, by the targets and pipelines that say nothing else, in up to 10 seconds of a CPU.
 
     Attributes:
-        num_heads: Query heads; a multiple of num_kv_heads.
-        num_kv_heads: Heads of the key and value caches.
-        head_dim: Elements of one head.
-        block_size: Tokens in one block of the cache.
+        num_heads: Query heads; a multiple of num_kv_heads, up to 65536, and with head_dim up to 2**24 elements.
+        num_kv_heads: Heads of the key and value caches, up to 65536.
+        head_dim: Elements of one head, up to 8192.
+        block_size: Tokens in one block of the cache, up to 65536.
         dtype: Element type of query, key_cache and value_cache: "float32", "float16" or "bfloat16".
-        out_dtype: Element type of out; dtype where it is None.
+        out_dtype: Element type of out as it was given; None where it was not, and is dtype: see result_dtype.
         kv_layout: "NHD", caches [num_blocks, block_size, num_kv_heads, head_dim], or
             "HND", caches [num_blocks, num_kv_heads, block_size, head_dim], or
             "packed", as the kernels read them best: see key_cache_shape and value_cache_shape. It needs a block_size
             that is a multiple of 16 and, for bfloat16, an even head_dim.
         head_tile: Query heads of one kv head that a kernel takes at a time; a power of two up to 64.
-        batch_chunk: Sequences of one chunk, the unit that batch_start steps by.
+        batch_chunk: Sequences of one chunk, the unit that batch_start steps by; up to 1024.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -56,8 +61,6 @@ class PagedAttentionSpec:
     batch_chunk: int = 16
 
     def __post_init__(self) -> None:
-        if self.out_dtype is None:
-            object.__setattr__(self, "out_dtype", self.dtype)
         for name, (low, high) in _INTEGER_RANGES.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -65,7 +68,8 @@ class PagedAttentionSpec:
             if not low <= value <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
             object.__setattr__(self, name, int(value))  # an IntEnum's text would be its own
-        for name, choices in (("dtype", DTYPES), ("out_dtype", DTYPES), ("kv_layout", KV_LAYOUTS)):
+        names = (("dtype", DTYPES), ("out_dtype", DTYPES), ("kv_layout", KV_LAYOUTS))
+        for name, choices in names if self.out_dtype is not None else (names[0], names[2]):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"{name}: expected a string, got {value!r} of type {type(value).__name__}")
@@ -76,6 +80,11 @@ class PagedAttentionSpec:
             raise ValueError(
                 f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
             )
+        if self.num_heads * self.head_dim > MAX_QUERY:
+            raise ValueError(
+                f"num_heads: expected 1 to {MAX_QUERY // self.head_dim} with head_dim = {self.head_dim}, "
+                f"got {self.num_heads}"
+            )
         if self.head_tile & (self.head_tile - 1):
             raise ValueError(f"head_tile: expected a power of two, got {self.head_tile}")
         if self.kv_layout == "packed":
@@ -85,6 +94,25 @@ class PagedAttentionSpec:
                 )
             if self.head_dim % self.packed_pair:
                 raise ValueError(f"head_dim: expected an even number for packed bfloat16, got {self.head_dim}")
+
+    @property
+    def result_dtype(self) -> str:
+        """Element type of out: out_dtype, or else dtype, whatever dataclasses.replace makes of that."""
+        return self.out_dtype or self.dtype
+
+    def stated(self) -> dict[str, int | str]:
+        """Every field by its name, with result_dtype for out_dtype: the same for specs that mean the same."""
+        return dataclasses.asdict(self) | {"out_dtype": self.result_dtype}
+
+    def __eq__(self, other: object) -> bool:
+        return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.stated().values()))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.stated().items())
+        return f"{type(self).__name__}({fields})"
 
     @property
     def group(self) -> int:

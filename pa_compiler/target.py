@@ -165,8 +165,16 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first CPU."""
-    lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    """What Linux says of the first CPU.
+
+    Raises:
+        RuntimeError: it says nothing.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError as error:
+        raise RuntimeError(f"/proc/cpuinfo: expected what this CPU has, got: {error}; is /proc mounted?") from error
+    lines = text.split("\n\n", 1)[0].splitlines()
     fields = (line.split(":", 1) for line in lines if ":" in line)
     return {name.strip(): value.strip() for name, value in fields}
 

@@ -43,7 +43,7 @@ def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
     """What is said of a spec: rows of facts()."""
     heads = f"{counted(spec.num_heads, 'query head')} on {counted(spec.num_kv_heads, 'kv head')} of {spec.head_dim}"
     return [
-        ("spec", f"{heads}, {spec.dtype} in, {spec.out_dtype} out"),
+        ("spec", f"{heads}, {spec.dtype} in, {spec.result_dtype} out"),
         ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}"),
         ("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}"),
     ]

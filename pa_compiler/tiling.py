@@ -47,6 +47,10 @@ LINE_BYTES = 64
 """A line of the memory system."""
 
 
+STAGED_ELEMENTS = 1 << 26
+"""float32 numbers of an intermediate of the staged pipeline, at most: 256 MB, of which there are four."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """Sizes that kernels and schedules agree on.
@@ -156,6 +160,21 @@ class Tiling:
     def pass_tiles(self, spec: PagedAttentionSpec) -> int:
         """Head tiles that go from scores to outputs at once."""
         return spec.num_kv_heads * self.row_tiles(spec) if self.sweep else 1
+
+
+def check(spec: PagedAttentionSpec, pipeline: str) -> None:
+    """Refuse a spec that a pipeline does not cover.
+
+    Raises:
+        ValueError: names the field, what the pipeline takes and what it got.
+    """
+    of_sequence = _rows(spec) * max(spec.block_size, spec.head_dim)
+    if pipeline == "staged" and spec.batch_chunk * of_sequence > STAGED_ELEMENTS:
+        sizes = f"{_rows(spec)} heads, block_size = {spec.block_size} and head_dim = {spec.head_dim}"
+        raise ValueError(
+            f"batch_chunk: expected 1 to {STAGED_ELEMENTS // of_sequence} for pipeline staged with tiles of {sizes}, "
+            f"got {spec.batch_chunk}"
+        )
 
 
 def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling:

@@ -40,8 +40,8 @@ logarithm of their sum, and float32's share in the scores."""
 
 
 def tolerance(spec: PagedAttentionSpec, longest: int) -> Tolerance:
-    """The bound on out for sequences of up to longest tokens: that of the coarser of dtype and out_dtype."""
-    found = max(TOLERANCES[str(dtype)] for dtype in (spec.dtype, spec.out_dtype))
+    """The bound on out for sequences of up to longest tokens: that of the coarser of dtype and result_dtype."""
+    found = max(TOLERANCES[str(dtype)] for dtype in (spec.dtype, spec.result_dtype))
     return LONG_FLOAT32 if found == TOLERANCES["float32"] and longest > 8192 else found
 
 

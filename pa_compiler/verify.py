@@ -151,7 +151,7 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     back = convert_cache(*converted, spec.kv_layout, "NHD")
     wrong = _differences("of convert_cache there and back", back, (call.keys, call.values))
     key_cache, value_cache = _in_one_buffer(*converted) if call.one_buffer else [cache.copy() for cache in converted]
-    out, whole_out = inside(np.full(call.query.shape, np.nan, spec.out_dtype), np.nan, call.rng)
+    out, whole_out = inside(np.full(call.query.shape, np.nan, spec.result_dtype), np.nan, call.rng)
     lse, whole_lse = inside(np.full(call.query.shape[:2], np.nan, np.float32), np.nan, call.rng)
     arguments = (call.query, key_cache, value_cache, call.block_table, call.context_lens)
     try:

@@ -17,7 +17,11 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from pa_compiler.schedules.pair_lanes import pair_lanes
 from pa_compiler.schedules.sum_lanes import sum_lanes
 from pa_compiler.schedules.transpose import turn
-from pa_compiler.tiling import Tiling
+from pa_compiler.tiling import Tiling, largest_divisor
+
+_MAX_ROW_LANES = 256
+"""Rows of one vector, at most: LLVM takes it apart into registers, in a time that grows with it, and TVM has none of
+32768 lanes."""
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
@@ -240,9 +244,12 @@ SCALAR = {
 
 
 def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
-    """Vectorize the innermost loop, which is over rows."""
+    """Vectorize the innermost loop, which is over rows; of many, which are all heads, in parts of equal size."""
     for name in sblocks:
-        sch.vectorize(sch.get_loops(name)[-1])
+        row = sch.get_loops(name)[-1]
+        if int(sch.get(row).extent) > _MAX_ROW_LANES:
+            _, row = sch.split(row, [None, largest_divisor(int(sch.get(row).extent), _MAX_ROW_LANES)])
+        sch.vectorize(row)
 
 
 def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:

@@ -11,8 +11,10 @@ import cuda_emulator
 import gpu_memory
 import pytest
 import scorecard
+from specs import BASE
 
 import pa_compiler
+from pa_compiler import compiler
 
 
 def pytest_addoption(parser):
@@ -69,11 +71,15 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session", autouse=True)
 def build_cache(tmp_path_factory):
-    """One build cache for all of this run's processes and none of the user's, so that nothing old is tested."""
+    """One build cache for all of this run's processes and none of the user's, so that nothing old is tested.
+
+    What the C++ compiler warns of in a host is an error here, and nowhere else.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PA_CACHE_DIR", str(shared / "build-cache"))
+        patch.setenv("CXX", f"{os.environ.get('CXX', '').strip() or 'g++'} -Wall -Wextra -Werror")
         patch.delenv("PA_NUM_THREADS", raising=False)
         yield shared / "build-cache"
 
@@ -150,6 +156,21 @@ def memory(request):
     if request.config.getoption("--gpu"):
         return gpu_memory.real_memory()
     return gpu_memory.FakeMemory(request.getfixturevalue("gpu"))
+
+
+@pytest.fixture
+def faked_builds(compiled, monkeypatch):
+    """The builds that compile() asks for, which give it a library that is there already."""
+    module, asked = compiled(BASE), []
+
+    def build(spec, config, pipeline, directory):
+        asked.append((spec, config, pipeline))
+        module.save(directory / "pa.so")
+        for stage, text in module.sources.items():
+            (directory / compiler.STAGE_FILES[stage]).write_text(text)
+
+    monkeypatch.setattr(compiler, "_build", build)
+    return asked
 
 
 @pytest.fixture

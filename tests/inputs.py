@@ -86,7 +86,7 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
         cache[place] = logical
         cache[~valid] = poison_value(poison, dtype)
         caches.append(cache)
-    return Inputs(query, *lay_out(spec, *caches), block_table, context_lens, DTYPES[spec.out_dtype])
+    return Inputs(query, *lay_out(spec, *caches), block_table, context_lens, DTYPES[spec.result_dtype])
 
 
 def lay_out(spec, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -41,6 +41,7 @@ ITEMS = {
     23: "each input of the cache key changed: each misses; no module for another CPU is loaded",
     24: "cache directory owned and 0700, no pickle, identifiers checked",
     25: "seeded bugs: each caught by the tests",
+    26: "environments: right, or a named error",
 }
 
 _HEAD = """\

@@ -14,7 +14,7 @@ LENGTHS = [0, 1, 8, 37, 9]
 every_dtype = pytest.mark.parametrize(
     "spec",
     [*DTYPE_SPECS.values(), *OUT_DTYPE_SPECS.values()],
-    ids=lambda spec: f"{spec.dtype}-{spec.out_dtype}",
+    ids=lambda spec: f"{spec.dtype}-{spec.result_dtype}",
 )
 
 
@@ -138,7 +138,7 @@ def test_dlpack_result(case):
     assert_same_bits(np.from_dlpack(lse), expected_lse)
     assert out.__dlpack_device__()[0] == 1
     assert tuple(out.shape) == expected.shape
-    assert str(out.dtype) == module.spec.out_dtype
+    assert str(out.dtype) == module.spec.result_dtype
     if expected.dtype != DTYPES["bfloat16"]:
         assert_same_bits(np.from_dlpack(out), expected)
 

@@ -16,7 +16,7 @@ import pytest
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, cache, compiler, target
+from pa_compiler import PagedAttentionSpec, cache, compiler, installation, target
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 
@@ -24,18 +24,9 @@ COMPILE = "import sys, pa_compiler; pa_compiler.compile(pa_compiler.PagedAttenti
 
 
 @pytest.fixture
-def builds(compiled, own_cache, monkeypatch):
-    """The builds that compile() asks for, which give it a library that is there already."""
-    module, asked = compiled(BASE), []
-
-    def build(spec, config, pipeline, directory):
-        asked.append((spec, config, pipeline))
-        module.save(directory / "pa.so")
-        for stage, text in module.sources.items():
-            (directory / compiler.STAGE_FILES[stage]).write_text(text)
-
-    monkeypatch.setattr(compiler, "_build", build)
-    return asked
+def builds(faked_builds, own_cache):
+    """Builds for a cache of the test's own."""
+    return faked_builds
 
 
 def entries(own_cache):
@@ -150,6 +141,30 @@ def test_another_cxx_compiler_misses(builds, tmp_path, monkeypatch, figure):
     figure("changed inputs", 3)
 
 
+@pytest.mark.scorecard(26)
+def test_without_a_compiler_what_another_has_built_is_taken(builds, own_cache, monkeypatch, figure):
+    """The newest entry that is whole; what was never built is an error that names the compiler."""
+    first = shutil.which("g++")
+    for cxx in (first, f"{first} -m64"):
+        monkeypatch.setenv("CXX", cxx)
+        built = pa_compiler.compile(BASE)
+    for missing in ("no-such-compiler", "no-such-launcher g++"):
+        monkeypatch.setenv("CXX", missing)
+        taken = pa_compiler.compile(BASE)
+        assert (taken._library, taken.sources, len(builds)) == (built._library, built.sources, 2)
+        for others in ({"spec": dataclasses.replace(BASE, num_heads=8)}, {"spec": BASE, "pipeline": "staged"}):
+            with pytest.raises(RuntimeError, match=r"the C\+\+ compiler 'no-such-.*' is not on PATH"):
+                pa_compiler.compile(**others)
+        figure("compilers", 1)
+    older, newer = sorted(entries(own_cache), key=lambda entry: entry.stat().st_mtime)
+    (newer / "pa.so").write_bytes(b"damaged")
+    assert pa_compiler.compile(BASE)._library == built._library
+    (older / "pa.so").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match="is not on PATH"):
+        pa_compiler.compile(BASE)
+    assert len(builds) == 2
+
+
 @pytest.mark.scorecard(23)
 def test_another_cpu_misses(builds, monkeypatch, figure):
     """Each feature that Linux names, and what else identifies a CPU: none is left out of the key."""
@@ -190,14 +205,14 @@ def test_another_python_misses(builds, monkeypatch, figure):
 
 def test_other_text_misses(builds, monkeypatch):
     pa_compiler.compile(BASE)
-    monkeypatch.setattr(compiler, "text_digest", lambda: "other")
+    monkeypatch.setattr(installation, "text_digest", lambda: "other")
     pa_compiler.compile(BASE)
     assert len(builds) == 2
 
 
 EVERY_FILE_COUNTS = """
 import pathlib, sys
-from pa_compiler.compiler import text_digest
+from pa_compiler.installation import text_digest
 unchanged = text_digest()
 files = [path for path in pathlib.Path(sys.argv[1]).rglob("*") if path.suffix in (".py", ".j2", ".h")]
 for path in files:

@@ -22,8 +22,8 @@ FEATURES = frozenset({"avx512f", "avx512vl", "avx512bf16"})
 SAPPHIRE_RAPIDS = {"kind": "llvm", "mcpu": "sapphirerapids"}
 
 
-def spec_of(heads, kv_heads, head_dim, block_size, kv_layout="NHD"):
-    return PagedAttentionSpec(heads, kv_heads, head_dim, block_size, "bfloat16", "float32", kv_layout)
+def spec_of(heads, kv_heads, head_dim, block_size, kv_layout="NHD", head_tile=16):
+    return PagedAttentionSpec(heads, kv_heads, head_dim, block_size, "bfloat16", "float32", kv_layout, head_tile)
 
 
 SPECS = {
@@ -32,6 +32,7 @@ SPECS = {
     "group_16": spec_of(16, 1, 32, 20),
     "group_33": spec_of(33, 1, 24, 16),  # three tiles of 11 rows; words in vectors of 4
     "packed_group_8": spec_of(8, 1, 48, 16, "packed"),
+    "group_48": spec_of(48, 1, 32, 20, head_tile=64),  # more rows than a vector has lanes
 }
 LENGTHS = [0, 1, 2, 3, 7, 15, 16, 20, 21, 0, 33, 61, 127, 128, 129, 130, 300, 2051]
 
@@ -92,14 +93,15 @@ def emulated(lanes):
     )
 
 
-@pytest.mark.parametrize("name", ["group_4", "packed_group_8"])
+@pytest.mark.parametrize("name", ["group_4", "packed_group_8", "group_48"])
 def test_the_operation_that_becomes_the_instruction(cpu, tmp_path, monkeypatch, name):
     """Selected, vectorized and called as for AVX512_BF16, on this CPU's vectors, with what it calls written out."""
     monkeypatch.setattr(target.CpuTarget, "dot_pairs", True)
-    monkeypatch.setattr(instructions, "_definitions", lambda: "".join(map(emulated, (4, 8, 16))))
+    monkeypatch.setattr(instructions, "_instructions", lambda: "".join(map(emulated, (4, 8, 16))))
     tiles = tiling.choose(SPECS[name], cpu, "fused")
     compiler.build_library(SPECS[name], cpu, tiles, "fused", tmp_path)
-    assert f"call <{tiles.lanes} x float> @llvm.fma.v{tiles.lanes}f32" in (tmp_path / "kernels.ll").read_text()
+    lanes = 16 if name == "group_48" else tiles.lanes
+    assert f"call <{lanes} x float> @llvm.fma.v{lanes}f32" in (tmp_path / "kernels.ll").read_text()
     inputs = make_inputs(SPECS[name], LENGTHS)
     out, lse = pa_compiler.load(tmp_path / "pa.so").decode(*inputs.arguments, None, inputs.out, return_lse=True)
     assert_close_to_oracle(SPECS[name], inputs, out, lse)
@@ -143,6 +145,14 @@ def test_the_matmuls_are_the_instruction(heads, kv_layout):
         assert counts.conversions == paired
         rows_paired.append(counts.dots / paired if paired else 0)
     assert sorted(set(rows_paired)) == ([0, 4] if (heads, kv_layout) == ((32, 8), "NHD") else [0])
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_more_rows_than_a_vector_has_lanes(rows):
+    asm = compiler.emit(spec_of(rows, 1, 128, 16, head_tile=64), SAPPHIRE_RAPIDS)["asm"]
+    matmuls = [counts for counts in (assembly.count(loop.code) for loop in assembly.inner_loops(asm)) if counts.dots]
+    assert {counts.dots % (rows // 16) for counts in matmuls} == {0}
+    assert {(counts.fmas, counts.arithmetic, counts.stack_stores) for counts in matmuls} == {(0, 0, 0)}
 
 
 @pytest.mark.parametrize("mcpu", ["sapphirerapids", "znver4", "cooperlake", "x86-64-v4", "znver3"])

@@ -92,7 +92,7 @@ def test_check_without_a_folder(tmp_path, folder):
 
 def test_write_repairs_the_folder(folder):
     (folder / "gqa_fused" / "kernels.ll").unlink()
-    (folder / "case1_fused" / "old.cc").write_text("int x;\n")
+    (folder / "case1_fused" / "old.cc").write_text(f"// {generate.BANNER}\nint x;\n")
     assert generate.write(folder) == ["case1_fused/old.cc", "gqa_fused/kernels.ll"]
     assert generate.check(folder) == ""
     assert generate.write(folder) == []

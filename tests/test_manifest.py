@@ -18,7 +18,7 @@ from specs import BASE, SPECS, every_spec
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import cache, cli, compiler, manifest, target, tiling
+from pa_compiler import cache, cli, compiler, loader, manifest, target, tiling
 
 V3 = ("avx", "avx2", "bmi", "bmi2", "cmov", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sahf", "sse", "sse2", "sse3")
 V3 += ("sse4.1", "sse4.2", "ssse3")
@@ -41,7 +41,7 @@ def refused(tmp_path, monkeypatch):
         path = tmp_path / "refused.so"
         path.write_bytes(contents)
         with monkeypatch.context() as patch:
-            patch.setattr(tvm_ffi, "load_module", lambda _: pytest.fail("it was loaded"))
+            patch.setattr(loader, "_opened", lambda *_: pytest.fail("it was loaded"))
             with pytest.raises(RuntimeError, match=rf"(?s)^{path}: .*{match}"):
                 pa_compiler.load(path)
 
@@ -155,7 +155,7 @@ def test_calls_of_a_module_for_another_cpu_name_every_feature_it_lacks(tmp_path,
     tiles = tiling.choose(BASE, cpu, "fused")
     other = dataclasses.replace(cpu, features=cpu.features | set(lacks))
     compiler.build_library(BASE, other, tiles, "fused", tmp_path)
-    module, inputs = compiler._loaded(cache.contents(tmp_path)), make_inputs(BASE, [3, 9])
+    module, inputs = compiler._loaded(cache.contents(tmp_path), BASE), make_inputs(BASE, [3, 9])
     assert module.manifest.unfit().endswith(f"what it lacks: {' '.join(lacks)}")
     key = np.zeros((1, BASE.num_kv_heads, BASE.head_dim), BASE.dtype)
     for call in (
@@ -227,7 +227,7 @@ def test_one_library_in_a_process_however_often_it_is_loaded(compiled, tmp_path,
     compiled(BASE).save(tmp_path / "one.so")
     compiled(BASE).save(tmp_path / "two.so")
     pa_compiler.load(tmp_path / "one.so")
-    monkeypatch.setattr(tvm_ffi, "load_module", lambda _: pytest.fail("it was loaded again"))
+    monkeypatch.setattr(loader, "_opened", lambda *_: pytest.fail("it was loaded again"))
     assert pa_compiler.load(tmp_path / "two.so").spec == BASE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pa_compiler
 
 STAGES = ["tensorir", "scheduled", "host", "llvm", "asm"]
 LENGTHS = [0, 1, 37, 2500, 5]
+SMALL = pa_compiler.PagedAttentionSpec(3, 1, 4, 2, "float32")
 
 WITHOUT_TVM = """
 import sys
@@ -78,6 +80,18 @@ def test_what_a_module_knows_of_itself(compiled, tmp_path, pipeline):
     assert loaded.target == module.target
     assert not loaded.sources
     assert [path.name for path in tmp_path.iterdir()] == ["pa.so"]
+
+
+def test_out_dtype_of_a_modules_spec_follows_dtype_unless_it_was_given(own_cache, tmp_path):
+    """Whichever of the two filled the cache. A library states its types."""
+    given = dataclasses.replace(SMALL, out_dtype=SMALL.dtype)
+    for spec, follows in ((SMALL, True), (given, False), (SMALL, True)):
+        module = pa_compiler.compile(spec)
+        out_dtype = "float16" if follows else SMALL.dtype
+        assert dataclasses.replace(module.spec, dtype="float16").result_dtype == out_dtype
+    assert len([path for path in own_cache.iterdir() if path.is_dir()]) == 1
+    module.save(tmp_path / "pa.so")
+    assert pa_compiler.load(tmp_path / "pa.so").spec.out_dtype == SMALL.dtype
 
 
 @every_pipeline

@@ -31,7 +31,7 @@ def test_random_specs(compiled, group, count, figure):
 def test_drawn_specs_reach_every_kind():
     drawn = [drawn_spec(number) for number in range(152)]
     specs = [spec for spec, _, _ in drawn]
-    assert len({(spec.dtype, spec.out_dtype) for spec in specs}) == 9
+    assert len({(spec.dtype, spec.result_dtype) for spec in specs}) == 9
     assert len({(spec.dtype, spec.kv_layout) for spec in specs}) == 9
     assert len({(spec.kv_layout, pipeline) for spec, pipeline, _ in drawn}) == 6
     assert {str(target) for _, _, target in drawn} >= {"llvm", "{'kind': 'llvm', 'mcpu': 'x86-64'}"}

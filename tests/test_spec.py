@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 
@@ -59,7 +60,7 @@ def test_refused(figure, field, value, error, says):
 
 def test_defaults():
     spec = PagedAttentionSpec(**GOOD)
-    assert (spec.out_dtype, spec.kv_layout, spec.head_tile, spec.batch_chunk) == ("bfloat16", "NHD", 16, 16)
+    assert (spec.result_dtype, spec.kv_layout, spec.head_tile, spec.batch_chunk) == ("bfloat16", "NHD", 16, 16)
     assert spec.group == 4
 
 
@@ -127,6 +128,33 @@ def test_equal_specs_are_one_key():
     same = PagedAttentionSpec(**GOOD, out_dtype="bfloat16")
     assert len({spec, same, dataclasses.replace(spec), pickle.loads(pickle.dumps(spec))}) == 1
     assert dataclasses.replace(spec, block_size=32) != spec
+
+
+COPIES = {
+    "itself": lambda spec: spec,
+    "replace": dataclasses.replace,
+    "pickle": lambda spec: pickle.loads(pickle.dumps(spec)),
+    "deepcopy": copy.deepcopy,
+    "asdict": lambda spec: PagedAttentionSpec(**dataclasses.asdict(spec)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_out_dtype_follows_dtype_unless_it_was_given(copied):
+    follows, given = PagedAttentionSpec(**GOOD), PagedAttentionSpec(**GOOD, out_dtype="bfloat16")
+    assert follows == given
+    for dtype in ("float32", "float16"):
+        assert dataclasses.replace(copied(follows), dtype=dtype).result_dtype == dtype
+        assert dataclasses.replace(copied(given), dtype=dtype).result_dtype == "bfloat16"
+        assert dataclasses.replace(copied(given), dtype=dtype, out_dtype=None).result_dtype == dtype
+
+
+def test_the_text_of_a_spec_states_its_types():
+    follows, given = PagedAttentionSpec(**GOOD), PagedAttentionSpec(**GOOD, out_dtype="bfloat16")
+    assert repr(follows) == repr(given)
+    assert eval(repr(follows)) == follows
+    assert "out_dtype='bfloat16'" in repr(follows)
+    assert follows.stated() == given.stated() == dataclasses.asdict(given)
 
 
 @pytest.mark.parametrize("field", ["num_heads", "num_kv_heads", "head_dim", "block_size", "head_tile", "batch_chunk"])

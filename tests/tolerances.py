@@ -15,7 +15,7 @@ def assert_close_to_oracle(spec, inputs: Inputs, out, lse=None, scale=None) -> N
     """Compare with the float64 reference on the same stored bytes."""
     expected = oracle(spec, *inputs.arguments, scale, spec.kv_layout)
     assert out.shape == expected["out"][0].shape
-    assert str(out.dtype) == spec.out_dtype
+    assert str(out.dtype) == spec.result_dtype
     _assert_within(out, *expected["out"], "out", inputs)
 
     if lse is not None:

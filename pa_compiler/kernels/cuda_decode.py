@@ -75,7 +75,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         partial_max = T.match_buffer(partial_max_handle, (max_span,), "float32")
         partial_sum = T.match_buffer(partial_sum_handle, (sum_span,), "float32")
         partial_acc = T.match_buffer(partial_acc_handle, (acc_span,), "float32")
-        out = T.match_buffer(out_handle, (out_span,), spec.out_dtype)
+        out = T.match_buffer(out_handle, (out_span,), spec.result_dtype)
         lse = T.match_buffer(lse_handle, (lse_span,), "float32")
         T.device_entry()
         cta = T.cta_id([items * head_tiles])

@@ -44,7 +44,7 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                 head: T.let = T.Cast("int64", first_head + row)
                 if whole:
                     out[out_offset + head * out_head + T.Cast("int64", d)] = T.Cast(
-                        spec.out_dtype, T.Select(total == T.float32(0), value, value / total)
+                        spec.result_dtype, T.Select(total == T.float32(0), value, value / total)
                     )
                     if d == 0:
                         lse[lse_offset + head] = T.Select(

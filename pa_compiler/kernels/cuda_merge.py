@@ -52,7 +52,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         partial_max = T.match_buffer(partial_max_handle, (max_span,), "float32")
         partial_sum = T.match_buffer(partial_sum_handle, (sum_span,), "float32")
         partial_acc = T.match_buffer(partial_acc_handle, (acc_span,), "float32")
-        out = T.match_buffer(out_handle, (out_span,), spec.out_dtype)
+        out = T.match_buffer(out_handle, (out_span,), spec.result_dtype)
         lse = T.match_buffer(lse_handle, (lse_span,), "float32")
         T.device_entry()
         cta = T.cta_id([batch * heads])
@@ -85,7 +85,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                         value = value + weight * partial_acc[slot * T.int64(head_dim) + T.Cast("int64", d)]
                     where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
                     out[where + T.Cast("int64", d)] = T.Cast(
-                        spec.out_dtype, T.Select(total == T.float32(0), value, value / total)
+                        spec.result_dtype, T.Select(total == T.float32(0), value, value / total)
                     )
                     if d == 0:
                         lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(

@@ -30,7 +30,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """
     heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
     kv_heads, group, dtype = spec.num_kv_heads, spec.group, spec.dtype
-    out_dtype = spec.out_dtype or dtype
+    out_dtype = spec.result_dtype
     itemsize, out_itemsize = ITEMSIZES[dtype], ITEMSIZES[out_dtype]
     rows, kv_tile, tokens = tiling.row_tile, tiling.kv_tile, tiling.padded_kv_tile
     group_tiles = tiling.row_tiles(spec)

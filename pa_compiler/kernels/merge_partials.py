@@ -17,7 +17,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     gives out = 0 and lse = -inf. num_partials is at least 1; merging one partial result is exact.
     """
     heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
-    num_heads, out_dtype = spec.num_heads, spec.out_dtype or spec.dtype
+    num_heads, out_dtype = spec.num_heads, spec.result_dtype
     itemsize = ITEMSIZES[out_dtype]
     update_stage = online_update(num_heads, spec.head_dim)
     normalize_stage = normalize(spec, num_heads)

@@ -144,7 +144,7 @@ def normalize(spec: PagedAttentionSpec, rows: int) -> Callable[..., None]:
     ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
     lse = -inf.
     """
-    head_dim, out_dtype = spec.head_dim, spec.out_dtype or spec.dtype
+    head_dim, out_dtype = spec.head_dim, spec.result_dtype
 
     @inline
     def stage(row_max, row_sum, acc, slot, out, lse, seq, head_start, num_rows, headroom):

@@ -41,7 +41,7 @@ def prim_func(*, s_tir: bool) -> Callable[[Callable[..., None]], PrimFunc]:
 
 
 def _parse(function: Callable[..., None]) -> PrimFunc:
-    parser = _Parser(_source(function.__code__), {function.__name__: function.__annotations__})
+    parser = _Parser(_source(function), {function.__name__: function.__annotations__})
     with IRBuilder() as builder:
         parser.parse(inspect_function_capture(function))
     parsed = builder.get()
@@ -58,7 +58,7 @@ def inline(body: Callable[..., None]) -> Callable[..., None]:
     Raises:
         RuntimeError: by the call, outside of a PrimFunc's script.
     """
-    expansion = _Inline(_source(body.__code__), inspect_function_capture(body), body)
+    expansion = _Inline(_source(body), inspect_function_capture(body), body)
 
     def expand(*args: object, **kwargs: object) -> None:
         expansion(*args, **kwargs)
@@ -143,7 +143,9 @@ def _source_at(file: str, line: int) -> _Source:
     return _Source(file, _functions(file)[line])
 
 
-def _source(code: CodeType) -> _Source:
+def _source(function: Callable[..., None]) -> _Source:
+    code = function.__code__
+    linecache.lazycache(code.co_filename, function.__globals__)  # for a package in a zip, whose loader has the text
     return _source_at(code.co_filename, code.co_firstlineno)
 
 

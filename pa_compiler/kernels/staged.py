@@ -226,7 +226,7 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """out and lse of every sequence of the chunk, for the heads [head_start, head_start + num_rows)."""
     heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
-    chunk, rows, out_dtype = spec.batch_chunk, tiling.row_tile, spec.out_dtype or spec.dtype
+    chunk, rows, out_dtype = spec.batch_chunk, tiling.row_tile, spec.result_dtype
     itemsize = ITEMSIZES[out_dtype]
     normalize_stage = update.normalize(spec, rows)
 
