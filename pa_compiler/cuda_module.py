@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pa_compiler import cuda_verify
-from pa_compiler.arguments import check_whole
+from pa_compiler import cuda_verify, torch_tensors
+from pa_compiler.arguments import whole_number
 from pa_compiler.module import Module
 
 if TYPE_CHECKING:
@@ -62,16 +62,20 @@ class CudaModule(Module):
         """
         self._functions["check_status"]()
 
-    def empty_cache(self, num_blocks: int, device: Any = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
+    def empty_cache(
+        self, num_blocks: int, device: Any = "cuda", *, like: str = "torch"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0, as torch tensors on a device.
 
         Raises:
-            TypeError, ValueError: num_blocks is not a whole number from 1 on.
+            TypeError, ValueError: num_blocks is not a whole number from 1 on, or like not "torch".
             ImportError: there is no torch.
         """
         import torch
 
-        check_whole("num_blocks", num_blocks, 1)
+        num_blocks = whole_number("num_blocks", num_blocks, 1)
+        if like != "torch":
+            raise ValueError(f"like: expected 'torch' for a GPU module, got {like!r}")
         shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
         dtype = getattr(torch, self.spec.dtype)
         key_cache, value_cache = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
@@ -118,7 +122,7 @@ class CudaModule(Module):
         return CHECKS.index(check)
 
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        if type(query).__module__.partition(".")[0] != "torch":
+        if not torch_tensors.is_tensor(query):
             name = "lse" if len(extents) == 1 else "out"
             raise TypeError(
                 f"{name}: expected an array to write to, since a GPU module makes them for torch tensors alone, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 import os
 import types
 from collections.abc import Callable, Mapping
@@ -14,12 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import memory
-from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
-from pa_compiler.manifest import Manifest
+from pa_compiler import manifest, memory, torch_tensors
+from pa_compiler.arguments import NUMPY_DTYPES, EntryPoint, real_number, whole_number
+from pa_compiler.dlpack import as_tensor
+from pa_compiler.loader import open_library
 
 if TYPE_CHECKING:
     from pa_compiler.verify import Verification
+
+
+_MOST_THREADS = 2**63 - 1
+"""What the library counts to."""
 
 
 class WorkItem(NamedTuple):
@@ -51,38 +55,60 @@ class Module:
         num_threads: Threads that a call uses at most. Results are bitwise the same for every value.
     """
 
+    _settings: tuple[str, ...] = ("_num_threads",)
+    """What can be set, by the names of its attributes: it goes along with a copy, in this process or another."""
+
     def __init__(
-        self, library: bytes, about: Manifest, functions: tvm_ffi.Module, sources: Mapping[str, str] | None = None
+        self,
+        library: bytes,
+        about: manifest.Manifest,
+        functions: tvm_ffi.Module,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         self._library = library
         self.manifest = about
         self._functions = functions
-        self._decode = functions["decode"]
-        self._append_kv = functions["append_kv"]
         self.spec = self.manifest.spec
         self.pipeline = self.manifest.pipeline
         self.target = self.manifest.target
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
-        cache_dtype = self.spec.dtype
-        self._out_dtype = self.spec.out_dtype or cache_dtype
-        self._decode_arrays = expected_arrays(
-            query=cache_dtype,
-            key_cache=cache_dtype,
-            value_cache=cache_dtype,
-            block_table="int32",
-            context_lens="int32",
-            out=self._out_dtype,
-            lse="float32",
+        dtype = (self.spec.dtype,)
+        self._out_dtype = self.spec.out_dtype or self.spec.dtype
+        on_gpu = self.target["kind"] == "cuda"
+        ids, slots = (("int32",), ("int64",)) if on_gpu else (("int32", "int64"),) * 2
+        self._decode = EntryPoint(
+            functions["decode"],
+            ("out", "lse"),
+            on_gpu,
+            query=dtype,
+            key_cache=dtype,
+            value_cache=dtype,
+            block_table=ids,
+            context_lens=ids,
+            out=(self._out_dtype,),
+            lse=("float32",),
         )
-        self._append_arrays = expected_arrays(
-            key=cache_dtype, value=cache_dtype, key_cache=cache_dtype, value_cache=cache_dtype, slot_mapping="int64"
+        self._append_kv = EntryPoint(
+            functions["append_kv"],
+            ("key_cache", "value_cache"),
+            on_gpu,
+            key=dtype,
+            value=dtype,
+            key_cache=dtype,
+            value_cache=dtype,
+            slot_mapping=slots,
         )
 
     def __repr__(self) -> str:
         made_for = self.target.get("mcpu") or self.target.get("arch")
         return f"{type(self).__name__}({self.spec}, pipeline={self.pipeline!r}, target={made_for!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies are made of the library, as load() would make them, with sources and settings."""
+        settings = {name: getattr(self, name) for name in self._settings}
+        return _again, (type(self), self._library, dict(self.sources), settings)
 
     @property
     def num_threads(self) -> int:
@@ -91,8 +117,7 @@ class Module:
 
     @num_threads.setter
     def num_threads(self, value: int) -> None:
-        check_whole("num_threads", value, 1)
-        self._num_threads = value
+        self._num_threads = whole_number("num_threads", value, 1, _MOST_THREADS)
 
     def decode(
         self,
@@ -101,7 +126,7 @@ class Module:
         value_cache: Any,
         block_table: Any,
         context_lens: Any,
-        scale: float | None = None,
+        scale: Any = None,
         out: Any = None,
         *,
         lse: Any = None,
@@ -140,16 +165,13 @@ class Module:
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
-        if scale is None:
-            scale = self._default_scale
-        elif not isinstance(scale, numbers.Real) or isinstance(scale, bool):
-            raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
+        scale = self._default_scale if scale is None else real_number("scale", scale)
         if out is None:
             out = self._new_like(query, self._out_dtype, (self.spec.num_heads, self.spec.head_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
-        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._manner(check, "decode"))
+        self._decode.call(arrays, scale, self._manner(check, "decode"))
         return out if lse is None else (out, lse)
 
     def append_kv(
@@ -184,10 +206,7 @@ class Module:
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
-        arrays = (key, value, key_cache, value_cache, slot_mapping)
-        call(
-            self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._manner(check, "append_kv")
-        )
+        self._append_kv.call((key, value, key_cache, value_cache, slot_mapping), self._manner(check, "append_kv"))
 
     def _manner(self, check: str | None, of: str) -> int:
         """The number that tells the library how to go about a call of decode or append_kv; for a CPU, the threads."""
@@ -195,20 +214,29 @@ class Module:
             raise ValueError(f"check: expected 'host' for a CPU module, got {check!r}")
         return self._num_threads
 
-    def empty_cache(self, num_blocks: int) -> tuple[Any, Any]:
-        """New key and value caches of num_blocks blocks in kv_layout, all 0, as NumPy arrays.
+    def empty_cache(self, num_blocks: int, *, like: str = "numpy") -> tuple[Any, Any]:
+        """New key and value caches of num_blocks blocks in kv_layout, all 0.
 
         Each begins at a multiple of 2 MB, on huge pages where the system has transparent ones, from which decode reads
         faster. Memory is taken when it is first written, and given back with the last view of the array.
 
+        Args:
+            num_blocks: From 1 on.
+            like: "numpy" for NumPy arrays, "torch" for tensors of torch.
+
         Raises:
-            TypeError, ValueError: num_blocks is not a whole number from 1 on.
+            TypeError, ValueError: num_blocks is not a whole number from 1 on, or like neither of these.
             MemoryError: the system does not give that much.
+            ImportError: there is no torch.
         """
-        check_whole("num_blocks", num_blocks, 1)
-        dtype = NUMPY_DTYPES[self.spec.dtype]
-        key_cache = memory.huge_zeros((num_blocks, *self.spec.key_cache_shape[1:]), dtype)
-        return key_cache, memory.huge_zeros((num_blocks, *self.spec.value_cache_shape[1:]), dtype)
+        num_blocks = whole_number("num_blocks", num_blocks, 1)
+        if like not in ("numpy", "torch"):
+            raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
+        shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
+        key_cache, value_cache = (memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.dtype]) for shape in shapes)
+        if like == "torch":
+            return torch_tensors.from_numpy(key_cache), torch_tensors.from_numpy(value_cache)
+        return key_cache, value_cache
 
     def plan(self, context_lens: Any) -> list[WorkItem]:
         """The work items that decode runs for these lengths ([batch], int32), in the order they are dealt to threads.
@@ -262,15 +290,21 @@ class Module:
         """A new array [batch, *extents] of query's kind."""
         if isinstance(query, np.ndarray):
             return np.empty(query.shape[:1] + extents, NUMPY_DTYPES[dtype])
-        if type(query).__module__.partition(".")[0] == "torch":
-            import torch
-
-            return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype), device=query.device)
+        if torch_tensors.is_tensor(query):
+            return torch_tensors.empty_for(query, extents, dtype)
         shape = (*as_tensor("query", query).shape[:1], *extents)
         array = np.empty(shape, NUMPY_DTYPES[dtype])
         if dtype == "bfloat16":
             return self._functions["view_as_bfloat16"](tvm_ffi.from_dlpack(array.view(np.uint16)))
         return tvm_ffi.from_dlpack(array)
+
+
+def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:
+    """The module that a pickle or a copy stands for."""
+    about = manifest.read(library, Path("module.so"))
+    module = kind(library, about, open_library(library, "module.so"), sources)
+    vars(module).update(settings)
+    return module
 
 
 def _default_num_threads() -> int:
