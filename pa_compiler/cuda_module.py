@@ -28,6 +28,8 @@ class CudaModule(Module):
 
     - Keys, values and caches start at multiples of 16 bytes and have strides of such multiples, queries of 4 bytes.
     - out and lse are made for torch tensors; for others they have to be given.
+    - block_table and context_lens are int32, slot_mapping int64.
+    - Caches that have blocks in common are told apart by their slots with check "host", not with "device".
     - check says who looks at context_lens, block_table and slot_mapping, whose contents are on the GPU:
       "device", the default: a kernel does, before the others. After a finding those write nothing; the error is raised
       by the next call of decode or append_kv on that device, which does nothing itself, or by check_status.

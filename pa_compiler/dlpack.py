@@ -60,7 +60,12 @@ def as_tensor(name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor
         raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
     try:
         return tvm_ffi.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except BufferError as error:  # it may be willing to hand itself over as read-only
+        capsule = None if written else _versioned(name, array)
+        if capsule is None:
+            raise _refusal(name, error) from error
+        return tvm_ffi.from_dlpack(capsule)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise _refusal(name, error) from error
 
 
@@ -75,13 +80,8 @@ def writable(name: str, array: Any) -> Any:
         return array
     if not hasattr(array, "__dlpack__"):
         raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-    try:
-        capsule = array.__dlpack__(max_version=_VERSION)
-    except TypeError:  # it has no such argument
-        capsule = None
-    except (BufferError, RuntimeError, ValueError) as error:
-        raise _refusal(name, error) from error
-    if capsule is None or _capsule_name(capsule) != b"dltensor_versioned":
+    capsule = _versioned(name, array)
+    if capsule is None:
         raise ValueError(
             f"{name}: expected an array that is known to be writable (NumPy's, torch's, tvm-ffi's, or one that says so "
             f"by DLPack 1), got {type(array).__module__}.{type(array).__name__}, which does not say"
@@ -96,8 +96,24 @@ def writable(name: str, array: Any) -> Any:
     return tvm_ffi.from_dlpack(capsule)
 
 
+def _versioned(name: str, array: Any) -> Any:
+    """An array's capsule with a version, or None where its library has none.
+
+    Raises:
+        TypeError: it refuses.
+    """
+    try:
+        capsule = array.__dlpack__(max_version=_VERSION)
+    except TypeError:  # the method has no such argument
+        return None
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise _refusal(name, error) from error
+    return capsule if _capsule_name(capsule) == b"dltensor_versioned" else None
+
+
 def _refusal(name: str, error: Exception) -> TypeError:
-    return TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}")
+    reason = str(error).partition("\n")[0]  # torch's have a backtrace behind it
+    return TypeError(f"{name}: expected an array with DLPack, got one that refuses: {reason}")
 
 
 class _Writable:

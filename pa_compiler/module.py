@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import manifest, memory, torch_tensors
-from pa_compiler.arguments import NUMPY_DTYPES, EntryPoint, real_number, whole_number
+from pa_compiler import entry_points, manifest, memory, torch_tensors
+from pa_compiler.arguments import NUMPY_DTYPES, real_number, whole_number
 from pa_compiler.dlpack import as_tensor
 from pa_compiler.loader import open_library
 
@@ -43,7 +43,7 @@ class Module:
     """Compiled paged decode attention for one spec.
 
     Made by pa_compiler.compile and pa_compiler.load; for a GPU it is a CudaModule. Calls from several threads at once
-    are safe and independent.
+    are safe and independent. It can be pickled and copied, sources and settings with it.
 
     Attributes:
         manifest: What the library says of itself, spec, pipeline and target among it.
@@ -74,32 +74,10 @@ class Module:
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
-        dtype = (self.spec.dtype,)
         self._out_dtype = self.spec.out_dtype or self.spec.dtype
         on_gpu = self.target["kind"] == "cuda"
-        ids, slots = (("int32",), ("int64",)) if on_gpu else (("int32", "int64"),) * 2
-        self._decode = EntryPoint(
-            functions["decode"],
-            ("out", "lse"),
-            on_gpu,
-            query=dtype,
-            key_cache=dtype,
-            value_cache=dtype,
-            block_table=ids,
-            context_lens=ids,
-            out=(self._out_dtype,),
-            lse=("float32",),
-        )
-        self._append_kv = EntryPoint(
-            functions["append_kv"],
-            ("key_cache", "value_cache"),
-            on_gpu,
-            key=dtype,
-            value=dtype,
-            key_cache=dtype,
-            value_cache=dtype,
-            slot_mapping=slots,
-        )
+        self._decode = entry_points.decode(functions, self.spec, on_gpu)
+        self._append_kv = entry_points.append_kv(functions, self.spec, on_gpu)
 
     def __repr__(self) -> str:
         made_for = self.target.get("mcpu") or self.target.get("arch")
@@ -138,18 +116,20 @@ class Module:
         Arrays are NumPy arrays (bfloat16 as ml_dtypes.bfloat16), torch CPU tensors, or anything with DLPack. They are
         taken as they are, never copied: only the last axis must be contiguous, and data aligned to its elements. Where
         bfloat16 is read in pairs (an even head_dim, but not in a staged module of NHD or HND) the other strides of the
-        caches must be even.
+        caches must be even. What is written must be known to be writable: NumPy's, torch's, tvm-ffi's, or an array
+        that says so by DLPack 1. Indices that are int64 for a CPU are read once, as they are checked.
 
         Args:
             query: [batch, num_heads, head_dim], dtype.
             key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim] or HND [num_blocks, num_kv_heads,
                 block_size, head_dim], dtype. Slots past a sequence's length are never read into the result.
             value_cache: As key_cache.
-            block_table: [batch, max_blocks], int32: the block ids of each sequence's context in order. Entries past
-                those that its length needs may hold anything.
-            context_lens: [batch], int32: tokens of each sequence, 0 to max_blocks * block_size.
-            scale: Factor on the scores; by default 1 / sqrt(head_dim).
-            out: [batch, num_heads, head_dim], out_dtype, written and returned; by default a new array of query's kind.
+            block_table: [batch, max_blocks], int32 or int64: the block ids of each sequence's context in order. Entries
+                past those that its length needs may hold anything.
+            context_lens: [batch], int32 or int64: tokens of each sequence, 0 to max_blocks * block_size.
+            scale: Factor on the scores, a number or an array of no axes; by default 1 / sqrt(head_dim).
+            out: [batch, num_heads, head_dim] or [batch, num_heads * head_dim], out_dtype, written and returned; by
+                default a new array [batch, num_heads, head_dim] of query's kind.
             lse: [batch, num_heads], float32, written like out. Giving it implies return_lse.
             return_lse: Whether to return lse as well: the logarithm (natural) of the sum of exp(scale * score).
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
@@ -158,9 +138,10 @@ class Module:
             out, or (out, lse). A sequence of length 0 gives out 0 and lse -inf.
 
         Raises:
-            TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, a length, scale, check, or the bytes that out or lse
-                span overlapping those of another array.
+            TypeError: an argument is not an array, has another dtype, or is a tensor of torch that is not dense.
+            ValueError: rank, shape, strides, alignment, device, a length, scale, check, or out or lse with a byte of
+                another array. An array that has no memory (freed, or of torch's tracing), is to be written and not
+                known to be writable, is a negated view or to have a gradient.
             IndexError: a used block id is outside [0, num_blocks).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
@@ -193,15 +174,16 @@ class Module:
             key: [num_tokens, num_kv_heads, head_dim], dtype.
             value: As key.
             key_cache: In kv_layout, as for decode, written. It may share one buffer with value_cache, block beside
-                block or row beside row.
+                block or row beside row; and the same blocks, where no slot that is written of the one is one of the
+                other.
             value_cache: In kv_layout, as for decode, written.
-            slot_mapping: [num_tokens], int64: block id * block_size + the slot in the block, where the token goes. -1
-                skips the token.
+            slot_mapping: [num_tokens], int32 or int64: block id * block_size + the slot in the block, where the token
+                goes. -1 skips the token.
             check: Who checks slot_mapping, as for decode.
 
         Raises:
-            TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, check, or a cache overlapping another array.
+            TypeError, ValueError: as decode: rank, shape, strides, alignment, device, check, kinds of arrays, or a
+                cache with a byte of another array.
             IndexError: an entry of slot_mapping is neither -1 nor in [0, num_blocks * block_size).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
@@ -239,9 +221,9 @@ class Module:
         return key_cache, value_cache
 
     def plan(self, context_lens: Any) -> list[WorkItem]:
-        """The work items that decode runs for these lengths ([batch], int32), in the order they are dealt to threads.
+        """The work items that decode runs for these lengths, in the order in which they are dealt to threads.
 
-        A pure function of the lengths: no kernel runs.
+        A pure function of the lengths, [batch], int32 or int64: no kernel runs. Errors are decode's.
         """
         lines = self._functions["plan"](as_tensor("context_lens", context_lens)).splitlines()
         return [WorkItem(*map(int, line.split())) for line in lines]

@@ -29,17 +29,6 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, tensor_type())
 
 
-def has_memory(tensor: Any) -> bool:
-    """Whether a tensor of torch.Tensor itself has memory that can be handed over, or needs none.
-
-    Its address does not tell: a view of memory that has been given back begins where its offset ends.
-    """
-    try:
-        return tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0
-    except RuntimeError:  # a wrapper of other tensors, by torch.func among others
-        return False
-
-
 def check(name: str, tensor: Any) -> None:
     """Check that a tensor's memory, shape and strides say all that there is of it.
 
@@ -58,12 +47,19 @@ def check(name: str, tensor: Any) -> None:
                 f"{name}: expected a tensor that needs no gradient, got one with requires_grad: call detach(), or this "
                 "function under torch.no_grad()"
             )
-        if not _is_fake(tensor) and has_memory(tensor):
-            return
-    raise ValueError(
-        f"{name}: expected a tensor with memory, got {type(tensor).__module__}.{type(tensor).__name__} without: it has "
-        "been freed, is a fake one, or wraps others"
-    )
+        if without := _without_memory(tensor):
+            raise ValueError(f"{name}: expected a tensor with memory, got {without}")
+
+
+def lacks_memory(tensor: Any) -> bool:
+    """Whether a tensor has no memory of its own to hand over. One without elements has none either.
+
+    Its address does not tell: a view of memory that has been given back begins where its offset ends.
+    """
+    try:
+        return not tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # it stands for others
+        return True
 
 
 def empty_for(query: Any, extents: Sequence[int], dtype: str) -> torch.Tensor:
@@ -97,7 +93,15 @@ def _other_kind(torch: Any, tensor: Any) -> str | None:
     return None
 
 
-def _is_fake(tensor: Any) -> bool:
-    """Whether it is a tensor of torch's tracing, whose addresses torch warns about."""
+def _without_memory(tensor: Any) -> str | None:
+    """What a tensor is that needs memory and has none of its own."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
-    return fake is not None and isinstance(tensor, fake.FakeTensor)
+    if fake is not None and isinstance(tensor, fake.FakeTensor):
+        return "a fake one"
+    try:
+        if tensor.untyped_storage().data_ptr() or not tensor.numel():
+            return None
+        return "one whose storage has been freed"
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        return f"a {type(tensor).__module__}.{type(tensor).__name__} that stands for others: {reason}"
