@@ -28,12 +28,12 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
         TypeError, ValueError: it is none; the argument is named.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {_shown(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name}: expected an int, got {shown(value)} of type {type(value).__name__}")
     number = int(value)
     if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {_shown(number)}")
+        raise ValueError(f"{name}: expected at least {least}, got {shown(number)}")
     if most is not None and number > most:
-        raise ValueError(f"{name}: expected at most {most}, got {_shown(number)}")
+        raise ValueError(f"{name}: expected at most {most}, got {shown(number)}")
     return number
 
 
@@ -47,11 +47,11 @@ def real_number(name: str, value: object) -> float:
         return value
     number = value if isinstance(value, numbers.Real) else _item(name, value)
     if not isinstance(number, numbers.Real) or isinstance(number, bool):
-        raise TypeError(f"{name}: expected a number, got {_shown(number)} of type {type(value).__name__}")
+        raise TypeError(f"{name}: expected a number, got {shown(number)} of type {type(value).__name__}")
     try:
         return float(number)
     except OverflowError:
-        raise ValueError(f"{name}: expected a finite float32, got {_shown(number)}") from None
+        raise ValueError(f"{name}: expected a finite float32, got {shown(number)}") from None
 
 
 def _item(name: str, array: object) -> object:
@@ -67,10 +67,10 @@ def _item(name: str, array: object) -> object:
     return array.item()
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in words of bounded length, for which an array's contents are not read."""
     if isinstance(value, int) and value.bit_length() > 256:
-        return f"{'a negative' if value < 0 else 'an'} int of {value.bit_length()} bits"
+        return f"{'a negative' if value < 0 else 'an'} int of {value.bit_length()} bits"  # too long ones have no digits
     if hasattr(value, "shape") and not isinstance(value, np.generic):
         return f"an array of shape {list(value.shape)}"
     return reprlib.repr(value)
