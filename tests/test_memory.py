@@ -129,7 +129,9 @@ def test_ordinary_pages_where_there_are_no_huge_ones(monkeypatch):
 
 @pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
-    ("num_blocks", "words"), [(1 << 50, str(1 << 50)), (1 << 80, str(1 << 80)), (10**5000, "an int of 16610 bits")]
+    ("num_blocks", "words"),
+    [(1 << 50, str(1 << 50)), (1 << 80, str(1 << 80)), (10**5000, "an int of 16610 bits")],
+    ids=["2^50", "2^80", "10^5000"],
 )
 def test_too_much_memory_is_named(figure, compiled, num_blocks, words):
     with pytest.raises(MemoryError, match=rf"bytes.*\[{words}"):
