@@ -1,16 +1,15 @@
-"""What a caller hands over, brought to the library: arrays as DLPack, and whole numbers checked.
-
-The library checks arrays itself, so here they are looked at only once it has refused them.
-"""
+"""What a caller hands over beside arrays: numbers, checked. And the dtypes of arrays in NumPy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import numbers
+import reprlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tvm_ffi
+
+from pa_compiler import dlpack, torch_tensors
 
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -21,100 +20,57 @@ NUMPY_DTYPES = {
 }
 """By their names in a spec."""
 
-_BFLOAT16, _UINT16 = NUMPY_DTYPES["bfloat16"], np.dtype(np.uint16)
 
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Check that an argument is an int (and no bool) of at least `least`.
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`: an int or one of NumPy's integers, and no bool.
 
     Raises:
-        TypeError, ValueError: it is not; the argument is named.
+        TypeError, ValueError: it is none; the argument is named.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {shown(value)} of type {type(value).__name__}")
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {shown(number)}")
+    if most is not None and number > most:
+        raise ValueError(f"{name}: expected at most {most}, got {shown(number)}")
+    return number
 
 
-def expected_arrays(**dtypes: str) -> list[tuple[str, np.dtype]]:
-    """The arrays of a call in order, each with its name and NumPy's dtype of its elements."""
-    return [(name, NUMPY_DTYPES[dtype]) for name, dtype in dtypes.items()]
+def real_number(name: str, value: object) -> float:
+    """A real number as a float, of Python, NumPy, or an array of no axes on the CPU; no bool. It may not be finite.
 
-
-def call(
-    function: Callable[..., None],
-    expected: Sequence[tuple[str, np.dtype]],
-    arrays: Sequence[Any],
-    written: Sequence[str],
-    *numbers: float,
-) -> None:
-    """Call the library with arrays and numbers; an array that cannot be handed over is named.
-
-    The library checks everything itself. What it cannot be told is looked for only once it has refused the arrays.
+    Raises:
+        TypeError, ValueError: it is none, or too large for a float; the argument is named.
     """
-    arguments, as_uint16 = _without_bfloat16(expected, arrays)
+    if type(value) is float:
+        return value
+    number = value if isinstance(value, numbers.Real) else _item(name, value)
+    if not isinstance(number, numbers.Real) or isinstance(number, bool):
+        raise TypeError(f"{name}: expected a number, got {shown(number)} of type {type(value).__name__}")
     try:
-        function(*arguments, *numbers, as_uint16)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        _check_kinds(expected, arrays)
-        tensors = [
-            None if argument is None else as_tensor(name, argument, written=name in written)
-            for (name, _), argument in zip(expected, arguments, strict=True)
-        ]
-        if not isinstance(error, BufferError):
-            raise
-        function(*tensors, *numbers, as_uint16)  # NumPy's read-only arrays need more words
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite float32, got {shown(number)}") from None
 
 
-def _without_bfloat16(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> tuple[list[Any], int]:
-    """Arrays as the library takes them, the same memory, and a call's as_uint16.
-
-    NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.
-    """
-    arguments, as_uint16 = list(arrays), 0
-    for position, (_, dtype) in enumerate(expected):
-        if dtype is _BFLOAT16:
-            array = arrays[position]
-            if isinstance(array, np.ndarray) and (array.dtype is dtype or array.dtype == dtype):
-                arguments[position] = array.getfield(_UINT16)  # a view, in half of view's time
-                as_uint16 |= 1 << position
-    return arguments, as_uint16
+def _item(name: str, array: object) -> object:
+    """The number in an array of no axes. Anything else is returned as it is."""
+    if getattr(array, "shape", None) != () or not hasattr(array, "item"):
+        return array
+    if torch_tensors.is_tensor(array):
+        torch_tensors.check(name, array)
+    if hasattr(array, "__dlpack_device__"):
+        device = array.__dlpack_device__()[0]
+        if device != dlpack.CPU:
+            raise ValueError(f"{name}: expected a number or an array on the CPU, got one on device type {int(device)}")
+    return array.item()
 
 
-def _check_kinds(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> None:
-    """Check that arrays are arrays, and the dtypes of NumPy's, which need not be ones that DLPack has."""
-    for array, (name, dtype) in zip(arrays, expected, strict=True):
-        if isinstance(array, np.ndarray):
-            if array.dtype != dtype:
-                raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
-        elif not hasattr(array, "__dlpack__") and (array is not None or name != "lse"):
-            raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-
-
-def as_tensor(name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:
-    """An array as a tensor: the same memory."""
-    if isinstance(array, np.ndarray):
-        if any(stride % array.itemsize for stride in array.strides):
-            raise ValueError(
-                f"{name}: expected strides in multiples of its {array.itemsize}-byte elements, got {array.strides}"
-            )
-        if not array.flags.writeable:
-            if written:
-                raise ValueError(f"{name}: expected a writable array, got a read-only one")
-            array = np.asarray(_Writable(array))
-    if not hasattr(array, "__dlpack__"):
-        raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-    try:
-        return tvm_ffi.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
-
-
-class _Writable:
-    """A read-only NumPy array's memory, declared writable: DLPack before 1.0 cannot say that an array is read-only."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array  # keeps the memory alive
-        interface = dict(array.__array_interface__)
-        interface["data"] = (interface["data"][0], False)
-        self.__array_interface__ = interface
+def shown(value: Any) -> str:
+    """A value in words of bounded length, for which an array's contents are not read."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"{'a negative' if value < 0 else 'an'} int of {value.bit_length()} bits"  # too long ones have no digits
+    if hasattr(value, "shape") and not isinstance(value, np.generic):
+        return f"an array of shape {list(value.shape)}"
+    return reprlib.repr(value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pa_compiler import cuda_verify
-from pa_compiler.arguments import check_whole
+from pa_compiler import cuda_verify, torch_tensors
+from pa_compiler.arguments import whole_number
 from pa_compiler.interface import CHECKS
 from pa_compiler.module import Module
 
@@ -33,6 +33,8 @@ class CudaModule(Module):
 
     - Keys, values and caches start at multiples of 16 bytes and have strides of such multiples, queries of 4 bytes.
     - out and lse are made for torch tensors; for others they have to be given.
+    - block_table and context_lens are int32, slot_mapping int64.
+    - Caches that have blocks in common are told apart by their slots with check "host", not with "device".
     - check says who looks at context_lens, block_table and slot_mapping, whose contents are on the GPU:
       "device", the default: a kernel does, before the others. After a finding those write nothing; the error is raised
       by the next call of decode or append_kv on that device, which does nothing itself, or by check_status.
@@ -50,6 +52,10 @@ class CudaModule(Module):
     def _set_up(self) -> None:
         """A GPU's threads are not a caller's to set."""
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
     num_threads = _not_of_a_gpu("num_threads")
     threading = _not_of_a_gpu("threading")
     cpus = _not_of_a_gpu("cpus")
@@ -66,16 +72,20 @@ class CudaModule(Module):
         """
         self._functions["check_status"]()
 
-    def empty_cache(self, num_blocks: int, device: Any = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
+    def empty_cache(
+        self, num_blocks: int, device: Any = "cuda", *, like: str = "torch"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0, as torch tensors on a device.
 
         Raises:
-            TypeError, ValueError: num_blocks is not a whole number from 1 on.
+            TypeError, ValueError: num_blocks is not a whole number from 1 on, or like not "torch".
             ImportError: there is no torch.
         """
         import torch
 
-        check_whole("num_blocks", num_blocks, 1)
+        num_blocks = whole_number("num_blocks", num_blocks, 1)
+        if like != "torch":
+            raise ValueError(f"like: expected 'torch' for a GPU module, got {like!r}")
         shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
         dtype = getattr(torch, self.spec.dtype)
         key_cache, value_cache = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
@@ -122,7 +132,7 @@ class CudaModule(Module):
         return (CHECKS.index(check),)
 
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        if type(query).__module__.partition(".")[0] != "torch":
+        if not torch_tensors.is_tensor(query):
             name = "lse" if len(extents) == 1 else "out"
             raise TypeError(
                 f"{name}: expected an array to write to, since a GPU module makes them for torch tensors alone, "

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pa_compiler.arguments import shown
+
 HUGE_PAGE = 1 << 21
 """Bytes of the huge pages of x86-64, and the alignment of what huge_zeros returns."""
 
@@ -29,7 +31,8 @@ def huge_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         # Private: what is shared is a file in memory to the kernel, which has other rules for huge pages.
         region = mmap.mmap(-1, whole_pages + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise MemoryError(f"no memory for an array of shape {list(shape)}: {num_bytes:,} bytes") from error
+        extents = ", ".join(map(shown, shape))
+        raise MemoryError(f"no memory for an array of {shown(num_bytes)} bytes, of shape [{extents}]") from error
     address = np.frombuffer(region, np.uint8).ctypes.data
     start = -address % HUGE_PAGE
     with contextlib.suppress(OSError):  # no transparent huge pages

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import files, memory, threads
-from pa_compiler.arguments import NUMPY_DTYPES, as_tensor, call, check_whole, expected_arrays
+from pa_compiler import entry_points, files, manifest, memory, threads, torch_tensors
+from pa_compiler.arguments import NUMPY_DTYPES, real_number, whole_number
+from pa_compiler.dlpack import as_tensor
 from pa_compiler.interface import WorkItem
-from pa_compiler.manifest import Manifest
+from pa_compiler.loader import open_library
 
 if TYPE_CHECKING:
     from pa_compiler.verify import Verification
@@ -26,7 +26,7 @@ class Module:
     """Compiled paged decode attention for one spec.
 
     Made by pa_compiler.compile and pa_compiler.load; for a GPU it is a CudaModule. Calls from several threads at once
-    are safe and independent.
+    are safe and independent. It can be pickled and copied, sources and settings with it.
 
     Attributes:
         manifest: What the library says of itself, spec, pipeline and target among it.
@@ -41,33 +41,25 @@ class Module:
     """
 
     def __init__(
-        self, library: bytes, about: Manifest, functions: tvm_ffi.Module, sources: Mapping[str, str] | None = None
+        self,
+        library: bytes,
+        about: manifest.Manifest,
+        functions: tvm_ffi.Module,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         self._library = library
         self.manifest = about
         self._functions = functions
-        self._decode = functions["decode"]
-        self._append_kv = functions["append_kv"]
         self.spec = self.manifest.spec
         self.pipeline = self.manifest.pipeline
         self.target = self.manifest.target
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
         self._set_up()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
-        cache_dtype = self.spec.dtype
         self._out_dtype = self.spec.result_dtype
-        self._decode_arrays = expected_arrays(
-            query=cache_dtype,
-            key_cache=cache_dtype,
-            value_cache=cache_dtype,
-            block_table="int32",
-            context_lens="int32",
-            out=self._out_dtype,
-            lse="float32",
-        )
-        self._append_arrays = expected_arrays(
-            key=cache_dtype, value=cache_dtype, key_cache=cache_dtype, value_cache=cache_dtype, slot_mapping="int64"
-        )
+        on_gpu = self.target["kind"] == "cuda"
+        self._decode = entry_points.decode(functions, self.spec, on_gpu)
+        self._append_kv = entry_points.append_kv(functions, self.spec, on_gpu)
 
     def __repr__(self) -> str:
         made_for = self.target.get("mcpu") or self.target.get("arch")
@@ -82,6 +74,16 @@ class Module:
         self._threads = settings
         self._thread_numbers = (settings.limit, settings.number, self._functions["cpu_set"](cpus))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies are made of the library, as load() would make them, with sources and settings."""
+        return _again, (type(self), self._library, dict(self.sources), self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What goes along with a copy, in this process or another: what somebody has set."""
+        settings = {"num_threads": self._threads.num_threads, "threading": self.threading, "cpus": self._threads.cpus}
+        return {name: value for name, value in settings.items() if value is not None}
+
     @property
     def num_threads(self) -> int:
         """Threads that a call uses at most; PA_NUM_THREADS, or else as many as cpus."""
@@ -89,7 +91,7 @@ class Module:
 
     @num_threads.setter
     def num_threads(self, value: int) -> None:
-        check_whole("num_threads", value, 1)
+        value = whole_number("num_threads", value, 1, threads.MOST)
         settings = self._threads._replace(num_threads=value)
         threads.warn_of_one_cpu(settings)
         self._use(settings)
@@ -142,7 +144,7 @@ class Module:
         value_cache: Any,
         block_table: Any,
         context_lens: Any,
-        scale: float | None = None,
+        scale: Any = None,
         out: Any = None,
         *,
         lse: Any = None,
@@ -154,19 +156,21 @@ class Module:
         Arrays are NumPy arrays (bfloat16 as ml_dtypes.bfloat16), torch CPU tensors, or anything with DLPack. They are
         taken as they are, never copied: only the last axis must be contiguous, and data aligned to its elements. Where
         bfloat16 is read in pairs (an even head_dim, but not in a staged module of NHD or HND) the other strides of the
-        caches must be even.
+        caches must be even. What is written must be known to be writable: NumPy's, torch's, tvm-ffi's, or an array
+        that says so by DLPack 1. Indices that are int64 for a CPU are read once, as they are checked.
 
         Args:
             query: [batch, num_heads, head_dim], dtype.
             key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim] or HND [num_blocks, num_kv_heads,
                 block_size, head_dim], dtype. Slots past a sequence's length are never read into the result.
             value_cache: As key_cache.
-            block_table: [batch, max_blocks], int32: the block ids of each sequence's context in order. Entries past
-                those that its length needs may hold anything.
-            context_lens: [batch], int32: tokens of each sequence, 0 to max_blocks * block_size.
-            scale: Factor on the scores, finite as a float32; by default 1 / sqrt(head_dim). Products of queries with
-                keys may be beyond float32 where the scores are not.
-            out: [batch, num_heads, head_dim], out_dtype, written and returned; by default a new array of query's kind.
+            block_table: [batch, max_blocks], int32 or int64: the block ids of each sequence's context in order. Entries
+                past those that its length needs may hold anything.
+            context_lens: [batch], int32 or int64: tokens of each sequence, 0 to max_blocks * block_size.
+            scale: Factor on the scores, finite as a float32, a number or an array of no axes; by default
+                1 / sqrt(head_dim). Products of queries with keys may be beyond float32 where the scores are not.
+            out: [batch, num_heads, head_dim] or [batch, num_heads * head_dim], out_dtype, written and returned; by
+                default a new array [batch, num_heads, head_dim] of query's kind.
             lse: [batch, num_heads], float32, written like out. Giving it implies return_lse.
             return_lse: Whether to return lse as well: the logarithm (natural) of the sum of exp(scale * score).
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
@@ -177,23 +181,21 @@ class Module:
             out_dtype ends before.
 
         Raises:
-            TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, a length, scale, check, or the bytes that out or lse
-                span overlapping those of another array.
+            TypeError: an argument is not an array, has another dtype, or is a tensor of torch that is not dense.
+            ValueError: rank, shape, strides, alignment, device, a length, scale, check, or out or lse with a byte of
+                another array. An array that has no memory (freed, or of torch's tracing), is to be written and not
+                known to be writable, is a negated view or to have a gradient.
             IndexError: a used block id is outside [0, num_blocks).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
-        if scale is None:
-            scale = self._default_scale
-        elif not isinstance(scale, numbers.Real) or isinstance(scale, bool):
-            raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
+        scale = self._default_scale if scale is None else real_number("scale", scale)
         if out is None:
             out = self._new_like(query, self._out_dtype, (self.spec.num_heads, self.spec.head_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
-        call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), *self._manner(check, "decode"))
+        self._decode.call(arrays, scale, *self._manner(check, "decode"))
         return out if lse is None else (out, lse)
 
     def append_kv(
@@ -215,27 +217,21 @@ class Module:
             key: [num_tokens, num_kv_heads, head_dim], dtype.
             value: As key.
             key_cache: In kv_layout, as for decode, written. It may share one buffer with value_cache, block beside
-                block or row beside row.
+                block or row beside row; and the same blocks, where no slot that is written of the one is one of the
+                other.
             value_cache: In kv_layout, as for decode, written.
-            slot_mapping: [num_tokens], int64: block id * block_size + the slot in the block, where the token goes. -1
-                skips the token.
+            slot_mapping: [num_tokens], int32 or int64: block id * block_size + the slot in the block, where the token
+                goes. -1 skips the token.
             check: Who checks slot_mapping, as for decode.
 
         Raises:
-            TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, check, or a cache overlapping another array.
+            TypeError, ValueError: as decode: rank, shape, strides, alignment, device, check, kinds of arrays, or a
+                cache with a byte of another array.
             IndexError: an entry of slot_mapping is neither -1 nor in [0, num_blocks * block_size).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
-        arrays = (key, value, key_cache, value_cache, slot_mapping)
-        call(
-            self._append_kv,
-            self._append_arrays,
-            arrays,
-            ("key_cache", "value_cache"),
-            *self._manner(check, "append_kv"),
-        )
+        self._append_kv.call((key, value, key_cache, value_cache, slot_mapping), *self._manner(check, "append_kv"))
 
     def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
         """The numbers that tell the library how to go about a call of decode or append_kv; for a CPU, the threads."""
@@ -243,25 +239,34 @@ class Module:
             raise ValueError(f"check: expected 'host' for a CPU module, got {check!r}")
         return self._thread_numbers
 
-    def empty_cache(self, num_blocks: int) -> tuple[Any, Any]:
-        """New key and value caches of num_blocks blocks in kv_layout, all 0, as NumPy arrays.
+    def empty_cache(self, num_blocks: int, *, like: str = "numpy") -> tuple[Any, Any]:
+        """New key and value caches of num_blocks blocks in kv_layout, all 0.
 
         Each begins at a multiple of 2 MB, on huge pages where the system has transparent ones, from which decode reads
         faster. Memory is taken when it is first written, and given back with the last view of the array.
 
+        Args:
+            num_blocks: From 1 on.
+            like: "numpy" for NumPy arrays, "torch" for tensors of torch.
+
         Raises:
-            TypeError, ValueError: num_blocks is not a whole number from 1 on.
+            TypeError, ValueError: num_blocks is not a whole number from 1 on, or like neither of these.
             MemoryError: the system does not give that much.
+            ImportError: there is no torch.
         """
-        check_whole("num_blocks", num_blocks, 1)
-        dtype = NUMPY_DTYPES[self.spec.dtype]
-        key_cache = memory.huge_zeros((num_blocks, *self.spec.key_cache_shape[1:]), dtype)
-        return key_cache, memory.huge_zeros((num_blocks, *self.spec.value_cache_shape[1:]), dtype)
+        num_blocks = whole_number("num_blocks", num_blocks, 1)
+        if like not in ("numpy", "torch"):
+            raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
+        shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
+        key_cache, value_cache = (memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.dtype]) for shape in shapes)
+        if like == "torch":
+            return torch_tensors.from_numpy(key_cache), torch_tensors.from_numpy(value_cache)
+        return key_cache, value_cache
 
     def plan(self, context_lens: Any) -> list[WorkItem]:
-        """The work items that decode runs for these lengths ([batch], int32), in the order they are dealt to threads.
+        """The work items that decode runs for these lengths, in the order in which they are dealt to threads.
 
-        A pure function of the lengths: no kernel runs.
+        A pure function of the lengths, [batch], int32 or int64: no kernel runs. Errors are decode's.
         """
         lines = self._functions["plan"](as_tensor("context_lens", context_lens)).splitlines()
         return [WorkItem(*map(int, line.split())) for line in lines]
@@ -311,12 +316,19 @@ class Module:
         """A new array [batch, *extents] of query's kind."""
         if isinstance(query, np.ndarray):
             return np.empty(query.shape[:1] + extents, NUMPY_DTYPES[dtype])
-        if type(query).__module__.partition(".")[0] == "torch":
-            import torch
-
-            return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype), device=query.device)
+        if torch_tensors.is_tensor(query):
+            return torch_tensors.empty_for(query, extents, dtype)
         shape = (*as_tensor("query", query).shape[:1], *extents)
         array = np.empty(shape, NUMPY_DTYPES[dtype])
         if dtype == "bfloat16":
             return self._functions["view_as_bfloat16"](tvm_ffi.from_dlpack(array.view(np.uint16)))
         return tvm_ffi.from_dlpack(array)
+
+
+def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:
+    """The module that a pickle or a copy stands for."""
+    about = manifest.read(library, "module.so")
+    module = kind(library, about, open_library(library, "module.so"), sources)
+    for name, value in settings.items():
+        setattr(module, name, value)
+    return module

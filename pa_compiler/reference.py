@@ -7,6 +7,7 @@ with the kernels, so that a mistake in one cannot hide in the other.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def decode(
     value_cache: np.ndarray,
     block_table: np.ndarray,
     context_lens: np.ndarray,
-    scale: float | None = None,
+    scale: Any = None,
     *,
     kv_layout: str = "NHD",
     return_lse: bool = False,
@@ -43,7 +44,7 @@ def decode(
             head_dim may differ from key_cache's, and is then the last axis of out.
         block_table: [batch, max_blocks], integers: the block that holds tokens [i * block_size, (i + 1) * block_size).
         context_lens: [batch], integers: tokens in each sequence.
-        scale: Factor on every score; 1 / sqrt(head_dim) where it is None.
+        scale: Factor on every score, a number or an array of no axes; 1 / sqrt(head_dim) where it is None.
         kv_layout: "NHD", "HND" or "packed".
         return_lse: Return lse too.
 
@@ -63,8 +64,7 @@ def decode(
         value_dim = value_cache.shape[3] // pair
     else:
         _, block_size, num_kv_heads, value_dim = value_cache.shape
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
 
     out = np.zeros((batch, num_heads, value_dim))
     lse = np.full((batch, num_heads), -np.inf)

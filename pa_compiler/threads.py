@@ -9,8 +9,11 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from pa_compiler.arguments import check_whole
+from pa_compiler.arguments import whole_number
 from pa_compiler.interface import THREADING
+
+MOST = 2**63 - 1
+"""Threads that the library counts to."""
 
 
 class Threads(NamedTuple):
@@ -111,7 +114,7 @@ def checked_cpus(name: str, cpus: Iterable[int]) -> frozenset[int]:
         )
     wanted = list(cpus)
     for cpu in wanted:
-        check_whole(name, cpu, 0)
+        whole_number(name, cpu, 0)
     if not wanted:
         raise ValueError(f"{name}: expected one CPU at least, got none")
     refused = set(wanted) - _allowed(wanted)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pa_compiler import draws
-from pa_compiler.arguments import check_whole
+from pa_compiler.arguments import whole_number
 from pa_compiler.draws import Draw, inside
 from pa_compiler.layout import convert_cache
 from pa_compiler.spec import PagedAttentionSpec
@@ -138,7 +138,7 @@ def _check(seconds: float, seed: int | None, draw: int | None) -> None:
         raise ValueError(f"seconds: expected a number from 0 on, got {seconds!r}")
     for name, value in (("seed", seed), ("draw", draw)):
         if value is not None:
-            check_whole(name, value, 0)
+            whole_number(name, value, 0)
     if draw is not None and seed is None:
         raise ValueError(f"seed: expected the seed of draw {draw}, got None")
 

@@ -130,8 +130,8 @@ FAULTS = {
     ),
     "the last block of a sequence unchecked": Fault(
         "templates/checks.cc.j2",
-        "used = (lens[seq] + kBlockSize - 1) / kBlockSize",
-        "used = lens[seq] / kBlockSize",
+        "used = (context_len + kBlockSize - 1) / kBlockSize",
+        "used = context_len / kBlockSize",
         "test_errors.py test_bounds.py",
     ),
     "a length over capacity accepted": Fault(
@@ -154,9 +154,24 @@ FAULTS = {
     ),
     "slot num_slots accepted": Fault(
         "templates/append_checks.cc.j2",
-        "slots[token] >= num_slots",
-        "slots[token] > num_slots",
+        "slot >= num_slots",
+        "slot > num_slots",
         "test_append_errors.py",
+    ),
+    "a slot of both caches accepted": Fault(
+        "templates/append_checks.cc.j2", "*met < first + sharing.unit", "*met < first", "test_append_shared.py"
+    ),
+    "rows in one buffer taken for longer than they are": Fault(
+        "templates/overlap.cc.j2",
+        "sums.Meet(apart - row_bytes[0] + 1,",
+        "sums.Meet(apart - row_bytes[0],",
+        "test_overlap.py",
+    ),
+    "int64 block ids of another sequence": Fault(
+        "templates/checks.cc.j2", "table_to + seq * width", "table_to + 0 * width", "test_conventions.py"
+    ),
+    "memory not known to be writable written": Fault(
+        "pa_compiler/dlpack.py", "if managed.flags & _READ_ONLY:", "if False:", "test_writable.py"
     ),
     "partial results merged after the first": Fault(
         "templates/host.cc.j2",

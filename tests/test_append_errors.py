@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 from dlpack import CUDA, Exported
+from inputs import INT32
 from numpy.lib.stride_tricks import as_strided
-from test_errors import SPEC, assert_refused, misaligned, over, read_only, strided, with_at
+from refusals import SPEC, append_call, assert_refused, misaligned, nowhere, over, read_only, strided, with_at
 
 V, T, I = ValueError, TypeError, IndexError  # noqa: E741  (a column of this table)
 
@@ -52,7 +51,14 @@ BAD = [
         lambda c: as_strided(c.value_cache, strides=(768, 48, 48, 2)),
     ),
     ("caches_the_same", V, "value_cache", "key_cache", lambda c: c.key_cache),
-    ("caches_overlap_by_a_block", V, "value_cache", "key_cache", lambda c: both_in(c, 4, 0, 1)),
+    ("slot_of_both_caches", V, "value_cache", "key_cache 0 8", lambda c: both_in(c, 4, 0, 1)),
+    ("slot_of_both_caches_before", V, "value_cache", "key_cache 23 7", lambda c: both_in(c, 5, 2, 0)),
+    ("caches_overlap_by_half_a_block", V, "value_cache", "key_cache", lambda c: half_a_block_on(c)),
+    ("key_without_memory", V, "key", "memory", lambda c: nowhere(c.key)),
+    ("value_without_memory", V, "value", "memory", lambda c: nowhere(c.value, 1 << 30)),
+    ("key_cache_without_memory", V, "key_cache", "memory", lambda c: nowhere(c.key_cache)),
+    ("value_cache_without_memory", V, "value_cache", "memory", lambda c: nowhere(c.value_cache, 1 << 30)),
+    ("slots_without_memory", V, "slot_mapping", "memory", lambda c: nowhere(c.slot_mapping)),
     ("caches_overlap_by_a_slot", V, "value_cache", "key_cache", lambda c: rows_of(c, 15, 7)),
     ("key_cache_over_key", V, "key_cache", "key", lambda c: {"key": over(c.key_cache[1:], c.key.dtype, c.key.shape)}),
     ("key_cache_over_value", V, "key_cache", "value", lambda c: {"value": c.key_cache[1, :5]}),
@@ -60,13 +66,15 @@ BAD = [
     ("value_cache_over_slots", V, "value_cache", "slot_mapping", lambda c: slots_in(c)),
     ("slots_rank", V, "slot_mapping", "[5] [5,1]", lambda c: c.slot_mapping[:, None]),
     ("slots_short", V, "slot_mapping", "[5] [4]", lambda c: c.slot_mapping[:4]),
-    ("slots_int32", T, "slot_mapping", "int64 int32", lambda c: c.slot_mapping.astype(np.int32)),
-    ("slots_uint64", T, "slot_mapping", "int64 uint64", lambda c: c.slot_mapping.astype(np.uint64)),
+    ("slots_int16", T, "slot_mapping", "int32 int64 int16", lambda c: c.slot_mapping.astype(np.int16)),
+    ("slots_uint64", T, "slot_mapping", "int32 int64 uint64", lambda c: c.slot_mapping.astype(np.uint64)),
     ("slots_list", T, "slot_mapping", "list", lambda c: c.slot_mapping.tolist()),
     ("slots_stride", V, "slot_mapping", "1 2", lambda c: strided(c.slot_mapping)),
     ("slots_misaligned", V, "slot_mapping", "8", lambda c: misaligned(c.slot_mapping)),
     ("slot_num_slots", I, "slot_mapping", "-1 24 4", lambda c: with_at(c.slot_mapping, 4, 24)),
     ("slot_minus_2", I, "slot_mapping", "-1 24 -2 0", lambda c: with_at(c.slot_mapping, 0, -2)),
+    ("slot_int32_max", I, "slot_mapping", f"24 {INT32.max} 4", lambda c: with_at(int32(c.slot_mapping), 4, INT32.max)),
+    ("slot_int32_min", I, "slot_mapping", f"24 {INT32.min} 0", lambda c: with_at(int32(c.slot_mapping), 0, INT32.min)),
     ("slot_int64_max", I, "slot_mapping", f"24 {2**63 - 1} 1", lambda c: with_at(c.slot_mapping, 1, 2**63 - 1)),
     ("slot_int64_min", I, "slot_mapping", f"24 {-(2**63)} 1", lambda c: with_at(c.slot_mapping, 1, -(2**63))),
     ("slot_int32_wraps", I, "slot_mapping", f"24 {2**32} 2", lambda c: with_at(c.slot_mapping, 2, 2**32)),
@@ -92,18 +100,19 @@ def rows_of(call, slots, value_begin):
     return {"key_cache": room[:, :8], "value_cache": room[:, value_begin : value_begin + 8]}
 
 
+def half_a_block_on(call):
+    """The blocks of values begin in the middle of those of keys."""
+    rows = np.zeros((4 * 8, *call.key_cache.shape[2:]), call.key_cache.dtype)
+    caches = {"key_cache": rows[:24], "value_cache": rows[4:28]}
+    return {name: cache.reshape(call.key_cache.shape) for name, cache in caches.items()}
+
+
+def int32(array):
+    return array.astype(np.int32)
+
+
 def slots_in(call):
     return {"slot_mapping": over(call.value_cache[2:], np.int64, (5,))}
-
-
-def good_call():
-    rng = np.random.default_rng(0)
-    key, value = rng.random((2, 5, 2, 24)).astype(np.float16)
-    key_cache, value_cache = (np.full((3, 8, 2, 24), np.nan, np.float16) for _ in range(2))
-    slot_mapping = np.array([0, 23, -1, 7, 8])
-    return types.SimpleNamespace(
-        key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping
-    )
 
 
 @pytest.mark.scorecard(13)
@@ -111,7 +120,7 @@ def good_call():
     ("error", "argument", "shows", "change"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
 )
 def test_refused_before_anything_is_written(compiled, figure, error, argument, shows, change):
-    good = good_call()
+    good = append_call()
     changed = change(good)
     changed = changed if isinstance(changed, dict) else {argument: changed}
     call = {**vars(good), **changed}
@@ -121,6 +130,6 @@ def test_refused_before_anything_is_written(compiled, figure, error, argument, s
 
 
 def test_the_good_call_is_good(compiled):
-    call = good_call()
+    call = append_call()
     compiled(SPEC).append_kv(**vars(call))
     assert np.isfinite(call.key_cache).sum() == np.isfinite(call.value_cache).sum() == 4 * 2 * 24

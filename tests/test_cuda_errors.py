@@ -7,10 +7,9 @@ import re
 import numpy as np
 import pytest
 from cuda_driver import OnGpu, stream
-from dlpack import CUDA, Exported
+from dlpack import CUDA, READ_ONLY, Exported, Legacy
 from inputs import make_inputs
 from numpy.lib.stride_tricks import as_strided
-from test_append import Call
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
@@ -37,6 +36,13 @@ def with_strides(array, *strides):
 
 def on_device(array, device_id=0):
     return Exported(array, device=CUDA, device_id=device_id)
+
+
+class Scalar(Exported):
+    """An array of no axes."""
+
+    def item(self):
+        raise AssertionError("it would wait for the GPU")
 
 
 # id, error, the argument at fault, the message's words, what is given in place of it: from the inputs of a good call
@@ -66,6 +72,22 @@ BAD = [
      lambda i: on_device(i.out, 1)),
     ("out_expanded", V, "out", "elements that do not overlap", lambda i: on_device(with_strides(i.out, 0, 64, 1))),
     ("no_out", T, "out", "since a GPU module makes them for torch tensors alone, got None", lambda i: None),
+    ("int64_table", T, "block_table", "expected dtype int32, got int64",
+     lambda i: on_device(i.block_table.astype(np.int64))),
+    ("int64_lens", T, "context_lens", "expected dtype int32, got int64",
+     lambda i: on_device(i.context_lens.astype(np.int64))),
+    ("no_memory", V, "key_cache", "expected an array with memory, got one without",
+     lambda i: Exported(i.key_cache, device=CUDA, address=0)),
+    ("first_page", V, "block_table", "expected an array with memory, got one without",
+     lambda i: Exported(i.block_table, device=CUDA, address=4096)),
+    ("read_only", V, "out", "expected a writable array, got a read-only one",
+     lambda i: Exported(i.out, device=CUDA, flags=READ_ONLY)),
+    ("not_known_to_be_writable", V, "out", "expected an array that is known to be writable",
+     lambda i: Legacy(i.out, device=CUDA)),
+    ("out_side_by_side", V, "out", "expected shape [3, 512], got [3, 511]",
+     lambda i: on_device(i.out.reshape(3, 512)[:, :511])),
+    ("scale_on_gpu", V, "scale", "expected a number or an array on the CPU, got one on device type 2",
+     lambda i: Scalar(np.ones((), np.float32), device=CUDA)),
     ("scale", V, "scale", "expected a finite float32, got nan", lambda i: float("nan")),
     ("check", V, "check", "expected one of host, device, none, got 'gpu'", lambda i: "gpu"),
 ]  # fmt: skip
@@ -94,90 +116,31 @@ def test_out_over_an_input(gpu, gpu_module):
         call.decode(gpu_module(SPEC), out=call.tensors["query"])
 
 
-class AppendOnGpu:
-    """A call of append_kv on a GPU, and what it has to write."""
-
-    def __init__(self, gpu, spec, num_tokens):
-        self.call = Call(spec, num_tokens)
-        names = ("key", "value", "key_cache", "value_cache", "slot_mapping")
-        pairs = zip(names, self.call.arguments, strict=True)
-        self.tensors = {name: gpu.tensor(array, writable=name.endswith("cache")) for name, array in pairs}
-
-    def append(self, module, **others):
-        module.append_kv(**self.tensors | others)
-
-    @property
-    def caches(self):
-        return self.tensors["key_cache"].array.copy(), self.tensors["value_cache"].array.copy()
-
-    def check(self):
-        self.call.check(*self.caches)
-
-
-@pytest.mark.parametrize("check", ["host", "device", "none"])
-def test_append(gpu, gpu_module, check):
-    call = AppendOnGpu(gpu, SPEC, 37)
-    gpu.log()
-    call.append(gpu_module(SPEC), check=check)
+def test_out_with_its_heads_side_by_side(gpu, gpu_module):
+    call = OnGpu(gpu, make_inputs(SPEC, LENGTHS))
+    out = gpu.tensor(call.inputs.out.reshape(3, 512))
+    assert call.decode(gpu_module(SPEC), lse=False, out=out) is out
     gpu.run()
-    call.check()
-    launches = ["cuda_check_slots"] * (check == "device") + ["cuda_append_kv"]
-    assert [f"cuda_{name}" for name in gpu.launches()] == launches
-
-
-def test_append_of_nothing(gpu, gpu_module):
-    module = gpu_module(SPEC)
-    AppendOnGpu(gpu, SPEC, 3).append(module)
+    call.decode(gpu_module(SPEC))
     gpu.run()
-    gpu.log()
-    AppendOnGpu(gpu, SPEC, 0).append(module)
-    assert gpu.log() == []
+    assert_same_bits(out.array.reshape(3, 8, 64), call.results[0])
 
 
-@pytest.mark.parametrize("slot", [-2, 7 * 16, 1 << 40])
-@pytest.mark.parametrize("check", ["host", "device"])
-def test_bad_slots(gpu, gpu_module, slot, check):
-    module = gpu_module(SPEC)
-    call = AppendOnGpu(gpu, SPEC, 20)
-    call.tensors["slot_mapping"].array[[6, 11]] = slot
-    before = call.caches
-    message = rf"^slot_mapping: expected -1 or a slot in \[0, 112\), got {slot} for token 6"
-    if check == "host":
-        with pytest.raises(IndexError, match=message + "$"):
-            call.append(module, check="host")
-    else:
-        call.append(module)
-        gpu.run()
-        with pytest.raises(IndexError, match=message + " in an earlier call, which wrote nothing$"):
-            call.append(module)
-    gpu.run()
-    for now, then in zip(call.caches, before, strict=True):
-        assert_same_bits(now, then)
+def test_tensors_without_memory(gpu_module):
+    """Whatever their device: a view of freed memory begins where its offset ends."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tensors are not tested")
+    room = torch.empty(1 << 24)
+    arguments = [room[1 << 23 :][:512].view(1, 8, 64), *([room] * 4)]
+    room.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^query: expected a tensor with memory, got one whose storage"):
+        gpu_module(SPEC).decode(*arguments)
 
 
-BAD_APPEND = [
-    ("key_at_8", "key", "aligned to 16 bytes, got an address 8 past", lambda c: on_device(at(c.key, 8))),
-    ("value_strides", "value", "multiples of 8 elements (16 bytes), got [132, 66, 1]",
-     lambda c: on_device(with_strides(c.value, 132, 66, 1))),
-    ("cache_at_4", "value_cache", "aligned to 16 bytes, got an address 4 past",
-     lambda c: on_device(at(c.value_cache, 4))),
-    ("device", "slot_mapping", "on CUDA device 0, where key is, got one on device 1",
-     lambda c: on_device(c.slot_mapping, 1)),
-    ("numpy", "slot_mapping", "CUDA memory (device type 2), got device type 1", lambda c: c.slot_mapping),
-    ("check", "check", "expected one of host, device, none, got None_", lambda c: "None_"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("argument", "words", "change"), [row[1:] for row in BAD_APPEND], ids=[r[0] for r in BAD_APPEND]
-)
-def test_append_refuses(gpu, gpu_module, argument, words, change):
-    module = gpu_module(SPEC)
-    call = AppendOnGpu(gpu, SPEC, 5)
-    gpu.log()
-    with pytest.raises(ValueError, match=rf"^{argument}: .*{re.escape(words.replace('None_', repr('None_')))}"):
-        call.append(module, **{argument: change(call.call)})
-    assert gpu.log() == []
+@pytest.mark.parametrize("like", ["numpy", "jax"])
+def test_caches_are_torchs(gpu_module, like):
+    pytest.importorskip("torch", reason="torch is not installed: its tensors are not tested")
+    with pytest.raises(ValueError, match=rf"^like: expected 'torch' for a GPU module, got '{like}'$"):
+        gpu_module(SPEC).empty_cache(2, like=like)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,43 @@ def test_empty_cache(compiled, spec):
         assert not cache.view(np.uint8).any()
         cache.fill(1)
     assert not np.shares_memory(*caches)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_empty_cache_of_torch(compiled, spec):
+    """On huge pages too, in every dtype; decode and append_kv take it."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tensors are not tested")
+    module = compiled(spec)
+    expected = module.empty_cache(3)
+    caches = module.empty_cache(3, like="torch")
+    for cache, other in zip(caches, expected, strict=True):
+        assert type(cache) is torch.Tensor
+        assert cache.dtype == getattr(torch, spec.dtype)
+        assert tuple(cache.shape) == other.shape
+        assert cache.is_contiguous()
+        assert cache.data_ptr() % HUGE_PAGE == 0
+        assert not cache.any()
+    slots = torch.arange(3 * spec.block_size)
+    new = torch.rand(len(slots), spec.num_kv_heads, spec.head_dim).to(caches[0].dtype)
+    module.append_kv(new, new, *caches, slots)
+    query = torch.rand(1, spec.num_heads, spec.head_dim).to(caches[0].dtype)
+    table, lengths = torch.tensor([[2, 0, 1]]), torch.tensor([2 * spec.block_size + 1])
+    out = module.decode(query, *caches, table, lengths)
+    numpy_caches = [cache.view(torch.uint8).numpy().view(DTYPES[spec.dtype]) for cache in caches]
+    numpy_query = query.view(torch.uint8).numpy().view(DTYPES[spec.dtype])
+    found = module.decode(numpy_query, *numpy_caches, table.numpy(), lengths.numpy())
+    assert out.view(torch.uint8).numpy().tobytes() == found.tobytes()
+
+
+def test_the_memory_of_a_tensor_goes_with_its_last_view(compiled):
+    pytest.importorskip("torch", reason="torch is not installed: its tensors are not tested")
+    cache, _ = compiled(BASE).empty_cache(5, like="torch")
+    view, address = cache[3:].mT, cache.data_ptr()
+    del cache
+    assert view.fill_(1).all()
+    del view
+    text = mapping_of(address)
+    assert text is None or " hg" not in text
 
 
 @pytest.mark.parametrize("num_bytes", [1, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE])
@@ -90,9 +128,13 @@ def test_ordinary_pages_where_there_are_no_huge_ones(monkeypatch):
 
 
 @pytest.mark.scorecard(13)
-@pytest.mark.parametrize("num_blocks", [1 << 50, 1 << 80])
-def test_too_much_memory_is_named(figure, compiled, num_blocks):
-    with pytest.raises(MemoryError, match=rf"{num_blocks}.*bytes"):
+@pytest.mark.parametrize(
+    ("num_blocks", "words"),
+    [(1 << 50, str(1 << 50)), (1 << 80, str(1 << 80)), (10**5000, "an int of 16610 bits")],
+    ids=["2^50", "2^80", "10^5000"],
+)
+def test_too_much_memory_is_named(figure, compiled, num_blocks, words):
+    with pytest.raises(MemoryError, match=rf"bytes.*\[{words}"):
         compiled(BASE).empty_cache(num_blocks)
     figure("kinds", 1)
 
@@ -105,3 +147,21 @@ def test_num_blocks_is_checked(figure, compiled, num_blocks, error):
     with pytest.raises(error, match=rf"^num_blocks\b.*{num_blocks}"):
         compiled(BASE).empty_cache(num_blocks)
     figure("kinds", 1)
+
+
+def test_num_blocks_of_numpy(compiled):
+    assert len(compiled(BASE).empty_cache(np.int64(3))[0]) == 3
+
+
+@pytest.mark.scorecard(13)
+@pytest.mark.parametrize("like", ["jax", "", None, np])
+def test_other_libraries_are_refused(figure, compiled, like):
+    with pytest.raises(ValueError, match=rf"^like: expected 'numpy' or 'torch', got {re.escape(repr(like))}$"):
+        compiled(BASE).empty_cache(3, like=like)
+    figure("kinds", 1)
+
+
+def test_without_torch(compiled, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="torch"):
+        compiled(BASE).empty_cache(3, like="torch")

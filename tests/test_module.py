@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,15 +129,37 @@ def test_save_replaces_and_leaves_nothing_behind(compiled, tmp_path):
 @pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
     ("value", "error"),
-    [(0, ValueError), (-1, ValueError), (1.0, TypeError), ("2", TypeError), (True, TypeError)],
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (2**63, ValueError),
+        (2**64, ValueError),
+        (np.uint64(2**63), ValueError),
+        (1.0, TypeError),
+        ("2", TypeError),
+        (True, TypeError),
+        (np.True_, TypeError),
+        (np.array(2), TypeError),
+    ],
     ids=repr,
 )
 def test_num_threads_is_checked(figure, compiled, value, error):
     module = compiled(BASE)
-    with pytest.raises(error, match=rf"^num_threads\b.*{value}"):
+    shown = re.escape("an array of shape []" if isinstance(value, np.ndarray) else str(value))
+    with pytest.raises(error, match=rf"^num_threads: expected .*got .*{shown}"):
         module.num_threads = value
     assert module.num_threads == 2
     figure("kinds", 1)
+
+
+def test_num_threads_of_any_size(compiled):
+    module, inputs = compiled(BASE), make_inputs(BASE, LENGTHS)
+    expected = module.decode(*inputs.arguments)
+    for value in (np.int32(3), np.uint8(1), 2**63 - 1):
+        module.num_threads = value
+        assert type(module.num_threads) is int
+        assert_same_bits(module.decode(*inputs.arguments), expected)
+    module.num_threads = 2
 
 
 def test_num_threads_from_the_environment(compiled, tmp_path, monkeypatch):
