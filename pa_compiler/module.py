@@ -293,6 +293,6 @@ def _default_num_threads() -> int:
     text = os.environ.get("PA_NUM_THREADS")
     if text is None:
         return len(os.sched_getaffinity(0))
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"PA_NUM_THREADS: expected a whole number from 1 on, got {text!r}")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise ValueError(f"PA_NUM_THREADS: expected a whole number from 1 on, of at most 18 digits, got {text!r}")
     return int(text)
