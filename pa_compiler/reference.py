@@ -7,7 +7,6 @@ with the kernels, so that a mistake in one cannot hide in the other.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ def decode(
     value_cache: np.ndarray,
     block_table: np.ndarray,
     context_lens: np.ndarray,
-    scale: Any = None,
+    scale: float | np.ndarray | None = None,
     *,
     kv_layout: str = "NHD",
     return_lse: bool = False,

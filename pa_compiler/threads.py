@@ -65,8 +65,10 @@ def from_environment() -> Threads:
         ValueError: one of them is not what it should be; it is named.
     """
     num_threads, cpus = os.environ.get("PA_NUM_THREADS"), os.environ.get("PA_CPUS")
-    if num_threads is not None and (not num_threads.isdecimal() or int(num_threads) < 1):
-        raise ValueError(f"PA_NUM_THREADS: expected a whole number from 1 on, got {num_threads!r}")
+    if num_threads is not None and (not num_threads.isdecimal() or len(num_threads) > 18 or int(num_threads) < 1):
+        raise ValueError(
+            f"PA_NUM_THREADS: expected a whole number from 1 on, of at most 18 digits, got {num_threads!r}"
+        )
     mode = os.environ.get("PA_THREADING", "auto")
     settings = Threads(
         None if num_threads is None else int(num_threads),

@@ -54,7 +54,8 @@ def check(name: str, tensor: Any) -> None:
 def lacks_memory(tensor: Any) -> bool:
     """Whether a tensor has no memory of its own to hand over. One without elements has none either.
 
-    Its address does not tell: a view of memory that has been given back begins where its offset ends.
+    Its address does not tell: a view of memory that has been given back begins where its offset ends. That a storage
+    has become smaller than what its views span, without being freed, is not looked for, as torch does not either.
     """
     try:
         return not tensor.untyped_storage().data_ptr()

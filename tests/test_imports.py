@@ -44,16 +44,22 @@ ARROWS = {
         *("spec", "versions", "cuda_target", "cuda_tiling", "kernels", "schedules", "build", "cuda_build", "cuda_host"),
         *("commands", "interrupts"),
     },
-    "memory": set(),
-    "arguments": set(),
+    "torch_tensors": set(),
+    "dlpack": {"torch_tensors"},
+    "arguments": {"dlpack", "torch_tensors"},
+    "memory": {"arguments"},
+    "entry_points": {"spec", "arguments", "dlpack", "torch_tensors"},
     "threads": {"interface", "arguments"},
     "manifest": {"spec", "target"},
     "loader": {"versions", "manifest"},
     "draws": {"spec", "tiling"},
     "verify": {"spec", "arguments", "layout", "reference", "tolerances", "draws"},
-    "module": {"spec", "interface", "arguments", "files", "memory", "threads", "manifest", "loader", "verify"},
+    "module": {
+        *("spec", "interface", "arguments", "dlpack", "torch_tensors", "entry_points", "files", "memory", "threads"),
+        *("manifest", "loader", "verify"),
+    },
     "cuda_verify": {"arguments"},
-    "cuda_module": {"interface", "arguments", "module", "verify", "cuda_verify"},
+    "cuda_module": {"interface", "arguments", "torch_tensors", "module", "verify", "cuda_verify"},
     "modules": {"manifest", "loader", "module", "cuda_module"},
     "compiler": {
         *("spec", "versions", "target", "tiling", "kernels", "schedules", "host", "build"),
@@ -85,7 +91,7 @@ RUNTIME = {"__init__", "__main__"}
 COMPILER = {"compiler", "cli"}
 BASE_PACKAGES = {"pa_compiler", "tvm_ffi", "numpy", "ml_dtypes"}
 OTHERS = {
-    "module": {"torch"},  # of callers with torch's tensors
+    "torch_tensors": {"torch"},  # of callers with its tensors
     "cuda_module": {"torch"},
     "cuda_verify": {"torch"},
     "target": {"tvm"},  # in resolve, for the compiler

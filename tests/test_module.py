@@ -167,7 +167,7 @@ def test_num_threads_from_the_environment(compiled, tmp_path, monkeypatch):
     assert pa_compiler.load(tmp_path / "pa.so").num_threads == len(os.sched_getaffinity(0))
     monkeypatch.setenv("PA_NUM_THREADS", "5")
     assert pa_compiler.load(tmp_path / "pa.so").num_threads == 5
-    for bad in ("0", "-1", "two", "", "1.5", "²"):
+    for bad in ("0", "-1", "two", "", "1.5", "²", "9" * 19, "1" + "0" * 5000):
         monkeypatch.setenv("PA_NUM_THREADS", bad)
         with pytest.raises(ValueError, match=rf"PA_NUM_THREADS.*{bad!r}"):
             pa_compiler.load(tmp_path / "pa.so")
